@@ -1,0 +1,136 @@
+"""Every configuration key, its type, its default and its meaning. The only place where defaults live.
+
+A key's docstring (the string below it) is what ``vcppo config --explain`` prints.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and what it reports."""
+
+    dir: str = MISSING
+    """The run folder; every stage writes below it. On a cluster it must be on the shared file system."""
+    seed: int = 0
+    """Seeds data order, sampling and initial heads; two runs with one seed and one layout are equal."""
+    wandb: str = "off"
+    """online | offline | off"""
+    wandb_project: str = "megatron_vcppo"
+    check_numerics: bool = True
+    """Stop with the tensor's name when a NaN or infinity reaches a loss."""
+    timeout_s: float = 600.0
+    """Deadline of every collective and process wait: what takes longer is reported as hung."""
+
+
+@dataclass
+class ModelConfig:
+    """The Hugging Face model that training starts from."""
+
+    hf: str = MISSING
+    """Folder of a Hugging Face checkpoint (Qwen2, Qwen2.5, Qwen3, Llama 3): config.json, safetensors, tokenizer."""
+    dtype: str = "bfloat16"
+    """bfloat16 | float32: parameters and activations; gradients are always reduced in float32."""
+    max_length: int = 4096
+    """Longest sequence (prompt + response) in tokens."""
+    init_std: float = 0.02
+    """Standard deviation of a newly made head (value head, reward head)."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the trainer's ranks share the model. Data parallelism is what is left: world size / (tp × pp × cp)."""
+
+    tp: int = 1
+    """Tensor-parallel ranks: each layer is split; keep it inside a node."""
+    pp: int = 1
+    """Pipeline stages: the layers are split."""
+    cp: int = 1
+    """Context-parallel ranks: the sequence is split; needs Transformer Engine."""
+    dp: int | None = None
+    """Data-parallel replicas; left out, it follows from the number of ranks."""
+    sequence_parallel: bool = False
+    """Split the norms' activations along the sequence too; needs tp > 1."""
+    distributed_optimizer: bool = False
+    """Share the optimizer's state over the data-parallel ranks."""
+    recompute: str = "none"
+    """none | selective | full: which activations are recomputed in the backward pass."""
+    tokens_per_microbatch: int = 4096
+    """Token budget to which packed micro-batches are filled; a longer sequence gets a micro-batch of its own."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW."""
+
+    lr: float = 1e-6
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over optimizer steps."""
+
+    kind: str = "constant"
+    """constant | cosine, both after a linear warm-up."""
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    """The cosine ends at lr × this."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When and how the trainer saves."""
+
+    save_every: int = 50
+    """Iterations (SFT: optimizer steps) between checkpoints; the last one is always saved."""
+    keep_last: int = 2
+    """Complete checkpoints kept per stage; 0 keeps all."""
+    async_save: bool = False
+    """Write in a background process while training goes on."""
+
+
+@dataclass
+class SftConfig:
+    """Supervised fine-tuning: loss on responses only."""
+
+    train: str = MISSING
+    """JSONL file, folder of a saved data set, or name of a `datasets` data set."""
+    validation: str | None = None
+    prompt_key: str = "prompt"
+    response_key: str = "response"
+    messages_key: str = "messages"
+    """Samples that have this key are chats, formatted by the tokenizer's chat template."""
+    bad_samples: str = "error"
+    """error | skip | truncate: what happens to malformed lines, empty responses, samples over model.max_length."""
+    epochs: int = 1
+    steps: int | None = None
+    """Optimizer steps; left out, epochs decides."""
+    batch_size: int = 32
+    """Sequences per optimizer step, over all ranks."""
+    validate_every: int = 100
+    """Optimizer steps between validation passes; 0: only at the end."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(kind="cosine", warmup_steps=20, min_lr_ratio=0.1))
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass
+class Config:
+    """The whole configuration. ``stages`` is the chain; each stage's own section holds its settings."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    stages: list[str] = field(default_factory=lambda: ["sft", "export"])
+    """Stages in order: sft, reward_model, value_pretrain, ppo, evaluate, export."""
+    sft: SftConfig = field(default_factory=SftConfig)
+    cluster: Any = None

@@ -1,0 +1,62 @@
+"""Frozen records that travel between phases: what a prompt, a rollout and a training sequence are.
+
+No torch, no numpy: these records cross process borders as JSON and are written to disk as they are.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem, ready to be sent to an engine.
+
+    Example: ``Prompt("chain/17", (1, 12, 40), "3 +4 ?", "7", "running_sum")``.
+    """
+
+    prompt_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    answer: str
+    task: str
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One prompt with one sampled response, as it came back from an engine, and its reward once scored."""
+
+    prompt: Prompt
+    sample_index: int
+    """Which of the n samples of this prompt, from 0."""
+    seed: int
+    """The sampling seed, derived from (run seed, iteration, prompt id, sample index)."""
+    response_ids: tuple[int, ...]
+    response_text: str
+    rollout_logprobs: tuple[float, ...]
+    """log p(token) under the engine's policy and sampling temperature, one per response token."""
+    finish_reason: str
+    """"stop" (an end token was sampled) or "length" (cut at max_tokens)."""
+    policy_version: int
+    reward: float | None = None
+    verdict: str = ""
+    """Why the reward is what it is: "correct", "wrong", "no answer", "timeout", "error: …"."""
+
+    @property
+    def truncated(self) -> bool:
+        """True if the response was cut at the token limit: its last token does not end the episode."""
+        return self.finish_reason == "length"
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One training sequence before packing: token ids and per-token fields of the same length.
+
+    ``fields`` maps a name to one number per token ("loss_mask", "advantages", …); position t belongs to the
+    token at t. What is predicted (log-probs) or regressed (values) for token t comes from the model's output
+    at position t - 1; packing shifts, callers never do.
+    """
+
+    token_ids: tuple[int, ...]
+    fields: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
