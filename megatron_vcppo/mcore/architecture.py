@@ -1,0 +1,243 @@
+"""What a decoder is made of, read from a Hugging Face folder's config.json. Needs neither torch nor megatron.
+
+Supported: Qwen2 and Qwen2.5 (model_type qwen2), Qwen3 (qwen3), Llama 3 (llama). Everything that the Megatron model
+would silently compute differently (sliding windows, other rope types, extra biases, quantised weights) is an error.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_vcppo.errors import UserError
+
+FAMILIES = ("qwen2", "qwen3", "llama")
+DTYPES = ("float32", "bfloat16", "float16")
+_REQUIRED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's frequency-dependent scaling of rotary embeddings."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes and switches of one decoder-only model."""
+
+    family: str
+    """qwen2 | qwen3 | llama"""
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    """Rows of the embedding as in the Hugging Face checkpoint, not padded."""
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_positions: int
+    norm_eps: float
+    tied: bool
+    """The output layer is the embedding."""
+    qkv_bias: bool
+    qk_norm: bool
+    dtype: str
+    """float32 | bfloat16 | float16: the dtype that config.json names."""
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """config.json as it was read."""
+
+    @classmethod
+    def from_hf(cls, path: str | Path) -> "Architecture":
+        """Read ``path``/config.json. UserError: no such file, bad JSON, missing keys, unsupported features."""
+        file = Path(path) / "config.json"
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{file}: no such file; expected the folder of a Hugging Face checkpoint") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"{file}: cannot be read as JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise UserError(f"{file}: expected a JSON object")
+        return cls.from_config(config, source=str(file))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], source: str = "config.json") -> "Architecture":
+        """The same from the parsed content of config.json; ``source`` names it in errors."""
+        family = config.get("model_type")
+        if family not in FAMILIES:
+            raise UserError(f"{source}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+        missing = [key for key in _REQUIRED if not _is_positive_int(config.get(key))]
+        if missing:
+            raise UserError(f"{source}: missing or not a positive integer: {', '.join(missing)}")
+        rope = _rope_parameters(config)
+        problems = _unsupported(config, rope)
+        if problems:
+            raise UserError(f"{source}: not supported: " + "; ".join(problems))
+        num_heads = config["num_attention_heads"]
+        default_head_dim = 128 if family == "qwen3" else config["hidden_size"] // num_heads
+        return cls(
+            family=family,
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            num_heads=num_heads,
+            num_kv_heads=config.get("num_key_value_heads") or num_heads,
+            head_dim=config.get("head_dim") or default_head_dim,
+            ffn_size=config["intermediate_size"],
+            vocab_size=config["vocab_size"],
+            rope_theta=float(rope.get("rope_theta", 10000.0)),
+            rope_scaling=_rope_scaling(rope, source),
+            max_positions=config["max_position_embeddings"],
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+            dtype=_dtype(config),
+            config=dict(config),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; ``from_dict`` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Architecture":
+        """Inverse of ``to_dict``."""
+        values = {f.name: data[f.name] for f in fields(cls)}
+        if values["rope_scaling"] is not None:
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        return cls(**values)
+
+    @property
+    def q_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key (or all value) heads together."""
+        return self.num_kv_heads * self.head_dim
+
+    def parameter_count(self) -> int:
+        """Parameters of the Hugging Face checkpoint; tied embeddings count once, padding not at all."""
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        biases = self.q_size + 2 * self.kv_size if self.qkv_bias else 0
+        layers = self.num_layers * (self._layer_matrix_parameters() + norms + biases)
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+        return layers + embeddings + self.hidden_size
+
+    def training_flops(self, sequence_lengths: Iterable[int]) -> int:
+        """Floating-point operations of one forward and backward pass over sequences of these lengths (tokens).
+
+        Matrix products only: 2 per parameter and token forward, twice that backward; causal attention scores and
+        their product with the values cost length² × q_size each (half of the full square), per layer, forward.
+        Recomputation is not counted (model FLOPs, as in PaLM's MFU, arXiv:2204.02311 appendix B).
+        """
+        lengths = list(sequence_lengths)
+        per_token = self.num_layers * self._layer_matrix_parameters() + self.vocab_size * self.hidden_size
+        attention = self.num_layers * 2 * self.q_size * sum(length * length for length in lengths)
+        return 3 * (2 * per_token * sum(lengths) + attention)
+
+    def check_parallel(self, tp: int, pp: int) -> None:
+        """UserError, with the numbers, if the model cannot be split over ``tp`` tensor and ``pp`` pipeline ranks."""
+        problems = [
+            f"{name} {size} is not divisible by tp {tp}"
+            for name, size in (
+                ("attention heads", self.num_heads),
+                ("key-value heads", self.num_kv_heads),
+                ("feed-forward size", self.ffn_size),
+            )
+            if tp < 1 or size % tp
+        ]
+        if pp < 1 or self.num_layers % pp:
+            problems.append(f"layers {self.num_layers} are not divisible by pp {pp}")
+        if problems:
+            raise UserError("this model cannot be split as asked: " + "; ".join(problems))
+
+    def _layer_matrix_parameters(self) -> int:
+        attention = self.hidden_size * (2 * self.q_size + 2 * self.kv_size)
+        return attention + 3 * self.hidden_size * self.ffn_size
+
+
+def _is_positive_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers 5 keeps everything in ``rope_parameters``; before, ``rope_theta`` and ``rope_scaling``."""
+    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    if "rope_theta" in config:
+        rope.setdefault("rope_theta", config["rope_theta"])
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    return rope
+
+
+def _rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | None:
+    if rope["rope_type"] == "default":
+        return None
+    missing = [f.name for f in fields(RopeScaling) if f.name not in rope]
+    if missing:
+        raise UserError(f"{source}: rope scaling llama3 lacks {', '.join(missing)}")
+    return RopeScaling(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+    )
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+
+
+def _unsupported(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str]:
+    """Every feature of this config that the Megatron model does not have, with what it has instead."""
+    problems = []
+    if rope["rope_type"] not in ("default", "llama3"):
+        problems.append(f"rope type {rope['rope_type']!r} (supported: default, llama3)")
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) not in (None, 1, 1.0):
+        problems.append("partial rotary embeddings (supported: the whole head)")
+    if config.get("hidden_act", "silu") != "silu":
+        problems.append(f"hidden_act {config['hidden_act']!r} (supported: silu)")
+    if _uses_sliding_window(config):
+        problems.append("a sliding window (supported: full attention in every layer)")
+    if config.get("attention_bias"):
+        problems.append("attention_bias, a bias on the output projection (supported: none, or Qwen2's on q, k, v)")
+    if config.get("mlp_bias"):
+        problems.append("mlp_bias (supported: feed-forward layers without bias)")
+    if config.get("num_experts") or config.get("num_local_experts"):
+        problems.append("mixture of experts (supported: dense models)")
+    if config.get("quantization_config"):
+        problems.append("quantised weights (supported: " + ", ".join(DTYPES) + ")")
+    if _dtype(config) not in DTYPES:
+        problems.append(f"dtype {_dtype(config)} (supported: {', '.join(DTYPES)})")
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    if heads % kv_heads:
+        problems.append(f"{heads} attention heads over {kv_heads} key-value heads (supported: equal groups)")
+    if not config.get("head_dim") and config["model_type"] != "qwen3" and config["hidden_size"] % heads:
+        problems.append(f"hidden_size {config['hidden_size']} over {heads} heads without head_dim (must divide)")
+    return problems
+
+
+def _uses_sliding_window(config: Mapping[str, Any]) -> bool:
+    layer_types = config.get("layer_types")
+    if layer_types:
+        return any(kind != "full_attention" for kind in layer_types)
+    if not config.get("use_sliding_window"):
+        return False
+    # Layers from max_window_layers on have the window; many configs switch it on for none.
+    return config.get("max_window_layers", 0) < config["num_hidden_layers"]
