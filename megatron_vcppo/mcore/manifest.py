@@ -1,0 +1,115 @@
+"""manifest.json: what a complete folder holds, written last; a folder is complete exactly when it verifies.
+
+``{"format": 1, "meta": {…}, "files": {"relative/path": {"size": bytes, "xxh3": hex digest}}}``
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megatron_vcppo.errors import UserError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = 1
+_BLOCK_BYTES = 4 << 20
+_THREADS = 4
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Size in bytes and xxh3 (128 bit) of a file, read in blocks. The hash is for accidents, not for attackers."""
+    digest = xxhash.xxh3_128()
+    block = bytearray(_BLOCK_BYTES)
+    view = memoryview(block)
+    size = 0
+    with open(path, "rb", buffering=0) as stream:
+        while count := stream.readinto(block):
+            digest.update(view[:count])
+            size += count
+    return {"size": size, "xxh3": digest.hexdigest()}
+
+
+def write_manifest(
+    folder: str | Path, meta: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Record every file below ``folder`` and mark it complete: temporary name, fsync, rename.
+
+    ``known`` gives the records (as ``file_record`` makes them) of files whose bytes were hashed while they were
+    written; all others are read here. An earlier manifest is replaced.
+    """
+    folder = Path(folder)
+    known = known or {}
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path != folder / MANIFEST_NAME
+    )
+    unknown = [name for name in names if name not in known]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        records = dict(zip(unknown, pool.map(lambda name: file_record(folder / name), unknown), strict=True))
+    files = {name: dict(known.get(name) or records[name]) for name in names}
+    text = json.dumps({"format": FORMAT, "meta": dict(meta), "files": files}, indent=1)
+    temporary = folder.parent / f".{folder.name}.{MANIFEST_NAME}.tmp"
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, folder / MANIFEST_NAME)
+    sync_folder(folder)
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest's content, files not looked at. UserError if there is none or it cannot be read."""
+    path = Path(folder) / MANIFEST_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known_format = content["format"] == FORMAT and isinstance(content["meta"], dict)
+        complete = known_format and isinstance(content["files"], dict)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a complete checkpoint: no {MANIFEST_NAME}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged: {error}") from None
+    if not complete:
+        raise UserError(f"{path}: not a manifest of format {FORMAT}")
+    return content
+
+
+def verify_manifest(folder: str | Path, checksums: bool = True) -> dict[str, Any]:
+    """Check every recorded file's presence, size and (unless switched off) checksum; return the manifest's meta.
+
+    UserError lists each file that is missing, truncated or corrupt.
+    """
+    folder = Path(folder)
+    content = read_manifest(folder)
+
+    def problem(item: tuple[str, Mapping[str, Any]]) -> str | None:
+        name, record = item
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != record["size"]:
+                return f"{name}: {size} bytes, should be {record['size']}"
+            if checksums and file_record(path) != record:
+                return f"{name}: corrupt (checksum differs)"
+        except OSError as error:
+            return f"{name}: {error.strerror or error}"
+        return None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        problems = [text for text in pool.map(problem, content["files"].items()) if text]
+    if problems:
+        raise UserError(f"{folder}: damaged:\n" + "\n".join(f"  {text}" for text in problems))
+    return content["meta"]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
