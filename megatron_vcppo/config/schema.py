@@ -4,9 +4,10 @@ A key's docstring (the string below it) is what ``vcppo config --explain`` print
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
+
+from megatron_vcppo.config.cluster import ClusterConfig
 
 
 @dataclass
@@ -133,4 +134,4 @@ class Config:
     stages: list[str] = field(default_factory=lambda: ["sft", "export"])
     """Stages in order: sft, reward_model, value_pretrain, ppo, evaluate, export."""
     sft: SftConfig = field(default_factory=SftConfig)
-    cluster: Any = None
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

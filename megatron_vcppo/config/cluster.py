@@ -1,0 +1,50 @@
+"""Where the stages run: the section ``cluster``, overridden by the profiles in configs/cluster/."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ClusterConfig:
+    """This machine (name: local) or a Slurm cluster, its limits and the layout of a job on it."""
+
+    name: str = "local"
+    """local: the roles are processes on this machine; any other name: jobs of the Slurm that sbatch reaches."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    trainer_nodes: int = 1
+    """Nodes that hold the trainer's ranks."""
+    rollout_nodes: int = 0
+    """Nodes that only run engines; 0: the engines share the trainer's nodes."""
+    trainer_ranks: int | None = None
+    """Ranks of the trainer over all its nodes; left out: one per GPU, and without GPUs tp × pp × cp × dp."""
+    gpus_per_node: int = 0
+    cpus_per_node: int = 1
+    memory_per_node_gb: float | None = None
+    """Main memory asked for per node; left out: the cluster's default."""
+    time_limit_minutes: int = 60
+    """Time limit of one job; a stage that needs longer is requeued as often as it takes."""
+    stage_time_limit_minutes: dict[str, int] = field(default_factory=dict)
+    """Time limits of single stages, by name."""
+    save_margin_s: int = 300
+    """How long before the time limit the trainer is asked to save, until checkpoint times of this run are known."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines at the head of the batch script: module load …, source …/activate."""
+    python: str | None = None
+    """The interpreter on the nodes; left out: the one that submits."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables for every role."""
+    network_interface: str | None = None
+    """Interface of gloo and NCCL, such as ib0; left out: they choose."""
+    container_image: str | None = None
+    container_mounts: str | None = None
+    container_runtime: str = "pyxis"
+    """pyxis | apptainer: what starts the roles inside container_image; the controller runs on the host."""
+    sbatch: dict[str, str] = field(default_factory=dict)
+    """Further sbatch options by long name, such as {reservation: big, exclusive: "true"}."""
+    rollout_restarts: int = 5
+    """How often one rollout node's engines are started again within a job when they die alone."""
+    crash_retries: int = 2
+    """How often in succession a stage whose ranks were killed is started again without a new checkpoint."""
+    stop_grace_s: float = 10.0
+    """Between the polite and the hard end of a process."""

@@ -1,0 +1,226 @@
+"""Runs one attempt of a stage: starts its roles, watches all of them, ends all of them.
+
+A unit is one process that the controller starts: a rank or a supervisor on this machine, or one srun step of many tasks.
+The trainer decides the outcome; a rollout supervisor that dies alone is started again, a bounded number of times.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from slurm.logs import Follower, last_lines
+
+SAVED_CODE = 75
+"""Exit code of a trainer that saved and wants to be run again."""
+USER_ERROR_CODE = 2
+GUARD = (sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py")))
+POLL_S = 0.05
+SETTLE_S = 0.5
+"""Deaths this close together are looked at together, so that a killed rank is named rather than its peers' errors."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One process to start. Example: ``Unit("trainer", 0, ("python", "train.py"), {"RANK": "0"}, "trainer_0.log")``."""
+
+    role: str
+    """trainer | rollout"""
+    index: int
+    command: tuple[str, ...]
+    env: dict[str, str]
+    """Added to the controller's environment; an empty value removes the variable."""
+    log: str
+    """File name inside the attempt's log folder."""
+    shown_log: str | None = None
+    """The file that is also copied to the terminal: rank 0's."""
+    restarts: int = 0
+    end_signal: int = signal.SIGTERM
+    """What ends the process when the attempt is over. SIGKILL for local ranks: they hang in collectives."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.role} {self.index}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended."""
+
+    code: int
+    """0 done, 75 saved and wants to go on, 2 a user error, else failed; 128 + n: killed by signal n."""
+    cause: str = ""
+    """Who ended first and how, in one line."""
+    details: list[str] = field(default_factory=list)
+    """The last lines of the log of the one that ended first."""
+
+    @property
+    def killed(self) -> bool:
+        """Something outside the code ended it: a signal, a lost node, a rollout role that died too often."""
+        return self.code > 128
+
+
+@dataclass
+class _Started:
+    unit: Unit
+    process: subprocess.Popen[bytes]
+    restarts: int = 0
+    start_again_at: float | None = None
+
+
+def describe(code: int) -> str:
+    """An exit code in words."""
+    if code > 128:
+        try:
+            return f"was killed by {signal.Signals(code - 128).name}"
+        except ValueError:
+            pass
+    return f"left with exit code {code}"
+
+
+class Attempt:
+    """The processes of one attempt and their logs, in ``logs``."""
+
+    def __init__(self, units: list[Unit], logs: Path, grace_s: float, say: Callable[[str], None]) -> None:
+        self.logs, self.grace_s, self.say = logs, grace_s, say
+        logs.mkdir(parents=True, exist_ok=True)
+        self.followers = [Follower(logs / unit.shown_log) for unit in units if unit.shown_log]
+        self.started: list[_Started] = []
+        for unit in units:
+            self.started.append(_Started(unit, self._start(unit)))
+
+    def _start(self, unit: Unit) -> subprocess.Popen[bytes]:
+        env = {key: value for key, value in {**os.environ, **unit.env}.items() if value}
+        with (self.logs / unit.log).open("ab") as log:
+            return subprocess.Popen(
+                (*GUARD, *unit.command), env=env, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def of(self, role: str) -> list[_Started]:
+        return [started for started in self.started if started.unit.role == role]
+
+    def send(self, role: str, number: int) -> None:
+        """Send a signal to the running processes of a role."""
+        for started in self.of(role):
+            if started.process.poll() is None:
+                started.process.send_signal(number)
+
+    def ended(self, role: str) -> list[tuple[Unit, int]]:
+        """The units of a role that have ended, with exit codes; 128 + n after a signal."""
+        codes = [(started.unit, started.process.poll()) for started in self.of(role)]
+        return [(unit, code if code >= 0 else 128 - code) for unit, code in codes if code is not None]
+
+    def tend_rollout(self) -> Outcome | None:
+        """Start ended rollout units again, after 1, 2, 4, … s; an outcome if one died for good."""
+        for started in self.of("rollout"):
+            code = started.process.poll()
+            if code is None:
+                continue
+            if started.start_again_at is None:
+                code = code if code >= 0 else 128 - code
+                if code == USER_ERROR_CODE or started.restarts >= started.unit.restarts:
+                    cause = f"{started.unit.name} {describe(code)} after {started.restarts} restarts"
+                    code = code if code == USER_ERROR_CODE else 128 + signal.SIGKILL
+                    return Outcome(code, cause, self.tail(started.unit))
+                delay_s = min(30.0, 2.0**started.restarts)
+                self.say(f"{started.unit.name} {describe(code)}: started again in {delay_s:.0f} s")
+                started.start_again_at = time.monotonic() + delay_s
+            elif time.monotonic() >= started.start_again_at:
+                started.restarts, started.start_again_at = started.restarts + 1, None
+                started.process = self._start(started.unit)
+        return None
+
+    def tail(self, unit: Unit) -> list[str]:
+        """The last lines of a unit's log; of its ranks' logs if it is a step of many and has little of its own."""
+        lines = last_lines(self.logs / unit.log)
+        if unit.shown_log and unit.shown_log != unit.log:
+            lines = last_lines(self.logs / unit.shown_log) + lines
+        return lines
+
+    def stop(self) -> None:
+        """End every process: its end signal, after the grace a closed guard, which kills all descendants."""
+        for started in self.started:
+            if started.process.poll() is None and started.unit.end_signal != signal.SIGKILL:
+                started.process.send_signal(started.unit.end_signal)
+            else:
+                self._close(started)
+        for deadline, last_resort in ((self.grace_s, False), (self.grace_s + 5, True)):
+            end = time.monotonic() + deadline
+            while time.monotonic() < end and any(started.process.poll() is None for started in self.started):
+                time.sleep(POLL_S)
+            for started in self.started:
+                self._close(started)
+                if last_resort and started.process.poll() is None:
+                    started.process.kill()
+        for follower in self.followers:
+            follower.close()
+
+    @staticmethod
+    def _close(started: _Started) -> None:
+        if started.process.stdin and not started.process.stdin.closed:
+            started.process.stdin.close()
+
+
+def first_death(ended: list[tuple[Unit, int]]) -> tuple[Unit, int]:
+    """Of deaths seen together, the one that is the cause: a kill before an error, an error before a save."""
+    return max(ended, key=lambda item: (item[1] > 128, item[1] not in (0, SAVED_CODE), -item[0].index))
+
+
+def supervise(
+    units: list[Unit],
+    logs: Path,
+    *,
+    save_requested: Callable[[], bool] = lambda: False,
+    abort_requested: Callable[[], bool] = lambda: False,
+    save_timeout_s: float = 600.0,
+    grace_s: float = 10.0,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Run one attempt to its end. ``save_requested`` becoming true sends USR2 to the trainer, once."""
+    attempt = Attempt(units, logs, grace_s, say)
+    try:
+        return _watch(attempt, save_requested, abort_requested, save_timeout_s)
+    finally:
+        attempt.stop()
+
+
+def _watch(
+    attempt: Attempt,
+    save_requested: Callable[[], bool],
+    abort_requested: Callable[[], bool],
+    save_timeout_s: float,
+) -> Outcome:
+    trainers = attempt.of("trainer")
+    save_deadline = settled_at = float("inf")
+    while True:
+        now = time.monotonic()
+        ended = attempt.ended("trainer")
+        if save_deadline < float("inf"):
+            interrupted = 128 + signal.SIGUSR2
+            ended = [(unit, SAVED_CODE if code == interrupted else code) for unit, code in ended]
+        if ended and settled_at == float("inf"):
+            bad = any(code not in (0, SAVED_CODE) for _, code in ended)
+            settled_at = now + (SETTLE_S if bad else save_timeout_s)
+        if ended and any(code not in (0, SAVED_CODE) for _, code in ended):
+            settled_at = min(settled_at, now + SETTLE_S)
+        if len(ended) == len(trainers) or now >= settled_at:
+            unit, code = first_death(ended)
+            if code in (0, SAVED_CODE) and len(ended) < len(trainers):
+                return Outcome(1, f"{unit.name} {describe(code)} but other ranks did not follow in {save_timeout_s:.0f} s")
+            cause = "" if code == 0 else f"{unit.name} {describe(code)}"
+            return Outcome(code, cause, attempt.tail(unit) if code not in (0, SAVED_CODE) else [])
+        if not ended and (outcome := attempt.tend_rollout()):
+            return outcome
+        if abort_requested():
+            return Outcome(128 + signal.SIGINT, "stopped at once, without saving")
+        if save_requested() and save_deadline == float("inf"):
+            attempt.say("asking the trainer to save and leave")
+            attempt.send("trainer", signal.SIGUSR2)
+            save_deadline = now + save_timeout_s
+        if now > save_deadline:
+            return Outcome(1, f"the trainer did not save within {save_timeout_s:.0f} s")
+        time.sleep(POLL_S)
