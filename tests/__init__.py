@@ -1,0 +1,1 @@
+"""Tests: unit, distributed (gloo ranks), slurm (a real test cluster), end to end, gpu."""

@@ -1,0 +1,1 @@
+"""What several tests need: the launcher of gloo ranks and tiny models."""

@@ -1,0 +1,141 @@
+"""Runs a plain function on real gloo ranks, forked from the test process, with a bounded join.
+
+Forking after importing Megatron once costs milliseconds a rank; a fresh interpreter costs seven seconds.
+"""
+
+import ctypes
+import faulthandler
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PR_SET_PDEATHSIG = 1
+GRACE_S = 3.0
+"""How long the other ranks may go on once one has failed: long enough to report a failure of their own."""
+LOG_TAIL_CHARACTERS = 1500
+
+
+class RanksFailed(AssertionError):
+    """At least one rank raised, died or hung; the message holds what every rank left behind."""
+
+
+def run_distributed_test(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0, **kwargs: Any
+) -> list[Any]:
+    """Call ``fn(*args, **kwargs)`` on ``world_size`` forked ranks and return their results in rank order.
+
+    Each rank has RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set, one thread, and its output in a file.
+    ``fn`` may be a closure; its result is anything torch.save takes. Joining the process group is up to ``fn``.
+    Raises RanksFailed if a rank raises, dies, or is not done after ``timeout_s``; a hung rank's stack is reported.
+    """
+    importlib.import_module("megatron_vcppo.mcore.runtime")
+    torch.set_num_threads(1)  # a forked child must not inherit a pool of threads that exist only in its parent
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="ranks_") as name:
+        folder, port = Path(name), free_port()
+        ranks = [
+            context.Process(target=_rank_main, args=(fn, rank, world_size, port, folder, args, kwargs), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            _join(ranks, timeout_s)
+            if any(process.exitcode for process in ranks) or any(process.is_alive() for process in ranks):
+                _dump_stacks(ranks)
+                raise RanksFailed(_failure_report(ranks, folder, timeout_s))
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+        return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(world_size)]
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _join(ranks: list[BaseProcess], timeout_s: float) -> None:
+    """Wait until every rank ended, until the deadline, or until GRACE_S after the first failure."""
+    deadline = time.monotonic() + timeout_s
+    while alive := [process for process in ranks if process.exitcode is None]:
+        remaining_s = deadline - time.monotonic()
+        if remaining_s <= 0:
+            return
+        wait([process.sentinel for process in alive], timeout=remaining_s)
+        if any(process.exitcode for process in ranks):
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+
+
+def _dump_stacks(ranks: list[BaseProcess]) -> None:
+    """Ask the ranks that still run to write every thread's stack to their files."""
+    alive = [process for process in ranks if process.is_alive()]
+    for process in alive:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGUSR1)
+    if alive:
+        time.sleep(0.3)
+
+
+def _failure_report(ranks: list[BaseProcess], folder: Path, timeout_s: float) -> str:
+    """What happened, rank by rank, the first failure first."""
+
+    def when(rank: int) -> float:
+        error = folder / f"{rank}.error"
+        return error.stat().st_mtime if error.exists() else float("inf")
+
+    parts = []
+    for rank in sorted(range(len(ranks)), key=when):
+        process = ranks[rank]
+        state = f"still running after {timeout_s:g} s or after another rank's failure" if process.is_alive() else ""
+        state = state or ("finished" if process.exitcode == 0 else f"exit code {process.exitcode}")
+        lines = [f"rank {rank}: {state}"]
+        for kind in ("error", "stack", "log"):
+            path = folder / f"{rank}.{kind}"
+            text = path.read_text(errors="replace").strip() if path.exists() else ""
+            if text:
+                lines.append(f"--- {kind} of rank {rank}\n{text[-LOG_TAIL_CHARACTERS:] if kind == 'log' else text}")
+        parts.append("\n".join(lines))
+    return "distributed test failed\n" + "\n".join(parts)
+
+
+def _rank_main(
+    fn: Callable[..., Any], rank: int, world_size: int, port: int, folder: Path, args: tuple[Any, ...], kwargs: Any
+) -> None:
+    """The forked child: environment, output to a file, the function, its result or its traceback to a file."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed pytest leaves no ranks behind
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    log = open(folder / f"{rank}.log", "w", buffering=1, encoding="utf-8")  # noqa: SIM115: lives as long as the rank
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = log
+    with open(folder / f"{rank}.stack", "w", encoding="utf-8") as stack:
+        faulthandler.register(signal.SIGUSR1, file=stack)
+        try:
+            torch.save(fn(*args, **kwargs), folder / f"{rank}.result")
+        except BaseException:
+            (folder / f"{rank}.error").write_text(traceback.format_exc())
+            os._exit(1)
+    os._exit(0)  # no atexit handlers: they are the parent's
