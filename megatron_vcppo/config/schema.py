@@ -57,6 +57,8 @@ class ParallelConfig:
     """Split the norms' activations along the sequence too; needs tp > 1."""
     distributed_optimizer: bool = False
     """Share the optimizer's state over the data-parallel ranks."""
+    overlap: bool = False
+    """Overlap gradient reduction (and, with the distributed optimizer, parameter gathering) with computation."""
     recompute: str = "none"
     """none | selective | full: which activations are recomputed in the backward pass."""
     tokens_per_microbatch: int = 4096

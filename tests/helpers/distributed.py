@@ -47,7 +47,8 @@ def run_distributed_test(
     with tempfile.TemporaryDirectory(prefix="ranks_") as name:
         folder, port = Path(name), free_port()
         ranks = [
-            context.Process(target=_rank_main, args=(fn, rank, world_size, port, folder, args, kwargs), daemon=True)
+            # not daemons: a rank that saves a checkpoint starts writer processes of its own
+            context.Process(target=_rank_main, args=(fn, rank, world_size, port, folder, args, kwargs))
             for rank in range(world_size)
         ]
         for process in ranks:

@@ -1,0 +1,202 @@
+"""Training checkpoints: model, optimizer, schedule position and the stage's own state, resharded on load.
+
+``checkpoints/iter_0000120/`` holds one sub-folder per component ("actor", "critic"), each a complete
+dist_checkpointing folder with its own manifest, from which an export needs nothing else; ``state.json``; and a
+manifest over everything. It is written as ``.iter_0000120.tmp`` and renamed when all is there, so a kill in the middle
+of a save costs that save only. Random states are not saved: every step is seeded from (run seed, step).
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.learner import Learner
+from megatron_vcppo.mcore.manifest import file_record, verify_manifest, write_manifest
+from megatron_vcppo.mcore.model import PackedGPT
+
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+_COMPLETE = re.compile(r"iter_(\d{7,})$")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a loaded checkpoint says besides the weights."""
+
+    iteration: int
+    state: dict[str, Any]
+    """The stage's own state, as it was given to ``save``."""
+
+
+class CheckpointFolder:
+    """The checkpoints of one stage. Every method is collective.
+
+    hf_files: the folder of small Hugging Face files (config.json, tokenizer, chat template, …) that travel with each
+    component so that a checkpoint can be exported alone.
+    """
+
+    def __init__(self, folder: Path, hf_files: Path, keep_last: int, async_save: bool) -> None:
+        self.folder, self.hf_files, self.keep_last = folder, hf_files, keep_last
+        self.runtime = runtime.current()
+        self.queue = AsyncCallsQueue(persistent=False) if async_save else None
+        self.save_time_s = 0.0
+        """Seconds that the last save kept training waiting."""
+        if self.runtime.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(".*"):
+                shutil.rmtree(leftover)
+        dist.barrier()
+
+    def save(self, iteration: int, components: Mapping[str, Learner], state: Mapping[str, Any]) -> None:
+        """Save as ``iter_<iteration>``; with async_save, complete only after a later ``poll`` or ``finish``."""
+        started = time.monotonic()
+        self.finish()
+        temporary = self.folder / f".iter_{iteration:07d}.tmp"
+        if self.runtime.is_main:
+            # Left by a save of this iteration that a signal or a full disk cut short.
+            shutil.rmtree(temporary, ignore_errors=True)
+            for name in components:
+                (temporary / name).mkdir(parents=True)
+        dist.barrier()
+        requests = []
+        for name, learner in components.items():
+            requests.append(
+                dist_checkpointing.save(
+                    _sharded_state(learner, is_loading=False),
+                    str(temporary / name),
+                    async_sharded_save=self.queue is not None,
+                )
+            )
+        content = {"iteration": iteration, "state": dict(state), "components": sorted(components)}
+
+        def complete() -> None:
+            self._complete(temporary, components, content)
+
+        if self.queue is None:
+            complete()
+        else:
+            for request in requests[:-1]:
+                self.queue.schedule_async_request(request)
+            requests[-1].finalize_fns.append(complete)
+            self.queue.schedule_async_request(requests[-1])
+        self.save_time_s = time.monotonic() - started
+
+    def poll(self) -> None:
+        """Complete a background save if all ranks have written."""
+        if self.queue is not None:
+            self.queue.maybe_finalize_async_calls(blocking=False)
+
+    def finish(self) -> None:
+        """Wait for the background save."""
+        if self.queue is not None:
+            self.queue.maybe_finalize_async_calls(blocking=True)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint that verifies; a damaged one is named on stderr and the one before is taken."""
+        choice: list[str | None] = [None]
+        if self.runtime.is_main:
+            for path in sorted(complete_checkpoints(self.folder), reverse=True):
+                try:
+                    verify_manifest(path)
+                except UserError as error:
+                    print(f"warning: skipping a damaged checkpoint: {error}", file=sys.stderr, flush=True)
+                    continue
+                choice[0] = str(path)
+                break
+        dist.broadcast_object_list(choice, src=0)
+        return Path(choice[0]) if choice[0] else None
+
+    def resume(self, components: Mapping[str, Learner]) -> Resumed | None:
+        """Load the newest good checkpoint into the components; None if there is none."""
+        path = self.latest()
+        if path is None:
+            return None
+        content = json.loads((path / "state.json").read_text())
+        for name, learner in components.items():
+            load_learner(learner, path / name)
+        return Resumed(content["iteration"], content["state"])
+
+    def _complete(self, temporary: Path, components: Mapping[str, Learner], content: Mapping[str, Any]) -> None:
+        """Checksum what every rank wrote, write the manifests, rename, drop old checkpoints."""
+        mine = {
+            path.relative_to(temporary).as_posix(): file_record(path)
+            for name in components
+            for path in (temporary / name).glob(f"__{self.runtime.rank}_*")
+        }
+        records: list[dict[str, Any]] = [{} for _ in range(self.runtime.world_size)]
+        dist.all_gather_object(records, mine)
+        if self.runtime.is_main:
+            known = {name: record for part in records for name, record in part.items()}
+            for name, learner in components.items():
+                shutil.copytree(self.hf_files, temporary / name / "hf")
+                inside = {k.removeprefix(f"{name}/"): v for k, v in known.items() if k.startswith(f"{name}/")}
+                write_manifest(temporary / name, self._meta(learner, content["iteration"]), known=inside)
+            (temporary / "state.json").write_text(json.dumps(content, indent=1))
+            write_manifest(temporary, {"iteration": content["iteration"]}, known=known)
+            final = self.folder / temporary.name.removeprefix(".").removesuffix(".tmp")
+            if final.exists():  # saved before, found damaged, trained again
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+            if self.keep_last:
+                for old in sorted(complete_checkpoints(self.folder))[: -self.keep_last]:
+                    shutil.rmtree(old)
+        dist.barrier()
+
+    def _meta(self, learner: Learner, iteration: int) -> dict[str, Any]:
+        model = learner.model
+        return {
+            "kind": model.kind,
+            "architecture": model.arch.to_dict(),
+            "dtype": str(model.config.params_dtype).removeprefix("torch."),
+            "tp": self.runtime.tp_size,
+            "pp": self.runtime.pp_size,
+            "iteration": iteration,
+        }
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Folders that carry a final name; whether they are undamaged is the manifest's to say."""
+    return [path for path in folder.glob("iter_*") if _COMPLETE.match(path.name)] if folder.is_dir() else []
+
+
+def load_learner(learner: Learner, folder: Path) -> None:
+    """Model, optimizer and schedule position from a component folder, whatever layout saved it."""
+    loaded = dist_checkpointing.load(_sharded_state(learner, is_loading=True), str(folder))
+    learner.model.load_state_dict(loaded["model"])
+    learner.optimizer.load_state_dict(loaded["optimizer"])
+    learner.optimizer_steps = loaded["optimizer_steps"]
+
+
+def load_model(model: PackedGPT, folder: Path, without: str | None = None) -> None:
+    """Weights only, from a training checkpoint's component or an import, before a Learner is made of the model.
+
+    without: prefix of parameters that the folder does not have and that keep their values ("value_head.").
+    """
+    wanted = model.sharded_state_dict()
+    if without is not None:
+        wanted = {name: value for name, value in wanted.items() if not name.startswith(without)}
+    loaded = dist_checkpointing.load({"model": wanted}, str(folder))
+    missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
+    missing = [name for name in missing if without is None or not name.startswith(without)]
+    assert not missing and not unexpected, f"{folder}: missing {missing}, unexpected {unexpected}"
+
+
+def _sharded_state(learner: Learner, is_loading: bool) -> dict[str, Any]:
+    model = learner.model.sharded_state_dict()
+    return {
+        "model": model,
+        "optimizer": learner.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT),
+        "optimizer_steps": learner.optimizer_steps,
+    }

@@ -1,0 +1,227 @@
+"""Actor and critic as the stages see them: packed micro-batches in, per-token outputs or one optimizer step out."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_vcppo.config.schema import OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.data.packing import PackedMicrobatch
+from megatron_vcppo.mcore import optimizer as optim
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.logprobs import vocab_parallel_logprobs
+from megatron_vcppo.mcore.model import ActorModel, CriticModel, PackedGPT
+
+Metrics = Mapping[str, tuple[Tensor, Tensor]]
+"""name -> (sum, weight): added over micro-batches and ranks, then divided."""
+LossFunction = Callable[..., tuple[Tensor, Metrics]]
+"""(outputs, microbatch) -> (sum of token losses / the global denominator, metrics of this micro-batch)."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    metrics: dict[str, float]
+    """Means over the whole batch, the same on every rank."""
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    applied: bool
+    """False if a loss or gradient was not finite: nothing was changed."""
+
+
+class Learner:
+    """A Megatron model with its optimizer and schedule. Every method is collective over all ranks.
+
+    ``optimizer_steps`` counts applied and skipped steps: the schedule's clock.
+    """
+
+    def __init__(
+        self,
+        model: PackedGPT,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        total_steps: int,
+    ) -> None:
+        self.runtime = runtime.current()
+        self.model = model
+        self.ddp = DistributedDataParallel(
+            model.config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=parallel.overlap,
+                overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
+                use_distributed_optimizer=parallel.distributed_optimizer,
+            ),
+            model,
+        )
+        self.optimizer_config, self.schedule, self.total_steps = optimizer, schedule, total_steps
+        self.optimizer = optim.build_optimizer(self.ddp, optimizer)
+        self.optimizer_steps = 0
+        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.grad_scale_func = self.optimizer.scale_loss
+        if parallel.overlap:
+            model.config.no_sync_func = self.ddp.no_sync
+
+    def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch) -> Any:
+        """From what the last stage reads out to what losses take."""
+        raise AssertionError("a subclass says what its outputs are")
+
+    def train_step(self, microbatches: Sequence[PackedMicrobatch], loss_function: LossFunction) -> StepResult:
+        """Forward and backward over this replica's micro-batches, then one optimizer step.
+
+        Replicas may have different numbers of micro-batches, at least one each. Losses are already divided by the
+        global denominator, so gradients and metrics are sums over replicas, whatever the split.
+        """
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        # The schedule divides by the number of micro-batches, the gradient reduction by that of replicas.
+        undo_means = len(microbatches) * self.runtime.dp_size
+
+        def forward_step(iterator: Any, model: Any) -> tuple[Tensor, Callable]:
+            microbatch = next(iterator)
+
+            def loss(model_output: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+                value, metrics = loss_function(self.outputs(model_output, microbatch), microbatch)
+                detached = {name: (s.detach().clone(), w.detach().clone()) for name, (s, w) in metrics.items()}
+                detached["loss"] = (value.detach().clone(), torch.zeros_like(value))
+                return value * undo_means, detached
+
+            return self.model.run(microbatch), loss
+
+        per_microbatch = self._run_schedule(microbatches, forward_step)
+        metrics = self._reduce(per_microbatch)
+        learning_rate = optim.learning_rate(
+            self.optimizer_steps, self.total_steps, self.optimizer_config.lr, self.schedule
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        applied, grad_norm = False, math.nan
+        if math.isfinite(metrics["loss"]):
+            applied, grad_norm = optim.step(self.optimizer, self.optimizer_config.clip_grad)
+        self.optimizer_steps += 1
+        return StepResult(metrics, grad_norm, learning_rate, applied)
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Sequence[PackedMicrobatch], loss_function: LossFunction) -> dict[str, float]:
+        """The loss and its metrics without an update; the same on every rank."""
+
+        def forward_step(iterator: Any, model: Any) -> tuple[Tensor, Callable]:
+            microbatch = next(iterator)
+
+            def loss(model_output: Tensor, non_loss_data: bool = True) -> Metrics:
+                value, metrics = loss_function(self.outputs(model_output, microbatch), microbatch)
+                return {**metrics, "loss": (value, torch.zeros_like(value))}
+
+            return self.model.run(microbatch), loss
+
+        self.ddp.eval()
+        return self._reduce(self._run_schedule(microbatches, forward_step, forward_only=True))
+
+    @torch.no_grad()
+    def _forward(self, microbatches: Sequence[PackedMicrobatch], pick: Callable[[Any], Tensor]) -> list[Tensor]:
+        """One float32 tensor [T] per micro-batch, picked from the outputs; the same on every pipeline stage."""
+
+        def forward_step(iterator: Any, model: Any) -> tuple[Tensor, Callable]:
+            microbatch = next(iterator)
+
+            def collect(model_output: Tensor, non_loss_data: bool = True) -> Tensor:
+                return pick(self.outputs(model_output, microbatch)).float()
+
+            return self.model.run(microbatch), collect
+
+        self.ddp.eval()
+        collected = self._run_schedule(microbatches, forward_step, forward_only=True)
+        lengths = [m.num_tokens for m in microbatches]
+        flat = torch.cat(collected) if collected else torch.empty(sum(lengths), device=self.runtime.device)
+        self._from_last_stage(flat)
+        return list(flat.split(lengths))
+
+    def _run_schedule(
+        self, microbatches: Sequence[PackedMicrobatch], forward_step: Callable, forward_only: bool = False
+    ) -> list[Any]:
+        """What the last stage's loss functions returned, in order; empty on other stages."""
+        assert microbatches, "every data-parallel replica needs at least one micro-batch"
+        on_device = [m.to(self.runtime.device) for m in microbatches]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(on_device),
+            model=[self.ddp],
+            num_microbatches=len(on_device),
+            seq_length=max(m.num_tokens for m in on_device),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _reduce(self, per_microbatch: Sequence[Metrics]) -> dict[str, float]:
+        """Add sums and weights over micro-batches and replicas, divide, and tell every stage."""
+        names: list[list[str] | None] = [sorted(per_microbatch[0]) if per_microbatch else None]
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        if self.runtime.pp_size > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            dist.broadcast_object_list(names, src=last, group=group, device=self.runtime.device)
+        keys = names[0]
+        assert keys is not None
+        totals = torch.zeros(2, len(keys), dtype=torch.float64, device=self.runtime.device)
+        for metrics in per_microbatch:
+            for i, key in enumerate(keys):
+                for j in (0, 1):
+                    totals[j, i] += metrics[key][j].double()
+        if self.runtime.is_last_stage:
+            dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        self._from_last_stage(totals)
+        # A weight of zero says that the sum itself is the metric (a loss over a given denominator).
+        return {key: float(s / w if w else s) for key, s, w in zip(keys, *totals, strict=True)}
+
+    def _from_last_stage(self, tensor: Tensor) -> None:
+        if self.runtime.pp_size > 1:
+            dist.broadcast(
+                tensor,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+
+
+class Actor(Learner):
+    """The policy. Its outputs are (logprobs [T], entropy [T]) of the next token at the sampling temperature."""
+
+    def __init__(self, model: ActorModel, *args: Any, temperature: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self.temperature = temperature
+
+    def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Tensor]:
+        return vocab_parallel_logprobs(
+            model_output, microbatch.labels, self.model.arch.vocab_size, temperature=self.temperature
+        )
+
+    def logprobs(self, microbatches: Sequence[PackedMicrobatch]) -> list[Tensor]:
+        """Log-probability of each next token: one tensor [T] per micro-batch, on every rank of the replica."""
+        return self._forward(microbatches, lambda outputs: outputs[0])
+
+
+class Critic(Learner):
+    """The value function. Its outputs are values [T]: of the state in which the next token is chosen."""
+
+    model: CriticModel
+
+    def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch) -> Tensor:
+        return model_output
+
+    def values(self, microbatches: Sequence[PackedMicrobatch]) -> list[Tensor]:
+        """One tensor [T] per micro-batch, on every rank of the replica."""
+        return self._forward(microbatches, lambda outputs: outputs)

@@ -1,0 +1,192 @@
+"""Building the Megatron actor and critic of an architecture for this rank's tensor and pipeline position."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
+from megatron_vcppo.data.packing import PackedMicrobatch
+from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.mcore.hf_mapping import padded_vocab_size
+from megatron_vcppo.mcore.layers import block_spec, have_transformer_engine
+from megatron_vcppo.mcore.rope import inverse_frequencies
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch type of a configuration's dtype name."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+class PackedGPT(GPTModel):
+    """A GPTModel over one packed micro-batch; what the last stage does with the hidden states is ``readout``'s."""
+
+    kind: str
+
+    def __init__(self, config: TransformerConfig, arch: Architecture, *, tied: bool) -> None:
+        super().__init__(
+            config,
+            block_spec(config),
+            vocab_size=padded_vocab_size(arch.vocab_size, config.tensor_model_parallel_size),
+            max_sequence_length=arch.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=tied,
+            position_embedding_type="rope",
+        )
+        self.arch = arch
+        self.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(torch.cuda.current_device())
+
+    def run(self, microbatch: PackedMicrobatch) -> Tensor:
+        """Hidden states [T (/ tp with sequence parallelism), 1, hidden], or the readout on the last stage."""
+        longest = microbatch.max_seqlen
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=microbatch.cu_seqlens,
+            cu_seqlens_kv=microbatch.cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        return self(microbatch.token_ids[None], microbatch.position_ids[None], None, packed_seq_params=packed)
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return self.readout(hidden_states) if self.post_process else hidden_states
+
+    def readout(self, hidden_states: Tensor) -> Tensor:
+        raise AssertionError("a subclass says what it reads out")
+
+
+class ActorModel(PackedGPT):
+    """The policy: reads out logits [T, padded vocabulary / tp]."""
+
+    kind = "actor"
+
+    def __init__(self, config: TransformerConfig, arch: Architecture) -> None:
+        super().__init__(config, arch, tied=arch.tied)
+
+    def readout(self, hidden_states: Tensor) -> Tensor:
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden_states, weight=weight)
+        return logits.squeeze(1)
+
+
+class ValueHead(MegatronModule):
+    """hidden -> 1, the same on every tensor-parallel rank."""
+
+    def __init__(self, config: TransformerConfig, init_std: float) -> None:
+        super().__init__(config)
+        kwargs = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        self.weight = torch.nn.Parameter(torch.empty(1, config.hidden_size, **kwargs))
+        self.bias = torch.nn.Parameter(torch.zeros(1, **kwargs))
+        # A generator of its own: the head is the same in every layout.
+        weight = torch.empty(1, config.hidden_size).normal_(
+            std=init_std, generator=torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+        )
+        self.weight.data.copy_(weight)
+        for parameter in (self.weight, self.bias):
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.linear(hidden_states, self.weight, self.bias).squeeze(-1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, {}, sharded_offsets
+        )
+
+
+class CriticModel(PackedGPT):
+    """The critic: reads out values [T] in float32; no vocabulary projection."""
+
+    kind = "critic"
+
+    def __init__(self, config: TransformerConfig, arch: Architecture, init_std: float) -> None:
+        super().__init__(config, arch, tied=False)
+        if self.post_process:
+            del self.output_layer
+            self.value_head = ValueHead(config, init_std)
+
+    def readout(self, hidden_states: Tensor) -> Tensor:
+        values = self.value_head(hidden_states)
+        if self.config.sequence_parallel:
+            # Every rank computes the same loss from the gathered values: its gradient needs no sum.
+            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
+        return values.squeeze(1).float()
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        # GPTModel's own version asks for the output layer that a critic has not.
+        return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+
+
+def build_actor(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> ActorModel:
+    """The actor on this rank; its weights are undefined until a checkpoint is loaded."""
+    return ActorModel(transformer_config(arch, model, parallel), arch)
+
+
+def build_critic(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> CriticModel:
+    """The critic on this rank; its trunk is undefined until a checkpoint is loaded, its head is new."""
+    return CriticModel(transformer_config(arch, model, parallel), arch, model.init_std)
+
+
+def transformer_config(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """Megatron's configuration of this architecture and layout. Raises UserError if the layout does not fit."""
+    arch.check_parallel(parallel.tp, parallel.pp)
+    dtype = torch_dtype(model.dtype)
+    fused = have_transformer_engine()
+    recompute: dict[str, Any] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective"},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[parallel.recompute]
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        sequence_parallel=parallel.sequence_parallel,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        # Weights always come from a checkpoint, but only initialisation marks them as tensor-parallel, and the
+        # gradient norm counts unmarked ones on one rank only.
+        perform_initialization=True,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        # Packed micro-batches differ in length. The dispatcher's type is asked for even without experts.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        batch_p2p_comm=torch.cuda.is_available(),
+        # Without Transformer Engine or apex the fusions are jitted on first use, 5 to 25 s each, or missing.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=fused,
+        apply_rope_fusion=fused,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        **recompute,
+    )

@@ -1,0 +1,116 @@
+"""A rank's world: process groups, device, seeds. Started by anything that sets RANK, WORLD_SIZE and MASTER_*."""
+
+import datetime
+import os
+import random
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_vcppo.config.schema import ParallelConfig
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.mcore import cpu_shim
+
+# Megatron warns at import and for every model about parts that this project does not use.
+warnings.filterwarnings("ignore", module="megatron")
+cpu_shim.install()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this rank stands. ``dp`` counts model replicas; ``cp`` ranks of one replica share its sequences."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    cp_rank: int
+    tp_size: int
+    pp_size: int
+    dp_size: int
+    cp_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that logs and writes manifests."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+
+def device() -> torch.device:
+    """This process's compute device."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def start(parallel: ParallelConfig, seed: int, timeout_s: float) -> Runtime:
+    """Join the world and build tensor, pipeline, context and data-parallel groups; collective.
+
+    timeout_s bounds every collective from then on. Raises UserError if the sizes do not fit the number of ranks.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    model_ranks = parallel.tp * parallel.pp * parallel.cp
+    if world_size % model_ranks:
+        raise UserError(
+            f"parallel: tp {parallel.tp} × pp {parallel.pp} × cp {parallel.cp} × dp must divide {world_size} ranks; "
+            f"{model_ranks} does not"
+        )
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "nccl"
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=timeout_s))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+    )
+    seed_everything(seed)
+    return current()
+
+
+def current() -> Runtime:
+    """This rank's place in the world that ``start`` made."""
+    return Runtime(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        device=device(),
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy, torch and Megatron's per-rank generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def stop() -> None:
+    """Leave the world; collective in the ordinary case, safe to call twice."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
