@@ -21,9 +21,9 @@ def last_lines(path: Path, count: int = 12, limit_bytes: int = 16384) -> list[st
 class Follower:
     """Copies what is appended to a file to a stream, from a thread, until ``close``."""
 
-    def __init__(self, path: Path, stream: TextIO = sys.stdout, from_start: bool = True) -> None:
+    def __init__(self, path: Path, stream: TextIO | None = None, from_start: bool = True) -> None:
         self.path = path
-        self.stream = stream
+        self.stream = stream or sys.stdout
         self._position = 0 if from_start or not path.exists() else path.stat().st_size
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)

@@ -1,0 +1,21 @@
+"""vcppo run: the chain on this machine."""
+
+import argparse
+
+from slurm.local import run_chain
+from slurm.prepare import add_chain_arguments, prepare
+from slurm.run_folder import chosen_stages
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = subparsers.add_parser("run", help="run the chain on this machine, stage after stage")
+    add_chain_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Resolve the configuration, write it into the run folder, run what is not done."""
+    folder, config = prepare(args.config, args.overrides)
+    stages = chosen_stages(list(config.stages), args.first, args.last, args.only)
+    return run_chain(folder, config, stages)

@@ -1,0 +1,89 @@
+"""The chain on this machine: each stage's roles as processes, one stage after another."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from megatron_vcppo.config import Config
+from slurm import events
+from slurm.controller import SAVED_CODE, USER_ERROR_CODE, Unit
+from slurm.roles import ROLLOUT_STAGES, PROGRAMS, Programs, free_port, role_environment, trainer_ranks
+from slurm.run_folder import RunFolder
+from slurm.stage import run_stage
+
+
+def local_units(run: RunFolder, config: Config, stage: str, programs: Programs = PROGRAMS) -> list[Unit]:
+    """One process per trainer rank, and one rollout supervisor if the stage generates."""
+    env = role_environment(config)
+    ranks, port = trainer_ranks(config), str(free_port("127.0.0.1"))
+    units = []
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        log = f"trainer_{rank}.log"
+        units.append(
+            Unit(
+                *("trainer", rank, programs.trainer_command(run, stage), env | place, log),
+                shown_log=log if rank == 0 else None,
+                end_signal=signal.SIGKILL,
+            )
+        )
+    if stage in ROLLOUT_STAGES:
+        for node in range(config.cluster.rollout_nodes or config.cluster.trainer_nodes):
+            command = programs.rollout_command(run, stage, node)
+            restarts = config.cluster.rollout_restarts
+            units.append(Unit("rollout", node, command, env, f"rollout_{node}.log", restarts=restarts))
+    return units
+
+
+@contextmanager
+def stop_requests() -> Iterator[dict[str, int]]:
+    """Count the stop signals of this process: {"save": n}. The second Ctrl-C means at once."""
+    count = {"save": 0, "abort": 0}
+
+    def note(number: int, _: FrameType | None) -> None:
+        count["abort" if number == signal.SIGINT and count["save"] else "save"] += 1
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    before = [signal.signal(number, note) for number in numbers]
+    try:
+        yield count
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def run_chain(run: RunFolder, config: Config, stages: list[str], programs: Programs = PROGRAMS) -> int:
+    """Run the stages that are not done, in order; returns 0 or the exit code of the stage that did not finish."""
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    with stop_requests() as count:
+        for number, stage in enumerate(stages, 1):
+            head = f"[{number}/{len(stages)}] {stage}:"
+            if run.done(stage):
+                say(f"{head} done before, skipped")
+                continue
+            say(f"{head} starting on {trainer_ranks(config)} ranks, logs in {run.next_attempt(stage)}")
+            started = time.monotonic()
+            outcome = run_stage(
+                *(run, config, stage, lambda stage=stage: local_units(run, config, stage, programs)),
+                save_requested=lambda: count["save"] > 0,
+                abort_requested=lambda: count["abort"] > 0,
+                say=say,
+            )
+            seconds = time.monotonic() - started
+            if outcome.code == 0:
+                say(f"{head} done in {seconds:.1f} s")
+                continue
+            if outcome.code == SAVED_CODE:
+                say(f"{head} saved after {seconds:.1f} s; the same command goes on from there")
+            else:
+                hint = "mend it and run the same command again" if outcome.code == USER_ERROR_CODE else "see the log"
+                say(f"{head} failed after {seconds:.1f} s: {outcome.cause}; {hint}")
+            return outcome.code
+    events.append(run.path, "chain_done", stages=stages)
+    return 0

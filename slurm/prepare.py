@@ -1,0 +1,55 @@
+"""From a configuration file and overrides to a run folder that holds its resolved configuration."""
+
+import argparse
+import os
+from pathlib import Path
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.load import dump_config, load_config
+from megatron_vcppo.errors import UserError
+from slurm import events
+from slurm.run_folder import RunFolder
+
+
+def add_chain_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every command that starts stages."""
+    parser.add_argument("config", type=Path, help="configuration file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to override")
+    parser.add_argument("--from", dest="first", metavar="STAGE", help="start at this stage")
+    parser.add_argument("--until", dest="last", metavar="STAGE", help="stop after this stage")
+    parser.add_argument("--only", metavar="STAGE", help="this stage alone")
+
+
+def open_run(path: Path) -> tuple[RunFolder, Config]:
+    """An existing run and its configuration. UserError if the folder is not a run."""
+    run = RunFolder(path.absolute())
+    if not run.config.exists():
+        raise UserError(f"{path}: not a run folder: it has no {run.config.name}")
+    return run, load_config(run.config)
+
+
+def prepare(config_path: Path, overrides: list[str]) -> tuple[RunFolder, Config]:
+    """Resolve the configuration and write it into its run folder; a change from before becomes an event."""
+    config = load_config(config_path, overrides)
+    config.run.dir = str(Path(config.run.dir).absolute())
+    run = RunFolder(Path(config.run.dir))
+    write_config(run, config)
+    return run, config
+
+
+def write_config(run: RunFolder, config: Config) -> None:
+    """Write RUN/config.yaml: temporary name, rename. An unchanged file is left alone."""
+    text = dump_config(config)
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        before = run.config.read_text(encoding="utf-8") if run.config.exists() else None
+        if before == text:
+            return
+        temporary = run.config.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, run.config)
+    except OSError as error:
+        raise UserError(f"run.dir {run.path}: {error.strerror}") from None
+    if before is not None:
+        old, new = set(before.splitlines()), set(text.splitlines())
+        events.append(run.path, "config_changed", removed=sorted(old - new), added=sorted(new - old))

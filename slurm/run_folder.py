@@ -1,0 +1,84 @@
+"""A run's folder as the launcher sees it: which stages are done, how far they are, where their logs go."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.mcore.manifest import MANIFEST_NAME, verify_manifest
+
+CONFIG_NAME = "config.yaml"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and truths of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / CONFIG_NAME
+
+    def stage(self, name: str) -> Path:
+        return self.path / name
+
+    def rendezvous(self, stage: str) -> Path:
+        """Where the engines of a stage publish their addresses."""
+        return self.stage(stage) / "rendezvous"
+
+    def done(self, stage: str, checksums: bool = True) -> bool:
+        """True if the stage's manifest verifies; UserError if there is one that does not."""
+        if not (self.stage(stage) / MANIFEST_NAME).exists():
+            return False
+        verify_manifest(self.stage(stage), checksums)
+        return True
+
+    def attempts(self, stage: str) -> list[Path]:
+        """The log folders of a stage's attempts, oldest first."""
+        folders = (self.stage(stage) / "logs").glob("attempt_*")
+        return sorted(folders, key=lambda folder: int(folder.name.rsplit("_", 1)[1]))
+
+    def next_attempt(self, stage: str) -> Path:
+        """The log folder of the next attempt, not yet made."""
+        attempts = self.attempts(stage)
+        number = int(attempts[-1].name.rsplit("_", 1)[1]) + 1 if attempts else 1
+        return self.stage(stage) / "logs" / f"attempt_{number}"
+
+    def checkpoint_iteration(self, stage: str) -> int | None:
+        """Iteration of the newest checkpoint that has a manifest."""
+        complete = (self.stage(stage) / "checkpoints").glob(f"iter_*/{MANIFEST_NAME}")
+        return max((int(path.parent.name.rsplit("_", 1)[1]) for path in complete), default=None)
+
+    def metrics(self, stage: str, limit_bytes: int = 1 << 18) -> list[dict[str, Any]]:
+        """The last records of metrics.jsonl, as many as fit into ``limit_bytes``."""
+        try:
+            with (self.stage(stage) / "metrics.jsonl").open("rb") as file:
+                file.seek(0, 2)
+                start = max(0, file.tell() - limit_bytes)
+                file.seek(start)
+                lines = file.read().split(b"\n")[1 if start else 0 :]
+        except FileNotFoundError:
+            return []
+        records = []
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+        return records
+
+
+def chosen_stages(stages: list[str], first: str | None, last: str | None, only: str | None) -> list[str]:
+    """The part of the chain that --from, --until and --only name. UserError for a name that is not in the chain."""
+    for name in (first, last, only):
+        if name is not None and name not in stages:
+            raise UserError(f"stage {name!r} is not in this configuration's stages: {', '.join(stages)}")
+    if only is not None:
+        return [only]
+    start = stages.index(first) if first else 0
+    end = stages.index(last) + 1 if last else len(stages)
+    if start >= end:
+        raise UserError(f"--from {first} comes after --until {last} in stages: {', '.join(stages)}")
+    return stages[start:end]

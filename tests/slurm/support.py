@@ -1,0 +1,53 @@
+"""What the launcher's tests share: a small configuration, waiting with a deadline, looking for strays."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from megatron_vcppo.config import Config
+from slurm.run_folder import RunFolder
+
+
+def tiny_config(folder: Path, stages: tuple[str, ...] = ("sft",), ranks: int = 2, steps: int = 6) -> Config:
+    config = Config()
+    config.run.dir, config.run.timeout_s = str(folder), 30.0
+    config.model.hf = "unused"
+    config.stages = list(stages)
+    config.sft.train, config.sft.steps, config.sft.checkpoint.save_every = "unused", steps, 2
+    config.cluster.trainer_ranks, config.cluster.stop_grace_s = ranks, 2.0
+    return config
+
+
+def write_config(config: Config) -> RunFolder:
+    run = RunFolder(Path(config.run.dir))
+    run.path.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.structured(config), run.config)
+    return run
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+
+
+def processes_with(text: str) -> list[str]:
+    """Command lines of live processes (not this one) that contain a text, such as a test's own folder."""
+    found = []
+    for pid in (name for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()):
+        try:
+            line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if text in line:
+            found.append(f"{pid} {line}")
+    return found
+
+
+def result(run: RunFolder, stage: str = "sft") -> dict:
+    return json.loads((run.stage(stage) / "result.json").read_text())

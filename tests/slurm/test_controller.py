@@ -1,0 +1,170 @@
+"""The controller with real processes: exit codes, restarts, signals, and that nothing is left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from slurm.controller import SAVED_CODE, Unit, first_death, supervise
+from tests.slurm.support import processes_with, wait_until
+
+
+def python(role: str, index: int, code: str, **kwargs) -> Unit:
+    command = (sys.executable, "-S", "-c", textwrap.dedent(code))
+    return Unit(role, index, command, {}, f"{role}_{index}.log", **kwargs)
+
+
+def sleeper(tag: str, role: str = "trainer", index: int = 1) -> Unit:
+    return Unit(role, index, ("sleep", tag), {}, f"{role}_{index}.log", end_signal=signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_returns_zero_when_every_rank_is_done(tmp_path: Path) -> None:
+    outcome = supervise([python("trainer", n, "print('hello', flush=True)") for n in range(2)], tmp_path)
+    assert outcome.code == 0
+    assert (tmp_path / "trainer_1.log").read_text() == "hello\n"
+
+
+@pytest.mark.parametrize("code", [2, 75, 1])
+def test_returns_the_trainers_exit_code(tmp_path: Path, code: int) -> None:
+    assert supervise([python("trainer", 0, f"raise SystemExit({code})")], tmp_path).code == code
+
+
+def test_a_missing_program_is_named(tmp_path: Path) -> None:
+    outcome = supervise([Unit("trainer", 0, ("/no/such/program",), {}, "trainer_0.log")], tmp_path)
+    assert outcome.code == 127 and "/no/such/program: No such file" in outcome.details[0]
+
+
+def test_one_dead_rank_ends_the_group_and_is_named(tmp_path: Path) -> None:
+    dying = python("trainer", 1, "print('loss is NaN'); raise SystemExit(1)")
+    started = time.monotonic()
+    outcome = supervise([sleeper("7001.5", index=0), dying], tmp_path)
+    assert outcome.code == 1 and outcome.cause == "trainer 1 left with exit code 1"
+    assert outcome.details == ["loss is NaN"]
+    assert time.monotonic() - started < 5
+    assert not processes_with("sleep 7001.5")
+
+
+def test_a_kill_is_named_before_the_errors_that_follow_from_it() -> None:
+    units = [Unit("trainer", n, ("x",), {}, "x") for n in range(3)]
+    assert first_death([(units[0], 1), (units[2], 137), (units[1], 75)]) == (units[2], 137)
+    assert first_death([(units[0], 75), (units[1], 1)]) == (units[1], 1)
+
+
+def test_detached_grandchildren_die_with_their_rank(tmp_path: Path) -> None:
+    code = f"""
+        import subprocess
+        child = subprocess.Popen(["sleep", "7002.5"], start_new_session=True)
+        open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+    """
+    assert supervise([python("trainer", 0, code)], tmp_path / "logs").code == 0
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def test_nothing_is_left_when_the_controller_is_killed(tmp_path: Path) -> None:
+    code = f"""
+        import sys; sys.path.insert(0, {os.getcwd()!r})
+        from pathlib import Path
+        from slurm.controller import Unit, supervise
+        detached = "setsid sleep 7003.5 & sleep 7003.6"
+        supervise([Unit("trainer", 0, ("sh", "-c", detached), {{}}, "a.log")], Path({str(tmp_path)!r}))
+    """
+    controller = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
+    wait_until(lambda: len(processes_with("sleep 7003")) >= 3, "the ranks")
+    controller.kill()
+    controller.wait()
+    wait_until(lambda: not processes_with("sleep 7003"), "the guard to clean up", 5)
+
+
+def test_a_save_request_reaches_every_rank_and_gives_75(tmp_path: Path) -> None:
+    code = """
+        import signal, sys, time
+        signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75))
+        print("ready", flush=True)
+        time.sleep(60)
+    """
+    ready = threading.Event()
+
+    def watch_logs() -> None:
+        wait_until(lambda: all((tmp_path / f"trainer_{n}.log").exists() for n in range(2)), "logs")
+        wait_until(lambda: all("ready" in (tmp_path / f"trainer_{n}.log").read_text() for n in range(2)), "ranks")
+        ready.set()
+
+    threading.Thread(target=watch_logs, daemon=True).start()
+    outcome = supervise([python("trainer", n, code) for n in range(2)], tmp_path, save_requested=ready.is_set)
+    assert outcome.code == SAVED_CODE
+
+
+def test_a_rank_interrupted_while_it_starts_counts_as_saved(tmp_path: Path) -> None:
+    outcome = supervise([sleeper("7004.5", index=0)], tmp_path, save_requested=lambda: True)
+    assert outcome.code == SAVED_CODE
+
+
+def test_a_save_that_never_comes_is_bounded(tmp_path: Path) -> None:
+    code = "import signal, time; signal.signal(signal.SIGUSR2, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    log = tmp_path / "trainer_0.log"
+    outcome = supervise(
+        [python("trainer", 0, code, end_signal=signal.SIGKILL)],
+        tmp_path,
+        save_requested=lambda: log.exists() and "up" in log.read_text(),
+        save_timeout_s=0.5,
+    )
+    assert outcome.code == 1 and outcome.cause == "the trainer did not save within 0 s"
+
+
+def test_a_rollout_unit_that_dies_alone_is_started_again(tmp_path: Path) -> None:
+    life = tmp_path / "life"
+    rollout = f"""
+        import pathlib, sys, time
+        path = pathlib.Path({str(life)!r})
+        count = int(path.read_text()) + 1 if path.exists() else 1
+        path.write_text(str(count))
+        sys.exit(1) if count < 2 else time.sleep(60)
+    """
+    trainer = f"""
+        import pathlib, time
+        while not pathlib.Path({str(life)!r}).exists() or pathlib.Path({str(life)!r}).read_text() != "2":
+            time.sleep(0.05)
+    """
+    units = [python("trainer", 0, trainer), python("rollout", 0, rollout, restarts=2)]
+    assert supervise(units, tmp_path / "logs").code == 0
+
+
+def test_a_rollout_unit_that_dies_for_good_ends_the_attempt(tmp_path: Path) -> None:
+    units = [sleeper("7005.5", index=0), python("rollout", 0, "print('no GPU'); raise SystemExit(1)", restarts=0)]
+    outcome = supervise(units, tmp_path)
+    assert outcome.killed and "rollout 0 left with exit code 1 after 0 restarts" in outcome.cause
+    assert outcome.details == ["no GPU"] and not processes_with("sleep 7005.5")
+
+
+def test_a_rollout_user_error_is_not_retried(tmp_path: Path) -> None:
+    units = [sleeper("7006.5", index=0), python("rollout", 0, "raise SystemExit(2)", restarts=5)]
+    assert supervise(units, tmp_path).code == 2
+
+
+def test_rank_zero_is_shown_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    supervise([python("trainer", 0, "print('iteration 1')", shown_log="trainer_0.log")], tmp_path)
+    assert "iteration 1" in capsys.readouterr().out
+
+
+def test_events_survive_a_torn_line(tmp_path: Path) -> None:
+    from slurm import events
+
+    events.append(tmp_path, "one", stage="sft")
+    with (tmp_path / events.EVENTS_NAME).open("a") as file:
+        file.write('{"time": 1, "ev')
+    assert [event["event"] for event in events.read(tmp_path)] == ["one"]
+    assert json.loads((tmp_path / events.EVENTS_NAME).read_text().splitlines()[0])["stage"] == "sft"

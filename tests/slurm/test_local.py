@@ -1,0 +1,123 @@
+"""The chain on this machine with real gloo ranks: resume, skipping, crashes."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.errors import UserError
+from slurm import events
+from slurm.local import run_chain
+from slurm.roles import trainer_ranks
+from slurm.run_folder import RunFolder, chosen_stages
+from tests.slurm.conftest import TINY
+from tests.slurm.support import processes_with, result, tiny_config, wait_until, write_config
+
+
+def test_a_chain_runs_once_and_is_then_skipped(tiny_run: tuple[RunFolder, Config], capsys) -> None:
+    run, config = tiny_run
+    assert run_chain(run, config, ["sft"], TINY) == 0
+    assert result(run)["trained"] == [1, 2, 3, 4, 5, 6] and result(run)["total"] == 21
+    assert run_chain(run, config, ["sft"], TINY) == 0
+    assert "[1/1] sft: done before, skipped" in capsys.readouterr().out
+    assert len(run.attempts("sft")) == 1
+
+
+def test_a_damaged_stage_is_reported_not_skipped(tiny_run: tuple[RunFolder, Config]) -> None:
+    run, config = tiny_run
+    assert run_chain(run, config, ["sft"], TINY) == 0
+    next(run.stage("sft").glob("checkpoints/iter_0000006/weights.bin")).write_bytes(b"short")
+    with pytest.raises(UserError, match="weights.bin: 5 bytes, should be 1000"):
+        run_chain(run, config, ["sft"], TINY)
+
+
+def test_a_killed_rank_costs_at_most_the_work_since_the_checkpoint(tiny_run: tuple[RunFolder, Config]) -> None:
+    run, config = tiny_run
+    config.sft.steps = 12
+    config.cluster.environment["TINY_SECONDS"] = "0.1"
+    write_config(config)
+
+    def kill_rank_one() -> None:
+        wait_until(lambda: run.checkpoint_iteration("sft"), "a checkpoint")
+        for line in processes_with(str(run.config)):
+            pid = int(line.split()[0])
+            environment = Path(f"/proc/{pid}/environ").read_bytes() if "-S" not in line else b""
+            if b"\0RANK=1\0" in environment:
+                os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_rank_one)
+    killer.start()
+    code = run_chain(run, config, ["sft"], TINY)
+    killer.join()
+    assert code == 0 and result(run)["trained"] == list(range(1, 13)) and result(run)["total"] == 78
+    ends = [event for event in events.read(run.path) if event["event"] == "attempt_end"]
+    assert [end["code"] for end in ends] == [137, 0] and "trainer 1 was killed by SIGKILL" in ends[0]["cause"]
+
+
+def test_bad_data_ends_the_chain_with_code_2(tiny_run: tuple[RunFolder, Config], capsys) -> None:
+    run, config = tiny_run
+    config.sft.train = "bad"
+    write_config(config)
+    assert run_chain(run, config, ["sft"], TINY) == 2
+    assert "data.jsonl:7: sample has no response" in capsys.readouterr().out
+    assert len(run.attempts("sft")) == 1
+
+
+def test_term_saves_and_the_next_call_goes_on(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", steps=200)
+    config.sft.checkpoint.save_every = 1000
+    run = write_config(config)
+    code = f"""
+        import sys; sys.path.insert(0, {os.getcwd()!r})
+        from omegaconf import OmegaConf
+        from pathlib import Path
+        from megatron_vcppo.config import Config
+        from slurm.local import run_chain
+        from slurm.run_folder import RunFolder
+        from tests.slurm.conftest import TINY
+        run = RunFolder(Path({str(run.path)!r}))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(run.config)))
+        sys.exit(run_chain(run, config, ["sft"], TINY))
+    """
+    chain = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    wait_until(lambda: len(run.metrics("sft")) > 2, "iterations")
+    chain.send_signal(signal.SIGTERM)
+    out = chain.communicate(timeout=60)[0]
+    assert chain.returncode == 75 and "sft: saved after" in out
+    saved = run.checkpoint_iteration("sft")
+    assert saved and saved >= 3 and not processes_with(str(run.config))
+    config.sft.steps = saved + 2
+    write_config(config)
+    assert run_chain(run, config, ["sft"], TINY) == 0
+    assert result(run)["trained"] == list(range(1, saved + 3))
+
+
+def test_chosen_stages() -> None:
+    chain = ["sft", "value_pretrain", "ppo", "export"]
+    assert chosen_stages(chain, "value_pretrain", "ppo", None) == ["value_pretrain", "ppo"]
+    assert chosen_stages(chain, None, None, "ppo") == ["ppo"]
+    with pytest.raises(UserError, match="'pp' is not in this configuration's stages: sft"):
+        chosen_stages(chain, "pp", None, None)
+    with pytest.raises(UserError, match="--from ppo comes after --until sft"):
+        chosen_stages(chain, "ppo", "sft", None)
+
+
+def test_ranks_follow_from_the_layout_and_must_fit(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config.cluster.trainer_ranks = None
+    config.parallel.tp, config.parallel.pp = 2, 2
+    assert trainer_ranks(config) == 4
+    config.cluster.trainer_nodes, config.cluster.gpus_per_node = 2, 8
+    assert trainer_ranks(config) == 16
+    config.parallel.dp = 2
+    with pytest.raises(UserError, match="parallel.dp is 2, but 16 trainer ranks make 4 replicas"):
+        trainer_ranks(config)
+    config.parallel.dp, config.cluster.trainer_ranks = None, 6
+    with pytest.raises(UserError, match="6 trainer ranks do not divide into replicas of tp 2 × pp 2 × cp 1 = 4"):
+        trainer_ranks(config)
