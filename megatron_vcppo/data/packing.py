@@ -34,7 +34,7 @@ class PackedMicrobatch:
     labels: Tensor
     """[T] int64: the token that the output at t predicts, 0 where there is none."""
     fields: dict[str, Tensor]
-    """name → [T], aligned with ``labels``; bool if the name ends in "_mask", else float32; 0 where there is no label."""
+    """name → [T], aligned with ``labels``; bool if the name ends in "_mask", else float32; 0 where no label is."""
     sequence_index: tuple[int, ...]
     """For each packed sequence, in order, its index in the list that it came from."""
     lengths: tuple[int, ...]

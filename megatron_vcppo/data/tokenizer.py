@@ -1,0 +1,64 @@
+"""Where tokenizers are loaded and prompts become token ids: the one place, so that training and rollouts agree."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from megatron_vcppo.errors import UserError
+
+Messages = list[dict[str, Any]]
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in a Hugging Face checkpoint folder; never looks at the network.
+
+    Raises UserError if the folder or its tokenizer is missing or broken, or if it names no end-of-sequence token.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"model.hf: {path} is not a folder; it must be a Hugging Face checkpoint with a tokenizer")
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise UserError(f"{path} holds no tokenizer (tokenizer.json); copy it from the base model")
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # whatever transformers raises for a broken file, the user can only mend the folder
+        raise UserError(f"cannot load the tokenizer of {path}: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        transformers_logging.set_verbosity(level)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {path} has no eos_token; set it in tokenizer_config.json")
+    return tokenizer
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int]]:
+    """Token ids of each text; special: with the tokens that the tokenizer puts around a text, such as BOS."""
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, for_response: bool) -> str:
+    """The chat as text. for_response: followed by what opens an assistant turn.
+
+    Raises UserError if the tokenizer has no chat template, ValueError if the template refuses the messages.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("the data holds chat messages but the tokenizer has no chat_template; use a tokenizer with one")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_response))
+    except Exception as error:  # templates raise what they like (jinja2, KeyError, TypeError)
+        raise ValueError(f"the chat template refuses it: {' '.join(str(error).split())[:120]}") from error
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> tuple[str, bool]:
+    """A prompt as text, and whether the tokenizer's special tokens still have to be added.
+
+    A string is taken as it is; a list of messages goes through the chat template, which writes its own BOS.
+    """
+    if isinstance(prompt, str):
+        return prompt, True
+    return render_chat(tokenizer, prompt, for_response=True), False
