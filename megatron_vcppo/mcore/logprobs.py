@@ -47,7 +47,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
 
         sums = torch.zeros(3, len(labels), device=logits.device)  # Σ exp x, Σ x exp x, x of the label
         for rows in _row_chunks(len(labels), columns):
-            x = valid[rows].float().mul_(scale).sub_(peak[rows, None])
+            x = valid[rows].to(torch.float32, copy=True).mul_(scale).sub_(peak[rows, None])
             sums[2, rows] = torch.where(mine[rows], x.gather(1, local[rows, None]).squeeze(1), 0.0)
             e = x.exp()
             sums[0, rows] = e.sum(dim=1)
@@ -67,7 +67,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         columns, scale = ctx.columns, ctx.scale
         grad = torch.zeros_like(logits)
         for rows in _row_chunks(len(local), columns):
-            log_p = logits[rows, :columns].float().mul_(scale).sub_(log_norm[rows, None])
+            log_p = logits[rows, :columns].to(torch.float32, copy=True).mul_(scale).sub_(log_norm[rows, None])
             # Both terms are -p · (…): one pass.
             factor = grad_logprob[rows, None] + grad_entropy[rows, None] * (log_p + entropy[rows, None])
             g = log_p.exp_().mul_(factor).neg_()

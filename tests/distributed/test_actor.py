@@ -1,0 +1,178 @@
+"""The Megatron actor equals transformers, and itself under every layout: log-probs, losses, gradient norms, weights."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.data.packing import balance, pack_all, unpack_all
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.mcore.hf_load import load_hf
+from megatron_vcppo.mcore.learner import Actor
+from megatron_vcppo.mcore.model import build_actor
+from megatron_vcppo.records import Sequence
+from tests.helpers.distributed import run_distributed_test
+from tests.helpers.tiny_models import VOCAB_SIZE, save_tiny_model
+
+OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1)
+TOKENS_PER_MICROBATCH = 160
+
+
+def make_sequences(seed: int, count: int = 12) -> list[Sequence]:
+    generator = torch.Generator().manual_seed(seed)
+    sequences = []
+    for _ in range(count):
+        length = int(torch.randint(5, 60, (), generator=generator))
+        ids = torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist()
+        sequences.append(Sequence(tuple(ids), {"loss_mask": (0.0,) * 3 + (1.0,) * (length - 3)}))
+    return sequences
+
+
+def make_actor(folder: Path, parallel: ParallelConfig, dtype: str = "float32") -> Actor:
+    runtime.start(parallel, seed=1, timeout_s=60)
+    arch = Architecture.from_hf(folder)
+    model = build_actor(arch, ModelConfig(hf=str(folder), dtype=dtype), parallel)
+    load_hf(model, folder)
+    return Actor(model, parallel, OPTIMIZER, ScheduleConfig(), total_steps=10)
+
+
+def train(folder: Path, parallel: ParallelConfig, steps: int, dtype: str = "float32") -> dict[str, list[float]]:
+    """Loss, gradient norm and entropy of each step, then log-probs of a fixed batch under the new weights."""
+    actor = make_actor(folder, parallel, dtype)
+    history: dict[str, list[float]] = {"loss": [], "grad_norm": [], "entropy": []}
+    for seed in range(steps):
+        sequences = make_sequences(seed)
+        total = sum(sum(s.fields["loss_mask"]) for s in sequences)
+
+        def loss(outputs, microbatch, total=total):
+            logprobs, entropy = outputs
+            mask = microbatch.fields["loss_mask"].float()
+            return -(logprobs * mask).sum() / total, {"entropy": ((entropy * mask).sum(), mask.sum())}
+
+        mine = balance([len(s) for s in sequences], actor.runtime.dp_size)[actor.runtime.dp_rank]
+        result = actor.train_step(
+            pack_all([sequences[i] for i in mine], TOKENS_PER_MICROBATCH, multiple=parallel.tp), loss
+        )
+        assert result.applied
+        for name in ("loss", "entropy"):
+            history[name].append(result.metrics[name])
+        history["grad_norm"].append(result.grad_norm)
+    fixed = pack_all(make_sequences(99), TOKENS_PER_MICROBATCH, multiple=parallel.tp)
+    rows = unpack_all(fixed, actor.logprobs(fixed))
+    history["logprobs"] = [value for row in rows for value in row]
+    return history
+
+
+def reference_logprobs(folder: Path, sequences: list[Sequence]) -> list[torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    rows = []
+    with torch.no_grad():
+        for sequence in sequences:
+            ids = torch.tensor([sequence.token_ids])
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+            rows.append(logprobs.gather(1, ids[0, 1:, None])[:, 0])
+    return rows
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2, "pp": 2, "sequence_parallel": True}], ids=["1x1", "tp2pp2sp"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_logprobs_equal_transformers(tmp_path: Path, family: str, tied: bool, layout: dict) -> None:
+    folder = save_tiny_model(tmp_path / "hf", family, tied)
+    sequences = make_sequences(7)
+    parallel = ParallelConfig(**layout)
+
+    def body() -> list[list[float]]:
+        actor = make_actor(folder, parallel)
+        packed = pack_all(sequences, TOKENS_PER_MICROBATCH, multiple=parallel.tp)
+        return unpack_all(packed, actor.logprobs(packed))
+
+    for ours in run_distributed_test(body, parallel.tp * parallel.pp):
+        for row, reference in zip(ours, reference_logprobs(folder, sequences), strict=True):
+            assert (torch.tensor(row[1:]) - reference).abs().max() <= 1e-4
+
+
+def test_gradients_equal_transformers(tmp_path: Path) -> None:
+    """One AdamW step on the masked token loss: loss, gradient norm and new log-probs as with transformers and torch."""
+    folder = save_tiny_model(tmp_path / "hf")
+    ours = run_distributed_test(train, 4, folder, ParallelConfig(tp=2, pp=2), 1)[0]
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    sequences = make_sequences(0)
+    losses, total = [], 0.0
+    for sequence in sequences:
+        ids = torch.tensor([sequence.token_ids])
+        logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        losses.append(-logprobs[2:].sum())
+        total += len(sequence) - 3
+    loss = torch.stack(losses).sum() / total
+    loss.backward()
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    optimizer.step()
+    model.save_pretrained(tmp_path / "new")
+    new = torch.cat(
+        [torch.cat([torch.zeros(1), row]) for row in reference_logprobs(tmp_path / "new", make_sequences(99))]
+    )
+    assert ours["loss"][0] == pytest.approx(loss.item(), abs=1e-5)
+    assert ours["grad_norm"][0] == pytest.approx(grad_norm, abs=1e-4)
+    assert (torch.tensor(ours["logprobs"]) - new).abs().max() <= 1e-4
+
+
+LAYOUTS = {
+    "tp2": (2, {"tp": 2}),
+    "pp2": (2, {"pp": 2}),
+    "dp2-distributed-optimizer": (2, {"distributed_optimizer": True}),
+    "tp2pp2": (4, {"tp": 2, "pp": 2}),
+    "tp2pp2-sequence-parallel": (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
+    "tp2dp2-overlap-recompute": (4, {"tp": 2, "overlap": True, "recompute": "full", "sequence_parallel": True}),
+    "tp2pp2dp2-all": (
+        8,
+        {"tp": 2, "pp": 2, "sequence_parallel": True, "distributed_optimizer": True, "overlap": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_training_is_the_same_under_every_layout(tmp_path: Path, tied: bool) -> None:
+    folder = save_tiny_model(tmp_path / "hf", tied=tied)
+    reference = run_distributed_test(train, 1, folder, ParallelConfig(), 10)[0]
+    assert reference["loss"][0] > 1.0 and len(reference["loss"]) == 10
+    layouts = LAYOUTS if not tied else {name: LAYOUTS[name] for name in ("pp2", "tp2pp2dp2-all")}
+    for name, (world_size, layout) in layouts.items():
+        for ours in run_distributed_test(train, world_size, folder, ParallelConfig(**layout), 10, timeout_s=120):
+            for key, values in reference.items():
+                worst = max(abs(a - b) for a, b in zip(ours[key], values, strict=True))
+                limit = 1e-5 if key != "logprobs" else 1e-4  # AdamW's division magnifies float32 noise in weights
+                assert worst <= limit, f"{name}: {key} differs by {worst:.1e}"
+
+
+def test_bfloat16_trains(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "hf")
+    layout = ParallelConfig(tp=2, distributed_optimizer=True)
+    history = run_distributed_test(train, 4, folder, layout, 4, "bfloat16")[0]
+    reference = run_distributed_test(train, 1, folder, ParallelConfig(), 4)[0]
+    for ours, theirs in zip(history["loss"], reference["loss"], strict=True):
+        assert math.isclose(ours, theirs, rel_tol=0.01)
+
+
+def test_an_infinite_loss_changes_nothing(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "hf")
+
+    def body() -> tuple[bool, bool, float]:
+        actor = make_actor(folder, ParallelConfig(pp=2))
+        packed = pack_all(make_sequences(0), TOKENS_PER_MICROBATCH)
+        before = [p.detach().clone() for p in actor.model.parameters()]
+        result = actor.train_step(packed, lambda outputs, microbatch: (outputs[0].sum() * math.inf, {}))
+        same = all(torch.equal(a, b) for a, b in zip(before, actor.model.parameters(), strict=True))
+        return result.applied, same, actor.train_step(packed, lambda o, m: (-o[0].mean(), {})).grad_norm
+
+    for applied, same, grad_norm in run_distributed_test(body, 2):
+        assert not applied and same and math.isfinite(grad_norm)

@@ -1,0 +1,48 @@
+"""Random tiny Hugging Face models of every supported family, with weights wide enough that a mix-up shows."""
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+VOCAB_SIZE = 66
+FAMILIES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
+    "llama": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+}
+
+
+def save_tiny_model(folder: Path, family: str = "qwen2", tied: bool = False, seed: int = 0, **sizes: int) -> Path:
+    """Write config.json and model.safetensors of a random float32 model; returns the folder."""
+    config_class, model_class, extra = FAMILIES[family]
+    base = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    torch.manual_seed(seed)
+    model = model_class(config_class(**{**base, **extra, **sizes}, tie_word_embeddings=tied))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            mean = 1.0 if "norm" in name else 0.0
+            parameter.normal_(mean, 0.1 if parameter.dim() == 1 else 0.08)
+    model.save_pretrained(folder)
+    return folder
