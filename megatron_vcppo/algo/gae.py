@@ -1,0 +1,159 @@
+"""Decoupled generalised advantage estimation (VC-PPO, arXiv 2503.01491, Eq. 7-8), for long responses and gaps."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+# Below this many tokens, starting threads costs more than the kernel.
+_TOKENS_PER_THREAD = 1 << 16
+
+
+@torch.no_grad()
+def decoupled_gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    lam_actor: float | Tensor,
+    lam_critic: float | Tensor,
+    bootstrap_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantages with λ_actor and critic targets with λ_critic, in one pass.
+
+    With k running over the *valid* tokens of a row (gaps are stepped over, whatever they hold):
+
+        δ_k = r_k + γ V_{k+1} - V_k        A_k(λ) = δ_k + γ λ A_{k+1}(λ)
+        advantages = A(lam_actor)          returns = A(lam_critic) + V
+
+    rewards, values: [B, T] float32 or float64 (half precision is raised to float32); values[b, t] is the value of
+    the state in which token t is chosen. mask: bool [B, T], True on response tokens.
+    lam_actor, lam_critic: a number or [B] (length-adaptive λ). gamma: a number.
+    bootstrap_values: [B], value of the state after the last valid token, for responses that were cut; left out, or 0
+    in a row: the episode ends there.
+    Returns (advantages, returns) [B, T], 0 where masked. No gradient flows.
+
+    On the CPU each output is accumulated in float64 and rounded once. On other devices the same recursion is a
+    tensor scan in the inputs' own precision.
+    """
+    assert rewards.ndim == 2, f"rewards must be [B, T], not {tuple(rewards.shape)}"
+    assert rewards.shape == values.shape == mask.shape, (
+        f"rewards {tuple(rewards.shape)}, values {tuple(values.shape)} and mask {tuple(mask.shape)} differ"
+    )
+    assert mask.dtype == torch.bool, f"mask is {mask.dtype}, not bool"
+    dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
+    rewards, values = rewards.detach().to(dtype), values.detach().to(dtype)
+    num_rows = len(rewards)
+    bootstrap = values.new_zeros(num_rows) if bootstrap_values is None else bootstrap_values.detach()
+    run = _gae_kernel if rewards.device.type == "cpu" else gae_scan
+    return run(rewards, values, mask, gamma, _per_row(lam_actor, values), _per_row(lam_critic, values), bootstrap)
+
+
+def _per_row(lam: float | Tensor, values: Tensor) -> Tensor:
+    """λ as float64 [B] on the device of ``values``."""
+    lam = torch.as_tensor(lam, dtype=torch.float64, device=values.device)
+    assert lam.ndim == 0 or lam.shape == values.shape[:1], f"λ must be a number or [B], not {tuple(lam.shape)}"
+    return lam.expand(len(values))
+
+
+def _gae_kernel(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam_actor: Tensor,
+    lam_critic: Tensor,
+    bootstrap: Tensor,
+) -> tuple[Tensor, Tensor]:
+    # Imported here: it brings in a compiler, which ranks on GPUs do not need.
+    from megatron_vcppo.algo.gae_kernel import gae_rows
+
+    outputs = torch.empty(values.shape, dtype=values.dtype), torch.empty(values.shape, dtype=values.dtype)
+    arrays = [x.contiguous().numpy() for x in (rewards, values, mask, bootstrap.double())]
+    lams = [x.contiguous().numpy() for x in (lam_actor, lam_critic)]
+    arguments = (*arrays, float(gamma), *lams, *(x.numpy() for x in outputs))
+    num_threads = min(torch.get_num_threads(), len(values), values.numel() // _TOKENS_PER_THREAD)
+    if num_threads <= 1:
+        gae_rows(*arguments, 0, len(values))
+        return outputs
+    # Four blocks per thread even out rows of different lengths.
+    num_blocks = min(4 * num_threads, len(values))
+    borders = [len(values) * i // num_blocks for i in range(num_blocks + 1)]
+    with ThreadPoolExecutor(num_threads) as pool:
+        list(pool.map(lambda first, end: gae_rows(*arguments, first, end), borders[:-1], borders[1:]))
+    return outputs
+
+
+def gae_scan(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam_actor: Tensor,
+    lam_critic: Tensor,
+    bootstrap: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``decoupled_gae`` in tensor operations only: O(log T) of them, for accelerators. lam_*, bootstrap: [B].
+
+    What a token needs from its successor k+1 is one number, S_{k+1} = (1 - λ) V_{k+1} + λ R_{k+1}, because the
+    λ-return is R_k = r_k + γ S_{k+1}. So S_t = (1 - λ) V_t + λ r_t + γ λ S_{t+1} on valid tokens and S_t = S_{t+1} in
+    gaps: a linear scan with its shift built in, and no search for the next valid token.
+    """
+    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
+
+    def lam_returns(lam: Tensor) -> Tensor:
+        lam = lam.to(values.dtype)[:, None]
+        decays = torch.where(mask, gamma * lam, 1.0)
+        states = _scan_from_right(torch.lerp(values, rewards, lam), decays, bootstrap.to(values.dtype))
+        return states[:, 1:].mul(gamma).add_(rewards).masked_fill_(~mask, 0.0)
+
+    return lam_returns(lam_actor).sub_(values), lam_returns(lam_critic)
+
+
+def _scan_from_right(inputs: Tensor, decays: Tensor, last: Tensor) -> Tensor:
+    """S [B, T + 1] with S_t = inputs_t + decays_t · S_{t+1} and S_T = last [B]; inputs, decays: [B, T].
+
+    Pairs (2i, 2i + 1) make a scan of half the length, which gives S at even places; odd places follow in one step.
+    """
+    length = inputs.shape[1]
+    states = inputs.new_empty(len(inputs), length + 1)
+    states[:, length] = last
+    if length % 2:
+        length -= 1
+        last = states[:, length] = inputs[:, length] + decays[:, length] * last
+    if length:
+        left, right = (slice(0, length, 2), slice(1, length, 2))
+        inputs_right, decays_left, decays_right = inputs[:, right], decays[:, left], decays[:, right]
+        pairs = torch.addcmul(inputs[:, left], decays_left, inputs_right)
+        even = _scan_from_right(pairs, decays_left * decays_right, last)
+        states[:, 0:length:2] = even[:, :-1]
+        states[:, 1:length:2] = torch.addcmul(inputs_right, decays_right, even[:, 1:])
+    return states
+
+
+@torch.no_grad()
+def gae_reference(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    lam_actor: float | Tensor,
+    lam_critic: float | Tensor,
+    bootstrap_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The oracle: the definition of ``decoupled_gae``, token by token in Python floats. Returns float64 [B, T]."""
+    advantages = torch.zeros(rewards.shape, dtype=torch.float64)
+    returns = torch.zeros(rewards.shape, dtype=torch.float64)
+    for row in range(len(rewards)):
+        next_value = 0.0 if bootstrap_values is None else float(bootstrap_values[row])
+        lams = [float(lam[row]) if isinstance(lam, Tensor) and lam.ndim else float(lam) for lam in (lam_actor, lam_critic)]
+        running = [0.0, 0.0]
+        for t in reversed(mask[row].nonzero().flatten().tolist()):
+            value = float(values[row, t])
+            td_error = float(rewards[row, t]) + gamma * next_value - value
+            running = [td_error + gamma * lam * after for lam, after in zip(lams, running, strict=True)]
+            advantages[row, t], returns[row, t] = running[0], running[1] + value
+            next_value = value
+    return advantages, returns

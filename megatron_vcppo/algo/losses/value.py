@@ -1,0 +1,68 @@
+"""The critic's regression on returns."""
+
+import torch
+from torch import Tensor
+
+from megatron_vcppo.algo.losses.aggregation import masked_difference, weighted_loss
+from megatron_vcppo.algo.masked import check_finite
+from megatron_vcppo.algo.metrics import Metrics, mean_metric, moment_metrics, total_metric
+
+
+def value_loss(
+    values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    denominator: float,
+    weights: Tensor | None = None,
+    old_values: Tensor | None = None,
+    clip_value: float | None = None,
+    huber_delta: float | None = None,
+    check: bool = True,
+) -> tuple[Tensor, Metrics]:
+    """Σ w ½(V - R)² / denominator (VC-PPO, Algorithm 1). All tensors [B, T] or packed [N]; gradient to ``values``.
+
+    denominator, weights: see ``aggregation``. huber_delta δ: beyond |V - R| = δ linear, δ(|e| - δ/2).
+    clip_value c, with old_values: the larger of the losses at V and at old + clip(V - old, ±c), as in the PPO code;
+    the paper shows none. check: raise FloatingPointError on NaN or inf among valid tokens.
+
+    Metrics: value_loss; values, returns and value_errors (returns - values) with their squares, from whose means
+    ``metrics.explained_variance`` follows; value_clip_fraction.
+    """
+    assert (clip_value is None) == (old_values is None), "value clipping needs both clip_value and old_values"
+    if check:
+        check_finite(mask, values=values, returns=returns, old_values=old_values, weights=weights)
+    errors = masked_difference(values, returns, mask)
+    losses = _regression(errors, huber_delta)
+    metrics = {
+        **moment_metrics("values", values, mask),
+        **moment_metrics("returns", returns, mask),
+        **moment_metrics("value_errors", -errors, mask),
+    }
+    if clip_value is not None and old_values is not None:
+        moved = masked_difference(values, old_values, mask).clamp(-clip_value, clip_value)
+        clipped = _regression(masked_difference(old_values, returns, mask) + moved, huber_delta)
+        metrics["value_clip_fraction"] = mean_metric(clipped > losses, mask)
+        losses = torch.maximum(losses, clipped)
+    loss = weighted_loss(losses, mask, denominator, weights)
+    return loss, {"value_loss": total_metric(loss), **metrics}
+
+
+def bound_values(raw: Tensor, low: float, high: float) -> Tensor:
+    """A smooth map of the critic's output into (low, high), the range of rewards (bounded values: BPCO, 2608.23566).
+
+    middle + half · tanh((raw - middle) / half): slope 1 in the middle, so a pretrained critic keeps its values there.
+    Apply it wherever values are read: before GAE and before the loss. Any shape.
+    """
+    assert low < high, f"values cannot be bounded to ({low}, {high})"
+    middle, half = (low + high) / 2, (high - low) / 2
+    return middle + half * torch.tanh((raw - middle) / half)
+
+
+def _regression(errors: Tensor, huber_delta: float | None) -> Tensor:
+    if huber_delta is None:
+        return 0.5 * errors.square()
+    size = errors.abs()
+    # Quadratic in the part up to δ, linear in the rest.
+    inner = size.clamp(max=huber_delta)
+    return 0.5 * inner.square() + huber_delta * (size - inner)
