@@ -1,8 +1,10 @@
 """Supervised examples: prompt and response, or a chat, as token ids with the loss on what the model should say."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from megatron_vcppo.records import Sequence
 Progress = Callable[[int, float], None]
 """Called now and then with (samples read, fraction of the source read)."""
 
+_ARRAYS = ("token_ids", "loss_mask", "borders")
 _BATCH = 512  # samples that are tokenised in one call
 
 
@@ -48,6 +51,21 @@ class SftDataset:
 
     def __len__(self) -> int:
         return len(self._borders) - 1
+
+    def save(self, folder: Path) -> None:
+        """Write the arrays to a folder, replacing it; it has its name only when it is whole."""
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name in _ARRAYS:
+            np.save(temporary / f"{name}.npy", getattr(self, f"_{name}"))
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> "SftDataset":
+        """What ``save`` wrote, mapped rather than read: ranks on one node share the memory."""
+        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS))
 
     @property
     def lengths(self) -> np.ndarray:

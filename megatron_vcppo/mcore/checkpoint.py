@@ -3,7 +3,8 @@
 ``checkpoints/iter_0000120/`` holds one sub-folder per component ("actor", "critic"), each a complete
 dist_checkpointing folder with its own manifest, from which an export needs nothing else; ``state.json``; and a
 manifest over everything. It is written as ``.iter_0000120.tmp`` and renamed when all is there, so a kill in the middle
-of a save costs that save only. Random states are not saved: every step is seeded from (run seed, step).
+of a save costs that save only. There is no random state to save: nothing in a training step draws random numbers
+(no dropout), and the order of the data is a function of the seed and the number of samples seen.
 """
 
 import json

@@ -5,7 +5,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,18 +34,23 @@ def file_record(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(
-    folder: str | Path, meta: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]] | None = None
+    folder: str | Path,
+    meta: Mapping[str, Any],
+    known: Mapping[str, Mapping[str, Any]] | None = None,
+    only: Iterable[str] | None = None,
 ) -> None:
-    """Record every file below ``folder`` and mark it complete: temporary name, fsync, rename.
+    """Record the files below ``folder`` and mark it complete: temporary name, fsync, rename.
 
-    ``known`` gives the records (as ``file_record`` makes them) of files whose bytes were hashed while they were
+    ``only`` names the files and sub-folders that count; left out, all do. ``known`` gives the records (as ``file_record`` makes them) of files whose bytes were hashed while they were
     written; all others are read here. An earlier manifest is replaced.
     """
     folder = Path(folder)
     known = known or {}
+    roots = [folder] if only is None else [folder / name for name in only]
     names = sorted(
         path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
+        for root in roots
+        for path in (root.rglob("*") if root.is_dir() else [root])
         if path.is_file() and path != folder / MANIFEST_NAME
     )
     unknown = [name for name in names if name not in known]

@@ -1,9 +1,11 @@
 """A rank's world: process groups, device, seeds. Started by anything that sets RANK, WORLD_SIZE and MASTER_*."""
 
 import datetime
+import itertools
 import os
 import random
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +22,9 @@ cpu_shim.install()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+
+
+_on_main_calls = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,38 @@ def current() -> Runtime:
         cp_size=parallel_state.get_context_parallel_world_size(),
         device=device(),
     )
+
+
+def on_main(work: Callable[[Callable[[], None]], None], what: str, timeout_s: float) -> None:
+    """Run ``work`` on the main rank while the others wait; collective.
+
+    work is given a function to call whenever it has got on. The others wait as long as that happens at least every
+    ``timeout_s``; then they raise TimeoutError naming ``what``. If the main rank raises, its process ends, and the
+    others are ended by whoever started them, or by their deadline.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    key = f"on_main/{next(_on_main_calls)}"
+    if dist.get_rank() == 0:
+        work(lambda: store.add(f"{key}/beats", 1))
+        store.set(key, "done")
+        return
+    seen = -1
+    while True:
+        try:
+            store.wait([key], datetime.timedelta(seconds=timeout_s))
+            return
+        except dist.DistStoreError:
+            beats = store.add(f"{key}/beats", 0)
+            if beats == seen:
+                raise TimeoutError(f"{what} on rank 0 has made no progress for {timeout_s:.0f} s") from None
+            seen = beats
+
+
+def any_rank(flag: bool) -> bool:
+    """True if any rank says so; collective."""
+    vote = torch.tensor([int(flag)], device=device())
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return bool(vote.item())
 
 
 def seed_everything(seed: int) -> None:

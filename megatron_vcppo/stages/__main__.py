@@ -1,0 +1,38 @@
+"""One rank of one stage: ``python -m megatron_vcppo.stages STAGE --config RUN/config.yaml``.
+
+Light on purpose: checkpoint writers are spawned processes that import this module again.
+"""
+
+import sys
+
+
+def main() -> int:
+    """Run the stage named on the command line; returns the exit code."""
+    import argparse
+    import importlib
+    import os
+
+    from megatron_vcppo.config.load import load_config
+    from megatron_vcppo.errors import UserError
+    from megatron_vcppo.stages.stage import SAVED, Saved, listen_for_stop
+
+    parser = argparse.ArgumentParser(prog="python -m megatron_vcppo.stages", description=__doc__)
+    parser.add_argument("stage")
+    parser.add_argument("--config", required=True)
+    arguments = parser.parse_args()
+    listen_for_stop()
+    try:
+        config = load_config(arguments.config)
+        importlib.import_module(f"megatron_vcppo.stages.{arguments.stage}").run(config)
+    except UserError as error:
+        print(f"vcppo: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except Saved as saved:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{arguments.stage}: {saved}", flush=True)
+        return SAVED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

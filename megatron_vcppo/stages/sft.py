@@ -1,0 +1,153 @@
+"""Supervised fine-tuning: the cold start of the actor. Loss on responses only, packed, exactly resumable."""
+
+import math
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.data.order import EpochOrder
+from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack, pack_all
+from megatron_vcppo.data.sft import SftDataset, SftKeys, load_sft_dataset
+from megatron_vcppo.data.tokenizer import load_tokenizer
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.mcore.checkpoint import CheckpointFolder
+from megatron_vcppo.mcore.hf_load import load_hf
+from megatron_vcppo.mcore.learner import Actor, Metrics
+from megatron_vcppo.mcore.model import build_actor
+from megatron_vcppo.records import Sequence
+from megatron_vcppo.report.metrics import MetricsLog
+from megatron_vcppo.report.progress import Progress
+from megatron_vcppo.stages.stage import Saved, mark_done, stage_folder, stop_requested
+
+
+def run(config: Config) -> None:
+    """Fine-tune model.hf on sft.train; leaves RUN/sft/checkpoints. Raises Saved if asked to stop."""
+    settings, folder = config.sft, stage_folder(config, "sft")
+    world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    train = shared_dataset(config, folder, settings.train, "train")
+    validation = shared_dataset(config, folder, settings.validation, "validation") if settings.validation else None
+    order = EpochOrder(len(train), config.run.seed, settings.train)
+    total_steps = settings.steps or math.ceil(settings.epochs * len(train) / settings.batch_size)
+
+    arch = Architecture.from_hf(config.model.hf)
+    model = build_actor(arch, config.model, config.parallel)
+    load_hf(model, config.model.hf)
+    actor = Actor(model, config.parallel, settings.optimizer, settings.schedule, total_steps)
+    checkpoints = CheckpointFolder(
+        folder / "checkpoints", Path(config.model.hf), settings.checkpoint.keep_last, settings.checkpoint.async_save
+    )
+    resumed = checkpoints.resume({"actor": actor})
+    step = 0
+    if resumed is not None:
+        step = resumed.iteration
+        order.load_state_dict(resumed.state["order"])
+    log = MetricsLog(folder, config, "sft", resume_iteration=step) if world.is_main else None
+    progress = Progress("sft", total_steps, start=step, unit="tok") if world.is_main else None
+
+    saved_step = step
+    while step < total_steps:
+        started = time.monotonic()
+        batch = [train[index] for _, index in order.next(settings.batch_size)]
+        microbatches = microbatches_of_replica(batch, config, world)
+        num_loss_tokens = sum(sum(s.fields["loss_mask"]) for s in batch)
+        result = actor.train_step(microbatches, TokenLoss(num_loss_tokens))
+        step += 1
+        if not result.applied:
+            raise UserError(
+                f"sft: loss or gradient of step {step} is not finite (loss {result.metrics['loss']}, gradient norm "
+                f"{result.grad_norm}); lower sft.optimizer.lr (now {settings.optimizer.lr}) and resume"
+            )
+        last = step == total_steps
+        metrics = {
+            "sft/loss": result.metrics["loss"],
+            "sft/entropy": result.metrics["entropy"],
+            "sft/grad_norm": result.grad_norm,
+            "sft/learning_rate": result.learning_rate,
+            "sft/epoch": order.samples_seen / len(train),
+        }
+        if validation and (last or (settings.validate_every and step % settings.validate_every == 0)):
+            metrics |= {f"sft/validation_{k}": v for k, v in validate(actor, validation, config, world).items()}
+        num_tokens = sum(len(sequence) for sequence in batch)
+        seconds = time.monotonic() - started
+        metrics |= {"time/step_s": seconds, "sft/tokens_per_s": num_tokens / seconds}
+        if log is not None and progress is not None:
+            log.log(step, metrics)
+            progress.update(step, num_tokens, {"loss": result.metrics["loss"], "lr": result.learning_rate})
+        checkpoints.poll()
+        stop = runtime.any_rank(stop_requested())
+        if last or stop or step % settings.checkpoint.save_every == 0:
+            checkpoints.save(step, {"actor": actor}, {"order": order.state_dict()})
+            saved_step = step
+        if stop and not last:
+            checkpoints.finish()
+            raise Saved(f"asked to stop: saved at step {saved_step} of {total_steps}")
+    checkpoints.finish()
+    if world.is_main:
+        mark_done(folder, checkpoint=folder / "checkpoints" / f"iter_{total_steps:07d}")
+    runtime.stop()
+
+
+class TokenLoss:
+    """Mean negative log-probability of the response tokens of a global batch."""
+
+    def __init__(self, num_loss_tokens: float) -> None:
+        """num_loss_tokens: over the whole batch, all replicas."""
+        self.num_loss_tokens = num_loss_tokens
+
+    def __call__(self, outputs: tuple[Tensor, Tensor], microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
+        """outputs: (logprobs [T], entropy [T])."""
+        logprobs, entropy = outputs
+        mask = microbatch.fields["loss_mask"]
+        loss = -torch.where(mask, logprobs, 0.0).sum() / self.num_loss_tokens
+        return loss, {"entropy": (torch.where(mask, entropy.detach(), 0.0).sum(), mask.sum())}
+
+
+def validate(actor: Actor, dataset: SftDataset, config: Config, world: runtime.Runtime) -> dict[str, float]:
+    """Loss over the whole validation set; the same on every rank."""
+    sequences = [dataset[index] for index in range(len(dataset))]
+    microbatches = microbatches_of_replica(sequences, config, world)
+    return actor.evaluate(microbatches, TokenLoss(dataset.num_loss_tokens))
+
+
+def microbatches_of_replica(
+    batch: Items[Sequence], config: Config, world: runtime.Runtime
+) -> list[PackedMicrobatch]:
+    """This data-parallel replica's share of a global batch, balanced by length and packed to the token budget."""
+    mine = [batch[i] for i in balance([len(s) for s in batch], world.dp_size)[world.dp_rank]]
+    multiple = config.parallel.tp if config.parallel.sequence_parallel else 1
+    if not mine:
+        return [pack([], [], multiple, field_names=list(batch[0].fields))]
+    return pack_all(mine, config.parallel.tokens_per_microbatch, multiple)
+
+
+def shared_dataset(config: Config, folder: Path, source: str, name: str) -> SftDataset:
+    """Tokenise once, on the main rank, into RUN/sft/data; every rank maps the arrays. Collective."""
+    path = folder / "data" / name
+
+    def tokenise(beat: Callable[[], None]) -> None:
+        keys = SftKeys(config.sft.prompt_key, config.sft.response_key, config.sft.messages_key)
+        tokenizer = load_tokenizer(config.model.hf)
+        with Progress(f"tokenise {name}", 100, unit="samples") as progress:
+            seen = 0
+
+            def on_progress(num_samples: int, fraction: float) -> None:
+                nonlocal seen
+                progress.update(int(100 * fraction), num_samples - seen)
+                seen = num_samples
+                beat()
+
+            dataset, report = load_sft_dataset(
+                source, tokenizer, config.model.max_length, config.sft.bad_samples, keys, on_progress=on_progress
+            )
+        print(report, flush=True)
+        dataset.save(path)
+
+    runtime.on_main(tokenise, f"tokenising {source}", config.run.timeout_s)
+    return SftDataset.load(path)

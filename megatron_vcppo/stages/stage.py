@@ -1,0 +1,78 @@
+"""What every stage has: a folder, a request to stop, what came before it, and a manifest when it is done."""
+
+import signal
+import threading
+from pathlib import Path
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.mcore.manifest import MANIFEST_NAME, read_manifest, write_manifest
+
+SAVED = 75
+"""Exit code of a rank that was asked to stop and has saved: run the stage again (EX_TEMPFAIL of sysexits.h)."""
+
+ACTOR_STAGES = ("sft", "ppo")
+"""Stages that leave an actor for the next ones."""
+
+_stop = threading.Event()
+
+
+class Saved(Exception):
+    """Ends a stage that saved because it was asked to stop."""
+
+
+def listen_for_stop() -> None:
+    """From now on USR2 and TERM only set a flag: a handler must not save, the loop does at its next boundary."""
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, lambda *_: _stop.set())
+
+
+def stop_requested() -> bool:
+    """Whether this rank was asked to stop; the ranks must agree on it before they act (runtime.any_rank)."""
+    return _stop.is_set()
+
+
+def stage_folder(config: Config, stage: str) -> Path:
+    """RUN/STAGE, made if it is not there."""
+    folder = Path(config.run.dir) / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def mark_done(folder: Path, checkpoint: Path | None = None, outputs: tuple[str, ...] = ()) -> None:
+    """Write the stage's manifest over its outputs: the last checkpoint and named files or folders. Main rank only."""
+    known = {}
+    meta = {}
+    only = list(outputs)
+    if checkpoint is not None:
+        name = checkpoint.relative_to(folder).as_posix()
+        only.append(name)
+        meta["checkpoint"] = name
+        known = {f"{name}/{file}": record for file, record in read_manifest(checkpoint)["files"].items()}
+    write_manifest(folder, meta, known=known, only=only)
+
+
+def last_checkpoint(config: Config, stage: str, component: str) -> Path | None:
+    """The component's folder in the final checkpoint of a finished earlier stage, None if it has not run."""
+    folder = Path(config.run.dir) / stage
+    if not (folder / MANIFEST_NAME).exists():
+        return None
+    meta = read_manifest(folder)["meta"]
+    path = folder / meta["checkpoint"] / component
+    return path if path.is_dir() else None
+
+
+def actor_before(config: Config, stage: str) -> Path | None:
+    """The newest actor that the stages before this one left: a checkpoint's component folder.
+
+    None if there is no such stage in the chain: then model.hf itself is the actor. Raises UserError if there is one
+    but it is not done.
+    """
+    position = config.stages.index(stage) if stage in config.stages else len(config.stages)
+    for earlier in reversed(config.stages[:position]):
+        if earlier in ACTOR_STAGES:
+            found = last_checkpoint(config, earlier, "actor")
+            if found is None:
+                raise UserError(f"stage {stage} needs the actor of stage {earlier}, which is not done: run it first")
+            return found
+    return None
