@@ -1,0 +1,91 @@
+"""A Hugging Face folder to a Megatron checkpoint, as tp × pp ranks would have saved it. One process, no model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.mcore.convert import plan
+from megatron_vcppo.mcore.convert.copying import Job, Matrix, Progress, scatter
+from megatron_vcppo.mcore.convert.dist_format import write_frame
+from megatron_vcppo.mcore.convert.folders import copy_small_files, new_folder
+from megatron_vcppo.mcore.convert.safetensors_files import TensorInFile, check_shapes, read_folder
+from megatron_vcppo.mcore.hf_mapping import Parameter, checkpoint_key, hf_shapes, parameters
+from megatron_vcppo.mcore.manifest import write_manifest
+
+_TIED_COPY = "lm_head.weight"
+
+
+def import_hf(hf: Path, out: Path, tp: int, pp: int, progress: Progress | None = None) -> Architecture:
+    """Write a weights-only checkpoint of the model in ``hf`` to the new folder ``out``; the dtypes stay as they are.
+
+    UserError: an unsupported model, weights that do not match config.json, an output folder in use.
+    """
+    hf, out = Path(hf), Path(out)
+    arch = Architecture.from_hf(hf)
+    arch.check_parallel(tp, pp)
+    tensors = read_folder(hf)
+    table = parameters(arch, tp)
+    shapes = hf_shapes(table)
+    check_shapes(hf, tensors, shapes, ignored=_redundant(hf, arch, tensors))
+    dtypes = _dtypes(hf, table, tensors)
+    total_bytes = sum(tensors[name].num_bytes for name in shapes)
+    with new_folder(out, needed_bytes=total_bytes) as folder:
+        copy_small_files(hf, folder / "hf")
+        planned = [plan.new_chunks(parameter, dtypes[parameter.name], arch, tp, pp) for parameter in table]
+        written = iter(write_frame(folder, [chunk for chunks in planned for chunk in chunks]))
+
+        def jobs() -> Iterator[Job]:
+            for parameter, chunks in zip(table, planned, strict=True):
+                places = [next(written) for _ in chunks]
+                wide = {
+                    name: Matrix(tensors[name].path, tensors[name].offset, tensors[name].row_bytes)
+                    for name in parameter.hf_names
+                }
+                yield from plan.jobs(parameter, places, dtypes[parameter.name].itemsize, wide)
+
+        scatter(jobs(), total_bytes, progress)
+        meta = {
+            "kind": "actor",
+            "architecture": arch.to_dict(),
+            "dtype": arch.dtype,
+            "tp": tp,
+            "pp": pp,
+            "iteration": 0,
+        }
+        write_manifest(folder, meta)
+    return arch
+
+
+def _redundant(hf: Path, arch: Architecture, tensors: dict[str, TensorInFile]) -> set[str]:
+    """Tensors that may be there without belonging to the model: old rotary buffers, a tied output layer's copy."""
+    names = {name for name in tensors if name.endswith(".rotary_emb.inv_freq")}
+    if arch.tied and _TIED_COPY in tensors:
+        first, second = (_bytes(tensors[name]) for name in ("model.embed_tokens.weight", _TIED_COPY))
+        if not np.array_equal(first, second):
+            raise UserError(
+                f"{hf}: config.json ties the output layer to the embedding, but {_TIED_COPY} differs from it; "
+                "set tie_word_embeddings to false or remove the tensor"
+            )
+        names.add(_TIED_COPY)
+    return names
+
+
+def _bytes(tensor: TensorInFile) -> np.ndarray:
+    return np.memmap(tensor.path, np.uint8, "r", tensor.offset, tensor.num_bytes)
+
+
+def _dtypes(hf: Path, table: list[Parameter], tensors: dict[str, TensorInFile]) -> dict[str, torch.dtype]:
+    """Each parameter's dtype. Layers are stacked under one key of the checkpoint, which has one dtype."""
+    per_key: dict[str, dict[torch.dtype, str]] = {}
+    for parameter in table:
+        seen = per_key.setdefault(checkpoint_key(parameter.name)[0], {})
+        seen.update({tensors[name].dtype: name for name in parameter.hf_names})
+    problems = [seen for seen in per_key.values() if len(seen) > 1]
+    if problems:
+        lines = ("  " + ", ".join(f"{name} is {dtype}" for dtype, name in seen.items()) for seen in problems)
+        raise UserError(f"{hf}: tensors that Megatron stacks have different dtypes:\n" + "\n".join(lines))
+    return {parameter.name: next(iter(per_key[checkpoint_key(parameter.name)[0]])) for parameter in table}
