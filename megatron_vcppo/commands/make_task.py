@@ -1,0 +1,114 @@
+"""``vcppo make-task``: base model, SFT data and prompts of the synthetic long chain-of-thought tasks."""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_vcppo.errors import UserError
+
+_DONE = "make_task.json"
+_DATA_SETTINGS = ("task", "steps", "mistake_rate", "demonstrations", "validation", "prompts", "test", "seed")
+_MODEL_SETTINGS = ("family", "layers", "width", "head_size", "max_length")
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "make-task",
+        description="Writes OUT/base_model (Hugging Face checkpoint with tokenizer), sft_train.jsonl, "
+        "sft_validation.jsonl, prompts_train.jsonl, prompts_test.jsonl. Test prompts are never training prompts.",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="folder to write; it must not exist")
+    parser.add_argument("--task", nargs="+", default=["running_sum"], help="running_sum, list_ops, search; or several")
+    parser.add_argument("--steps", nargs=2, type=int, metavar=("MIN", "MAX"), help="difficulty: steps of a solution")
+    parser.add_argument("--mistake-rate", type=float, default=0.2, help="probability of a wrong step (0.2)")
+    parser.add_argument("--demonstrations", type=int, default=30_000, help="SFT samples per task (30000)")
+    parser.add_argument("--validation", type=int, default=500, help="SFT validation samples per task (500)")
+    parser.add_argument("--prompts", type=int, default=20_000, help="PPO prompts per task (20000)")
+    parser.add_argument("--test", type=int, default=512, help="held-out prompts per task (512)")
+    parser.add_argument("--family", choices=("qwen2", "qwen3", "llama"), default="qwen2", help="architecture (qwen2)")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the base model (2)")
+    parser.add_argument("--width", type=int, default=64, help="hidden size of the base model (64)")
+    parser.add_argument("--head-size", type=int, default=32, help="size of an attention head (32)")
+    parser.add_argument("--max-length", type=int, default=1024, help="positions of the base model (1024)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write everything to a temporary folder and rename it; a finished folder with the same settings is kept."""
+    out: Path = args.out
+    settings = {name: getattr(args, name) for name in _DATA_SETTINGS + _MODEL_SETTINGS}
+    if out.exists():
+        done = out / _DONE
+        if done.is_file() and json.loads(done.read_text())["settings"] == settings:
+            print(f"{out} is already made with these settings")
+            return 0
+        raise UserError(f"{out} exists; remove it or choose another --out")
+    _check(args)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    counts = _write_data(args, partial)
+
+    from megatron_vcppo.tasks.base_model import write_base_model  # imports torch and transformers
+
+    num_parameters = write_base_model(
+        partial / "base_model", args.family, args.layers, args.width, args.head_size, args.max_length, args.seed
+    )
+    record = {"settings": settings, "rows": counts, "parameters": num_parameters}
+    (partial / _DONE).write_text(json.dumps(record, indent=1) + "\n")
+    partial.rename(out)
+    print(
+        f"{out}: base model with {num_parameters:,} parameters; " + ", ".join(f"{n:,} {k}" for k, n in counts.items())
+    )
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    from megatron_vcppo.tasks.generate import get_task
+
+    for name in args.task:
+        task = get_task(name)
+        low, high = args.steps or task.default_steps
+        if not 1 <= low <= high <= task.max_steps:
+            raise UserError(f"--steps {low} {high}: task {name} takes 1 ≤ MIN ≤ MAX ≤ {task.max_steps}")
+    if args.width % args.head_size or args.head_size % 2:
+        raise UserError(f"--width {args.width} must be a multiple of an even --head-size, which is {args.head_size}")
+    for key in ("demonstrations", "validation", "prompts", "test", "layers"):
+        if getattr(args, key) < 1:
+            raise UserError(f"--{key} must be at least 1")
+    if not 0 <= args.mistake_rate <= 1:
+        raise UserError(f"--mistake-rate {args.mistake_rate} is no probability")
+
+
+def _write_data(args: argparse.Namespace, folder: Path) -> dict[str, int]:
+    """The four JSONL files; tasks are interleaved row by row. Returns file → rows."""
+    from megatron_vcppo.tasks.base import Style
+    from megatron_vcppo.tasks.generate import demonstration_rows, get_task, prompt_rows
+
+    tasks = [get_task(name) for name in args.task]
+    steps = {task.name: tuple(args.steps or task.default_steps) for task in tasks}
+    style = Style(mistake_rate=args.mistake_rate)
+    seed = args.seed
+    files = {
+        "sft_train": [demonstration_rows(t, "train", steps[t.name], seed, args.demonstrations, style) for t in tasks],
+        "sft_validation": [
+            demonstration_rows(t, "validation", steps[t.name], seed, args.validation, style) for t in tasks
+        ],
+        "prompts_train": [prompt_rows(t, "train", steps[t.name], seed, args.prompts) for t in tasks],
+        "prompts_test": [prompt_rows(t, "test", steps[t.name], seed, args.test, unique=True) for t in tasks],
+    }
+    return {name: _write_rows(folder / f"{name}.jsonl", streams) for name, streams in files.items()}
+
+
+def _write_rows(path: Path, streams: list[Iterator[dict[str, str]]]) -> int:
+    count = 0
+    with path.open("w") as file:
+        for rows in zip(*streams, strict=True):
+            for row in rows:
+                file.write(json.dumps(row) + "\n")
+                count += 1
+    return count
