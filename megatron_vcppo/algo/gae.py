@@ -148,7 +148,7 @@ def gae_reference(
     returns = torch.zeros(rewards.shape, dtype=torch.float64)
     for row in range(len(rewards)):
         next_value = 0.0 if bootstrap_values is None else float(bootstrap_values[row])
-        lams = [float(lam[row]) if isinstance(lam, Tensor) and lam.ndim else float(lam) for lam in (lam_actor, lam_critic)]
+        lams = [float(_per_row(lam, values)[row]) for lam in (lam_actor, lam_critic)]
         running = [0.0, 0.0]
         for t in reversed(mask[row].nonzero().flatten().tolist()):
             value = float(values[row, t])

@@ -6,7 +6,19 @@ import numpy as np
 
 # nogil: the caller runs one call per block of rows in threads. contract: allow fused multiply-add.
 @numba.njit(nogil=True, fastmath={"contract"})
-def gae_rows(rewards, values, mask, bootstrap, gamma, lam_actor, lam_critic, advantages, returns, first, end):
+def gae_rows(
+    rewards: np.ndarray,
+    values: np.ndarray,
+    mask: np.ndarray,
+    bootstrap: np.ndarray,
+    gamma: float,
+    lam_actor: np.ndarray,
+    lam_critic: np.ndarray,
+    advantages: np.ndarray,
+    returns: np.ndarray,
+    first: int,
+    end: int,
+) -> None:
     """Fill rows first … end - 1 of ``advantages`` and ``returns`` [B, T].
 
     Accumulates in float64 whatever the type of the arrays, so that each output is rounded once. The branch on the

@@ -52,9 +52,8 @@ def to_vector(metrics: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
 
 def from_vector(vector: Tensor, like: Mapping[str, tuple[Tensor, Tensor]]) -> Metrics:
     """Undo ``to_vector``; ``like`` has the names and shapes."""
-    parts = vector.split([x.numel() for pair in like.values() for x in pair])
-    pairs = zip(parts[::2], parts[1::2], strict=True)
-    return {name: (s.view(like[name][0].shape), w.view(like[name][1].shape)) for name, (s, w) in zip(like, pairs, strict=True)}
+    parts = iter(vector.split([x.numel() for pair in like.values() for x in pair]))
+    return {name: (next(parts).view(s.shape), next(parts).view(w.shape)) for name, (s, w) in like.items()}
 
 
 def means(metrics: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

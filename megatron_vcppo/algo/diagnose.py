@@ -1,0 +1,180 @@
+"""From a run's metrics to the failures that the paper names: what the numbers say and what to change.
+
+Sources: VC-PPO §3.2 (length collapse, value initialisation bias), §3.3 (reward signal decay), and its practical
+signatures; thresholds are this project's own, each explained where it stands.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+History = Sequence[Mapping[str, float]]
+
+# A response length that falls by a third is far outside the noise of a batch mean, and well before the floor.
+LENGTH_DROP = 0.33
+# In units of the advantages' standard deviation: beyond it, where a token stands decides as much as what it says.
+POSITION_BIAS = 0.5
+# With λ_critic = 1 and γ = 1 the share is 1; below 1 % the outcome is lost in the critic's own error.
+TERMINAL_SHARE = 0.01
+# Scatter around the straight trend, relative to the mean loss.
+OSCILLATION = 0.3
+TRUNCATED_SHARE = 0.3
+_RECENT = 5
+_MIN_ITERATIONS = 3
+_MIN_ITERATIONS_OSCILLATION = 8
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One failure signature, looked for in a history.
+
+    Example: ``Finding("length_collapse", "found", "mean length fell from 92.0 to 5.0 …", "pretrain the critic …")``.
+    """
+
+    signature: str
+    state: str
+    """found | absent | unknown (the metrics that it needs are missing or too few)"""
+    evidence: str
+    advice: str = ""
+    """What to change; empty unless found."""
+
+
+def diagnose(history: History, worst_reward: float | None = None) -> list[Finding]:
+    """One finding per signature, in the order of ``SIGNATURES``.
+
+    history: one mapping per iteration, oldest first, with the names of ``diagnostics.summarize`` and
+    ``length_statistics`` and critic/value_loss; iterations may lack any of them. worst_reward: the lowest that the
+    verifier gives; values below it are impossible and count as misalignment.
+    """
+    return [
+        _length_collapse(history),
+        _value_misalignment(history, worst_reward),
+        _reward_decay(history),
+        _value_loss_oscillation(history),
+        _truncation(history),
+    ]
+
+
+SIGNATURES = ("length_collapse", "value_misalignment", "reward_decay", "value_loss_oscillation", "truncation")
+
+
+def _length_collapse(history: History) -> Finding:
+    name = "length_collapse"
+    iterations, lengths = _series(history, "rollout/length_mean")
+    if len(lengths) < _MIN_ITERATIONS:
+        return _unknown(name, "rollout/length_mean", len(lengths))
+    # The median of three ignores a single odd batch.
+    smooth = [float(np.median(lengths[max(0, i - 1) : i + 2])) for i in range(len(lengths))]
+    lowest = min(range(len(smooth)), key=smooth.__getitem__)
+    start = max(smooth[0], smooth[1])
+    drop = 1.0 - smooth[lowest] / start if start > 0 else 0.0
+    evidence = (
+        f"mean length: {start:.1f} tokens at the start, lowest {smooth[lowest]:.1f} at iteration {iterations[lowest]} "
+        f"({-drop:+.0%}), now {lengths[-1]:.1f}"
+    )
+    advice = (
+        "the critic's initial values make stopping early look good: pretrain the critic on Monte-Carlo returns of the "
+        "SFT policy before PPO, and look at the give-up advantage and the value of the first token"
+    )
+    return _finding(name, drop > LENGTH_DROP, evidence, advice)
+
+
+def _value_misalignment(history: History, worst_reward: float | None) -> Finding:
+    name = "value_misalignment"
+    signs: list[tuple[bool, str]] = []
+
+    def judge(metric: str, bad: Callable[[float], bool], text: str) -> None:
+        values = _series(history, metric)[1]
+        if values:
+            recent = _mean(values[-_RECENT:])
+            signs.append((bad(recent), f"{text} {recent:+.3f}"))
+
+    judge("critic/explained_variance", lambda ev: ev <= 0, "explained variance")
+    judge("actor/give_up_advantage_sigma", lambda sigma: sigma > POSITION_BIAS, "give-up advantage in σ")
+    if worst_reward is not None:
+        text = f"value of the first token (worst reward {worst_reward:+g})"
+        judge("critic/value_first_token", lambda value: value < worst_reward, text)
+    relative_gap = [
+        {"gap": row["actor/advantage_early_late_gap"] / row["actor/advantage_std"]}
+        for row in history
+        if _has(row, "actor/advantage_early_late_gap") and row.get("actor/advantage_std", 0.0) > 0
+    ]
+    gaps = _series(relative_gap, "gap")[1][-_RECENT:]
+    if gaps:
+        same_sign = min(gaps) > 0 or max(gaps) < 0
+        gap = _mean(gaps)
+        signs.append((same_sign and abs(gap) > POSITION_BIAS, f"early minus late advantage in σ {gap:+.3f}"))
+    if not signs:
+        return _unknown(name, "critic/explained_variance", 0)
+    evidence = f"mean of the last {_RECENT} iterations: " + "; ".join(
+        f"{text} (bad)" if bad else text for bad, text in signs
+    )
+    advice = (
+        "the critic does not fit this policy: pretrain it longer (watch its explained variance on held-out rollouts), "
+        "use λ_critic = 1, raise the critic's learning rate relative to the actor's, or warm it up alone first"
+    )
+    return _finding(name, any(bad for bad, _ in signs), evidence, advice)
+
+
+def _reward_decay(history: History) -> Finding:
+    name, metric = "reward_decay", "critic/terminal_share_first_token"
+    shares = _series(history, metric)[1]
+    if not shares:
+        return _unknown(name, metric, 0)
+    share = _mean(shares[-_RECENT:])
+    evidence = f"share of the final reward in the critic target of the first token: {share:.2g}"
+    advice = "set λ_critic = 1 (with γ = 1), so that critic targets are undiscounted returns; keep λ_actor below 1"
+    return _finding(name, share < TERMINAL_SHARE, evidence, advice)
+
+
+def _value_loss_oscillation(history: History) -> Finding:
+    name, metric = "value_loss_oscillation", "critic/value_loss"
+    losses = np.asarray(_series(history, metric)[1][-20:])
+    if len(losses) < _MIN_ITERATIONS_OSCILLATION:
+        return _unknown(name, metric, len(losses))
+    steps = np.arange(len(losses))
+    residuals = losses - np.polyval(np.polyfit(steps, losses, 1), steps)
+    scatter = float(residuals.std() / max(abs(losses.mean()), 1e-12))
+    swings = int((np.sign(residuals[1:]) != np.sign(residuals[:-1])).sum())
+    evidence = (
+        f"value loss of the last {len(losses)} iterations: mean {losses.mean():.3g}, "
+        f"scatter around its trend {scatter:.0%}, {swings} swings"
+    )
+    advice = "raise λ_critic towards 1 or lower the critic's learning rate"
+    # A single bend of a falling curve crosses its trend twice; an oscillation does so at least every fourth step.
+    return _finding(name, scatter > OSCILLATION and swings >= max(3, len(losses) // 4), evidence, advice)
+
+
+def _truncation(history: History) -> Finding:
+    name, metric = "truncation", "rollout/truncated_share"
+    shares = _series(history, metric)[1]
+    if not shares:
+        return _unknown(name, metric, 0)
+    share = _mean(shares[-_RECENT:])
+    evidence = f"share of responses cut at the token limit, last {_RECENT} iterations: {share:.0%}"
+    advice = "raise the limit on response tokens, or use the soft overlong punishment"
+    return _finding(name, share > TRUNCATED_SHARE, evidence, advice)
+
+
+def _series(history: History, metric: str) -> tuple[list[int], list[float]]:
+    """(iterations, finite values) of one metric."""
+    rows = [(int(row.get("iteration", i)), float(row[metric])) for i, row in enumerate(history) if _has(row, metric)]
+    return [i for i, _ in rows], [value for _, value in rows]
+
+
+def _has(row: Mapping[str, float], metric: str) -> bool:
+    return metric in row and row[metric] is not None and math.isfinite(row[metric])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _finding(signature: str, found: bool, evidence: str, advice: str) -> Finding:
+    return Finding(signature, "found" if found else "absent", evidence, advice if found else "")
+
+
+def _unknown(signature: str, metric: str, count: int) -> Finding:
+    return Finding(signature, "unknown", f"{metric} is there for {count} iterations: too few to judge")

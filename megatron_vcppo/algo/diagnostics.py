@@ -1,0 +1,146 @@
+"""What a batch says about the health of critic and advantages, before the update: the numbers that ``diagnose`` reads.
+
+``batch_diagnostics`` gives metrics that add up over ranks; ``summarize`` turns the sum into named numbers and profiles.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_vcppo.algo.masked import valid_index
+from megatron_vcppo.algo.metrics import (
+    Metrics,
+    explained_variance,
+    mean_metric,
+    means,
+    moment_metrics,
+    standard_deviation,
+    total_metric,
+)
+from megatron_vcppo.algo.profiles import (
+    position_profile,
+    relative_position,
+    relative_profile,
+    terminal_share,
+    trend,
+    trend_metrics,
+)
+
+_EARLY_LATE_DECILES = 2
+
+
+@torch.no_grad()
+def batch_diagnostics(
+    values: Tensor,
+    returns: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    decay_actor: float | Tensor,
+    decay_critic: float | Tensor,
+    bin_width: int,
+    num_bins: int,
+    give_up_mask: Tensor | None = None,
+) -> Metrics:
+    """Metrics of one rank's rollouts; every rank passes the same options. Add them up, then ``summarize``.
+
+    values, returns, advantages: [B, T], advantages before whitening; mask: bool [B, T].
+    decay_actor, decay_critic: γ λ_actor and γ λ_critic, numbers or [B]. bin_width, num_bins: of absolute profiles.
+    give_up_mask: bool [B, T], tokens with which the actor ends its thinking before it is done. Their advantage is
+    what an actor with a misaligned critic follows into collapse, so it separates failing runs from sound ones
+    earlier than any correlation does.
+    """
+    first = mask & (valid_index(mask) == 0)
+    metrics: Metrics = {
+        **moment_metrics("values", values, mask),
+        **moment_metrics("returns", returns, mask),
+        **moment_metrics("value_errors", returns - values, mask),
+        **moment_metrics("advantages", advantages, mask),
+        **trend_metrics("absolute", advantages, valid_index(mask), mask),
+        **trend_metrics("relative", advantages, relative_position(mask), mask),
+        "value_first_token": mean_metric(values, first),
+        "advantage_first_token": mean_metric(advantages, first),
+    }
+    for name, x in (("advantage", advantages), ("value", values)):
+        metrics[f"{name}_by_position"] = position_profile(x, mask, bin_width, num_bins)
+        metrics[f"{name}_by_decile"] = relative_profile(x, mask)
+    for name, decay in (("actor", decay_actor), ("critic", decay_critic)):
+        share = terminal_share(mask, decay)
+        metrics[f"{name}_terminal_share"] = mean_metric(share, mask)
+        metrics[f"{name}_terminal_share_first_token"] = mean_metric(share, first)
+    if give_up_mask is not None:
+        metrics["give_up_advantage"] = mean_metric(advantages, give_up_mask & mask)
+        metrics["give_up_tokens"] = total_metric((give_up_mask & mask).sum())
+    return metrics
+
+
+def summarize(metrics: Metrics) -> tuple[dict[str, float], dict[str, list[float | None]]]:
+    """(named numbers, profiles) from the metrics of ``batch_diagnostics``, summed over all ranks.
+
+    Profiles: name -> mean per bin, None in bins without tokens. advantage_early_late_gap: mean advantage of the first
+    two relative deciles minus that of the last two. give_up_advantage_sigma: in standard deviations above the mean
+    advantage; both give-up numbers are left out of a batch in which nobody gave up.
+    """
+    profiles = {name: _profile(*metrics[name]) for name in metrics if "_by_" in name}
+    values = {name: float(mean) for name, mean in means(_without(metrics, profiles)).items()}
+    sums, counts = metrics["advantage_by_decile"]
+    early, late = (
+        float(sums[part].sum() / counts[part].sum().clamp(min=1))
+        for part in (slice(None, _EARLY_LATE_DECILES), slice(-_EARLY_LATE_DECILES, None))
+    )
+    advantage_std = standard_deviation(values, "advantages")
+    slope, correlation = trend(values, "absolute")
+    relative_slope, relative_correlation = trend(values, "relative")
+    numbers = {
+        "critic/explained_variance": explained_variance(values),
+        "critic/value_mean": values["values"],
+        "critic/value_std": standard_deviation(values, "values"),
+        "critic/value_first_token": values["value_first_token"],
+        "critic/return_mean": values["returns"],
+        "critic/terminal_share": values["critic_terminal_share"],
+        "critic/terminal_share_first_token": values["critic_terminal_share_first_token"],
+        "actor/terminal_share": values["actor_terminal_share"],
+        "actor/terminal_share_first_token": values["actor_terminal_share_first_token"],
+        "actor/advantage_mean": values["advantages"],
+        "actor/advantage_std": advantage_std,
+        "actor/advantage_first_token": values["advantage_first_token"],
+        "actor/advantage_early_late_gap": early - late,
+        "actor/advantage_position_slope": slope,
+        "actor/advantage_position_correlation": correlation,
+        "actor/advantage_relative_slope": relative_slope,
+        "actor/advantage_relative_correlation": relative_correlation,
+    }
+    if values.get("give_up_tokens", 0) > 0:
+        numbers["actor/give_up_tokens"] = values["give_up_tokens"]
+        numbers["actor/give_up_advantage"] = values["give_up_advantage"]
+        if advantage_std > 0:
+            numbers["actor/give_up_advantage_sigma"] = (
+                values["give_up_advantage"] - values["advantages"]
+            ) / advantage_std
+    return numbers, profiles
+
+
+def length_statistics(lengths: Tensor, truncated: Tensor) -> dict[str, float]:
+    """Of the whole batch (gather the lengths of all ranks first). lengths: [N] response tokens; truncated: bool [N]."""
+    assert len(lengths), "there are no responses to take statistics of"
+    lengths = lengths.double()
+    low, median, high = torch.quantile(lengths, lengths.new_tensor([0.1, 0.5, 0.9])).tolist()
+    return {
+        "rollout/length_mean": float(lengths.mean()),
+        "rollout/length_std": float(lengths.std(correction=0)),
+        "rollout/length_min": float(lengths.min()),
+        "rollout/length_p10": low,
+        "rollout/length_median": median,
+        "rollout/length_p90": high,
+        "rollout/length_max": float(lengths.max()),
+        "rollout/truncated_share": float(truncated.double().mean()),
+    }
+
+
+def _profile(sums: Tensor, counts: Tensor) -> list[float | None]:
+    return [s / n if n else None for s, n in zip(sums.tolist(), counts.tolist(), strict=True)]
+
+
+def _without(metrics: Metrics, names: Mapping[str, object]) -> Metrics:
+    return {name: pair for name, pair in metrics.items() if name not in names}
