@@ -57,6 +57,15 @@ class PackedGPT(GPTModel):
         )
         return self(microbatch.token_ids[None], microbatch.position_ids[None], None, packed_seq_params=packed)
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """The parameters' shards, without the modules' extra state (FP8 scales): nothing here uses it.
+
+        Which modules have one depends on the layer specification; a checkpoint must not.
+        """
+        return _parameters_only(super().sharded_state_dict(prefix, sharded_offsets, metadata))
+
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         return self.readout(hidden_states) if self.post_process else hidden_states
 
@@ -127,7 +136,7 @@ class CriticModel(PackedGPT):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
         # GPTModel's own version asks for the output layer that a critic has not.
-        return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+        return _parameters_only(MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata))
 
 
 def build_actor(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> ActorModel:
@@ -190,3 +199,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         bias_dropout_fusion=fused,
         **recompute,
     )
+
+
+def _parameters_only(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
