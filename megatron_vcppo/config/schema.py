@@ -4,10 +4,23 @@ A key's docstring (the string below it) is what ``vcppo config --explain`` print
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from omegaconf import MISSING
 
 from megatron_vcppo.config.cluster import ClusterConfig
+from megatron_vcppo.config.rl import (
+    EvaluateConfig,
+    ExportConfig,
+    PpoConfig,
+    PromptsConfig,
+    RewardModelConfig,
+    ValuePretrainConfig,
+)
+from megatron_vcppo.config.rollout import RolloutConfig, WeightSyncConfig
+from megatron_vcppo.config.training import CheckpointConfig, OptimizerConfig, ScheduleConfig
+
+Stage = Literal["sft", "reward_model", "value_pretrain", "ppo", "evaluate", "export"]
 
 
 @dataclass
@@ -18,8 +31,8 @@ class RunConfig:
     """The run folder; every stage writes below it. On a cluster it must be on the shared file system."""
     seed: int = 0
     """Seeds data order, sampling and initial heads; two runs with one seed and one layout are equal."""
-    wandb: str = "off"
-    """online | offline | off"""
+    wandb: Literal["online", "offline", "off"] = "off"
+    """Metrics also go to Weights & Biases; offline runs are uploaded later with `wandb sync`."""
     wandb_project: str = "megatron_vcppo"
     check_numerics: bool = True
     """Stop with the tensor's name when a NaN or infinity reaches a loss."""
@@ -33,8 +46,8 @@ class ModelConfig:
 
     hf: str = MISSING
     """Folder of a Hugging Face checkpoint (Qwen2, Qwen2.5, Qwen3, Llama 3): config.json, safetensors, tokenizer."""
-    dtype: str = "bfloat16"
-    """bfloat16 | float32: parameters and activations; gradients are always reduced in float32."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Parameters and activations; gradients are always reduced in float32."""
     max_length: int = 4096
     """Longest sequence (prompt + response) in tokens."""
     init_std: float = 0.02
@@ -59,46 +72,10 @@ class ParallelConfig:
     """Share the optimizer's state over the data-parallel ranks."""
     overlap: bool = False
     """Overlap gradient reduction (and, with the distributed optimizer, parameter gathering) with computation."""
-    recompute: str = "none"
-    """none | selective | full: which activations are recomputed in the backward pass."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Which activations are recomputed in the backward pass."""
     tokens_per_microbatch: int = 4096
     """Token budget to which packed micro-batches are filled; a longer sequence gets a micro-batch of its own."""
-
-
-@dataclass
-class OptimizerConfig:
-    """AdamW."""
-
-    lr: float = 1e-6
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_grad: float = 1.0
-    """Largest global gradient norm; 0 switches clipping off."""
-
-
-@dataclass
-class ScheduleConfig:
-    """Learning rate over optimizer steps."""
-
-    kind: str = "constant"
-    """constant | cosine, both after a linear warm-up."""
-    warmup_steps: int = 0
-    min_lr_ratio: float = 0.0
-    """The cosine ends at lr × this."""
-
-
-@dataclass
-class CheckpointConfig:
-    """When and how the trainer saves."""
-
-    save_every: int = 50
-    """Iterations (SFT: optimizer steps) between checkpoints; the last one is always saved."""
-    keep_last: int = 2
-    """Complete checkpoints kept per stage; 0 keeps all."""
-    async_save: bool = False
-    """Write in a background process while training goes on."""
 
 
 @dataclass
@@ -112,8 +89,8 @@ class SftConfig:
     response_key: str = "response"
     messages_key: str = "messages"
     """Samples that have this key are chats, formatted by the tokenizer's chat template."""
-    bad_samples: str = "error"
-    """error | skip | truncate: what happens to malformed lines, empty responses, samples over model.max_length."""
+    bad_samples: Literal["error", "skip", "truncate"] = "error"
+    """What happens to malformed lines, empty responses, samples over model.max_length."""
     epochs: int = 1
     steps: int | None = None
     """Optimizer steps; left out, epochs decides."""
@@ -122,7 +99,9 @@ class SftConfig:
     validate_every: int = 100
     """Optimizer steps between validation passes; 0: only at the end."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
-    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(kind="cosine", warmup_steps=20, min_lr_ratio=0.1))
+    schedule: ScheduleConfig = field(
+        default_factory=lambda: ScheduleConfig(kind="cosine", warmup_steps=20, min_lr_ratio=0.1)
+    )
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
@@ -133,7 +112,15 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    stages: list[str] = field(default_factory=lambda: ["sft", "export"])
-    """Stages in order: sft, reward_model, value_pretrain, ppo, evaluate, export."""
+    stages: list[Stage] = field(default_factory=lambda: ["sft", "export"])
+    """The chain, in order."""
     sft: SftConfig = field(default_factory=SftConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    value_pretrain: ValuePretrainConfig = field(default_factory=ValuePretrainConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
