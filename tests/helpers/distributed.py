@@ -128,7 +128,7 @@ def _rank_main(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    log = open(folder / f"{rank}.log", "w", buffering=1, encoding="utf-8")  # noqa: SIM115: lives as long as the rank
+    log = open(folder / f"{rank}.log", "w", buffering=1, encoding="utf-8")  # noqa: SIM115
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     sys.stdout = sys.stderr = log

@@ -1,0 +1,64 @@
+"""The `vcppo` command: one module per sub-command, imported only when it is the one that was asked for.
+
+A sub-command is a module with ``add_parser(subparsers)``, which calls ``set_defaults(run=…)``, and
+``run(args) -> exit code``; it is made known by one line in ``COMMANDS``.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_vcppo import __version__
+from megatron_vcppo.errors import UserError
+
+COMMANDS = {
+    "config": ("megatron_vcppo.commands.config", "check a configuration and print it resolved; explain every key"),
+    "convert": ("megatron_vcppo.commands.convert", "Hugging Face checkpoints to Megatron's and back, checked"),
+    "make-task": ("megatron_vcppo.commands.make_task", "make a tiny base model and the data of a synthetic task"),
+    "run": ("slurm.commands.run", "run the chain on this machine, stage after stage"),
+}
+"""Name → (module, help); the order is that of ``vcppo --help``."""
+
+USER_ERROR_CODE = 2
+EPILOG = "A user's mistake costs one line and exit code 2. vcppo COMMAND --help says more."
+
+
+def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser for this call: only the sub-command that is asked for has its arguments, the others are names."""
+    parser = argparse.ArgumentParser(
+        prog="vcppo",
+        description="Train long chain-of-thought models with Value-Calibrated PPO: Megatron-Core, vLLM, Slurm.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron_vcppo {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    wanted = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, (module, summary) in COMMANDS.items():
+        if name == wanted:
+            importlib.import_module(module).add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=summary)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one sub-command; returns its exit code. A UserError becomes one line and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        args = build_parser(arguments).parse_args(arguments)
+        return int(args.run(args))
+    except UserError as error:
+        print(f"vcppo: error: {error}", file=sys.stderr)
+        return USER_ERROR_CODE
+    except BrokenPipeError:  # vcppo … | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("vcppo: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

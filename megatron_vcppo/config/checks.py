@@ -1,0 +1,114 @@
+"""What types cannot say: ranges, and keys that must fit each other. Every message carries the numbers."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from omegaconf import MISSING
+
+from megatron_vcppo.config.schema import Config
+from megatron_vcppo.errors import UserError
+
+POSITIVE = {
+    "epochs", "steps", "batch_size", "save_every", "max_length", "tokens_per_microbatch", "tp", "pp", "cp", "dp",
+    "timeout_s", "eps", "init_std", "trainer_nodes", "trainer_ranks", "cpus_per_node", "time_limit_minutes",
+}  # fmt: skip
+"""Last parts of keys whose value, where there is one, must be over zero."""
+NOT_NEGATIVE = {
+    "seed", "lr", "weight_decay", "clip_grad", "warmup_steps", "keep_last", "validate_every", "rollout_nodes",
+    "gpus_per_node", "save_margin_s",
+}  # fmt: skip
+FRACTIONS = {"beta1", "beta2", "min_lr_ratio"}
+READ_BY = {"sft": {"sft"}, "prompts": {"reward_model", "value_pretrain", "ppo"}}
+"""Sections whose required keys count only if one of these stages is in the chain."""
+
+
+def check_config(config: Config, complete: bool = True) -> None:
+    """Raise UserError with every problem found; ``complete``: required keys must be set (see ``load_config``)."""
+    problems = [problem for check in CHECKS for problem in check(config)]
+    if complete:
+        problems = [*missing_keys(config), *problems]
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise UserError(f"{len(problems)} problems in the configuration:\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def missing_keys(config: Config) -> Iterator[str]:
+    """One line per required key that is not set and that a stage of this chain reads."""
+    for name, value in leaves(config):
+        readers = READ_BY.get(name.split(".")[0], config.stages)
+        if value == MISSING and not set(readers).isdisjoint(config.stages):
+            yield f"{name} is required: set it in the file or on the command line ({name}=…)"
+
+
+def trainer_ranks(config: Config) -> int:
+    """Ranks of the trainer over all its nodes; UserError when they do not fit the parallel sizes."""
+    problems = list(_check_layout(config))
+    if problems:
+        raise UserError("; ".join(problems))
+    return _num_ranks(config)
+
+
+def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every key."""
+    for field in fields(section):
+        value = getattr(section, field.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
+
+
+def _check_ranges(config: Config) -> Iterator[str]:
+    for name, value in leaves(config):
+        last = name.rpartition(".")[2]
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if last in POSITIVE and not value > 0:
+            yield f"{name} must be over 0, got {value}"
+        if last in NOT_NEGATIVE and not value >= 0:
+            yield f"{name} must not be negative, got {value}"
+        if last in FRACTIONS and not 0 <= value <= 1:
+            yield f"{name} must lie in 0 … 1, got {value}"
+
+
+def _num_ranks(config: Config) -> int:
+    cluster, parallel = config.cluster, config.parallel
+    model_ranks = parallel.tp * parallel.pp * parallel.cp
+    return cluster.trainer_ranks or cluster.trainer_nodes * cluster.gpus_per_node or model_ranks * (parallel.dp or 1)
+
+
+def _check_layout(config: Config) -> Iterator[str]:
+    parallel, nodes = config.parallel, config.cluster.trainer_nodes
+    if min(parallel.tp, parallel.pp, parallel.cp, nodes, parallel.dp or 1) < 1:
+        return  # the ranges say it
+    sizes = f"tp {parallel.tp} × pp {parallel.pp} × cp {parallel.cp}"
+    model_ranks, ranks = parallel.tp * parallel.pp * parallel.cp, _num_ranks(config)
+    if ranks % model_ranks:
+        yield f"parallel: {sizes} × dp must divide {ranks} ranks; {model_ranks} does not"
+    elif parallel.dp and ranks != model_ranks * parallel.dp:
+        wanted = model_ranks * parallel.dp
+        yield f"parallel: {sizes} × dp {parallel.dp} needs {wanted} ranks, the cluster section has {ranks}"
+    if ranks % nodes:
+        yield f"cluster: {ranks} trainer ranks do not divide over trainer_nodes {nodes}"
+    if parallel.sequence_parallel and parallel.tp == 1:
+        yield "parallel.sequence_parallel needs parallel.tp over 1, got 1"
+
+
+def _check_stages(config: Config) -> Iterator[str]:
+    if not config.stages:
+        yield "stages is empty: nothing to do"
+    for stage in dict.fromkeys(config.stages):
+        if config.stages.count(stage) > 1:
+            yield f"stages: {stage} is named {config.stages.count(stage)} times"
+
+
+def _check_schedule(config: Config) -> Iterator[str]:
+    sft = config.sft
+    if sft.steps is not None and sft.schedule.warmup_steps > sft.steps:
+        yield f"sft.schedule.warmup_steps {sft.schedule.warmup_steps} is more than sft.steps {sft.steps}"
+
+
+CHECKS: list[Callable[[Config], Iterator[str]]] = [_check_ranges, _check_layout, _check_stages, _check_schedule]
+"""Each yields one line per problem; an area adds its own here."""

@@ -1,0 +1,112 @@
+"""Every configuration key with its type, default and meaning, read from the dataclasses and their source."""
+
+import ast
+import difflib
+import functools
+import inspect
+import itertools
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from megatron_vcppo.config.schema import Config
+
+PLAIN_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One leaf of the configuration."""
+
+    name: str
+    """Dotted, as on the command line: ``sft.optimizer.lr``."""
+    annotation: Any
+    default: Any
+    doc: str
+
+    @property
+    def type_text(self) -> str:
+        """The type as a user should read it: ``int or nothing``, ``constant | cosine``."""
+        return _type_text(self.annotation)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The allowed words; empty if any value of the type will do."""
+        options = [option for option in (self.annotation, *typing.get_args(self.annotation)) if _is_literal(option)]
+        return typing.get_args(options[0]) if options else ()
+
+    @property
+    def takes_any_key(self) -> bool:
+        """True for a dictionary: what is below it is data, not configuration keys."""
+        return typing.get_origin(self.annotation) is dict
+
+
+@functools.cache
+def all_keys() -> dict[str, Key]:
+    """Every leaf by its dotted name, in the order of the dataclasses."""
+    return {key.name: key for key in _leaves(Config(), "")}
+
+
+@functools.cache
+def all_sections() -> dict[str, str]:
+    """Every section by its dotted name, with what it is about."""
+    return dict(_sections(Config(), ""))
+
+
+def nearest_key(unknown: str) -> str | None:
+    """The known key or section that was probably meant: spelt alike, or of the same name elsewhere in that section."""
+    known = [*all_keys(), *all_sections()]
+    if near := difflib.get_close_matches(unknown, known, n=1, cutoff=0.75):
+        return near[0]
+    last = unknown.rpartition(".")[2]
+    namesakes = [name for name in known if name.rpartition(".")[2] == last]
+    if namesakes:
+        return max(namesakes, key=lambda name: difflib.SequenceMatcher(None, unknown, name).ratio())
+    return next(iter(difflib.get_close_matches(unknown, known, n=1, cutoff=0.6)), None)
+
+
+def _leaves(section: Any, prefix: str) -> Iterator[Key]:
+    hints, docs = typing.get_type_hints(type(section)), _field_docs(type(section))
+    for field in fields(section):
+        name, value = prefix + field.name, getattr(section, field.name)
+        if is_dataclass(value):
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield Key(name, hints[field.name], value, docs.get(field.name, ""))
+
+
+def _sections(section: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    for field in fields(section):
+        value = getattr(section, field.name)
+        if is_dataclass(value):
+            yield prefix + field.name, inspect.getdoc(type(value)) or ""
+            yield from _sections(value, f"{prefix}{field.name}.")
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The string below each field of a dataclass: Python drops it, its source keeps it."""
+    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
+    docs = {}
+    for statement, following in itertools.pairwise(body):
+        match statement, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.split())
+    return docs
+
+
+def _is_literal(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is typing.Literal
+
+
+def _type_text(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if _is_literal(annotation):
+        return " | ".join(arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_text(argument) for argument in arguments)
+    if origin is not None:
+        return f"a {origin.__name__} of {' to '.join(_type_text(argument) for argument in arguments)}"
+    return PLAIN_TYPES.get(annotation, str(annotation))

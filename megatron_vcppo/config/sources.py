@@ -1,0 +1,107 @@
+"""Where configuration values come from: YAML files with their includes, and key=value on the command line."""
+
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_vcppo.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+"""The shipped files; includes are looked for beside the including file first, then here."""
+INCLUDES = "defaults"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Values from one place, and where each of them stands."""
+
+    name: str
+    values: DictConfig
+    lines: dict[str, int] = field(default_factory=dict)
+    """Line of each dotted key, from 1."""
+
+    def where(self, key: str) -> str:
+        """``file:line`` of a key, or of the nearest thing around it."""
+        while key and key not in self.lines:
+            key = key.rpartition(".")[0]
+        return f"{self.name}:{self.lines[key]}" if key else self.name
+
+
+def file_sources(path: Path, including: tuple[Path, ...] = ()) -> list[Source]:
+    """A YAML file after everything it includes, in the order in which they are to be merged.
+
+    A file includes others by a list ``defaults: [models/tiny, …]``; later ones override earlier ones, the file itself
+    overrides all. Raises UserError for files that are missing, unreadable, not YAML, or include themselves.
+    """
+    resolved = path.resolve()
+    if resolved in including:
+        circle = " → ".join(str(file.name) for file in (*including[including.index(resolved) :], resolved))
+        raise UserError(f"{path}: includes itself: {circle}")
+    source = _read(path)
+    includes = typing.cast(dict[str, Any], OmegaConf.to_container(source.values)).get(INCLUDES, [])
+    source.values.pop(INCLUDES, None)
+    if not isinstance(includes, list) or not all(isinstance(include, str) for include in includes):
+        raise UserError(f"{source.where(INCLUDES)}: {INCLUDES} must be a list of files, such as [models/tiny]")
+    sources: list[Source] = []
+    for include in includes:
+        included = _find_include(include, path, source.where(INCLUDES))
+        sources += file_sources(included, (*including, resolved))
+    return [*sources, source]
+
+
+def command_line_source(overrides: Sequence[str]) -> Source:
+    """``key=value`` arguments; later ones override earlier ones. Raises UserError for what does not parse."""
+    parts = []
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not re.fullmatch(r"\w[\w.\[\]-]*", key):
+            raise UserError(f"override {override!r}: expected key=value, such as sft.steps=100")
+        try:
+            parts.append(OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+            raise UserError(f"override {override!r}: {str(error).splitlines()[0]}") from None
+    return Source("command line", typing.cast(DictConfig, OmegaConf.merge(OmegaConf.create(), *parts)))
+
+
+def _read(path: Path) -> Source:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"configuration {path}: {reason}") from None
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        if tree is not None and not isinstance(tree, yaml.MappingNode):
+            raise UserError(f"{path}:{tree.start_mark.line + 1}: expected keys and values, got a {tree.id}")
+        values = OmegaConf.create(text) if tree is not None else OmegaConf.create()
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    assert isinstance(values, DictConfig)
+    return Source(str(path), values, dict(_lines(tree, "")) if tree is not None else {})
+
+
+def _lines(node: Any, prefix: str) -> Iterator[tuple[str, int]]:
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        yield name, key.start_mark.line + 1
+        if isinstance(value, yaml.MappingNode):
+            yield from _lines(value, f"{name}.")
+
+
+def _find_include(include: str, includer: Path, where: str) -> Path:
+    name = include if include.endswith((".yaml", ".yml")) else f"{include}.yaml"
+    folders = [includer.parent, CONFIGS]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{where}: included file {name} is neither in {folders[0]} nor in {folders[1]}")

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Writes requirements-cpu.lock and requirements-gpu.lock: every package that the pins lead to, for Python 3.11 and 3.12.
+# The resolver (uv) reads metadata only, so that this also proves, on any machine, that the GPU pins go together.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+uv=$(command -v uv || true)
+if [ -z "$uv" ]; then
+    scratch=$(mktemp -d)
+    trap 'rm -rf "$scratch"' EXIT
+    echo "uv is not installed: using a throw-away copy"
+    python3 -m venv "$scratch/venv"
+    "$scratch/venv/bin/pip" install --quiet uv
+    uv=$scratch/venv/bin/uv
+fi
+
+lock() { # lock KIND [uv option…]
+    local kind=$1
+    shift
+    echo "resolving requirements-$kind.txt and requirements-dev.txt"
+    "$uv" pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header "$@" \
+        requirements-"$kind".txt requirements-dev.txt --output-file "$kind.lock.tmp"
+    {
+        echo "# Made by tools/lock_requirements.sh from requirements-$kind.txt and requirements-dev.txt."
+        cat "$kind.lock.tmp"
+    } >requirements-"$kind".lock
+    rm "$kind.lock.tmp"
+    echo "requirements-$kind.lock: $(grep -c == requirements-"$kind".lock) packages"
+}
+
+# Text only: vLLM's CPU build asks for these three, and torchvision breaks its import without image libraries.
+no_media=(--no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec)
+if [ -n "${PIP_FIND_LINKS:-}" ]; then
+    cpu_torch=(--find-links "$PIP_FIND_LINKS")
+else
+    cpu_torch=(--extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match)
+fi
+lock cpu "${no_media[@]}" "${cpu_torch[@]}"
+lock gpu

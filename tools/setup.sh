@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# tools/setup.sh cpu|gpu: makes .venv with everything that requirements-KIND.lock names and this package, editable.
+# Succeeds at once if that is already there; installs again when a requirement or the package's metadata changed.
+# PYTHON=/path/to/python3.12 chooses the interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+kind=${1:-}
+if [ "$kind" != cpu ] && [ "$kind" != gpu ]; then
+    echo "usage: tools/setup.sh cpu|gpu" >&2
+    exit 2
+fi
+venv=.venv
+stamp=$venv/setup.stamp
+lock=requirements-$kind.lock
+wanted="$kind $(cat "$lock" pyproject.toml tools/setup.sh | sha256sum | cut -d' ' -f1) $PWD"
+if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+    echo "setup: $venv is ready ($kind)"
+    exit 0
+fi
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "setup: error: no Python 3.11 or 3.12 found; install one or set PYTHON=/path/to/python3.12" >&2
+    exit 2
+}
+
+pip_install() { # long output becomes one line a package where nobody watches a progress bar
+    local pip=("$venv/bin/python" -m pip install --no-deps --disable-pip-version-check)
+    if [ -t 1 ]; then
+        "${pip[@]}" "$@"
+    else
+        "${pip[@]}" --progress-bar off "$@" | sed -un '/^Collecting\|^Building\|^Installing/p'
+    fi
+}
+
+exec 9>.venv.lock
+flock --wait 1800 9 || { echo "setup: error: another tools/setup.sh has held .venv.lock for 30 minutes" >&2; exit 2; }
+started=$SECONDS
+if [ -f "$stamp" ] && [ "$(cut -d' ' -f1 "$stamp")" != "$kind" ]; then
+    echo "setup: $venv was made for $(cut -d' ' -f1 "$stamp"); making it anew"
+    rm -rf "$venv"
+fi
+rm -f "$stamp"
+if ! "$venv/bin/python" -c '' 2>/dev/null; then
+    python=$(find_python)
+    echo "setup: making $venv with $("$python" --version)"
+    "$python" -m venv --clear "$venv" || { echo "setup: error: $python -m venv failed; Debian: apt install python3-venv" >&2; exit 2; }
+fi
+
+echo "setup: installing $(grep -c == "$lock") pinned packages (minutes on the first call)"
+torch=$(grep -o '^torch==[^ ]*' "$lock")
+torch_source=()
+if [ "$kind" = cpu ] && ! "$venv/bin/python" -m pip install --quiet --dry-run --no-deps "$torch" >/dev/null 2>&1; then
+    torch_source=(--extra-index-url https://download.pytorch.org/whl/cpu)
+fi
+pip_install "${torch_source[@]}" "$torch"
+# Transformer Engine's torch extension is built, or fetched, against the torch and the wheel that are then installed.
+pip_install -r <(grep -v '^transformer-engine-torch==' "$lock")
+if [ "$kind" = gpu ]; then
+    pip_install --no-build-isolation "$(grep -o '^transformer-engine-torch==[^ ]*' "$lock")"
+else
+    "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
+fi
+pip_install --quiet --no-build-isolation --editable .
+"$venv/bin/vcppo" --help >/dev/null
+echo "$wanted" >"$stamp.tmp"
+mv "$stamp.tmp" "$stamp"
+echo "setup: done in $((SECONDS - started)) s; next: tools/demo.sh, or source $venv/bin/activate and vcppo --help"
