@@ -15,7 +15,7 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.convert.safetensors_files import INDEX_NAME, check_shapes, read_folder
 
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 """Largest difference of logits in float32, relative to the largest logit (at least 1)."""
 TIMEOUT_S = 3600.0
 _BASE_BYTES = 2 << 30

@@ -1,0 +1,70 @@
+"""vcppo convert: Hugging Face checkpoints to Megatron's and back, each result checked before it gets its name."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_vcppo.mcore.convert.copying import Progress
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Arguments of ``vcppo convert import`` and ``vcppo convert export``."""
+    parser = subparsers.add_parser("convert", help=__doc__.splitlines()[0])
+    directions = parser.add_subparsers(metavar="import|export", required=True)
+
+    importing = directions.add_parser("import", help="a Hugging Face folder to a Megatron checkpoint")
+    importing.add_argument("--hf", type=Path, required=True, help="folder with config.json and *.safetensors")
+    importing.add_argument("--out", type=Path, required=True, help="the new checkpoint folder")
+    importing.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks (default 1)")
+    importing.add_argument("--pp", type=int, default=1, help="pipeline stages (default 1)")
+    importing.set_defaults(run=run, convert=_import)
+
+    exporting = directions.add_parser("export", help="a Megatron checkpoint of any layout to a Hugging Face folder")
+    exporting.add_argument("--checkpoint", type=Path, required=True, help="an import, or iter_N of a run's actor")
+    exporting.add_argument("--out", type=Path, required=True, help="the new Hugging Face folder")
+    exporting.add_argument("--dtype", choices=DTYPES, help="convert the weights (default: as in the checkpoint)")
+    exporting.add_argument("--no-verify", action="store_true", help="do not compare logits with Megatron's")
+    exporting.set_defaults(run=run, convert=_export)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert in the direction that was asked for."""
+    args.convert(args)
+    return 0
+
+
+def _import(args: argparse.Namespace) -> None:
+    from megatron_vcppo.mcore.convert.importer import import_hf
+
+    with _progress("import") as progress:
+        arch = import_hf(args.hf, args.out, args.tp, args.pp, progress)
+    print(f"{args.out}: {arch.family}, {arch.parameter_count():,} parameters, tp {args.tp} × pp {args.pp}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    import torch
+
+    from megatron_vcppo.mcore.convert.exporter import export_hf
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    with _progress("export") as progress:
+        checked = export_hf(args.checkpoint, args.out, dtype, not args.no_verify, progress=progress)
+    print(f"{args.out}: names, shapes, dtypes and sizes are right; {checked}")
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Progress]:
+    """A line on stderr with bytes, rate and time left."""
+    from tqdm import tqdm
+
+    with tqdm(desc=title, unit="B", unit_scale=True, mininterval=0.5) as bar:
+
+        def update(done_bytes: int, total_bytes: int) -> None:
+            bar.total = total_bytes
+            bar.update(done_bytes - bar.n)
+
+        yield update
