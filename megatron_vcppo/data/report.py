@@ -1,12 +1,22 @@
 """What became of each sample: counted, named by place, never silent."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from megatron_vcppo.data.sources import sample_name
+from megatron_vcppo.data.sources import Sample, sample_name
 from megatron_vcppo.errors import UserError
 
 POLICIES = ("error", "skip", "truncate")
 _SHOWN = 10
+
+
+class BadSample(Exception):
+    """This one sample cannot be used as it is; a DataReport counts it by ``kind``, and ``detail`` explains."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(f"{kind}: {detail}")
+        self.kind = kind
+        self.detail = detail
 
 
 @dataclass
@@ -37,14 +47,15 @@ class DataReport:
         """Samples with a problem, truncated ones included."""
         return sum(self.counts.values())
 
-    def bad(self, number: int, kind: str, detail: str = "") -> None:
+    def bad(self, number: int, problem: BadSample) -> None:
         """Count a bad sample. Raises UserError under policy error once ten are known; see ``finish``."""
+        kind = problem.kind
         self.counts[kind] = self.counts.get(kind, 0) + 1
         places = self.problems.setdefault(kind, [])
         if len(places) < _SHOWN:
             places.append(number)
         if self.policy == "error":
-            self._details.append(f"{sample_name(self.source, number)}: {kind}{': ' + detail if detail else ''}")
+            self._details.append(f"{sample_name(self.source, number)}: {problem}")
             if len(self._details) == _SHOWN:
                 self._raise("at least ")
 
@@ -70,3 +81,13 @@ class DataReport:
         lines = "\n  ".join(self._details)
         advice = "mend them, or set bad_samples to skip or truncate"
         raise UserError(f"{self.source}: {at_least}{len(self._details)} bad samples; {advice}:\n  {lines}")
+
+
+def require(sample: Sample, keys: list[str]) -> list[Any]:
+    """The values of these keys. Raises BadSample if the sample was not readable or lacks one."""
+    if sample.value is None:
+        raise BadSample("malformed", sample.problem)
+    for key in keys:
+        if sample.value.get(key) is None:
+            raise BadSample("missing key", f"{key!r}; it has {', '.join(sample.value) or 'no keys'}")
+    return [sample.value[key] for key in keys]

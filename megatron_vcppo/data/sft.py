@@ -5,15 +5,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_vcppo.data.report import DataReport
+from megatron_vcppo.data.report import BadSample, DataReport, require
 from megatron_vcppo.data.sources import Sample, read_samples
-from megatron_vcppo.data.tokenizer import encode_texts, prompt_text, render_chat
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.data.tokenizer import Messages, check_messages, encode_texts, prompt_text, render_chat
 from megatron_vcppo.records import Sequence
 
 Progress = Callable[[int, float], None]
@@ -123,11 +121,8 @@ def _encode_all(
             report.num_samples += 1
             try:
                 pieces.append(sample_pieces(tokenizer, sample, keys))
-            except ValueError as error:
-                if isinstance(error, UserError):
-                    raise
-                kind, _, detail = str(error).partition(": ")
-                report.bad(sample.number, kind, detail)
+            except BadSample as problem:
+                report.bad(sample.number, problem)
                 pieces.append(None)
         encoded = iter(_encode_pieces(tokenizer, [piece for row in pieces if row for piece in row]))
         for sample, row in zip(batch, pieces, strict=True):
@@ -136,7 +131,7 @@ def _encode_all(
             ids, mask = _join(row, [next(encoded) for _ in row], tokenizer.eos_token_id)
             if len(ids) > max_length:
                 kept = sum(mask[:max_length])
-                report.bad(sample.number, "too long", f"{len(ids)} tokens, model.max_length is {max_length}")
+                report.bad(sample.number, BadSample("too long", f"{len(ids)} tokens, model.max_length is {max_length}"))
                 if report.policy != "truncate" or not kept:
                     continue
                 report.num_truncated += 1
@@ -150,40 +145,29 @@ def _encode_all(
 def sample_pieces(tokenizer: PreTrainedTokenizerBase, sample: Sample, keys: SftKeys) -> list[Piece]:
     """The text of one sample, in pieces with and without loss.
 
-    Raises ValueError("kind: detail") for a bad sample: malformed, missing key, wrong type, empty response, bad chat.
+    Raises BadSample: malformed, missing key, wrong type, empty response, bad chat.
     """
-    if sample.value is None:
-        raise ValueError(f"malformed: {sample.problem}")
-    if sample.value.get(keys.messages) is not None:
-        return chat_pieces(tokenizer, sample.value[keys.messages])
-    for key in (keys.prompt, keys.response):
-        if sample.value.get(key) is None:
-            has = ", ".join(sample.value) or "no keys"
-            raise ValueError(f"missing key: {key!r}; it has {has}")
-    prompt, response = sample.value[keys.prompt], sample.value[keys.response]
+    if sample.value is not None and sample.value.get(keys.messages) is not None:
+        return chat_pieces(tokenizer, check_messages(sample.value[keys.messages], keys.messages))
+    prompt, response = require(sample, [keys.prompt, keys.response])
     if not isinstance(response, str):
-        raise ValueError(f"wrong type: {keys.response!r} is a {type(response).__name__}, not text")
-    if isinstance(prompt, list):
-        _check_messages(prompt, keys.prompt)
-    elif not isinstance(prompt, str):
-        raise ValueError(f"wrong type: {keys.prompt!r} is a {type(prompt).__name__}, neither text nor messages")
+        raise BadSample("wrong type", f"{keys.response!r} is a {type(response).__name__}, not text")
     if not response.strip():
-        raise ValueError(f"empty response: {keys.response!r} is blank")
-    text, special = prompt_text(tokenizer, prompt)
+        raise BadSample("empty response", f"{keys.response!r} is blank")
+    text, special = prompt_text(tokenizer, prompt, keys.prompt)
     return [Piece(text, loss=False, special=special), Piece(response, loss=True)]
 
 
-def chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: Any) -> list[Piece]:
+def chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[Piece]:
     """A chat in pieces, assistant turns with loss, exactly where the template puts them.
 
     The template is rendered up to each assistant turn (opened, as for sampling) and through it; both must be the
     beginning of the whole rendering. A template that rewrites earlier turns (dropping their thinking, say) fails
     that check, and the sample counts as bad: its turns would not be what the model sees when it samples.
     """
-    _check_messages(messages, "messages")
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
-        raise ValueError("empty response: the chat has no assistant turn")
+        raise BadSample("empty response", "the chat has no assistant turn")
     if turns[-1] != len(messages) - 1:
         messages = messages[: turns[-1] + 1]  # nothing after the last assistant turn is learned from
     whole = render_chat(tokenizer, messages, for_response=False)
@@ -191,23 +175,16 @@ def chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: Any) -> list[Piece
     done = 0
     for turn in turns:
         if not messages[turn]["content"].strip():
-            raise ValueError(f"empty response: message {turn} is blank")
+            raise BadSample("empty response", f"message {turn} is blank")
         before = render_chat(tokenizer, messages[:turn], for_response=True)
         through = render_chat(tokenizer, messages[: turn + 1], for_response=False)
         if not (whole.startswith(through) and through.startswith(before) and len(before) >= done):
-            raise ValueError(f"bad chat: the chat template does not append message {turn} to what it wrote before")
+            raise BadSample("bad chat", f"the chat template does not append message {turn} to what it wrote before")
         # A turn ends at <|im_end|> or the like; the newline that a template writes behind it is never sampled.
         end = len(through.rstrip())
         pieces += [Piece(whole[done : len(before)], loss=False), Piece(whole[len(before) : end], loss=True)]
         done = end
     return pieces
-
-
-def _check_messages(messages: Any, key: str) -> None:
-    messages = messages if isinstance(messages, list) else []
-    parts = [m.get(part) if isinstance(m, dict) else None for m in messages or [None] for part in ("role", "content")]
-    if not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"wrong type: {key!r} is not a list of messages with text under role and content")
 
 
 def _encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: list[Piece]) -> list[list[int]]:

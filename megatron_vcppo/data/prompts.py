@@ -1,0 +1,128 @@
+"""Prompts for rollouts: read once, handed out in a seeded order that a resume continues exactly."""
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_vcppo.data.order import EpochOrder
+from megatron_vcppo.data.report import BadSample, DataReport, require
+from megatron_vcppo.data.sources import Sample, read_samples
+from megatron_vcppo.data.tokenizer import encode_texts, prompt_text
+from megatron_vcppo.records import Prompt
+
+_BATCH = 1024  # prompts that are tokenised in one call
+
+
+@dataclass(frozen=True)
+class PromptKeys:
+    """Where a sample keeps its parts, and the task of samples that do not say ("": each must)."""
+
+    prompt: str = "prompt"
+    answer: str = "answer"
+    task: str = "task"
+    default_task: str = ""
+
+
+def load_prompts(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    policy: str = "error",
+    keys: PromptKeys = PromptKeys(),
+    known_tasks: Collection[str] = (),
+    split: str = "train",
+) -> tuple[list[Prompt], DataReport]:
+    """All prompts of a source (see ``read_samples``), in its order, with ids ``file:line``.
+
+    A prompt is text or chat messages; an answer that is not text becomes its JSON or number.
+    max_length: tokens of a prompt; a longer one cannot be cut without losing the question, so policy truncate skips
+    it like policy skip. known_tasks: if given, any other task makes a sample bad.
+    Raises UserError for bad samples under policy error, and if no prompt is left.
+    """
+    report = DataReport(source, policy)
+    prompts = list(_read(read_samples(source, split), tokenizer, max_length, keys, known_tasks, report))
+    report.finish()
+    return prompts, report
+
+
+class PromptStream:
+    """Endless batches of prompts. No prompt comes twice or is left out within an epoch, across any resumes.
+
+    A batch may cross the border between two epochs; ids end in ``@epoch`` so that they stay distinct there.
+    """
+
+    def __init__(self, prompts: list[Prompt], seed: int) -> None:
+        """Raises UserError if there are no prompts."""
+        self._prompts = prompts
+        self._order = EpochOrder(len(prompts), seed, "prompts")
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 0, that the next prompt belongs to."""
+        return self._order.epoch
+
+    def next(self, num_prompts: int) -> list[Prompt]:
+        """The next prompts."""
+        batch = self._order.next(num_prompts)
+        return [replace(p, prompt_id=f"{p.prompt_id}@{epoch}") for epoch, i in batch for p in (self._prompts[i],)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream, as plain numbers for a checkpoint."""
+        return self._order.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken. Raises UserError if the prompts or the seed are not the same."""
+        self._order.load_state_dict(state)
+
+
+def _read(
+    samples: Iterator[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    keys: PromptKeys,
+    known_tasks: Collection[str],
+    report: DataReport,
+) -> Iterator[Prompt]:
+    name = Path(report.source).stem
+    while batch := list(islice(samples, _BATCH)):
+        rows: list[tuple[int, str, bool, str, str]] = []
+        for sample in batch:
+            report.num_samples += 1
+            try:
+                rows.append((sample.number, *_parts(tokenizer, sample, keys, known_tasks)))
+            except BadSample as problem:
+                report.bad(sample.number, problem)
+        encoded = {
+            special: iter(encode_texts(tokenizer, [row[1] for row in rows if row[2] == special], special))
+            for special in (False, True)
+        }
+        for number, text, special, answer, task in rows:
+            ids = tuple(next(encoded[special]))
+            if len(ids) > max_length:
+                report.bad(number, BadSample("too long", f"{len(ids)} tokens, a prompt may have {max_length}"))
+                continue
+            report.num_used += 1
+            yield Prompt(f"{name}:{number}", ids, text, answer, task)
+
+
+def _parts(
+    tokenizer: PreTrainedTokenizerBase, sample: Sample, keys: PromptKeys, known_tasks: Collection[str]
+) -> tuple[str, bool, str, str]:
+    """text, whether special tokens are to be added, answer, task"""
+    prompt, answer = require(sample, [keys.prompt, keys.answer])
+    assert sample.value is not None
+    task = sample.value.get(keys.task) or keys.default_task or require(sample, [keys.task])[0]
+    if known_tasks and task not in known_tasks:
+        raise BadSample("unknown task", f"{task!r}; there are verifiers for {', '.join(sorted(known_tasks))}")
+    text, special = prompt_text(tokenizer, prompt, keys.prompt)
+    if not text.strip():
+        raise BadSample("empty prompt", f"{keys.prompt!r} is blank")
+    return text, special, answer if isinstance(answer, str) else json.dumps(answer), str(task)

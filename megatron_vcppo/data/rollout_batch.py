@@ -1,0 +1,106 @@
+"""Rollouts as tensors [B, T] over response tokens for the algorithm, and as whole sequences for the models."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack, pack_all
+from megatron_vcppo.records import Rollout, Sequence
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """B rollouts, responses left-aligned and padded to the longest, T tokens. The same on every rank.
+
+    Example: responses (7, 8, 2) and (9, 2) give response_mask [[1, 1, 1], [1, 1, 0]].
+    """
+
+    rollouts: tuple[Rollout, ...]
+    response_mask: Tensor
+    """bool [B, T]"""
+    rollout_logprobs: Tensor
+    """float32 [B, T], from the engines"""
+    rewards: Tensor
+    """float32 [B]"""
+    truncated: Tensor
+    """bool [B]: cut at the token limit"""
+    group_ids: Tensor
+    """int64 [B]: equal for samples of one prompt"""
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Response tokens: int64 [B]."""
+        return self.response_mask.sum(dim=1)
+
+    def to_rows(self, rows: Items[Items[float]], indices: Items[int]) -> Tensor:
+        """Model outputs per whole sequence (see ``PackedMicrobatch.unpack``) as float32 [B, T]; other rows are 0."""
+        out = torch.zeros(self.response_mask.shape)
+        for row, index in zip(rows, indices, strict=True):
+            num_prompt = len(self.rollouts[index].prompt.token_ids)
+            response = torch.tensor(row[num_prompt:])
+            out[index, : len(response)] = response
+        return out
+
+    def sequences(self, indices: Items[int], fields: Mapping[str, Tensor]) -> list[Sequence]:
+        """Prompt + response of the chosen rollouts; ``fields`` [B, T] become per-token fields, 0 on the prompt."""
+        arrays = {name: tensor.cpu().numpy() for name, tensor in fields.items()}
+        result = []
+        for index in indices:
+            rollout = self.rollouts[index]
+            num_prompt, num_response = len(rollout.prompt.token_ids), len(rollout.response_ids)
+            padded = {}
+            for name, array in arrays.items():
+                padded[name] = np.zeros(num_prompt + num_response, dtype=array.dtype)
+                padded[name][num_prompt:] = array[index, :num_response]
+            result.append(Sequence((*rollout.prompt.token_ids, *rollout.response_ids), padded))
+        return result
+
+
+def make_batch(rollouts: Items[Rollout]) -> RolloutBatch:
+    """Tensors of scored rollouts; the order of the rollouts is kept."""
+    longest = max(len(rollout.response_ids) for rollout in rollouts)
+    mask = torch.zeros(len(rollouts), longest, dtype=torch.bool)
+    logprobs = torch.zeros(len(rollouts), longest)
+    groups: dict[str, int] = {}
+    for i, rollout in enumerate(rollouts):
+        assert rollout.reward is not None, f"rollout of {rollout.prompt.prompt_id} was not scored"
+        assert rollout.response_ids, f"rollout of {rollout.prompt.prompt_id} is empty"
+        mask[i, : len(rollout.response_ids)] = True
+        logprobs[i, : len(rollout.response_ids)] = torch.tensor(rollout.rollout_logprobs)
+        groups.setdefault(rollout.prompt.prompt_id, len(groups))
+    return RolloutBatch(
+        rollouts=tuple(rollouts),
+        response_mask=mask,
+        rollout_logprobs=logprobs,
+        rewards=torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float32),
+        truncated=torch.tensor([rollout.truncated for rollout in rollouts]),
+        group_ids=torch.tensor([groups[rollout.prompt.prompt_id] for rollout in rollouts]),
+    )
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How sequences become this replica's micro-batches."""
+
+    tokens_per_microbatch: int
+    multiple: int
+    """Micro-batch lengths are rounded up to it: tp with sequence parallelism."""
+    dp_rank: int
+    dp_size: int
+
+    def share(self, lengths: Items[int]) -> list[int]:
+        """Indices of the sequences that this data-parallel replica works on."""
+        return balance(lengths, self.dp_size)[self.dp_rank]
+
+    def pack(self, sequences: Items[Sequence], field_names: Items[str] = ()) -> list[PackedMicrobatch]:
+        """This replica's sequences as micro-batches; one of padding alone if it has none."""
+        if not sequences:
+            return [pack([], [], self.multiple, field_names=field_names)]
+        return pack_all(sequences, self.tokens_per_microbatch, self.multiple)
