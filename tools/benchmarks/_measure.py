@@ -1,0 +1,51 @@
+"""Shared by benchmarks: fair timing of several functions on a noisy machine, and the memory that one takes."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def time_together(
+    functions: Mapping[str, Callable[[], object]], repeats: int, max_seconds: float = 20.0
+) -> dict[str, dict[str, float]]:
+    """name -> {best_ms, median_ms}: each function once per round, so that all of them meet the same disturbances.
+
+    Stops after ``repeats`` rounds or ``max_seconds``, but not before three rounds. One warm-up round is not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    start = time.perf_counter()
+    for round_number in range(repeats + 1):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            result = function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if round_number:
+                times[name].append(time.perf_counter() - began)
+            # Freed outside the timing, or the first function would pay for the last one's memory.
+            del result
+        if round_number >= 3 and time.perf_counter() - start > max_seconds:
+            break
+    return {
+        name: {"best_ms": round(1e3 * min(t), 3), "median_ms": round(1e3 * statistics.median(t), 3)}
+        for name, t in times.items()
+    }
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """How much this process's memory (Linux: resident set) rises at most while ``function`` runs."""
+    # "5" lowers the high-water mark to the present size.
+    with open("/proc/self/clear_refs", "w") as clear:
+        clear.write("5")
+    before = _status_bytes("VmRSS")
+    result = function()
+    peak = _status_bytes("VmHWM")
+    del result
+    return peak - before
+
+
+def _status_bytes(key: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
