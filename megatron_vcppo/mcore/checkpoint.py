@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.convert.folders import copy_small_files
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.manifest import file_record, verify_manifest, write_manifest
 from megatron_vcppo.mcore.model import PackedGPT
@@ -141,7 +142,7 @@ class CheckpointFolder:
         if self.runtime.is_main:
             known = {name: record for part in records for name, record in part.items()}
             for name, learner in components.items():
-                shutil.copytree(self.hf_files, temporary / name / "hf")
+                copy_small_files(self.hf_files, temporary / name / "hf")
                 inside = {k.removeprefix(f"{name}/"): v for k, v in known.items() if k.startswith(f"{name}/")}
                 write_manifest(temporary / name, self._meta(learner, content["iteration"]), known=inside)
             (temporary / "state.json").write_text(json.dumps(content, indent=1))

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as Items
 from pathlib import Path
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.order import EpochOrder
-from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack, pack_all
+from megatron_vcppo.data.packing import PackedMicrobatch
+from megatron_vcppo.data.rollout_batch import Packing
 from megatron_vcppo.data.sft import SftDataset, SftKeys, load_sft_dataset
 from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.errors import UserError
@@ -21,10 +21,9 @@ from megatron_vcppo.mcore.checkpoint import CheckpointFolder
 from megatron_vcppo.mcore.hf_load import load_hf
 from megatron_vcppo.mcore.learner import Actor, Metrics
 from megatron_vcppo.mcore.model import build_actor
-from megatron_vcppo.records import Sequence
 from megatron_vcppo.report.metrics import MetricsLog
 from megatron_vcppo.report.progress import Progress
-from megatron_vcppo.stages.stage import Saved, mark_done, stage_folder, stop_requested
+from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
 
 
 def run(config: Config) -> None:
@@ -51,13 +50,14 @@ def run(config: Config) -> None:
     log = MetricsLog(folder, config, "sft", resume_iteration=step) if world.is_main else None
     progress = Progress("sft", total_steps, start=step, unit="tok") if world.is_main else None
 
+    packing = packing_of(config, world)
     saved_step = step
     while step < total_steps:
         started = time.monotonic()
         batch = [train[index] for _, index in order.next(settings.batch_size)]
-        microbatches = microbatches_of_replica(batch, config, world)
+        mine = [batch[i] for i in packing.share([len(sequence) for sequence in batch])]
         num_loss_tokens = sum(sum(s.fields["loss_mask"]) for s in batch)
-        result = actor.train_step(microbatches, TokenLoss(num_loss_tokens))
+        result = actor.train_step(packing.pack(mine, ["loss_mask"]), TokenLoss(num_loss_tokens))
         step += 1
         if not result.applied:
             raise UserError(
@@ -73,7 +73,7 @@ def run(config: Config) -> None:
             "sft/epoch": order.samples_seen / len(train),
         }
         if validation and (last or (settings.validate_every and step % settings.validate_every == 0)):
-            metrics |= {f"sft/validation_{k}": v for k, v in validate(actor, validation, config, world).items()}
+            metrics |= {f"sft/validation_{k}": v for k, v in validate(actor, validation, packing).items()}
         num_tokens = sum(len(sequence) for sequence in batch)
         seconds = time.monotonic() - started
         metrics |= {"time/step_s": seconds, "sft/tokens_per_s": num_tokens / seconds}
@@ -109,22 +109,10 @@ class TokenLoss:
         return loss, {"entropy": (torch.where(mask, entropy.detach(), 0.0).sum(), mask.sum())}
 
 
-def validate(actor: Actor, dataset: SftDataset, config: Config, world: runtime.Runtime) -> dict[str, float]:
+def validate(actor: Actor, dataset: SftDataset, packing: Packing) -> dict[str, float]:
     """Loss over the whole validation set; the same on every rank."""
-    sequences = [dataset[index] for index in range(len(dataset))]
-    microbatches = microbatches_of_replica(sequences, config, world)
-    return actor.evaluate(microbatches, TokenLoss(dataset.num_loss_tokens))
-
-
-def microbatches_of_replica(
-    batch: Items[Sequence], config: Config, world: runtime.Runtime
-) -> list[PackedMicrobatch]:
-    """This data-parallel replica's share of a global batch, balanced by length and packed to the token budget."""
-    mine = [batch[i] for i in balance([len(s) for s in batch], world.dp_size)[world.dp_rank]]
-    multiple = config.parallel.tp if config.parallel.sequence_parallel else 1
-    if not mine:
-        return [pack([], [], multiple, field_names=list(batch[0].fields))]
-    return pack_all(mine, config.parallel.tokens_per_microbatch, multiple)
+    mine = [dataset[index] for index in packing.share(dataset.lengths.tolist())]
+    return actor.evaluate(packing.pack(mine, ["loss_mask"]), TokenLoss(dataset.num_loss_tokens))
 
 
 def shared_dataset(config: Config, folder: Path, source: str, name: str) -> SftDataset:

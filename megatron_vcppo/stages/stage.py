@@ -5,8 +5,10 @@ import threading
 from pathlib import Path
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.data.rollout_batch import Packing
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from megatron_vcppo.mcore.runtime import Runtime
 
 SAVED = 75
 """Exit code of a rank that was asked to stop and has saved: run the stage again (EX_TEMPFAIL of sysexits.h)."""
@@ -37,6 +39,13 @@ def stage_folder(config: Config, stage: str) -> Path:
     folder = Path(config.run.dir) / stage
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def packing_of(config: Config, world: Runtime) -> Packing:
+    """How this rank's replica packs its share of a batch."""
+    parallel = config.parallel
+    multiple = parallel.tp if parallel.sequence_parallel else 1
+    return Packing(parallel.tokens_per_microbatch, multiple, world.dp_rank, world.dp_size)
 
 
 def mark_done(folder: Path, checkpoint: Path | None = None, outputs: tuple[str, ...] = ()) -> None:

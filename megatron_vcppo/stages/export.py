@@ -1,0 +1,34 @@
+"""The chain's last actor as a Hugging Face folder, checked tensor by tensor and by its logits. One process does it."""
+
+import os
+from pathlib import Path
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.mcore.convert.exporter import export_hf
+from megatron_vcppo.mcore.model import torch_dtype
+from megatron_vcppo.report.progress import Progress
+from megatron_vcppo.stages.stage import actor_before, mark_done, stage_folder
+
+
+def run(config: Config) -> None:
+    """Write RUN/export/hf (or export.out). Raises UserError if a check fails; then the folder is not made."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    checkpoint = actor_before(config, "export")
+    if checkpoint is None:
+        raise UserError("stage export: no stage before it in this chain trains an actor; put sft or ppo before it")
+    folder = stage_folder(config, "export")
+    out = Path(config.export.out) if config.export.out else folder / "hf"
+    dtype = torch_dtype(config.export.dtype) if config.export.dtype else None
+    with Progress("export", 100, unit="B") as progress:
+        seen = 0
+
+        def on_progress(done_bytes: int, total_bytes: int) -> None:
+            nonlocal seen
+            progress.update(100 * done_bytes // total_bytes, done_bytes - seen)
+            seen = done_bytes
+
+        checked = export_hf(checkpoint, out, dtype, config.export.verify_logits, progress=on_progress)
+    print(f"export: {checkpoint} -> {out}: {checked}", flush=True)
+    mark_done(folder, outputs=("hf",) if config.export.out is None else ())
