@@ -1,10 +1,11 @@
 """Runs one attempt of a stage: starts its roles, watches all of them, ends all of them.
 
-A unit is one process that the controller starts: a rank or a supervisor on this machine, or one srun step of many tasks.
+A unit is one process that the controller starts: a rank or a supervisor here, or one srun step of many tasks.
 The trainer decides the outcome; a rollout supervisor that dies alone is started again, a bounded number of times.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,6 +45,7 @@ class Unit:
 
     @property
     def name(self) -> str:
+        """For messages."""
         return f"{self.role} {self.index}"
 
 
@@ -101,6 +103,7 @@ class Attempt:
             )
 
     def of(self, role: str) -> list[_Started]:
+        """The units of a role."""
         return [started for started in self.started if started.unit.role == role]
 
     def send(self, role: str, number: int) -> None:
@@ -135,10 +138,11 @@ class Attempt:
         return None
 
     def tail(self, unit: Unit) -> list[str]:
-        """The last lines of a unit's log; of its ranks' logs if it is a step of many and has little of its own."""
+        """The last lines of a unit's log; for a step of many tasks those of the task that srun names first, too."""
         lines = last_lines(self.logs / unit.log)
         if unit.shown_log and unit.shown_log != unit.log:
-            lines = last_lines(self.logs / unit.shown_log) + lines
+            named = re.search(r"\btasks? (\d+)", "\n".join(lines))
+            lines = last_lines(self.logs / f"{unit.role}_{named[1] if named else 0}.log") + lines[:4]
         return lines
 
     def stop(self) -> None:
@@ -210,7 +214,9 @@ def _watch(
         if len(ended) == len(trainers) or now >= settled_at:
             unit, code = first_death(ended)
             if code in (0, SAVED_CODE) and len(ended) < len(trainers):
-                return Outcome(1, f"{unit.name} {describe(code)} but other ranks did not follow in {save_timeout_s:.0f} s")
+                return Outcome(
+                    1, f"{unit.name} {describe(code)} but other ranks did not follow in {save_timeout_s:.0f} s"
+                )
             cause = "" if code == 0 else f"{unit.name} {describe(code)}"
             return Outcome(code, cause, attempt.tail(unit) if code not in (0, SAVED_CODE) else [])
         if not ended and (outcome := attempt.tend_rollout()):

@@ -6,6 +6,7 @@ or its standard input closed, which is what happens when the controller dies, by
 that it costs a bare interpreter (about 20 ms) and no import of the package.
 """
 
+import contextlib
 import ctypes
 import os
 import select
@@ -38,10 +39,8 @@ def kill_descendants() -> None:
     """SIGKILL everything below this process until nothing is left; reaps on the way."""
     while True:
         for pid in descendants(os.getpid()):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.checks import trainer_ranks
 from slurm import events
 from slurm.controller import SAVED_CODE, USER_ERROR_CODE, Unit
-from slurm.roles import ROLLOUT_STAGES, PROGRAMS, Programs, free_port, role_environment, trainer_ranks
+from slurm.roles import PROGRAMS, ROLLOUT_STAGES, Programs, free_port, role_environment
 from slurm.run_folder import RunFolder
 from slurm.stage import run_stage
 
@@ -70,7 +71,7 @@ def run_chain(run: RunFolder, config: Config, stages: list[str], programs: Progr
             say(f"{head} starting on {trainer_ranks(config)} ranks, logs in {run.next_attempt(stage)}")
             started = time.monotonic()
             outcome = run_stage(
-                *(run, config, stage, lambda stage=stage: local_units(run, config, stage, programs)),
+                *(run, config, stage, lambda _, stage=stage: local_units(run, config, stage, programs)),
                 save_requested=lambda: count["save"] > 0,
                 abort_requested=lambda: count["abort"] > 0,
                 say=say,

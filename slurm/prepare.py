@@ -6,18 +6,31 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import dump_config, load_config
+from megatron_vcppo.config.sources import CONFIGS
 from megatron_vcppo.errors import UserError
 from slurm import events
 from slurm.run_folder import RunFolder
+
+LOCAL = "local"
 
 
 def add_chain_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of every command that starts stages."""
     parser.add_argument("config", type=Path, help="configuration file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to override")
+    add_stage_arguments(parser)
+
+
+def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which part of the chain."""
     parser.add_argument("--from", dest="first", metavar="STAGE", help="start at this stage")
     parser.add_argument("--until", dest="last", metavar="STAGE", help="stop after this stage")
     parser.add_argument("--only", metavar="STAGE", help="this stage alone")
+
+
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
+    """The run that a command is about."""
+    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder")
 
 
 def open_run(path: Path) -> tuple[RunFolder, Config]:
@@ -28,9 +41,21 @@ def open_run(path: Path) -> tuple[RunFolder, Config]:
     return run, load_config(run.config)
 
 
-def prepare(config_path: Path, overrides: list[str]) -> tuple[RunFolder, Config]:
+def profile_files(cluster: str | None) -> list[Path]:
+    """The file of a --cluster NAME: configs/cluster/NAME.yaml, or a path. UserError names the ones there are."""
+    if cluster is None or cluster == LOCAL:
+        return []
+    path = Path(cluster) if cluster.endswith((".yaml", ".yml")) else CONFIGS / "cluster" / f"{cluster}.yaml"
+    if not path.is_file():
+        known = ", ".join([LOCAL, *sorted(file.stem for file in (CONFIGS / "cluster").glob("*.yaml"))])
+        raise UserError(f"--cluster {cluster}: no such profile; there are: {known} (or give a YAML file)")
+    return [path]
+
+
+def prepare(config_path: Path, overrides: list[str], cluster: str | None = None) -> tuple[RunFolder, Config]:
     """Resolve the configuration and write it into its run folder; a change from before becomes an event."""
-    config = load_config(config_path, overrides)
+    here = [f"cluster.name={LOCAL}"] if cluster == LOCAL else []
+    config = load_config(config_path, [*here, *overrides], profiles=profile_files(cluster))
     config.run.dir = str(Path(config.run.dir).absolute())
     run = RunFolder(Path(config.run.dir))
     write_config(run, config)

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.config.checks import trainer_ranks
 from slurm.run_folder import RunFolder
 
 ROLLOUT_STAGES = ("value_pretrain", "ppo", "evaluate")
@@ -40,23 +40,6 @@ def free_port(address: str = "") -> int:
         return int(probe.getsockname()[1])
 
 
-def trainer_ranks(config: Config) -> int:
-    """Ranks of the trainer over all its nodes; UserError when they do not fit the parallel sizes."""
-    cluster, parallel = config.cluster, config.parallel
-    per_replica = parallel.tp * parallel.pp * parallel.cp
-    ranks = cluster.trainer_ranks or cluster.trainer_nodes * cluster.gpus_per_node or per_replica * (parallel.dp or 1)
-    if ranks % per_replica:
-        raise UserError(
-            f"{ranks} trainer ranks do not divide into replicas of tp {parallel.tp} × pp {parallel.pp} × cp "
-            f"{parallel.cp} = {per_replica}: change cluster.trainer_ranks or parallel"
-        )
-    if parallel.dp and ranks != per_replica * parallel.dp:
-        raise UserError(f"parallel.dp is {parallel.dp}, but {ranks} trainer ranks make {ranks // per_replica} replicas")
-    if ranks % cluster.trainer_nodes:
-        raise UserError(f"{ranks} trainer ranks do not divide over cluster.trainer_nodes = {cluster.trainer_nodes}")
-    return ranks
-
-
 def role_environment(config: Config) -> dict[str, str]:
     """Variables that every role gets, on this machine and on a cluster."""
     cluster = config.cluster
@@ -64,5 +47,5 @@ def role_environment(config: Config) -> dict[str, str]:
     ranks_per_node = trainer_ranks(config) // cluster.trainer_nodes
     env["OMP_NUM_THREADS"] = str(max(1, cluster.cpus_per_node // ranks_per_node) if cluster.gpus_per_node else 1)
     if cluster.network_interface:
-        env |= {name: cluster.network_interface for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+        env |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), cluster.network_interface)
     return env | dict(cluster.environment)

@@ -19,9 +19,11 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
+        """The resolved configuration."""
         return self.path / CONFIG_NAME
 
     def stage(self, name: str) -> Path:
+        """The folder of a stage."""
         return self.path / name
 
     def rendezvous(self, stage: str) -> Path:

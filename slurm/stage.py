@@ -1,4 +1,4 @@
-"""Runs one stage to its end: attempts under the controller, the verdict from the stage's manifest, a readable summary."""
+"""Runs one stage to its end: attempts under the controller, verdict from the stage's manifest, a readable summary."""
 
 import shutil
 import time
@@ -24,7 +24,7 @@ def run_stage(
     run: RunFolder,
     config: Config,
     stage: str,
-    layout: Callable[[], list[Unit]],
+    layout: Callable[[Path], list[Unit]],
     *,
     save_requested: Callable[[], bool],
     abort_requested: Callable[[], bool] = lambda: False,
@@ -32,8 +32,9 @@ def run_stage(
 ) -> Outcome:
     """Attempts until the stage is done, saved on request, or failed for good.
 
-    An attempt whose processes were killed is followed by another from the newest checkpoint, at most
-    ``cluster.crash_retries`` times in succession without a new checkpoint.
+    ``layout`` gives the units of an attempt whose logs go to the given folder. An attempt whose processes were killed
+    is followed by another from the newest checkpoint, at most ``cluster.crash_retries`` times in succession without a
+    new checkpoint.
     """
     futile = 0
     while True:
@@ -43,7 +44,7 @@ def run_stage(
         events.append(run.path, "attempt", stage=stage, attempt=logs.name, checkpoint=reached)
         started = time.time()
         outcome = supervise(
-            layout(),
+            layout(logs.absolute()),
             logs,
             save_requested=save_requested,
             abort_requested=abort_requested,

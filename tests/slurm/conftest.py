@@ -1,13 +1,16 @@
-"""Fixtures: a run folder with a tiny stage's configuration."""
+"""Fixtures: a run folder with a tiny stage's configuration; a real Slurm of virtual nodes."""
 
+import getpass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_vcppo.config import Config
+from slurm.devcluster import DevCluster, missing_programs
 from slurm.roles import Programs
 from slurm.run_folder import RunFolder
-from tests.slurm.support import tiny_config, write_config
+from tests.slurm.support import processes_with, tiny_config, wait_until, write_config
 
 TINY = Programs(trainer="tests.slurm.tiny_stage", rollout="tests.slurm.tiny_rollout")
 
@@ -16,3 +19,25 @@ TINY = Programs(trainer="tests.slurm.tiny_stage", rollout="tests.slurm.tiny_roll
 def tiny_run(tmp_path: Path) -> tuple[RunFolder, Config]:
     config = tiny_config(tmp_path / "run")
     return write_config(config), config
+
+
+@pytest.fixture(scope="session")
+def dev_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]:
+    """A real Slurm of 4 virtual nodes for the whole session, if its packages are installed."""
+    if missing := missing_programs():
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    cluster = DevCluster(tmp_path_factory.mktemp("slurm"), tied=True)
+    cluster.up(nodes=4)
+    yield cluster
+    cluster.down()
+    assert not processes_with(str(cluster.root))
+
+
+@pytest.fixture
+def cluster(dev_cluster: DevCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[DevCluster]:
+    """The cluster with its environment set, and without jobs afterwards."""
+    for name, value in dev_cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    yield dev_cluster
+    dev_cluster.command("scancel", "--user", getpass.getuser())
+    wait_until(lambda: not dev_cluster.command("squeue", "-h").stdout.strip(), "jobs to end")

@@ -3,12 +3,13 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from megatron_vcppo.config import Config
+from slurm.query import JobState, job_states
 from slurm.run_folder import RunFolder
 
 
@@ -51,3 +52,26 @@ def processes_with(text: str) -> list[str]:
 
 def result(run: RunFolder, stage: str = "sft") -> dict:
     return json.loads((run.stage(stage) / "result.json").read_text())
+
+
+def cluster_config(folder: Path, stages: tuple[str, ...], steps: int = 6) -> Config:
+    """The tiny configuration on the test cluster: two trainer nodes of one rank, one rollout node."""
+    config = tiny_config(folder, stages, ranks=2, steps=steps)
+    config.cluster.name = "devcluster"
+    config.cluster.trainer_nodes, config.cluster.rollout_nodes, config.cluster.cpus_per_node = 2, 1, 2
+    config.cluster.time_limit_minutes, config.cluster.save_margin_s = 5, 60
+    config.cluster.network_interface = "lo"
+    config.cluster.setup = [f"export PYTHONPATH={Path.cwd()}"]
+    return config
+
+
+def wait_for_jobs(jobs: Iterable[str], seconds: float) -> dict[str, JobState]:
+    """The final states of jobs."""
+    ids = list(jobs)
+
+    def ended() -> bool:
+        states = job_states(ids)
+        return len(states) == len(ids) and not any(state.active for state in states.values())
+
+    wait_until(ended, f"jobs {', '.join(ids)}", seconds)
+    return job_states(ids)

@@ -1,4 +1,4 @@
-"""A rollout supervisor reduced to what the controller sees: it publishes itself, holds a detached child, leaves on TERM."""
+"""A rollout supervisor reduced to what the controller sees: publishes itself, has a detached child, leaves on TERM."""
 
 import argparse
 import json

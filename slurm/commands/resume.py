@@ -1,0 +1,31 @@
+"""vcppo resume: queue again what is not done."""
+
+import argparse
+
+from slurm.commands.submit import print_jobs
+from slurm.prepare import LOCAL, add_run_argument, add_stage_arguments, open_run
+from slurm.run_folder import chosen_stages
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "resume", description="Queue the stages of a run that are not done, as it is configured."
+    )
+    add_run_argument(parser)
+    add_stage_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Submit the rest of the chain, or run it here."""
+    folder, config = open_run(args.folder)
+    stages = chosen_stages(list(config.stages), args.first, args.last, args.only)
+    if config.cluster.name == LOCAL:
+        from slurm.local import run_chain
+
+        return run_chain(folder, config, stages)
+    from slurm.submit import resolve_python, submit
+
+    print_jobs(stages, submit(folder, config, stages, resolve_python(config)))
+    return 0

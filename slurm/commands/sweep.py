@@ -1,0 +1,51 @@
+"""vcppo sweep: several chains, one table."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "sweep",
+        description="One chain for every combination of key=[a, b] values, in run.dir/0, run.dir/1, …; called again, "
+        "it goes on with what is not done. vcppo sweep --results FOLDER prints the table.",
+    )
+    parser.add_argument("config", type=Path, nargs="?", help="configuration file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="key=[a,b]", help="what varies; key=value for what does not")
+    parser.add_argument("--cluster", metavar="NAME", help="profile in configs/cluster/, a YAML file, or local")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="print the table of a sweep")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Start the chains, or show what they gave."""
+    from megatron_vcppo.config.load import load_config
+    from megatron_vcppo.errors import UserError
+    from slurm.prepare import LOCAL, prepare, profile_files
+    from slurm.sweep import points, results, text_table, write_points
+
+    if args.results:
+        print(text_table(results(args.results)))
+        return 0
+    if args.config is None:
+        raise UserError("vcppo sweep needs a configuration file and key=[a, b], or --results FOLDER")
+    made, fixed = points(args.overrides)
+    parent = Path(load_config(args.config, fixed, profiles=profile_files(args.cluster)).run.dir).absolute()
+    write_points(parent, made)
+    code = 0
+    for point in made:
+        overrides = [*fixed, *point.overrides, f"run.dir={parent / point.name}"]
+        folder, config = prepare(args.config, overrides, args.cluster)
+        print(f"{point.name}: {' '.join(point.overrides)}", flush=True)
+        if config.cluster.name == LOCAL:
+            from slurm.local import run_chain
+
+            code = max(code, run_chain(folder, config, list(config.stages)))
+        else:
+            from slurm.submit import resolve_python, submit
+
+            jobs = submit(folder, config, list(config.stages), resolve_python(config))
+            print("  " + (", ".join(f"{stage} {job}" for stage, job in jobs.items()) or "done before"))
+    print(f"results: vcppo sweep --results {parent}")
+    return code

@@ -1,0 +1,128 @@
+"""The configuration files of the one-machine Slurm: pure text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the test cluster consists of. Everything it writes is below ``root``."""
+
+    root: Path
+    user: str
+    ports: tuple[int, ...]
+    """Of slurmctld, slurmdbd, MariaDB, then one per node."""
+    nodes: int = 3
+    cpus: int = 8
+    memory_mb: int = 32000
+    gpus: int = 2
+    """Fake ones: device files that lead to /dev/null; Slurm counts and hands them out like real ones."""
+    accounting: bool = False
+    grace_s: int = 20
+    """Between the signal of a preemption and the end of the preempted job."""
+
+    @property
+    def node_names(self) -> list[str]:
+        """Loopback addresses, so that a job can use its host list for rendezvous as on a real cluster."""
+        return [f"127.0.0.{10 + index}" for index in range(self.nodes)]
+
+    @property
+    def munge_socket(self) -> Path:
+        """Where munged listens."""
+        return self.root / "munge" / "socket"
+
+
+def slurm_conf(layout: Layout) -> str:
+    """slurm.conf. cred_expire=5 brings the delay of a requeue from 121 s to about 6 s."""
+    root, ports = layout.root, layout.ports
+    settings = {
+        "ClusterName": "dev",
+        "SlurmctldHost": "localhost(127.0.0.1)",
+        "SlurmctldPort": ports[0],
+        "SlurmUser": layout.user,
+        "SlurmdUser": layout.user,
+        "AuthType": "auth/munge",
+        "AuthInfo": f"socket={layout.munge_socket},cred_expire=5",
+        "CredType": "cred/munge",
+        "StateSaveLocation": root / "state",
+        "SlurmdSpoolDir": root / "spool/%n",
+        "SlurmctldPidFile": root / "run/slurmctld.pid",
+        "SlurmdPidFile": root / "run/slurmd.%n.pid",
+        "SlurmctldLogFile": root / "log/slurmctld.log",
+        "SlurmdLogFile": root / "log/slurmd.%n.log",
+        "MailProg": "/bin/true",
+        "ProctrackType": "proctrack/linuxproc",
+        "TaskPlugin": "task/none",
+        "MpiDefault": "none",
+        "SelectType": "select/cons_tres",
+        "SelectTypeParameters": "CR_Core_Memory",
+        "SlurmdParameters": "config_overrides",
+        "SchedulerType": "sched/backfill",
+        "SchedulerParameters": "bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0",
+        "ReturnToService": 2,
+        "JobRequeue": 1,
+        "MinJobAge": 3600,
+        "KillWait": 5,
+        "CompleteWait": 0,
+        "SlurmdTimeout": 10,
+        "SlurmctldTimeout": 10,
+        "MessageTimeout": 10,
+        "TCPTimeout": 2,
+        "GresTypes": "gpu",
+        "PreemptType": "preempt/partition_prio",
+        "PreemptMode": "REQUEUE",
+        "SlurmctldParameters": "preempt_send_user_signal",
+    }
+    settings |= (
+        accounting_settings(layout) if layout.accounting else {"AccountingStorageType": "accounting_storage/none"}
+    )
+    lines = [f"{key}={value}" for key, value in settings.items()]
+    for name, port in zip(layout.node_names, ports[3:], strict=True):
+        lines.append(
+            f"NodeName={name} NodeHostname=localhost NodeAddr={name} Port={port} CPUs={layout.cpus} "
+            f"RealMemory={layout.memory_mb} Gres=gpu:{layout.gpus} State=UNKNOWN"
+        )
+    lines.append(
+        f"PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10 GraceTime={layout.grace_s}"
+    )
+    lines.append("PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF")
+    return "\n".join(lines) + "\n"
+
+
+def accounting_settings(layout: Layout) -> dict[str, object]:
+    """slurm.conf's part for a cluster with slurmdbd; AccountingStoragePass is the munge socket."""
+    return {
+        "AccountingStorageType": "accounting_storage/slurmdbd",
+        "AccountingStorageHost": "127.0.0.1",
+        "AccountingStoragePort": layout.ports[1],
+        "AccountingStoragePass": layout.munge_socket,
+        "AccountingStorageTRES": "gres/gpu",
+        "JobAcctGatherType": "jobacct_gather/linux",
+    }
+
+
+def gres_conf(layout: Layout) -> str:
+    """gres.conf: its files must exist, symbolic links to /dev/null do."""
+    names = ",".join(layout.node_names)
+    return f"NodeName={names} Name=gpu File={layout.root}/gpu/fake[0-{layout.gpus - 1}]\n"
+
+
+def slurmdbd_conf(layout: Layout, password: str) -> str:
+    """slurmdbd.conf: holds the data base's password, so it must be mode 0600."""
+    settings = {
+        "AuthType": "auth/munge",
+        "AuthInfo": f"socket={layout.munge_socket}",
+        "DbdHost": "localhost",
+        "DbdAddr": "127.0.0.1",
+        "DbdPort": layout.ports[1],
+        "SlurmUser": layout.user,
+        "LogFile": layout.root / "log/slurmdbd.log",
+        "PidFile": layout.root / "run/slurmdbd.pid",
+        "StorageType": "accounting_storage/mysql",
+        "StorageHost": "127.0.0.1",
+        "StoragePort": layout.ports[2],
+        "StorageUser": "slurm",
+        "StoragePass": password,
+        "StorageLoc": "slurm_acct_db",
+    }
+    return "".join(f"{key}={value}\n" for key, value in settings.items())

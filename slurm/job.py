@@ -1,0 +1,155 @@
+"""What a Slurm job of the chain does on its first node: check the nodes, run the stage, go back to the queue."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import submitit
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.errors import UserError
+from slurm import events
+from slurm.controller import SAVED_CODE, USER_ERROR_CODE
+from slurm.margins import job_end_time, save_clock
+from slurm.prepare import open_run
+from slurm.query import slurm
+from slurm.roles import Programs, free_port
+from slurm.run_folder import RunFolder
+from slurm.srun import probe_command, srun_units, stage_nodes
+from slurm.stage import run_stage
+
+PROBE_TIMEOUT_S = 120.0
+REQUEUE_TIMEOUT_S = 180.0
+MAX_FUTILE_STARTS = 5
+"""A job that was requeued this often in succession without a new checkpoint stays ended."""
+
+
+def say(text: str) -> None:
+    """A line in the job's log, with the time."""
+    print(time.strftime("%H:%M:%S ") + text, flush=True)
+
+
+@dataclass
+class StageJob:
+    """The callable that submitit pickles: it holds names only, so that a requeued job reads the run as it is then."""
+
+    run: Path
+    stage: str
+    programs: Programs
+
+    def __call__(self) -> None:
+        """Run the stage. Leaves with the trainer's exit code if that is not 0: it is the job's."""
+        try:
+            code = self.run_here()
+        except UserError as error:
+            say(f"error: {error}")
+            events.append(self.run, "refused", stage=self.stage, job=job_id(), cause=str(error))
+            code = USER_ERROR_CODE
+        if code:
+            sys.exit(code)
+
+    def run_here(self) -> int:
+        """The stage in this allocation; returns its exit code."""
+        signals = note_signals()
+        run, config = open_run(self.run)
+        hosts = submitit.JobEnvironment().hostnames
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        events.append(self.run, "job", stage=self.stage, job=job_id(), nodes=hosts, restarts=restarts)
+        say(f"{self.stage}: job {job_id()} on {', '.join(hosts)}, start {restarts + 1}")
+        if run.done(self.stage):
+            say(f"{self.stage}: done before")
+            return 0
+        probe(run, config, self.programs, hosts)
+        assert len(hosts) == stage_nodes(config, self.stage), (hosts, self.stage)
+        due = save_clock(run, self.stage, job_end_time(job_id()), config.cluster.save_margin_s)
+        outcome = run_stage(
+            run,
+            config,
+            self.stage,
+            lambda logs: srun_units(run, config, self.stage, self.programs, hosts, free_port(), logs),
+            save_requested=lambda: signals["save"] or signals["end"] or due(),
+            say=say,
+        )
+        if outcome.code == 0:
+            events.append(self.run, "stage_done", stage=self.stage, job=job_id())
+            say(f"{self.stage}: done")
+        elif (outcome.code == SAVED_CODE and not signals["end"]) or (
+            outcome.killed and not signals["end"] and lost_nodes(run, config, self.programs, hosts)
+        ):
+            requeue(run, self.stage)
+        return outcome.code
+
+
+def job_id() -> str:
+    """The id of this job."""
+    return os.environ["SLURM_JOB_ID"]
+
+
+def note_signals() -> dict[str, bool]:
+    """Take USR2 (save and requeue) and TERM (save; Slurm itself ends or requeues the job) in place of submitit."""
+    signals = {"save": False, "end": False}
+
+    def note(number: int, _: FrameType | None) -> None:
+        signals["save" if number == signal.SIGUSR2 else "end"] = True
+
+    signal.signal(signal.SIGUSR2, note)
+    signal.signal(signal.SIGTERM, note)
+    return signals
+
+
+def probe(run: RunFolder, config: Config, programs: Programs, hosts: list[str]) -> None:
+    """UserError naming the first node that does not see the run folder or lacks the Python environment."""
+    argv = probe_command(config, run, programs, hosts)
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=PROBE_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"the nodes {', '.join(hosts)} did not answer in {PROBE_TIMEOUT_S:.0f} s") from None
+    if done.returncode:
+        said = done.stdout.strip() or done.stderr.strip()
+        raise UserError(said.splitlines()[0] if said else f"a test step left with exit code {done.returncode}")
+
+
+def lost_nodes(run: RunFolder, config: Config, programs: Programs, hosts: list[str]) -> bool:
+    """True if the allocation's nodes no longer all answer: then the job needs others."""
+    try:
+        probe(run, config, programs, hosts)
+    except UserError as error:
+        say(f"a node is lost: {error}")
+        return True
+    return False
+
+
+def futile_starts(run: RunFolder, stage: str) -> int:
+    """Attempts in succession, up to now, that began at the same checkpoint."""
+    begun = [
+        event["checkpoint"]
+        for event in events.read(run.path)
+        if event["event"] == "attempt" and event["stage"] == stage
+    ]
+    now = run.checkpoint_iteration(stage)
+    count = 0
+    while count < len(begun) and begun[-1 - count] == now:
+        count += 1
+    return count
+
+
+def requeue(run: RunFolder, stage: str) -> None:
+    """Put this job back into the queue under its id, and wait for Slurm to end this start of it."""
+    if futile_starts(run, stage) >= MAX_FUTILE_STARTS:
+        say(f"{stage}: no new checkpoint in {MAX_FUTILE_STARTS} starts: not requeued; is the time limit too short?")
+        events.append(run.path, "gave_up", stage=stage, job=job_id())
+        return
+    events.append(run.path, "requeue", stage=stage, job=job_id(), checkpoint=run.checkpoint_iteration(stage))
+    say(f"{stage}: back into the queue")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        slurm("scontrol", "requeue", job_id())
+    except UserError as error:
+        say(f"{stage}: could not be requeued ({error}); go on with: vcppo resume {run.path}")
+        return
+    time.sleep(REQUEUE_TIMEOUT_S)

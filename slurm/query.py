@@ -1,0 +1,88 @@
+"""What Slurm says about jobs: squeue for live ones, sacct or, where there is no accounting, scontrol for ended ones."""
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from megatron_vcppo.errors import UserError
+
+ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING")
+TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One job. Example: ``JobState("17", "PENDING", "Dependency")``."""
+
+    job_id: str
+    state: str
+    """Slurm's long name, without what follows it (CANCELLED by 0)."""
+    reason: str = ""
+    """Why it is pending, or how it ended."""
+    elapsed: str = ""
+    nodes: str = ""
+    start: str = ""
+    exit_code: str = ""
+
+    @property
+    def active(self) -> bool:
+        """Queued, running, or between the two."""
+        return self.state in ACTIVE
+
+
+def slurm(*argv: str, check: bool = True) -> str:
+    """Run one of Slurm's commands; returns its output. UserError with Slurm's own message."""
+    if shutil.which(argv[0]) is None:
+        raise UserError(f"{argv[0]} is not on the path: run this on a login node, or use --cluster local")
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{argv[0]} gave no answer in {TIMEOUT_S:.0f} s: is the Slurm controller up?") from None
+    if done.returncode and check:
+        raise UserError(f"{argv[0]}: {slurm_message(done.stderr) or f'exit code {done.returncode}'}")
+    return done.stdout if not done.returncode else ""
+
+
+def slurm_message(stderr: str) -> str:
+    """Slurm's own words in one line, without the program's name before each."""
+    lines = [line.split(": ", 2)[-1] if ": error: " in line else line for line in stderr.splitlines() if line.strip()]
+    return "; ".join(lines)
+
+
+def job_states(job_ids: list[str]) -> dict[str, JobState]:
+    """The state of each job that Slurm still knows."""
+    if not job_ids:
+        return {}
+    found = parse_table(slurm("squeue", "-h", "-t", "all", "-j", ",".join(job_ids), "-o", SQUEUE_FORMAT, check=False))
+    unknown = [job for job in job_ids if job not in found]
+    if unknown:
+        fields = "JobIDRaw,State,Reason,Elapsed,NodeList,Start,ExitCode"
+        text = slurm("sacct", "-X", "-n", "-P", "-j", ",".join(unknown), "-o", fields, check=False)
+        found |= parse_table(text)
+    for job in unknown:
+        if job not in found and (record := show_job(job)):
+            found[job] = JobState(
+                *(job, record["JobState"], record["Reason"], record["RunTime"], record["NodeList"]),
+                *(record["StartTime"], record["ExitCode"]),
+            )
+    return found
+
+
+SQUEUE_FORMAT = "%i|%T|%r|%M|%N|%S|"
+
+
+def parse_table(text: str) -> dict[str, JobState]:
+    """Lines of id|state|reason|elapsed|nodes|start|exit code; a state such as "CANCELLED by 0" loses its tail."""
+    states = {}
+    for line in text.splitlines():
+        job, state, *rest = line.split("|")
+        states[job] = JobState(job, state.split()[0].rstrip("+"), *rest)
+    return states
+
+
+def show_job(job_id: str) -> dict[str, str] | None:
+    """The record of ``scontrol show job``; None once Slurm has forgotten the job."""
+    text = slurm("scontrol", "-o", "show", "job", job_id, check=False)
+    if not text:
+        return None
+    return dict(field.split("=", 1) for field in text.split() if "=" in field)

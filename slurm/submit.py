@@ -1,0 +1,156 @@
+"""Puts the chain into Slurm: one job per stage, each after the success of the one before, all or none."""
+
+import fcntl
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.errors import UserError
+from slurm import events
+from slurm.job import StageJob
+from slurm.margins import save_margin_s
+from slurm.query import JobState, job_states, slurm, slurm_message
+from slurm.roles import PROGRAMS, Programs
+from slurm.run_folder import RunFolder
+from slurm.snapshot import take_snapshot
+from slurm.srun import stage_nodes
+from slurm.validate import check_layout, check_run_folder, check_scripts, check_slurm_installed
+
+
+class ScriptExecutor(submitit.SlurmExecutor):
+    """submitit's executor, able to show its batch script on a machine without Slurm."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        """Usable also where srun is not installed."""
+        return 2
+
+    def script(self) -> str:
+        """The text that sbatch would get."""
+        return str(self._make_submission_file_text(self._submitit_command_str, "dry-run"))
+
+
+def executor(
+    run: RunFolder, config: Config, stage: str, code: Path, programs: Programs, after: str | None
+) -> ScriptExecutor:
+    """The batch job of one stage: a controller on its first node, signalled before the time limit."""
+    cluster = config.cluster
+    made = ScriptExecutor(folder=run.path / "slurm" / "%j", python="exec " + shlex.quote(programs.python))
+    extra: dict[str, Any] = {
+        "signal": f"B:USR2@{save_margin_s(run, stage, cluster.save_margin_s)}",
+        "requeue": True,
+        "kill-on-invalid-dep": "yes",
+        **{key: True if value == "true" else value for key, value in cluster.sbatch.items()},
+    }
+    setup = [*cluster.setup, f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    parameters = {
+        "job_name": f"{run.path.name}.{stage}",
+        "time": cluster.stage_time_limit_minutes.get(stage, cluster.time_limit_minutes),
+        "nodes": stage_nodes(config, stage),
+        "ntasks_per_node": 1,
+        "cpus_per_task": cluster.cpus_per_node,
+        "gpus_per_node": cluster.gpus_per_node or None,
+        "mem": f"{cluster.memory_per_node_gb:g}GB" if cluster.memory_per_node_gb else None,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "dependency": f"afterok:{after}" if after else None,
+        "setup": setup,
+        "use_srun": False,
+        "stderr_to_stdout": True,
+        "additional_parameters": extra,
+    }
+    made.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
+    return made
+
+
+def submitted_jobs(run: RunFolder) -> dict[str, str]:
+    """The newest job of each stage, by stage."""
+    return {event["stage"]: event["job"] for event in events.read(run.path) if event["event"] == "submitted"}
+
+
+def active_jobs(run: RunFolder) -> list[JobState]:
+    """Jobs of this run that Slurm has not ended."""
+    jobs = [event["job"] for event in events.read(run.path) if event["event"] == "submitted"]
+    return [state for state in job_states(jobs).values() if state.active]
+
+
+@contextmanager
+def locked(run: RunFolder) -> Iterator[None]:
+    """One submission into a run at a time."""
+    with (run.path / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run.path}: another submission into this run is under way") from None
+        yield
+
+
+def pending_stages(run: RunFolder, stages: list[str]) -> list[str]:
+    """The stages that are not done, in order."""
+    return [stage for stage in stages if not run.done(stage)]
+
+
+def dry_run(run: RunFolder, config: Config, stages: list[str], programs: Programs = PROGRAMS) -> Path:
+    """Write every batch script and the dependency graph to RUN/slurm/dry_run; returns that folder."""
+    check_layout(config)
+    folder = run.path / "slurm" / "dry_run"
+    folder.mkdir(parents=True, exist_ok=True)
+    before, graph = None, []
+    for stage in pending_stages(run, stages):
+        made = executor(run, config, stage, run.path / "code" / "SNAPSHOT", programs, before and f"JOB_OF_{before}")
+        (folder / f"{stage}.sh").write_text(made.script(), encoding="utf-8")
+        graph.append(f"{before} -> {stage} (afterok)" if before else stage)
+        before = stage
+    (folder / "graph.txt").write_text("\n".join(graph) + "\n", encoding="utf-8")
+    return folder
+
+
+def submit(run: RunFolder, config: Config, stages: list[str], programs: Programs = PROGRAMS) -> dict[str, str]:
+    """Queue the stages that are not done; returns their job ids. Nothing stays queued if one is refused."""
+    check_slurm_installed()
+    check_layout(config)
+    check_run_folder(run)
+    with locked(run):
+        if active := active_jobs(run):
+            jobs = ", ".join(f"{state.job_id} ({state.state})" for state in active)
+            raise UserError(f"{run.path}: this run is active, jobs {jobs}; see vcppo status, or vcppo cancel it first")
+        todo = pending_stages(run, stages)
+        code = take_snapshot(run.path)
+        (run.path / "slurm").mkdir(exist_ok=True)
+        check_scripts(
+            (executor(run, config, stage, code, programs, None).script() for stage in todo), run.path / "slurm"
+        )
+        jobs_of: dict[str, str] = {}
+        try:
+            before = None
+            for stage in todo:
+                made = executor(run, config, stage, code, programs, before)
+                before = made.submit(StageJob(run.path, stage, programs)).job_id
+                jobs_of[stage] = before
+                events.append(run.path, "submitted", stage=stage, job=before, code=code.name)
+        except FailedJobError as error:
+            cancel_jobs(list(jobs_of.values()))
+            raise UserError(f"Slurm refuses the job of {stage}: {slurm_message(str(error))}") from None
+        except BaseException:
+            cancel_jobs(list(jobs_of.values()))
+            raise
+    return jobs_of
+
+
+def cancel_jobs(jobs: list[str]) -> None:
+    """scancel; dependents first, so that none starts meanwhile."""
+    if jobs:
+        slurm("scancel", *reversed(jobs))
+
+
+def resolve_python(config: Config) -> Programs:
+    """The programs with the profile's interpreter."""
+    return Programs(python=config.cluster.python or sys.executable)

@@ -1,0 +1,61 @@
+"""What can be known to be wrong before a job is queued."""
+
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.checks import trainer_ranks
+from megatron_vcppo.errors import UserError
+from slurm.query import slurm_message
+from slurm.run_folder import RunFolder
+
+
+def check_layout(config: Config) -> None:
+    """Parallel sizes against nodes and GPUs."""
+    cluster, parallel = config.cluster, config.parallel
+    ranks_per_node = trainer_ranks(config) // cluster.trainer_nodes
+    if cluster.gpus_per_node and ranks_per_node > cluster.gpus_per_node:
+        raise UserError(
+            f"{ranks_per_node} trainer ranks per node need as many GPUs; cluster.gpus_per_node is "
+            f"{cluster.gpus_per_node}"
+        )
+    if parallel.tp > ranks_per_node:
+        raise UserError(
+            f"parallel.tp = {parallel.tp} would span nodes: only {ranks_per_node} ranks are on each of "
+            f"{cluster.trainer_nodes} trainer nodes"
+        )
+    if not cluster.gpus_per_node and ranks_per_node > cluster.cpus_per_node:
+        raise UserError(f"{ranks_per_node} ranks per node but cluster.cpus_per_node is {cluster.cpus_per_node}")
+    unknown = set(cluster.stage_time_limit_minutes) - set(config.stages)
+    if unknown:
+        raise UserError(f"cluster.stage_time_limit_minutes names no stage of this chain: {', '.join(sorted(unknown))}")
+
+
+def check_slurm_installed() -> None:
+    """UserError if Slurm's commands are not here."""
+    missing = [name for name in ("sbatch", "srun", "squeue", "scontrol", "scancel") if shutil.which(name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} not on the path: submit from a login node, or use --cluster local")
+
+
+def check_scripts(scripts: Iterable[str], folder: Path) -> None:
+    """Let Slurm judge each different batch script without queueing it; its own message is the error."""
+    for script in dict.fromkeys(scripts):
+        path = folder / "test_only.sh"
+        path.write_text(script, encoding="utf-8")
+        done = subprocess.run(["sbatch", "--test-only", str(path)], capture_output=True, text=True, timeout=30)
+        path.unlink()
+        if done.returncode:
+            raise UserError(f"Slurm refuses the job: {slurm_message(done.stderr)}; see cluster.* in the configuration")
+
+
+def check_run_folder(run: RunFolder) -> None:
+    """UserError if the run folder cannot be written."""
+    probe = run.path / ".write_test"
+    try:
+        probe.write_text("x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run.dir {run.path}: cannot be written: {error.strerror}") from None

@@ -1,0 +1,77 @@
+"""Submission against a real Slurm of virtual nodes: the chain, its status, refusals, bad input."""
+
+import pytest
+
+from megatron_vcppo.errors import UserError
+from slurm import events
+from slurm.devcluster import DevCluster
+from slurm.query import job_states
+from slurm.status import run_status, table
+from slurm.submit import dry_run, submit
+from tests.slurm.conftest import TINY
+from tests.slurm.support import cluster_config, result, wait_for_jobs, write_config
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_chain_of_jobs_runs_to_its_end(cluster: DevCluster, tmp_path) -> None:
+    config = cluster_config(tmp_path / "run", ("sft", "ppo", "export"))
+    run = write_config(config)
+    jobs = submit(run, config, list(config.stages), TINY)
+    with pytest.raises(UserError, match=f"this run is active, jobs .*{jobs['sft']}"):
+        submit(run, config, list(config.stages), TINY)
+    states = wait_for_jobs(jobs.values(), 120)
+    assert {state.state for state in states.values()} == {"COMPLETED"}
+    for stage in config.stages:
+        assert result(run, stage)["trained"] == [1, 2, 3, 4, 5, 6]
+    assert [status.state for status in run_status(run, config)] == ["done"] * 3
+    assert submit(run, config, list(config.stages), TINY) == {}
+    assert (run.attempts("ppo")[-1] / "rollout_0.log").read_text() == "generation 0\n"
+    nodes = {event["stage"]: len(event["nodes"]) for event in events.read(run.path) if event["event"] == "job"}
+    assert nodes == {"sft": 2, "ppo": 3, "export": 2}
+
+
+def test_bad_data_cancels_the_dependents_and_status_says_why(cluster: DevCluster, tmp_path) -> None:
+    config = cluster_config(tmp_path / "run", ("sft", "ppo"))
+    config.sft.train = "bad"
+    run = write_config(config)
+    jobs = submit(run, config, list(config.stages), TINY)
+    states = wait_for_jobs(jobs.values(), 60)
+    assert states[jobs["sft"]].state == "FAILED" and states[jobs["ppo"]].state == "CANCELLED"
+    text = table(run_status(run, config))
+    assert "data.jsonl:7: sample has no response" in text and f"vcppo resume {run.path}" in text
+    assert len(run.attempts("sft")) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("partition", "nowhere", "invalid partition specified: nowhere"),
+        ("gpus_per_node", 9, "not available"),
+        ("trainer_nodes", 7, "[Mm]ore processors requested than permitted|not available|Node count"),
+    ],
+)
+def test_slurms_own_message_is_shown_and_nothing_is_queued(cluster: DevCluster, tmp_path, key, value, message) -> None:
+    config = cluster_config(tmp_path / "run", ("sft",))
+    setattr(config.cluster, key, value)
+    config.cluster.trainer_ranks = None if key != "partition" else config.cluster.trainer_ranks
+    run = write_config(config)
+    with pytest.raises(UserError, match=message):
+        submit(run, config, ["sft"], TINY)
+    assert not cluster.command("squeue", "-h").stdout
+
+
+def test_a_dry_run_writes_scripts_and_queues_nothing(cluster: DevCluster, tmp_path) -> None:
+    config = cluster_config(tmp_path / "run", ("sft", "ppo"))
+    run = write_config(config)
+    folder = dry_run(run, config, ["sft", "ppo"], TINY)
+    assert (folder / "graph.txt").read_text() == "sft\nsft -> ppo (afterok)\n"
+    script = (folder / "ppo.sh").read_text()
+    for line in ("--dependency=afterok:JOB_OF_sft", "--kill-on-invalid-dep=yes", "--requeue", "--nodes=3"):
+        assert f"#SBATCH {line}" in script
+    assert "--signal=B:USR2@60" in script and "\nexec " in script
+    assert not cluster.command("squeue", "-h").stdout
+
+
+def test_a_job_that_slurm_forgot_is_no_error(cluster: DevCluster) -> None:
+    assert job_states(["999999"]) == {}
