@@ -36,7 +36,7 @@ pip_install() { # long output becomes one line a package where nobody watches a 
     if [ -t 1 ]; then
         "${pip[@]}" "$@"
     else
-        "${pip[@]}" --progress-bar off "$@" | sed -un '/^Collecting\|^Building\|^Installing/p'
+        "${pip[@]}" --progress-bar off "$@" | sed -un 's/^\(Collecting [^ ]*\).*/\1/p; s/^Installing .*/unpacking/p'
     fi
 }
 

@@ -36,7 +36,7 @@ class Key:
     def choices(self) -> tuple[str, ...]:
         """The allowed words; empty if any value of the type will do."""
         options = [option for option in (self.annotation, *typing.get_args(self.annotation)) if _is_literal(option)]
-        return typing.get_args(options[0]) if options else ()
+        return tuple(map(str, typing.get_args(options[0]))) if options else ()
 
     @property
     def takes_any_key(self) -> bool:
@@ -104,7 +104,7 @@ def _is_literal(annotation: Any) -> bool:
 def _type_text(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if _is_literal(annotation):
-        return " | ".join(arguments)
+        return " | ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type_text(argument) for argument in arguments)
     if origin is not None:

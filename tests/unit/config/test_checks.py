@@ -1,0 +1,66 @@
+"""Values that do not fit each other are refused with the numbers."""
+
+import pytest
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.checks import check_config, trainer_ranks
+from megatron_vcppo.errors import UserError
+
+
+@pytest.fixture
+def config() -> Config:
+    config = Config()
+    config.run.dir, config.model.hf, config.sft.train, config.stages = "runs/x", "models/x", "x.jsonl", ["sft"]
+    return config
+
+
+def error_of(config: Config) -> str:
+    with pytest.raises(UserError) as failure:
+        check_config(config)
+    return str(failure.value)
+
+
+def test_the_defaults_are_sound(config: Config) -> None:
+    check_config(config)
+    assert trainer_ranks(config) == 1
+
+
+def test_sizes_that_do_not_divide_the_ranks(config: Config) -> None:
+    config.parallel.tp, config.parallel.pp, config.cluster.trainer_ranks = 4, 2, 12
+    assert error_of(config) == "parallel: tp 4 × pp 2 × cp 1 × dp must divide 12 ranks; 8 does not"
+    with pytest.raises(UserError, match="12 ranks"):
+        trainer_ranks(config)
+
+
+def test_dp_that_contradicts_the_cluster(config: Config) -> None:
+    config.parallel.tp, config.parallel.dp = 2, 3
+    assert trainer_ranks(config) == 6
+    config.cluster.trainer_nodes, config.cluster.gpus_per_node = 2, 4
+    assert "tp 2 × pp 1 × cp 1 × dp 3 needs 6 ranks, the cluster section has 8" in error_of(config)
+    config.parallel.dp = None
+    assert trainer_ranks(config) == 8
+
+
+def test_ranks_must_divide_over_nodes(config: Config) -> None:
+    config.cluster.trainer_nodes, config.cluster.trainer_ranks = 2, 3
+    assert "3 trainer ranks do not divide over trainer_nodes 2" in error_of(config)
+
+
+def test_sequence_parallel_needs_tensor_parallel(config: Config) -> None:
+    config.parallel.sequence_parallel = True
+    assert "sequence_parallel needs parallel.tp over 1, got 1" in error_of(config)
+
+
+def test_all_problems_are_listed(config: Config) -> None:
+    config.sft.steps, config.sft.optimizer.beta2, config.sft.optimizer.lr = 0, 1.5, -1.0
+    config.stages = ["sft", "sft"]
+    message = error_of(config)
+    assert "sft.steps must be over 0, got 0" in message
+    assert "sft.optimizer.beta2 must lie in 0 … 1, got 1.5" in message
+    assert "sft.optimizer.lr must not be negative, got -1.0" in message
+    assert "sft is named 2 times" in message
+
+
+def test_warm_up_longer_than_training(config: Config) -> None:
+    config.sft.steps, config.sft.schedule.warmup_steps = 5, 20
+    assert "warmup_steps 20 is more than sft.steps 5" in error_of(config)

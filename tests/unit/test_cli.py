@@ -1,0 +1,61 @@
+"""The command as a user meets it: help, exit codes, one line for a mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_vcppo.cli import COMMANDS, build_parser, main
+from megatron_vcppo.config.keys import all_keys
+
+ROOT = Path(__file__).parents[2]
+DEMO = str(ROOT / "configs/demo/sft.yaml")
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(name in text and summary.split()[0] in text for name, (_, summary) in COMMANDS.items())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_exists_and_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        build_parser([name]).parse_args([name, "--help"])
+    assert f"vcppo {name}" in capsys.readouterr().out
+
+
+def test_config_prints_what_a_run_would_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", DEMO, "sft.steps=77"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["sft"]["steps"] == 77
+    assert printed["parallel"]["tp"] == 2
+
+
+def test_explain_covers_every_key_and_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--explain"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name}: " in text for name in all_keys())
+    assert "  parallel.tp: a whole number (default 1)\n      Tensor-parallel ranks" in text
+    assert main(["config", "--explain", "sft.optimizer"]) == 0
+    text = capsys.readouterr().out
+    assert "sft.optimizer.lr: a number (default 1e-05)" in text and "sft.train" not in text
+    assert main(["config", "--explain", "sft.optimizr"]) == 2
+    assert "did you mean sft.optimizer?" in capsys.readouterr().err
+
+
+def test_a_mistake_costs_one_line_and_exit_code_2() -> None:
+    command = [sys.executable, "-m", "megatron_vcppo.cli", "config", DEMO, "sft.stepz=1"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr == "vcppo: error: command line: unknown key sft.stepz; did you mean sft.steps?\n"
+    assert not result.stdout
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    command = f"{sys.executable} -m megatron_vcppo.cli config --explain | head -1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert result.stdout and not result.stderr

@@ -1,0 +1,90 @@
+"""The direction of imports that docs/architecture.md draws, read from the source of every module."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BASE = {"config", "records", "errors"}
+PURE = BASE | {"algo"}
+FEEDS = {"tasks", "rewards", "data", "report"}
+MAY_IMPORT = {
+    "errors": set(),
+    "records": {"errors"},
+    "config": BASE,
+    "algo": PURE,
+    **dict.fromkeys(FEEDS, PURE | FEEDS),
+    "mcore": PURE | FEEDS,
+    "rollout": PURE | FEEDS,
+    "weight_sync": PURE | FEEDS | {"mcore", "rollout"},
+    "stages": PURE | FEEDS | {"mcore", "rollout", "weight_sync"},
+    "commands": PURE | FEEDS | {"mcore", "rollout", "weight_sync", "stages"},
+    "cli": BASE,
+}
+"""Part of the package → the other parts that it may import; its own is always allowed."""
+ONLY_IN = {"megatron": "megatron_vcppo/mcore", "vllm": "megatron_vcppo/rollout", "submitit": "slurm"}
+"""Library → the only folder whose modules import it."""
+
+
+def modules(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Absolute name and line of everything imported anywhere in a file, type-checking blocks included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            assert node.module
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(ROOT / "megatron_vcppo").parts[0].removesuffix(".py")
+
+
+def test_every_part_is_in_the_picture() -> None:
+    parts = {part_of(path) for path in modules("megatron_vcppo")} - {"__init__"}
+    assert parts <= set(MAY_IMPORT), f"not in the picture: {parts - set(MAY_IMPORT)}"
+
+
+@pytest.mark.parametrize("path", modules("megatron_vcppo"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_package_imports_one_way(path: Path) -> None:
+    allowed = MAY_IMPORT.get(part_of(path), set()) | {part_of(path), "__version__"}
+    for name, line in imports(path):
+        head, *rest = name.split(".")
+        assert head not in ("slurm", "tools", "tests"), f"{path}:{line}: {name} stands above the package"
+        if head == "megatron_vcppo" and rest:
+            assert rest[0] in allowed, f"{path}:{line}: {part_of(path)} must not import {name}"
+
+
+@pytest.mark.parametrize(("library", "folder"), ONLY_IN.items())
+def test_a_heavy_library_has_one_importer(library: str, folder: str) -> None:
+    for path in [*modules("megatron_vcppo"), *modules("slurm"), *modules("tools")]:
+        if path.is_relative_to(ROOT / folder):
+            continue
+        for name, line in imports(path):
+            assert name.split(".")[0] != library, f"{path}:{line}: {name} may be imported only in {folder}/"
+
+
+def test_algo_is_pure() -> None:
+    for path in modules("megatron_vcppo/algo"):
+        for name, line in imports(path):
+            assert not name.startswith("torch.distributed"), f"{path}:{line}: {name}"
+
+
+def test_configuration_and_command_line_load_without_torch() -> None:
+    code = (
+        "import sys, megatron_vcppo.cli, megatron_vcppo.records\n"
+        "from megatron_vcppo.config.load import load_config\n"
+        "load_config('configs/demo/sft.yaml', ['sft.steps=7', 'sft.schedule.warmup_steps=1'])\n"
+        "heavy = {'torch', 'numpy', 'megatron', 'vllm', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
