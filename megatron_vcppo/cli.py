@@ -18,6 +18,13 @@ COMMANDS = {
     "convert": ("megatron_vcppo.commands.convert", "Hugging Face checkpoints to Megatron's and back, checked"),
     "make-task": ("megatron_vcppo.commands.make_task", "make a tiny base model and the data of a synthetic task"),
     "run": ("slurm.commands.run", "run the chain on this machine, stage after stage"),
+    "submit": ("slurm.commands.submit", "queue the chain on a Slurm cluster"),
+    "status": ("slurm.commands.status", "where a run stands: stages, jobs, progress, failures"),
+    "logs": ("slurm.commands.logs", "what the roles of a run wrote"),
+    "cancel": ("slurm.commands.cancel", "cancel the jobs of a run"),
+    "resume": ("slurm.commands.resume", "queue again what is not done"),
+    "doctor": ("slurm.commands.doctor", "check a cluster profile with short test jobs"),
+    "sweep": ("slurm.commands.sweep", "several chains, one table of results"),
 }
 """Name → (module, help); the order is that of ``vcppo --help``."""
 
