@@ -50,11 +50,23 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The parsed call. key=value may stand before, between and after options, which argparse alone does not allow."""
+    parser = build_parser(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    unknown = [argument for argument in rest if argument.startswith("-") or "=" not in argument]
+    if unknown or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns its exit code. A UserError becomes one line and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        args = build_parser(arguments).parse_args(arguments)
+        args = parse(arguments)
         return int(args.run(args))
     except UserError as error:
         print(f"vcppo: error: {error}", file=sys.stderr)
