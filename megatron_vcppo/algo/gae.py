@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # Below this many tokens, starting threads costs more than the kernel.
-_TOKENS_PER_THREAD = 1 << 16
+_TOKENS_PER_THREAD = 1 << 18
 
 
 @torch.no_grad()

@@ -1,0 +1,128 @@
+"""Profiles, trends and batch diagnostics: by hand, and the same for every split of the batch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_vcppo.algo import metrics as m
+from megatron_vcppo.algo.diagnostics import batch_diagnostics, length_statistics, summarize
+from megatron_vcppo.algo.profiles import (
+    position_profile,
+    relative_position,
+    relative_profile,
+    terminal_share,
+    trend,
+    trend_metrics,
+)
+
+OPTIONS = {"decay_actor": 0.95, "decay_critic": 1.0, "bin_width": 4, "num_bins": 5}
+
+
+def test_profiles_by_hand():
+    mask = torch.tensor([[True, False, True, True, True], [True, True, False, False, False]])
+    x = torch.tensor([[1.0, 99.0, 2.0, 3.0, 4.0], [10.0, 20.0, 99.0, 99.0, 99.0]])
+    sums, counts = position_profile(x, mask, bin_width=2, num_bins=2)
+    assert sums.tolist() == [33.0, 7.0] and counts.tolist() == [4.0, 2.0]
+    sums, counts = position_profile(x, mask, bin_width=1, num_bins=2)
+    assert sums.tolist() == [11.0, 29.0], "the last bin takes the rest"
+    sums, counts = relative_profile(x, mask, num_bins=2)
+    assert sums.tolist() == [13.0, 27.0] and counts.tolist() == [3.0, 3.0]
+    torch.testing.assert_close(relative_position(mask)[0, mask[0]], torch.tensor([0.125, 0.375, 0.625, 0.875]))
+
+
+def test_terminal_share_is_what_gae_lets_through():
+    mask = torch.tensor([[True, True, False, True], [True, False, False, False]])
+    expected = torch.tensor([[0.81, 0.9, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(terminal_share(mask, 0.9), expected)
+    by_row = terminal_share(mask, torch.tensor([1.0, 0.5]))
+    torch.testing.assert_close(by_row, mask.double())
+
+
+def test_trend_is_the_least_squares_line():
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.arange(40.0).expand(3, 40)
+    x = 2.0 - 0.25 * positions + torch.randn(3, 40, generator=generator)
+    mask = torch.rand(3, 40, generator=generator) < 0.8
+    values = {name: float(mean) for name, mean in m.means(trend_metrics("a", x, positions, mask)).items()}
+    slope, correlation = trend(values, "a")
+    stacked = torch.stack((x[mask], positions[mask])).double()
+    assert correlation == pytest.approx(float(torch.corrcoef(stacked)[0, 1]))
+    covariance = torch.cov(stacked)
+    assert slope == pytest.approx(float(covariance[0, 1] / covariance[1, 1]))
+    flat = {name: float(mean) for name, mean in m.means(trend_metrics("a", x * 0, positions, mask)).items()}
+    assert trend(flat, "a") == (0.0, 0.0)
+
+
+def _batch(seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    values, returns, advantages = torch.randn(3, 6, 30, generator=generator).unbind()
+    mask = torch.arange(30) < torch.randint(2, 31, (6, 1), generator=generator)
+    give_up = torch.rand(6, 30, generator=generator) < 0.1
+    return values, returns, advantages, mask, give_up
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 5))
+def test_every_split_gives_the_same_summary(seed, cut):
+    tensors = _batch(seed)
+    whole = batch_diagnostics(*tensors[:4], give_up_mask=tensors[4], **OPTIONS)
+    parts = [
+        batch_diagnostics(*(x[rows] for x in tensors[:4]), give_up_mask=tensors[4][rows], **OPTIONS)
+        for rows in (slice(None, cut), slice(cut, None))
+    ]
+    vector = m.to_vector(parts[0]) + m.to_vector(parts[1])
+    numbers, profiles = summarize(m.from_vector(vector, parts[0]))
+    expected_numbers, expected_profiles = summarize(whole)
+    assert numbers == pytest.approx(expected_numbers, rel=1e-9, abs=1e-9)
+    assert profiles.keys() == expected_profiles.keys()
+    for name in profiles:
+        assert profiles[name] == [x if x is None else pytest.approx(x) for x in expected_profiles[name]]
+
+
+def test_summary_by_definition():
+    values, returns, advantages, mask, give_up = _batch()
+    numbers, profiles = summarize(batch_diagnostics(values, returns, advantages, mask, give_up_mask=give_up, **OPTIONS))
+    a = advantages[mask].double()
+    assert numbers["actor/advantage_std"] == pytest.approx(float(a.std(correction=0)))
+    assert numbers["critic/value_first_token"] == pytest.approx(float(values[:, 0].mean()))
+    errors = (returns - values)[mask].double()
+    expected = 1 - errors.var(correction=0) / returns[mask].double().var(correction=0)
+    assert numbers["critic/explained_variance"] == pytest.approx(float(expected))
+    lengths = mask.sum(1)
+    assert numbers["actor/terminal_share_first_token"] == pytest.approx(float((0.95 ** (lengths - 1.0)).mean()))
+    assert numbers["critic/terminal_share_first_token"] == 1.0
+    chosen = advantages[give_up & mask].double()
+    assert numbers["actor/give_up_tokens"] == len(chosen)
+    sigma = (chosen.mean() - a.mean()) / a.std(correction=0)
+    assert numbers["actor/give_up_advantage_sigma"] == pytest.approx(float(sigma))
+    assert len(profiles["advantage_by_position"]) == 5 and len(profiles["value_by_decile"]) == 10
+
+
+def test_early_tokens_above_late_ones_show_as_a_gap():
+    values = torch.zeros(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    advantages = torch.linspace(1.0, -1.0, 20).expand(2, 20)
+    numbers, _ = summarize(batch_diagnostics(values, values, advantages, mask, **OPTIONS))
+    assert numbers["actor/advantage_early_late_gap"] == pytest.approx(float(advantages[0, :4].mean() * 2), rel=1e-5)
+    assert numbers["actor/advantage_position_correlation"] == pytest.approx(-1.0)
+    assert numbers["actor/advantage_position_slope"] == pytest.approx(-2 / 19, rel=1e-5)
+    assert "actor/give_up_advantage" not in numbers, "nobody gave up: no number"
+
+
+def test_length_statistics():
+    lengths = torch.tensor([10, 20, 30, 40, 50])
+    numbers = length_statistics(lengths, torch.tensor([False, False, False, False, True]))
+    assert numbers["rollout/length_mean"] == 30 and numbers["rollout/length_median"] == 30
+    assert numbers["rollout/length_min"] == 10 and numbers["rollout/length_max"] == 50
+    assert numbers["rollout/length_p90"] == pytest.approx(46) and numbers["rollout/truncated_share"] == pytest.approx(
+        0.2
+    )
+
+
+def test_metrics_of_different_names_do_not_add():
+    values, returns, advantages, mask, give_up = _batch()
+    with_mask = batch_diagnostics(values, returns, advantages, mask, give_up_mask=give_up, **OPTIONS)
+    without = batch_diagnostics(values, returns, advantages, mask, **OPTIONS)
+    with pytest.raises(AssertionError, match="give_up"):
+        m.add([with_mask, without])
