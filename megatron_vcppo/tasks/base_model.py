@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_vcppo.tasks.vocabulary import build_tokenizer
+from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
 
 FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_vcppo.data.prompts import PromptKeys, PromptStream, load_prompts
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Prompt
-from megatron_vcppo.tasks.vocabulary import build_tokenizer
+from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()
 

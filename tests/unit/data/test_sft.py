@@ -14,7 +14,7 @@ from megatron_vcppo.data.order import EpochOrder
 from megatron_vcppo.data.sft import SftDataset, load_sft_dataset
 from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.tasks.vocabulary import build_tokenizer
+from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
 
 PROMPT, RESPONSE = "3 #1 +4 ?", "<think> #1 +4 7 </think> = 7"
 CHATML = (

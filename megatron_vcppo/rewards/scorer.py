@@ -1,0 +1,171 @@
+"""Scores rollouts as they arrive, in worker processes, with a time limit for each answer."""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import asdict, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from megatron_vcppo.records import Rollout
+from megatron_vcppo.rewards.base import Verdict
+from megatron_vcppo.rewards.registry import resolve_verifiers
+
+_START_S = 60.0  # a worker imports verifiers; a user's own may import a lot
+_SHOWN = 20
+_TRUNCATED = Verdict(-1.0, "truncated")
+
+
+class Scorer:
+    """A pool of verifier processes. Use as a context manager, or call ``close``.
+
+    A verifier that raises costs its answer ("error: …"), one that hangs or dies costs its answer and its process
+    ("timeout", "error: …"), which is started anew. All are counted and kept for ``take_problems``.
+    A response cut at the token limit is wrong ("truncated") whatever it says: it never ended its episode.
+    """
+
+    def __init__(
+        self, num_workers: int = 2, timeout_s: float = 10.0, verifiers: Mapping[str, str] | None = None
+    ) -> None:
+        """timeout_s: for one answer. verifiers: as in ``resolve_verifiers``, whose UserError it raises at once."""
+        self.tasks = frozenset(resolve_verifiers(verifiers or {}))
+        """Tasks that can be judged."""
+        self._timeout_s = timeout_s
+        self._extra = dict(verifiers or {})
+        self._queue: queue.SimpleQueue[tuple[Rollout, Future[Rollout]] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._problems: list[str] = []
+        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(num_workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, rollout: Rollout) -> "Future[Rollout]":
+        """Score one rollout in the background; the result has ``reward`` and ``verdict``. Safe from any thread."""
+        assert rollout.prompt.task in self.tasks, f"no verifier for task {rollout.prompt.task!r}"
+        future: Future[Rollout] = Future()
+        if rollout.truncated:
+            self._finish(rollout, future, _TRUNCATED)
+        else:
+            self._queue.put((rollout, future))
+        return future
+
+    def score(self, rollouts: Iterable[Rollout]) -> list[Rollout]:
+        """Score rollouts while they arrive; returns all, in the order in which they arrived."""
+        return [future.result() for future in [self.submit(rollout) for rollout in rollouts]]
+
+    def take_counts(self) -> dict[str, int]:
+        """Verdicts by kind ("correct", "wrong", "no answer", "truncated", "timeout", "error") since the last call."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        return dict(counts)
+
+    def take_problems(self) -> list[str]:
+        """The first twenty timeouts and errors since the last call, one line each, to be shown."""
+        with self._lock:
+            problems, self._problems = self._problems, []
+        return problems
+
+    def close(self) -> None:
+        """Finish what was submitted and end the workers."""
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def __enter__(self) -> "Scorer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _serve(self) -> None:
+        """One thread per worker process: it waits for the answer so that nothing else has to."""
+        worker: _Worker | None = None
+        while (item := self._queue.get()) is not None:
+            rollout, future = item
+            try:
+                worker = worker or _Worker(self._timeout_s, self._extra)
+                verdict = worker.judge(rollout, self._timeout_s)
+            except BaseException as error:
+                if worker:
+                    worker.kill()
+                worker = None
+                if not isinstance(error, _WorkerLost):
+                    future.set_exception(error)
+                    continue
+                verdict = Verdict(-1.0, str(error))
+            self._finish(rollout, future, verdict)
+        if worker:
+            worker.kill()
+
+    def _finish(self, rollout: Rollout, future: "Future[Rollout]", verdict: Verdict) -> None:
+        with self._lock:
+            self._counts[verdict.kind] += 1
+            if verdict.kind in ("timeout", "error") and len(self._problems) < _SHOWN:
+                self._problems.append(f"{rollout.prompt.prompt_id} (task {rollout.prompt.task}): {verdict.verdict}")
+        future.set_result(replace(rollout, reward=verdict.reward, verdict=verdict.verdict))
+
+
+class _WorkerLost(Exception):
+    """The worker hangs or is gone; the message is the verdict."""
+
+
+class _Worker:
+    """One verifier process. It gets no secret: its environment is made anew, and it leads its own process group."""
+
+    def __init__(self, timeout_s: float, extra: Mapping[str, str]) -> None:
+        ours, theirs = socket.socketpair()
+        # Verifiers of the user's own are imported from where this process would import them.
+        path = os.pathsep.join([str(Path(__file__).parents[2]), *(entry or os.getcwd() for entry in sys.path)])
+        arguments = [str(theirs.fileno()), str(timeout_s), json.dumps(dict(extra))]
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_vcppo.rewards.worker", *arguments],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={"PATH": os.environ.get("PATH", os.defpath), "PYTHONPATH": path, "LANG": "C.UTF-8"},
+                start_new_session=True,
+            )
+        self._connection: Connection = Connection(ours.detach())
+        try:
+            self._receive(_START_S, "error: the verifier process did not start")
+        except _WorkerLost:
+            self.kill()
+            raise
+
+    def judge(self, rollout: Rollout, timeout_s: float) -> Verdict:
+        """Raises _WorkerLost if the answer does not come in time, or the process dies."""
+        request = {"prompt": {**asdict(rollout.prompt), "token_ids": []}, "response_text": rollout.response_text}
+        try:
+            self._connection.send_bytes(json.dumps(request).encode())
+        except OSError as error:
+            raise _WorkerLost(f"error: the verifier process is gone ({error})") from error
+        reply = self._receive(timeout_s, f"timeout: {timeout_s:g} s")
+        return Verdict(reply["reward"], reply["verdict"])
+
+    def kill(self) -> None:
+        """End the process and what it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._connection.close()
+
+    def _receive(self, timeout_s: float, on_timeout: str) -> dict[str, Any]:
+        try:
+            if not self._connection.poll(timeout_s):
+                raise _WorkerLost(on_timeout)
+            return json.loads(self._connection.recv_bytes())
+        except (EOFError, OSError) as error:
+            code = self._process.wait(_START_S)
+            raise _WorkerLost(f"error: the verifier process died (exit code {code})") from error

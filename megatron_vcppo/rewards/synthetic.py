@@ -1,0 +1,14 @@
+"""Exact verifiers of the synthetic tasks."""
+
+from megatron_vcppo.records import Prompt
+from megatron_vcppo.rewards.base import CORRECT, NO_ANSWER, Verdict, wrong
+from megatron_vcppo.tasks.base import read_answer
+from megatron_vcppo.tasks.generate import get_task
+
+
+def verify_synthetic(prompt: Prompt, response_text: str) -> Verdict:
+    """The response must end in ``</think> = answer``, and the answer must solve the prompt of its task."""
+    given = read_answer(response_text)
+    if given is None:
+        return NO_ANSWER
+    return CORRECT if get_task(prompt.task).is_correct(prompt.text, prompt.answer, given) else wrong()

@@ -1,0 +1,135 @@
+"""The scorer: verifiers that raise, hang, die or chatter cost their answer, and nothing else."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.rewards.scorer import Scorer
+
+VERIFIERS = """
+import os, time
+from megatron_vcppo.rewards.base import CORRECT, Verdict
+
+def hangs(prompt, response):
+    if response == "good":
+        return CORRECT
+    with open(__file__ + ".pid", "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(3600)
+
+def spins(prompt, response):
+    while True:
+        pass
+
+def raises(prompt, response):
+    return 1 / 0
+
+def dies(prompt, response):
+    os._exit(7)
+
+def chatters(prompt, response):
+    print("noise on standard output")
+    return Verdict(0.25, os.environ.get("WANDB_API_KEY", "no key"))
+"""
+NAMES = ("hangs", "spins", "raises", "dies", "chatters")
+
+
+@pytest.fixture
+def own_verifiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    (tmp_path / "own_verifiers.py").write_text(VERIFIERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    return {name: f"own_verifiers:{name}" for name in NAMES}
+
+
+def rollout(task: str, response: str, answer: str = "7", finish_reason: str = "stop") -> Rollout:
+    prompt = Prompt(f"p:{task}", (1, 2), "3 #1 +4 ?", answer, task)
+    return Rollout(prompt, 0, 0, (3,), response, (-0.5,), finish_reason, 0)
+
+
+def test_rollouts_are_scored_in_order_by_their_task() -> None:
+    rollouts = [
+        rollout("running_sum", "<think> #1 +4 7 </think> = 7"),
+        rollout("running_sum", "<think> #1 +4 8 </think> = 8"),
+        rollout("math", r"\boxed{14/2}"),
+        rollout("multiple_choice", r"\boxed{C}", answer="C"),
+        rollout("running_sum", "<think> #1 +4 7 </think> = 7", finish_reason="length"),
+        rollout("math", "?"),
+    ] * 20
+    with Scorer(num_workers=2, timeout_s=10.0) as scorer:
+        scored = scorer.score(iter(rollouts))
+        assert [s.reward for s in scored] == [1.0, -1.0, 1.0, 1.0, -1.0, -1.0] * 20
+        assert [s.verdict for s in scored[:6]] == ["correct", "wrong", "correct", "correct", "truncated", "no answer"]
+        assert [(s.prompt, s.response_ids) for s in scored] == [(r.prompt, r.response_ids) for r in rollouts]
+        assert scorer.take_counts() == {"correct": 60, "wrong": 20, "truncated": 20, "no answer": 20}
+        assert scorer.take_counts() == {} and scorer.take_problems() == []
+
+
+def test_bad_verifiers_cost_their_answer_only(own_verifiers: dict[str, str], tmp_path: Path) -> None:
+    names = ["raises", "hangs", "dies", "chatters", "spins"]
+    with Scorer(num_workers=2, timeout_s=0.5, verifiers=own_verifiers) as scorer:
+        scored = scorer.score(rollout(name, "x") for name in names for _ in range(2))
+        after = scorer.score([rollout("hangs", "good"), rollout("math", r"\boxed{7}")])
+        assert [s.verdict for s in after] == ["correct", "correct"]
+        verdicts = {s.prompt.task: s.verdict for s in scored}
+        assert verdicts == {
+            "raises": "error: ZeroDivisionError: division by zero",
+            "hangs": "timeout: 0.5 s",
+            "dies": "error: the verifier process died (exit code 7)",
+            "chatters": "no key",
+            "spins": "timeout: 0.5 s",
+        }
+        assert {s.prompt.task: s.reward for s in scored} == dict.fromkeys(names, -1.0) | {"chatters": 0.25}
+        problems = scorer.take_problems()
+        assert len(problems) == 8 and "p:hangs (task hangs): timeout: 0.5 s" in problems
+        counts = scorer.take_counts()
+        assert (counts["timeout"], counts["error"], counts["correct"]) == (4, 4, 2)
+    assert not alive(int((tmp_path / "own_verifiers.py.pid").read_text()))
+
+
+def test_unknown_verifiers_are_refused_at_once() -> None:
+    with pytest.raises(UserError, match=r"verifiers.gpqa: no verifier 'choice'; use one of code, list_ops, math"):
+        Scorer(1, 1.0, {"gpqa": "choice"})
+    with pytest.raises(UserError, match=r"cannot import nowhere:f"):
+        Scorer(1, 1.0, {"gpqa": "nowhere:f"})
+    with Scorer(1, 1.0, {"gpqa": "multiple_choice"}) as scorer:
+        assert scorer.score([rollout("gpqa", r"\boxed{B}", "B")])[0].reward == 1.0
+        with pytest.raises(AssertionError, match="no verifier for task 'poetry'"):
+            scorer.submit(rollout("poetry", "x"))
+
+
+def test_a_worker_ends_with_its_scorer(own_verifiers: dict[str, str], tmp_path: Path) -> None:
+    """If the scorer's process is gone, a verifier that still hangs is ended by its own alarm."""
+    pid_file = tmp_path / "own_verifiers.py.pid"
+    scorer_process = os.fork()
+    if scorer_process == 0:
+        Scorer(1, 3.0, own_verifiers).submit(rollout("hangs", "x"))
+        wait_until(pid_file.exists)
+        os._exit(0)
+    os.waitpid(scorer_process, 0)
+    pid = int(wait_until(pid_file.read_text))
+    assert alive(pid)
+    wait_until(lambda: not alive(pid))
+
+
+def wait_until(condition: Callable[[], Any]) -> Any:
+    """The condition's first true value; fails after 30 s."""
+    deadline = time.monotonic() + 30
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "still waiting after 30 s"
+        time.sleep(0.05)
+    return value
+
+
+def alive(pid: int) -> bool:
+    """Whether the process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
