@@ -1,0 +1,243 @@
+"""Prompts in, rollouts out: spreads requests over the engines and survives the loss of any of them.
+
+Every request is in exactly one place: waiting, or with one engine. It leaves by its response, which is counted once;
+if its engine fails, it waits again. Seeds are fixed per request, so a response drawn twice is the same response.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+from tqdm import tqdm
+
+from megatron_vcppo.config.rollout import RolloutConfig
+from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.rollout import link
+from megatron_vcppo.rollout.auth import read_secret
+from megatron_vcppo.rollout.fleet import Fleet, Member
+from megatron_vcppo.rollout.rendezvous import SECRET
+from megatron_vcppo.rollout.sampling import sample_seed
+from megatron_vcppo.rollout.wire import GenerateBatch, GenerateRequest, Response, Sampling
+
+log = logging.getLogger(__name__)
+
+MAX_ERRORS = 3
+"""A request that engines refuse this often ends generation: it is the request's fault, not theirs."""
+
+
+class RolloutError(RuntimeError):
+    """Generation cannot go on: no engine, or a request that every engine refuses."""
+
+
+@dataclass
+class Wanted:
+    """One response that is still to come."""
+
+    prompt: Prompt
+    sample_index: int
+    request: GenerateRequest
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens that it can cost."""
+        return len(self.request.token_ids) + self.request.max_tokens
+
+
+@dataclass
+class RolloutClient:
+    """Generates with the engines that are published in ``rendezvous``.
+
+    ``decode`` turns response tokens into text: here, so that engines need not. ``on_rollout`` is called with each
+    rollout as it arrives and must return at once (hand it to a pool). ``max_length`` bounds prompt plus response.
+    """
+
+    rendezvous: Path
+    config: RolloutConfig
+    max_length: int
+    run_seed: int
+    decode: Callable[[Sequence[int]], str]
+    show_progress: bool = False
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        iteration: int,
+        policy_version: int,
+        sampling: Sampling,
+        num_samples: int,
+        on_rollout: Callable[[Rollout], None] = lambda rollout: None,
+    ) -> list[Rollout]:
+        """num_samples responses for each prompt, by prompt and sample index.
+
+        Only engines that hold policy_version are asked. Raises RolloutError if none did for
+        rollout.all_dead_timeout_s, or if a request is refused; ValueError if a prompt leaves no room for a response.
+        """
+        return asyncio.run(self.generate_async(prompts, iteration, policy_version, sampling, num_samples, on_rollout))
+
+    async def generate_async(
+        self,
+        prompts: Sequence[Prompt],
+        iteration: int,
+        policy_version: int,
+        sampling: Sampling,
+        num_samples: int,
+        on_rollout: Callable[[Rollout], None],
+    ) -> list[Rollout]:
+        """See generate."""
+        wanted = self.plan(prompts, iteration, num_samples)
+        async with link.open_session(read_secret(self.rendezvous / SECRET)) as session:
+            fleet = Fleet(self.rendezvous, session, policy_version, self.config.health_timeout_s)
+            return await _Generation(self, session, fleet, sampling, wanted, on_rollout).run()
+
+    def plan(self, prompts: Sequence[Prompt], iteration: int, num_samples: int) -> list[Wanted]:
+        """The requests of an iteration; the same prompts always give the same seeds."""
+        wanted: list[Wanted] = []
+        for prompt in prompts:
+            room = min(self.config.max_tokens, self.max_length - len(prompt.token_ids))
+            if room < 1:
+                raise ValueError(
+                    f"prompt {prompt.prompt_id} has {len(prompt.token_ids)} tokens; model.max_length = "
+                    f"{self.max_length} leaves no room for a response"
+                )
+            for sample in range(num_samples):
+                seed = sample_seed(self.run_seed, iteration, prompt.prompt_id, sample)
+                request = GenerateRequest(len(wanted), list(prompt.token_ids), room, seed)
+                wanted.append(Wanted(prompt, sample, request))
+        return wanted
+
+
+class _Generation:
+    """One call of generate: what waits, what is with whom, what is done."""
+
+    def __init__(
+        self,
+        client: RolloutClient,
+        session: aiohttp.ClientSession,
+        fleet: Fleet,
+        sampling: Sampling,
+        wanted: list[Wanted],
+        on_rollout: Callable[[Rollout], None],
+    ) -> None:
+        self.client, self.config, self.session, self.fleet = client, client.config, session, fleet
+        self.sampling, self.wanted, self.on_rollout = sampling, wanted, on_rollout
+        self.waiting = deque(wanted)
+        self.rollouts: dict[int, Rollout] = {}
+        self.failure: BaseException | None = None
+        self.progress = tqdm(total=len(wanted), desc="rollouts", unit="", disable=not client.show_progress)
+        self.num_tokens, self.started = 0, time.monotonic()
+
+    async def run(self) -> list[Rollout]:
+        """Until every response is there; raises what went wrong."""
+        watch = asyncio.create_task(self.fleet.watch())
+        try:
+            while len(self.rollouts) < len(self.wanted):
+                self.fleet.changed.clear()
+                self.dispatch()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.fleet.changed.wait(), 1.0)
+                self.check(watch)
+        finally:
+            watch.cancel()
+            for member in self.fleet.members.values():
+                member.take_out("generation is over")
+            self.progress.close()
+        return [self.rollouts[index] for index in range(len(self.wanted))]
+
+    def check(self, watch: asyncio.Task) -> None:
+        """Raise what went wrong, or if no engine could be used for too long."""
+        if self.failure is not None:
+            raise self.failure
+        if watch.done():
+            watch.result()
+        dead_s = time.monotonic() - self.fleet.last_usable
+        if not self.fleet.usable and dead_s > self.config.all_dead_timeout_s:
+            raise RolloutError(
+                f"no engine with policy version {self.fleet.policy_version} for {dead_s:.0f} s "
+                f"(rollout.all_dead_timeout_s = {self.config.all_dead_timeout_s:g}); "
+                f"{len(self.wanted) - len(self.rollouts)} of {len(self.wanted)} responses are missing. "
+                f"{self.fleet.describe()}"
+            )
+
+    def dispatch(self) -> None:
+        """Give what waits to the engines with the fewest tokens in flight, in one call per engine."""
+        given: dict[int, tuple[Member, list[Wanted]]] = {}
+        while self.waiting:
+            free = [m for m in self.fleet.usable if m.requests_in_flight < self.config.engine.max_num_seqs]
+            if not free:
+                break
+            member = min(free, key=lambda m: m.tokens_in_flight)
+            item = self.waiting.popleft()
+            member.requests_in_flight += 1
+            member.tokens_in_flight += item.tokens
+            given.setdefault(id(member), (member, []))[1].append(item)
+        for member, items in given.values():
+            call = asyncio.create_task(self.call(member, items))
+            member.calls.add(call)
+            call.add_done_callback(member.calls.discard)
+
+    async def call(self, member: Member, items: list[Wanted]) -> None:
+        """Have one engine answer some requests; those that it does not answer wait again."""
+        left = {item.request.key: item for item in items}
+        batch = GenerateBatch(self.sampling, [item.request for item in items])
+        try:
+            async for response in link.generate(self.session, member.engine, batch, self.config.request_timeout_s):
+                item = left.pop(response.key)
+                self.release(member, [item])
+                self.take(item, response, member)
+                self.fleet.changed.set()
+            if left:
+                raise aiohttp.ClientPayloadError(f"the answer lacked {len(left)} of {len(items)} responses")
+        except link.FAILURES as error:
+            log.warning(
+                "%s failed (%s: %s); %d requests go to other engines",
+                member.engine,
+                type(error).__name__,
+                error,
+                len(left),
+            )
+            member.take_out(f"{type(error).__name__}: {error}")
+        except Exception as error:
+            self.failure = error
+        finally:
+            self.release(member, left.values())
+            self.waiting.extendleft(reversed(left.values()))
+            self.fleet.changed.set()
+
+    def take(self, item: Wanted, response: Response, member: Member) -> None:
+        """Count a response; one that an engine refused waits again, or ends generation if it was refused too often."""
+        if response.error:
+            item.errors.append(f"{member.engine}: {response.error}")
+            if len(item.errors) >= MAX_ERRORS:
+                raise RolloutError(f"prompt {item.prompt.prompt_id} was refused: {'; '.join(item.errors)}")
+            self.waiting.append(item)
+            return
+        rollout = Rollout(
+            prompt=item.prompt,
+            sample_index=item.sample_index,
+            seed=item.request.seed,
+            response_ids=tuple(response.token_ids),
+            response_text=self.client.decode(response.token_ids),
+            rollout_logprobs=tuple(response.logprobs),
+            finish_reason=response.finish_reason,
+            policy_version=response.policy_version,
+        )
+        assert item.request.key not in self.rollouts
+        self.rollouts[item.request.key] = rollout
+        self.num_tokens += len(response.token_ids)
+        self.progress.update()
+        self.progress.set_postfix_str(f"{self.num_tokens / (time.monotonic() - self.started):.0f} tokens/s", False)
+        self.on_rollout(rollout)
+
+    @staticmethod
+    def release(member: Member, items: Iterable[Wanted]) -> None:
+        """These requests are with the engine no more."""
+        for item in items:
+            member.requests_in_flight -= 1
+            member.tokens_in_flight -= item.tokens

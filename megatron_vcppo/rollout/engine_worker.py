@@ -1,0 +1,153 @@
+"""What every vLLM worker process imports: the receiving end of a weight push.
+
+Importing this module (vLLM does it through ``--worker-extension-cls``) registers the weight-transfer engine "vcppo"
+in the worker. Three things that a plain ``model.load_weights`` gets wrong, without an error on the second:
+linear layers are stored repacked for oneDNN, so loading goes through vLLM's layer-wise reload; with tied embeddings
+the output layer keeps its old repacked copy on CPU, so it is repacked by hand; and the base class ends an update
+with an accelerator call that does not exist on CPU.
+"""
+
+import multiprocessing
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import safe_open
+from typing_extensions import override
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from megatron_vcppo.rollout.broadcast import Group, join_group, reach_store, receive, unpack
+from megatron_vcppo.rollout.process import die_with_parent
+from megatron_vcppo.rollout.wire import Stream, SyncRequest
+
+BACKEND = "vcppo"
+
+
+@dataclass
+class Meet(WeightTransferInitInfo):
+    """The push that is about to start: a wire.SyncRequest as plain types."""
+
+    request: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Take(WeightTransferUpdateInfo):
+    """Nothing: the streams describe themselves."""
+
+
+class Receiver(WeightTransferEngine[Meet, Take]):
+    """One worker's end of a push. Each update is the whole model: all streams, or all files of the folder."""
+
+    init_info_cls = Meet
+    update_info_cls = Take
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.groups: dict[Stream, Group] = {}
+        self.request: SyncRequest | None = None
+
+    def init_transfer_engine(self, init_info: Meet) -> None:
+        """Join the group of each stream, unless it is the one of the push before."""
+        self.request = request = msgspec.convert(init_info.request, SyncRequest)
+        parallel = self.parallel_config
+        worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        known, self.groups = self.groups, {}
+        for stream in request.streams:
+            self.groups[stream] = known.get(stream) or join_group(
+                reach_store(stream.address, stream.port, request.timeout_s),
+                stream.first_rank + worker,
+                stream.world_size,
+                request.backend,
+                self.device,
+                request.timeout_s,
+                request.address,
+            )
+
+    @override
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Take the whole model; after a failure the engine is whole again in form, and a new push may follow."""
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+        except BaseException:
+            self.groups = {}
+            self.finish_weight_update()
+            raise
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    @override
+    def receive_weights(self, update_info: Take) -> None:
+        assert self.request is not None
+        if self.request.backend == "disk":
+            tensors = read_folder(Path(self.request.folder))
+        else:
+            tensors = unpack(ahead(bucket for group in self.groups.values() for bucket in receive(group)))
+        loaded = self.model.load_weights(tensors)
+        missing = {name for name, _ in self.model.named_parameters()} - loaded
+        if self.model_config.hf_text_config.tie_word_embeddings:
+            missing.discard("lm_head.weight")  # while it is being reloaded, it shows as a parameter of its own
+        if missing:
+            raise RuntimeError(f"the push lacked {len(missing)} parameters, e.g. {sorted(missing)[:3]}")
+
+    @override
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            for module in self.model.modules():
+                if isinstance(module, ParallelLMHead):
+                    module.quant_method.process_weights_after_loading(module)
+
+    @override
+    def shutdown(self) -> None:
+        self.groups = {}
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker; its import is what counts."""
+
+
+def read_folder(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the safetensors files of a folder."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                yield name, file.get_tensor(name)
+
+
+def ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The same items, the next one being fetched by a thread while the current one is used."""
+    done = object()
+    slots: queue.Queue[Any] = queue.Queue(maxsize=1)
+
+    def fetch() -> None:
+        try:
+            for item in items:
+                slots.put(item)
+            slots.put(done)
+        except BaseException as error:
+            slots.put(error)
+
+    thread = threading.Thread(target=fetch, name="weights", daemon=True)
+    thread.start()
+    while (item := slots.get()) is not done:
+        if isinstance(item, BaseException):
+            raise item
+        yield item
+    thread.join()
+
+
+if BACKEND not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(BACKEND, Receiver)
+if multiprocessing.parent_process() is not None:
+    die_with_parent()

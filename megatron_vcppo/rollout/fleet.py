@@ -1,0 +1,98 @@
+"""Which engines can be used now: those that are published, answer, and hold the wanted policy version."""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+
+from megatron_vcppo.rollout import link, rendezvous
+from megatron_vcppo.rollout.rendezvous import Engine
+
+PROBE_TIMEOUT_S = 10.0
+
+
+@dataclass
+class Member:
+    """One process of an engine as a client sees it."""
+
+    engine: Engine
+    usable: bool = False
+    last_answer: float = field(default_factory=time.monotonic)
+    trouble: str = "not asked yet"
+    requests_in_flight: int = 0
+    tokens_in_flight: int = 0
+    calls: set[asyncio.Task] = field(default_factory=set)
+
+    def take_out(self, trouble: str) -> None:
+        """Use it no more until it answers again; its calls end, which gives their requests to others."""
+        self.usable, self.trouble = False, trouble
+        for call in self.calls - {asyncio.current_task()}:
+            call.cancel()
+
+
+class Fleet:
+    """Asks every published engine for its status, again and again, and keeps the list of usable ones."""
+
+    def __init__(
+        self,
+        folder: Path,
+        session: aiohttp.ClientSession,
+        policy_version: int,
+        health_timeout_s: float,
+        poll_s: float = 1.0,
+    ) -> None:
+        self.folder, self.session, self.policy_version = folder, session, policy_version
+        self.health_timeout_s, self.poll_s = health_timeout_s, poll_s
+        self.members: dict[tuple[str, int, int], Member] = {}
+        self.changed = asyncio.Event()
+        """Set whenever an engine became usable or unusable."""
+        self.last_usable = time.monotonic()
+
+    @property
+    def usable(self) -> list[Member]:
+        """The members that may get requests now."""
+        return [member for member in self.members.values() if member.usable]
+
+    async def watch(self) -> None:
+        """Runs until cancelled."""
+        while True:
+            await self.look()
+            await asyncio.sleep(self.poll_s)
+
+    async def look(self) -> None:
+        """One round of questions."""
+        published = {(engine.name, engine.generation, engine.pid): engine for engine in rendezvous.engines(self.folder)}
+        for key in [key for key in self.members if key not in published]:
+            self.members.pop(key).take_out("withdrawn by its supervisor")
+            self.changed.set()
+        for key, engine in published.items():
+            self.members.setdefault(key, Member(engine))
+        await asyncio.gather(*(self._ask(member) for member in list(self.members.values())))
+        if self.usable:
+            self.last_usable = time.monotonic()
+
+    async def _ask(self, member: Member) -> None:
+        was_usable = member.usable
+        try:
+            status = await link.status(self.session, member.engine, min(PROBE_TIMEOUT_S, self.health_timeout_s))
+        except link.FAILURES as error:
+            member.trouble = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            silent_s = time.monotonic() - member.last_answer
+            if was_usable and silent_s > self.health_timeout_s:
+                member.take_out(f"no answer for {silent_s:.0f} s ({member.trouble})")
+        else:
+            member.last_answer = time.monotonic()
+            member.usable = status.state == "serving" and status.policy_version == self.policy_version
+            member.trouble = f"{status.state}, policy version {status.policy_version}"
+            if was_usable and not member.usable:
+                member.take_out(member.trouble)
+        if member.usable != was_usable:
+            self.changed.set()
+
+    def describe(self) -> str:
+        """One line: every engine and its trouble."""
+        if not self.members:
+            return f"no engine is published in {self.folder}"
+        return "; ".join(f"{member.engine}: {member.trouble}" for member in self.members.values())

@@ -1,0 +1,184 @@
+"""What stands in front of vLLM's HTTP server, inside its process: the secret's check and this project's three routes.
+
+Passed to vLLM with ``--middleware``, so it sees every request first. vLLM's development routes (which run code for
+whoever calls them) stay switched off: pausing and pushing weights go through the engine's own methods here.
+"""
+
+import asyncio
+import itertools
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.exceptions import VLLMClientError
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from megatron_vcppo.rollout.auth import SECRET_FILE_VARIABLE, is_authorized, read_secret
+from megatron_vcppo.rollout.wire import (
+    GENERATE,
+    NO_VERSION,
+    STATUS,
+    SYNC,
+    GenerateBatch,
+    GenerateRequest,
+    Response,
+    Sampling,
+    Status,
+    SyncReport,
+    SyncRequest,
+)
+
+CORE_DEADLINE_S = 5.0
+"""How long the engine's core may take to answer between two steps before the status route calls it hung."""
+
+
+class Front:
+    """ASGI middleware. Unauthorised requests get 401 and reach nothing, whatever their route."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self.app = app
+        self.secret = read_secret(Path(os.environ[SECRET_FILE_VARIABLE]))
+        self.names = itertools.count()
+        self.policy_version = NO_VERSION
+        self.state = "serving"
+        self.running = 0
+        self.routes = {("POST", GENERATE): self._generate, ("POST", SYNC): self._sync, ("GET", STATUS): self._status}
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        """Check the secret, then serve one of our routes or hand on to vLLM."""
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        if not is_authorized(scope["headers"], self.secret):
+            if scope["type"] == "websocket":
+                return await send({"type": "websocket.close", "code": 1008})
+            return await answer(send, 401, b'{"error":"unauthorized"}')
+        route = self.routes.get((scope.get("method", ""), scope["path"]))
+        if route is None:
+            return await self.app(scope, receive, send)
+        await route(scope["app"].state.engine_client, await read_body(receive), receive, send)
+
+    async def _status(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
+        if self.state == "serving":  # during a push the core is busy taking weights; its deadline is the push's own
+            try:
+                await asyncio.wait_for(engine.get_weight_version(), CORE_DEADLINE_S)
+            except Exception as error:
+                return await answer(send, 503, msgspec.json.encode({"error": f"engine core: {error!r}"}))
+        num_workers = engine.vllm_config.parallel_config.world_size_across_dp
+        await answer(send, 200, msgspec.json.encode(Status(self.state, self.policy_version, self.running, num_workers)))
+
+    async def _generate(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
+        batch = msgspec.json.decode(body, type=GenerateBatch)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/jsonl")]})
+        tasks = [asyncio.create_task(self._respond(engine, batch.sampling, request)) for request in batch.requests]
+        gone = asyncio.create_task(disconnected(receive))
+        self.running += len(tasks)
+        try:
+            async for responses in finished_groups(tasks, gone):
+                lines = b"".join(msgspec.json.encode(response) + b"\n" for response in responses)
+                await send({"type": "http.response.body", "body": lines, "more_body": True})
+            if not gone.done():
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self.running -= len(tasks)
+            for task in (*tasks, gone):
+                task.cancel()
+
+    async def _respond(self, engine: Any, sampling: Sampling, request: GenerateRequest) -> Response:
+        version = self.policy_version
+        params = sampling_params(sampling, request)
+        output = None
+        try:
+            prompt = {"prompt_token_ids": request.token_ids}
+            async for partial in engine.generate(prompt, params, f"vcppo-{next(self.names)}"):
+                output = partial
+        except (ValueError, VLLMClientError) as error:  # the request is at fault; anything else ends the whole answer
+            return Response(request.key, error=f"{type(error).__name__}: {error}")
+        assert output is not None
+        choice = output.outputs[0]
+        if choice.finish_reason not in ("stop", "length"):
+            return Response(request.key, error=f"ended by the engine: {choice.finish_reason}")
+        return Response(request.key, list(choice.token_ids), choice.logprobs.logprobs, choice.finish_reason, version)
+
+    async def _sync(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
+        request = msgspec.json.decode(body, type=SyncRequest)
+        self.state, self.policy_version = "syncing", NO_VERSION
+        try:
+            report = await asyncio.wait_for(take_weights(engine, request), request.timeout_s)
+            self.state, self.policy_version = "serving", request.policy_version
+        except Exception as error:
+            self.state = "broken"
+            report = SyncReport(error=f"{type(error).__name__}: {error}"[:1000])
+        await answer(send, 200, msgspec.json.encode(report))
+
+
+async def take_weights(engine: Any, request: SyncRequest) -> SyncReport:
+    """One push as the engine sees it."""
+    started = time.monotonic()
+    await engine.pause_generation(mode={"drain": "wait", "keep": "keep"}[request.pause], clear_cache=False)
+    drained = time.monotonic()
+    update = msgspec.to_builtins(request)
+    await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={"request": update}))
+    await engine.start_weight_update()
+    await engine.update_weights(WeightTransferUpdateRequest(update_info={}))
+    await engine.finish_weight_update(str(request.policy_version))
+    received = time.monotonic()
+    await engine.reset_prefix_cache(reset_running_requests=request.pause == "keep")
+    await engine.resume_generation()
+    return SyncReport("", drained - started, received - drained, time.monotonic() - drained)
+
+
+def sampling_params(sampling: Sampling, request: GenerateRequest) -> SamplingParams:
+    """vLLM's parameters of one request: the sampled token's log-prob, no text, one output when it is finished."""
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop=sampling.stop or None,
+        detokenize=bool(sampling.stop),
+        ignore_eos=sampling.ignore_eos,
+        max_tokens=request.max_tokens,
+        seed=request.seed,
+        logprobs=0,
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
+    )
+
+
+async def finished_groups(tasks: list[asyncio.Task], gone: asyncio.Task) -> AsyncIterator[list[Response]]:
+    """The results of tasks as they come, in groups of those that are ready; ends early if the client is gone."""
+    pending: set[asyncio.Task] = {*tasks, gone}
+    while len(pending) > 1:
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        if gone in done:
+            return
+        yield [task.result() for task in done]
+
+
+async def disconnected(receive: Callable) -> None:
+    """Return when the client has closed its connection."""
+    with suppress(Exception):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
+async def read_body(receive: Callable) -> bytes:
+    """The whole body of a request."""
+    parts = []
+    while True:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+async def answer(send: Callable, status: int, body: bytes) -> None:
+    """Send a whole JSON answer."""
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

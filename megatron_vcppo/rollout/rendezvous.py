@@ -1,0 +1,57 @@
+"""The folder in a run where engines say where they are: one small file per engine, and the secret beside them."""
+
+import os
+from pathlib import Path
+
+import msgspec
+
+SECRET = "secret"
+
+
+class Engine(msgspec.Struct, frozen=True):
+    """One engine that has answered its first health check."""
+
+    node: int
+    index: int
+    generation: int
+    """Counts the starts of this engine: a restarted one has other weights and another port."""
+    address: str
+    port: int
+    pid: int
+
+    @property
+    def name(self) -> str:
+        """engine_NODE_INDEX."""
+        return f"engine_{self.node}_{self.index}"
+
+    @property
+    def url(self) -> str:
+        """Where its HTTP server is."""
+        return f"http://{self.address}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"{self.name} at {self.address}:{self.port} (start {self.generation})"
+
+
+def publish(folder: Path, engine: Engine) -> None:
+    """Make an engine known."""
+    path = folder / f"{engine.name}.json"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_bytes(msgspec.json.encode(engine))
+    temporary.replace(path)
+
+
+def withdraw(folder: Path, engine: Engine) -> None:
+    """Take an engine off the list; it need not be on it."""
+    (folder / f"{engine.name}.json").unlink(missing_ok=True)
+
+
+def engines(folder: Path) -> list[Engine]:
+    """The engines known now, in order of node and index."""
+    found = []
+    for path in folder.glob("engine_*.json"):
+        try:
+            found.append(msgspec.json.decode(path.read_bytes(), type=Engine))
+        except FileNotFoundError:  # withdrawn between the listing and the reading
+            continue
+    return sorted(found, key=lambda engine: (engine.node, engine.index))

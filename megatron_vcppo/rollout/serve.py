@@ -1,0 +1,104 @@
+"""``python -m megatron_vcppo.rollout.serve --config FILE --rendezvous DIR --node N``: the engines of one node.
+
+Started by the job's controller on each rollout node. TERM or INT ends all engines within seconds; if this process is
+killed outright, the kernel kills them.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+from megatron_vcppo.config.load import load_config
+from megatron_vcppo.config.schema import Config
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.rollout import server
+from megatron_vcppo.rollout.auth import make_secret
+from megatron_vcppo.rollout.process import interface_address
+from megatron_vcppo.rollout.rendezvous import SECRET
+from megatron_vcppo.rollout.supervisor import Limits, Slot, run
+
+
+def main() -> int:
+    """Run until told to stop; exit code 0 then, 1 if an engine was given up, 2 for a user error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, type=Path)
+    parser.add_argument("--rendezvous", required=True, type=Path, help="folder where engines are published")
+    parser.add_argument("--node", required=True, type=int, help="index of this rollout node, from 0")
+    parser.add_argument("--model", type=Path, help="Hugging Face folder to start from; left out: model.hf")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    try:
+        config = load_config(args.config, complete=False)  # checked when the run began
+        slots = plan_slots(config, args.model or Path(config.model.hf), args.rendezvous, args.node)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return run(slots, stopping)
+
+
+def plan_slots(config: Config, model: Path, folder: Path, node: int) -> list[Slot]:
+    """What to run on this node: engines, their devices, their log files (beside the rendezvous folder)."""
+    rollout, engine = config.rollout, config.rollout.engine
+    make_secret(folder / SECRET)
+    try:
+        address = interface_address(rollout.interface)
+    except OSError as error:
+        raise UserError(f"rollout.interface: {error}") from None
+    gpus, cpus = visible_gpus(), sorted(os.sched_getaffinity(0))
+    if gpus and len(gpus) < engine.per_node * engine.tp * engine.dp:
+        raise UserError(
+            f"rollout.engine: {engine.per_node} engines × tp {engine.tp} × dp {engine.dp} need "
+            f"{engine.per_node * engine.tp * engine.dp} GPUs; this node shows {len(gpus)}"
+        )
+    limits = Limits(rollout.start_timeout_s, rollout.health_timeout_s, rollout.max_restarts)
+
+    def launch(placement: server.Placement, port: int) -> tuple[list[str], dict[str, str]]:
+        return (
+            server.command(
+                model,
+                engine,
+                engine.dtype or config.model.dtype,
+                config.model.max_length,
+                address,
+                port,
+                bool(gpus),
+                config.run.seed,
+            ),
+            server.environment(os.environ, engine, placement, folder / SECRET, rollout.interface),
+        )
+
+    slots = []
+    for index in range(engine.per_node):
+        size = engine.tp * engine.dp
+        mine = tuple(gpus[index * size : (index + 1) * size])
+        placement = server.Placement(mine, share(cpus, index, engine.per_node))
+        log_file = folder / f"engine_{node}_{index}.log"
+        slots.append(Slot(node, index, address, folder, log_file, limits, partial(launch, placement)))
+    return slots
+
+
+def visible_gpus() -> list[int]:
+    """Indices of the GPUs that this process may use."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [int(index) for index in given.split(",") if index.strip().isdigit()]
+    import torch
+
+    return list(range(torch.cuda.device_count()))
+
+
+def share(cpus: list[int], index: int, count: int) -> tuple[int, ...]:
+    """This engine's part of the node's CPUs; all of them if there are fewer CPUs than engines."""
+    return tuple(cpus[index * len(cpus) // count : (index + 1) * len(cpus) // count]) or tuple(cpus)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

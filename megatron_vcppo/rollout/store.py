@@ -1,0 +1,67 @@
+"""The rollouts of an iteration on disk: ``rollouts/iter_NNNNNNN_KofM.jsonl.zst``, one record per line.
+
+Each of the M data-parallel leaders writes its own part K. Readable without this project: ``zstdcat FILE | jq``.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import zstandard
+
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.records import Prompt, Rollout
+
+_NAME = re.compile(r"iter_(\d{7})_(\d+)of(\d+)\.jsonl\.zst")
+
+
+def write_rollouts(
+    folder: Path, iteration: int, rollouts: Iterable[Rollout], part: int = 0, num_parts: int = 1
+) -> Path:
+    """Write one leader's rollouts; the file appears whole or not at all. Replaces what an earlier attempt wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"iter_{iteration:07d}_{part}of{num_parts}.jsonl.zst"
+    temporary = path.with_name("." + path.name)
+    with zstandard.open(temporary, "wt", encoding="utf-8") as file:
+        for rollout in rollouts:
+            record = {**asdict(rollout), "length": len(rollout.response_ids)}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+    if part == 0:  # parts of an attempt with another number of leaders
+        for other in folder.glob(f"iter_{iteration:07d}_*.jsonl.zst"):
+            if (match := _NAME.fullmatch(other.name)) and int(match[3]) != num_parts:
+                other.unlink(missing_ok=True)
+    return path
+
+
+def read_rollouts(folder: Path, iteration: int) -> list[Rollout]:
+    """All rollouts of an iteration, in the order of parts. Raises UserError if none or not all parts are there."""
+    names = [_NAME.fullmatch(path.name) for path in folder.glob(f"iter_{iteration:07d}_*.jsonl.zst")]
+    parts = sorted((int(match[2]), int(match[3]), match[0]) for match in names if match)
+    if not parts:
+        known = stored_iterations(folder)
+        there = f"; there are iterations {known[0]} to {known[-1]}" if known else ""
+        raise UserError(f"{folder}: no rollouts of iteration {iteration}{there}")
+    if len(parts) != parts[0][1]:
+        raise UserError(f"{folder}: iteration {iteration} has {len(parts)} of {parts[0][1]} parts; it is being written")
+    rollouts = []
+    for _, _, name in parts:
+        with zstandard.open(folder / name, "rt", encoding="utf-8") as file:
+            rollouts += [_rollout(json.loads(line)) for line in file]
+    return rollouts
+
+
+def stored_iterations(folder: Path) -> list[int]:
+    """The iterations of which at least one part is stored."""
+    return sorted({int(match[1]) for path in folder.glob("iter_*") if (match := _NAME.fullmatch(path.name))})
+
+
+def _rollout(record: dict) -> Rollout:
+    del record["length"]
+    prompt = record.pop("prompt")
+    prompt["token_ids"] = tuple(prompt["token_ids"])
+    record["response_ids"] = tuple(record["response_ids"])
+    record["rollout_logprobs"] = tuple(record["rollout_logprobs"])
+    return Rollout(prompt=Prompt(**prompt), **record)

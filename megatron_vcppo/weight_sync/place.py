@@ -1,0 +1,54 @@
+"""This trainer rank's part in a push, and the collective that the ranks agree over; reads torch.distributed only."""
+
+import datetime
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_vcppo.config.schema import Config
+from megatron_vcppo.rollout.process import interface_address
+from megatron_vcppo.weight_sync.plan import Place
+from megatron_vcppo.weight_sync.sync import WeightSync
+from megatron_vcppo.weight_sync.transport import DiskTransport, NetworkTransport, Transport
+
+EXCHANGE_MARGIN_S = 120.0
+"""What an exchange may take beyond the longest thing that a rank does between two of them."""
+
+
+def place_of(pp_rank: int, pp_size: int, tp_rank: int, dp_rank: int, cp_rank: int = 0) -> Place:
+    """The place of a rank by its coordinates."""
+    takes_part = dp_rank == 0 and cp_rank == 0
+    is_sender = takes_part and tp_rank == 0
+    return Place(pp_rank, pp_size, takes_part, is_sender, is_sender and pp_rank == 0)
+
+
+def make_exchange(timeout_s: float) -> Callable[[Any], list[Any]]:
+    """An all-gather of small objects over a gloo group of its own (all ranks call this together)."""
+    if not dist.is_initialized():
+        return lambda value: [value]
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    size = dist.get_world_size()
+
+    def exchange(value: Any) -> list[Any]:
+        values: list[Any] = [None] * size
+        dist.all_gather_object(values, value, group=group)
+        return values
+
+    return exchange
+
+
+def make_weight_sync(config: Config, rendezvous: Path, place: Place, device: torch.device) -> WeightSync:
+    """The pushes of a stage; collective. With transport: disk the weights pass through the rendezvous folder."""
+    settings = config.weight_sync
+    bucket_bytes = settings.bucket_mib * 2**20
+    transport: Transport
+    if settings.transport == "disk":
+        transport = DiskTransport(rendezvous / "weights", bucket_bytes)
+    else:
+        address = interface_address(config.rollout.interface)
+        transport = NetworkTransport(address, device, bucket_bytes, settings.timeout_s)
+    exchange = make_exchange(settings.timeout_s + EXCHANGE_MARGIN_S)
+    return WeightSync(settings, rendezvous, place, exchange, transport)

@@ -1,0 +1,195 @@
+"""The push: every trainer rank calls it together, every engine ends with the same new weights, or an error says why.
+
+The driver tells the engines over HTTP to pause and receive; the sender of each pipeline stage then sends its layers,
+one stage after the other; the engines drop stale caches, go on, and answer the driver's call.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vcppo.config.rollout import WeightSyncConfig
+from megatron_vcppo.rollout import link, rendezvous
+from megatron_vcppo.rollout.auth import read_secret
+from megatron_vcppo.rollout.rendezvous import SECRET, Engine
+from megatron_vcppo.rollout.wire import Stream, SyncReport, SyncRequest
+from megatron_vcppo.weight_sync.plan import Place, Target, streams_of
+from megatron_vcppo.weight_sync.transport import Tensors, Transport
+
+log = logging.getLogger(__name__)
+
+Source = Callable[[], Tensors]
+"""Starts a pass over this stage's weights: (Hugging Face name, tensor); collective over the ranks of the stage."""
+Exchange = Callable[[Any], list[Any]]
+"""Gives every trainer rank the objects of all, by rank; collective, with a deadline."""
+
+STATUS_TIMEOUT_S = 10.0
+
+
+class WeightSyncError(RuntimeError):
+    """A push failed; the message names the engines or ranks at fault, and ``lost`` holds those engines."""
+
+    def __init__(self, message: str, lost: list[Engine]) -> None:
+        super().__init__(message)
+        self.lost = lost
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What a push did, the same on every rank."""
+
+    policy_version: int
+    engines: tuple[Engine, ...]
+    num_bytes: int
+    seconds: float
+    pause_s: float
+    """How long generation stood still, at the engine where it was longest."""
+
+
+class WeightSync:
+    """One trainer rank's part in all pushes of a stage."""
+
+    def __init__(
+        self, config: WeightSyncConfig, folder: Path, place: Place, exchange: Exchange, transport: Transport
+    ) -> None:
+        self.config, self.folder, self.place, self.exchange = config, folder, place, exchange
+        self.transport = transport
+        self.pool = ThreadPoolExecutor(1, "weight_sync")
+
+    def wait_for_engines(self, count: int, timeout_s: float) -> None:
+        """Return when count engines are published; raises WeightSyncError on every rank after timeout_s."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            known = self.exchange(len(rendezvous.engines(self.folder)))[0]
+            if known >= count:
+                return
+            if self.exchange(time.monotonic() > deadline)[0]:
+                raise WeightSyncError(
+                    f"{known} of {count} engines ready after {timeout_s:g} s; see the logs of the "
+                    f"others in {self.folder}",
+                    [],
+                )
+            time.sleep(0.5)
+
+    def sync(self, policy_version: int, source: Source) -> PushResult:
+        """Push to every engine that answers; if one is lost on the way, once more to the others."""
+        try:
+            return self.push(policy_version, source, self.answering())
+        except WeightSyncError as error:
+            log.warning("%s; pushing again to the engines that are left", error)
+            lost = error.lost
+        return self.push(policy_version, source, [t for t in self.answering() if t.engine not in lost])
+
+    def update_joiners(self, policy_version: int, source: Source) -> PushResult | None:
+        """Push to the engines that answer with another version (restarted ones); None if there are none."""
+        joiners = self.answering(but=policy_version)
+        return self.push(policy_version, source, joiners) if joiners else None
+
+    def answering(self, but: int | None = None) -> list[Target]:
+        """The engines that answer now, as the driver sees them; ``but``: without those that hold this version."""
+        found = self.exchange(asyncio.run(self._ask(but)) if self.place.is_driver else None)
+        return next(targets for targets in found if targets is not None)
+
+    async def _ask(self, but: int | None) -> list[Target]:
+        async def ask(engine: Engine) -> Target | None:
+            try:
+                status = await link.status(session, engine, STATUS_TIMEOUT_S)
+            except link.FAILURES as error:
+                log.warning("%s does not answer (%s): left out of the push", engine, type(error).__name__)
+                return None
+            return None if status.policy_version == but else Target(engine, status.num_workers)
+
+        async with link.open_session(read_secret(self.folder / SECRET)) as session:
+            answers = await asyncio.gather(*(ask(engine) for engine in rendezvous.engines(self.folder)))
+        return [target for target in answers if target is not None]
+
+    def push(self, policy_version: int, source: Source, targets: list[Target]) -> PushResult:
+        """One attempt. Raises WeightSyncError on every rank, at the latest config.timeout_s after the start."""
+        if not targets:
+            raise WeightSyncError(f"no engine in {self.folder} answers: nothing to push to", [])
+        started = time.monotonic()
+        mine = (self.place.stage, *self.transport.meet(targets)) if self.place.is_sender else None
+        points = [point[1:] for point in sorted(point for point in self.exchange(mine) if point)]
+        reports: Future[dict[Engine, SyncReport]] | None = None
+        if self.place.is_driver and self.transport.live:
+            reports = self.pool.submit(asyncio.run, self._tell(policy_version, targets, points))
+        errors, num_bytes = self._send_all(policy_version, source, targets)
+        if self.place.is_driver and not self.transport.live and not any(errors):
+            reports = self.pool.submit(asyncio.run, self._tell(policy_version, targets, []))
+        answers = self.exchange(reports.result() if reports else None)
+        told: dict[Engine, SyncReport] = next((answer for answer in answers if answer is not None), {})
+        failed = {engine: report.error for engine, report in told.items() if report.error}
+        if any(errors) or failed:
+            self.transport.close()
+            raise _failure(policy_version, errors, failed)
+        pause_s = max(report.pause_s for report in told.values())
+        seconds = time.monotonic() - started
+        return PushResult(policy_version, tuple(t.engine for t in targets), num_bytes, seconds, pause_s)
+
+    def _send_all(self, policy_version: int, source: Source, targets: list[Target]) -> tuple[list[str], int]:
+        """Send stage by stage; returns the error of each rank ("" if none) and the bytes of all stages."""
+        error, sent, total = "", 0, 0
+        if self.place.is_sender:
+            try:
+                self.transport.connect(targets)
+            except Exception as problem:
+                error = f"connecting: {problem}"
+        errors = self.exchange(error)
+        for stage in range(self.place.num_stages):
+            if any(errors):
+                break
+            if self.place.takes_part and self.place.stage == stage:
+                error, sent = self._send_stage(policy_version, source, stage)
+            errors = self.exchange(error)
+        total = sum(self.exchange(sent))
+        return [f"trainer rank {rank}: {text}" if text else "" for rank, text in enumerate(errors)], total
+
+    def _send_stage(self, policy_version: int, source: Source, stage: int) -> tuple[str, int]:
+        tensors = source()
+        try:
+            if self.place.is_sender:
+                return "", self.transport.send(tensors, policy_version, stage)
+        except Exception as problem:
+            return f"sending: {problem}", 0
+        finally:
+            for _ in tensors:  # the ranks of a stage gather together: after a failure, too, all of them go to the end
+                pass
+        return "", 0
+
+    async def _tell(
+        self, policy_version: int, targets: list[Target], points: list[tuple[str, int]]
+    ) -> dict[Engine, SyncReport]:
+        """Tell every engine to receive; its report, or a report of why there is none."""
+        streams, folder = streams_of(targets, points), self.transport.folder(policy_version)
+
+        async def tell(target: Target, mine: list[Stream]) -> SyncReport:
+            request = SyncRequest(
+                policy_version,
+                self.config.pause,
+                self.config.timeout_s,
+                self.transport.backend,
+                mine,
+                folder,
+                target.engine.address,
+            )
+            try:
+                return await link.sync(session, target.engine, request)
+            except link.FAILURES as error:
+                return SyncReport(error=f"lost: {type(error).__name__} {error}".strip())
+
+        async with link.open_session(read_secret(self.folder / SECRET)) as session:
+            answers = await asyncio.gather(*(tell(target, mine) for target, mine in zip(targets, streams, strict=True)))
+        return {target.engine: answer for target, answer in zip(targets, answers, strict=True)}
+
+
+def _failure(policy_version: int, errors: list[str], failed: dict[Engine, str]) -> WeightSyncError:
+    """The engines that vanished are the cause if there are any; the others only noticed."""
+    lost = [engine for engine, error in failed.items() if error.startswith("lost")]
+    blamed = {engine: error for engine, error in failed.items() if engine in lost} or failed
+    causes = [f"{engine}: {error}" for engine, error in blamed.items()] or [error for error in errors if error]
+    return WeightSyncError(f"pushing policy version {policy_version} failed: {'; '.join(causes)}", lost)

@@ -1,0 +1,132 @@
+"""How the bytes travel: broadcast over a group of the sender and all workers, or files in a shared folder."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed import TCPStore
+from typing_extensions import override
+
+from megatron_vcppo.rollout.broadcast import Group, join_group, send, serve_store
+from megatron_vcppo.weight_sync.plan import Target, world_size
+
+Tensors = Iterator[tuple[str, torch.Tensor]]
+
+
+class Transport(Protocol):
+    """One sender's side of a push. Every call may raise; ``close`` then makes the next push start afresh."""
+
+    backend: str
+    """The word that tells an engine how to receive: gloo, nccl or disk."""
+    live: bool
+    """Engines receive while the sender sends, not afterwards."""
+
+    def folder(self, policy_version: int) -> str:
+        """Where engines find the weights; "" if not in a folder."""
+
+    def meet(self, targets: Sequence[Target]) -> tuple[str, int]:
+        """Open the meeting point for these engines; returns its address and port."""
+
+    def connect(self, targets: Sequence[Target]) -> None:
+        """Wait for all of them."""
+
+    def send(self, tensors: Tensors, policy_version: int, stage: int) -> int:
+        """Send the tensors of a stage; returns the number of bytes."""
+
+    def close(self) -> None:
+        """Forget the engines."""
+
+
+class NetworkTransport(Transport):
+    """Broadcast by gloo or NCCL. The group is kept from push to push while the engines are the same."""
+
+    live = True
+
+    def __init__(self, address: str, device: torch.device, bucket_bytes: int, timeout_s: float) -> None:
+        self.address, self.device, self.bucket_bytes, self.timeout_s = address, device, bucket_bytes, timeout_s
+        self.backend = "nccl" if device.type == "cuda" else "gloo"
+        self.group: Group | None = None
+        self.store: TCPStore | None = None
+        self.targets: list[Target] = []
+
+    @override
+    def folder(self, policy_version: int) -> str:
+        return ""
+
+    @override
+    def meet(self, targets: Sequence[Target]) -> tuple[str, int]:
+        if self.targets != list(targets):
+            self.close()
+            self.targets = list(targets)
+            self.store = serve_store(self.address, self.timeout_s)
+        assert self.store is not None
+        return self.address, self.store.port
+
+    @override
+    def connect(self, targets: Sequence[Target]) -> None:
+        if self.group is None:
+            assert self.store is not None
+            size = world_size(targets)
+            self.group = join_group(self.store, 0, size, self.backend, self.device, self.timeout_s, self.address)
+
+    @override
+    def send(self, tensors: Tensors, policy_version: int, stage: int) -> int:
+        assert self.group is not None
+        return send(self.group, tensors, self.bucket_bytes)
+
+    @override
+    def close(self) -> None:
+        self.group, self.store, self.targets = None, None, []
+
+
+class DiskTransport(Transport):
+    """safetensors files in ``root/version_N``; every engine reads them. The versions before are removed."""
+
+    backend, live = "disk", False
+
+    def __init__(self, root: Path, bucket_bytes: int) -> None:
+        self.root, self.bucket_bytes = root, bucket_bytes
+
+    @override
+    def folder(self, policy_version: int) -> str:
+        return str(self.root / f"version_{policy_version}")
+
+    @override
+    def meet(self, targets: Sequence[Target]) -> tuple[str, int]:
+        return "", 0
+
+    @override
+    def connect(self, targets: Sequence[Target]) -> None:
+        pass
+
+    @override
+    def send(self, tensors: Tensors, policy_version: int, stage: int) -> int:
+        folder = Path(self.folder(policy_version))
+        if stage == 0 and self.root.exists():
+            shutil.rmtree(self.root)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        shard: dict[str, torch.Tensor] = {}
+        held = sent = count = 0
+        for name, tensor in tensors:
+            shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            held += tensor.nbytes
+            if held >= self.bucket_bytes:
+                _write(shard, folder, stage, count)
+                shard, held, sent, count = {}, 0, sent + held, count + 1
+        if shard:
+            _write(shard, folder, stage, count)
+        return sent + held
+
+    @override
+    def close(self) -> None:
+        pass
+
+
+def _write(shard: dict[str, torch.Tensor], folder: Path, stage: int, count: int) -> None:
+    path = folder / f"stage_{stage}_{count:05d}.safetensors"
+    temporary = path.with_suffix(".tmp")
+    save_file(shard, temporary)
+    temporary.replace(path)

@@ -1,0 +1,105 @@
+"""A real rollout node for tests: the supervisor that a job's controller starts, with real engines."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_vcppo.config.rollout import EngineConfig, RolloutConfig
+from megatron_vcppo.records import Prompt
+from megatron_vcppo.rollout import rendezvous
+from megatron_vcppo.rollout.client import RolloutClient
+from megatron_vcppo.rollout.process import alive, without_trainer
+from megatron_vcppo.rollout.rendezvous import Engine
+from megatron_vcppo.rollout.sampling import greedy
+
+MAX_LENGTH = 256
+START_TIMEOUT_S = 240.0
+
+
+class RolloutNode:
+    """``python -m megatron_vcppo.rollout.serve`` over one model; a context manager."""
+
+    def __init__(self, folder: Path, model: Path, rollout: dict[str, Any] | None = None, node: int = 0) -> None:
+        self.folder, self.rendezvous = folder, folder / "rendezvous"
+        settings = {
+            "health_timeout_s": 10.0,
+            "request_timeout_s": 120.0,
+            "all_dead_timeout_s": 120.0,
+            **(rollout or {}),
+        }
+        config = {
+            "run": {"dir": str(folder)},
+            "model": {"hf": str(model), "dtype": "float32", "max_length": MAX_LENGTH},
+            "rollout": settings,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"config_{node}.yaml").write_text(yaml.safe_dump(config))
+        self.command = [
+            sys.executable,
+            "-m",
+            "megatron_vcppo.rollout.serve",
+            "--config",
+            str(folder / f"config_{node}.yaml"),
+            "--rendezvous",
+            str(self.rendezvous),
+            "--node",
+            str(node),
+        ]
+        engine = EngineConfig(**settings.get("engine", {}))
+        self.settings = RolloutConfig(**{**settings, "engine": engine})
+        self.log = folder / f"serve_{node}.log"
+
+    def __enter__(self) -> "RolloutNode":
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=without_trainer(os.environ))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pids = [engine.pid for engine in self.engines()]
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        finally:
+            self.process.kill()
+        assert not [pid for pid in pids if alive(pid)], "an engine outlived its supervisor"
+
+    def engines(self) -> list[Engine]:
+        return rendezvous.engines(self.rendezvous)
+
+    def wait(self, count: int = 1, timeout_s: float = START_TIMEOUT_S) -> list[Engine]:
+        """The engines, once ``count`` of them answer."""
+        deadline = time.monotonic() + timeout_s
+        while len(self.engines()) < count:
+            assert self.process.poll() is None, f"the supervisor ended:\n{self.logs()}"
+            assert time.monotonic() < deadline, f"not ready after {timeout_s} s:\n{self.logs()}"
+            time.sleep(0.1)
+        return self.engines()
+
+    def logs(self) -> str:
+        """The ends of all logs."""
+        files = [self.log, *sorted(self.rendezvous.glob("*.log"))]
+        return "\n".join(f"--- {file}\n{file.read_text()[-3000:]}" for file in files if file.exists())
+
+    def client(self, **changes: Any) -> RolloutClient:
+        settings = RolloutConfig(**{**vars(self.settings), **changes})
+        return RolloutClient(self.rendezvous, settings, MAX_LENGTH, run_seed=7, decode=lambda ids: str(list(ids)))
+
+    def greedy(self, policy_version: int, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        """Greedy responses of 24 tokens from engines that hold policy_version."""
+        rollouts = self.client(max_tokens=24).generate(prompts, 0, policy_version, greedy(), 1)
+        return [rollout.response_ids for rollout in rollouts]
+
+
+def make_prompts(count: int, vocab_size: int, length: int = 12) -> list[Prompt]:
+    """Deterministic prompts of random-looking tokens."""
+    return [
+        Prompt(f"p{i}", tuple((31 * i + 7 * j + i * j) % (vocab_size - 8) + 4 for j in range(length)), "", "", "test")
+        for i in range(count)
+    ]
