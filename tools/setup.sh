@@ -32,7 +32,7 @@ find_python() {
 }
 
 pip_install() { # long output becomes one line a package where nobody watches a progress bar
-    local pip=("$venv/bin/python" -m pip install --no-deps --disable-pip-version-check)
+    local pip=("$venv/bin/python" -m pip install --no-deps --no-compile --disable-pip-version-check)
     if [ -t 1 ]; then
         "${pip[@]}" "$@"
     else

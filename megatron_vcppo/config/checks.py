@@ -110,5 +110,20 @@ def _check_schedule(config: Config) -> Iterator[str]:
         yield f"sft.schedule.warmup_steps {sft.schedule.warmup_steps} is more than sft.steps {sft.steps}"
 
 
-CHECKS: list[Callable[[Config], Iterator[str]]] = [_check_ranges, _check_layout, _check_stages, _check_schedule]
+def _check_secrets(config: Config) -> Iterator[str]:
+    for name in config.cluster.environment:
+        if any(word in name.upper() for word in ("KEY", "TOKEN", "SECRET", "PASSWORD")):
+            yield (
+                f"cluster.environment.{name} looks like a secret, and configurations are stored where others can read "
+                f"them: export {name} in the shell that submits"
+            )
+
+
+CHECKS: list[Callable[[Config], Iterator[str]]] = [
+    _check_ranges,
+    _check_layout,
+    _check_stages,
+    _check_schedule,
+    _check_secrets,
+]
 """Each yields one line per problem; an area adds its own here."""

@@ -79,7 +79,7 @@ def _read(path: Path) -> Source:
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         if tree is not None and not isinstance(tree, yaml.MappingNode):
-            raise UserError(f"{path}:{tree.start_mark.line + 1}: expected keys and values, got a {tree.id}")
+            raise UserError(f"{path}:{tree.start_mark.line + 1}: expected keys and values at the top")
         values = OmegaConf.create(text) if tree is not None else OmegaConf.create()
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1

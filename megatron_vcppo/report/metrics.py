@@ -70,17 +70,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def cut_back(path: Path, iteration: int) -> None:
-    """Drop the records after ``iteration`` and lines that are not records, such as one torn by a kill; says how many."""
+    """Drop the records after ``iteration`` and lines that are none, such as one torn by a kill; says how many."""
     lines = list(_records(path))
     kept = [line for line, record in lines if record is not None and record["iteration"] <= iteration]
-    if len(kept) == len(lines):
+    num_dropped = len(lines) - len(kept)
+    if not num_dropped:
         return
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(b"".join(kept))
     os.replace(temporary, path)
-    print(
-        f"{path}: dropped {len(lines) - len(kept)} of {len(lines)} lines, resuming at iteration {iteration}", flush=True
-    )
+    print(f"{path}: dropped {num_dropped} of {len(lines)} lines, resuming at iteration {iteration}", flush=True)
 
 
 def start_wandb(folder: Path, config: Config, stage: str) -> Any:

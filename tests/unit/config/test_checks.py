@@ -64,3 +64,10 @@ def test_all_problems_are_listed(config: Config) -> None:
 def test_warm_up_longer_than_training(config: Config) -> None:
     config.sft.steps, config.sft.schedule.warmup_steps = 5, 20
     assert "warmup_steps 20 is more than sft.steps 5" in error_of(config)
+
+
+def test_secrets_are_kept_out_of_stored_configurations(config: Config) -> None:
+    config.cluster.environment = {"WANDB_API_KEY": "hush", "NCCL_DEBUG": "INFO"}
+    message = error_of(config)
+    assert "cluster.environment.WANDB_API_KEY looks like a secret" in message
+    assert "hush" not in message and "NCCL" not in message

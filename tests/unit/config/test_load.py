@@ -91,7 +91,7 @@ def test_a_missing_include_says_where_it_was_looked_for(tmp_path: Path) -> None:
         ("sft: {steps: '${nope}'}", "sft.steps: Interpolation key 'nope' not found"),
         ("a: [1", "c.yaml:1: not valid YAML: "),
         ("run: {seed: 1}\nrun: {seed: 2}", "c.yaml:2: not valid YAML: found duplicate key run"),
-        ("- 1", "c.yaml:1: expected keys and values, got a sequence"),
+        ("- 1", "c.yaml:1: expected keys and values at the top"),
         ("defaults: models/tiny", "c.yaml:1: defaults must be a list of files"),
     ],
 )
