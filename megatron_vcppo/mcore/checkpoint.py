@@ -7,19 +7,26 @@ of a save costs that save only. There is no random state to save: nothing in a t
 (no dropout), and the order of the data is a function of the seed and the number of samples seen.
 """
 
+import ctypes
+import functools
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from megatron_vcppo.errors import UserError
@@ -29,6 +36,7 @@ from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.manifest import file_record, verify_manifest, write_manifest
 from megatron_vcppo.mcore.model import PackedGPT
 
+PR_SET_PDEATHSIG = 1
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 _COMPLETE = re.compile(r"iter_(\d{7,})$")
 
@@ -53,6 +61,7 @@ class CheckpointFolder:
         self.folder, self.hf_files, self.keep_last = folder, hf_files, keep_last
         self.runtime = runtime.current()
         self.queue = AsyncCallsQueue(persistent=False) if async_save else None
+        _start_results_queue()
         self.save_time_s = 0.0
         """Seconds that the last save kept training waiting."""
         if self.runtime.is_main:
@@ -177,6 +186,10 @@ def load_learner(learner: Learner, folder: Path) -> None:
     """Model, optimizer and schedule position from a component folder, whatever layout saved it."""
     loaded = dist_checkpointing.load(_sharded_state(learner, is_loading=True), str(folder))
     learner.model.load_state_dict(loaded["model"])
+    inner = loaded["optimizer"].get("optimizer", loaded["optimizer"])
+    if "state" in inner:
+        # Megatron leaves a step count of zero out: the checkpoint was taken before this model's first step.
+        inner["state"].setdefault("common_step", torch.tensor(0.0))
     learner.optimizer.load_state_dict(loaded["optimizer"])
     learner.optimizer_steps = loaded["optimizer_steps"]
 
@@ -193,6 +206,24 @@ def load_model(model: PackedGPT, folder: Path, without: str | None = None) -> No
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
     missing = [name for name in missing if without is None or not name.startswith(without)]
     assert not missing and not unexpected, f"{folder}: missing {missing}, unexpected {unexpected}"
+
+
+@functools.cache
+def _start_results_queue() -> None:
+    """The queue through which Megatron's writer processes report, in a process that ends with this one.
+
+    Megatron would start that process by spawn, which imports torch again (3.5 s at the first save of every rank), and
+    would leave it behind when the rank is killed.
+    """
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(_end_with_parent)
+    filesystem_async._results_queue = manager.Queue()
+
+
+def _end_with_parent() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _sharded_state(learner: Learner, is_loading: bool) -> dict[str, Any]:

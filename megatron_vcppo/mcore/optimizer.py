@@ -38,7 +38,20 @@ def build_optimizer(model: DistributedDataParallel, config: OptimizerConfig) -> 
     )
     for group in optimizer.param_groups:
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
+    if not HAVE_APEX_OR_TE:
+        _make_adamw_states(optimizer)
     return optimizer
+
+
+def _make_adamw_states(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter the state that torch's AdamW would make at the first step: a checkpoint may come before it."""
+    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if chained.optimizer is None:  # a rank without parameters of its own
+            continue
+        for group in chained.optimizer.param_groups:
+            for p in group["params"]:
+                moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                chained.optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:
@@ -76,12 +89,11 @@ def step(optimizer: MegatronOptimizer, clip_grad: float) -> tuple[bool, float]:
 def _repair_distributed_torch_adamw() -> None:
     """Make DistributedOptimizer's checkpoints work with torch's AdamW (no Transformer Engine, no apex).
 
-    torch keeps a ``step`` per parameter; Megatron 0.16 assumes one per group: a fresh optimizer has none to save,
-    a loaded one lacks it in the tensors to copy, and after a load all parameters would share (and increment) one.
+    torch keeps a ``step`` per parameter; Megatron 0.16 assumes one per group: it is not among the tensors that a load
+    copies, and after a load all parameters would share (and increment) one.
     """
     original_copy = DistributedOptimizer._set_main_param_and_optimizer_states
     original_load = DistributedOptimizer.load_state_dict
-    original_sharded = DistributedOptimizer.sharded_state_dict
 
     def copy_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
         group, order = self.model_param_group_index_map[model_param]
@@ -93,14 +105,5 @@ def _repair_distributed_torch_adamw() -> None:
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 
-    def sharded(self: Any, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any) -> Any:
-        if not self.optimizer.state:
-            for group in self.optimizer.param_groups:
-                for p in group["params"]:
-                    moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                    self.optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
-        return original_sharded(self, model_sharded_state_dict, is_loading=is_loading, **kwargs)
-
     DistributedOptimizer._set_main_param_and_optimizer_states = copy_states
     DistributedOptimizer.load_state_dict = load
-    DistributedOptimizer.sharded_state_dict = sharded

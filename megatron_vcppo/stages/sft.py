@@ -47,7 +47,7 @@ def run(config: Config) -> None:
     if resumed is not None:
         step = resumed.iteration
         order.load_state_dict(resumed.state["order"])
-    log = MetricsLog(folder, config, "sft", resume_iteration=step) if world.is_main else None
+    log = MetricsLog(folder, config, "sft", step, total_steps) if world.is_main else None
     progress = Progress("sft", total_steps, start=step, unit="tok") if world.is_main else None
 
     packing = packing_of(config, world)
@@ -89,7 +89,9 @@ def run(config: Config) -> None:
             checkpoints.finish()
             raise Saved(f"asked to stop: saved at step {saved_step} of {total_steps}")
     checkpoints.finish()
-    if world.is_main:
+    if log is not None and progress is not None:
+        log.close()
+        progress.close()
         mark_done(folder, checkpoint=folder / "checkpoints" / f"iter_{total_steps:07d}")
     runtime.stop()
 

@@ -1,0 +1,178 @@
+"""Checkpoints: resharding continues with the same losses, damage is found, the last good one is taken."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.mcore.checkpoint import CheckpointFolder, complete_checkpoints, load_model
+from megatron_vcppo.mcore.hf_load import load_hf
+from megatron_vcppo.mcore.learner import Actor, Critic
+from megatron_vcppo.mcore.manifest import verify_manifest
+from megatron_vcppo.mcore.model import build_actor, build_critic
+from tests.distributed.test_actor import make_sequences
+from tests.helpers.distributed import RanksFailed, run_distributed_test
+from tests.helpers.tiny_models import save_tiny_model
+
+TP2PP2 = ParallelConfig(tp=2, pp=2, sequence_parallel=True)
+SCHEDULE = ScheduleConfig(kind="cosine", warmup_steps=2)
+
+
+def start(hf: Path, parallel: ParallelConfig, dtype: str = "float32") -> tuple[Actor, Critic]:
+    runtime.start(parallel, seed=3, timeout_s=60)
+    arch, config = Architecture.from_hf(hf), ModelConfig(hf=str(hf), dtype=dtype)
+    actor, critic = build_actor(arch, config, parallel), build_critic(arch, config, parallel)
+    load_hf(actor, hf)
+    load_hf(critic, hf)
+    optimizer = OptimizerConfig(lr=1e-3, weight_decay=0.1)
+    return (
+        Actor(actor, parallel, optimizer, SCHEDULE, total_steps=6),
+        Critic(critic, parallel, optimizer, SCHEDULE, total_steps=6),
+    )
+
+
+def step(learner: Actor | Critic, parallel: ParallelConfig, seed: int) -> tuple[float, float]:
+    sequences = make_sequences(seed)
+    total = sum(sum(s.fields["loss_mask"]) for s in sequences)
+
+    def loss(outputs, microbatch: PackedMicrobatch):
+        mask = microbatch.fields["loss_mask"].float()
+        error = -outputs[0] if isinstance(learner, Actor) else 0.5 * (outputs - 1.0) ** 2
+        return (error * mask).sum() / total, {}
+
+    mine = balance([len(s) for s in sequences], learner.runtime.dp_size)[learner.runtime.dp_rank]
+    result = learner.train_step(pack_all([sequences[i] for i in mine], 160, multiple=parallel.tp), loss)
+    return result.metrics["loss"], result.grad_norm
+
+
+def train(
+    hf: Path, folder: Path, parallel: ParallelConfig, steps: range, save_at: int = 0, dtype: str = "float32", **options
+) -> list[tuple[float, float]]:
+    actor, critic = start(hf, parallel, dtype)
+    options = {"keep_last": 2, "async_save": False, **options}
+    checkpoints = CheckpointFolder(folder, hf, **options)
+    if steps.start:
+        resumed = checkpoints.resume({"actor": actor, "critic": critic})
+        assert resumed is not None and resumed.iteration == steps.start
+        assert resumed.state == {"cursor": [1, 2]}
+    history = []
+    for i in steps:
+        history += [step(actor, parallel, i), step(critic, parallel, i)]
+        checkpoints.poll()
+        if i + 1 == save_at:
+            checkpoints.save(i + 1, {"actor": actor, "critic": critic}, {"cursor": [1, 2]})
+    checkpoints.finish()
+    return history
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True], ids=["plain", "distributed-optimizer"])
+def test_any_layout_continues_as_if_nothing_had_happened(tmp_path: Path, distributed_optimizer: bool) -> None:
+    hf = save_tiny_model(tmp_path / "hf", tied=True)
+
+    def layout(**sizes: int | bool) -> ParallelConfig:
+        return ParallelConfig(distributed_optimizer=distributed_optimizer, **sizes)
+
+    before = layout(tp=2, pp=2, sequence_parallel=True)
+    through = run_distributed_test(train, 4, hf, tmp_path / "ck", before, range(6), save_at=3)[0]
+    for world_size, parallel in ((1, layout()), (4, layout(pp=2)), (4, before)):
+        for ours in run_distributed_test(train, world_size, hf, tmp_path / "ck", parallel, range(3, 6)):
+            for (loss, norm), (expected_loss, expected_norm) in zip(ours, through[6:], strict=True):
+                assert loss == pytest.approx(expected_loss, abs=1e-5)
+                assert norm == pytest.approx(expected_norm, abs=1e-4)
+        if parallel == before:
+            assert ours == through[6:], "the same layout must continue bit-equal"
+
+
+def test_bfloat16_and_background_save_continue_bit_equal(tmp_path: Path) -> None:
+    hf = save_tiny_model(tmp_path / "hf")
+    parallel = ParallelConfig(pp=2, distributed_optimizer=True)
+    arguments = {"dtype": "bfloat16", "async_save": True}
+    through = run_distributed_test(train, 4, hf, tmp_path / "ck", parallel, range(4), save_at=2, **arguments)
+    resumed = run_distributed_test(train, 4, hf, tmp_path / "ck", parallel, range(2, 4), **arguments)
+    assert resumed[0] == through[0][4:]
+
+
+def test_weights_alone_load_and_a_critic_takes_an_actors_trunk(tmp_path: Path) -> None:
+    hf = save_tiny_model(tmp_path / "hf")
+    run_distributed_test(train, 4, hf, tmp_path / "ck", TP2PP2, range(1), save_at=1)
+
+    def body() -> tuple[list[float], list[float]]:
+        runtime.start(ParallelConfig(), 3, 60)
+        arch, config = Architecture.from_hf(hf), ModelConfig(hf=str(hf), dtype="float32")
+        actor, critic = (build(arch, config, ParallelConfig()) for build in (build_actor, build_critic))
+        component = tmp_path / "ck" / "iter_0000001" / "actor"
+        head = critic.value_head.weight.clone()
+        load_model(actor, component)
+        load_model(critic, component, without="value_head.")
+        assert (critic.value_head.weight == head).all()
+        name = "decoder.layers.3.mlp.linear_fc2.weight"
+        return actor.get_parameter(name).flatten().tolist(), critic.get_parameter(name).flatten().tolist()
+
+    ours, trunk = run_distributed_test(body, 1)[0]
+    assert ours == trunk
+
+
+def test_damage_is_found_and_the_checkpoint_before_is_used(tmp_path: Path) -> None:
+    hf = save_tiny_model(tmp_path / "hf")
+    folder = tmp_path / "ck"
+
+    def save_three() -> None:
+        actor, _ = start(hf, ParallelConfig())
+        checkpoints = CheckpointFolder(folder, hf, keep_last=2, async_save=False)
+        for iteration in (1, 2, 3):
+            checkpoints.save(iteration, {"actor": actor}, {})
+
+    run_distributed_test(save_three, 1)
+    assert [path.name for path in sorted(complete_checkpoints(folder))] == ["iter_0000002", "iter_0000003"]
+    shard = max((folder / "iter_0000003" / "actor").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    with pytest.raises(UserError, match="corrupt"):
+        verify_manifest(folder / "iter_0000003")
+
+    def resume() -> int:
+        actor, _ = start(hf, ParallelConfig())
+        resumed = CheckpointFolder(folder, hf, keep_last=2, async_save=False).resume({"actor": actor})
+        return resumed.iteration if resumed else -1
+
+    assert run_distributed_test(resume, 1) == [2]
+
+
+def test_a_kill_in_the_middle_of_a_save_costs_only_that_save(tmp_path: Path) -> None:
+    hf = save_tiny_model(tmp_path / "hf")
+    folder = tmp_path / "ck"
+
+    def save_and_die() -> None:
+        actor, _ = start(hf, ParallelConfig())
+        checkpoints = CheckpointFolder(folder, hf, keep_last=2, async_save=False)
+        checkpoints.save(1, {"actor": actor}, {})
+        write_text = Path.write_text
+
+        def die_at_the_state_file(self: Path, *arguments, **options) -> int:
+            if self.name == "state.json":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write_text(self, *arguments, **options)
+
+        Path.write_text = die_at_the_state_file  # type: ignore[method-assign]
+        checkpoints.save(2, {"actor": actor}, {})
+
+    with pytest.raises(RanksFailed):
+        run_distributed_test(save_and_die, 1)
+    assert (folder / ".iter_0000002.tmp").is_dir() and not (folder / "iter_0000002").exists()
+
+    def resume() -> int:
+        actor, _ = start(hf, ParallelConfig())
+        resumed = CheckpointFolder(folder, hf, keep_last=2, async_save=False).resume({"actor": actor})
+        return resumed.iteration if resumed else -1
+
+    assert run_distributed_test(resume, 1) == [1]
+    assert not (folder / ".iter_0000002.tmp").exists()
+    assert json.loads((folder / "iter_0000001" / "state.json").read_text())["iteration"] == 1
