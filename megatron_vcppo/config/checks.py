@@ -24,10 +24,9 @@ READ_BY = {"sft": {"sft"}, "prompts": {"reward_model", "value_pretrain", "ppo"}}
 
 
 def check_config(config: Config, complete: bool = True) -> None:
-    """Raise UserError with every problem found; ``complete``: required keys must be set (see ``load_config``)."""
-    problems = [problem for check in CHECKS for problem in check(config)]
-    if complete:
-        problems = [*missing_keys(config), *problems]
+    """Raise UserError with every problem found; a part of a configuration (not ``complete``) has only its ranges."""
+    checks = [missing_keys, *CHECKS] if complete else [_check_ranges]
+    problems = [problem for check in checks for problem in check(config)]
     if len(problems) == 1:
         raise UserError(problems[0])
     if problems:

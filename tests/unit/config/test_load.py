@@ -11,6 +11,8 @@ from megatron_vcppo.config.load import config_hash, dump_config, load_config
 from megatron_vcppo.config.sources import CONFIGS
 from megatron_vcppo.errors import UserError
 
+PARTS = ("models", "cluster", "recipes")
+"""Folders of files that are included by others, not run by themselves."""
 COMPLETE = """
 run: {dir: runs/x}
 model: {hf: models/x}
@@ -37,7 +39,7 @@ def error_of(path: Path, *overrides: str) -> str:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_shipped_file_loads(path: Path) -> None:
-    part = path.relative_to(CONFIGS).parts[0] in ("models", "cluster", "recipes")
+    part = path.relative_to(CONFIGS).parts[0] in PARTS
     config = load_config(path, complete=not part)
     if not part:
         assert dump_config(config)
