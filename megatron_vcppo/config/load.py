@@ -1,5 +1,7 @@
 """Defaults ← YAML files ← command line, into one checked Config; and back to YAML."""
 
+import copy
+import functools
 import hashlib
 import json
 import typing
@@ -36,7 +38,7 @@ def load_config(
     Raises UserError naming file, line and key: unknown key (with the nearest known one), wrong type or word, missing
     file or key, values that do not fit each other.
     """
-    merged = OmegaConf.structured(Config)
+    merged = copy.deepcopy(_defaults())
     files = [source for file in (path, *profiles) for source in file_sources(Path(file))]
     for source in [*files, command_line_source(overrides)]:
         _override(merged, source)
@@ -60,6 +62,11 @@ def dump_config(config: Config) -> str:
 def config_hash(config: Config) -> str:
     """SHA-256 (hex) over every resolved value: two equal configurations have one hash, on any machine."""
     return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _defaults() -> DictConfig:
+    return OmegaConf.structured(Config)
 
 
 def _override(config: DictConfig, source: Source) -> None:
