@@ -1,6 +1,7 @@
 """Where the stages run: the section ``cluster``, overridden by the profiles in configs/cluster/."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
@@ -38,8 +39,8 @@ class ClusterConfig:
     """Interface of gloo and NCCL, such as ib0; left out: they choose."""
     container_image: str | None = None
     container_mounts: str | None = None
-    container_runtime: str = "pyxis"
-    """pyxis | apptainer: what starts the roles inside container_image; the controller runs on the host."""
+    container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    """What starts the roles inside container_image; the controller runs on the host."""
     sbatch: dict[str, str] = field(default_factory=dict)
     """Further sbatch options by long name, such as {reservation: big, exclusive: "true"}."""
     rollout_restarts: int = 5

@@ -94,7 +94,7 @@ class AdvantageConfig:
     explained_variance_gate: bool = False
     """EVPO: use the batch mean instead of the critic while its explained variance is not above 0."""
     overlong_penalty_tokens: int = 0
-    """DAPO's soft punishment: the last so many tokens before rollout.max_tokens lower the reward linearly to -1 more."""
+    """DAPO's soft punishment: the last so many tokens before rollout.max_tokens lower the reward, linearly to -1."""
     overlong_filter: bool = False
     """Leave responses out of the losses that were cut at rollout.max_tokens."""
 
