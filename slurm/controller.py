@@ -40,6 +40,8 @@ class Unit:
     shown_log: str | None = None
     """The file that is also copied to the terminal: rank 0's."""
     restarts: int = 0
+    step: bool = False
+    """An srun step of several tasks: srun's messages in ``log`` say which of them ended, and how."""
     end_signal: int = signal.SIGTERM
     """What ends the process when the attempt is over. SIGKILL for local ranks: they hang in collectives."""
 
@@ -59,6 +61,8 @@ class Outcome:
     """Who ended first and how, in one line."""
     details: list[str] = field(default_factory=list)
     """The last lines of the log of the one that ended first."""
+    node_lost: bool = False
+    """A node of the allocation no longer answers: the stage needs other ones."""
 
     @property
     def killed(self) -> bool:
@@ -82,6 +86,22 @@ def describe(code: int) -> str:
         except ValueError:
             pass
     return f"left with exit code {code}"
+
+
+TASK_ENDED = re.compile(r"\btasks? (\d+)[\d,-]*: (?:Exited with exit code (\d+)|(.+))$", re.MULTILINE)
+"""srun's report of ended tasks: "srun: error: node7: tasks 3-5: Exited with exit code 1", "…: task 2: Killed"."""
+SIGNAL_WORDS = {signal.strsignal(number): number for number in signal.valid_signals()}
+
+
+def reported_code(text: str) -> int:
+    """The exit code of the task that srun names first as failed; 0 if there is none. 75 is no failure."""
+    for _, code, words in TASK_ENDED.findall(text):
+        number = SIGNAL_WORDS.get(words.removesuffix(" (core dumped)"))
+        if number is not None:
+            return 128 + number
+        if code and int(code) != SAVED_CODE:
+            return int(code)
+    return 0
 
 
 class Attempt:
@@ -113,9 +133,16 @@ class Attempt:
                 started.process.send_signal(number)
 
     def ended(self, role: str) -> list[tuple[Unit, int]]:
-        """The units of a role that have ended, with exit codes; 128 + n after a signal."""
+        """The units of a role that have ended, with exit codes; 128 + n after a signal.
+
+        A step has ended, too, once one of its tasks has failed: srun itself may wait long for a node that is gone.
+        """
         codes = [(started.unit, started.process.poll()) for started in self.of(role)]
-        return [(unit, code if code >= 0 else 128 - code) for unit, code in codes if code is not None]
+        ended = [(unit, code if code >= 0 else 128 - code) for unit, code in codes if code is not None]
+        for unit in (unit for unit, _ in codes if unit.step):
+            if reported := reported_code((self.logs / unit.log).read_text(errors="replace")):
+                ended = [(other, code) for other, code in ended if other is not unit] + [(unit, reported)]
+        return ended
 
     def tend_rollout(self) -> Outcome | None:
         """Start ended rollout units again, after 1, 2, 4, … s; an outcome if one died for good."""
@@ -141,7 +168,7 @@ class Attempt:
         """The last lines of a unit's log; for a step of many tasks those of the task that srun names first, too."""
         lines = last_lines(self.logs / unit.log)
         if unit.shown_log and unit.shown_log != unit.log:
-            named = re.search(r"\btasks? (\d+)", "\n".join(lines))
+            named = TASK_ENDED.search("\n".join(lines))
             lines = last_lines(self.logs / f"{unit.role}_{named[1] if named else 0}.log") + lines[:4]
         return lines
 

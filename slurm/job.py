@@ -17,13 +17,15 @@ from slurm import events
 from slurm.controller import SAVED_CODE, USER_ERROR_CODE
 from slurm.margins import job_end_time, save_clock
 from slurm.prepare import open_run
-from slurm.query import slurm
+from slurm.query import slurm, slurm_message
 from slurm.roles import Programs, free_port
 from slurm.run_folder import RunFolder
 from slurm.srun import probe_command, srun_units, stage_nodes
 from slurm.stage import run_stage
 
 PROBE_TIMEOUT_S = 120.0
+LOST_TIMEOUT_S = 20.0
+"""A node that does not answer this long after a failed attempt is lost."""
 REQUEUE_TIMEOUT_S = 180.0
 MAX_FUTILE_STARTS = 5
 """A job that was requeued this often in succession without a new checkpoint stays ended."""
@@ -59,13 +61,25 @@ class StageJob:
         run, config = open_run(self.run)
         hosts = submitit.JobEnvironment().hostnames
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        events.append(self.run, "job", stage=self.stage, job=job_id(), nodes=hosts, restarts=restarts)
+        events.append(
+            self.run,
+            "job",
+            stage=self.stage,
+            job=job_id(),
+            nodes=hosts,
+            restarts=restarts,
+            checkpoint=run.checkpoint_iteration(self.stage),
+        )
         say(f"{self.stage}: job {job_id()} on {', '.join(hosts)}, start {restarts + 1}")
         if run.done(self.stage):
             say(f"{self.stage}: done before")
             return 0
-        probe(run, config, self.programs, hosts)
         assert len(hosts) == stage_nodes(config, self.stage), (hosts, self.stage)
+        try:
+            probe(run, config, self.programs, hosts, PROBE_TIMEOUT_S)
+        except NodeLost as error:
+            say(f"a node does not answer: {error}")
+            return requeue(run, self.stage)
         due = save_clock(run, self.stage, job_end_time(job_id()), config.cluster.save_margin_s)
         outcome = run_stage(
             run,
@@ -73,16 +87,19 @@ class StageJob:
             self.stage,
             lambda logs: srun_units(run, config, self.stage, self.programs, hosts, free_port(), logs),
             save_requested=lambda: signals["save"] or signals["end"] or due(),
+            node_lost=lambda: lost_nodes(run, config, self.programs, hosts),
             say=say,
         )
         if outcome.code == 0:
             events.append(self.run, "stage_done", stage=self.stage, job=job_id())
             say(f"{self.stage}: done")
-        elif (outcome.code == SAVED_CODE and not signals["end"]) or (
-            outcome.killed and not signals["end"] and lost_nodes(run, config, self.programs, hosts)
-        ):
-            requeue(run, self.stage)
+        elif (outcome.code == SAVED_CODE or outcome.node_lost) and not signals["end"]:
+            return requeue(run, self.stage)
         return outcome.code
+
+
+class NodeLost(Exception):
+    """A node of the allocation does not answer."""
 
 
 def job_id() -> str:
@@ -102,34 +119,36 @@ def note_signals() -> dict[str, bool]:
     return signals
 
 
-def probe(run: RunFolder, config: Config, programs: Programs, hosts: list[str]) -> None:
-    """UserError naming the first node that does not see the run folder or lacks the Python environment."""
+def probe(run: RunFolder, config: Config, programs: Programs, hosts: list[str], timeout_s: float) -> None:
+    """UserError naming the first node that does not see the run folder or lacks the Python environment.
+
+    NodeLost if the nodes do not all answer in time.
+    """
     argv = probe_command(config, run, programs, hosts)
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=PROBE_TIMEOUT_S)
+        done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        raise UserError(f"the nodes {', '.join(hosts)} did not answer in {PROBE_TIMEOUT_S:.0f} s") from None
+        raise NodeLost(f"no answer from all of {', '.join(hosts)} in {timeout_s:.0f} s") from None
+    if done.stdout.strip():
+        raise UserError(done.stdout.strip().splitlines()[0])
     if done.returncode:
-        said = done.stdout.strip() or done.stderr.strip()
-        raise UserError(said.splitlines()[0] if said else f"a test step left with exit code {done.returncode}")
+        raise NodeLost(slurm_message(done.stderr) or f"a test step left with exit code {done.returncode}")
 
 
 def lost_nodes(run: RunFolder, config: Config, programs: Programs, hosts: list[str]) -> bool:
     """True if the allocation's nodes no longer all answer: then the job needs others."""
     try:
-        probe(run, config, programs, hosts)
-    except UserError as error:
+        probe(run, config, programs, hosts, LOST_TIMEOUT_S)
+    except (NodeLost, UserError) as error:
         say(f"a node is lost: {error}")
         return True
     return False
 
 
 def futile_starts(run: RunFolder, stage: str) -> int:
-    """Attempts in succession, up to now, that began at the same checkpoint."""
+    """Starts of this stage's job in succession, up to now, that began at the checkpoint that is newest now."""
     begun = [
-        event["checkpoint"]
-        for event in events.read(run.path)
-        if event["event"] == "attempt" and event["stage"] == stage
+        event["checkpoint"] for event in events.read(run.path) if (event["event"], event.get("stage")) == ("job", stage)
     ]
     now = run.checkpoint_iteration(stage)
     count = 0
@@ -138,12 +157,15 @@ def futile_starts(run: RunFolder, stage: str) -> int:
     return count
 
 
-def requeue(run: RunFolder, stage: str) -> None:
-    """Put this job back into the queue under its id, and wait for Slurm to end this start of it."""
+def requeue(run: RunFolder, stage: str) -> int:
+    """Put this job back into the queue under its id, and wait for Slurm to end this start of it.
+
+    Returns the exit code for the case that it could not be requeued.
+    """
     if futile_starts(run, stage) >= MAX_FUTILE_STARTS:
         say(f"{stage}: no new checkpoint in {MAX_FUTILE_STARTS} starts: not requeued; is the time limit too short?")
         events.append(run.path, "gave_up", stage=stage, job=job_id())
-        return
+        return SAVED_CODE
     events.append(run.path, "requeue", stage=stage, job=job_id(), checkpoint=run.checkpoint_iteration(stage))
     say(f"{stage}: back into the queue")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -151,5 +173,6 @@ def requeue(run: RunFolder, stage: str) -> None:
         slurm("scontrol", "requeue", job_id())
     except UserError as error:
         say(f"{stage}: could not be requeued ({error}); go on with: vcppo resume {run.path}")
-        return
+        return SAVED_CODE
     time.sleep(REQUEUE_TIMEOUT_S)
+    return SAVED_CODE

@@ -31,10 +31,21 @@ def in_container(config: Config, command: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def step(config: Config, nodes: list[str], tasks_per_node: int, cpus_per_task: int) -> tuple[str, ...]:
-    """srun with its own task layout on some of the job's nodes; steps share the nodes' CPUs and GPUs."""
+    """srun with its own task layout on some of the job's nodes; steps share the nodes' CPUs and GPUs.
+
+    srun does not kill a step whose task ended badly, the controller does: a rank that saved and left with 75 must not
+    take those along that are still writing.
+    """
     cluster = config.cluster
     argv = [
-        *("srun", "--overlap", "--kill-on-bad-exit=1", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"),
+        *(
+            "srun",
+            "--overlap",
+            "--kill-on-bad-exit=0",
+            "--wait=0",
+            f"--nodes={len(nodes)}",
+            f"--nodelist={','.join(nodes)}",
+        ),
         *(f"--ntasks={tasks_per_node * len(nodes)}", f"--ntasks-per-node={tasks_per_node}"),
         *(f"--cpus-per-task={cpus_per_task}", "--open-mode=append"),
     ]
@@ -62,7 +73,7 @@ def srun_units(
         *in_container(config, ("sh", "-c", RANK_SHELL, "rank", *programs.trainer_command(run, stage))),
     )
     place = {"MASTER_ADDR": trainers[0], "MASTER_PORT": str(port)}
-    units = [Unit("trainer", 0, command, env | place, "srun_trainer.log", shown_log="trainer_0.log")]
+    units = [Unit("trainer", 0, command, env | place, "srun_trainer.log", shown_log="trainer_0.log", step=True)]
     if stage in ROLLOUT_STAGES:
         for node, host in enumerate(hosts[cluster.trainer_nodes :] or trainers):
             command = (

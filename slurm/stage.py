@@ -3,12 +3,13 @@
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from slurm import events
-from slurm.controller import SAVED_CODE, Outcome, Unit, supervise
+from slurm.controller import SAVED_CODE, USER_ERROR_CODE, Outcome, Unit, supervise
 from slurm.run_folder import RunFolder
 
 
@@ -28,13 +29,14 @@ def run_stage(
     *,
     save_requested: Callable[[], bool],
     abort_requested: Callable[[], bool] = lambda: False,
+    node_lost: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = print,
 ) -> Outcome:
     """Attempts until the stage is done, saved on request, or failed for good.
 
     ``layout`` gives the units of an attempt whose logs go to the given folder. An attempt whose processes were killed
     is followed by another from the newest checkpoint, at most ``cluster.crash_retries`` times in succession without a
-    new checkpoint.
+    new checkpoint, and only while no node is lost.
     """
     futile = 0
     while True:
@@ -66,6 +68,8 @@ def run_stage(
         if outcome.code in (0, SAVED_CODE):
             return outcome
         say(failure_text(stage, logs, outcome))
+        if outcome.code != USER_ERROR_CODE and not abort_requested() and node_lost():
+            return replace(outcome, node_lost=True)
         gained = run.checkpoint_iteration(stage)
         futile = 0 if gained != reached else futile + 1
         stopping = save_requested() or abort_requested()

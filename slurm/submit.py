@@ -42,7 +42,7 @@ def executor(
 ) -> ScriptExecutor:
     """The batch job of one stage: a controller on its first node, signalled before the time limit."""
     cluster = config.cluster
-    made = ScriptExecutor(folder=run.path / "slurm" / "%j", python="exec " + shlex.quote(programs.python))
+    made = ScriptExecutor(folder=run.path / "slurm", python="exec " + shlex.quote(programs.python))
     extra: dict[str, Any] = {
         "signal": f"B:USR2@{save_margin_s(run, stage, cluster.save_margin_s)}",
         "requeue": True,

@@ -35,7 +35,7 @@ def find_log(run: RunFolder, stages: list[str], args: argparse.Namespace) -> Pat
         stage = args.stage or next((name for name in reversed(jobs) if run.attempts(name)), next(iter(jobs), None))
         if stage not in jobs:
             raise UserError(f"{run.path}: no job was submitted" + (f" for {stage}" if stage else ""))
-        path = run.path / "slurm" / jobs[stage] / f"{jobs[stage]}_0_log.out"
+        path = run.path / "slurm" / f"{jobs[stage]}_0_log.out"
     else:
         started = [name for name in stages if run.attempts(name)]
         stage = args.stage or (

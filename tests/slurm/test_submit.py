@@ -26,7 +26,7 @@ def test_a_chain_of_jobs_runs_to_its_end(cluster: DevCluster, tmp_path) -> None:
         assert result(run, stage)["trained"] == [1, 2, 3, 4, 5, 6]
     assert [status.state for status in run_status(run, config)] == ["done"] * 3
     assert submit(run, config, list(config.stages), TINY) == {}
-    assert (run.attempts("ppo")[-1] / "rollout_0.log").read_text() == "generation 0\n"
+    assert (run.attempts("ppo")[-1] / "rollout_0.log").read_text().startswith("generation 0\n")
     nodes = {event["stage"]: len(event["nodes"]) for event in events.read(run.path) if event["event"] == "job"}
     assert nodes == {"sft": 2, "ppo": 3, "export": 2}
 
@@ -54,7 +54,7 @@ def test_bad_data_cancels_the_dependents_and_status_says_why(cluster: DevCluster
 def test_slurms_own_message_is_shown_and_nothing_is_queued(cluster: DevCluster, tmp_path, key, value, message) -> None:
     config = cluster_config(tmp_path / "run", ("sft",))
     setattr(config.cluster, key, value)
-    config.cluster.trainer_ranks = None if key != "partition" else config.cluster.trainer_ranks
+    config.cluster.trainer_ranks = 7 if key == "trainer_nodes" else 2
     run = write_config(config)
     with pytest.raises(UserError, match=message):
         submit(run, config, ["sft"], TINY)

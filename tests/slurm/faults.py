@@ -1,0 +1,146 @@
+"""Faults inflicted on a running chain on a real Slurm; each returns what it cost. Used by the tests and the bench."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_vcppo.config import Config
+from slurm import events
+from slurm.devcluster import DevCluster
+from slurm.query import job_states
+from slurm.run_folder import RunFolder
+from slurm.submit import submit, submitted_jobs
+from tests.slurm.conftest import TINY
+from tests.slurm.support import cluster_config, processes_with, result, wait_for_jobs, wait_until, write_config
+
+STEPS = 30
+ITERATION_S = 0.2
+Inflict = Callable[[DevCluster, RunFolder, Config], None]
+
+
+def chain(folder: Path, stages: tuple[str, ...] = ("sft", "ppo"), steps: int = STEPS) -> tuple[RunFolder, Config]:
+    config = cluster_config(folder, stages, steps=steps)
+    config.sft.checkpoint.save_every = 5
+    config.cluster.environment["TINY_SECONDS"] = str(ITERATION_S)
+    return write_config(config), config
+
+
+def suffer(
+    cluster: DevCluster, run: RunFolder, config: Config, inflict: Inflict | None, seconds: float
+) -> dict[str, Any]:
+    """Submit, inflict, wait until every stage is done; verify the end; return the costs."""
+    stages = list(config.stages)
+    started = time.monotonic()
+    submit(run, config, stages, TINY)
+    if inflict:
+        inflict(cluster, run, config)
+
+    def all_done() -> bool:
+        jobs = submitted_jobs(run)
+        states = job_states(list(jobs.values()))
+        ended = {stage: states[job].state for stage, job in jobs.items() if job in states and not states[job].active}
+        bad = {stage: state for stage, state in ended.items() if state != "COMPLETED"}
+        assert not bad, f"{bad}: {events.read(run.path)[-3:]}"
+        return len(ended) == len(stages)
+
+    wait_until(all_done, f"the chain in {run.path}", seconds)
+    wall_s = time.monotonic() - started
+    repeated = 0
+    for stage in stages:
+        assert run.done(stage)
+        assert result(run, stage)["trained"] == list(range(1, config.sft.steps + 1)), stage
+        repeated += len(run.metrics(stage)) - config.sft.steps
+    attempts = sum(len(run.attempts(stage)) for stage in stages)
+    return {"wall_s": round(wall_s, 1), "attempts": attempts, "iterations_repeated": repeated}
+
+
+def wait_for_checkpoint(run: RunFolder, stage: str, seconds: float = 90) -> None:
+    wait_until(lambda: run.checkpoint_iteration(stage), f"a checkpoint of {stage}", seconds)
+
+
+def kill_processes(mark: str, variable: str) -> int:
+    """SIGKILL the processes whose command line has ``mark`` and whose environment has ``variable``."""
+    killed = 0
+    for line in processes_with(mark):
+        pid = int(line.split()[0])
+        try:
+            if f"\0{variable}\0".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+        except OSError:
+            continue
+    return killed
+
+
+def kill_trainer_rank(cluster: DevCluster, run: RunFolder, config: Config) -> None:
+    wait_for_checkpoint(run, "sft")
+    assert kill_processes("tests.slurm.tiny_stage sft", "RANK=1") == 1
+
+
+def kill_rollout_server(cluster: DevCluster, run: RunFolder, config: Config) -> None:
+    wait_for_checkpoint(run, "ppo")
+    published = run.rendezvous("ppo") / "engine_0.json"
+    assert kill_processes("tests.slurm.tiny_rollout", "SLURM_STEP_NODELIST=127.0.0.12") == 1
+    wait_until(lambda: '"generation": 1' in published.read_text(), "the rollout unit to come back", 30)
+
+
+def preempt(cluster: DevCluster, run: RunFolder, config: Config) -> None:
+    wait_for_checkpoint(run, "sft")
+    argv = ("sbatch", "-p", "high", "-N4", "--exclusive", "--parsable", "-o", "/dev/null", "--wrap", "sleep 2")
+    done = cluster.command(*argv)
+    assert done.returncode == 0, done.stderr
+    wait_for_jobs([done.stdout.strip()], 90)
+
+
+def cancel_and_resume(cluster: DevCluster, run: RunFolder, config: Config) -> None:
+    wait_for_checkpoint(run, "sft")
+    jobs = submitted_jobs(run)
+    cluster.command("scancel", jobs["sft"])
+    states = wait_for_jobs(jobs.values(), 60)
+    assert {state.state for state in states.values()} == {"CANCELLED"}
+    submit(run, config, list(config.stages), TINY)
+
+
+def cut_power(node: str) -> Inflict:
+    """Of a node: slurmd, step daemons and tasks, all at once; the node comes back after 25 s."""
+
+    def inflict(cluster: DevCluster, run: RunFolder, config: Config) -> None:
+        wait_for_checkpoint(run, "sft")
+        assert cluster.cut_power(node) > 0
+        time.sleep(25)
+        cluster.start_node(node)
+
+    return inflict
+
+
+def restart_slurmctld(cluster: DevCluster, run: RunFolder, config: Config) -> None:
+    wait_for_checkpoint(run, "sft")
+    cluster.kill("slurmctld")
+    time.sleep(3)
+    cluster.start_controller()
+
+
+def full_disk(cluster: DevCluster, run: RunFolder, config: Config) -> None:
+    """The run folder is a small file system: the stage fails, says so, and goes on once there is room."""
+    wait_until(lambda: any(e["event"] == "attempt_end" for e in events.read(run.path)), "the failure", 90)
+    end = next(e for e in events.read(run.path) if e["event"] == "attempt_end")
+    assert end["code"] not in (0, 75) and "No space left" in " ".join(end["details"]), end
+    wait_for_jobs(submitted_jobs(run).values(), 60)
+    subprocess.run(["mount", "-o", "remount,size=64m", str(run.path)], check=True)
+    submit(run, config, list(config.stages), TINY)
+
+
+FAULTS: dict[str, Inflict | None] = {
+    "none": None,
+    "trainer rank killed": kill_trainer_rank,
+    "rollout server killed": kill_rollout_server,
+    "preempted by a higher partition": preempt,
+    "stage cancelled, vcppo resume": cancel_and_resume,
+    "power cut: a trainer node": cut_power("127.0.0.11"),
+    "power cut: the controller's node": cut_power("127.0.0.10"),
+    "slurmctld killed and restarted": restart_slurmctld,
+}
