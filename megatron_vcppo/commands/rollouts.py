@@ -1,0 +1,88 @@
+"""``vcppo rollouts RUN --iteration N --worst K``: what the policy wrote in an iteration, the worst rewards first."""
+
+import argparse
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.records import Rollout
+
+WIDTH = 110
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = subparsers.add_parser("rollouts", description=__doc__, help="read stored rollouts")
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder, or the folder of one of its stages")
+    parser.add_argument("--stage", default="ppo", help="stage whose rollouts are read (ppo)")
+    parser.add_argument("--iteration", type=int, help="left out: the last one stored")
+    parser.add_argument("--worst", type=int, default=5, metavar="K", help="how many to show (5)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the rollouts."""
+    from megatron_vcppo.rollout.store import read_rollouts, stored_iterations
+
+    folder = find_folder(args.run_dir, args.stage)
+    known = stored_iterations(folder)
+    if not known:
+        raise UserError(f"{folder}: no rollouts are stored")
+    iteration = known[-1] if args.iteration is None else args.iteration
+    rollouts = read_rollouts(folder, iteration)
+    print(f"iteration {iteration}: {summary(rollouts)}")
+    for rollout in worst(rollouts, args.worst):
+        print("\n".join(["", *describe(rollout)]))
+    return 0
+
+
+def find_folder(run_dir: Path, stage: str) -> Path:
+    """The folder of stored rollouts: RUN/STAGE/rollouts, or RUN/rollouts if RUN is a stage's folder."""
+    for folder in (run_dir / stage / "rollouts", run_dir / "rollouts"):
+        if folder.is_dir():
+            return folder
+    others = sorted(path.parent.name for path in run_dir.glob("*/rollouts"))
+    hint = f"; stages that have some: {', '.join(others)} (--stage)" if others else ""
+    raise UserError(f"{run_dir}: stage {stage} has no rollouts{hint}")
+
+
+def worst(rollouts: list[Rollout], count: int) -> list[Rollout]:
+    """The lowest rewards first; unscored ones before them, longer responses first among equals."""
+
+    def badness(rollout: Rollout) -> tuple[float, int]:
+        return (float("-inf") if rollout.reward is None else rollout.reward, -len(rollout.response_ids))
+
+    return sorted(rollouts, key=badness)[:count]
+
+
+def summary(rollouts: list[Rollout]) -> str:
+    """One line over all."""
+    rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+    mean_reward = f"{sum(rewards) / len(rewards):.3f}" if rewards else "none"
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    cut = sum(rollout.truncated for rollout in rollouts) / len(rollouts)
+    versions = sorted({rollout.policy_version for rollout in rollouts})
+    return (
+        f"{len(rollouts)} rollouts, mean reward {mean_reward}, mean length {sum(lengths) / len(lengths):.1f}, "
+        f"{cut:.1%} cut at the token limit, policy version {', '.join(map(str, versions))}"
+    )
+
+
+def describe(rollout: Rollout) -> Iterator[str]:
+    """The lines that show one rollout."""
+    reward = "not scored" if rollout.reward is None else f"{rollout.reward:g}"
+    mean_logprob = sum(rollout.rollout_logprobs) / max(1, len(rollout.rollout_logprobs))
+    yield (
+        f"{rollout.prompt.prompt_id} sample {rollout.sample_index}: "
+        f"reward {reward} ({rollout.verdict or 'no verdict'}), "
+        f"{len(rollout.response_ids)} tokens, ended by {rollout.finish_reason}, mean log-prob {mean_logprob:.3f}"
+    )
+    for title, text in (
+        ("prompt", rollout.prompt.text),
+        ("response", rollout.response_text),
+        ("answer", rollout.prompt.answer),
+    ):
+        yield f"  {title}:"
+        for line in text.splitlines() or [""]:
+            yield from textwrap.wrap(line, WIDTH, initial_indent="    ", subsequent_indent="    ") or [""]

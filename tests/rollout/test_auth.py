@@ -1,0 +1,92 @@
+"""The run's secret: made once, private, compared whole; and what an engine is started with."""
+
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from megatron_vcppo.config.rollout import EngineConfig
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.rollout import server
+from megatron_vcppo.rollout.auth import is_authorized, make_secret, read_secret
+from megatron_vcppo.rollout.process import interface_address, without_trainer
+
+
+def test_the_first_process_makes_the_secret_and_all_read_the_same(tmp_path) -> None:
+    path = tmp_path / "rendezvous" / "secret"
+    code = "import sys, pathlib; from megatron_vcppo.rollout.auth import make_secret, read_secret\n"
+    code += "path = pathlib.Path(sys.argv[1]); make_secret(path); print(read_secret(path))"
+    makers = [
+        subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) for _ in range(6)
+    ]
+    seen = {maker.communicate(timeout=60)[0] for maker in makers}
+    assert len(seen) == 1 and len(seen.pop().strip()) >= 40
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_secret_that_others_can_read_is_refused(tmp_path) -> None:
+    make_secret(tmp_path / "secret")
+    (tmp_path / "secret").chmod(0o640)
+    with pytest.raises(UserError, match="readable by others"):
+        read_secret(tmp_path / "secret")
+
+
+@pytest.mark.parametrize(
+    ("headers", "authorized"),
+    [
+        ([(b"authorization", b"Bearer abc")], True),
+        ([(b"Authorization", b"Bearer abc")], True),
+        ([], False),
+        ([(b"authorization", b"Bearer ab")], False),
+        ([(b"authorization", b"Bearer abcd")], False),
+        ([(b"authorization", b"abc")], False),
+        ([(b"authorization", b"bearer abc")], False),
+        ([(b"authorization", b"")], False),
+        ([(b"x-authorization", b"Bearer abc")], False),
+        ([(b"authorization", b"Bearer abc"), (b"authorization", b"Bearer x")], False),
+    ],
+)
+def test_only_the_whole_secret_opens(headers, authorized) -> None:
+    assert is_authorized(headers, "abc") is authorized
+
+
+def test_an_engine_is_not_told_that_it_is_a_rank(tmp_path) -> None:
+    trainer = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1",
+               "SLURM_PROCID": "1", "SLURM_NTASKS": "4", "TORCHELASTIC_RUN_ID": "x",
+               "OMP_NUM_THREADS": "1"}  # fmt: skip
+    kept = {"PATH": "/bin", "HOME": "/root", "CUDA_HOME": "/cuda"}
+    assert without_trainer({**trainer, **kept}) == kept
+    variables = server.environment(
+        {**trainer, **kept}, EngineConfig(), server.Placement(cpus=(0, 1)), tmp_path / "s", "lo"
+    )
+    assert not set(trainer) - {"OMP_NUM_THREADS"} & set(variables)
+    assert variables["OMP_NUM_THREADS"] != trainer["OMP_NUM_THREADS"]
+
+
+def test_the_secret_is_on_no_command_line(tmp_path) -> None:
+    make_secret(tmp_path / "secret")
+    arguments = server.command(tmp_path, EngineConfig(), "float32", 512, "127.0.0.1", 1, on_gpu=False, seed=0)
+    variables = server.environment(os.environ, EngineConfig(), server.Placement(), tmp_path / "secret", "lo")
+    secret = read_secret(tmp_path / "secret")
+    assert secret not in " ".join(arguments) and secret not in variables.values()
+
+
+def test_development_routes_stay_off(tmp_path) -> None:
+    variables = server.environment({}, EngineConfig(), server.Placement(), tmp_path / "secret", "lo")
+    assert "VLLM_SERVER_DEV_MODE" not in variables
+
+
+def test_the_interface_is_a_name_or_an_address() -> None:
+    assert interface_address("lo") == "127.0.0.1"
+    assert interface_address("10.1.2.3") == "10.1.2.3"
+    with pytest.raises(OSError, match="no network interface ib7 .*there are: .*lo"):
+        interface_address("ib7")
+
+
+def test_workers_share_the_cpus_of_their_engine() -> None:
+    assert server.bind((0, 1), 2) == "0|1"
+    assert server.bind((4, 5, 6, 7), 2) == "4,6|5,7"
+    assert server.bind((3,), 2) == "3|3"

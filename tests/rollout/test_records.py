@@ -1,0 +1,87 @@
+"""Seeds, sampling warnings, stored rollouts and the command that shows them."""
+
+import argparse
+import dataclasses
+
+import pytest
+import zstandard
+
+from megatron_vcppo.commands import rollouts as command
+from megatron_vcppo.config.rollout import RolloutConfig
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.rollout.sampling import sample_seed, training_sampling
+from megatron_vcppo.rollout.store import read_rollouts, stored_iterations, write_rollouts
+
+
+def make_rollout(index: int, reward: float | None = None) -> Rollout:
+    prompt = Prompt(f"chain/{index}", (1, 12, 40), "3 + 4 ?", "7", "running_sum")
+    return Rollout(prompt, index, 5, (9, 8, index), f"first line\nseven ½ {index}", (-0.5, -1.25, -1e-7), "stop", 3,
+                   reward, "wrong" if reward == 0 else "correct")  # fmt: skip
+
+
+def test_seeds_are_the_same_in_every_process_and_differ_in_every_part() -> None:
+    assert sample_seed(0, 1, "chain/17", 2) == 413058873
+    parts = [(0, 1, "a", 2), (1, 1, "a", 2), (0, 2, "a", 2), (0, 1, "b", 2), (0, 1, "a", 3), (0, 12, "a", 2)]
+    seeds = [sample_seed(*part) for part in parts]
+    assert len(set(seeds)) == len(parts)
+    many = [sample_seed(3, i, f"p{p}", s) for i in range(10) for p in range(40) for s in range(5)]
+    assert all(0 <= seed < 2**31 for seed in many) and len(set(many)) == len(many)
+
+
+def test_cutting_the_distribution_is_warned_about() -> None:
+    with pytest.warns(UserWarning, match=r"rollout\.top_p = 0\.9 and rollout\.top_k = 20.*renormalised"):
+        training_sampling(RolloutConfig(top_p=0.9, top_k=20))
+
+
+@pytest.mark.filterwarnings("error")
+def test_plain_sampling_does_not_warn() -> None:
+    assert training_sampling(RolloutConfig(temperature=0.7, stop=["END"])).stop == ["END"]
+
+
+def test_stored_rollouts_come_back_in_order(tmp_path) -> None:
+    rollouts = [make_rollout(i, reward=float(i)) for i in range(5)]
+    write_rollouts(tmp_path, 12, rollouts[:3], part=0, num_parts=2)
+    with pytest.raises(UserError, match="1 of 2 parts"):
+        read_rollouts(tmp_path, 12)
+    write_rollouts(tmp_path, 12, rollouts[3:], part=1, num_parts=2)
+    assert read_rollouts(tmp_path, 12) == rollouts
+    assert stored_iterations(tmp_path) == [12]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "iter_0000012_0of2.jsonl.zst",
+        "iter_0000012_1of2.jsonl.zst",
+    ]
+
+
+def test_an_attempt_with_fewer_leaders_replaces_all_parts_of_the_one_before(tmp_path) -> None:
+    for part in range(2):
+        write_rollouts(tmp_path, 3, [make_rollout(part)], part, 2)
+    write_rollouts(tmp_path, 3, [make_rollout(7)])
+    assert [rollout.sample_index for rollout in read_rollouts(tmp_path, 3)] == [7]
+
+
+def test_a_record_says_all_that_was_asked_for(tmp_path) -> None:
+    path = write_rollouts(tmp_path, 1, [dataclasses.replace(make_rollout(1), reward=0.25)])
+    line = zstandard.open(path, "rt").read()
+    for part in ('"token_ids": [1, 12, 40]', '"response_ids": [9, 8, 1]', '"reward": 0.25', '"length": 3',
+                 '"finish_reason": "stop"', '"policy_version": 3', '"rollout_logprobs": [-0.5', "½"):  # fmt: skip
+        assert part in line
+
+
+def test_the_command_shows_the_worst_first(tmp_path, capsys) -> None:
+    folder = tmp_path / "ppo" / "rollouts"
+    write_rollouts(folder, 1, [make_rollout(i, reward=r) for i, r in enumerate((1.0, 0.0, 0.5))])
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["rollouts", str(tmp_path), "--iteration", "1", "--worst", "2"])
+    assert args.run(args) == 0
+    shown = capsys.readouterr().out
+    assert "3 rollouts, mean reward 0.500, mean length 3.0, 0.0% cut" in shown
+    assert shown.index("chain/1 sample 1: reward 0 (wrong)") < shown.index("chain/2 sample 2: reward 0.5")
+    assert "chain/0" not in shown and "seven ½ 1" in shown
+    with pytest.raises(UserError, match="iteration 9; there are iterations 1 to 1"):
+        args = parser.parse_args(["rollouts", str(tmp_path), "--iteration", "9"])
+        args.run(args)
+    with pytest.raises(UserError, match=r"stages that have some: ppo \(--stage\)"):
+        args = parser.parse_args(["rollouts", str(tmp_path), "--stage", "sft"])
+        args.run(args)
