@@ -4,6 +4,7 @@ from megatron_vcppo.records import Prompt
 from megatron_vcppo.rewards.base import CORRECT, NO_ANSWER, Verdict, wrong
 from megatron_vcppo.tasks.base import read_answer
 from megatron_vcppo.tasks.generate import get_task
+from megatron_vcppo.tasks.vocabulary import BOS
 
 
 def verify_synthetic(prompt: Prompt, response_text: str) -> Verdict:
@@ -11,4 +12,5 @@ def verify_synthetic(prompt: Prompt, response_text: str) -> Verdict:
     given = read_answer(response_text)
     if given is None:
         return NO_ANSWER
-    return CORRECT if get_task(prompt.task).is_correct(prompt.text, prompt.answer, given) else wrong()
+    question = prompt.text.removeprefix(BOS).strip()  # a chat template writes BOS itself
+    return CORRECT if get_task(prompt.task).is_correct(question, prompt.answer, given) else wrong()

@@ -170,6 +170,16 @@ def test_progress_is_reported(tmp_path: Path, tokenizer: PreTrainedTokenizerBase
     assert [count for count, _ in seen] == [512, 1024, 1200] and seen[-1][1] == 1.0
 
 
+def test_saved_examples_come_back_and_replace_older_ones(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows: list[dict | str] = [{"prompt": f"{i} #1 +4 ?", "response": RESPONSE} for i in range(5)]
+    for count in (2, 5):
+        dataset, _ = load_sft_dataset(write_lines(tmp_path / "t.jsonl", rows[:count]), tokenizer, 100)
+        dataset.save(tmp_path / "saved")
+        loaded = SftDataset.load(tmp_path / "saved")
+        assert [loaded[i] for i in range(count)] == [dataset[i] for i in range(count)] and len(loaded) == count
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved", "t.jsonl"]
+
+
 def test_tokenizer_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a folder"):
         load_tokenizer(tmp_path / "none")

@@ -132,6 +132,8 @@ def test_synthetic_tasks(name: str) -> None:
         ask = prompt(row["answer"], name, row["prompt"])
         head = row["response"].rpartition("</think>")[0]
         assert verify_synthetic(ask, f"{head}</think> = {row['answer']}").verdict == "correct"
+        chat = prompt(row["answer"], name, f"<bos> {row['prompt']}")
+        assert verify_synthetic(chat, f"{head}</think> = {row['answer']}").verdict == "correct"
         assert verify_synthetic(ask, f"{head}</think> = {row['answer']} {row['answer']} 1").verdict == "wrong"
         assert verify_synthetic(ask, f"{head} = {row['answer']}").verdict == "no answer"
         assert verify_synthetic(ask, f"{head}</think> {row['answer']}").verdict == "no answer"
