@@ -42,8 +42,101 @@ class StepResult:
     """False if a loss or gradient was not finite: nothing was changed."""
 
 
-class Learner:
-    """A Megatron model with its optimizer and schedule. Every method is collective over all ranks.
+class Runner:
+    """A Megatron model that is run forward over packed micro-batches. Every method is collective over all ranks."""
+
+    def __init__(self, model: PackedGPT) -> None:
+        self.runtime = runtime.current()
+        self.model = model
+        self.module: torch.nn.Module = model
+
+    def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch) -> Any:
+        """From what the last stage reads out to what losses take."""
+        raise AssertionError("a subclass says what its outputs are")
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Sequence[PackedMicrobatch], loss_function: LossFunction) -> dict[str, float]:
+        """The loss and its metrics without an update; the same on every rank."""
+
+        def forward_step(iterator: Any, model: Any) -> tuple[Tensor, Callable]:
+            microbatch = next(iterator)
+
+            def loss(model_output: Tensor, non_loss_data: bool = True) -> Metrics:
+                value, metrics = loss_function(self.outputs(model_output, microbatch), microbatch)
+                return {**metrics, "loss": (value, torch.zeros_like(value))}
+
+            return self.model.run(microbatch), loss
+
+        self.module.eval()
+        return self._reduce(self._run_schedule(microbatches, forward_step, forward_only=True))
+
+    @torch.no_grad()
+    def _forward(self, microbatches: Sequence[PackedMicrobatch], pick: Callable[[Any], Tensor]) -> list[Tensor]:
+        """One float32 tensor [T] per micro-batch, picked from the outputs; the same on every pipeline stage."""
+
+        def forward_step(iterator: Any, model: Any) -> tuple[Tensor, Callable]:
+            microbatch = next(iterator)
+
+            def collect(model_output: Tensor, non_loss_data: bool = True) -> Tensor:
+                return pick(self.outputs(model_output, microbatch)).float()
+
+            return self.model.run(microbatch), collect
+
+        self.module.eval()
+        collected = self._run_schedule(microbatches, forward_step, forward_only=True)
+        lengths = [m.num_tokens for m in microbatches]
+        flat = torch.cat(collected) if collected else torch.empty(sum(lengths), device=self.runtime.device)
+        self._from_last_stage(flat)
+        return list(flat.split(lengths))
+
+    def _run_schedule(
+        self, microbatches: Sequence[PackedMicrobatch], forward_step: Callable, forward_only: bool = False
+    ) -> list[Any]:
+        """What the last stage's loss functions returned, in order; empty on other stages."""
+        assert microbatches, "every data-parallel replica needs at least one micro-batch"
+        on_device = [m.to(self.runtime.device) for m in microbatches]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(on_device),
+            model=[self.module],
+            num_microbatches=len(on_device),
+            seq_length=max(m.num_tokens for m in on_device),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _reduce(self, per_microbatch: Sequence[Metrics]) -> dict[str, float]:
+        """Add sums and weights over micro-batches and replicas, divide, and tell every stage."""
+        names: list[list[str] | None] = [sorted(per_microbatch[0]) if per_microbatch else None]
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        if self.runtime.pp_size > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            dist.broadcast_object_list(names, src=last, group=group, device=self.runtime.device)
+        keys = names[0]
+        assert keys is not None
+        totals = torch.zeros(2, len(keys), dtype=torch.float64, device=self.runtime.device)
+        for metrics in per_microbatch:
+            for i, key in enumerate(keys):
+                for j in (0, 1):
+                    totals[j, i] += metrics[key][j].double()
+        if self.runtime.is_last_stage:
+            dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        self._from_last_stage(totals)
+        # A weight of zero says that the sum itself is the metric (a loss over a given denominator).
+        return {key: float(s / w if w else s) for key, s, w in zip(keys, *totals, strict=True)}
+
+    def _from_last_stage(self, tensor: Tensor) -> None:
+        if self.runtime.pp_size > 1:
+            dist.broadcast(
+                tensor,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+
+
+class Learner(Runner):
+    """A model with its optimizer and schedule.
 
     ``optimizer_steps`` counts applied and skipped steps: the schedule's clock.
     """
@@ -56,9 +149,8 @@ class Learner:
         schedule: ScheduleConfig,
         total_steps: int,
     ) -> None:
-        self.runtime = runtime.current()
-        self.model = model
-        self.ddp = DistributedDataParallel(
+        super().__init__(model)
+        self.module = self.ddp = DistributedDataParallel(
             model.config,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
@@ -75,10 +167,6 @@ class Learner:
         model.config.grad_scale_func = self.optimizer.scale_loss
         if parallel.overlap:
             model.config.no_sync_func = self.ddp.no_sync
-
-    def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch) -> Any:
-        """From what the last stage reads out to what losses take."""
-        raise AssertionError("a subclass says what its outputs are")
 
     def train_step(self, microbatches: Sequence[PackedMicrobatch], loss_function: LossFunction) -> StepResult:
         """Forward and backward over this replica's micro-batches, then one optimizer step.
@@ -116,93 +204,11 @@ class Learner:
         self.optimizer_steps += 1
         return StepResult(metrics, grad_norm, learning_rate, applied)
 
-    @torch.no_grad()
-    def evaluate(self, microbatches: Sequence[PackedMicrobatch], loss_function: LossFunction) -> dict[str, float]:
-        """The loss and its metrics without an update; the same on every rank."""
 
-        def forward_step(iterator: Any, model: Any) -> tuple[Tensor, Callable]:
-            microbatch = next(iterator)
+class Policy(Runner):
+    """A model over tokens. Its outputs are (logprobs [T], entropy [T]) of the next token at the temperature."""
 
-            def loss(model_output: Tensor, non_loss_data: bool = True) -> Metrics:
-                value, metrics = loss_function(self.outputs(model_output, microbatch), microbatch)
-                return {**metrics, "loss": (value, torch.zeros_like(value))}
-
-            return self.model.run(microbatch), loss
-
-        self.ddp.eval()
-        return self._reduce(self._run_schedule(microbatches, forward_step, forward_only=True))
-
-    @torch.no_grad()
-    def _forward(self, microbatches: Sequence[PackedMicrobatch], pick: Callable[[Any], Tensor]) -> list[Tensor]:
-        """One float32 tensor [T] per micro-batch, picked from the outputs; the same on every pipeline stage."""
-
-        def forward_step(iterator: Any, model: Any) -> tuple[Tensor, Callable]:
-            microbatch = next(iterator)
-
-            def collect(model_output: Tensor, non_loss_data: bool = True) -> Tensor:
-                return pick(self.outputs(model_output, microbatch)).float()
-
-            return self.model.run(microbatch), collect
-
-        self.ddp.eval()
-        collected = self._run_schedule(microbatches, forward_step, forward_only=True)
-        lengths = [m.num_tokens for m in microbatches]
-        flat = torch.cat(collected) if collected else torch.empty(sum(lengths), device=self.runtime.device)
-        self._from_last_stage(flat)
-        return list(flat.split(lengths))
-
-    def _run_schedule(
-        self, microbatches: Sequence[PackedMicrobatch], forward_step: Callable, forward_only: bool = False
-    ) -> list[Any]:
-        """What the last stage's loss functions returned, in order; empty on other stages."""
-        assert microbatches, "every data-parallel replica needs at least one micro-batch"
-        on_device = [m.to(self.runtime.device) for m in microbatches]
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(on_device),
-            model=[self.ddp],
-            num_microbatches=len(on_device),
-            seq_length=max(m.num_tokens for m in on_device),
-            micro_batch_size=1,
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-        )
-
-    def _reduce(self, per_microbatch: Sequence[Metrics]) -> dict[str, float]:
-        """Add sums and weights over micro-batches and replicas, divide, and tell every stage."""
-        names: list[list[str] | None] = [sorted(per_microbatch[0]) if per_microbatch else None]
-        last = parallel_state.get_pipeline_model_parallel_last_rank()
-        if self.runtime.pp_size > 1:
-            group = parallel_state.get_pipeline_model_parallel_group()
-            dist.broadcast_object_list(names, src=last, group=group, device=self.runtime.device)
-        keys = names[0]
-        assert keys is not None
-        totals = torch.zeros(2, len(keys), dtype=torch.float64, device=self.runtime.device)
-        for metrics in per_microbatch:
-            for i, key in enumerate(keys):
-                for j in (0, 1):
-                    totals[j, i] += metrics[key][j].double()
-        if self.runtime.is_last_stage:
-            dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        self._from_last_stage(totals)
-        # A weight of zero says that the sum itself is the metric (a loss over a given denominator).
-        return {key: float(s / w if w else s) for key, s, w in zip(keys, *totals, strict=True)}
-
-    def _from_last_stage(self, tensor: Tensor) -> None:
-        if self.runtime.pp_size > 1:
-            dist.broadcast(
-                tensor,
-                src=parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
-            )
-
-
-class Actor(Learner):
-    """The policy. Its outputs are (logprobs [T], entropy [T]) of the next token at the sampling temperature."""
-
-    def __init__(self, model: ActorModel, *args: Any, temperature: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(model, *args, **kwargs)
-        self.temperature = temperature
+    temperature = 1.0
 
     def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Tensor]:
         return vocab_parallel_logprobs(
@@ -212,6 +218,22 @@ class Actor(Learner):
     def logprobs(self, microbatches: Sequence[PackedMicrobatch]) -> list[Tensor]:
         """Log-probability of each next token: one tensor [T] per micro-batch, on every rank of the replica."""
         return self._forward(microbatches, lambda outputs: outputs[0])
+
+
+class Reference(Policy):
+    """A policy that is never trained: no gradients, no optimizer."""
+
+    def __init__(self, model: ActorModel, temperature: float = 1.0) -> None:
+        super().__init__(model)
+        self.temperature = temperature
+
+
+class Actor(Policy, Learner):
+    """The policy that is trained."""
+
+    def __init__(self, model: ActorModel, *args: Any, temperature: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self.temperature = temperature
 
 
 class Critic(Learner):

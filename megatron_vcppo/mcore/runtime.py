@@ -139,6 +139,13 @@ def any_rank(flag: bool) -> bool:
     return bool(vote.item())
 
 
+def sum_over_replicas(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over data-parallel replicas, on every rank, on the CPU; collective."""
+    summed = tensor.to(device())
+    dist.all_reduce(summed, group=parallel_state.get_data_parallel_group())
+    return summed.cpu()
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, numpy, torch and Megatron's per-rank generators."""
     random.seed(seed)

@@ -1,0 +1,136 @@
+"""Where a stage's rollouts come from: engines with the actor's weights, verifiers, and the store of the run."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.data.prompts import PromptKeys, load_prompts
+from megatron_vcppo.data.tokenizer import load_tokenizer
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.rewards.scorer import Scorer
+from megatron_vcppo.rollout.client import RolloutClient
+from megatron_vcppo.rollout.store import read_rollouts, write_rollouts
+from megatron_vcppo.rollout.wire import Sampling
+from megatron_vcppo.weight_sync.generation import generate_with_joiners
+from megatron_vcppo.weight_sync.place import make_weight_sync, place_of
+from megatron_vcppo.weight_sync.sync import PushResult
+
+Tensors = Iterator[tuple[str, torch.Tensor]]
+
+
+class Generation(AbstractContextManager["Generation"]):
+    """Pushes weights and collects scored rollouts. Every method is collective over the trainer's ranks.
+
+    Each data-parallel replica has a leader (its first tensor and pipeline rank), which asks the engines for its share
+    of the prompts and scores the responses as they arrive.
+    """
+
+    def __init__(self, config: Config, folder: Path, world: runtime.Runtime) -> None:
+        self.config, self.world, self.folder = config, world, folder
+        self.tokenizer = load_tokenizer(config.model.hf)
+        rendezvous = folder / "rendezvous"
+        place = place_of(world.pp_rank, world.pp_size, world.tp_rank, world.dp_rank, world.cp_rank)
+        self.sync = make_weight_sync(config, rendezvous, place, world.device)
+        self.is_leader = world.tp_rank == world.pp_rank == world.cp_rank == 0
+        self.scorer: Scorer | None = None
+        self.client: RolloutClient | None = None
+        if self.is_leader:
+            self.scorer = Scorer(timeout_s=config.prompts.verify_timeout_s)
+            self.client = RolloutClient(
+                rendezvous,
+                config.rollout,
+                config.model.max_length,
+                config.run.seed,
+                decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
+                show_progress=world.is_main,
+            )
+        self.policy_version = -1
+        self.source: Callable[[], Tensors] | None = None
+
+    def __exit__(self, *_: object) -> None:
+        if self.scorer is not None:
+            self.scorer.close()
+
+    def wait_for_engines(self) -> None:
+        """Until every engine of every rollout node has answered once."""
+        cluster = self.config.cluster
+        nodes = cluster.rollout_nodes or cluster.trainer_nodes
+        self.sync.wait_for_engines(nodes * self.config.rollout.engine.per_node, self.config.rollout.start_timeout_s)
+
+    def push(self, policy_version: int, source: Callable[[], Tensors]) -> PushResult:
+        """Give every engine these weights; source: see weight_sync."""
+        self.policy_version, self.source = policy_version, source
+        return self.sync.sync(policy_version, source)
+
+    def generate(
+        self, prompts: list[Prompt], iteration: int, sampling: Sampling, num_samples: int
+    ) -> list[Rollout]:
+        """Scored rollouts under the pushed weights, by prompt and sample; the same list on every rank."""
+        assert self.source is not None, "push weights before generating"
+        mine = prompts[self.world.dp_rank :: self.world.dp_size]
+        produce = self._producer(mine, iteration, sampling, num_samples) if self.is_leader and mine else None
+        scored = generate_with_joiners(self.sync, self.policy_version, self.source, produce)
+        parts = self.sync.exchange((scored or [], self.scorer.take_problems() if self.scorer else []))
+        if self.world.is_main:
+            for problem in (problem for _, problems in parts for problem in problems):
+                print(f"warning: verifier: {problem}", flush=True)
+        order = {prompt.prompt_id: place for place, prompt in enumerate(prompts)}
+        rollouts = [rollout for part, _ in parts for rollout in part]
+        return sorted(rollouts, key=lambda rollout: (order[rollout.prompt.prompt_id], rollout.sample_index))
+
+    def _producer(
+        self, prompts: list[Prompt], iteration: int, sampling: Sampling, num_samples: int
+    ) -> Callable[[], list[Rollout]]:
+        client, scorer, version = self.client, self.scorer, self.policy_version
+        assert client is not None and scorer is not None
+
+        def produce() -> list[Rollout]:
+            futures: list[Future[Rollout]] = []
+            client.generate(
+                *(prompts, iteration, version, sampling, num_samples),
+                on_rollout=lambda rollout: futures.append(scorer.submit(rollout)),
+            )
+            return [future.result() for future in futures]
+
+        return produce
+
+    def store(self, iteration: int, rollouts: list[Rollout]) -> None:
+        """Keep an iteration's rollouts in the run: main rank writes, all wait."""
+        if self.world.is_main:
+            write_rollouts(self.folder / "rollouts", iteration, rollouts)
+        self.sync.exchange(None)
+
+    def stored(self, iteration: int, prompts: list[Prompt], num_samples: int) -> list[Rollout] | None:
+        """The stored rollouts of exactly these prompts; None if there are none. An iteration that a kill cut off is
+        trained on the responses that it had, so its updates come out the same."""
+        found: list[Rollout] | None = None
+        if self.world.is_main:
+            try:
+                found = read_rollouts(self.folder / "rollouts", iteration)
+            except UserError:
+                found = None
+            wanted = [(prompt.prompt_id, sample) for prompt in prompts for sample in range(num_samples)]
+            if found is not None and [(r.prompt.prompt_id, r.sample_index) for r in found] != wanted:
+                found = None
+        return self.sync.exchange(found)[0]
+
+    def prompts(self, source: str) -> list[Prompt]:
+        """The problems of a source; what is wrong with it is printed or raised. Every rank reads it."""
+        keys = self.config.prompts
+        prompts, report = load_prompts(
+            source,
+            self.tokenizer,
+            self.config.model.max_length - 1,
+            keys.bad_samples,
+            PromptKeys(keys.prompt_key, keys.answer_key, keys.task_key, keys.task or ""),
+            known_tasks=self.scorer.tasks if self.scorer else (),
+        )
+        if self.world.is_main:
+            print(report, flush=True)
+        return prompts

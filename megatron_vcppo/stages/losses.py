@@ -1,0 +1,103 @@
+"""What the configuration says the losses are, as functions of a micro-batch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_vcppo.algo.losses.aggregation import loss_denominator, token_weights
+from megatron_vcppo.algo.losses.auxiliary import entropy_bonus, kl_loss, positive_lm_loss
+from megatron_vcppo.algo.losses.policy import policy_loss
+from megatron_vcppo.algo.losses.value import bound_values, value_loss
+from megatron_vcppo.algo.metrics import Metrics
+from megatron_vcppo.config.rl import CriticConfig, PolicyLossConfig
+from megatron_vcppo.data.packing import PackedMicrobatch
+
+
+@dataclass(frozen=True)
+class ActorLoss:
+    """Clipped surrogate and what is added to it, as a share of one minibatch's loss."""
+
+    config: PolicyLossConfig
+    kl_coef: float
+    """Of the loss term; 0 if the KL divergence is in the rewards or off."""
+    denominator: float
+    num_tokens: float
+    num_positive_tokens: float
+
+    @classmethod
+    def of(cls, config: PolicyLossConfig, kl_coef: float, mask: Tensor, positive: Tensor, max_length: int) -> "ActorLoss":
+        """From the minibatch's masks [B, T], which every rank knows."""
+        num_tokens = int(mask.sum())
+        denominator = loss_denominator(config.aggregation, num_tokens, int(mask.any(dim=1).sum()), max_length)
+        return cls(config, kl_coef, denominator, num_tokens, int(positive.sum()))
+
+    def __call__(self, outputs: tuple[Tensor, Tensor], microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
+        """outputs: (logprobs [T], entropy [T])."""
+        logprobs, entropy = outputs
+        fields, config = microbatch.fields, self.config
+        mask = fields["response_mask"]
+        shared = {"denominator": self.denominator, "weights": fields["loss_weights"], "check": False}
+        loss, metrics = policy_loss(
+            logprobs,
+            fields["old_logprobs"],
+            fields["advantages"],
+            mask,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            dual_clip=config.dual_clip,
+            rollout_logprobs=fields["rollout_logprobs"] if config.tis_cap is not None else None,
+            tis_cap=config.tis_cap,
+            **shared,
+        )
+        terms = [entropy_bonus(entropy, mask, coef=config.entropy_coef, **shared)]
+        if self.kl_coef:
+            terms.append(
+                kl_loss(logprobs, fields["ref_logprobs"], mask, coef=self.kl_coef, kind=config.kl_kind, **shared)
+            )
+        if config.positive_lm_coef:
+            terms.append(
+                positive_lm_loss(
+                    logprobs,
+                    fields["positive_mask"],
+                    coef=config.positive_lm_coef,
+                    denominator=self.num_positive_tokens,
+                    check=False,
+                )
+            )
+        for term, more in terms:
+            loss, metrics = loss + term, {**metrics, **more}
+        return loss, metrics
+
+
+@dataclass(frozen=True)
+class CriticLoss:
+    """Regression on the returns, as a share of one minibatch's loss."""
+
+    config: CriticConfig
+    denominator: float
+
+    def __call__(self, outputs: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
+        """outputs: values [T]."""
+        fields = microbatch.fields
+        clip = self.config.value_clip
+        return value_loss(
+            bounded(outputs, self.config),
+            fields["returns"],
+            fields["response_mask"],
+            denominator=self.denominator,
+            old_values=fields["values"] if clip is not None else None,
+            clip_value=clip,
+            huber_delta=self.config.huber_delta,
+            check=False,
+        )
+
+
+def bounded(values: Tensor, config: CriticConfig) -> Tensor:
+    """Values as GAE and the loss read them."""
+    return values if config.bounds is None else bound_values(values, *config.bounds)
+
+
+def sequence_weights(mask: Tensor, config: PolicyLossConfig) -> Tensor:
+    """Loss weights [B, T] of the configured aggregation."""
+    return token_weights(mask, config.aggregation).to(torch.float32)

@@ -1,0 +1,62 @@
+"""The models a stage starts from: the actor that earlier stages left, and a critic by its ``init``."""
+
+from pathlib import Path
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.mcore.checkpoint import load_model
+from megatron_vcppo.mcore.hf_load import load_hf
+from megatron_vcppo.mcore.manifest import read_manifest
+from megatron_vcppo.mcore.model import ActorModel, CriticModel, build_actor, build_critic
+from megatron_vcppo.stages.stage import actor_before, last_checkpoint
+
+HEAD = "value_head."
+
+
+def starting_actor(config: Config, stage: str) -> ActorModel:
+    """The actor with the weights of the newest actor stage before this one, or of model.hf."""
+    arch = Architecture.from_hf(config.model.hf)
+    model = build_actor(arch, config.model, config.parallel)
+    checkpoint = actor_before(config, stage)
+    if checkpoint is None:
+        load_hf(model, config.model.hf)
+    else:
+        load_model(model, checkpoint)
+    return model
+
+
+def starting_critic(config: Config, stage: str, init: str, checkpoint_path: str | None) -> CriticModel:
+    """A critic: the trunk and head of an earlier critic, or an actor's trunk with a new head.
+
+    Raises UserError if what ``init`` names is not there or is another model.
+    """
+    arch = Architecture.from_hf(config.model.hf)
+    model = build_critic(arch, config.model, config.parallel)
+    if init in ("value_pretrain", "reward_model", "checkpoint"):
+        folder = Path(checkpoint_path) if init == "checkpoint" and checkpoint_path else None
+        folder = folder or last_checkpoint(config, init, "critic")
+        if folder is None:
+            where = "its checkpoint_path is not set" if init == "checkpoint" else "that stage is not done"
+            raise UserError(f"stage {stage}: the critic is to come from {init}, but {where}")
+        _check_same_model(folder, arch)
+        load_model(model, folder)
+        return model
+    trunk = actor_before(config, stage) if init == "sft" else None
+    if trunk is None:
+        load_hf(model, config.model.hf)
+    else:
+        load_model(model, trunk, without=HEAD)
+    return model
+
+
+def _check_same_model(folder: Path, arch: Architecture) -> None:
+    meta = read_manifest(folder)["meta"]
+    if meta.get("kind") != "critic":
+        raise UserError(f"{folder}: holds {meta.get('kind')!r}, not a critic")
+    theirs = Architecture.from_dict(meta["architecture"])
+    if theirs != arch:
+        ours, other = arch.to_dict(), theirs.to_dict()
+        ours.pop("config"), other.pop("config")
+        names = [f"{name} {other[name]} (model.hf has {ours[name]})" for name in ours if ours[name] != other[name]]
+        raise UserError(f"{folder}: the critic is another model than model.hf: {', '.join(names)}")
