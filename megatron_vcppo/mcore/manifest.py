@@ -41,29 +41,30 @@ def write_manifest(
 ) -> None:
     """Record the files below ``folder`` and mark it complete: temporary name, fsync, rename.
 
-    ``only`` names the files and sub-folders that count; left out, all do. ``known`` gives the records (as ``file_record`` makes them) of files whose bytes were hashed while they were
-    written; all others are read here. An earlier manifest is replaced.
+    ``only`` names the files and sub-folders that count; left out, all do. ``known`` gives the records (as
+    ``file_record`` makes them) of files that were hashed already; all others are read here. An earlier manifest is
+    replaced.
     """
     folder = Path(folder)
     known = known or {}
+    final, temporary = folder / MANIFEST_NAME, folder / f".{MANIFEST_NAME}.tmp"
     roots = [folder] if only is None else [folder / name for name in only]
     names = sorted(
         path.relative_to(folder).as_posix()
         for root in roots
         for path in (root.rglob("*") if root.is_dir() else [root])
-        if path.is_file() and path != folder / MANIFEST_NAME
+        if path.is_file() and path not in (final, temporary)
     )
     unknown = [name for name in names if name not in known]
     with ThreadPoolExecutor(_THREADS) as pool:
         records = dict(zip(unknown, pool.map(lambda name: file_record(folder / name), unknown), strict=True))
     files = {name: dict(known.get(name) or records[name]) for name in names}
     text = json.dumps({"format": FORMAT, "meta": dict(meta), "files": files}, indent=1)
-    temporary = folder.parent / f".{folder.name}.{MANIFEST_NAME}.tmp"
     with open(temporary, "w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(temporary, folder / MANIFEST_NAME)
+    os.replace(temporary, final)
     sync_folder(folder)
 
 

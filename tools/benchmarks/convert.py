@@ -8,7 +8,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import shutil
 import tempfile
 import time
@@ -41,14 +40,14 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "import": (_import, (folder / "hf", folder / "imported", args.tp, args.pp)),
             "export": (_export, (folder / "imported", folder / "exported")),
         }
-        copy_s = 0.0
-        for case, (function, arguments) in cases.items():
-            runs = []
-            for _ in range(args.repeats):
+        runs: dict[str, list[tuple[float, int]]] = {case: [] for case in cases}
+        for _ in range(args.repeats):  # rounds over all cases, so that all of them meet the same disturbances
+            for case, (function, arguments) in cases.items():
                 shutil.rmtree(arguments[1], ignore_errors=True)
-                runs.append(_measure(function, arguments))
-            seconds, peak_bytes, idle_bytes = min(runs)
-            copy_s = copy_s or seconds
+                runs[case].append(_measure(function, arguments))
+        copy_s = min(runs["copy"])[0]
+        for case in cases:
+            seconds, added_bytes = min(runs[case])
             yield {
                 "case": case,
                 "weights_gb": round(num_bytes / 1e9, 2),
@@ -58,8 +57,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "seconds": round(seconds, 2),
                 "gb_per_s": round(num_bytes / 1e9 / seconds, 2),
                 "speed_of_copy": round(copy_s / seconds, 2),
-                "peak_rss_mb": round(peak_bytes / 1e6),
-                "rss_before_mb": round(idle_bytes / 1e6),
+                "peak_memory_mb": round(added_bytes / 1e6),
                 "largest_tensor_mb": round(largest / 1e6),
             }
 
@@ -103,8 +101,8 @@ def _write_model(folder: Path, gigabytes: float, pp: int) -> tuple[int, int]:
     return config["num_hidden_layers"], max(tensor.num_bytes for tensor in placed.values())
 
 
-def _measure(function: Callable[..., None], arguments: tuple[Any, ...]) -> tuple[float, int, int]:
-    """Run in a fresh process: seconds, its peak and its starting resident memory in bytes."""
+def _measure(function: Callable[..., None], arguments: tuple[Any, ...]) -> tuple[float, int]:
+    """Run in a fresh process: seconds, and how many bytes its resident memory rose at most."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, function, arguments))
@@ -120,15 +118,21 @@ def _measure(function: Callable[..., None], arguments: tuple[Any, ...]) -> tuple
 
 
 def _child(sender: Any, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    # Imports are not what is measured, and their memory is told apart.
+    # Imports are not what is measured.
     import megatron_vcppo.mcore.convert.exporter
-    import megatron_vcppo.mcore.convert.importer  # noqa: F401
+    import megatron_vcppo.mcore.convert.importer
+    from tools.benchmarks._measure import peak_bytes
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    started = time.perf_counter()
-    function(*arguments)
-    seconds = time.perf_counter() - started
-    sender.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, before))
+    seconds = 0.0
+
+    def timed() -> None:
+        nonlocal seconds
+        started = time.perf_counter()
+        function(*arguments)
+        seconds = time.perf_counter() - started
+
+    added_bytes = peak_bytes(timed)
+    sender.send((seconds, added_bytes))
 
 
 def _copy(source: Path, target: Path) -> None:
