@@ -32,3 +32,8 @@ def read(run: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return events
+
+
+def of_stage(run: Path, event: str, stage: str) -> list[dict[str, Any]]:
+    """The events of one kind about one stage, in order."""
+    return [record for record in read(run) if (record["event"], record.get("stage")) == (event, stage)]

@@ -15,13 +15,13 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from slurm import events
 from slurm.controller import SAVED_CODE, USER_ERROR_CODE
-from slurm.margins import job_end_time, save_clock
 from slurm.prepare import open_run
 from slurm.query import slurm, slurm_message
 from slurm.roles import Programs, free_port
 from slurm.run_folder import RunFolder
 from slurm.srun import probe_command, srun_units, stage_nodes
 from slurm.stage import run_stage
+from slurm.timing import job_end_time, save_clock
 
 PROBE_TIMEOUT_S = 120.0
 LOST_TIMEOUT_S = 20.0
@@ -61,15 +61,9 @@ class StageJob:
         run, config = open_run(self.run)
         hosts = submitit.JobEnvironment().hostnames
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        events.append(
-            self.run,
-            "job",
-            stage=self.stage,
-            job=job_id(),
-            nodes=hosts,
-            restarts=restarts,
-            checkpoint=run.checkpoint_iteration(self.stage),
-        )
+        start = {"nodes": hosts, "restarts": restarts, "checkpoint": run.checkpoint_iteration(self.stage)}
+        code = Path(__file__).parents[1].name
+        events.append(self.run, "job", stage=self.stage, job=job_id(), code=code, **start)
         say(f"{self.stage}: job {job_id()} on {', '.join(hosts)}, start {restarts + 1}")
         if run.done(self.stage):
             say(f"{self.stage}: done before")
@@ -147,9 +141,7 @@ def lost_nodes(run: RunFolder, config: Config, programs: Programs, hosts: list[s
 
 def futile_starts(run: RunFolder, stage: str) -> int:
     """Starts of this stage's job in succession, up to now, that began at the checkpoint that is newest now."""
-    begun = [
-        event["checkpoint"] for event in events.read(run.path) if (event["event"], event.get("stage")) == ("job", stage)
-    ]
+    begun = [event["checkpoint"] for event in events.of_stage(run.path, "job", stage)]
     now = run.checkpoint_iteration(stage)
     count = 0
     while count < len(begun) and begun[-1 - count] == now:

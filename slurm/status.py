@@ -10,6 +10,7 @@ from slurm import events
 from slurm.query import JobState, job_states
 from slurm.run_folder import RunFolder
 from slurm.submit import submitted_jobs
+from slurm.timing import iteration_seconds
 
 SHOWN_METRICS = 3
 
@@ -45,7 +46,7 @@ def stage_status(
     """What is known about one stage."""
     mine = [event for event in log if event.get("stage") == stage]
     status = StageStatus(stage, "not started", job, attempts=len(run.attempts(stage)))
-    add_progress(status, run, mine)
+    add_progress(status, run)
     try:
         done = run.done(stage, checksums=False)
     except UserError as error:
@@ -79,7 +80,7 @@ def pending_note(state: JobState) -> str:
     return text + (f", expected {state.start}" if state.start not in ("", "N/A", "Unknown") else "")
 
 
-def add_progress(status: StageStatus, run: RunFolder, mine: list[dict[str, Any]]) -> None:
+def add_progress(status: StageStatus, run: RunFolder) -> None:
     """Iteration, total, ETA and newest metrics from metrics.jsonl."""
     records = [record for record in run.metrics(status.stage) if "iteration" in record]
     if not records:
@@ -93,7 +94,7 @@ def add_progress(status: StageStatus, run: RunFolder, mine: list[dict[str, Any]]
         if isinstance(value, float) and not key.startswith("time") and key != "timestamp"
     }
     status.metrics = dict(list(shown.items())[:SHOWN_METRICS])
-    seconds = [record[key] for record in records[-20:] for key in ("time/iteration_s", "time/step_s") if key in record]
+    seconds = iteration_seconds(run, status.stage)[-20:]
     if status.total and seconds:
         status.eta_s = (status.total - status.iteration) * sum(seconds) / len(seconds)
 

@@ -15,12 +15,12 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from slurm import events
 from slurm.job import StageJob
-from slurm.margins import save_margin_s
 from slurm.query import JobState, job_states, slurm, slurm_message
 from slurm.roles import PROGRAMS, Programs
 from slurm.run_folder import RunFolder
 from slurm.snapshot import take_snapshot
 from slurm.srun import stage_nodes
+from slurm.timing import save_margin_s
 from slurm.validate import check_layout, check_run_folder, check_scripts, check_slurm_installed
 
 
@@ -49,7 +49,11 @@ def executor(
         "kill-on-invalid-dep": "yes",
         **{key: True if value == "true" else value for key, value in cluster.sbatch.items()},
     }
-    setup = [*cluster.setup, f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    setup = [
+        *cluster.setup,
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1",  # else the folder in which it was submitted would come before the snapshot
+    ]
     parameters = {
         "job_name": f"{run.path.name}.{stage}",
         "time": cluster.stage_time_limit_minutes.get(stage, cluster.time_limit_minutes),

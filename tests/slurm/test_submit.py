@@ -27,6 +27,9 @@ def test_a_chain_of_jobs_runs_to_its_end(cluster: DevCluster, tmp_path) -> None:
     assert [status.state for status in run_status(run, config)] == ["done"] * 3
     assert submit(run, config, list(config.stages), TINY) == {}
     assert (run.attempts("ppo")[-1] / "rollout_0.log").read_text().startswith("generation 0\n")
+    assert {event["code"] for event in events.read(run.path) if event["event"] in ("submitted", "job")} == {
+        folder.name for folder in (run.path / "code").iterdir()
+    }, "the jobs ran the snapshot"
     nodes = {event["stage"]: len(event["nodes"]) for event in events.read(run.path) if event["event"] == "job"}
     assert nodes == {"sft": 2, "ppo": 3, "export": 2}
 

@@ -10,13 +10,13 @@ from megatron_vcppo.config.sources import CONFIGS
 from megatron_vcppo.errors import UserError
 from slurm.controller import reported_code
 from slurm.logs import last_lines
-from slurm.margins import save_margin_s
 from slurm.prepare import profile_files
 from slurm.query import parse_table, slurm_message
 from slurm.roles import Programs
 from slurm.snapshot import take_snapshot
 from slurm.srun import srun_units, stage_nodes
 from slurm.sweep import points, read_points, text_table, write_points
+from slurm.timing import save_margin_s
 from slurm.validate import check_layout
 from tests.slurm.support import tiny_config, write_config
 
@@ -62,9 +62,13 @@ def test_the_margin_follows_what_was_measured(tmp_path: Path) -> None:
     run = write_config(tiny_config(tmp_path))
     assert save_margin_s(run, "sft", 300) == 300
     run.stage("sft").mkdir()
-    records = [{"time/iteration_s": 20.0}, {"time/iteration_s": 35.0, "time/checkpoint_s": 50.0}]
+    records = [{"iteration": n, "timestamp": stamp} for n, stamp in enumerate((100.0, 120.0, 170.0, 9000.0, 9020.0))]
     (run.stage("sft") / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert save_margin_s(run, "sft", 300) == 2 * 50 + 35 + 60
+    assert save_margin_s(run, "sft", 300) == 300, "no checkpoint has been timed"
+    (run.stage("sft") / "checkpoints" / "iter_0000002").mkdir(parents=True)
+    (run.stage("sft") / "checkpoints" / "iter_0000002" / "manifest.json").touch()
+    (run.path / "events.jsonl").write_text(json.dumps({"time": 8000, "event": "attempt", "stage": "sft"}))
+    assert save_margin_s(run, "sft", 300) == 2 * 50 + 60, "the wait before the second attempt is no iteration"
 
 
 @pytest.mark.parametrize(

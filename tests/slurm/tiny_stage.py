@@ -65,7 +65,6 @@ def main() -> int:
     state = load_newest(checkpoints)
     print(f"rank {rank}/{ranks} starts after iteration {len(state['trained'])}", flush=True)
     while len(state["trained"]) < config.sft.steps:
-        began = time.time()
         time.sleep(float(os.environ.get("TINY_SECONDS", "0.05")))
         iteration = len(state["trained"]) + 1
         both = torch.tensor([float(iteration), float(stop_requested)])
@@ -74,12 +73,14 @@ def main() -> int:
         state["total"] += both[0].item() / ranks
         stopping = both[1].item() > 0
         if rank == 0:
-            record = {"iteration": iteration, "total_iterations": config.sft.steps, "loss": 1 / iteration}
+            record = {
+                "iteration": iteration,
+                "timestamp": time.time(),
+                "total_iterations": config.sft.steps,
+                "loss": 1 / iteration,
+            }
             if stopping or iteration % config.sft.checkpoint.save_every == 0 or iteration == config.sft.steps:
-                saving = time.time()
                 save(checkpoints, state)
-                record["time/checkpoint_s"] = time.time() - saving
-            record["time/iteration_s"] = time.time() - began
             with (folder / "metrics.jsonl").open("a") as metrics:
                 metrics.write(json.dumps(record) + "\n")
         dist.barrier()

@@ -1,4 +1,4 @@
-"""What each fault costs a chain of two tiny stages on a real Slurm of virtual nodes: minutes and repeated iterations."""
+"""What each fault costs a chain of two tiny stages on a real Slurm: minutes and repeated iterations."""
 
 import argparse
 import os

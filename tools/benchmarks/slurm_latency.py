@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     subprocess.run(["scontrol", "update", "PartitionName=main", "State=DOWN"], check=True)  # jobs stay queued
     config = folder / "config.yaml"
     config.write_text(
-        f"run: {{dir: {folder}/run}}\nmodel: {{hf: {folder}}}\nsft: {{train: {folder}}}\nstages: [{', '.join(STAGES)}]\n"
+        f"run: {{dir: {folder}/run}}\nmodel: {{hf: {folder}}}\nsft: {{train: {folder}}}\nprompts: {{train: {folder}}}\n"
+        f"stages: [{', '.join(STAGES)}]\n"
     )
     commands = {
         "submit": ["submit", str(config), "--cluster", "devcluster"],

@@ -1,0 +1,59 @@
+"""How long a stage's iterations take, from its metrics log: when it will be done, and when to ask it to save."""
+
+import time
+from collections.abc import Callable
+from datetime import datetime
+from itertools import pairwise
+
+from slurm import events
+from slurm.query import show_job
+from slurm.run_folder import RunFolder
+
+SIGNAL_JITTER_S = 60
+"""Slurm sends its signal up to this much early or late."""
+
+
+def iteration_seconds(run: RunFolder, stage: str) -> list[float]:
+    """Seconds from record to record of metrics.jsonl: an iteration, with its checkpoint where it saved one.
+
+    Times across which a new attempt began are left out: they hold the wait in the queue.
+    """
+    stamps = [record["timestamp"] for record in run.metrics(stage) if "timestamp" in record]
+    begun = [event["time"] for event in events.of_stage(run.path, "attempt", stage)]
+    return [
+        after - before for before, after in pairwise(stamps) if not any(before <= start <= after for start in begun)
+    ]
+
+
+def save_margin_s(run: RunFolder, stage: str, default_s: int) -> int:
+    """Seconds before the time limit at which to ask for a save: twice the longest iteration with its checkpoint.
+
+    Added to it is Slurm's jitter. Until the stage has saved a checkpoint: the default of the profile.
+    """
+    measured = iteration_seconds(run, stage)
+    if not measured or run.checkpoint_iteration(stage) is None:
+        return default_s
+    return round(2 * max(measured)) + SIGNAL_JITTER_S
+
+
+def job_end_time(job_id: str) -> float:
+    """When the job's time limit ends it, seconds since the epoch; infinity if it has none."""
+    record = show_job(job_id) or {}
+    try:
+        return datetime.fromisoformat(record["EndTime"]).timestamp()
+    except (KeyError, ValueError):
+        return float("inf")
+
+
+def save_clock(run: RunFolder, stage: str, end_time: float, default_s: int) -> Callable[[], bool]:
+    """A function that becomes true when it is time to save; it looks at the measurements every 10 s."""
+    checked, margin = 0.0, float(default_s)
+
+    def due() -> bool:
+        nonlocal checked, margin
+        now = time.time()
+        if now - checked > 10:
+            checked, margin = now, float(save_margin_s(run, stage, default_s))
+        return now > end_time - margin
+
+    return due
