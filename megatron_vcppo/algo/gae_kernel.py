@@ -3,6 +3,9 @@
 import numba
 import numpy as np
 
+# Tokens whose places fit in the first-level cache beside the data.
+_BLOCK = 256
+
 
 # nogil: the caller runs one call per block of rows in threads. contract: allow fused multiply-add.
 @numba.njit(nogil=True, fastmath={"contract"})
@@ -21,25 +24,36 @@ def gae_rows(
 ) -> None:
     """Fill rows first … end - 1 of ``advantages`` and ``returns`` [B, T].
 
-    Accumulates in float64 whatever the type of the arrays, so that each output is rounded once. The branch on the
-    mask is cheap: masks come in runs. rewards, values [B, T]; mask bool [B, T]; bootstrap, lam_* float64 [B].
+    Accumulates in float64 whatever the type of the arrays, so that each output is rounded once. A block's valid
+    places are listed first, without a branch, so that a scattered mask costs no more than a solid one (a branch on the
+    mask inside the recursion is half as fast there). rewards, values [B, T]; mask bool [B, T]; bootstrap, lam_*
+    float64 [B].
     """
     num_tokens = rewards.shape[1]
+    places = np.empty(_BLOCK, np.int32)
     for b in range(first, end):
+        row_rewards, row_values, row_mask = rewards[b], values[b], mask[b]
+        row_advantages, row_returns = advantages[b], returns[b]
         decay_actor = gamma * lam_actor[b]
         decay_critic = gamma * lam_critic[b]
         next_value = bootstrap[b]
         advantage_actor = 0.0
         advantage_critic = 0.0
-        for t in range(num_tokens - 1, -1, -1):
-            if mask[b, t]:
-                value = np.float64(values[b, t])
-                td_error = rewards[b, t] + gamma * next_value - value
+        for block_end in range(num_tokens, 0, -_BLOCK):
+            block_start = max(block_end - _BLOCK, 0)
+            num_valid = 0
+            for t in range(block_end - 1, block_start - 1, -1):
+                places[num_valid] = t
+                num_valid += int(row_mask[t])
+            if num_valid < block_end - block_start:
+                row_advantages[block_start:block_end] = 0.0
+                row_returns[block_start:block_end] = 0.0
+            for i in range(num_valid):
+                t = int(places[i])
+                value = np.float64(row_values[t])
+                td_error = row_rewards[t] + gamma * next_value - value
                 advantage_actor = td_error + decay_actor * advantage_actor
                 advantage_critic = td_error + decay_critic * advantage_critic
-                advantages[b, t] = advantage_actor
-                returns[b, t] = advantage_critic + value
+                row_advantages[t] = advantage_actor
+                row_returns[t] = advantage_critic + value
                 next_value = value
-            else:
-                advantages[b, t] = 0.0
-                returns[b, t] = 0.0

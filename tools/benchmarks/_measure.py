@@ -10,26 +10,34 @@ import torch
 def time_together(
     functions: Mapping[str, Callable[[], object]], repeats: int, max_seconds: float = 20.0
 ) -> dict[str, dict[str, float]]:
-    """name -> {best_ms, median_ms}: each function once per round, so that all of them meet the same disturbances.
+    """name -> {best_ms, median_ms, cpu_ms}: each function once per round, so that all meet the same disturbances.
+
+    cpu_ms: the least processor time of the whole process, all its threads added; a busy machine disturbs it less.
 
     Stops after ``repeats`` rounds or ``max_seconds``, but not before three rounds. One warm-up round is not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
+    cpu_times: dict[str, list[float]] = {name: [] for name in functions}
     start = time.perf_counter()
     for round_number in range(repeats + 1):
         for name, function in functions.items():
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             result = function()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if round_number:
                 times[name].append(time.perf_counter() - began)
+                cpu_times[name].append(time.process_time() - cpu_began)
             # Freed outside the timing, or the first function would pay for the last one's memory.
             del result
         if round_number >= 3 and time.perf_counter() - start > max_seconds:
             break
     return {
-        name: {"best_ms": round(1e3 * min(t), 3), "median_ms": round(1e3 * statistics.median(t), 3)}
+        name: {
+            "best_ms": round(1e3 * min(t), 3),
+            "median_ms": round(1e3 * statistics.median(t), 3),
+            "cpu_ms": round(1e3 * min(cpu_times[name]), 3),
+        }
         for name, t in times.items()
     }
 

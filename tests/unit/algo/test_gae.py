@@ -136,6 +136,17 @@ def test_bootstrap_is_one_more_token_worth_its_value():
     assert torch.equal(got[0][2], ended[0][2]), "a bootstrap value of 0 is the end of the episode"
 
 
+def test_long_rows_cross_blocks():
+    """Rows of several kernel blocks, blocks without any valid token among them, against the oracle."""
+    rewards, values, mask = _dense(3, 1100)
+    mask[0, 200:900], mask[1, ::3], mask[2, :257] = False, False, False
+    options = {"gamma": 0.999, "lam_actor": 0.95, "lam_critic": 1.0}
+    for got, exact in zip(
+        decoupled_gae(rewards, values, mask, **options), gae_reference(rewards, values, mask, **options)
+    ):
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+
+
 def test_threads_do_not_change_the_result():
     rewards, values, mask = _dense(27, 30000)
     mask[:, 5000:9000] = False
