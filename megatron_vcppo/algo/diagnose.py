@@ -7,10 +7,11 @@ signatures; thresholds are this project's own, each explained where it stands.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-History = Sequence[Mapping[str, float]]
+History = Sequence[Mapping[str, Any]]
 
 # A response length that falls by a third is far outside the noise of a batch mean, and well before the floor.
 LENGTH_DROP = 0.33
@@ -44,9 +45,10 @@ class Finding:
 def diagnose(history: History, worst_reward: float | None = None) -> list[Finding]:
     """One finding per signature, in the order of ``SIGNATURES``.
 
-    history: one mapping per iteration, oldest first, with the names of ``diagnostics.summarize`` and
-    ``length_statistics`` and critic/value_loss; iterations may lack any of them. worst_reward: the lowest that the
-    verifier gives; values below it are impossible and count as misalignment.
+    history: one mapping per iteration, oldest first, as in metrics.jsonl: the names of ``diagnostics.summarize`` and
+    ``length_statistics``, and critic/value_loss; iterations may lack any of them, and what is not a finite number is
+    passed over. worst_reward: the lowest that the verifier gives; values below it are impossible and count as
+    misalignment.
     """
     return [
         _length_collapse(history),
@@ -99,7 +101,9 @@ def _value_misalignment(history: History, worst_reward: float | None) -> Finding
     relative_gap = [
         {"gap": row["actor/advantage_early_late_gap"] / row["actor/advantage_std"]}
         for row in history
-        if _has(row, "actor/advantage_early_late_gap") and row.get("actor/advantage_std", 0.0) > 0
+        if _has(row, "actor/advantage_early_late_gap")
+        and _has(row, "actor/advantage_std")
+        and row["actor/advantage_std"]
     ]
     gaps = _series(relative_gap, "gap")[1][-_RECENT:]
     if gaps:
@@ -164,8 +168,9 @@ def _series(history: History, metric: str) -> tuple[list[int], list[float]]:
     return [i for i, _ in rows], [value for _, value in rows]
 
 
-def _has(row: Mapping[str, float], metric: str) -> bool:
-    return metric in row and row[metric] is not None and math.isfinite(row[metric])
+def _has(row: Mapping[str, Any], metric: str) -> bool:
+    value = row.get(metric)
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -101,5 +101,5 @@ def test_truncation():
 
 def test_missing_or_broken_metrics_are_unknown_not_fine():
     assert set(_states([]).values()) == {"unknown"}
-    broken = _history(critic__terminal_share_first_token=[math.nan] * 4, rollout__length_mean=[None, 3.0, 4.0])
+    broken = _history(critic__terminal_share_first_token=[math.nan] * 4, rollout__length_mean=["nan", 3.0, 4.0])
     assert set(_states(broken).values()) == {"unknown"}
