@@ -20,6 +20,8 @@ SAVED_CODE = 75
 """Exit code of a trainer that saved and wants to be run again."""
 USER_ERROR_CODE = 2
 GUARD = (sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py")))
+PORT_TAKEN = "address already in use"
+"""In the words of torch: the port was free when the attempt was laid out; the next attempt takes another."""
 POLL_S = 0.05
 SETTLE_S = 0.5
 """Deaths this close together are looked at together, so that a killed rank is named rather than its peers' errors."""
@@ -66,8 +68,8 @@ class Outcome:
 
     @property
     def killed(self) -> bool:
-        """Something outside the code ended it: a signal, a lost node, a rollout role that died too often."""
-        return self.code > 128
+        """Something outside the code ended it: a signal, a rollout role that died too often, a port taken meanwhile."""
+        return self.code > 128 or (self.code == 1 and any(PORT_TAKEN in line for line in self.details))
 
 
 @dataclass
@@ -94,14 +96,19 @@ SIGNAL_WORDS = {signal.strsignal(number): number for number in signal.valid_sign
 
 
 def reported_code(text: str) -> int:
-    """The exit code of the task that srun names first as failed; 0 if there is none. 75 is no failure."""
+    """The exit code of the task that srun's messages show to be the cause; 0 if none failed. 75 is no failure.
+
+    The first one named, but a kill before exit codes: peers of a killed rank may be reported before it.
+    """
+    codes = []
     for _, code, words in TASK_ENDED.findall(text):
         number = SIGNAL_WORDS.get(words.removesuffix(" (core dumped)"))
         if number is not None:
-            return 128 + number
-        if code and int(code) != SAVED_CODE:
-            return int(code)
-    return 0
+            codes.append(128 + number)
+        elif code and int(code) != SAVED_CODE:
+            codes.append(int(code))
+    killed = [code for code in codes if code > 128 and code != 128 + signal.SIGTERM]
+    return next(iter([*killed, *codes]), 0)
 
 
 class Attempt:

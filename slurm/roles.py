@@ -8,7 +8,7 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.checks import trainer_ranks
 from slurm.run_folder import RunFolder
 
-ROLLOUT_STAGES = ("value_pretrain", "ppo", "evaluate")
+ROLLOUT_STAGES = ("reward_model", "value_pretrain", "ppo", "evaluate")
 """Stages that generate: they get rollout units beside the trainer."""
 
 

@@ -54,6 +54,8 @@ def run_stage(
             grace_s=config.cluster.stop_grace_s,
             say=say,
         )
+        for log in run.rendezvous(stage).glob("*.log"):
+            shutil.move(log, logs / log.name)
         outcome = judge(run, stage, outcome)
         events.append(
             run.path,

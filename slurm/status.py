@@ -109,7 +109,11 @@ def add_ending(status: StageStatus, run: RunFolder, mine: list[dict[str, Any]], 
             status.note = f"never started; once the stage before is mended: {go_on}"
     elif last is None:
         if slurm_state:
-            status.state, status.note = "failed", f"Slurm says {slurm_state.state} {slurm_state.reason}; {go_on}"
+            status.state = "failed"
+            status.note = (
+                f"Slurm says {slurm_state.state} {slurm_state.reason}; its controller never started on "
+                f"{slurm_state.nodes or 'any node'}: does the node see {run.path} and the Python environment? then {go_on}"
+            )
     elif last["event"] == "attempt":
         status.state, status.note = (
             "running",

@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 kind=$(cut -d' ' -f1 .venv/setup.stamp 2>/dev/null || true)
 tools/setup.sh "${kind:-cpu}" || exit
 export PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=1
+tools/install_slurm.sh && slurm="" || slurm="tests on a real Slurm were skipped: it is not installed"
 
 summary=()
 status=0
@@ -22,5 +23,5 @@ step format ruff format --check .
 step types mypy
 step tests pytest "$@"
 echo "== summary"
-printf '%s\n' "${summary[@]}"
+printf '%s\n' "${summary[@]}" ${slurm:+"$slurm"}
 exit $status

@@ -107,11 +107,12 @@ def test_states_of_squeue_and_sacct() -> None:
         ("srun: error: n1: task 1: Exited with exit code 2\nsrun: error: n0: task 0: Terminated", 2),
         ("srun: error: n1: tasks 3-5,7: Killed\nsrun: error: n0: task 0: Exited with exit code 1", 137),
         ("srun: error: n1: task 1: Exited with exit code 75\nsrun: error: n0: task 0: Exited with exit code 75", 0),
+        ("srun: error: n0: task 0: Exited with exit code 1\nsrun: error: n1: task 1: Killed", 137),
         ("srun: error: n1: task 1: Aborted (core dumped)", 134),
         ("srun: Job 7 step creation temporarily disabled, retrying", 0),
     ],
 )
-def test_the_first_failed_task_decides(text: str, code: int) -> None:
+def test_the_task_that_is_the_cause_decides(text: str, code: int) -> None:
     assert reported_code(text) == code
 
 

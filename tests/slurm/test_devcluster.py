@@ -1,0 +1,60 @@
+"""The one-machine Slurm itself: real commands on it, accounting, and that nothing of it is left."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from megatron_vcppo.errors import UserError
+from slurm.devcluster import DevCluster, missing_programs
+from tests.slurm.support import processes_with, wait_until
+
+
+def test_every_virtual_node_runs_its_task(cluster: DevCluster) -> None:
+    done = cluster.command(
+        "srun", "-N4", "-n4", "--gpus-per-node=2", "sh", "-c", "echo $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES"
+    )
+    assert sorted(done.stdout.splitlines()) == [f"127.0.0.{10 + index} 0,1" for index in range(4)], done.stderr
+
+
+def test_a_second_cluster_in_the_same_folder_is_refused(cluster: DevCluster) -> None:
+    with pytest.raises(UserError, match="a cluster is running there"):
+        DevCluster(cluster.root).up()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing_programs(accounting=True)), reason="slurmdbd or MariaDB is not installed")
+def test_with_accounting_and_down_without_a_trace() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="vcppo_slurm_"))
+    folder.chmod(0o755)
+    cluster = DevCluster(folder / "cluster", tied=True)
+    try:
+        cluster.up(nodes=1, accounting=True)
+        job = cluster.command("sbatch", "--parsable", "-o", "/dev/null", "--wrap", "exit 3").stdout.strip()
+        sacct = ("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode")
+        wait_until(lambda: cluster.command(*sacct).stdout == "FAILED|3:0\n", "sacct to know the job")
+    finally:
+        cluster.down()
+    assert not processes_with(str(folder)) and not (folder / "cluster").exists()
+    folder.rmdir()
+
+
+@pytest.mark.slow
+def test_the_script_brings_it_up_and_down() -> None:
+    if missing := missing_programs():
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    root = Path(tempfile.mkdtemp(prefix="vcppo_slurm_"))
+    call = [sys.executable, "-m", "slurm.devcluster"]
+    at = ["--root", str(root / "c")]
+    root.chmod(0o755)
+    try:
+        up = subprocess.run([*call, "up", *at, "--nodes", "2"], capture_output=True, text=True, timeout=60)
+        assert up.returncode == 0 and up.stdout == f"export SLURM_CONF={root / 'c' / 'slurm.conf'}\n", up.stderr
+        status = subprocess.run([*call, "status", *at], capture_output=True, text=True, timeout=60)
+        assert status.returncode == 0 and "slurmd.127.0.0.11: process" in status.stdout
+    finally:
+        subprocess.run([*call, "down", *at], check=True, timeout=60)
+    assert not processes_with(str(root)) and not list(root.iterdir())
+    root.rmdir()

@@ -1,0 +1,82 @@
+"""Nodes that are not as they should be, and the doctor that finds out beforehand; on a real Slurm."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from slurm.devcluster import DevCluster
+from slurm.doctor import examine
+from slurm.roles import Programs
+from slurm.status import run_status, table
+from slurm.submit import submit
+from tests.slurm.conftest import TINY
+from tests.slurm.support import cluster_config, wait_for_jobs, write_config
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="hiding a folder from a node needs root")
+
+
+@pytest.fixture
+def half_blind(cluster: DevCluster, tmp_path: Path):
+    """The cluster, its second node without sight of tmp_path/hidden."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    node = "127.0.0.11"
+    cluster.kill(f"slurmd.{node}", signal.SIGTERM)
+    cluster.start_node(node, hidden=hidden)
+    cluster.wait_idle([node])
+    yield hidden
+    cluster.kill(f"slurmd.{node}", signal.SIGTERM)
+    cluster.start_node(node)
+    cluster.wait_idle([node])
+
+
+@pytest.mark.slow
+@needs_root
+def test_a_run_folder_that_is_not_shared(cluster: DevCluster, half_blind: Path) -> None:
+    run = write_config(cluster_config(half_blind / "run", ("sft", "export")))
+    config = cluster_config(half_blind / "run", ("sft", "export"))
+    jobs = submit(run, config, list(config.stages), TINY)
+    states = wait_for_jobs(jobs.values(), 60)
+    assert states[jobs["sft"]].state == "FAILED" and states[jobs["export"]].state == "CANCELLED"
+    message = f"127.0.0.11: does not see {run.config}: run.dir must be on a shared file system"
+    assert message in table(run_status(run, config))
+    assert not cluster.command("squeue", "-h").stdout
+
+
+@pytest.mark.slow
+@needs_root
+def test_a_node_without_the_python_environment(cluster: DevCluster, half_blind: Path, tmp_path: Path) -> None:
+    python = half_blind / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    config = cluster_config(tmp_path / "run", ("sft",))
+    run = write_config(config)
+    jobs = submit(run, config, ["sft"], Programs(TINY.trainer, TINY.rollout, str(python)))
+    wait_for_jobs(jobs.values(), 60)
+    assert f"127.0.0.11: has no interpreter {python}: see cluster.python" in table(run_status(run, config))
+
+
+@pytest.mark.slow
+def test_the_doctor_finds_a_good_cluster_good(cluster: DevCluster, tmp_path: Path, monkeypatch, capsys) -> None:
+    config = cluster_config(tmp_path / "run", ("sft",))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert examine(config, Programs(), tmp_path), capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "ok    GPUs and collectives: gloo over 3 nodes" in out and "FAIL" not in out
+    assert not list(tmp_path.glob(".vcppo_doctor*"))
+
+
+@pytest.mark.slow
+@needs_root
+def test_the_doctor_finds_the_blind_node(cluster: DevCluster, half_blind: Path, capsys) -> None:
+    config = cluster_config(half_blind / "run", ("sft",))
+    config.cluster.partition = "nowhere"
+    assert not examine(config, Programs(), half_blind)
+    out = capsys.readouterr().out
+    assert "FAIL  partition: no partition nowhere; there are: high, main" in out
+    config.cluster.partition = None
+    assert not examine(config, Programs(), half_blind)
+    assert "FAIL  file system and Python: 127.0.0.11: does not see" in capsys.readouterr().out
