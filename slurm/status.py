@@ -112,7 +112,7 @@ def add_ending(status: StageStatus, run: RunFolder, mine: list[dict[str, Any]], 
             status.state = "failed"
             status.note = (
                 f"Slurm says {slurm_state.state} {slurm_state.reason}; its controller never started on "
-                f"{slurm_state.nodes or 'any node'}: does the node see {run.path} and the Python environment? then {go_on}"
+                f"{slurm_state.nodes or 'any node'}: is {run.path} on a shared file system? then {go_on}"
             )
     elif last["event"] == "attempt":
         status.state, status.note = (
