@@ -19,23 +19,19 @@ from tests.slurm.conftest import TINY
 from tests.slurm.support import processes_with, result, tiny_config, wait_until, write_config
 
 
-def test_a_chain_runs_once_and_is_then_skipped(tiny_run: tuple[RunFolder, Config], capsys) -> None:
+def test_a_chain_runs_once_is_then_skipped_and_damage_is_reported(tiny_run: tuple[RunFolder, Config], capsys) -> None:
     run, config = tiny_run
     assert run_chain(run, config, ["sft"], TINY) == 0
     assert result(run)["trained"] == [1, 2, 3, 4, 5, 6] and result(run)["total"] == 21
     assert run_chain(run, config, ["sft"], TINY) == 0
     assert "[1/1] sft: done before, skipped" in capsys.readouterr().out
     assert len(run.attempts("sft")) == 1
-
-
-def test_a_damaged_stage_is_reported_not_skipped(tiny_run: tuple[RunFolder, Config]) -> None:
-    run, config = tiny_run
-    assert run_chain(run, config, ["sft"], TINY) == 0
     next(run.stage("sft").glob("checkpoints/iter_0000006/weights.bin")).write_bytes(b"short")
     with pytest.raises(UserError, match=r"weights\.bin: 5 bytes, should be 1000"):
         run_chain(run, config, ["sft"], TINY)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_costs_at_most_the_work_since_the_checkpoint(tiny_run: tuple[RunFolder, Config]) -> None:
     run, config = tiny_run
     config.sft.steps = 12
@@ -68,6 +64,7 @@ def test_bad_data_ends_the_chain_with_code_2(tiny_run: tuple[RunFolder, Config],
     assert len(run.attempts("sft")) == 1
 
 
+@pytest.mark.slow
 def test_term_saves_and_the_next_call_goes_on(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", steps=200)
     config.sft.checkpoint.save_every = 1000

@@ -13,8 +13,6 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from megatron_vcppo.errors import UserError
@@ -57,6 +55,9 @@ def main() -> int:
     if config.sft.train == "bad":
         print("vcppo: data.jsonl:7: sample has no response", file=sys.stderr, flush=True)
         return 2
+    import torch
+    import torch.distributed as dist
+
     folder = Path(config.run.dir) / stage
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
