@@ -6,6 +6,7 @@ A peer is named as FILE:FUNCTION; the function takes (rewards, values, mask, gam
 import argparse
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,12 +64,12 @@ def _case(num_rows: int, num_tokens: int, mask_kind: str, args: argparse.Namespa
     if args.loop:
         functions["token_loop"] = lambda: _token_loop(rewards, values, mask, *settings)
     for peer in args.peers:
-        function = _load(peer)
-        functions[peer.rpartition(":")[2]] = lambda function=function: function(rewards, values, mask, *settings)
-    case: dict[str, object] = dict(time_together(functions, args.repeats))
-    times = {name: measured["best_ms"] for name, measured in case.items() if isinstance(measured, dict)}
+        functions[peer.rpartition(":")[2]] = partial(_load(peer), rewards, values, mask, *settings)
+    measured = time_together(functions, args.repeats)
+    case: dict[str, object] = dict(measured)
+    times = {name: m["best_ms"] for name, m in measured.items()}
     case["ours_over_copy"] = round(times["ours"] / times["copy"], 2)
-    case["ours_over_copy_cpu"] = round(case["ours"]["cpu_ms"] / case["copy"]["cpu_ms"], 2)
+    case["ours_over_copy_cpu"] = round(measured["ours"]["cpu_ms"] / measured["copy"]["cpu_ms"], 2)
     case["ours_ns_per_token"] = round(1e6 * times["ours"] / rewards.numel(), 3)
     slower = {name: round(t / times["ours"], 1) for name, t in times.items() if name not in ("ours", "copy")}
     if slower:

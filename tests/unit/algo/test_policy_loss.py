@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from megatron_vcppo.algo import metrics as m
 from megatron_vcppo.algo.losses.aggregation import AGGREGATIONS, loss_denominator, token_weights
-from megatron_vcppo.algo.losses.policy import policy_loss
 from megatron_vcppo.algo.losses.auxiliary import entropy_bonus, kl_loss, positive_lm_loss
+from megatron_vcppo.algo.losses.policy import policy_loss
 
 CLIPS = {"clip_low": 0.2, "clip_high": 0.28}
 
