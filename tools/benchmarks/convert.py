@@ -98,7 +98,7 @@ def _write_model(folder: Path, gigabytes: float, pp: int) -> tuple[int, int]:
             stream.write(generator.bytes(tensor.num_bytes))
             stream.flush()
             os.fsync(stream.fileno())
-    return config["num_hidden_layers"], max(tensor.num_bytes for tensor in placed.values())
+    return Architecture.from_hf(folder).num_layers, max(tensor.num_bytes for tensor in placed.values())
 
 
 def _measure(function: Callable[..., None], arguments: tuple[Any, ...]) -> tuple[float, int]:
@@ -120,7 +120,7 @@ def _measure(function: Callable[..., None], arguments: tuple[Any, ...]) -> tuple
 def _child(sender: Any, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     # Imports are not what is measured.
     import megatron_vcppo.mcore.convert.exporter
-    import megatron_vcppo.mcore.convert.importer
+    import megatron_vcppo.mcore.convert.importer  # noqa: F401
     from tools.benchmarks._measure import peak_bytes
 
     seconds = 0.0

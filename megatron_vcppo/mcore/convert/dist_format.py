@@ -136,9 +136,7 @@ def _read_metadata(folder: Path) -> Metadata:
         raise UserError(f"{folder}: damaged checkpoint metadata: {error!r}") from None
 
 
-def _locate(
-    folder: Path, place: _StorageInfo, key: str, chunk: ChunkStorageMetadata, dtype: torch.dtype
-) -> Chunk:
+def _locate(folder: Path, place: _StorageInfo, key: str, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> Chunk:
     """Find a chunk's bytes by loading its archive without its data."""
     path, sizes = folder / place.relative_path, tuple(chunk.sizes)
     try:

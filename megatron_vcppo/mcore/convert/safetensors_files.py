@@ -80,9 +80,7 @@ def check_shapes(
         if name in tensors and tensors[name].shape != shape
     ]
     if problems:
-        raise UserError(
-            f"{folder}: weights do not match config.json:\n" + "\n".join(f"  {text}" for text in problems)
-        )
+        raise UserError(f"{folder}: weights do not match config.json:\n" + "\n".join(f"  {text}" for text in problems))
 
 
 def plan_files(

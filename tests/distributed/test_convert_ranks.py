@@ -1,0 +1,97 @@
+"""Conversion against real Megatron ranks: what they load from an import, and an export of what they save."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.mcore.checkpoint import CheckpointFolder, load_model
+from megatron_vcppo.mcore.convert import logits
+from megatron_vcppo.mcore.convert.exporter import export_hf
+from megatron_vcppo.mcore.convert.importer import import_hf
+from megatron_vcppo.mcore.convert.verify import TOLERANCE, compare_logits
+from megatron_vcppo.mcore.learner import Actor
+from megatron_vcppo.mcore.model import build_actor
+from tests.helpers.distributed import run_distributed_test
+from tests.helpers.tiny_models import FAMILIES, save_tiny_model
+
+CASES = [(family, tied) for family in FAMILIES for tied in (False, True)]
+TOKEN_IDS = [3, 1, 65, 20, 7, 7, 0, 41]
+
+
+def load_and_save(checkpoint: Path, run: Path, parallel: ParallelConfig) -> None:
+    """Load an import into a trainer's model and save a training checkpoint, optimizer and all."""
+    runtime.start(parallel, seed=1, timeout_s=60)
+    hf = checkpoint / "hf"
+    model = build_actor(Architecture.from_hf(hf), ModelConfig(hf=str(hf), dtype="float32"), parallel)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)  # whatever is not loaded shows
+    load_model(model, checkpoint)
+    actor = Actor(model, parallel, OptimizerConfig(), ScheduleConfig(), total_steps=1)
+    CheckpointFolder(run, hf, keep_last=1, async_save=False).save(7, {"actor": actor}, {})
+    runtime.stop()
+
+
+@pytest.mark.parametrize(("family", "tied"), CASES)
+def test_imported_loaded_by_ranks_saved_and_exported_is_bit_equal(tmp_path, family, tied):
+    hf = save_tiny_model(tmp_path / "hf", family, tied)
+    import_hf(hf, tmp_path / "imported", 2, 2)
+    run_distributed_test(load_and_save, 4, tmp_path / "imported", tmp_path / "run", ParallelConfig(tp=2, pp=2))
+    export_hf(tmp_path / "run" / "iter_0000007", tmp_path / "out", verify_logits=False)
+    before, after = load_file(hf / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((hf / "config.json").read_text())
+
+
+def test_an_import_for_one_layout_loads_in_another(tmp_path):
+    hf = save_tiny_model(tmp_path / "hf", "qwen3")
+    import_hf(hf, tmp_path / "imported", 1, 4)
+    run_distributed_test(load_and_save, 2, tmp_path / "imported", tmp_path / "run", ParallelConfig(tp=2))
+    export_hf(tmp_path / "run" / "iter_0000007", tmp_path / "out", verify_logits=False)
+    before, after = load_file(hf / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def both_logits(checkpoint: Path, exported: Path, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
+    runtime.start(ParallelConfig(), seed=1, timeout_s=60)
+    ours = logits.megatron_logits(checkpoint, Architecture.from_hf(exported), TOKEN_IDS, dtype)
+    theirs = logits.hf_logits(exported, TOKEN_IDS)
+    runtime.stop()
+    return ours, theirs
+
+
+@pytest.mark.parametrize(("family", "tied"), CASES)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_logits_agree_with_transformers(tmp_path, family, tied, dtype):
+    import_hf(save_tiny_model(tmp_path / "hf", family, tied), tmp_path / "imported", 2, 2)
+    export_hf(tmp_path / "imported", tmp_path / "out", dtype, verify_logits=False)
+    ours, theirs = run_distributed_test(both_logits, 1, tmp_path / "imported", tmp_path / "out", dtype)[0]
+    assert ours.shape == theirs.shape == (len(TOKEN_IDS), 66)
+    assert theirs.abs().max() > 0.1
+    assert (ours - theirs).abs().max() <= TOLERANCE
+
+
+def test_the_logits_check_passes_a_good_export_and_stops_a_wrong_one(tmp_path):
+    hf = save_tiny_model(tmp_path / "hf", "llama")
+    import_hf(hf, tmp_path / "imported", 2, 1)
+    said = export_hf(tmp_path / "imported", tmp_path / "out")
+    assert said.startswith("logits of 16 tokens agree")
+    # Another rope base changes no tensor: only the logits tell.
+    config = (tmp_path / "out" / "config.json").read_text()
+    (tmp_path / "out" / "config.json").write_text(config.replace("10000.0", "500.0"))
+    with pytest.raises(UserError, match="logits differ from Megatron's by"):
+        compare_logits(tmp_path / "imported", tmp_path / "out", Architecture.from_hf(hf))
+
+
+def test_too_little_memory_skips_the_logits_and_says_so(tmp_path, monkeypatch):
+    arch = Architecture.from_hf(save_tiny_model(tmp_path))
+    monkeypatch.setattr("megatron_vcppo.mcore.convert.verify._BASE_BYTES", 1 << 60)
+    assert compare_logits(tmp_path, tmp_path, arch).startswith("logits not compared: that takes about")
