@@ -21,7 +21,7 @@ from slurm.run_folder import RunFolder
 from slurm.snapshot import take_snapshot
 from slurm.srun import stage_nodes
 from slurm.timing import save_margin_s
-from slurm.validate import check_layout, check_run_folder, check_scripts, check_slurm_installed
+from slurm.validate import check_inputs, check_layout, check_run_folder, check_scripts, check_slurm_installed
 
 
 class ScriptExecutor(submitit.SlurmExecutor):
@@ -105,13 +105,15 @@ def pending_stages(run: RunFolder, stages: list[str]) -> list[str]:
 def dry_run(run: RunFolder, config: Config, stages: list[str], programs: Programs = PROGRAMS) -> Path:
     """Write every batch script and the dependency graph to RUN/slurm/dry_run; returns that folder."""
     check_layout(config)
+    needs = check_inputs(config, stages)
     folder = run.path / "slurm" / "dry_run"
     folder.mkdir(parents=True, exist_ok=True)
     before, graph = None, []
     for stage in pending_stages(run, stages):
         made = executor(run, config, stage, run.path / "code" / "SNAPSHOT", programs, before and f"JOB_OF_{before}")
         (folder / f"{stage}.sh").write_text(made.script(), encoding="utf-8")
-        graph.append(f"{before} -> {stage} (afterok)" if before else stage)
+        line = f"{stage}: {stage_nodes(config, stage)} nodes, about {needs[stage]:.0f} GiB per rank"
+        graph.append(line + (f", after the success of {before}" if before else ""))
         before = stage
     (folder / "graph.txt").write_text("\n".join(graph) + "\n", encoding="utf-8")
     return folder
@@ -121,6 +123,7 @@ def submit(run: RunFolder, config: Config, stages: list[str], programs: Programs
     """Queue the stages that are not done; returns their job ids. Nothing stays queued if one is refused."""
     check_slurm_installed()
     check_layout(config)
+    check_inputs(config, stages)
     check_run_folder(run)
     with locked(run):
         if active := active_jobs(run):

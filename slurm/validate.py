@@ -8,7 +8,10 @@ from pathlib import Path
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.checks import trainer_ranks
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.mcore.architecture import Architecture
+from slurm.memory import check_memory
 from slurm.query import slurm_message
+from slurm.roles import ROLLOUT_STAGES
 from slurm.run_folder import RunFolder
 
 
@@ -31,6 +34,20 @@ def check_layout(config: Config) -> None:
     unknown = set(cluster.stage_time_limit_minutes) - set(config.stages)
     if unknown:
         raise UserError(f"cluster.stage_time_limit_minutes names no stage of this chain: {', '.join(sorted(unknown))}")
+
+
+def check_inputs(config: Config, stages: list[str]) -> dict[str, float]:
+    """Data files, the model's architecture and its memory; returns the estimated GiB per rank of each stage."""
+    named = {"sft.train": config.sft.train, "sft.validation": config.sft.validation} if "sft" in stages else {}
+    if set(stages) & set(ROLLOUT_STAGES):
+        named |= {"prompts.train": config.prompts.train, "prompts.test": config.prompts.test}
+    for key, source in named.items():
+        is_path = source is not None and (source.endswith((".json", ".jsonl")) or source.startswith(("/", ".", "~")))
+        if source and is_path and not Path(source).exists():
+            raise UserError(f"{key}: {source} does not exist")
+    arch = Architecture.from_hf(config.model.hf)
+    arch.check_parallel(config.parallel.tp, config.parallel.pp)
+    return check_memory(arch, config, stages)
 
 
 def check_slurm_installed() -> None:

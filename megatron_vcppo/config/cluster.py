@@ -20,6 +20,8 @@ class ClusterConfig:
     trainer_ranks: int | None = None
     """Ranks of the trainer over all its nodes; left out: one per GPU, and without GPUs tp × pp × cp × dp."""
     gpus_per_node: int = 0
+    gpu_memory_gib: float | None = None
+    """Memory of one GPU; given, the memory plan is checked before anything is queued."""
     cpus_per_node: int = 1
     memory_per_node_gb: float | None = None
     """Main memory asked for per node; left out: the cluster's default."""

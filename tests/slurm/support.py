@@ -16,13 +16,22 @@ from slurm.run_folder import RunFolder
 def tiny_config(folder: Path, stages: tuple[str, ...] = ("sft",), ranks: int = 2, steps: int = 6) -> Config:
     config = Config()
     config.run.dir, config.run.timeout_s = str(folder), 30.0
-    config.model.hf = "unused"
+    config.model.hf = str(tiny_model(folder.parent / "model"))
     config.stages = list(stages)
     config.sft.train, config.sft.steps, config.sft.checkpoint.save_every = "unused", steps, 2
     config.sft.schedule.warmup_steps = 0
     config.prompts.train = "unused"
     config.cluster.trainer_ranks, config.cluster.stop_grace_s = ranks, 2.0
     return config
+
+
+def tiny_model(folder: Path) -> Path:
+    """A model's config.json: what is checked before anything is queued."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 128, "vocab_size": 256, "max_position_embeddings": 512}
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "torch_dtype": "float32", **sizes}))
+    return folder
 
 
 def write_config(config: Config) -> RunFolder:

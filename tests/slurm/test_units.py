@@ -8,8 +8,10 @@ import pytest
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.sources import CONFIGS
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.mcore.architecture import Architecture
 from slurm.controller import reported_code
 from slurm.logs import last_lines
+from slurm.memory import check_memory, plan
 from slurm.prepare import profile_files
 from slurm.query import parse_table, slurm_message
 from slurm.roles import Programs
@@ -17,8 +19,8 @@ from slurm.snapshot import take_snapshot
 from slurm.srun import srun_units, stage_nodes
 from slurm.sweep import points, read_points, text_table, write_points
 from slurm.timing import save_margin_s
-from slurm.validate import check_layout
-from tests.slurm.support import tiny_config, write_config
+from slurm.validate import check_inputs, check_layout
+from tests.slurm.support import tiny_config, tiny_model, write_config
 
 
 def test_trainer_and_rollout_steps_have_their_own_layout(tmp_path: Path) -> None:
@@ -91,6 +93,33 @@ def test_tensor_parallelism_stays_inside_a_node(tmp_path: Path) -> None:
     config.cluster.trainer_ranks, config.cluster.trainer_nodes, config.parallel.tp = 4, 2, 4
     with pytest.raises(UserError, match=r"parallel.tp = 4 would span nodes: only 2 ranks are on each of 2"):
         check_layout(config)
+
+
+def test_inputs_are_checked_before_anything_is_queued(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run")
+    assert check_inputs(config, ["sft"])["sft"] > 3
+    config.sft.train = "/no/such/file.jsonl"
+    with pytest.raises(UserError, match=r"sft\.train: /no/such/file\.jsonl does not exist"):
+        check_inputs(config, ["sft"])
+    config.sft.train, config.parallel.tp = "unused", 3
+    with pytest.raises(UserError, match="attention heads 4 is not divisible by tp 3"):
+        check_inputs(config, ["sft"])
+    config.model.hf = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nowhere"):
+        check_inputs(config, ["sft"])
+
+
+def test_the_memory_plan_against_a_count_by_hand(tmp_path: Path) -> None:
+    config = load_config(CONFIGS / "models" / "tiny.yaml", complete=False)
+    config.model.dtype, config.parallel.tokens_per_microbatch = "bfloat16", 1024
+    arch = Architecture.from_hf(str(tiny_model(tmp_path)))
+    parameters = arch.parameter_count()
+    parts = plan(arch, config, "ppo")
+    held = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    assert held * 2**30 == pytest.approx(2 * parameters * (2 + 4 + 12))
+    config.cluster.gpu_memory_gib = 3
+    with pytest.raises(UserError, match=r"ppo needs about 3 GiB per GPU \(weights 0\.0, "):
+        check_memory(arch, config, ["ppo"])
 
 
 def test_states_of_squeue_and_sacct() -> None:

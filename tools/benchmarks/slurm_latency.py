@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slurm.devcluster import DevCluster
+from tests.slurm.support import tiny_model
 
 STAGES = ("sft", "reward_model", "value_pretrain", "ppo", "evaluate", "export")
 
@@ -29,6 +30,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     os.environ |= cluster.environment
     subprocess.run(["scontrol", "update", "PartitionName=main", "State=DOWN"], check=True)  # jobs stay queued
     config = folder / "config.yaml"
+    tiny_model(folder)
     config.write_text(
         f"run: {{dir: {folder}/run}}\nmodel: {{hf: {folder}}}\nsft: {{train: {folder}}}\nprompts: {{train: {folder}}}\n"
         f"stages: [{', '.join(STAGES)}]\n"
