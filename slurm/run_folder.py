@@ -1,6 +1,9 @@
 """A run's folder as the launcher sees it: which stages are done, how far they are, where their logs go."""
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.manifest import MANIFEST_NAME, verify_manifest
 
 CONFIG_NAME = "config.yaml"
+LOCK_NAME = ".lock"
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,24 @@ class RunFolder:
         """Iteration of the newest checkpoint that has a manifest."""
         complete = (self.stage(stage) / "checkpoints").glob(f"iter_*/{MANIFEST_NAME}")
         return max((int(path.parent.name.rsplit("_", 1)[1]) for path in complete), default=None)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Held by whoever starts stages: one at a time."""
+        with (self.path / LOCK_NAME).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.path}: another vcppo run or submit is at work in this run") from None
+            yield
+
+    def in_use(self) -> bool:
+        """True while a process on this machine holds the run."""
+        try:
+            with self.locked():
+                return False
+        except UserError:
+            return True
 
     def metrics(self, stage: str, limit_bytes: int = 1 << 18) -> list[dict[str, Any]]:
         """The last records of metrics.jsonl, as many as fit into ``limit_bytes``."""

@@ -115,10 +115,11 @@ def add_ending(status: StageStatus, run: RunFolder, mine: list[dict[str, Any]], 
                 f"{slurm_state.nodes or 'any node'}: is {run.path} on a shared file system? then {go_on}"
             )
     elif last["event"] == "attempt":
-        status.state, status.note = (
-            "running",
-            "on this machine" if not slurm_state else f"Slurm says {slurm_state.state}",
-        )
+        if not slurm_state and run.in_use():
+            status.state, status.note = "running", "on this machine"
+        else:
+            verdict = f"Slurm says {slurm_state.state}" if slurm_state else "ended without a word, as by a power cut"
+            status.state, status.note = "failed", f"{verdict}; {go_on}"
     elif last.get("code") == 75:
         status.state, status.note = "saved", f"go on with: {go_on}"
     elif last.get("code") != 0:

@@ -1,10 +1,7 @@
 """Puts the chain into Slurm: one job per stage, each after the success of the one before, all or none."""
 
-import fcntl
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +83,6 @@ def active_jobs(run: RunFolder) -> list[JobState]:
     return [state for state in job_states(jobs).values() if state.active]
 
 
-@contextmanager
-def locked(run: RunFolder) -> Iterator[None]:
-    """One submission into a run at a time."""
-    with (run.path / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{run.path}: another submission into this run is under way") from None
-        yield
-
-
 def pending_stages(run: RunFolder, stages: list[str]) -> list[str]:
     """The stages that are not done, in order."""
     return [stage for stage in stages if not run.done(stage)]
@@ -125,7 +111,7 @@ def submit(run: RunFolder, config: Config, stages: list[str], programs: Programs
     check_layout(config)
     check_inputs(config, stages)
     check_run_folder(run)
-    with locked(run):
+    with run.locked():
         if active := active_jobs(run):
             jobs = ", ".join(f"{state.job_id} ({state.state})" for state in active)
             raise UserError(f"{run.path}: this run is active, jobs {jobs}; see vcppo status, or vcppo cancel it first")

@@ -15,6 +15,7 @@ from megatron_vcppo.errors import UserError
 from slurm import events
 from slurm.local import run_chain
 from slurm.run_folder import RunFolder, chosen_stages
+from slurm.status import run_status, table
 from tests.slurm.conftest import TINY
 from tests.slurm.support import processes_with, result, tiny_config, wait_until, write_config
 
@@ -60,6 +61,8 @@ def test_bad_data_ends_the_chain_with_code_2(tiny_run: tuple[RunFolder, Config],
     config.sft.train = "bad"
     write_config(config)
     assert run_chain(run, config, ["sft"], TINY) == 2
+    text = table(run_status(run, config))
+    assert "failed" in text and f"sample has no response; mend it, then vcppo resume {run.path}" in text
     assert "data.jsonl:7: sample has no response" in capsys.readouterr().out
     assert len(run.attempts("sft")) == 1
 
@@ -83,6 +86,10 @@ def test_term_saves_and_the_next_call_goes_on(tmp_path: Path) -> None:
     """
     chain = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
     wait_until(lambda: len(run.metrics("sft")) > 2, "iterations")
+    status = run_status(run, config)[0]
+    assert (status.state, status.note) == ("running", "on this machine") and status.total == 200 and status.eta_s
+    with pytest.raises(UserError, match="another vcppo run or submit is at work"):
+        run_chain(run, config, ["sft"], TINY)
     chain.send_signal(signal.SIGTERM)
     out = chain.communicate(timeout=60)[0]
     assert chain.returncode == 75 and "sft: saved after" in out
