@@ -4,6 +4,7 @@ No torch, no numpy: these records cross process borders as JSON and are written 
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ class Rollout:
 class Sequence:
     """One training sequence before packing: token ids and per-token fields of the same length.
 
-    ``fields`` maps a name to one number per token ("loss_mask", "advantages", …); position t belongs to the
-    token at t. What is predicted (log-probs) or regressed (values) for token t comes from the model's output
-    at position t - 1; packing shifts, callers never do.
+    ``fields`` maps a name to one number per token ("loss_mask", "advantages", …), a tuple or an array; position t
+    belongs to the token at t. What is predicted (log-probs) or regressed (values) for token t comes from the model's
+    output at position t - 1; packing shifts, callers never do.
     """
 
     token_ids: tuple[int, ...]
-    fields: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.token_ids)

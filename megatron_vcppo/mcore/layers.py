@@ -5,6 +5,7 @@ here take their places, on CPU and on GPUs without Transformer Engine.
 """
 
 import importlib.util
+import itertools
 from typing import Any
 
 import torch
@@ -37,9 +38,7 @@ class RMSNorm(torch.nn.RMSNorm):
 class PackedAttention(MegatronModule):
     """Causal attention inside each segment of a packed micro-batch, by torch's fused kernels."""
 
-    def __init__(
-        self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any
-    ) -> None:
+    def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
 
@@ -62,7 +61,7 @@ class PackedAttention(MegatronModule):
             F.scaled_dot_product_attention(
                 q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=self.scale, enable_gqa=grouped
             )
-            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+            for a, b in itertools.pairwise(bounds)
         ]
         return torch.cat(segments, dim=2).squeeze(0).transpose(0, 1).flatten(1)
 

@@ -92,7 +92,7 @@ class ValueHead(MegatronModule):
 
     def __init__(self, config: TransformerConfig, init_std: float) -> None:
         super().__init__(config)
-        kwargs = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        kwargs: dict[str, Any] = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
         self.weight = torch.nn.Parameter(torch.empty(1, config.hidden_size, **kwargs))
         self.bias = torch.nn.Parameter(torch.zeros(1, **kwargs))
         # A generator of its own: the head is the same in every layout.
@@ -154,11 +154,11 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
     arch.check_parallel(parallel.tp, parallel.pp)
     dtype = torch_dtype(model.dtype)
     fused = have_transformer_engine()
-    recompute: dict[str, Any] = {
+    recomputes: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[parallel.recompute]
+    }
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -197,7 +197,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         apply_rope_fusion=fused,
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
-        **recompute,
+        **recomputes[parallel.recompute],
     )
 
 

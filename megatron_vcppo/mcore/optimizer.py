@@ -44,7 +44,7 @@ def build_optimizer(model: DistributedDataParallel, config: OptimizerConfig) -> 
 
 
 def _make_adamw_states(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter the state that torch's AdamW would make at the first step: a checkpoint may come before it."""
+    """Make the state that torch's AdamW would make at the first step: a checkpoint may come before it."""
     for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
         if chained.optimizer is None:  # a rank without parameters of its own
             continue

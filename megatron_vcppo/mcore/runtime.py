@@ -24,7 +24,6 @@ cpu_shim.install()
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 
-
 _on_main_calls = itertools.count()
 
 

@@ -68,9 +68,7 @@ class Generation(AbstractContextManager["Generation"]):
         self.policy_version, self.source = policy_version, source
         return self.sync.sync(policy_version, source)
 
-    def generate(
-        self, prompts: list[Prompt], iteration: int, sampling: Sampling, num_samples: int
-    ) -> list[Rollout]:
+    def generate(self, prompts: list[Prompt], iteration: int, sampling: Sampling, num_samples: int) -> list[Rollout]:
         """Scored rollouts under the pushed weights, by prompt and sample; the same list on every rank."""
         assert self.source is not None, "push weights before generating"
         mine = prompts[self.world.dp_rank :: self.world.dp_size]

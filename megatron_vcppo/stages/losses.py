@@ -26,7 +26,9 @@ class ActorLoss:
     num_positive_tokens: float
 
     @classmethod
-    def of(cls, config: PolicyLossConfig, kl_coef: float, mask: Tensor, positive: Tensor, max_length: int) -> "ActorLoss":
+    def of(
+        cls, config: PolicyLossConfig, kl_coef: float, mask: Tensor, positive: Tensor, max_length: int
+    ) -> "ActorLoss":
         """From the minibatch's masks [B, T], which every rank knows."""
         num_tokens = int(mask.sum())
         denominator = loss_denominator(config.aggregation, num_tokens, int(mask.any(dim=1).sum()), max_length)

@@ -1,0 +1,236 @@
+"""PPO with decoupled GAE and a pretrained critic: the iteration of VC-PPO (arXiv 2503.01491, Algorithm 1)."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_vcppo.algo.kl import next_kl_coef
+from megatron_vcppo.algo.masked import check_finite
+from megatron_vcppo.config import Config
+from megatron_vcppo.data.prompts import PromptStream
+from megatron_vcppo.data.rollout_batch import make_batch
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.checkpoint import CheckpointFolder
+from megatron_vcppo.mcore.export_stream import stream_hf
+from megatron_vcppo.mcore.learner import Actor, Critic, Learner, Reference
+from megatron_vcppo.report.metrics import MetricsLog
+from megatron_vcppo.report.progress import Progress
+from megatron_vcppo.rollout.sampling import training_sampling
+from megatron_vcppo.stages.credit import END_OF_THINKING, assign_credit
+from megatron_vcppo.stages.evaluation import evaluate_engines
+from megatron_vcppo.stages.generation import Generation
+from megatron_vcppo.stages.losses import bounded
+from megatron_vcppo.stages.models import starting_actor, starting_critic
+from megatron_vcppo.stages.sampling import Sampler
+from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
+from megatron_vcppo.stages.token_outputs import token_outputs
+from megatron_vcppo.stages.updates import update
+
+
+def run(config: Config) -> None:
+    """Train the actor on verified rewards; leaves RUN/ppo/checkpoints. Raises Saved if asked to stop."""
+    folder = stage_folder(config, "ppo")
+    world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    with Generation(config, folder, world) as generation:
+        Ppo(config, folder, world, generation).train()
+    if world.is_main:
+        mark_done(folder, checkpoint=folder / "checkpoints" / f"iter_{config.ppo.iterations:07d}")
+    runtime.stop()
+
+
+class Ppo:
+    """The state of the stage, and the iteration that changes it."""
+
+    def __init__(self, config: Config, folder: Path, world: runtime.Runtime, generation: Generation) -> None:
+        settings = config.ppo
+        self.config, self.settings, self.folder, self.world = config, settings, folder, world
+        self.generation, self.packing = generation, packing_of(config, world)
+        steps = settings.iterations * settings.ppo_epochs * settings.minibatches
+        model = starting_actor(config, "ppo")
+        self.actor = Actor(
+            model,
+            config.parallel,
+            settings.optimizer,
+            settings.schedule,
+            steps,
+            temperature=config.rollout.temperature,
+        )
+        self.critic: Critic | None = None
+        if settings.advantage.baseline == "critic":
+            critic = starting_critic(config, "ppo", settings.critic.init, settings.critic.checkpoint_path)
+            critic_steps = steps * settings.critic.updates_per_actor_update
+            self.critic = Critic(
+                critic, config.parallel, settings.critic.optimizer, settings.critic.schedule, critic_steps
+            )
+        self.reference = None
+        if settings.loss.kl_coef:
+            self.reference = Reference(starting_actor(config, "ppo"), config.rollout.temperature)
+        self.learners: dict[str, Learner] = {"actor": self.actor}
+        if self.critic is not None:
+            self.learners["critic"] = self.critic
+
+        self.stream = PromptStream(generation.prompts(config.prompts.train), config.run.seed)
+        self.sampler = Sampler(config, generation, self.stream, training_sampling(config.rollout))
+        self.kl_coef, self.skipped_in_a_row, self.iteration = settings.loss.kl_coef, 0, 0
+        self.checkpoints = CheckpointFolder(
+            folder / "checkpoints",
+            Path(config.model.hf),
+            settings.checkpoint.keep_last,
+            settings.checkpoint.async_save,
+        )
+        resumed = self.checkpoints.resume(self.learners)
+        if resumed is not None:
+            self.iteration = resumed.iteration
+            self.stream.load_state_dict(resumed.state["prompts"])
+            self.kl_coef = resumed.state["kl_coef"]
+            self.skipped_in_a_row = resumed.state["skipped_in_a_row"]
+        self.end_of_thinking_id = generation.tokenizer.get_vocab().get(END_OF_THINKING)
+        self.seconds: dict[str, float] = {}
+
+    def train(self) -> None:
+        """All iterations that are left."""
+        total = self.settings.iterations
+        log = MetricsLog(self.folder, self.config, "ppo", self.iteration, total) if self.world.is_main else None
+        progress = Progress("ppo", total, self.iteration, "tok", every_s=0) if self.world.is_main else None
+        self.generation.wait_for_engines()
+        while self.iteration < total:
+            metrics, profiles = self.iterate()
+            if log is not None and progress is not None:
+                log.log(self.iteration, metrics)
+                with open(self.folder / "profiles.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"iteration": self.iteration, **profiles}) + "\n")
+                progress.update(self.iteration, int(metrics["rollout/tokens"]), shown(metrics))
+            self.save_or_stop(last=self.iteration == total)
+        self.checkpoints.finish()
+        if log is not None and progress is not None:
+            log.close()
+            progress.close()
+
+    def iterate(self) -> tuple[dict[str, float], dict[str, list[float | None]]]:
+        """One iteration: rollouts, values, advantages, updates. Returns its metrics and profiles."""
+        config, iteration, started = self.config, self.iteration + 1, time.monotonic()
+        self.seconds = {}
+        actor, critic = self.actor, self.critic
+        with self.phase("sync"):
+            push = self.generation.push(self.iteration, lambda: stream_hf(actor.model))
+        with self.phase("generation"):
+            rollouts = self.sampler.take(iteration)
+        batch = make_batch(rollouts)
+        with self.phase("logprobs"):
+            fields = {
+                "old_logprobs": token_outputs(batch, self.packing, actor.logprobs),
+                "rollout_logprobs": batch.rollout_logprobs,
+            }
+            if self.reference is not None:
+                fields["ref_logprobs"] = token_outputs(batch, self.packing, self.reference.logprobs)
+        if critic is not None:
+            with self.phase("values"):
+                values = token_outputs(batch, self.packing, critic.values)
+                fields["values"] = bounded(values, self.settings.critic)
+        if config.run.check_numerics:
+            check_finite(batch.response_mask, **fields)
+        with self.phase("advantages"):
+            credit = assign_credit(
+                batch,
+                fields.get("values"),
+                fields["old_logprobs"],
+                fields.get("ref_logprobs"),
+                config,
+                self.kl_coef,
+                self.end_of_thinking_id,
+            )
+        critic_only = iteration <= self.settings.critic_only_iterations
+        with self.phase("update"):
+            kl_coef = self.kl_coef if self.settings.loss.kl_in == "loss" else 0.0
+            report = update(
+                *(None if critic_only else actor, critic, batch, credit, fields, self.packing, config),
+                *(iteration, kl_coef),
+            )
+        self.iteration = iteration
+        self.count_skipped(report.skipped)
+        metrics = {**credit.metrics, **report.means(), "rollout/tokens": float(batch.lengths.sum())}
+        self.adapt_kl(metrics, len(batch))
+        if self.settings.evaluate_every and iteration % self.settings.evaluate_every == 0:
+            with self.phase("evaluation"):
+                push = self.generation.push(iteration, lambda: stream_hf(actor.model))
+                metrics |= evaluate_engines(config, self.generation, iteration)
+        metrics["packing/padding_share"] = report.num_padding / max(1, report.num_tokens)
+        metrics["weight_sync/pause_s"], metrics["weight_sync/mb"] = push.pause_s, push.num_bytes / 1e6
+        metrics |= {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
+        metrics["time/iteration_s"] = time.monotonic() - started
+        return metrics, credit.profiles
+
+    def adapt_kl(self, metrics: dict[str, float], num_rollouts: int) -> None:
+        """Move the coefficient towards the target divergence."""
+        loss = self.settings.loss
+        if self.reference is None:
+            return
+        metrics["actor/kl_coef"] = self.kl_coef
+        if loss.kl_target is not None and "actor/kl_ref" in metrics:
+            self.kl_coef = next_kl_coef(
+                self.kl_coef, metrics["actor/kl_ref"], loss.kl_target, num_rollouts, loss.kl_horizon
+            )
+
+    def count_skipped(self, skipped: list[bool]) -> None:
+        """Stop, with the state saved, after too many updates in a row that were not finite."""
+        for one in skipped:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if one else 0
+        if any(skipped) and self.world.is_main:
+            print(
+                f"warning: iteration {self.iteration}: {sum(skipped)} of {len(skipped)} updates skipped, their loss "
+                f"or gradient was not finite ({self.skipped_in_a_row} in a row)",
+                flush=True,
+            )
+        if self.skipped_in_a_row >= self.settings.skip_limit:
+            self.save()
+            self.checkpoints.finish()
+            raise UserError(
+                f"ppo: {self.skipped_in_a_row} updates in a row had a loss or gradient that was not finite "
+                f"(ppo.skip_limit {self.settings.skip_limit}); saved at iteration {self.iteration}. Lower "
+                "ppo.optimizer.lr or ppo.critic.optimizer.lr, or train in float32, and resume"
+            )
+
+    def save(self) -> None:
+        """A checkpoint of this iteration."""
+        state = {
+            "prompts": self.stream.state_dict(),
+            "kl_coef": self.kl_coef,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+        self.checkpoints.save(self.iteration, self.learners, state)
+
+    def save_or_stop(self, last: bool) -> None:
+        """Save when it is time; raise Saved if any rank was asked to stop."""
+        self.checkpoints.poll()
+        stop = runtime.any_rank(stop_requested())
+        if last or stop or self.iteration % self.settings.checkpoint.save_every == 0:
+            self.save()
+        if stop and not last:
+            self.checkpoints.finish()
+            raise Saved(f"asked to stop: saved at iteration {self.iteration} of {self.settings.iterations}")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure a part of the iteration."""
+        started = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+
+def shown(metrics: dict[str, float]) -> dict[str, float]:
+    """What the progress line shows of an iteration."""
+    names = {
+        "reward": "rollout/reward_mean",
+        "pass@1": "rollout/accuracy",
+        "length": "rollout/length_mean",
+        "ev": "critic/explained_variance",
+        "kl": "actor/approx_kl",
+        "gap": "rollout/logprob_gap",
+        "gen_s": "time/generation_s",
+        "upd_s": "time/update_s",
+        "s": "time/iteration_s",
+    }
+    return {short: metrics[name] for short, name in names.items() if name in metrics}

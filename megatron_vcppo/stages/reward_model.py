@@ -1,0 +1,161 @@
+"""A reward model: a scalar head on the SFT model that scores a response at its last token.
+
+The paper's baseline takes its critic from such a model. Trained to reject incomplete responses, it scores every
+prefix low, and a critic that starts from it favours giving up early: ``reward_model.cut_share`` is the dial.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from megatron_vcppo.algo.losses.reward_model import pairwise_loss, pointwise_loss
+from megatron_vcppo.algo.metrics import Metrics
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.rl import RewardModelConfig
+from megatron_vcppo.data.order import EpochOrder
+from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack, pack_into_microbatches
+from megatron_vcppo.data.rollout_batch import Packing
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.checkpoint import CheckpointFolder
+from megatron_vcppo.mcore.learner import Critic
+from megatron_vcppo.records import Rollout, Sequence
+from megatron_vcppo.report.metrics import MetricsLog
+from megatron_vcppo.report.progress import Progress
+from megatron_vcppo.stages.generation import Generation
+from megatron_vcppo.stages.models import starting_critic
+from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
+from megatron_vcppo.stages.value_pretrain import rollout_source
+
+
+def run(config: Config) -> None:
+    """Train the reward model; leaves RUN/reward_model/checkpoints. Raises Saved if asked to stop."""
+    settings, folder = config.reward_model, stage_folder(config, "reward_model")
+    world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    model = Critic(
+        starting_critic(config, "reward_model", "sft", None),
+        *(config.parallel, settings.optimizer, settings.schedule, settings.steps),
+    )
+    checkpoints = CheckpointFolder(
+        *(folder / "checkpoints", Path(config.model.hf)),
+        *(settings.checkpoint.keep_last, settings.checkpoint.async_save),
+    )
+    with Generation(config, folder, world) as generation:
+        examples = labelled(responses(config, generation, folder), settings, config.run.seed)
+    order = EpochOrder(len(examples), config.run.seed, "responses of the reward model")
+    resumed = checkpoints.resume({"critic": model})
+    step = 0
+    if resumed is not None:
+        step = resumed.iteration
+        order.load_state_dict(resumed.state["order"])
+    log = MetricsLog(folder, config, "reward_model", step, settings.steps) if world.is_main else None
+    progress = Progress("reward_model", settings.steps, step, "responses") if world.is_main else None
+    while step < settings.steps:
+        started = time.monotonic()
+        batch = [examples[index] for _, index in order.next(settings.batch_size)]
+        step += 1
+        result = model.train_step(*step_of(batch, packing_of(config, world), settings))
+        if log is not None and progress is not None:
+            metrics = {f"reward_model/{name}": value for name, value in result.metrics.items()}
+            metrics |= {"reward_model/grad_norm": result.grad_norm, "time/step_s": time.monotonic() - started}
+            log.log(step, metrics)
+            shown = {"loss": result.metrics["reward_model_loss"], "accuracy": result.metrics["accuracy"]}
+            progress.update(step, len(batch), shown)
+        checkpoints.poll()
+        stop, last = runtime.any_rank(stop_requested()), step == settings.steps
+        if last or stop or step % settings.checkpoint.save_every == 0:
+            checkpoints.save(step, {"critic": model}, {"order": order.state_dict()})
+        if stop and not last:
+            checkpoints.finish()
+            raise Saved(f"asked to stop: saved at step {step} of {settings.steps}")
+    checkpoints.finish()
+    if log is not None and progress is not None:
+        log.close()
+        progress.close()
+        mark_done(folder, checkpoint=folder / "checkpoints" / f"iter_{step:07d}")
+    runtime.stop()
+
+
+def responses(config: Config, generation: Generation, folder: Path) -> list[Rollout]:
+    """Verified responses of the SFT actor, generated once and kept in RUN/reward_model/rollouts."""
+    total = config.reward_model.num_prompts * config.rollout.num_samples
+    stored = dataclasses.replace(config.value_pretrain, rollouts="stored", stored_path=None, stored_rollouts=total)
+    return rollout_source(dataclasses.replace(config, value_pretrain=stored), generation, folder).next(total, 0)
+
+
+def labelled(rollouts: list[Rollout], settings: RewardModelConfig, seed: int) -> list[tuple[Sequence, bool]]:
+    """(sequence, good) of each response; a share is cut at a random token and labelled bad.
+
+    The score is read where the response ends. One more token, which the model's causal output there cannot see, takes
+    the field to that place.
+    """
+    generator = np.random.default_rng([seed, 17])
+    examples = []
+    for rollout in rollouts:
+        response, good = rollout.response_ids, (rollout.reward or 0.0) > 0
+        if generator.random() < settings.cut_share and len(response) > 1:
+            response, good = response[: int(generator.integers(1, len(response)))], False
+        ids = (*rollout.prompt.token_ids, *response, 0)
+        zeros = (0.0,) * (len(ids) - 1)
+        examples.append((Sequence(ids, {"last_mask": (*zeros, 1.0), "label": (*zeros, float(good))}), good))
+    if settings.loss == "pairwise" and len({good for _, good in examples}) < 2:
+        raise UserError("reward_model: every response has the same label; pairwise training needs right and wrong ones")
+    return examples
+
+
+def step_of(
+    batch: list[tuple[Sequence, bool]], packing: Packing, settings: RewardModelConfig
+) -> tuple[list[PackedMicrobatch], "PointwiseLoss | PairwiseLoss"]:
+    """This replica's micro-batches and the loss of one step."""
+    if settings.loss != "pairwise":
+        mine = packing.share([len(sequence) for sequence, _ in batch])
+        names = ["last_mask", "label"]
+        return packing.pack([batch[i][0] for i in mine], names), PointwiseLoss(settings, len(batch))
+    good = [sequence for sequence, label in batch if label]
+    bad = [sequence for sequence, label in batch if not label]
+    pairs = list(zip(good, bad, strict=False))
+    lengths = [len(a) + len(b) for a, b in pairs]
+    mine = balance(lengths, packing.dp_size)[packing.dp_rank]
+    flat = [sequence for i in mine for sequence in pairs[i]]
+    bins = pack_into_microbatches([lengths[i] for i in mine], packing.tokens_per_microbatch) or [[]]
+    microbatches = [
+        pack(flat, [k for i in indices for k in (2 * i, 2 * i + 1)], packing.multiple, 1, ["last_mask", "label"])
+        for indices in bins
+    ]
+    return microbatches, PairwiseLoss(len(pairs))
+
+
+@dataclasses.dataclass(frozen=True)
+class PointwiseLoss:
+    """bce or mse at the last tokens."""
+
+    settings: RewardModelConfig
+    denominator: int
+
+    def __call__(self, outputs: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
+        labels = microbatch.fields["label"]
+        if self.settings.loss == "mse":
+            labels = 2 * labels - 1
+        return pointwise_loss(
+            outputs,
+            labels,
+            microbatch.fields["last_mask"],
+            kind=self.settings.loss,
+            denominator=self.denominator,
+            label_smoothing=self.settings.label_smoothing,
+            check=False,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PairwiseLoss:
+    """Bradley–Terry over the pairs of a micro-batch, which lie side by side: good, bad, good, bad, …"""
+
+    denominator: int
+
+    def __call__(self, outputs: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
+        chosen, rejected = outputs[microbatch.fields["last_mask"]].view(-1, 2).unbind(1)
+        return pairwise_loss(chosen, rejected, denominator=max(self.denominator, 1), check=False)

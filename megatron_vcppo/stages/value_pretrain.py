@@ -1,0 +1,128 @@
+"""Value pretraining (VC-PPO, section 3.2): the critic learns Monte-Carlo returns of the fixed policy, before PPO."""
+
+import time
+from pathlib import Path
+
+from megatron_vcppo.algo.gae import decoupled_gae
+from megatron_vcppo.algo.metrics import explained_variance
+from megatron_vcppo.algo.token_rewards import token_rewards
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.rl import CriticConfig, ValuePretrainConfig
+from megatron_vcppo.data.prompts import PromptStream
+from megatron_vcppo.data.rollout_batch import Packing, RolloutBatch, make_batch
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.checkpoint import CheckpointFolder
+from megatron_vcppo.mcore.export_stream import stream_hf
+from megatron_vcppo.mcore.learner import Critic, StepResult
+from megatron_vcppo.report.metrics import MetricsLog
+from megatron_vcppo.report.progress import Progress
+from megatron_vcppo.rollout.sampling import training_sampling
+from megatron_vcppo.stages.credit import reward_statistics
+from megatron_vcppo.stages.generation import Generation
+from megatron_vcppo.stages.losses import CriticLoss
+from megatron_vcppo.stages.models import starting_actor, starting_critic
+from megatron_vcppo.stages.rollout_source import FreshRollouts, RolloutSource, StoredRollouts
+from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
+
+
+def run(config: Config) -> None:
+    """Pretrain a critic; leaves RUN/value_pretrain/checkpoints. Raises Saved if asked to stop."""
+    settings, folder = config.value_pretrain, stage_folder(config, "value_pretrain")
+    world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    critic = Critic(
+        starting_critic(config, "value_pretrain", settings.init, settings.checkpoint_path),
+        *(config.parallel, settings.optimizer, settings.schedule, settings.steps),
+    )
+    checkpoints = CheckpointFolder(
+        *(folder / "checkpoints", Path(config.model.hf)),
+        *(settings.checkpoint.keep_last, settings.checkpoint.async_save),
+    )
+    with Generation(config, folder, world) as generation:
+        source = rollout_source(config, generation, folder)
+        resumed = checkpoints.resume({"critic": critic})
+        step, history = 0, []
+        if resumed is not None:
+            step, history = resumed.iteration, resumed.state["history"]
+            source.load_state_dict(resumed.state["rollouts"])
+        log = MetricsLog(folder, config, "value_pretrain", step, settings.steps) if world.is_main else None
+        progress = Progress("value_pretrain", settings.steps, step, "rollouts") if world.is_main else None
+        reason = stopping_reason(history, settings)
+        while reason is None:
+            started = time.monotonic()
+            batch = make_batch(source.next(settings.batch_size, step + 1))
+            result = learn_returns(critic, batch, packing_of(config, world), config)
+            step += 1
+            metrics = {f"critic/{name}": value for name, value in result.metrics.items()}
+            metrics["critic/explained_variance"] = explained_variance(result.metrics)
+            metrics |= {"critic/grad_norm": result.grad_norm, "critic/learning_rate": result.learning_rate}
+            metrics |= reward_statistics(batch) | {"time/step_s": time.monotonic() - started}
+            history.append([metrics["critic/explained_variance"], metrics["critic/value_loss"]])
+            if log is not None and progress is not None:
+                log.log(step, metrics)
+                shown = {"loss": metrics["critic/value_loss"], "ev": metrics["critic/explained_variance"]}
+                progress.update(step, len(batch), shown)
+            reason = stopping_reason(history, settings)
+            checkpoints.poll()
+            stop = runtime.any_rank(stop_requested())
+            if reason or stop or step % settings.checkpoint.save_every == 0:
+                state = {"rollouts": source.state_dict(), "history": history}
+                checkpoints.save(step, {"critic": critic}, state)
+            if stop and reason is None:
+                checkpoints.finish()
+                raise Saved(f"asked to stop: saved at step {step}")
+        checkpoints.finish()
+    if log is not None and progress is not None:
+        log.close()
+        progress.close()
+        print(f"value_pretrain: stopped after step {step}: {reason}", flush=True)
+        mark_done(folder, checkpoint=folder / "checkpoints" / f"iter_{step:07d}")
+    runtime.stop()
+
+
+def rollout_source(config: Config, generation: Generation, folder: Path) -> RolloutSource:
+    """Fresh rollouts of the fixed policy for every step, or one stored set."""
+    settings = config.value_pretrain
+    actor = starting_actor(config, "value_pretrain")
+    stream = PromptStream(generation.prompts(config.prompts.train), config.run.seed + 1)
+    fresh = FreshRollouts(config, generation, stream, training_sampling(config.rollout), lambda: stream_hf(actor))
+    if settings.rollouts == "fresh":
+        return fresh
+    stored = Path(settings.stored_path) if settings.stored_path else folder / "rollouts"
+    return StoredRollouts(stored, settings.stored_rollouts, fresh, config)
+
+
+def learn_returns(critic: Critic, batch: RolloutBatch, packing: Packing, config: Config) -> StepResult:
+    """One optimizer step on ½(V - R)² with Monte-Carlo returns; the metrics are those of V before the step."""
+    mask = batch.response_mask
+    rewards = token_rewards(batch.rewards, mask)
+    gamma = config.ppo.advantage.gamma
+    _, returns = decoupled_gae(rewards, rewards * 0, mask, gamma=gamma, lam_actor=1.0, lam_critic=1.0)
+    tensors = {"response_mask": mask, "returns": returns}
+    share = packing.share([len(r.prompt.token_ids) + len(r.response_ids) for r in batch.rollouts])
+    microbatches = packing.pack(batch.sequences(share, tensors), list(tensors))
+    # Pretraining has no old values to clip against; bounds and Huber are those of PPO's critic.
+    loss = CriticConfig(huber_delta=config.ppo.critic.huber_delta, bounds=config.ppo.critic.bounds)
+    return critic.train_step(microbatches, CriticLoss(loss, float(mask.sum())))
+
+
+def stopping_reason(history: list[list[float]], settings: ValuePretrainConfig) -> str | None:
+    """Which rule ends pretraining after these (explained variance, value loss), in words; None: go on."""
+    if len(history) >= settings.steps:
+        return f"value_pretrain.steps {settings.steps}"
+    window = settings.stable_window
+    if not settings.stop_when_stable or len(history) < 2 * window:
+        return None
+
+    def mean(rows: list[list[float]], column: int) -> float:
+        return sum(row[column] for row in rows) / len(rows)
+
+    before, last = history[-2 * window : -window], history[-window:]
+    variance_change = abs(mean(last, 0) - mean(before, 0))
+    loss_change = abs(mean(last, 1) - mean(before, 1)) / max(mean(before, 1), 1e-12)
+    if max(variance_change, loss_change) > settings.stable_tolerance:
+        return None
+    return (
+        f"stable: over the last {window} steps against the {window} before, explained variance changed by "
+        f"{variance_change:.3g} and value loss by {100 * loss_change:.2g} % "
+        f"(value_pretrain.stable_tolerance {settings.stable_tolerance:g})"
+    )
