@@ -176,7 +176,7 @@ class Attempt:
         lines = last_lines(self.logs / unit.log)
         if unit.shown_log and unit.shown_log != unit.log:
             named = TASK_ENDED.search("\n".join(lines))
-            lines = last_lines(self.logs / f"{unit.role}_{named[1] if named else 0}.log") + lines[:4]
+            lines = lines[:4] + last_lines(self.logs / f"{unit.role}_{named[1] if named else 0}.log")
         return lines
 
     def stop(self) -> None:

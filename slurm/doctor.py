@@ -35,7 +35,7 @@ def checks(config: Config, programs: Programs, folder: Path) -> Iterator[tuple[s
         wanted = ("-p", cluster.partition) if cluster.partition else ()
         lines = slurm("sinfo", "-h", *wanted, "-o", "%P %D %t %c %G").split("\n")
         if not lines[0]:
-            known = slurm("sinfo", "-h", "-o", "%R").split()
+            known = sorted(set(slurm("sinfo", "-h", "-o", "%R").split()))
             raise UserError(f"no partition {cluster.partition}; there are: {', '.join(known)}: set cluster.partition")
         return "; ".join(line for line in lines if line)
 

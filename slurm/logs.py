@@ -1,5 +1,6 @@
 """Log files of roles: their last lines, and following them while they grow."""
 
+import codecs
 import sys
 import threading
 from pathlib import Path
@@ -25,6 +26,7 @@ class Follower:
         self.path = path
         self.stream = stream or sys.stdout
         self._position = 0 if from_start or not path.exists() else path.stat().st_size
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
@@ -35,7 +37,7 @@ class Follower:
                 file.seek(self._position)
                 while chunk := file.read(65536):
                     self._position += len(chunk)
-                    self.stream.write(chunk.decode(errors="replace"))
+                    self.stream.write(self._decoder.decode(chunk))
         except FileNotFoundError:
             return
         self.stream.flush()

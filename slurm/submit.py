@@ -116,6 +116,8 @@ def submit(run: RunFolder, config: Config, stages: list[str], programs: Programs
             jobs = ", ".join(f"{state.job_id} ({state.state})" for state in active)
             raise UserError(f"{run.path}: this run is active, jobs {jobs}; see vcppo status, or vcppo cancel it first")
         todo = pending_stages(run, stages)
+        if not todo:
+            return {}
         code = take_snapshot(run.path)
         (run.path / "slurm").mkdir(exist_ok=True)
         check_scripts(

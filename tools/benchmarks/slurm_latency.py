@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         f"stages: [{', '.join(STAGES)}]\n"
     )
     commands = {
-        "submit": ["submit", str(config), "--cluster", "devcluster"],
+        "submit": ["submit", str(config), "--cluster", "devcluster", "cluster.trainer_ranks=2"],
         "status": ["status", f"{folder}/run"],
         "cancel": ["cancel", f"{folder}/run"],
     }
