@@ -186,3 +186,13 @@ def test_wrong_shapes_are_named():
         decoupled_gae(rewards, values, mask.long(), **options)
     with pytest.raises(AssertionError, match=r"\[B\], not \(3,\)"):
         decoupled_gae(rewards, values, mask, **{**options, "lam_actor": torch.ones(3)})
+
+
+@pytest.mark.gpu
+def test_cuda_is_the_oracle():
+    rewards, values, mask = _dense(3, 1100)
+    mask[0, 200:900], mask[1, ::3] = False, False
+    options = {"gamma": 0.999, "lam_actor": 0.95, "lam_critic": 1.0}
+    got = decoupled_gae(rewards.cuda(), values.cuda(), mask.cuda(), **options)
+    for a, b in zip(got, gae_reference(rewards, values, mask, **options)):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-9, atol=1e-9)
