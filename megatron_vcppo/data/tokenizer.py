@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -11,11 +12,14 @@ from megatron_vcppo.errors import UserError
 
 Messages = list[dict[str, Any]]
 
+_PROBE = " The answer's 1234.5 – it’ll do:\n\n\tdef f(x_1): return {'a': [x**2]}  # naïve, 数学 №7 +3 #4 </think>"
+
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved in a Hugging Face checkpoint folder; never looks at the network.
 
-    Raises UserError if the folder or its tokenizer is missing or broken, or if it names no end-of-sequence token.
+    Raises UserError if the folder or its tokenizer is missing or broken, if it names no end-of-sequence token, or if
+    transformers does not follow the folder's tokenizer.json.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -32,7 +36,27 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         transformers_logging.set_verbosity(level)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path} has no eos_token; set it in tokenizer_config.json")
+    _check_against_file(tokenizer, path)
     return tokenizer
+
+
+def _check_against_file(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """For some model types (qwen2) transformers rebuilds the tokenizer from its vocabulary by that type's own rules.
+
+    With another tokenizer in the folder, text would be split wrongly, and nothing would say so.
+    """
+    if not (path / "tokenizer.json").exists():
+        return
+    stored = Tokenizer.from_file(str(path / "tokenizer.json"))
+    stored.no_padding()
+    stored.no_truncation()
+    words = sorted(stored.get_vocab(with_added_tokens=False))
+    probe = " ".join(words[:: len(words) // 200 + 1]) + _PROBE
+    if stored.encode(probe, add_special_tokens=False).ids != encode_texts(tokenizer, [probe], special=False)[0]:
+        raise UserError(
+            f"{path}: transformers reads its tokenizer as {type(tokenizer).__name__}, which splits text differently "
+            "from its tokenizer.json; the model_type in config.json must be one that the tokenizer was made for"
+        )
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int]]:

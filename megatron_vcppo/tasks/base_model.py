@@ -9,8 +9,6 @@ from transformers import (
     LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -18,8 +16,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
 
+# Not Qwen2: for that model type transformers ignores tokenizer.json and puts Qwen2's own splitting in its place.
 FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
@@ -27,7 +25,7 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
 
 def write_base_model(
     folder: Path,
-    family: str = "qwen2",
+    family: str = "qwen3",
     num_layers: int = 2,
     width: int = 64,
     head_size: int = 32,

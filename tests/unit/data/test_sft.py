@@ -189,6 +189,11 @@ def test_tokenizer_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot load the tokenizer"):
         load_tokenizer(tmp_path)
     build_tokenizer().save_pretrained(tmp_path / "good")
+    # For this model type transformers puts Qwen2's rules in the place of tokenizer.json.
+    (tmp_path / "good" / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(UserError, match="reads its tokenizer as Qwen2Tokenizer, which splits text differently"):
+        load_tokenizer(tmp_path / "good")
+    (tmp_path / "good" / "config.json").write_text('{"model_type": "qwen3"}')
     assert load_tokenizer(tmp_path / "good")(PROMPT)["input_ids"] == build_tokenizer()(PROMPT)["input_ids"]
 
 
