@@ -19,6 +19,7 @@ COMMANDS = {
     "make-task": ("megatron_vcppo.commands.make_task", "make a tiny base model and the data of a synthetic task"),
     "run": ("slurm.commands.run", "run the chain on this machine, stage after stage"),
     "rollouts": ("megatron_vcppo.commands.rollouts", "what the policy wrote in an iteration, worst rewards first"),
+    "report": ("megatron_vcppo.commands.report", "curves, diagnosis and rollouts of runs as one HTML page"),
     "submit": ("slurm.commands.submit", "queue the chain on a Slurm cluster"),
     "status": ("slurm.commands.status", "where a run stands: stages, jobs, progress, failures"),
     "logs": ("slurm.commands.logs", "what the roles of a run wrote"),

@@ -62,6 +62,18 @@ def diagnose(history: History, worst_reward: float | None = None) -> list[Findin
 SIGNATURES = ("length_collapse", "value_misalignment", "reward_decay", "value_loss_oscillation", "truncation")
 
 
+def warnings_of(history: History, worst_reward: float | None = None) -> list[str]:
+    """One line per failure signature that shows since the last iteration of the history and did not show before it."""
+    if not history:
+        return []
+    before = {finding.signature for finding in diagnose(history[:-1], worst_reward) if finding.state == "found"}
+    return [
+        f"{finding.signature}: {finding.evidence}; {finding.advice}"
+        for finding in diagnose(history, worst_reward)
+        if finding.state == "found" and finding.signature not in before
+    ]
+
+
 def _length_collapse(history: History) -> Finding:
     name = "length_collapse"
     iterations, lengths = _series(history, "rollout/length_mean")

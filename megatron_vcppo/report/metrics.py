@@ -66,7 +66,20 @@ class MetricsLog:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The complete records of a stage's log, oldest first; empty if there is none. A torn last line is left out."""
-    return [record for _, record in _records(folder / FILE_NAME) if record is not None]
+    return read_records(folder / FILE_NAME)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The complete records of a file of one JSON object with an iteration per line; empty if there is none."""
+    return [record for _, record in _records(path) if record is not None]
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """The records of a stage's log as numbers: NaN and infinities are numbers again, what is text is left out."""
+    return [
+        {name: number for name, value in record.items() if (number := _number(value)) is not None}
+        for record in read_metrics(folder)
+    ]
 
 
 def cut_back(path: Path, iteration: int) -> None:
@@ -138,3 +151,9 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 def _plain(value: float | int | str) -> float | int | str:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, str):
+        return float(value) if value in ("nan", "inf", "-inf") else None
+    return value if isinstance(value, int | float) else None

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron_vcppo.algo.diagnose import SIGNATURES, diagnose
+from megatron_vcppo.algo.diagnose import SIGNATURES, diagnose, warnings_of
 
 
 def _history(**series: list[float]) -> list[dict[str, float]]:
@@ -103,3 +103,12 @@ def test_missing_or_broken_metrics_are_unknown_not_fine():
     assert set(_states([]).values()) == {"unknown"}
     broken = _history(critic__terminal_share_first_token=[math.nan] * 4, rollout__length_mean=["nan", 3.0, 4.0])
     assert set(_states(broken).values()) == {"unknown"}
+
+
+def test_a_warning_comes_once_when_its_signature_first_shows():
+    lengths = [92.0, 90.0, 85.0, 80.0, 60.0, 40.0, 30.0, 20.0]
+    history = _history(rollout__length_mean=lengths, critic__explained_variance=[0.2] * 8)
+    warned = [warnings_of(history[: i + 1]) for i in range(8)]
+    (line,) = [line for lines in warned for line in lines]
+    assert line.startswith("length_collapse: mean length: ") and "pretrain the critic" in line
+    assert warnings_of([]) == []

@@ -1,0 +1,128 @@
+"""What a run left on disk, read for a report: whatever is not there yet is empty."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_vcppo.algo.diagnose import Finding, diagnose
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.records import Rollout
+from megatron_vcppo.report.metrics import read_history, read_records
+from megatron_vcppo.rewards.base import NO_ANSWER
+
+CONFIG_NAME = "config.yaml"
+COLOURS = ("#2563eb", "#d9480f", "#2b8a3e", "#7048e8", "#0c8599", "#c2255c", "#5c940d", "#495057")
+"""One per run; more runs than colours are drawn in the same ones again."""
+
+History = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class StoredRollouts:
+    """The rollouts of one stored iteration."""
+
+    stage: str
+    iteration: int
+    rollouts: Sequence[Rollout]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run as the report shows it."""
+
+    name: str
+    colour: str
+    config: dict[str, Any]
+    """The resolved configuration, without the values of cluster.environment."""
+    stages: list[str]
+    done: frozenset[str]
+    """The stages whose manifest stands."""
+    history: dict[str, History]
+    """Stage → its metrics, oldest first; stages without any are not in it."""
+    profiles: list[dict[str, Any]]
+    """One per PPO iteration, oldest first."""
+    results: list[dict[str, Any]]
+    """The rows of the evaluation."""
+    stored: list[StoredRollouts] = field(default_factory=list)
+
+    def series(self, stage: str, metric: str) -> list[tuple[float, float]]:
+        """(iteration, value) of every record of a stage that has the metric."""
+        rows = self.history.get(stage, [])
+        return [(row["iteration"], row[metric]) for row in rows if metric in row]
+
+    def findings(self) -> list[Finding]:
+        """The diagnosis of the PPO stage."""
+        return diagnose(self.history.get("ppo", []), worst_reward(self.config))
+
+
+def read_run(
+    path: Path, name: str, colour: str, done: frozenset[str] = frozenset(), stored: Sequence[StoredRollouts] = ()
+) -> RunData:
+    """Read a run folder. Raises UserError if it is none, or if a file in it cannot be read."""
+    config = read_config(path)
+    stages = [str(stage) for stage in config.get("stages") or []]
+    folders = [*stages, *sorted(folder.parent.name for folder in path.glob("*/metrics.jsonl"))]
+    history = {stage: rows for stage in dict.fromkeys(folders) if (rows := read_history(path / stage))}
+    by_iteration = {record["iteration"]: record for record in read_records(path / "ppo" / "profiles.jsonl")}
+    profiles = [by_iteration[iteration] for iteration in sorted(by_iteration)]
+    results = _read_results(path / "evaluate" / "results.json")
+    return RunData(name, colour, config, stages, done, history, profiles, results, list(stored))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The resolved configuration of a run folder; UserError if the folder is no run."""
+    file = path / CONFIG_NAME
+    if not file.is_file():
+        raise UserError(f"{path}: not a run folder: it has no {CONFIG_NAME}")
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: not a configuration: it holds no keys")
+    environment = (config.get("cluster") or {}).get("environment")
+    if environment:  # a user's variables are not for a page that is sent around
+        config["cluster"]["environment"] = dict.fromkeys(environment, "(not shown)")
+    return config
+
+
+def setting(config: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key, None if the configuration does not have it."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def worst_reward(config: dict[str, Any]) -> float | None:
+    """The lowest return that a response can have; None if a KL divergence in the rewards leaves it open."""
+    if setting(config, "ppo.loss.kl_coef") and setting(config, "ppo.loss.kl_in") == "reward":
+        return None
+    return NO_ANSWER.reward - bool(setting(config, "ppo.advantage.overlong_penalty_tokens"))
+
+
+def differences(runs: Sequence[RunData]) -> dict[str, list[Any]]:
+    """Dotted key → its value in each run, of the keys that are not the same in all."""
+    flat = [dict(_leaves(run.config)) for run in runs]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    values = {key: [one.get(key) for one in flat] for key in keys}
+    return {key: row for key, row in values.items() if any(value != row[0] for value in row)}
+
+
+def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(value, dict) or not value:
+        return [(prefix, value)]
+    return [leaf for key, part in value.items() for leaf in _leaves(part, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def _read_results(file: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UserError(f"{file}: cannot be read as JSON: {error}") from None

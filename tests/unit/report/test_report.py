@@ -1,0 +1,230 @@
+"""The report of recorded runs: what it says, what it needs, and what it refuses."""
+
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from megatron_vcppo.cli import main
+from megatron_vcppo.commands.report import read_runs
+from megatron_vcppo.mcore.manifest import write_manifest
+from megatron_vcppo.report.html import render
+from megatron_vcppo.report.metrics import MetricsLog, read_history
+from megatron_vcppo.report.run_data import differences
+from megatron_vcppo.report.samples import HEAD, TAIL, choose, shorten
+from tests.helpers.recorded_run import make_config, record_run
+
+RESULTS = [
+    {
+        "name": name,
+        "avg": share,
+        "avg_interval": 0.031,
+        "pass": {"1": [share, 0.031]},
+        "length_mean": 92.4,
+        "truncated_share": 0.01,
+    }
+    for name, share in (("sft", 0.412), ("ppo", 0.843))
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A collapsing run and a sound one with an evaluation."""
+    folder = tmp_path_factory.mktemp("runs")
+    plain, sound = folder / "plain", folder / "vcppo"
+    record_run(plain, collapsing=True)
+    record_run(sound, collapsing=False)
+    (sound / "evaluate").mkdir()
+    (sound / "evaluate" / "results.json").write_text(json.dumps(RESULTS))
+    write_manifest(sound / "evaluate", {}, only=["results.json"])
+    return plain, sound
+
+
+class Page(HTMLParser):
+    """Counts tags and holds text; fails on tags that do not nest and on anything that is loaded from elsewhere."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.count: Counter[str] = Counter()
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.text = ""
+        self.feed(source)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "img", "iframe")
+        self.count[tag] += 1
+        for name, value in attrs:
+            assert name not in ("src", "onload", "onclick")
+            if name == "href":
+                self.links.append(value or "")
+            if name == "id":
+                self.ids.add(value or "")
+            if name in ("points", "x", "y", "cx", "cy", "x1", "y1", "height"):
+                assert "nan" not in (value or "") and "inf" not in (value or "")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def page_of(*folders: Path) -> Page:
+    page = Page(render(read_runs(folders)))
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    return page
+
+
+def test_the_page_of_a_collapsed_run_says_so(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(runs[0])]) == 0
+    out = capsys.readouterr().out
+    assert "length_collapse: mean length" in out
+    path = runs[0] / "report.html"
+    page = Page(path.read_text())
+    for text in ("length collapse", "Explained variance", "Advantage by decile", "iteration 12", "wrong: 3 for 7"):
+        assert text in page.text
+    assert "3 <b>#1</b> +4 ?" in page.text and "lam_critic: 0.95" in page.text
+    assert path.stat().st_size < 300_000
+    assert not list(runs[0].glob(".*"))
+
+
+def test_several_runs_share_one_page(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "both.html"
+    assert main(["report", *map(str, runs), "--out", str(out)]) == 0
+    page = Page(out.read_text())
+    assert page.text.count("length collapse") == 2  # judged in both
+    assert "84.3 ± 3.1 %" in page.text and "Advantage by position: vcppo" in page.text
+    changed = differences(read_runs(runs))
+    assert changed["ppo.advantage.lam_critic"] == [0.95, 1.0]
+    assert set(changed) == {"ppo.advantage.lam_critic", "run.dir"}
+
+
+def test_a_curve_passes_through_the_logged_numbers(runs: tuple[Path, Path]) -> None:
+    source = render(read_runs(runs[:1]))
+    figure = re.search(r"<h3>Response length</h3>.*?</figure>", source, re.S)
+    assert figure
+    shown = [float(text) for text in re.findall(r"<title>plain: ([\d.]+) at", figure[0])]
+    logged = [row["rollout/length_mean"] for row in read_history(runs[0] / "ppo")]
+    assert shown == pytest.approx(logged, rel=5e-3) and len(shown) == 12
+
+
+def test_the_stages_of_a_run_are_told_apart(runs: tuple[Path, Path]) -> None:
+    page = page_of(runs[1])
+    assert page.text.count("not started") == 1  # value_pretrain
+    assert page.text.count("not finished") == 2  # sft and ppo have no manifest here
+    assert "60 of 60 iterations" in page.text
+
+
+@pytest.mark.parametrize("stages", [[], ["sft"], ["sft", "ppo"]])
+def test_what_is_not_there_yet_is_no_error(tmp_path: Path, stages: list[str]) -> None:
+    config = make_config(tmp_path / "run", 1.0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("stages: [sft, ppo]\ncluster: {environment: {KEY: secret-word}}\n")
+    for stage in stages:
+        with MetricsLog(tmp_path / "run" / stage, config, stage) as log:
+            log.log(1, {"sft/loss": 1.5} if stage == "sft" else {"rollout/reward_mean": float("nan")})
+    page = page_of(tmp_path / "run")
+    assert page.text.count("not started") == 2 - len(stages)
+    assert "secret-word" not in page.text and "KEY" in page.text
+
+
+def test_what_is_not_finite_is_left_out_and_said(tmp_path: Path) -> None:
+    config = record_run(tmp_path / "run", collapsing=False, iterations=3, num_rollouts=6)
+    with MetricsLog(tmp_path / "run" / "ppo", config, "ppo", resume_iteration=3) as log:
+        log.log(4, {"critic/value_loss": float("nan"), "rollout/length_mean": float("inf")})
+    assert "1 values that are not finite are left out" in page_of(tmp_path / "run").text
+
+
+def test_long_runs_stay_small(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", 1.0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("stages: [ppo]\n")
+    names = ("rollout/reward_mean", "rollout/accuracy", "critic/value_loss", "time/generation_s", "time/iteration_s")
+    with MetricsLog(tmp_path / "run" / "ppo", config, "ppo") as log:
+        for iteration in range(1, 5001):
+            log.log(iteration, dict.fromkeys(names, iteration / 5000))
+    source = render(read_runs([tmp_path / "run"]))
+    assert len(source) < 60_000
+    assert "each point is the mean of 17 iterations" in source
+
+
+def test_profiles_of_a_resumed_run_are_those_of_the_last_attempt(tmp_path: Path) -> None:
+    record_run(tmp_path / "run", collapsing=False, iterations=2, num_rollouts=6)
+    with (tmp_path / "run" / "ppo" / "profiles.jsonl").open("a") as file:
+        file.write(json.dumps({"iteration": 2, "advantage_by_decile": [0.5] * 10}) + "\n" + '{"iteration": 3, "adv')
+    profiles = read_runs([tmp_path / "run"])[0].profiles
+    assert [record["iteration"] for record in profiles] == [1, 2]
+    assert profiles[1]["advantage_by_decile"] == [0.5] * 10
+
+
+def test_rollouts_still_being_written_are_passed_over(tmp_path: Path) -> None:
+    record_run(tmp_path / "run", collapsing=False, iterations=3, num_rollouts=6)
+    rollouts = tmp_path / "run" / "ppo" / "rollouts"
+    (rollouts / "iter_0000003_0of1.jsonl.zst").rename(rollouts / "iter_0000003_0of2.jsonl.zst")
+    stored = read_runs([tmp_path / "run"])[0].stored
+    assert [(one.stage, one.iteration, len(one.rollouts)) for one in stored] == [("ppo", 1, 6), ("ppo", 2, 6)]
+
+
+def test_chosen_rollouts_are_what_they_are_called(runs: tuple[Path, Path]) -> None:
+    rollouts = read_runs(runs[1:])[0].stored[-1].rollouts
+    chosen = choose(rollouts)
+    by_reason = {reason: [r for reasons, r in chosen if reason in reasons] for reason in ("best", "worst", "longest")}
+    assert [r.reward for r in by_reason["best"]] == [1.0, 1.0]
+    assert [r.reward for r in by_reason["worst"]] == [-1.0, -1.0]
+    longest = sorted((len(r.response_ids) for r in rollouts), reverse=True)[:2]
+    assert sorted((len(r.response_ids) for r in by_reason["longest"]), reverse=True) == longest
+    assert all(r.truncated == ("cut" in reasons) for reasons, r in chosen if "cut" in reasons)
+    assert len({id(r) for _, r in chosen}) == len(chosen)
+
+
+def test_long_texts_keep_both_ends() -> None:
+    text = "a" * HEAD + "b" * 1234 + "c" * TAIL
+    assert "1,234 characters are left out" in shorten(text) and "b" not in shorten(text)[:HEAD]
+    assert shorten(text[: HEAD + TAIL]) == text[: HEAD + TAIL]
+
+
+def broken(folder: Path, name: str) -> list[str]:
+    """The arguments of a call that cannot work."""
+    run = folder / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text({"yaml": "a: [", "list": "- 1\n"}.get(name, "stages: [sft]\n"))
+    if name == "results":
+        (run / "evaluate").mkdir()
+        (run / "evaluate" / "results.json").write_text("{")
+    return {"none": [str(folder)], "missing": [str(folder / "x")], "twice": [str(run), f"{run}/"]}.get(
+        name, [str(run), *(["--out", str(folder / "no" / "such.html")] if name == "out" else [])]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none", "not a run folder: it has no config.yaml"),
+        ("missing", "not a run folder: it has no config.yaml"),
+        ("twice", "the same run is named twice"),
+        ("yaml", "cannot be read as YAML"),
+        ("list", "not a configuration"),
+        ("results", "results.json: cannot be read as JSON"),
+        ("out", "choose another place with --out"),
+    ],
+)
+def test_mistakes_cost_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str) -> None:
+    assert main(["report", *broken(tmp_path, name)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.rglob("*.html*"))
