@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 MAX_ERRORS = 3
 """A request that engines refuse this often ends generation: it is the request's fault, not theirs."""
+MAX_LOSSES = 6
+"""A request whose engine failed this often ends generation: it may be what kills them."""
 
 
 class RolloutError(RuntimeError):
@@ -43,6 +45,8 @@ class Wanted:
     sample_index: int
     request: GenerateRequest
     errors: list[str] = field(default_factory=list)
+    num_losses: int = 0
+    """How often its engine failed before it was answered."""
 
     @property
     def tokens(self) -> int:
@@ -207,8 +211,19 @@ class _Generation:
             self.failure = error
         finally:
             self.release(member, left.values())
+            self.check_losses(left.values(), member)
             self.waiting.extendleft(reversed(left.values()))
             self.fleet.changed.set()
+
+    def check_losses(self, lost: Iterable[Wanted], member: Member) -> None:
+        """End generation if a request was with too many engines that failed: it may be what fails them."""
+        for item in lost:
+            item.num_losses += 1
+            if item.num_losses >= MAX_LOSSES:
+                self.failure = RolloutError(
+                    f"prompt {item.prompt.prompt_id} ({len(item.request.token_ids)} tokens) was with {MAX_LOSSES} "
+                    f"engines that failed, last {member.engine}: {member.trouble}"
+                )
 
     def take(self, item: Wanted, response: Response, member: Member) -> None:
         """Count a response; one that an engine refused waits again, or ends generation if it was refused too often."""

@@ -90,9 +90,9 @@ class Front:
 
     async def _respond(self, engine: Any, sampling: Sampling, request: GenerateRequest) -> Response:
         version = self.policy_version
-        params = sampling_params(sampling, request)
         output = None
         try:
+            params = sampling_params(sampling, request)
             prompt = {"prompt_token_ids": request.token_ids}
             async for partial in engine.generate(prompt, params, f"vcppo-{next(self.names)}"):
                 output = partial

@@ -5,6 +5,7 @@ killed outright, the kernel kills them.
 """
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -21,6 +22,8 @@ from megatron_vcppo.rollout.auth import make_secret
 from megatron_vcppo.rollout.process import interface_address
 from megatron_vcppo.rollout.rendezvous import SECRET
 from megatron_vcppo.rollout.supervisor import Limits, Slot, run
+
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def main() -> int:
@@ -58,6 +61,8 @@ def plan_slots(config: Config, model: Path, folder: Path, node: int) -> list[Slo
             f"rollout.engine: {engine.per_node} engines × tp {engine.tp} × dp {engine.dp} need "
             f"{engine.per_node * engine.tp * engine.dp} GPUs; this node shows {len(gpus)}"
         )
+    if not gpus:
+        check_head_size(model)
     limits = Limits(rollout.start_timeout_s, rollout.health_timeout_s, rollout.max_restarts)
 
     def launch(placement: server.Placement, port: int) -> tuple[list[str], dict[str, str]]:
@@ -83,6 +88,18 @@ def plan_slots(config: Config, model: Path, folder: Path, node: int) -> list[Slo
         log_file = folder / f"engine_{node}_{index}.log"
         slots.append(Slot(node, index, address, folder, log_file, limits, partial(launch, placement)))
     return slots
+
+
+def check_head_size(model: Path) -> None:
+    """vLLM's attention on CPU knows certain head sizes only, and an engine would die of the first request."""
+    try:
+        config = json.loads((model / "config.json").read_text())
+        head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{model}/config.json: cannot be read as a model's configuration: {error}") from None
+    if head_size not in CPU_HEAD_SIZES:
+        known = ", ".join(map(str, CPU_HEAD_SIZES))
+        raise UserError(f"{model}/config.json: heads of size {head_size}; vLLM without GPUs knows {known}")
 
 
 def visible_gpus() -> list[int]:

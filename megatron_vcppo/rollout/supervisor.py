@@ -55,6 +55,7 @@ class Slot:
 
         Runs in a thread that lives as long as the engine: the kernel kills the engine when that thread ends.
         """
+        rendezvous.withdraw(self.folder, Engine(self.node, self.index, 0, self.address, 0, 0))  # a killed one's
         for generation in range(self.limits.max_restarts + 1):
             port = free_port(self.address)
             process = server.start(*self.launch(port), self.log_file)

@@ -29,6 +29,7 @@ Exchange = Callable[[Any], list[Any]]
 """Gives every trainer rank the objects of all, by rank; collective, with a deadline."""
 
 STATUS_TIMEOUT_S = 10.0
+POLL_S = 0.5
 
 
 class WeightSyncError(RuntimeError):
@@ -62,19 +63,14 @@ class WeightSync:
         self.pool = ThreadPoolExecutor(1, "weight_sync")
 
     def wait_for_engines(self, count: int, timeout_s: float) -> None:
-        """Return when count engines are published; raises WeightSyncError on every rank after timeout_s."""
+        """Return when count engines answer; raises WeightSyncError on every rank after timeout_s."""
         deadline = time.monotonic() + timeout_s
-        while True:
-            known = self.exchange(len(rendezvous.engines(self.folder)))[0]
-            if known >= count:
-                return
+        while (ready := len(self.answering())) < count:
             if self.exchange(time.monotonic() > deadline)[0]:
                 raise WeightSyncError(
-                    f"{known} of {count} engines ready after {timeout_s:g} s; see the logs of the "
-                    f"others in {self.folder}",
-                    [],
+                    f"{ready} of {count} engines ready after {timeout_s:g} s; the others' logs are in {self.folder}", []
                 )
-            time.sleep(0.5)
+            time.sleep(POLL_S)
 
     def sync(self, policy_version: int, source: Source) -> PushResult:
         """Push to every engine that answers; if one is lost on the way, once more to the others."""
@@ -100,12 +96,15 @@ class WeightSync:
             try:
                 status = await link.status(session, engine, STATUS_TIMEOUT_S)
             except link.FAILURES as error:
-                log.warning("%s does not answer (%s): left out of the push", engine, type(error).__name__)
+                log.info("%s does not answer (%s)", engine, type(error).__name__)
                 return None
             return None if status.policy_version == but else Target(engine, status.num_workers)
 
+        known = rendezvous.engines(self.folder)
+        if not known:  # nor is there a secret, before the first supervisor has started
+            return []
         async with link.open_session(read_secret(self.folder / SECRET)) as session:
-            answers = await asyncio.gather(*(ask(engine) for engine in rendezvous.engines(self.folder)))
+            answers = await asyncio.gather(*(ask(engine) for engine in known))
         return [target for target in answers if target is not None]
 
     def push(self, policy_version: int, source: Source, targets: list[Target]) -> PushResult:

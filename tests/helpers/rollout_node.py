@@ -9,15 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors.torch import load_file
 
-from megatron_vcppo.config.rollout import EngineConfig, RolloutConfig
+from megatron_vcppo.config.rollout import EngineConfig, RolloutConfig, WeightSyncConfig
 from megatron_vcppo.records import Prompt
 from megatron_vcppo.rollout import rendezvous
 from megatron_vcppo.rollout.client import RolloutClient
-from megatron_vcppo.rollout.process import alive, without_trainer
+from megatron_vcppo.rollout.process import alive, die_with_parent, without_trainer
 from megatron_vcppo.rollout.rendezvous import Engine
 from megatron_vcppo.rollout.sampling import greedy
+from megatron_vcppo.tasks.vocabulary import WORDS
+from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
+from megatron_vcppo.weight_sync.plan import SINGLE
+from megatron_vcppo.weight_sync.sync import Source, WeightSync
+from megatron_vcppo.weight_sync.transport import NetworkTransport, Transport
+from tests.helpers.tiny_models import save_tiny_model
 
 MAX_LENGTH = 256
 START_TIMEOUT_S = 240.0
@@ -58,7 +66,9 @@ class RolloutNode:
 
     def __enter__(self) -> "RolloutNode":
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=without_trainer(os.environ))
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=log, env=without_trainer(os.environ), preexec_fn=die_with_parent
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,15 +101,35 @@ class RolloutNode:
         settings = RolloutConfig(**{**vars(self.settings), **changes})
         return RolloutClient(self.rendezvous, settings, MAX_LENGTH, run_seed=7, decode=lambda ids: str(list(ids)))
 
+    def weight_sync(
+        self, timeout_s: float = 60.0, transport: Transport | None = None, pause: str = "drain"
+    ) -> WeightSync:
+        """The pushes of a trainer of one process."""
+        transport = transport or NetworkTransport("127.0.0.1", torch.device("cpu"), 1 << 16, timeout_s)
+        config = WeightSyncConfig(timeout_s=timeout_s, pause=pause)  # type: ignore[arg-type]
+        return WeightSync(config, self.rendezvous, SINGLE, lambda value: [value], transport)
+
     def greedy(self, policy_version: int, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         """Greedy responses of 24 tokens from engines that hold policy_version."""
         rollouts = self.client(max_tokens=24).generate(prompts, 0, policy_version, greedy(), 1)
         return [rollout.response_ids for rollout in rollouts]
 
 
-def make_prompts(count: int, vocab_size: int, length: int = 12) -> list[Prompt]:
+def save_policy(folder: Path, family: str = "qwen2", tied: bool = False, seed: int = 0, **sizes: int) -> Path:
+    """A random tiny model with the tokenizer that a vLLM server asks for, and heads that it can work with on CPU."""
+    save_tiny_model(folder, family, tied, seed, **{"vocab_size": len(WORDS), "hidden_size": 128, **sizes})
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def weights_of(folder: Path) -> Source:
+    """A push's source that reads a checkpoint."""
+    return lambda: iter(load_file(folder / "model.safetensors").items())
+
+
+def make_prompts(count: int, length: int = 12) -> list[Prompt]:
     """Deterministic prompts of random-looking tokens."""
     return [
-        Prompt(f"p{i}", tuple((31 * i + 7 * j + i * j) % (vocab_size - 8) + 4 for j in range(length)), "", "", "test")
+        Prompt(f"p{i}", tuple((31 * i + 7 * j + i * j) % (len(WORDS) - 8) + 4 for j in range(length)), "", "", "test")
         for i in range(count)
     ]

@@ -82,7 +82,7 @@ def test_development_routes_stay_off(tmp_path) -> None:
 def test_the_interface_is_a_name_or_an_address() -> None:
     assert interface_address("lo") == "127.0.0.1"
     assert interface_address("10.1.2.3") == "10.1.2.3"
-    with pytest.raises(OSError, match="no network interface ib7 .*there are: .*lo"):
+    with pytest.raises(OSError, match=r"no network interface ib7 .*there are: .*lo"):
         interface_address("ib7")
 
 

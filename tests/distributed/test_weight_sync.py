@@ -1,0 +1,102 @@
+"""Pushes from live Megatron ranks under several layouts into engines of several layouts: a fresh engine's output.
+
+Each engine is started from the target checkpoint and its greedy output recorded: that is the fresh engine. Then other
+weights and the target's are pushed in turn from every Megatron layout; after the target's, the output must be the
+fresh engine's again, and after the others', it must not.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vcppo.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.data.packing import pack_all, unpack_all
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.mcore.export_stream import stream_hf
+from megatron_vcppo.mcore.hf_load import load_hf
+from megatron_vcppo.mcore.learner import Actor
+from megatron_vcppo.mcore.model import build_actor
+from megatron_vcppo.records import Rollout, Sequence
+from megatron_vcppo.rollout import wire
+from megatron_vcppo.rollout.wire import Sampling
+from megatron_vcppo.weight_sync.place import make_weight_sync, place_of
+from megatron_vcppo.weight_sync.sync import PushResult
+from tests.helpers.distributed import run_distributed_test
+from tests.helpers.rollout_node import RolloutNode, make_prompts, save_policy
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+PROMPTS = make_prompts(8)
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+"""Tensor- and pipeline-parallel sizes of the trainer."""
+
+
+def push(folders: list[Path], versions: list[int], rendezvous: Path, tp: int, pp: int) -> list[PushResult]:
+    """One rank: load each checkpoint into a live actor and push it."""
+    parallel = ParallelConfig(tp=tp, pp=pp)
+    me = runtime.start(parallel, seed=1, timeout_s=60)
+    config = Config()
+    config.weight_sync.timeout_s, config.weight_sync.bucket_mib = 60.0, 1
+    place = place_of(me.pp_rank, me.pp_size, me.tp_rank, me.dp_rank)
+    sync = make_weight_sync(config, rendezvous, place, torch.device("cpu"))
+    results = []
+    model = build_actor(Architecture.from_hf(folders[0]), ModelConfig(hf=str(folders[0]), dtype="float32"), parallel)
+    for folder, version in zip(folders, versions):
+        load_hf(model, folder)
+        results.append(sync.sync(version, lambda: stream_hf(model)))
+    return results
+
+
+def logprobs(folder: Path, sequences: list[Sequence], tp: int, pp: int) -> list[list[float]]:
+    """One rank: Megatron's log-probs of every token but the first."""
+    parallel = ParallelConfig(tp=tp, pp=pp)
+    runtime.start(parallel, seed=1, timeout_s=60)
+    model = build_actor(Architecture.from_hf(folder), ModelConfig(hf=str(folder), dtype="float32"), parallel)
+    load_hf(model, folder)
+    actor = Actor(model, parallel, OptimizerConfig(), ScheduleConfig(), total_steps=1)
+    packed = pack_all(sequences, 256, multiple=tp)
+    return [[float(value) for value in row] for row in unpack_all(packed, actor.logprobs(packed))]
+
+
+def check_logprob_gap(folder: Path, rollouts: list[Rollout]) -> None:
+    """vLLM's log-probs of sampled responses are Megatron's, within 1e-3 per token."""
+    sequences = [Sequence(rollout.prompt.token_ids + rollout.response_ids) for rollout in rollouts]
+    rows = run_distributed_test(logprobs, 4, folder, sequences, 2, 2)[-1]
+    for rollout, row in zip(rollouts, rows):
+        trained = torch.tensor(row[len(row) - len(rollout.response_ids) :])
+        assert (trained - torch.tensor(rollout.rollout_logprobs)).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "engine"),
+    [
+        ("qwen2", True, {}),
+        ("qwen2", False, {}),
+        ("qwen3", True, {}),
+        ("qwen3", False, {}),
+        ("qwen2", False, {"tp": 2}),
+        ("qwen3", True, {"tp": 2}),
+        ("qwen2", True, {"dp": 2}),
+        ("qwen3", False, {"dp": 2}),
+    ],
+    ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) or "tp1" if isinstance(value, dict) else str(value),
+)
+def test_greedy_output_after_a_push_is_a_fresh_engines(tmp_path, family, tied, engine) -> None:
+    target = save_policy(tmp_path / "target", family, tied, seed=1)
+    other = save_policy(tmp_path / "other", family, tied, seed=2)
+    with RolloutNode(tmp_path / "node", target, {"engine": engine}) as node:
+        node.wait(1)
+        fresh = node.greedy(wire.NO_VERSION, PROMPTS)
+        version = 0
+        for tp, pp in LAYOUTS:
+            run_distributed_test(push, tp * pp, [other], [version + 1], node.rendezvous, tp, pp, timeout_s=100)
+            assert node.greedy(version + 1, PROMPTS) != fresh
+            per_rank = run_distributed_test(
+                push, tp * pp, [target], [version + 2], node.rendezvous, tp, pp, timeout_s=100
+            )
+            assert node.greedy(version + 2, PROMPTS) == fresh, f"trainer tp {tp} pp {pp}"
+            assert len({str(results) for results in per_rank}) == 1, "the ranks disagree on what was pushed"
+            version += 2
+        check_logprob_gap(target, node.client(max_tokens=32).generate(PROMPTS, 0, version, Sampling(), 2))
