@@ -3,16 +3,18 @@
 import argparse
 
 from slurm.commands.submit import print_jobs
-from slurm.prepare import LOCAL, add_run_argument, add_stage_arguments, open_run
+from slurm.prepare import LOCAL, add_run_argument, add_stage_arguments, open_run, prepare
 from slurm.run_folder import chosen_stages
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the command."""
     parser = subparsers.add_parser(
-        "resume", description="Queue the stages of a run that are not done, as it is configured."
+        "resume",
+        description="Queue the stages of a run that are not done; checkpoints are resharded to a changed layout.",
     )
     add_run_argument(parser)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys to change, such as another layout")
     add_stage_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -20,6 +22,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Submit the rest of the chain, or run it here."""
     folder, config = open_run(args.folder)
+    if args.overrides:
+        folder, config = prepare(folder.config, args.overrides)
     stages = chosen_stages(list(config.stages), args.first, args.last, args.only)
     if config.cluster.name == LOCAL:
         from slurm.local import run_chain

@@ -43,6 +43,13 @@ def test_returns_the_trainers_exit_code(tmp_path: Path, code: int) -> None:
     assert supervise([python("trainer", 0, f"raise SystemExit({code})")], tmp_path).code == code
 
 
+def test_a_port_that_was_taken_meanwhile_is_worth_another_attempt(tmp_path: Path) -> None:
+    message = "DistNetworkError: port: 4711, name: EADDRINUSE, message: address already in use"
+    outcome = supervise([python("trainer", 0, f"print({message!r}); raise SystemExit(1)")], tmp_path)
+    assert outcome.code == 1 and outcome.killed
+    assert not supervise([python("trainer", 0, "print('NaN'); raise SystemExit(1)")], tmp_path / "other").killed
+
+
 def test_a_missing_program_is_named(tmp_path: Path) -> None:
     outcome = supervise([Unit("trainer", 0, ("/no/such/program",), {}, "trainer_0.log")], tmp_path)
     assert outcome.code == 127 and "/no/such/program: No such file" in outcome.details[0]

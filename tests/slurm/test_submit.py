@@ -7,9 +7,9 @@ from slurm import events
 from slurm.devcluster import DevCluster
 from slurm.query import job_states
 from slurm.status import run_status, table
-from slurm.submit import dry_run, submit
+from slurm.submit import cancel_jobs, dry_run, submit
 from tests.slurm.conftest import TINY
-from tests.slurm.support import cluster_config, result, wait_for_jobs, write_config
+from tests.slurm.support import cluster_config, result, wait_for_jobs, wait_until, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +32,26 @@ def test_a_chain_of_jobs_runs_to_its_end(cluster: DevCluster, tmp_path) -> None:
     }, "the jobs ran the snapshot"
     nodes = {event["stage"]: len(event["nodes"]) for event in events.read(run.path) if event["event"] == "job"}
     assert nodes == {"sft": 2, "ppo": 3, "export": 2}
+
+
+def test_a_colocated_layout_and_a_change_of_it_at_a_resume(cluster: DevCluster, tmp_path) -> None:
+    config = cluster_config(tmp_path / "run", ("ppo",), steps=200)
+    config.cluster.rollout_nodes = 0
+    run = write_config(config)
+    jobs = submit(run, config, ["ppo"], TINY)
+    wait_until(lambda: run.checkpoint_iteration("ppo"), "a checkpoint")
+    assert [len(event["nodes"]) for event in events.of_stage(run.path, "job", "ppo")] == [2]
+    assert {path.name for path in run.attempts("ppo")[0].glob("rollout*")} == {"rollout_0.log", "rollout_1.log"}
+    cancel_jobs(list(jobs.values()))
+    wait_for_jobs(jobs.values(), 60)
+    reached = run.checkpoint_iteration("ppo")
+    config.cluster.trainer_nodes, config.cluster.trainer_ranks, config.cluster.rollout_nodes = 1, 1, 2
+    config.sft.steps = reached + 3
+    write_config(config)
+    states = wait_for_jobs(submit(run, config, ["ppo"], TINY).values(), 60)
+    assert {state.state for state in states.values()} == {"COMPLETED"}
+    assert result(run, "ppo")["trained"] == list(range(1, reached + 4))
+    assert [len(event["nodes"]) for event in events.of_stage(run.path, "job", "ppo")] == [2, 3]
 
 
 def test_bad_data_cancels_the_dependents_and_status_says_why(cluster: DevCluster, tmp_path) -> None:
