@@ -89,6 +89,9 @@ def assign_credit(
             give_up_mask=_give_up_mask(batch, end_of_thinking_id),
         )
     )
+    if values is None:  # there is no critic to judge
+        numbers = {name: number for name, number in numbers.items() if not name.startswith("critic/")}
+        profiles = {name: profile for name, profile in profiles.items() if not name.startswith("value_")}
     if settings.explained_variance_gate and values is not None:
         mean_return = float(returns[mask].mean())
         advantages = gate_on_explained_variance(

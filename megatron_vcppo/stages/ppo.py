@@ -4,8 +4,10 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
+from megatron_vcppo.algo.diagnose import warnings_of
 from megatron_vcppo.algo.kl import next_kl_coef
 from megatron_vcppo.algo.masked import check_finite
 from megatron_vcppo.config import Config
@@ -16,8 +18,9 @@ from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder
 from megatron_vcppo.mcore.export_stream import stream_hf
 from megatron_vcppo.mcore.learner import Actor, Critic, Learner, Reference
-from megatron_vcppo.report.metrics import MetricsLog
+from megatron_vcppo.report.metrics import MetricsLog, cut_back, read_history
 from megatron_vcppo.report.progress import Progress
+from megatron_vcppo.report.run_data import worst_reward
 from megatron_vcppo.rollout.sampling import training_sampling
 from megatron_vcppo.stages.credit import END_OF_THINKING, assign_credit
 from megatron_vcppo.stages.evaluation import evaluate_engines
@@ -95,6 +98,9 @@ class Ppo:
         total = self.settings.iterations
         log = MetricsLog(self.folder, self.config, "ppo", self.iteration, total) if self.world.is_main else None
         progress = Progress("ppo", total, self.iteration, "tok", every_s=0) if self.world.is_main else None
+        history = read_history(self.folder) if log is not None else []
+        if log is not None:
+            cut_back(self.folder / "profiles.jsonl", self.iteration)
         self.generation.wait_for_engines()
         while self.iteration < total:
             metrics, profiles = self.iterate()
@@ -103,6 +109,9 @@ class Ppo:
                 with open(self.folder / "profiles.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps({"iteration": self.iteration, **profiles}) + "\n")
                 progress.update(self.iteration, int(metrics["rollout/tokens"]), shown(metrics))
+                history.append({"iteration": self.iteration, **metrics})
+                for warning in warnings_of(history, worst_reward(asdict(self.config))):
+                    print(f"warning: iteration {self.iteration}: {warning}", flush=True)
             self.save_or_stop(last=self.iteration == total)
         self.checkpoints.finish()
         if log is not None and progress is not None:

@@ -62,8 +62,8 @@ def make_rollouts(generator: np.random.Generator, iteration: int, mean_length: f
         right = bool(generator.random() < length / MAX_TOKENS)
         truncated = length == MAX_TOKENS
         rollout = Rollout(
-            prompt=Prompt(f"sum/{iteration}/{index}", (1, 2, 3), "3 <b>#1</b> +4 ?", "7", "running_sum"),
-            sample_index=0,
+            prompt=Prompt(f"sum/{iteration}/{index // 2}", (1, 2, 3), "3 <b>#1</b> +4 ?", "7", "running_sum"),
+            sample_index=index % 2,
             seed=index,
             response_ids=(*(9 for _ in range(length - 2)), END_OF_THINKING, 2),
             response_text=" ".join(f"#{i} +{i % 9}" for i in range(length // 2)) + " </think> = 7",
@@ -79,10 +79,12 @@ def make_rollouts(generator: np.random.Generator, iteration: int, mean_length: f
 def credit_of(
     config: Config, rollouts: list[Rollout], generator: np.random.Generator, level: float | None
 ) -> tuple[dict[str, float], dict[str, list[float | None]]]:
-    """level: a critic that says this everywhere; None: one that sees half of the outcome."""
+    """level: a critic that says this everywhere; None: one that sees half of the outcome. Group baselines have none."""
     batch = make_batch(rollouts)
     noise = torch.from_numpy(generator.normal(0, 0.2, batch.response_mask.shape)).float()
-    values = (0.5 * batch.rewards[:, None] if level is None else level) + noise
+    values = None
+    if config.ppo.advantage.baseline == "critic":
+        values = (0.5 * batch.rewards[:, None] if level is None else level) + noise
     old_logprobs = batch.rollout_logprobs + 0.01 * noise
     credit = assign_credit(batch, values, old_logprobs, None, config, 0.0, END_OF_THINKING)
     return credit.metrics, credit.profiles

@@ -6,6 +6,7 @@ from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_vcppo.cli import main
@@ -15,7 +16,7 @@ from megatron_vcppo.report.html import render
 from megatron_vcppo.report.metrics import MetricsLog, read_history
 from megatron_vcppo.report.run_data import differences
 from megatron_vcppo.report.samples import HEAD, TAIL, choose, shorten
-from tests.helpers.recorded_run import make_config, record_run
+from tests.helpers.recorded_run import credit_of, make_config, make_rollouts, record_run
 
 RESULTS = [
     {
@@ -148,6 +149,15 @@ def test_what_is_not_finite_is_left_out_and_said(tmp_path: Path) -> None:
     with MetricsLog(tmp_path / "run" / "ppo", config, "ppo", resume_iteration=3) as log:
         log.log(4, {"critic/value_loss": float("nan"), "rollout/length_mean": float("inf")})
     assert "1 values that are not finite are left out" in page_of(tmp_path / "run").text
+
+
+def test_nothing_is_said_about_a_critic_that_is_not_there(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", 1.0)
+    config.ppo.advantage.baseline = "rloo"
+    generator = np.random.default_rng(0)
+    metrics, profiles = credit_of(config, make_rollouts(generator, 1, 60, 16), generator, None)
+    assert not [name for name in metrics if name.startswith("critic/")]
+    assert set(profiles) == {"advantage_by_position", "advantage_by_decile"}
 
 
 def test_long_runs_stay_small(tmp_path: Path) -> None:
