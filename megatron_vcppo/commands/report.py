@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from megatron_vcppo.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_vcppo.report.run_data import RunData, StoredRollouts
+    from megatron_vcppo.report.run_data import RunData
+    from megatron_vcppo.report.samples import Samples
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -58,12 +59,12 @@ def read_runs(folders: Sequence[Path]) -> "list[RunData]":
     runs = []
     for i, (folder, name) in enumerate(zip(folders, names)):
         done = frozenset(path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}"))
-        runs.append(read_run(folder, name, COLOURS[i % len(COLOURS)], done, stored_rollouts(folder)))
+        runs.append(read_run(folder, name, COLOURS[i % len(COLOURS)], done, samples_of(folder)))
     return runs
 
 
-def stored_rollouts(folder: Path) -> "list[StoredRollouts]":
-    """The first and the last complete iteration that PPO stored; before PPO, the last of the newest stage with any."""
+def samples_of(folder: Path) -> "list[Samples]":
+    """From the first and the last complete iteration that PPO stored; before PPO, the last of an earlier stage."""
     from megatron_vcppo.rollout.store import stored_iterations
 
     ppo = folder / "ppo" / "rollouts"
@@ -73,17 +74,17 @@ def stored_rollouts(folder: Path) -> "list[StoredRollouts]":
         if not any(found):
             rollouts = folder / stage / "rollouts"
             found.append(first_complete(rollouts, stage, stored_iterations(rollouts)[::-1]))
-    return [stored for stored in found if stored is not None]
+    return list({(one.stage, one.iteration): one for one in found if one is not None}.values())
 
 
-def first_complete(rollouts: Path, stage: str, iterations: Sequence[int]) -> "StoredRollouts | None":
-    """The first of these iterations that can be read: the newest one of a running stage may still be written."""
-    from megatron_vcppo.report.run_data import StoredRollouts
-    from megatron_vcppo.rollout.store import read_rollouts
+def first_complete(rollouts: Path, stage: str, iterations: Sequence[int]) -> "Samples | None":
+    """Of the first of these iterations that can be read: the newest one of a running stage may still be written."""
+    from megatron_vcppo.report.samples import choose
+    from megatron_vcppo.rollout.store import iterate_rollouts
 
     for iteration in iterations:
         try:
-            return StoredRollouts(stage, iteration, read_rollouts(rollouts, iteration))
+            return choose(stage, iteration, iterate_rollouts(rollouts, iteration))
         except UserError:
             continue
     return None

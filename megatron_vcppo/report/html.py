@@ -106,7 +106,7 @@ def _diagnosis(runs: Sequence[RunData]) -> str:
                 f"<td>{finding.signature.replace('_', ' ')}</td><td>{escape(finding.evidence)}{advice}</td></tr>"
             )
     if not rows:
-        return '<p class="soft">The PPO stage has not logged an iteration yet: there is nothing to judge.</p>'
+        return ""
     return _table(["run", "state", "failure signature", "what the numbers say"], rows)
 
 
@@ -163,9 +163,9 @@ def _stage_section(stage: str) -> Callable[[Sequence[RunData]], str]:
 def _rollouts(runs: Sequence[RunData]) -> str:
     parts = []
     for run in runs:
-        if run.stored and len(runs) > 1:
+        if run.samples and len(runs) > 1:
             parts.append(f"<p>{_name(run, True)}</p>")
-        parts += [show(stored) for stored in run.stored if stored.rollouts]
+        parts += [show(samples) for samples in run.samples]
     return "".join(parts)
 
 

@@ -104,7 +104,7 @@ SFT_PLOTS = (
     ),
     Plot("Entropy", "sft/entropy", "nats per response token", negative=False),
     Plot("Learning rate", "sft/learning_rate", "", negative=False),
-    Plot("Throughput", "sft/tokens_per_s", "tokens per second", negative=False),
+    Plot("Throughput", "sft/tokens_per_s", "tokens per second; a step that validates takes longer", negative=False),
 )
 STAGE_PLOTS = {
     "value_pretrain": ("Value pretraining", VALUE_PLOTS, "step"),

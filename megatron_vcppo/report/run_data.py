@@ -10,8 +10,8 @@ import yaml
 
 from megatron_vcppo.algo.diagnose import Finding, diagnose
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.records import Rollout
 from megatron_vcppo.report.metrics import read_history, read_records
+from megatron_vcppo.report.samples import Samples
 from megatron_vcppo.rewards.base import NO_ANSWER
 
 CONFIG_NAME = "config.yaml"
@@ -19,15 +19,6 @@ COLOURS = ("#2563eb", "#d9480f", "#2b8a3e", "#7048e8", "#0c8599", "#c2255c", "#5
 """One per run; more runs than colours are drawn in the same ones again."""
 
 History = list[dict[str, float]]
-
-
-@dataclass(frozen=True)
-class StoredRollouts:
-    """The rollouts of one stored iteration."""
-
-    stage: str
-    iteration: int
-    rollouts: Sequence[Rollout]
 
 
 @dataclass(frozen=True)
@@ -47,7 +38,7 @@ class RunData:
     """One per PPO iteration, oldest first."""
     results: list[dict[str, Any]]
     """The rows of the evaluation."""
-    stored: list[StoredRollouts] = field(default_factory=list)
+    samples: list[Samples] = field(default_factory=list)
 
     def series(self, stage: str, metric: str) -> list[tuple[float, float]]:
         """(iteration, value) of every record of a stage that has the metric."""
@@ -60,7 +51,7 @@ class RunData:
 
 
 def read_run(
-    path: Path, name: str, colour: str, done: frozenset[str] = frozenset(), stored: Sequence[StoredRollouts] = ()
+    path: Path, name: str, colour: str, done: frozenset[str] = frozenset(), samples: Sequence[Samples] = ()
 ) -> RunData:
     """Read a run folder. Raises UserError if it is none, or if a file in it cannot be read."""
     config = read_config(path)
@@ -70,7 +61,7 @@ def read_run(
     by_iteration = {record["iteration"]: record for record in read_records(path / "ppo" / "profiles.jsonl")}
     profiles = [by_iteration[iteration] for iteration in sorted(by_iteration)]
     results = _read_results(path / "evaluate" / "results.json")
-    return RunData(name, colour, config, stages, done, history, profiles, results, list(stored))
+    return RunData(name, colour, config, stages, done, history, profiles, results, list(samples))
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -1,55 +1,75 @@
 """Which rollouts of an iteration are worth reading, and how a page shows them."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from html import escape
 
 from megatron_vcppo.records import Rollout
-from megatron_vcppo.report.run_data import StoredRollouts
 
 HEAD, TAIL = 6000, 2500
 """Characters of a text that are shown from its start and its end."""
 
 
-def choose(rollouts: Sequence[Rollout], count: int = 2) -> list[tuple[str, Rollout]]:
-    """(why, rollout): best and worst rewards, longest, cut at the token limit, at most ``count`` of each.
+REASONS: dict[str, Callable[[Rollout], float]] = {
+    "best": lambda rollout: -_reward(rollout),
+    "worst": lambda rollout: _reward(rollout),
+    "longest": lambda rollout: -len(rollout.response_ids),
+    "cut at the limit": lambda rollout: 0.0 if rollout.truncated else math.inf,
+}
+"""Why a rollout is shown → its rank, lowest first; infinity: never."""
 
-    Equal rewards keep their order, which is that of the prompts: an unbiased pick. A rollout that is chosen twice is
-    there once, with both reasons.
+
+@dataclass(frozen=True)
+class Samples:
+    """One stored iteration: what is said about all its rollouts, and those that are shown."""
+
+    stage: str
+    iteration: int
+    num_rollouts: int
+    num_correct: int
+    num_cut: int
+    mean_length: float
+    chosen: list[tuple[str, Rollout]]
+    """(reasons, rollout); a rollout with two reasons is there once."""
+
+
+def choose(stage: str, iteration: int, rollouts: Iterable[Rollout], count: int = 2) -> Samples:
+    """At most ``count`` rollouts for each of REASONS, in one pass that keeps no others.
+
+    Equals keep their order, which is that of the prompts: an unbiased pick.
     """
-
-    def reward(rollout: Rollout) -> float:
-        return float("-inf") if rollout.reward is None else rollout.reward
-
-    groups = {
-        "best": sorted(rollouts, key=reward, reverse=True),
-        "worst": sorted(rollouts, key=reward),
-        "longest": sorted(rollouts, key=lambda rollout: len(rollout.response_ids), reverse=True),
-        "cut at the limit": [rollout for rollout in rollouts if rollout.truncated],
-    }
+    best: dict[str, list[Rollout]] = {reason: [] for reason in REASONS}
+    num_rollouts = num_correct = num_cut = num_tokens = 0
+    for rollout in rollouts:
+        num_rollouts += 1
+        num_correct += (rollout.reward or 0.0) > 0
+        num_cut += rollout.truncated
+        num_tokens += len(rollout.response_ids)
+        for reason, rank in REASONS.items():
+            if rank(rollout) < math.inf:
+                best[reason] = sorted([*best[reason], rollout], key=rank)[:count]
     reasons: dict[int, list[str]] = {}
-    chosen: dict[int, Rollout] = {}
-    for reason, candidates in groups.items():
-        for rollout in candidates[:count]:
-            chosen[id(rollout)] = rollout
+    for reason, found in best.items():
+        for rollout in found:
             reasons.setdefault(id(rollout), []).append(reason)
-    return [(", ".join(reasons[key]), rollout) for key, rollout in chosen.items()]
+    shown = {id(rollout): rollout for found in best.values() for rollout in found}
+    chosen = [(", ".join(reasons[key]), rollout) for key, rollout in shown.items()]
+    mean_length = num_tokens / max(1, num_rollouts)
+    return Samples(stage, iteration, num_rollouts, num_correct, num_cut, mean_length, chosen)
 
 
-def show(stored: StoredRollouts) -> str:
+def show(samples: Samples) -> str:
     """HTML of the chosen rollouts of an iteration, folded, under a line over all of them."""
-    rollouts = stored.rollouts
-    correct = sum((rollout.reward or 0.0) > 0 for rollout in rollouts)
-    cut = sum(rollout.truncated for rollout in rollouts)
-    length = sum(len(rollout.response_ids) for rollout in rollouts) / len(rollouts)
-    shown = "".join(_one(reason, rollout) for reason, rollout in choose(rollouts))
     return (
-        f"<h3>{escape(stored.stage)}, iteration {stored.iteration}</h3>"
-        f'<p class="soft">{len(rollouts)} rollouts: {correct} correct, {cut} cut, mean length {length:.1f} tokens</p>'
-        f"{shown}"
+        f"<h3>{escape(samples.stage)}, stored as iteration {samples.iteration}</h3>"
+        f'<p class="soft">{samples.num_rollouts} rollouts: {samples.num_correct} correct, {samples.num_cut} cut, '
+        f"mean length {samples.mean_length:.1f} tokens</p>"
+        + "".join(_one(reasons, rollout) for reasons, rollout in samples.chosen)
     )
 
 
-def _one(reason: str, rollout: Rollout) -> str:
+def _one(reasons: str, rollout: Rollout) -> str:
     reward = "not scored" if rollout.reward is None else f"{rollout.reward:+g}"
     tone = "good" if (rollout.reward or 0.0) > 0 else "bad"
     verdict = f" ({rollout.verdict})" if rollout.verdict else ""
@@ -60,7 +80,7 @@ def _one(reason: str, rollout: Rollout) -> str:
     )
     texts = "".join(f'<div class="part">{name}</div><pre>{escape(shorten(text))}</pre>' for name, text in parts)
     return (
-        f'<details><summary><b>{escape(reason)}</b>: <span class="{tone}">reward {reward}{escape(verdict)}</span>, '
+        f'<details><summary><b>{escape(reasons)}</b>: <span class="{tone}">reward {reward}{escape(verdict)}</span>, '
         f"{len(rollout.response_ids)} tokens, ended by {escape(rollout.finish_reason)}, "
         f'<span class="soft">{escape(rollout.prompt.prompt_id)} sample {rollout.sample_index}</span></summary>'
         f"<div>{texts}</div></details>"
@@ -73,3 +93,8 @@ def shorten(text: str) -> str:
     if left_out <= 0:
         return text
     return f"{text[:HEAD]}\n[… {left_out:,} characters are left out here …]\n{text[-TAIL:]}"
+
+
+def _reward(rollout: Rollout) -> float:
+    """What was not scored counts as a little worse than anything that was."""
+    return -1e9 if rollout.reward is None else rollout.reward

@@ -5,7 +5,7 @@ Each of the M data-parallel leaders writes its own part K. Readable without this
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,6 +38,11 @@ def write_rollouts(
 
 def read_rollouts(folder: Path, iteration: int) -> list[Rollout]:
     """All rollouts of an iteration, in the order of parts. Raises UserError if none or not all parts are there."""
+    return list(iterate_rollouts(folder, iteration))
+
+
+def iterate_rollouts(folder: Path, iteration: int) -> Iterator[Rollout]:
+    """``read_rollouts`` one by one, for iterations that are larger than memory."""
     names = [_NAME.fullmatch(path.name) for path in folder.glob(f"iter_{iteration:07d}_*.jsonl.zst")]
     parts = sorted((int(match[2]), int(match[3]), match[0]) for match in names if match)
     if not parts:
@@ -46,11 +51,10 @@ def read_rollouts(folder: Path, iteration: int) -> list[Rollout]:
         raise UserError(f"{folder}: no rollouts of iteration {iteration}{there}")
     if len(parts) != parts[0][1]:
         raise UserError(f"{folder}: iteration {iteration} has {len(parts)} of {parts[0][1]} parts; it is being written")
-    rollouts = []
     for _, _, name in parts:
         with zstandard.open(folder / name, "rt", encoding="utf-8") as file:
-            rollouts += [_rollout(json.loads(line)) for line in file]
-    return rollouts
+            for line in file:
+                yield _rollout(json.loads(line))
 
 
 def stored_iterations(folder: Path) -> list[int]:

@@ -16,6 +16,7 @@ from megatron_vcppo.report.html import render
 from megatron_vcppo.report.metrics import MetricsLog, read_history
 from megatron_vcppo.report.run_data import differences
 from megatron_vcppo.report.samples import HEAD, TAIL, choose, shorten
+from megatron_vcppo.rollout.store import read_rollouts
 from tests.helpers.recorded_run import credit_of, make_config, make_rollouts, record_run
 
 RESULTS = [
@@ -186,19 +187,24 @@ def test_rollouts_still_being_written_are_passed_over(tmp_path: Path) -> None:
     record_run(tmp_path / "run", collapsing=False, iterations=3, num_rollouts=6)
     rollouts = tmp_path / "run" / "ppo" / "rollouts"
     (rollouts / "iter_0000003_0of1.jsonl.zst").rename(rollouts / "iter_0000003_0of2.jsonl.zst")
-    stored = read_runs([tmp_path / "run"])[0].stored
-    assert [(one.stage, one.iteration, len(one.rollouts)) for one in stored] == [("ppo", 1, 6), ("ppo", 2, 6)]
+    samples = read_runs([tmp_path / "run"])[0].samples
+    assert [(one.stage, one.iteration, one.num_rollouts) for one in samples] == [("ppo", 1, 6), ("ppo", 2, 6)]
+    (rollouts / "iter_0000001_0of1.jsonl.zst").unlink()
+    assert [one.iteration for one in read_runs([tmp_path / "run"])[0].samples] == [2]
 
 
 def test_chosen_rollouts_are_what_they_are_called(runs: tuple[Path, Path]) -> None:
-    rollouts = read_runs(runs[1:])[0].stored[-1].rollouts
-    chosen = choose(rollouts)
+    rollouts = read_rollouts(runs[1] / "ppo" / "rollouts", 12)
+    samples = choose("ppo", 12, iter(rollouts))
+    chosen = samples.chosen
+    assert samples.num_rollouts == 48 and samples.num_correct == sum(r.reward == 1 for r in rollouts)
+    assert samples.num_cut == sum(r.truncated for r in rollouts) > 0
     by_reason = {reason: [r for reasons, r in chosen if reason in reasons] for reason in ("best", "worst", "longest")}
     assert [r.reward for r in by_reason["best"]] == [1.0, 1.0]
     assert [r.reward for r in by_reason["worst"]] == [-1.0, -1.0]
     longest = sorted((len(r.response_ids) for r in rollouts), reverse=True)[:2]
     assert sorted((len(r.response_ids) for r in by_reason["longest"]), reverse=True) == longest
-    assert all(r.truncated == ("cut" in reasons) for reasons, r in chosen if "cut" in reasons)
+    assert [r.truncated for reasons, r in chosen if "cut" in reasons] == [True] * min(2, samples.num_cut)
     assert len({id(r) for _, r in chosen}) == len(chosen)
 
 
