@@ -17,6 +17,7 @@ from megatron_vcppo.data.packing import pack
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.checkpoint import load_model
+from megatron_vcppo.mcore.manifest import read_manifest
 from megatron_vcppo.mcore.model import build_actor
 from megatron_vcppo.records import Sequence
 
@@ -50,7 +51,7 @@ def hf_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
 def main() -> None:
     """Compare and print."""
     checkpoint, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    arch = Architecture.from_hf(folder)
+    arch = Architecture.from_dict(read_manifest(checkpoint)["meta"]["architecture"])  # not the export's own word
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
