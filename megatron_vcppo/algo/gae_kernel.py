@@ -30,7 +30,8 @@ def gae_rows(
     float64 [B].
     """
     num_tokens = rewards.shape[1]
-    places = np.empty(_BLOCK, np.int32)
+    # Unsigned places: numba need not ask whether an index counts from the end, which would cost a third of the time.
+    places = np.empty(_BLOCK, np.uint32)
     for b in range(first, end):
         row_rewards, row_values, row_mask = rewards[b], values[b], mask[b]
         row_advantages, row_returns = advantages[b], returns[b]
@@ -41,15 +42,15 @@ def gae_rows(
         advantage_critic = 0.0
         for block_end in range(num_tokens, 0, -_BLOCK):
             block_start = max(block_end - _BLOCK, 0)
-            num_valid = 0
-            for t in range(block_end - 1, block_start - 1, -1):
-                places[num_valid] = t
-                num_valid += int(row_mask[t])
+            num_valid = np.uintp(0)
+            for place in range(block_end - 1, block_start - 1, -1):
+                places[num_valid] = place
+                num_valid += np.uintp(row_mask[np.uintp(place)])
             if num_valid < block_end - block_start:
                 row_advantages[block_start:block_end] = 0.0
                 row_returns[block_start:block_end] = 0.0
             for i in range(num_valid):
-                t = int(places[i])
+                t = np.uintp(places[i])
                 value = np.float64(row_values[t])
                 td_error = row_rewards[t] + gamma * next_value - value
                 advantage_actor = td_error + decay_actor * advantage_actor

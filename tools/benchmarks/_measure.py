@@ -1,5 +1,6 @@
 """Shared by benchmarks: fair timing of several functions on a noisy machine, and the memory that one takes."""
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -40,6 +41,18 @@ def time_together(
         }
         for name, t in times.items()
     }
+
+
+def keep_freed_memory() -> None:
+    """Tell the C library (glibc) to hand freed memory out again instead of returning it to the system.
+
+    Otherwise page faults of fresh memory, microseconds each on a virtual machine, hit one function by chance and
+    spare another.
+    """
+    mmap_threshold, trim_threshold = -3, -1
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_threshold, 1 << 25)
+    libc.mallopt(trim_threshold, 1 << 30)
 
 
 def peak_bytes(function: Callable[[], object]) -> int:

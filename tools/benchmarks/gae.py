@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_vcppo.algo.gae import decoupled_gae, gae_reference
-from tools.benchmarks._measure import peak_bytes, time_together
+from tools.benchmarks._measure import keep_freed_memory, peak_bytes, time_together
 
 MASKS = ("full", "tail", "gaps", "random")
 
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     """One case per shape and mask."""
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     for shape in args.shapes:
         num_rows, num_tokens = map(int, shape.split("x"))
         for mask_kind in args.masks:
