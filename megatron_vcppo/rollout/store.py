@@ -9,11 +9,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import msgspec
 import zstandard
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.records import Rollout
 
+_decoder = msgspec.json.Decoder(Rollout)
 _NAME = re.compile(r"iter_(\d{7})_(\d+)of(\d+)\.jsonl\.zst")
 
 
@@ -54,18 +56,9 @@ def iterate_rollouts(folder: Path, iteration: int) -> Iterator[Rollout]:
     for _, _, name in parts:
         with zstandard.open(folder / name, "rt", encoding="utf-8") as file:
             for line in file:
-                yield _rollout(json.loads(line))
+                yield _decoder.decode(line)
 
 
 def stored_iterations(folder: Path) -> list[int]:
     """The iterations of which at least one part is stored."""
     return sorted({int(match[1]) for path in folder.glob("iter_*") if (match := _NAME.fullmatch(path.name))})
-
-
-def _rollout(record: dict) -> Rollout:
-    del record["length"]
-    prompt = record.pop("prompt")
-    prompt["token_ids"] = tuple(prompt["token_ids"])
-    record["response_ids"] = tuple(record["response_ids"])
-    record["rollout_logprobs"] = tuple(record["rollout_logprobs"])
-    return Rollout(prompt=Prompt(**prompt), **record)
