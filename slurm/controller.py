@@ -19,7 +19,8 @@ from slurm.logs import Follower, last_lines
 SAVED_CODE = 75
 """Exit code of a trainer that saved and wants to be run again."""
 USER_ERROR_CODE = 2
-GUARD = (sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py")))
+GUARD_ARGUMENTS = ("-I", "-S", str(Path(__file__).with_name("guard.py")))
+"""To be put between an interpreter and the command."""
 PORT_TAKEN = "address already in use"
 """In the words of torch: the port was free when the attempt was laid out; the next attempt takes another."""
 POLL_S = 0.05
@@ -76,6 +77,7 @@ class Outcome:
 class _Started:
     unit: Unit
     process: subprocess.Popen[bytes]
+    log_start: int
     restarts: int = 0
     start_again_at: float | None = None
 
@@ -120,14 +122,21 @@ class Attempt:
         self.followers = [Follower(logs / unit.shown_log) for unit in units if unit.shown_log]
         self.started: list[_Started] = []
         for unit in units:
-            self.started.append(_Started(unit, self._start(unit)))
+            self.started.append(_Started(unit, *self._start(unit)))
 
-    def _start(self, unit: Unit) -> subprocess.Popen[bytes]:
+    def _start(self, unit: Unit) -> tuple[subprocess.Popen[bytes], int]:
+        """The process and where its part of the log begins."""
         env = {key: value for key, value in {**os.environ, **unit.env}.items() if value}
         with (self.logs / unit.log).open("ab") as log:
-            return subprocess.Popen(
-                (*GUARD, *unit.command), env=env, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+            process = subprocess.Popen(
+                (sys.executable, *GUARD_ARGUMENTS, *unit.command),
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
+            return process, log.tell()
 
     def of(self, role: str) -> list[_Started]:
         """The units of a role."""
@@ -144,21 +153,26 @@ class Attempt:
 
         A step has ended, too, once one of its tasks has failed: srun itself may wait long for a node that is gone.
         """
-        codes = [(started.unit, started.process.poll()) for started in self.of(role)]
-        ended = [(unit, code if code >= 0 else 128 - code) for unit, code in codes if code is not None]
-        for unit in (unit for unit, _ in codes if unit.step):
-            if reported := reported_code((self.logs / unit.log).read_text(errors="replace")):
-                ended = [(other, code) for other, code in ended if other is not unit] + [(unit, reported)]
-        return ended
+        codes = [(started.unit, self.code(started)) for started in self.of(role)]
+        return [(unit, code) for unit, code in codes if code is not None]
+
+    def code(self, started: _Started) -> int | None:
+        """A unit's exit code, None while it runs."""
+        code = started.process.poll()
+        if started.unit.step:
+            with (self.logs / started.unit.log).open(errors="replace") as log:
+                log.seek(started.log_start)
+                code = reported_code(log.read()) or code
+        return code if code is None or code >= 0 else 128 - code
 
     def tend_rollout(self) -> Outcome | None:
         """Start ended rollout units again, after 1, 2, 4, … s; an outcome if one died for good."""
         for started in self.of("rollout"):
-            code = started.process.poll()
+            code = self.code(started)
             if code is None:
                 continue
             if started.start_again_at is None:
-                code = code if code >= 0 else 128 - code
+                self.end(started)
                 if code == USER_ERROR_CODE or started.restarts >= started.unit.restarts:
                     cause = f"{started.unit.name} {describe(code)} after {started.restarts} restarts"
                     code = code if code == USER_ERROR_CODE else 128 + signal.SIGKILL
@@ -167,8 +181,9 @@ class Attempt:
                 self.say(f"{started.unit.name} {describe(code)}: started again in {delay_s:.0f} s")
                 started.start_again_at = time.monotonic() + delay_s
             elif time.monotonic() >= started.start_again_at:
+                self._close(started)
                 started.restarts, started.start_again_at = started.restarts + 1, None
-                started.process = self._start(started.unit)
+                started.process, started.log_start = self._start(started.unit)
         return None
 
     def tail(self, unit: Unit) -> list[str]:
@@ -179,13 +194,17 @@ class Attempt:
             lines = lines[:4] + last_lines(self.logs / f"{unit.role}_{named[1] if named else 0}.log")
         return lines
 
+    def end(self, started: _Started) -> None:
+        """Ask one unit to end, if it still runs."""
+        if started.process.poll() is None and started.unit.end_signal != signal.SIGKILL:
+            started.process.send_signal(started.unit.end_signal)
+        else:
+            self._close(started)
+
     def stop(self) -> None:
         """End every process: its end signal, after the grace a closed guard, which kills all descendants."""
         for started in self.started:
-            if started.process.poll() is None and started.unit.end_signal != signal.SIGKILL:
-                started.process.send_signal(started.unit.end_signal)
-            else:
-                self._close(started)
+            self.end(started)
         for deadline, last_resort in ((self.grace_s, False), (self.grace_s + 5, True)):
             end = time.monotonic() + deadline
             while time.monotonic() < end and any(started.process.poll() is None for started in self.started):

@@ -2,8 +2,8 @@
 
 The guard stands between the controller and a role's process. It is a subreaper, so a grandchild that detaches itself
 (an engine's worker, a data loader) stays its descendant. Two things make it kill every descendant: its command ended,
-or its standard input closed, which is what happens when the controller dies, by SIGKILL too. It is started by path, so
-that it costs a bare interpreter (about 20 ms) and no import of the package.
+or its standard input, if that is a pipe, closed, which is what happens when the controller dies, by SIGKILL too. It is
+started by path, so that it costs a bare interpreter (about 20 ms) and no import of the package.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import ctypes
 import os
 import select
 import signal
+import stat
 import sys
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -23,8 +24,8 @@ def descendants(root: int) -> list[int]:
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as stat:
-                    parent = int(stat.read().rsplit(")", 1)[1].split()[1])
+                with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as status:
+                    parent = int(status.read().rsplit(")", 1)[1].split()[1])
             except OSError:
                 continue
             children.setdefault(parent, []).append(int(name))
@@ -84,8 +85,9 @@ def main() -> int:
     for number in FORWARDED:
         signal.signal(number, lambda received, _: os.kill(child, received))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+    watched = [0, reading] if stat.S_ISFIFO(os.fstat(0).st_mode) else [reading]
     while True:
-        ready = select.select([0, reading], [], [])[0]
+        ready = select.select(watched, [], [])[0]
         if reading in ready:
             os.read(reading, 4096)
             try:

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.checks import trainer_ranks
-from slurm.controller import Unit
+from slurm.controller import GUARD_ARGUMENTS, Unit
 from slurm.roles import ROLLOUT_STAGES, Programs, role_environment
 from slurm.run_folder import RunFolder
 
 TASK_LAYOUT = ("NTASKS", "NPROCS", "NTASKS_PER_NODE", "TASKS_PER_NODE", "CPUS_PER_TASK")
 """Variables of the batch job that would change a step's own layout; they are removed for the step."""
 RANK_SHELL = 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
+"""Slurm's words for a rank's place, in ours."""
 
 
 def stage_nodes(config: Config, stage: str) -> int:
@@ -47,7 +48,7 @@ def step(config: Config, nodes: list[str], tasks_per_node: int, cpus_per_task: i
             f"--nodelist={','.join(nodes)}",
         ),
         *(f"--ntasks={tasks_per_node * len(nodes)}", f"--ntasks-per-node={tasks_per_node}"),
-        *(f"--cpus-per-task={cpus_per_task}", "--open-mode=append"),
+        *(f"--cpus-per-task={cpus_per_task}", "--open-mode=append", "--input=none"),
     ]
     if cluster.gpus_per_node:
         argv.append(f"--gpus-per-node={cluster.gpus_per_node}")
@@ -70,7 +71,9 @@ def srun_units(
     command = (
         *step(config, trainers, ranks_per_node, cpus),
         *("--job-name=trainer", f"--output={logs}/trainer_%t.log"),
-        *in_container(config, ("sh", "-c", RANK_SHELL, "rank", *programs.trainer_command(run, stage))),
+        *in_container(
+            config, ("sh", "-c", RANK_SHELL, "rank", *guarded(programs, programs.trainer_command(run, stage)))
+        ),
     )
     place = {"MASTER_ADDR": trainers[0], "MASTER_PORT": str(port)}
     units = [Unit("trainer", 0, command, env | place, "srun_trainer.log", shown_log="trainer_0.log", step=True)]
@@ -79,11 +82,16 @@ def srun_units(
             command = (
                 *step(config, [host], 1, cluster.cpus_per_node),
                 *("--job-name=rollout", f"--output={logs}/rollout_{node}.log"),
-                *in_container(config, programs.rollout_command(run, stage, node)),
+                *in_container(config, guarded(programs, programs.rollout_command(run, stage, node))),
             )
             log = f"srun_rollout_{node}.log"
-            units.append(Unit("rollout", node, command, env, log, restarts=cluster.rollout_restarts))
+            units.append(Unit("rollout", node, command, env, log, restarts=cluster.rollout_restarts, step=True))
     return units
+
+
+def guarded(programs: Programs, command: tuple[str, ...]) -> tuple[str, ...]:
+    """The command under a guard on its node, so that a killed role leaves no worker of its own behind."""
+    return (programs.python, *GUARD_ARGUMENTS, *command)
 
 
 def probe_command(config: Config, run: RunFolder, programs: Programs, hosts: list[str]) -> tuple[str, ...]:

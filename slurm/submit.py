@@ -17,7 +17,7 @@ from slurm.roles import PROGRAMS, Programs
 from slurm.run_folder import RunFolder
 from slurm.snapshot import take_snapshot
 from slurm.srun import stage_nodes
-from slurm.timing import save_margin_s
+from slurm.timing import signal_margin_s
 from slurm.validate import check_inputs, check_layout, check_run_folder, check_scripts, check_slurm_installed
 
 
@@ -40,8 +40,9 @@ def executor(
     """The batch job of one stage: a controller on its first node, signalled before the time limit."""
     cluster = config.cluster
     made = ScriptExecutor(folder=run.path / "slurm", python="exec " + shlex.quote(programs.python))
+    minutes = cluster.stage_time_limit_minutes.get(stage, cluster.time_limit_minutes)
     extra: dict[str, Any] = {
-        "signal": f"B:USR2@{save_margin_s(run, stage, cluster.save_margin_s)}",
+        "signal": f"B:USR2@{signal_margin_s(run, stage, cluster.save_margin_s, 60 * minutes)}",
         "requeue": True,
         "kill-on-invalid-dep": "yes",
         **{key: True if value == "true" else value for key, value in cluster.sbatch.items()},
@@ -53,7 +54,7 @@ def executor(
     ]
     parameters = {
         "job_name": f"{run.path.name}.{stage}",
-        "time": cluster.stage_time_limit_minutes.get(stage, cluster.time_limit_minutes),
+        "time": minutes,
         "nodes": stage_nodes(config, stage),
         "ntasks_per_node": 1,
         "cpus_per_task": cluster.cpus_per_node,

@@ -10,7 +10,8 @@ from slurm.query import show_job
 from slurm.run_folder import RunFolder
 
 SIGNAL_JITTER_S = 60
-"""Slurm sends its signal up to this much early or late."""
+STOP_S = 10
+"""To end the ranks and requeue the job."""
 
 
 def iteration_seconds(run: RunFolder, stage: str) -> list[float]:
@@ -28,12 +29,17 @@ def iteration_seconds(run: RunFolder, stage: str) -> list[float]:
 def save_margin_s(run: RunFolder, stage: str, default_s: int) -> int:
     """Seconds before the time limit at which to ask for a save: twice the longest iteration with its checkpoint.
 
-    Added to it is Slurm's jitter. Until the stage has saved a checkpoint: the default of the profile.
+    Until the stage has saved a checkpoint: the default of the profile.
     """
     measured = iteration_seconds(run, stage)
     if not measured or run.checkpoint_iteration(stage) is None:
         return default_s
-    return round(2 * max(measured)) + SIGNAL_JITTER_S
+    return round(2 * max(measured)) + STOP_S
+
+
+def signal_margin_s(run: RunFolder, stage: str, default_s: int, limit_s: int) -> int:
+    """The margin of Slurm's own signal, which comes up to a minute early or late; at most half of the time limit."""
+    return min(save_margin_s(run, stage, default_s) + SIGNAL_JITTER_S, limit_s // 2)
 
 
 def job_end_time(job_id: str) -> float:
@@ -46,7 +52,11 @@ def job_end_time(job_id: str) -> float:
 
 
 def save_clock(run: RunFolder, stage: str, end_time: float, default_s: int) -> Callable[[], bool]:
-    """A function that becomes true when it is time to save; it looks at the measurements every 10 s."""
+    """A function that becomes true when it is time to save; it looks at the measurements every 10 s.
+
+    It never asks within the first half of the time that is left at the start.
+    """
+    earliest = (time.time() + end_time) / 2
     checked, margin = 0.0, float(default_s)
 
     def due() -> bool:
@@ -54,6 +64,6 @@ def save_clock(run: RunFolder, stage: str, end_time: float, default_s: int) -> C
         now = time.time()
         if now - checked > 10:
             checked, margin = now, float(save_margin_s(run, stage, default_s))
-        return now > end_time - margin
+        return now > max(earliest, end_time - margin)
 
     return due

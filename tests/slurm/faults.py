@@ -65,7 +65,7 @@ def wait_for_checkpoint(run: RunFolder, stage: str, seconds: float = 90) -> None
 def kill_processes(mark: str, variable: str) -> int:
     """SIGKILL the processes whose command line has ``mark`` and whose environment has ``variable``."""
     killed = 0
-    for line in processes_with(mark):
+    for line in (line for line in processes_with(mark) if "guard.py" not in line):
         pid = int(line.split()[0])
         try:
             if f"\0{variable}\0".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():

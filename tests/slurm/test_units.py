@@ -1,6 +1,7 @@
 """Layouts, margins, sweeps and parsers: pure functions."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from slurm.roles import Programs
 from slurm.snapshot import take_snapshot
 from slurm.srun import srun_units, stage_nodes
 from slurm.sweep import points, read_points, text_table, write_points
-from slurm.timing import save_margin_s
+from slurm.timing import STOP_S, save_clock, save_margin_s, signal_margin_s
 from slurm.validate import check_inputs, check_layout
 from tests.slurm.support import tiny_config, tiny_model, write_config
 
@@ -70,7 +71,10 @@ def test_the_margin_follows_what_was_measured(tmp_path: Path) -> None:
     (run.stage("sft") / "checkpoints" / "iter_0000002").mkdir(parents=True)
     (run.stage("sft") / "checkpoints" / "iter_0000002" / "manifest.json").touch()
     (run.path / "events.jsonl").write_text(json.dumps({"time": 8000, "event": "attempt", "stage": "sft"}))
-    assert save_margin_s(run, "sft", 300) == 2 * 50 + 60, "the wait before the second attempt is no iteration"
+    assert save_margin_s(run, "sft", 300) == 2 * 50 + STOP_S, "the wait before the second attempt is no iteration"
+    assert signal_margin_s(run, "sft", 300, 3600) == 2 * 50 + STOP_S + 60
+    assert signal_margin_s(run, "sft", 300, 60) == 30, "at most half of the time limit"
+    assert not save_clock(run, "sft", time.time() + 200, 300)() and save_clock(run, "sft", time.time() - 1, 300)()
 
 
 @pytest.mark.parametrize(
