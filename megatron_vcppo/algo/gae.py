@@ -146,14 +146,13 @@ def gae_reference(
     """The oracle: the definition of ``decoupled_gae``, token by token in Python floats. Returns float64 [B, T]."""
     advantages = torch.zeros(rewards.shape, dtype=torch.float64)
     returns = torch.zeros(rewards.shape, dtype=torch.float64)
-    for row in range(len(rewards)):
-        next_value = 0.0 if bootstrap_values is None else float(bootstrap_values[row])
-        lams = [float(_per_row(lam, values)[row]) for lam in (lam_actor, lam_critic)]
-        running = [0.0, 0.0]
+    lams = torch.stack((_per_row(lam_actor, values), _per_row(lam_critic, values)), dim=1).tolist()
+    bootstrap = [0.0] * len(values) if bootstrap_values is None else bootstrap_values.tolist()
+    for row, (row_rewards, row_values) in enumerate(zip(rewards.tolist(), values.tolist(), strict=True)):
+        next_value, running = bootstrap[row], [0.0, 0.0]
         for t in reversed(mask[row].nonzero().flatten().tolist()):
-            value = float(values[row, t])
-            td_error = float(rewards[row, t]) + gamma * next_value - value
-            running = [td_error + gamma * lam * after for lam, after in zip(lams, running, strict=True)]
-            advantages[row, t], returns[row, t] = running[0], running[1] + value
-            next_value = value
+            td_error = row_rewards[t] + gamma * next_value - row_values[t]
+            running = [td_error + gamma * lam * after for lam, after in zip(lams[row], running, strict=True)]
+            advantages[row, t], returns[row, t] = running[0], running[1] + row_values[t]
+            next_value = row_values[t]
     return advantages, returns
