@@ -98,9 +98,11 @@ def _length_collapse(history: History) -> Finding:
 def _value_misalignment(history: History, worst_reward: float | None) -> Finding:
     name = "value_misalignment"
     signs: list[tuple[bool, str]] = []
+    # Where every response got the same reward there is no variance to explain, and 0 says nothing.
+    varied = [row for row in history if row.get("rollout/reward_std") != 0]
 
     def judge(metric: str, bad: Callable[[float], bool], text: str) -> None:
-        values = _series(history, metric)[1]
+        values = _series(varied if metric == "critic/explained_variance" else history, metric)[1]
         if values:
             recent = _mean(values[-_RECENT:])
             signs.append((bad(recent), f"{text} {recent:+.3f}"))
@@ -124,9 +126,7 @@ def _value_misalignment(history: History, worst_reward: float | None) -> Finding
         signs.append((same_sign and abs(gap) > POSITION_BIAS, f"early minus late advantage in σ {gap:+.3f}"))
     if not signs:
         return _unknown(name, "critic/explained_variance", 0)
-    evidence = f"mean of the last {_RECENT} iterations: " + "; ".join(
-        f"{text} (bad)" if bad else text for bad, text in signs
-    )
+    evidence = f"{_recent(len(history))}, mean: " + "; ".join(f"{text} (bad)" if bad else text for bad, text in signs)
     advice = (
         "the critic does not fit this policy: pretrain it longer (watch its explained variance on held-out rollouts), "
         "use λ_critic = 1, raise the critic's learning rate relative to the actor's, or warm it up alone first"
@@ -169,7 +169,7 @@ def _truncation(history: History) -> Finding:
     if not shares:
         return _unknown(name, metric, 0)
     share = _mean(shares[-_RECENT:])
-    evidence = f"share of responses cut at the token limit, last {_RECENT} iterations: {share:.0%}"
+    evidence = f"share of responses cut at the token limit, {_recent(len(shares))}: {share:.0%}"
     advice = "raise the limit on response tokens, or use the soft overlong punishment"
     return _finding(name, share > TRUNCATED_SHARE, evidence, advice)
 
@@ -183,6 +183,11 @@ def _series(history: History, metric: str) -> tuple[list[int], list[float]]:
 def _has(row: Mapping[str, Any], metric: str) -> bool:
     value = row.get(metric)
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _recent(count: int) -> str:
+    """What is averaged, in words, when there are ``count`` iterations."""
+    return "first iteration" if count == 1 else f"last {min(_RECENT, count)} iterations"
 
 
 def _mean(values: Sequence[float]) -> float:

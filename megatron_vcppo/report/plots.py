@@ -138,8 +138,9 @@ def _figure_of(runs: Sequence[RunData], stage: str, plot: Plot, x_label: str) ->
     if num_lost:
         caption += f"; {num_lost} values that are not finite are left out"
     low, high = y_extent(lines, plot.reference)
+    legend = {line.name: line.colour for line in lines if not line.dots} if len(runs) > 1 else {}
     chart = line_chart(lines, x_label, plot.reference, y_range=(low if plot.negative else max(low, 0.0), high))
-    return figure(plot.title, caption, chart, legend={run.name: run.colour for run in runs} if len(runs) > 1 else {})
+    return figure(plot.title, caption, chart, legend=legend)
 
 
 def _band(run: RunData, stage: str, names: tuple[str, str]) -> list[tuple[float, float, float]]:

@@ -112,3 +112,16 @@ def test_a_warning_comes_once_when_its_signature_first_shows():
     (line,) = [line for lines in warned for line in lines]
     assert line.startswith("length_collapse: mean length: ") and "pretrain the critic" in line
     assert warnings_of([]) == []
+
+
+def test_equal_rewards_leave_no_variance_to_explain():
+    equal = _history(critic__explained_variance=[0.0, 0.0], rollout__reward_std=[0.0, 0.0])
+    assert _states(equal)["value_misalignment"] == "unknown"
+    varied = _history(critic__explained_variance=[0.0, 0.0], rollout__reward_std=[0.0, 0.5])
+    assert _states(varied)["value_misalignment"] == "found"
+
+
+def test_evidence_counts_the_iterations_that_there_are():
+    early = _history(critic__explained_variance=[-0.1], rollout__truncated_share=[0.5])
+    evidence = [finding.evidence for finding in diagnose(early) if finding.state == "found"]
+    assert len(evidence) == 2 and all("first iteration" in text for text in evidence)
