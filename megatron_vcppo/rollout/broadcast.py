@@ -1,8 +1,8 @@
 """Tensors from one sender to many receivers over a process group of their own: the byte stream of a weight push.
 
 A group is made beside whatever default group a process has (a trainer's world, an engine's), and only its
-constructor knows gloo from NCCL. A stream is a row of buckets; each is announced by its sizes and holds a JSON list
-of pieces, then their bytes. A tensor larger than a bucket travels in several pieces.
+constructor knows gloo from NCCL. A stream is a row of buckets; each is announced by a JSON list of its payloads:
+large tensors as they are, small ones put together.
 """
 
 import datetime
@@ -15,17 +15,17 @@ import torch.distributed as dist
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):
-    """Bytes [begin, end) of one tensor."""
+    """One tensor in a payload."""
 
     name: str
     dtype: str
     shape: list[int]
-    begin: int
-    end: int
 
 
 ALIGNMENT = 64
 """Pieces start at multiples of this many bytes, so that every dtype can be viewed in place."""
+ALONE_BYTES = 1 << 20
+"""A tensor of this size travels from where it lies; smaller ones are put together first."""
 
 
 @dataclass
@@ -86,8 +86,8 @@ def join_group(
 def send(group: Group, tensors: Iterator[tuple[str, torch.Tensor]], bucket_bytes: int) -> int:
     """Send (name, tensor) pairs to the group and mark the end; returns the bytes sent.
 
-    Two buckets are held: one travels while the other is filled. Raises RuntimeError if a receiver is gone or the
-    deadline passes.
+    Two buckets are held: one travels while the other is filled. A tensor must stay as it is until the one after the
+    next bucket is asked for. Raises RuntimeError if a receiver is gone or the deadline passes.
     """
     sender = BucketSender(group, bucket_bytes)
     for name, tensor in tensors:
@@ -97,89 +97,86 @@ def send(group: Group, tensors: Iterator[tuple[str, torch.Tensor]], bucket_bytes
 
 
 class BucketSender:
-    """Fills one bucket while the other travels."""
+    """Gathers one bucket while the one before travels."""
 
     def __init__(self, group: Group, bucket_bytes: int) -> None:
-        self.group = group
-        self.buckets = [torch.empty(bucket_bytes, dtype=torch.uint8, device=group.device) for _ in range(2)]
-        self.pieces: list[Piece] = []
-        self.used = 0
-        self.in_flight: list[dist.Work] = []
-        self.kept: list[torch.Tensor] = []
-        self.sent_bytes = 0
+        self.group, self.bucket_bytes = group, bucket_bytes
+        self.small: list[tuple[Piece, torch.Tensor]] = []
+        self.large: list[tuple[Piece, torch.Tensor]] = []
+        self.held_bytes = self.sent_bytes = 0
+        self.in_flight: list[tuple[dist.Work, torch.Tensor]] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy a tensor into buckets, flushing each that is full."""
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        dtype, shape, begin = str(tensor.dtype).removeprefix("torch."), list(tensor.shape), 0
-        while begin < flat.numel():
-            if self.used >= self.buckets[0].numel():
-                self.flush()
-            end = min(flat.numel(), begin + self.buckets[0].numel() - self.used)
-            self.buckets[0][self.used : self.used + end - begin].copy_(flat[begin:end])
-            self.pieces.append(Piece(name, dtype, shape, begin, end))
-            self.used = _aligned(self.used + end - begin)
-            begin = end
+        """Put a tensor into the bucket; a full bucket leaves."""
+        piece = Piece(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+        flat = tensor.detach().to(self.group.device).contiguous().reshape(-1).view(torch.uint8)
+        (self.large if flat.numel() >= ALONE_BYTES else self.small).append((piece, flat))
+        self.held_bytes += flat.numel()
+        if self.held_bytes >= self.bucket_bytes:
+            self.flush()
 
     def flush(self) -> None:
-        """Announce and start sending the filled bucket; wait for the one before."""
+        """Announce the bucket and start sending it, once the one before has arrived."""
+        payloads = [([piece], flat) for piece, flat in self.large]
+        if self.small:
+            payloads.append(([piece for piece, _ in self.small], _put_together([flat for _, flat in self.small])))
+        header = msgspec.json.encode([(pieces, payload.numel()) for pieces, payload in payloads])
+        announced = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(self.group.device)
+        size = torch.tensor([announced.numel()], device=self.group.device)
         self._wait()
-        header = torch.frombuffer(bytearray(msgspec.json.encode(self.pieces)), dtype=torch.uint8)
-        payload = self.buckets[0][: min(self.used, self.buckets[0].numel())]
-        sizes = torch.tensor([header.numel(), payload.numel()])
-        self.kept = [sizes.to(self.group.device), header.to(self.group.device)]
-        self.in_flight = [self.group.broadcast(tensor) for tensor in (*self.kept, payload)]
-        self.sent_bytes += payload.numel()
-        self.buckets.reverse()
-        self.pieces, self.used = [], 0
+        row = [size, announced, *(payload for _, payload in payloads)]
+        self.in_flight = [(self.group.broadcast(tensor), tensor) for tensor in row]
+        self.sent_bytes += self.held_bytes
+        self.small, self.large, self.held_bytes = [], [], 0
 
     def finish(self) -> None:
-        """Send what is left and the end mark (a bucket of size 0)."""
-        if self.pieces:
+        """Send what is left and the end mark (an announcement of size 0)."""
+        if self.held_bytes:
             self.flush()
         self._wait()
-        end = torch.zeros(2, dtype=torch.int64, device=self.group.device)
-        self.group.wait(self.group.broadcast(end))
+        self.group.wait(self.group.broadcast(torch.zeros(1, dtype=torch.int64, device=self.group.device)))
 
     def _wait(self) -> None:
-        for work in self.in_flight:
+        for work, _ in self.in_flight:
             self.group.wait(work)
         self.in_flight = []
 
 
-def receive(group: Group) -> Iterator[tuple[list[Piece], torch.Tensor]]:
-    """Buckets as they arrive, each in memory of its own (uint8, on the group's device), until the end mark."""
+def receive(group: Group) -> Iterator[list[tuple[list[Piece], torch.Tensor]]]:
+    """Buckets as they arrive, each payload in memory of its own (uint8, on the group's device), until the end mark."""
     while True:
-        sizes = torch.empty(2, dtype=torch.int64, device=group.device)
-        group.wait(group.broadcast(sizes))
-        header_bytes, payload_bytes = sizes.tolist()
-        if header_bytes == 0:
+        size = torch.empty(1, dtype=torch.int64, device=group.device)
+        group.wait(group.broadcast(size))
+        if not size.item():
             return
-        header = torch.empty(header_bytes, dtype=torch.uint8, device=group.device)
-        payload = torch.empty(payload_bytes, dtype=torch.uint8, device=group.device)
-        for work in [group.broadcast(header), group.broadcast(payload)]:
+        header = torch.empty(int(size.item()), dtype=torch.uint8, device=group.device)
+        group.wait(group.broadcast(header))
+        announced = msgspec.json.decode(header.cpu().numpy().tobytes(), type=list[tuple[list[Piece], int]])
+        bucket = [(pieces, torch.empty(n, dtype=torch.uint8, device=group.device)) for pieces, n in announced]
+        for work in [group.broadcast(payload) for _, payload in bucket]:
             group.wait(work)
-        yield msgspec.json.decode(header.cpu().numpy().tobytes(), type=list[Piece]), payload
+        yield bucket
 
 
-def unpack(buckets: Iterator[tuple[list[Piece], torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) pairs from buckets: views where a tensor came in one piece, else put together in new memory."""
-    parts: torch.Tensor | None = None
-    for pieces, payload in buckets:
-        offset = 0
-        for piece in pieces:
-            data = payload[offset : offset + piece.end - piece.begin]
-            offset = _aligned(offset + piece.end - piece.begin)
-            dtype = getattr(torch, piece.dtype)
-            num_bytes = dtype.itemsize * torch.Size(piece.shape).numel()
-            if piece.end - piece.begin < num_bytes:
-                if parts is None:
-                    parts = torch.empty(num_bytes, dtype=torch.uint8, device=payload.device)
-                parts[piece.begin : piece.end] = data
-                if piece.end < num_bytes:
-                    continue
-                data, parts = parts, None
-            yield piece.name, data.view(dtype).view(piece.shape)
+def unpack(buckets: Iterator[list[tuple[list[Piece], torch.Tensor]]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) pairs from buckets; the tensors are views of the payloads."""
+    for bucket in buckets:
+        for pieces, payload in bucket:
+            offset = 0
+            for piece in pieces:
+                dtype = getattr(torch, piece.dtype)
+                num_bytes = dtype.itemsize * torch.Size(piece.shape).numel()
+                yield piece.name, payload[offset : offset + num_bytes].view(dtype).view(piece.shape)
+                offset = _aligned(offset + num_bytes)
+
+
+def _put_together(flats: list[torch.Tensor]) -> torch.Tensor:
+    together = flats[0].new_empty(sum(_aligned(flat.numel()) for flat in flats))
+    offset = 0
+    for flat in flats:
+        together[offset : offset + flat.numel()].copy_(flat)
+        offset = _aligned(offset + flat.numel())
+    return together
 
 
 def _aligned(offset: int) -> int:

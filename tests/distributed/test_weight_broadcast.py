@@ -17,7 +17,8 @@ CPU = torch.device("cpu")
 def make_tensors() -> list[tuple[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     tensors = [
-        ("large", torch.randn(300, 70, generator=generator)),
+        ("large", torch.randn(700, 1000, generator=generator)),
+        ("large_transposed", torch.randn(512, 1024, generator=generator).T),
         ("bf16", torch.randn(33, 3, generator=generator).bfloat16()),
         ("scalar", torch.tensor(2.5)),
         ("transposed", torch.randn(40, 50, generator=generator).T),
