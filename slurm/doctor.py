@@ -77,9 +77,15 @@ def test_job(config: Config, folder: Path, argv: tuple[str, ...]) -> str:
     num_nodes = cluster.trainer_nodes + cluster.rollout_nodes
     if argv[0] != "srun":
         argv = (*step(config, [], 1, 1), *argv)
-    options = [f"--nodes={num_nodes}", f"--ntasks={num_nodes}", "--time=5", f"--immediate={WAIT_FOR_NODES_S}"]
+    options = [
+        "--kill-on-bad-exit=1",
+        f"--nodes={num_nodes}",
+        f"--ntasks={num_nodes}",
+        "--time=5",
+        f"--immediate={WAIT_FOR_NODES_S}",
+    ]
     options += [f"--{name}={value}" for name in ("partition", "account", "qos") if (value := getattr(cluster, name))]
-    dropped = ("--nodes=", "--nodelist=", "--ntasks=", "--overlap", "--open-mode=")
+    dropped = ("--nodes=", "--nodelist=", "--ntasks=", "--overlap", "--open-mode=", "--kill-on-bad-exit=")
     kept = [argument for argument in argv if not argument.startswith(dropped)]
     return run_bounded(["srun", *options, *kept[1:]])
 

@@ -2,8 +2,9 @@
 
 The guard stands between the controller and a role's process. It is a subreaper, so a grandchild that detaches itself
 (an engine's worker, a data loader) stays its descendant. Two things make it kill every descendant: its command ended,
-or its standard input, if that is a pipe, closed, which is what happens when the controller dies, by SIGKILL too. It is
-started by path, so that it costs a bare interpreter (about 20 ms) and no import of the package.
+or its standard input closed, which is what happens when the controller dies, by SIGKILL too (not with ``--alone`` in
+front: inside an srun step Slurm itself sees to that). It is started by path, so that it costs a bare interpreter
+(about 20 ms) and no import of the package.
 """
 
 import contextlib
@@ -11,10 +12,10 @@ import ctypes
 import os
 import select
 import signal
-import stat
 import sys
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+ALONE = "--alone"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
@@ -81,13 +82,13 @@ def main() -> int:
     signal.set_wakeup_fd(writing)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
-    child = start(sys.argv[1:])
+    alone = sys.argv[1] == ALONE
+    child = start(sys.argv[2 if alone else 1 :])
     for number in FORWARDED:
         signal.signal(number, lambda received, _: os.kill(child, received))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    watched = [0, reading] if stat.S_ISFIFO(os.fstat(0).st_mode) else [reading]
     while True:
-        ready = select.select(watched, [], [])[0]
+        ready = select.select([reading] if alone else [0, reading], [], [])[0]
         if reading in ready:
             os.read(reading, 4096)
             try:

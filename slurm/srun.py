@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.checks import trainer_ranks
 from slurm.controller import GUARD_ARGUMENTS, Unit
+from slurm.guard import ALONE
 from slurm.roles import ROLLOUT_STAGES, Programs, role_environment
 from slurm.run_folder import RunFolder
 
@@ -91,7 +92,7 @@ def srun_units(
 
 def guarded(programs: Programs, command: tuple[str, ...]) -> tuple[str, ...]:
     """The command under a guard on its node, so that a killed role leaves no worker of its own behind."""
-    return (programs.python, *GUARD_ARGUMENTS, *command)
+    return (programs.python, *GUARD_ARGUMENTS, ALONE, *command)
 
 
 def probe_command(config: Config, run: RunFolder, programs: Programs, hosts: list[str]) -> tuple[str, ...]:
