@@ -20,6 +20,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from megatron_vcppo.rollout.auth import SECRET_FILE_VARIABLE, is_authorized, read_secret
 from megatron_vcppo.rollout.wire import (
+    CORE_IS_DEAD,
     GENERATE,
     NO_VERSION,
     STATUS,
@@ -63,6 +64,8 @@ class Front:
         await route(scope["app"].state.engine_client, await read_body(receive), receive, send)
 
     async def _status(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
+        if engine.errored:
+            return await answer(send, CORE_IS_DEAD, b'{"error":"the engine core died"}')
         if self.state == "serving":  # during a push the core is busy taking weights; its deadline is the push's own
             try:
                 await asyncio.wait_for(engine.get_weight_version(), CORE_DEADLINE_S)

@@ -16,7 +16,7 @@ from megatron_vcppo.rollout import rendezvous, server
 from megatron_vcppo.rollout.auth import bearer, read_secret
 from megatron_vcppo.rollout.process import free_port
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
-from megatron_vcppo.rollout.wire import STATUS
+from megatron_vcppo.rollout.wire import CORE_IS_DEAD, STATUS
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,10 @@ class Slot:
             if process.poll() is not None:
                 return f"ended with exit code {process.returncode}"
             now = time.monotonic()
-            if probe(engine, read_secret(self.folder / SECRET)):
+            answer = probe(engine, read_secret(self.folder / SECRET))
+            if answer == CORE_IS_DEAD:
+                return "its core died"
+            if answer == 200:
                 last_answer = time.monotonic()
                 if not published:
                     rendezvous.publish(self.folder, engine)
@@ -92,14 +95,14 @@ class Slot:
         return ""
 
 
-def probe(engine: Engine, secret: str) -> bool:
-    """True if the engine and its core answer."""
+def probe(engine: Engine, secret: str) -> int:
+    """The HTTP status of the engine's answer, 200 if its core answers too; 0 if there is none."""
     connection = http.client.HTTPConnection(engine.address, engine.port, timeout=PROBE_TIMEOUT_S)
     try:
         connection.request("GET", STATUS, headers=bearer(secret))
-        return connection.getresponse().status == 200
+        return connection.getresponse().status
     except (OSError, http.client.HTTPException):
-        return False
+        return 0
     finally:
         connection.close()
 

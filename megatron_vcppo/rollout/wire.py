@@ -4,6 +4,9 @@ import msgspec
 
 GENERATE, STATUS, SYNC = "/vcppo/generate", "/vcppo/status", "/vcppo/sync"
 
+CORE_IS_DEAD = 500
+"""HTTP status of the status route when only a restart helps."""
+
 NO_VERSION = -1
 """The policy version of an engine that still holds the weights it started with, or half of a push."""
 

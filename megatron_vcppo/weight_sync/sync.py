@@ -30,6 +30,7 @@ Exchange = Callable[[Any], list[Any]]
 
 STATUS_TIMEOUT_S = 10.0
 POLL_S = 0.5
+ATTEMPTS = 3
 
 
 class WeightSyncError(RuntimeError):
@@ -62,24 +63,30 @@ class WeightSync:
         self.transport = transport
         self.pool = ThreadPoolExecutor(1, "weight_sync")
 
-    def wait_for_engines(self, count: int, timeout_s: float) -> None:
-        """Return when count engines answer; raises WeightSyncError on every rank after timeout_s."""
+    def wait_for_engines(self, count: int, timeout_s: float) -> list[Target]:
+        """The engines that answer, once there are count; raises WeightSyncError on every rank after timeout_s."""
         deadline = time.monotonic() + timeout_s
-        while (ready := len(self.answering())) < count:
+        while len(ready := self.answering()) < count:
             if self.exchange(time.monotonic() > deadline)[0]:
                 raise WeightSyncError(
-                    f"{ready} of {count} engines ready after {timeout_s:g} s; the others' logs are in {self.folder}", []
+                    f"{len(ready)} of {count} engines ready after {timeout_s:g} s; see their logs in {self.folder}", []
                 )
             time.sleep(POLL_S)
+        return ready
 
     def sync(self, policy_version: int, source: Source) -> PushResult:
-        """Push to every engine that answers; if one is lost on the way, once more to the others."""
-        try:
-            return self.push(policy_version, source, self.answering())
-        except WeightSyncError as error:
-            log.warning("%s; pushing again to the engines that are left", error)
-            lost = error.lost
-        return self.push(policy_version, source, [t for t in self.answering() if t.engine not in lost])
+        """Push to every engine that answers, again to those that are left if some are lost on the way.
+
+        Raises WeightSyncError on every rank after ATTEMPTS failures, or if no engine answers for config.timeout_s.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return self.push(policy_version, source, self.wait_for_engines(1, self.config.timeout_s))
+            except WeightSyncError as error:
+                if attempt == ATTEMPTS or not error.lost:
+                    raise
+                log.warning("%s; pushing again to the engines that are left", error)
+        raise AssertionError
 
     def update_joiners(self, policy_version: int, source: Source) -> PushResult | None:
         """Push to the engines that answer with another version (restarted ones); None if there are none."""
@@ -98,7 +105,11 @@ class WeightSync:
             except link.FAILURES as error:
                 log.info("%s does not answer (%s)", engine, type(error).__name__)
                 return None
-            return None if status.policy_version == but else Target(engine, status.num_workers)
+            if (
+                status.state == "syncing" or status.policy_version == but
+            ):  # still in a push that was given up, or current
+                return None
+            return Target(engine, status.num_workers)
 
         known = rendezvous.engines(self.folder)
         if not known:  # nor is there a secret, before the first supervisor has started
