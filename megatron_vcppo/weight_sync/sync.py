@@ -131,14 +131,13 @@ class WeightSync:
         errors, num_bytes = self._send_all(policy_version, source, targets)
         if self.place.is_driver and not self.transport.live and not any(errors):
             reports = self.pool.submit(asyncio.run, self._tell(policy_version, targets, []))
-        answers = self.exchange(reports.result() if reports else None)
-        told: dict[Engine, SyncReport] = next((answer for answer in answers if answer is not None), {})
+        mine_told = (reports.result(), time.monotonic() - started) if reports else None
+        told, seconds = next((answer for answer in self.exchange(mine_told) if answer), ({}, 0.0))
         failed = {engine: report.error for engine, report in told.items() if report.error}
         if any(errors) or failed:
             self.transport.close()
             raise _failure(policy_version, errors, failed)
         pause_s = max(report.pause_s for report in told.values())
-        seconds = time.monotonic() - started
         return PushResult(policy_version, tuple(t.engine for t in targets), num_bytes, seconds, pause_s)
 
     def _send_all(self, policy_version: int, source: Source, targets: list[Target]) -> tuple[list[str], int]:
