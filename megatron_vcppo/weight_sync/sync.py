@@ -164,6 +164,8 @@ class WeightSync:
             if self.place.is_sender:
                 return "", self.transport.send(tensors, policy_version, stage)
         except Exception as problem:
+            log.warning("sending stage %d of policy version %d failed", stage, policy_version, exc_info=True)
+            self.transport.close()  # the engines notice at once
             return f"sending: {problem}", 0
         finally:
             for _ in tensors:  # the ranks of a stage gather together: after a failure, too, all of them go to the end
