@@ -99,6 +99,11 @@ class Packing:
         """Indices of the sequences that this data-parallel replica works on."""
         return balance(lengths, self.dp_size)[self.dp_rank]
 
+    def imbalance(self, lengths: Items[int]) -> float:
+        """Tokens of the fullest replica over the mean; 1 is even."""
+        loads = [sum(lengths[i] for i in share) for share in balance(lengths, self.dp_size)]
+        return max(loads) * len(loads) / sum(loads)
+
     def pack(self, sequences: Items[Sequence], field_names: Items[str] = ()) -> list[PackedMicrobatch]:
         """This replica's sequences as micro-batches; one of padding alone if it has none."""
         if not sequences:

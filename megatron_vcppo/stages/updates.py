@@ -24,6 +24,8 @@ class Report:
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     num_tokens: int = 0
     num_padding: int = 0
+    imbalance: list[float] = field(default_factory=list)
+    """Per minibatch: tokens of the fullest replica over the mean."""
     skipped: list[bool] = field(default_factory=list)
     """Per optimizer step, in order: whether its loss or gradient was not finite."""
 
@@ -42,8 +44,11 @@ class Report:
         self.num_padding += sum(m.padding_tokens for m in microbatches)
 
     def means(self) -> dict[str, float]:
-        """Every metric's mean over the applied steps."""
-        return {name: total / self.counts[name] for name, total in self.sums.items()}
+        """Every metric's mean over the applied steps, and how well the batch was packed and shared out."""
+        return {name: total / self.counts[name] for name, total in self.sums.items()} | {
+            "packing/padding_share": self.num_padding / max(1, self.num_tokens),
+            "packing/dp_imbalance": sum(self.imbalance) / max(1, len(self.imbalance)),
+        }
 
 
 def minibatches(num_rollouts: int, count: int, seed: int, iteration: int, ppo_epoch: int) -> list[list[int]]:
@@ -86,6 +91,7 @@ def update(
             mine = [part[i] for i in packing.share([lengths[i] for i in part])]
             microbatches = packing.pack(batch.sequences(mine, tensors), list(tensors))
             report.count(microbatches)
+            report.imbalance.append(packing.imbalance([lengths[i] for i in part]))
             if critic is not None:
                 num_tokens, num_rows = int(mask.sum()), int(mask.any(dim=1).sum())
                 denominator = loss_denominator("token", num_tokens, num_rows, config.rollout.max_tokens)
