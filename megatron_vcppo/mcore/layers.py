@@ -5,7 +5,6 @@ here take their places, on CPU and on GPUs without Transformer Engine.
 """
 
 import importlib.util
-import itertools
 from typing import Any
 
 import torch
@@ -54,14 +53,13 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         """query [T, heads, d], key and value [T, kv_heads, d] -> [T, heads · d]."""
         assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd", "sequences must be packed"
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         grouped = query.shape[1] != key.shape[1]
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        # split, not slices: the backward pass of each slice would fill and add a gradient of the whole length.
+        parts = (x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for x in (query, key, value))
         segments = [
-            F.scaled_dot_product_attention(
-                q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=self.scale, enable_gqa=grouped
-            )
-            for a, b in itertools.pairwise(bounds)
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
+            for q, k, v in zip(*parts, strict=True)
         ]
         return torch.cat(segments, dim=2).squeeze(0).transpose(0, 1).flatten(1)
 

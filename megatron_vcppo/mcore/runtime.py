@@ -19,6 +19,7 @@ from megatron_vcppo.mcore import cpu_shim
 # Megatron warns at import and for every model about parts that this project does not use.
 warnings.filterwarnings("ignore", module="megatron")
 warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
+warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
 cpu_shim.install()
 
 from megatron.core import parallel_state  # noqa: E402
