@@ -19,7 +19,6 @@ from typing import Any
 
 import psutil
 
-from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.records import Prompt
 from megatron_vcppo.rollout import link, wire
 from megatron_vcppo.rollout.auth import read_secret
@@ -27,6 +26,7 @@ from megatron_vcppo.rollout.client import RolloutClient
 from megatron_vcppo.rollout.process import without_trainer
 from megatron_vcppo.rollout.server import Placement, environment
 from megatron_vcppo.rollout.wire import Sampling
+from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
 from tests.helpers.rollout_node import MAX_LENGTH, RolloutNode, make_prompts, save_policy
 
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         with RolloutNode(folder / "node", model, {"engine": engine}) as node, InProcess(model, node) as in_process:
             node.wait(1)
             in_process.wait()
-            decode = load_tokenizer(model).decode
+            decode = build_tokenizer().decode
             client = RolloutClient(node.rendezvous, node.settings, MAX_LENGTH, 0, decode)
             client.config.max_tokens = args.new_tokens
             for concurrency in args.concurrency:
