@@ -6,19 +6,28 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from megatron_vcppo.config.rl_checks import check_rl
 from megatron_vcppo.config.schema import Config
 from megatron_vcppo.errors import UserError
 
 POSITIVE = {
     "epochs", "steps", "batch_size", "save_every", "max_length", "tokens_per_microbatch", "tp", "pp", "cp", "dp",
     "timeout_s", "eps", "init_std", "trainer_nodes", "trainer_ranks", "cpus_per_node", "time_limit_minutes",
+    "num_prompts", "num_samples", "max_tokens", "stored_rollouts", "stable_window", "iterations", "minibatches",
+    "prompts_per_iteration", "ppo_epochs", "updates_per_actor_update", "dynamic_sampling_rounds", "skip_limit",
+    "verify_timeout_s", "per_node", "max_num_seqs", "bucket_mib", "kl_horizon", "length_adaptive_alpha", "tis_cap",
+    "huber_delta", "value_clip", "clip_low", "clip_high",
 }  # fmt: skip
 """Last parts of keys whose value, where there is one, must be over zero."""
 NOT_NEGATIVE = {
     "seed", "lr", "weight_decay", "clip_grad", "warmup_steps", "keep_last", "validate_every", "rollout_nodes",
-    "gpus_per_node", "save_margin_s",
+    "gpus_per_node", "save_margin_s", "critic_only_iterations", "evaluate_every", "overlong_penalty_tokens", "kl_coef",
+    "entropy_coef", "positive_lm_coef", "stable_tolerance", "temperature", "top_k",
 }  # fmt: skip
-FRACTIONS = {"beta1", "beta2", "min_lr_ratio"}
+FRACTIONS = {
+    "beta1", "beta2", "min_lr_ratio", "lam_actor", "lam_critic", "gamma", "cut_share", "label_smoothing", "top_p",
+    "gpu_memory_utilization",
+}  # fmt: skip
 READ_BY = {"sft": {"sft"}, "prompts": {"reward_model", "value_pretrain", "ppo"}}
 """Sections whose required keys count only if one of these stages is in the chain."""
 
@@ -124,5 +133,6 @@ CHECKS: list[Callable[[Config], Iterator[str]]] = [
     _check_stages,
     _check_schedule,
     _check_secrets,
+    check_rl,
 ]
 """Each yields one line per problem; an area adds its own here."""

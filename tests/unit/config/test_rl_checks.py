@@ -1,0 +1,113 @@
+"""Settings of value pretraining, PPO and evaluation that do not fit each other are refused with the numbers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.checks import check_config
+from megatron_vcppo.errors import UserError
+
+
+def make_config(*stages: str, **sections: Any) -> Config:
+    base = {
+        **{"run": {"dir": "runs/x"}, "model": {"hf": "models/x"}, "sft": {"train": "x"}, "prompts": {"train": "x"}},
+        **{"stages": list(stages) or ["sft", "ppo"], "ppo": {"critic": {"init": "sft"}}},
+    }
+    merged = OmegaConf.merge(OmegaConf.structured(Config), base, sections)
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+
+
+def test_sound_chains_pass() -> None:
+    check_config(make_config())
+    chain = ("sft", "reward_model", "value_pretrain", "ppo")
+    check_config(make_config(*chain, ppo={"critic": {"init": "value_pretrain"}}))
+        make_config("sft", "reward_model", "value_pretrain", "ppo", ppo={"critic": {"init": "value_pretrain"}})
+    )
+    check_config(make_config("evaluate", prompts={"test": "x"}, evaluate={"num_samples": 8, "k": [1, 8]}))
+    groups = {"advantage": {"baseline": "grpo"}, "critic": {"init": "value_pretrain"}, "dynamic_sampling": True}
+    check_config(make_config(ppo=groups, rollout={"num_samples": 2}))
+
+
+PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
+    "samples of a baseline": (
+        {"ppo": {"advantage": {"baseline": "rloo"}}},
+        "ppo.advantage.baseline rloo needs rollout.num_samples over 1, got 1",
+    ),
+    "no critic to train alone": (
+        {
+            "ppo": {"advantage": {"baseline": "grpo"}, "critic_only_iterations": 3},
+            "rollout": {"num_samples": 4},
+        },
+        "ppo.critic_only_iterations 3 needs a critic, and ppo.advantage.baseline grpo has none",
+    ),
+    "dynamic sampling": (
+        {"ppo": {"dynamic_sampling": True}},
+        "ppo.dynamic_sampling needs rollout.num_samples over 1, got 1",
+    ),
+    "staleness and dynamic sampling": (
+        {"ppo": {"dynamic_sampling": True, "staleness": 1}, "rollout": {"num_samples": 2}},
+        "ppo.staleness 1 does not go with ppo.dynamic_sampling",
+    ),
+    "minibatches": (
+        {"ppo": {"minibatches": 9, "prompts_per_iteration": 4}, "rollout": {"num_samples": 2}},
+        "ppo.minibatches 9 is more than the 8 rollouts of an iteration "
+        "(ppo.prompts_per_iteration 4 × rollout.num_samples 2)",
+    ),
+    "bounds": ({"ppo": {"critic": {"bounds": [1.0, -1.0]}}}, "two rising numbers, got [1.0, -1.0]"),
+    "evaluation without problems": ({"ppo": {"evaluate_every": 5}}, "ppo.evaluate_every 5 needs held-out problems"),
+    "pass@k": (
+        {"ppo": {"evaluate_every": 5}, "prompts": {"test": "x"}, "evaluate": {"num_samples": 4, "k": [1, 8]}},
+        "evaluate.k 8 must lie in 1 … evaluate.num_samples 4",
+    ),
+    "no room for a prompt": (
+        {"rollout": {"max_tokens": 512}, "model": {"max_length": 512}},
+        "rollout.max_tokens 512 leaves no room for a prompt: it must be below model.max_length 512",
+    ),
+    "critic of a stage that is not there": (
+        {"ppo": {"critic": {"init": "reward_model"}}},
+        "ppo.critic.init reward_model needs stage reward_model, which is neither before ppo in stages (sft, ppo) nor "
+        "done in runs/x",
+    ),
+    "critic of no path": ({"ppo": {"critic": {"init": "checkpoint"}}}, "ppo.critic.checkpoint_path"),
+    "lambda": ({"ppo": {"advantage": {"lam_actor": 1.5}}}, "ppo.advantage.lam_actor must lie in 0 … 1, got 1.5"),
+    "batch size": ({"ppo": {"prompts_per_iteration": 0, "minibatches": 0}}, "ppo.prompts_per_iteration must be over 0"),
+    "adaptive KL": ({"ppo": {"loss": {"kl_target": 0.1}}}, "it needs ppo.loss.kl_coef over 0 (got 0)"),
+    "dual clip": ({"ppo": {"loss": {"dual_clip": 0.5}}}, "ppo.loss.dual_clip must be over 1, got 0.5"),
+    "overlong": (
+        {"ppo": {"advantage": {"overlong_penalty_tokens": 2000}}},
+        "ppo.advantage.overlong_penalty_tokens 2000 is more than rollout.max_tokens 1024",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_problem_is_named_with_its_numbers(name: str) -> None:
+    sections, message = PROBLEMS[name]
+    with pytest.raises(UserError) as failure:
+        check_config(make_config(**sections))
+    assert message in str(failure.value)
+
+
+def test_only_stages_of_the_chain_are_looked_at() -> None:
+    check_config(make_config("sft", ppo={"advantage": {"baseline": "rloo"}, "critic": {"init": "value_pretrain"}}))
+
+
+def test_a_critic_that_an_earlier_chain_left_will_do(tmp_path: Path) -> None:
+    config = make_config(run={"dir": str(tmp_path)}, ppo={"critic": {"init": "value_pretrain"}})
+    with pytest.raises(UserError, match="needs stage value_pretrain"):
+        check_config(config)
+    (tmp_path / "value_pretrain").mkdir()
+    (tmp_path / "value_pretrain" / "manifest.json").write_text("{}")
+    check_config(config)
+
+
+def test_pretraining_names_its_critic() -> None:
+    config = make_config("sft", "value_pretrain")
+    with pytest.raises(UserError, match=r"value_pretrain\.init reward_model needs stage reward_model"):
+        check_config(config)
+    config.value_pretrain.init = "checkpoint"
+    with pytest.raises(UserError, match=r"value_pretrain\.init checkpoint needs value_pretrain\.checkpoint_path"):
+        check_config(config)
