@@ -24,8 +24,6 @@ def test_sound_chains_pass() -> None:
     check_config(make_config())
     chain = ("sft", "reward_model", "value_pretrain", "ppo")
     check_config(make_config(*chain, ppo={"critic": {"init": "value_pretrain"}}))
-        make_config("sft", "reward_model", "value_pretrain", "ppo", ppo={"critic": {"init": "value_pretrain"}})
-    )
     check_config(make_config("evaluate", prompts={"test": "x"}, evaluate={"num_samples": 8, "k": [1, 8]}))
     groups = {"advantage": {"baseline": "grpo"}, "critic": {"init": "value_pretrain"}, "dynamic_sampling": True}
     check_config(make_config(ppo=groups, rollout={"num_samples": 2}))
