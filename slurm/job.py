@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -47,10 +48,12 @@ class StageJob:
     def __call__(self) -> None:
         """Run the stage. Leaves with the trainer's exit code if that is not 0: it is the job's."""
         try:
-            code = self.run_here()
+            with RunFolder(self.run).full_disk_named():
+                code = self.run_here()
         except UserError as error:
             say(f"error: {error}")
-            events.append(self.run, "refused", stage=self.stage, job=job_id(), cause=str(error))
+            with suppress(OSError):  # the disk may be full
+                events.append(self.run, "refused", stage=self.stage, job=job_id(), cause=str(error))
             code = USER_ERROR_CODE
         if code:
             sys.exit(code)

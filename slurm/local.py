@@ -62,7 +62,7 @@ def run_chain(run: RunFolder, config: Config, stages: list[str], programs: Progr
     def say(text: str) -> None:
         print(text, flush=True)
 
-    with run.locked(), stop_requests() as count:
+    with run.full_disk_named(), run.locked(), stop_requests() as count:
         for number, stage in enumerate(stages, 1):
             head = f"[{number}/{len(stages)}] {stage}:"
             if run.done(stage):

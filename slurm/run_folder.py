@@ -1,5 +1,6 @@
 """A run's folder as the launcher sees it: which stages are done, how far they are, where their logs go."""
 
+import errno
 import fcntl
 import json
 from collections.abc import Iterator
@@ -66,6 +67,18 @@ class RunFolder:
             except BlockingIOError:
                 raise UserError(f"{self.path}: another vcppo run or submit is at work in this run") from None
             yield
+
+    @contextmanager
+    def full_disk_named(self) -> Iterator[None]:
+        """A full disk or quota is the user's to mend, not a traceback."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"{error.filename or self.path}: {error.strerror}: make room, then vcppo resume {self.path}"
+            ) from None
 
     def in_use(self) -> bool:
         """True while a process on this machine holds the run."""

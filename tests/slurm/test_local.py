@@ -101,6 +101,22 @@ def test_term_saves_and_the_next_call_goes_on(tmp_path: Path) -> None:
     assert result(run)["trained"] == list(range(1, saved + 3))
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="a small file system needs root")
+def test_a_disk_too_full_for_the_controller_itself_is_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)], check=True)
+    try:
+        config = tiny_config(folder)
+        run = write_config(config)
+        with pytest.raises(OSError, match="No space left"):
+            (folder / "filling").write_bytes(bytes(1 << 20))
+        with pytest.raises(UserError, match=f"No space left on device: make room, then vcppo resume {folder}"):
+            run_chain(run, config, ["sft"], TINY)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
 def test_chosen_stages() -> None:
     chain = ["sft", "value_pretrain", "ppo", "export"]
     assert chosen_stages(chain, "value_pretrain", "ppo", None) == ["value_pretrain", "ppo"]
