@@ -76,12 +76,13 @@ def _join(ranks: list[BaseProcess], timeout_s: float) -> None:
     """Wait until every rank ended, until the deadline, or until GRACE_S after the first failure."""
     deadline = time.monotonic() + timeout_s
     while alive := [process for process in ranks if process.exitcode is None]:
+        # Before the wait: a rank may close its sentinel a moment before it has an exit code.
+        if any(process.exitcode for process in ranks):
+            deadline = min(deadline, time.monotonic() + GRACE_S)
         remaining_s = deadline - time.monotonic()
         if remaining_s <= 0:
             return
         wait([process.sentinel for process in alive], timeout=remaining_s)
-        if any(process.exitcode for process in ranks):
-            deadline = min(deadline, time.monotonic() + GRACE_S)
 
 
 def _dump_stacks(ranks: list[BaseProcess]) -> None:
