@@ -79,6 +79,7 @@ def test_logits_agree_with_transformers(tmp_path, family, tied, dtype):
     assert (ours - theirs).abs().max() <= TOLERANCE
 
 
+@pytest.mark.slow  # two processes that import megatron and transformers afresh
 def test_the_logits_check_passes_a_good_export_and_stops_a_wrong_one(tmp_path):
     hf = save_tiny_model(tmp_path / "hf", "llama")
     import_hf(hf, tmp_path / "imported", 2, 1)
