@@ -30,6 +30,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.mcore import optimizer as optim
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.convert.folders import copy_small_files
 from megatron_vcppo.mcore.learner import Learner
@@ -191,6 +192,7 @@ def load_learner(learner: Learner, folder: Path) -> None:
         # Megatron leaves a step count of zero out: the checkpoint was taken before this model's first step.
         inner["state"].setdefault("common_step", torch.tensor(0.0))
     learner.optimizer.load_state_dict(loaded["optimizer"])
+    optim.apply_settings(learner.optimizer, learner.optimizer_config)
     learner.optimizer_steps = loaded["optimizer_steps"]
 
 

@@ -36,11 +36,17 @@ def build_optimizer(model: DistributedDataParallel, config: OptimizerConfig) -> 
         ),
         [model],
     )
-    for group in optimizer.param_groups:
-        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+    apply_settings(optimizer, config)
     if not HAVE_APEX_OR_TE:
         _make_adamw_states(optimizer)
     return optimizer
+
+
+def apply_settings(optimizer: MegatronOptimizer, config: OptimizerConfig) -> None:
+    """What the configuration says goes, also for an optimizer whose state was made under another one."""
+    for group in optimizer.param_groups:
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        group["betas"], group["eps"] = (config.beta1, config.beta2), config.eps
 
 
 def _make_adamw_states(optimizer: MegatronOptimizer) -> None:

@@ -1,6 +1,7 @@
 """The chain's last actor as a Hugging Face folder, checked tensor by tensor and by its logits. One process does it."""
 
 import os
+import shutil
 from pathlib import Path
 
 from megatron_vcppo.config import Config
@@ -21,6 +22,8 @@ def run(config: Config) -> None:
     folder = stage_folder(config, "export")
     out = Path(config.export.out) if config.export.out else folder / "hf"
     dtype = torch_dtype(config.export.dtype) if config.export.dtype else None
+    if config.export.out is None and out.exists():
+        shutil.rmtree(out)  # from an attempt that was killed before it could say that it was done
     with Progress("export", 100, unit="B") as progress:
         seen = 0
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.architecture import Architecture
-from megatron_vcppo.mcore.checkpoint import load_model
+from megatron_vcppo.mcore.checkpoint import load_learner, load_model
 from megatron_vcppo.mcore.hf_load import load_hf
+from megatron_vcppo.mcore.learner import Critic
 from megatron_vcppo.mcore.manifest import read_manifest
 from megatron_vcppo.mcore.model import ActorModel, CriticModel, build_actor, build_critic
 from megatron_vcppo.stages.stage import actor_before, last_checkpoint
@@ -34,11 +35,7 @@ def starting_critic(config: Config, stage: str, init: str, checkpoint_path: str 
     arch = Architecture.from_hf(config.model.hf)
     model = build_critic(arch, config.model, config.parallel)
     if init in ("value_pretrain", "reward_model", "checkpoint"):
-        folder = Path(checkpoint_path) if init == "checkpoint" and checkpoint_path else None
-        folder = folder or last_checkpoint(config, init, "critic")
-        if folder is None:
-            where = "its checkpoint_path is not set" if init == "checkpoint" else "that stage is not done"
-            raise UserError(f"stage {stage}: the critic is to come from {init}, but {where}")
+        folder = _critic_folder(config, stage, init, checkpoint_path)
         _check_same_model(folder, arch)
         load_model(model, folder)
         return model
@@ -48,6 +45,23 @@ def starting_critic(config: Config, stage: str, init: str, checkpoint_path: str 
     else:
         load_model(model, trunk, without=HEAD)
     return model
+
+
+def continue_pretraining(critic: Critic, config: Config) -> None:
+    """Give PPO's critic the optimizer moments of its value pretraining, if it comes from there; its schedule is new."""
+    settings = config.ppo.critic
+    if settings.init in ("value_pretrain", "checkpoint"):
+        load_learner(critic, _critic_folder(config, "ppo", settings.init, settings.checkpoint_path))
+        critic.optimizer_steps = 0
+
+
+def _critic_folder(config: Config, stage: str, init: str, checkpoint_path: str | None) -> Path:
+    folder = Path(checkpoint_path) if init == "checkpoint" and checkpoint_path else None
+    folder = folder or last_checkpoint(config, init, "critic")
+    if folder is None:
+        where = "its checkpoint_path is not set" if init == "checkpoint" else "that stage is not done"
+        raise UserError(f"stage {stage}: the critic is to come from {init}, but {where}")
+    return folder
 
 
 def _check_same_model(folder: Path, arch: Architecture) -> None:
