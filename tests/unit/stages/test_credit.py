@@ -1,0 +1,118 @@
+"""From rollouts and values to advantages: the definition, what changes it, and what is reported."""
+
+import pytest
+import torch
+
+from megatron_vcppo.algo.gae import gae_reference
+from megatron_vcppo.config import Config
+from megatron_vcppo.data.rollout_batch import RolloutBatch, make_batch
+from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.stages.credit import assign_credit, reward_statistics
+
+LENGTHS, REWARDS = (5, 3, 8, 6), (1.0, -1.0, -1.0, 1.0)
+END_OF_THINKING = 9
+
+
+def make_config() -> Config:
+    config = Config()
+    config.rollout.max_tokens = 8
+    return config
+
+
+def batch_of(rewards: tuple[float, ...] = REWARDS) -> RolloutBatch:
+    rollouts = []
+    for i, (length, reward) in enumerate(zip(LENGTHS, rewards, strict=True)):
+        ids = (*(3 for _ in range(length - 2)), END_OF_THINKING, 2)
+        reason = "length" if length == 8 else "stop"
+        prompt = Prompt(f"p{i // 2}", (1, 2), "", "", "t")
+        rollouts.append(Rollout(prompt, i % 2, 0, ids, "", (-1.0,) * length, reason, 0, reward))
+    return make_batch(rollouts)
+
+
+def values_of(batch: RolloutBatch) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch.response_mask.shape, generator=generator).masked_fill(~batch.response_mask, 0)
+
+
+def credit_of(config: Config, batch: RolloutBatch, values: torch.Tensor | None, ref: torch.Tensor | None = None):
+    old = batch.rollout_logprobs + 0.25 * batch.response_mask
+    return assign_credit(batch, values, old, ref, config, config.ppo.loss.kl_coef, END_OF_THINKING)
+
+
+def test_advantages_and_targets_have_their_own_lambda() -> None:
+    config, batch = make_config(), batch_of()
+    config.ppo.advantage.whiten, config.ppo.advantage.lam_actor, config.ppo.advantage.lam_critic = False, 0.9, 1.0
+    values = values_of(batch)
+    credit = credit_of(config, batch, values)
+    rewards = torch.zeros(values.shape)
+    rewards[range(4), batch.lengths - 1] = batch.rewards
+    advantages, returns = gae_reference(rewards, values, batch.response_mask, gamma=1.0, lam_actor=0.9, lam_critic=1.0)
+    assert torch.allclose(credit.advantages.double(), advantages, atol=1e-6)
+    assert torch.allclose(credit.returns.double(), returns, atol=1e-6)
+    assert torch.equal(credit.returns[0, :5], torch.ones(5))  # Monte Carlo
+    assert credit.metrics["rollout/logprob_gap"] == pytest.approx(0.25)
+
+
+def test_whitened_over_the_tokens_that_are_trained_on() -> None:
+    config, batch = make_config(), batch_of()
+    config.ppo.advantage.overlong_filter = True
+    credit = credit_of(config, batch, values_of(batch))
+    assert not credit.mask[2].any() and torch.equal(credit.mask[0], batch.response_mask[0])
+    assert float(credit.advantages[2].abs().max()) == 0.0
+    trained = credit.advantages[credit.mask]
+    assert float(trained.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(trained.std(correction=0)) == pytest.approx(1, abs=1e-5)
+
+
+def test_group_baseline_needs_no_critic_and_reports_none() -> None:
+    config, batch = make_config(), batch_of((1.0, -1.0, 1.0, 1.0))
+    config.ppo.advantage.baseline, config.ppo.advantage.whiten = "grpo", False
+    credit = credit_of(config, batch, None)
+    std = 2**0.5
+    assert credit.advantages[0, :5].tolist() == pytest.approx([1 / std] * 5)
+    assert credit.advantages[1, :3].tolist() == pytest.approx([-1 / std] * 3)
+    assert float(credit.advantages[2:].abs().max()) == 0.0
+    assert not [name for name in credit.metrics if name.startswith("critic/")]
+
+
+def test_kl_in_the_reward_lowers_the_returns_token_by_token() -> None:
+    config, batch = make_config(), batch_of()
+    config.ppo.loss.kl_in, config.ppo.loss.kl_coef, config.ppo.loss.kl_kind = "reward", 0.1, "k1"
+    plain = credit_of(make_config(), batch, values_of(batch)).returns
+    ref = batch.rollout_logprobs + 0.25 * batch.response_mask - 0.5 * batch.response_mask  # KL of 0.5 per token
+    returns = credit_of(config, batch, values_of(batch), ref).returns
+    tokens_left = torch.arange(5, 0, -1)
+    assert torch.allclose(plain[0, :5] - returns[0, :5], 0.05 * tokens_left, atol=1e-6)
+
+
+def test_overlong_penalty_reaches_the_returns() -> None:
+    config, batch = make_config(), batch_of()
+    config.ppo.advantage.overlong_penalty_tokens = 4
+    returns = credit_of(config, batch, values_of(batch)).returns
+    assert returns[0, 0] == pytest.approx(1.0 - 0.25) and returns[2, 0] == pytest.approx(-2.0)
+    assert returns[1, 0] == pytest.approx(-1.0)
+
+
+def test_a_critic_that_knows_nothing_is_gated() -> None:
+    config, batch = make_config(), batch_of()
+    config.ppo.advantage.explained_variance_gate, config.ppo.advantage.whiten = True, False
+    credit = credit_of(config, batch, values_of(batch) * 10)
+    assert credit.metrics["critic/explained_variance"] < 0
+    mean = float(credit.returns[batch.response_mask].mean())
+    assert torch.allclose(credit.advantages, (credit.returns - mean).masked_fill(~batch.response_mask, 0))
+
+
+def test_equal_rewards_and_a_constant_critic_stay_finite() -> None:
+    config, batch = make_config(), batch_of((-1.0,) * 4)
+    credit = credit_of(config, batch, torch.full(batch.response_mask.shape, -1.0))
+    assert float(credit.advantages.abs().max()) == 0.0
+    assert all(value == value for value in credit.metrics.values()), credit.metrics
+
+
+def test_reward_statistics() -> None:
+    assert reward_statistics(batch_of((1.0, -1.0, 1.0, 1.0))) == {
+        "rollout/reward_mean": 0.5,
+        "rollout/reward_std": pytest.approx(0.75**0.5),
+        "rollout/accuracy": 0.75,
+        "rollout/equal_groups": 0.5,
+    }
