@@ -37,11 +37,12 @@ def _critic_source(config: Config, stage: str, init: str, checkpoint_path: str |
         yield f"{section}.init checkpoint needs {section}.checkpoint_path"
     if init not in ("value_pretrain", "reward_model"):
         return
-    before = config.stages[: config.stages.index(stage)]
+    chain: list[str] = [*config.stages]
+    before = chain[: chain.index(stage)]
     if init not in before and not (Path(config.run.dir) / init / "manifest.json").exists():
         yield (
             f"{section}.init {init} needs stage {init}, which is neither before {stage} in stages "
-            f"({', '.join(config.stages)}) nor done in {config.run.dir}"
+            f"({', '.join(chain)}) nor done in {config.run.dir}"
         )
 
 
