@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,11 +18,21 @@ from megatron_vcppo.rewards.scorer import Scorer
 from megatron_vcppo.rollout.client import RolloutClient
 from megatron_vcppo.rollout.store import read_rollouts, write_rollouts
 from megatron_vcppo.rollout.wire import Sampling
-from megatron_vcppo.weight_sync.generation import generate_with_joiners
+from megatron_vcppo.weight_sync.generation import begin, finish_with_joiners
 from megatron_vcppo.weight_sync.place import make_weight_sync, place_of
 from megatron_vcppo.weight_sync.sync import PushResult
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Generation under way."""
+
+    prompts: list[Prompt]
+    policy_version: int
+    future: Future[list[Rollout]] | None
+    """On leaders with prompts of their own."""
 
 
 class Generation(AbstractContextManager["Generation"]):
@@ -70,15 +81,23 @@ class Generation(AbstractContextManager["Generation"]):
 
     def generate(self, prompts: list[Prompt], iteration: int, sampling: Sampling, num_samples: int) -> list[Rollout]:
         """Scored rollouts under the pushed weights, by prompt and sample; the same list on every rank."""
-        assert self.source is not None, "push weights before generating"
+        return self.finish(self.begin(prompts, iteration, sampling, num_samples))
+
+    def begin(self, prompts: list[Prompt], iteration: int, sampling: Sampling, num_samples: int) -> "Begun":
+        """Have the engines work on it while this rank does something else; no push until it is finished."""
         mine = prompts[self.world.dp_rank :: self.world.dp_size]
         produce = self._producer(mine, iteration, sampling, num_samples) if self.is_leader and mine else None
-        scored = generate_with_joiners(self.sync, self.policy_version, self.source, produce)
+        return Begun(prompts, self.policy_version, begin(produce))
+
+    def finish(self, begun: "Begun") -> list[Rollout]:
+        """Wait for it. An engine that is restarted while all wait gets the actor's weights of now."""
+        assert self.source is not None and begun.policy_version == self.policy_version, "engines hold other weights"
+        scored = finish_with_joiners(self.sync, self.policy_version, self.source, begun.future)
         parts = self.sync.exchange((scored or [], self.scorer.take_problems() if self.scorer else []))
         if self.world.is_main:
             for problem in (problem for _, problems in parts for problem in problems):
                 print(f"warning: verifier: {problem}", flush=True)
-        order = {prompt.prompt_id: place for place, prompt in enumerate(prompts)}
+        order = {prompt.prompt_id: place for place, prompt in enumerate(begun.prompts)}
         rollouts = [rollout for part, _ in parts for rollout in part]
         return sorted(rollouts, key=lambda rollout: (order[rollout.prompt.prompt_id], rollout.sample_index))
 

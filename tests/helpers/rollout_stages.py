@@ -1,0 +1,139 @@
+"""Stages that generate, on forked ranks beside engines that outlive them: a killed stage starts again in seconds."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from megatron_vcppo.cli import main as vcppo
+from megatron_vcppo.config import Config
+from megatron_vcppo.data.prompts import PromptStream, load_prompts
+from megatron_vcppo.data.tokenizer import load_tokenizer
+from megatron_vcppo.mcore.manifest import MANIFEST_NAME, read_manifest
+from megatron_vcppo.report.metrics import read_metrics
+from megatron_vcppo.rollout.store import read_rollouts
+from megatron_vcppo.stages.__main__ import main as run_rank
+from tests.helpers.distributed import RanksFailed, run_distributed_test
+from tests.helpers.rollout_node import RolloutNode
+from tests.slurm.support import write_config
+
+NUM_PROMPTS = 20
+"""Iterations of 8 prompts cross the borders between epochs."""
+
+
+def make_task(folder: Path) -> Path:
+    sizes = ["--demonstrations", "200", "--validation", "8", "--prompts", str(NUM_PROMPTS), "--test", "8"]
+    assert vcppo(["make-task", "--out", str(folder), *sizes]) == 0
+    return folder
+
+
+def make_config(task: Path, run: Path, sections: dict[str, Any]) -> Config:
+    """Two pipeline stages; ``sections`` is merged over tiny sizes."""
+    base = {
+        "run": {"dir": str(run), "timeout_s": 90},
+        "model": {"hf": str(task / "base_model"), "dtype": "float32", "max_length": 256},
+        "parallel": {"pp": 2, "tokens_per_microbatch": 512},
+        "stages": ["value_pretrain", "ppo"],
+        "sft": {"train": ""},
+        "prompts": {"train": str(task / "prompts_train.jsonl"), "test": str(task / "prompts_test.jsonl")},
+        "rollout": {"max_tokens": 24},
+        "value_pretrain": {
+            **{"init": "sft", "steps": 6, "batch_size": 8, "checkpoint": {"save_every": 2}},
+            **{"optimizer": {"lr": 1e-3}},
+        },
+        "ppo": {
+            **{"iterations": 6, "prompts_per_iteration": 8, "minibatches": 2, "checkpoint": {"save_every": 2}},
+            **{"optimizer": {"lr": 1e-3}, "critic": {"optimizer": {"lr": 1e-3}}, "evaluate_every": 3},
+        },
+    }
+    merged = OmegaConf.merge(OmegaConf.structured(Config), base, sections)
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+
+
+class Stage:
+    """One stage of a run, again and again until it is done."""
+
+    def __init__(self, node: RolloutNode, config: Config, name: str) -> None:
+        self.config, self.name, self.folder = config, name, Path(config.run.dir) / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "rendezvous").symlink_to(node.rendezvous)
+        parallel = config.parallel
+        self.num_ranks = parallel.tp * parallel.pp * (parallel.dp or 1)
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / MANIFEST_NAME).exists()
+
+    def run(self, before: Callable[[], None] = lambda: None) -> list[int]:
+        """What the launcher runs, on forked ranks; their exit codes. before: called on each rank."""
+        path = write_config(self.config).config
+
+        def rank() -> int:
+            sys.argv[1:] = [self.name, "--config", str(path)]
+            before()
+            return run_rank()
+
+        return run_distributed_test(rank, self.num_ranks, timeout_s=200)
+
+    def run_with_kills(self, kills: int, seconds: float, seed: int) -> int:
+        """Kill random ranks at random moments, so many times at most, then let it end; returns the kills that hit."""
+        chance = random.Random(seed)
+        hits = 0
+        for _ in range(kills):
+            victim, delay = chance.randrange(self.num_ranks), chance.uniform(0.1, 1.0) * seconds
+
+            def kill_later(victim: int = victim, delay: float = delay) -> None:
+                if int(os.environ["RANK"]) == victim:
+                    threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+            try:
+                assert set(self.run(kill_later)) == {0}
+                break
+            except RanksFailed as failure:
+                assert f"rank {victim}: exit code -9" in str(failure), failure
+                hits += 1
+        if not self.done:
+            assert set(self.run()) == {0}
+        return hits
+
+    def assert_every_prompt_once(self, num_prompts: int, iterations: int, seed: int) -> None:
+        """Stored rollouts and log are those of a stream that nothing interrupted."""
+        keys = self.config.prompts
+        prompts, _ = load_prompts(keys.train, load_tokenizer(self.config.model.hf), 255)
+        stream = PromptStream(prompts, seed)
+        for iteration in range(1, iterations + 1):
+            stored = [rollout.prompt.prompt_id for rollout in read_rollouts(self.folder / "rollouts", iteration)]
+            assert stored == [prompt.prompt_id for prompt in stream.next(num_prompts)], f"iteration {iteration}"
+        records = read_metrics(self.folder)
+        assert [record["iteration"] for record in records] == list(range(1, iterations + 1))
+
+    def replay(self, node: RolloutNode, folder: Path) -> "Stage":
+        """The same stage without a kill, in a run folder that has nothing but the stored rollouts and what came
+        before."""
+        config = replace(self.config, run=replace(self.config.run, dir=str(folder)))
+        again = Stage(node, config, self.name)
+        shutil.copytree(self.folder / "rollouts", again.folder / "rollouts")
+        before = Path(self.config.run.dir) / "value_pretrain"
+        if self.name != "value_pretrain" and before.exists():
+            shutil.copytree(before, folder / "value_pretrain", symlinks=True)
+        assert set(again.run()) == {0}
+        for path in (self.folder / "rollouts").iterdir():
+            assert path.read_bytes() == (again.folder / "rollouts" / path.name).read_bytes(), "generated anew"
+        return again
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Sizes and checksums of the last checkpoint's files: weights, moments, state."""
+        path = self.folder / read_manifest(self.folder)["meta"]["checkpoint"]
+        state = json.loads((path / "state.json").read_text())
+        files = {name: file for name, file in read_manifest(path)["files"].items() if name.endswith(".distcp")}
+        assert files
+        return {**files, "state": state}
