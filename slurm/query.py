@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 from megatron_vcppo.errors import UserError
 
-ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING")
+ENDED = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"),
+    *("PREEMPTED", "REVOKED"),
+)
+"""All others are queued, running or between the two; there are many of those, such as SIGNALING."""
 TIMEOUT_S = 30.0
 
 
@@ -27,7 +31,7 @@ class JobState:
     @property
     def active(self) -> bool:
         """Queued, running, or between the two."""
-        return self.state in ACTIVE
+        return self.state not in ENDED
 
 
 def slurm(*argv: str, check: bool = True) -> str:

@@ -59,7 +59,8 @@ def stage_status(
     if done:
         status.state, status.eta_s = "done", None
     elif slurm_state and slurm_state.active:
-        status.state = "running" if slurm_state.state in ("RUNNING", "COMPLETING") else "pending"
+        waiting = slurm_state.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING")
+        status.state = "pending" if waiting else "running"
         if status.state == "pending":
             status.note, status.eta_s = pending_note(slurm_state), None
     else:
