@@ -73,13 +73,13 @@ def check_logprob_gap(folder: Path, rollouts: list[Rollout]) -> None:
     ("family", "tied", "engine"),
     [
         ("qwen2", True, {}),
-        ("qwen2", False, {}),
+        ("qwen3", False, {"tp": 2}),
+        ("qwen2", False, {"dp": 2}),
         ("qwen3", True, {}),
+        ("qwen2", False, {}),
         ("qwen3", False, {}),
-        ("qwen2", False, {"tp": 2}),
         ("qwen3", True, {"tp": 2}),
         ("qwen2", True, {"dp": 2}),
-        ("qwen3", False, {"dp": 2}),
     ],
     ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) or "tp1" if isinstance(value, dict) else str(value),
 )
