@@ -68,8 +68,12 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def parameters(arch: Architecture, tp: int = 1) -> list[Parameter]:
-    """Every parameter of the model, in the model's order; ``tp`` matters to the padded vocabulary only."""
+def parameters(arch: Architecture, tp: int = 1, kind: str = "actor") -> list[Parameter]:
+    """Every parameter of the model, in the model's order; ``tp`` matters to the padded vocabulary only.
+
+    kind: actor, or critic, which has a value head instead of the output layer: transformers' token classification
+    with one label.
+    """
     padded = (padded_vocab_size(arch.vocab_size, tp), arch.hidden_size)
 
     def vocabulary(name: str, hf_name: str) -> Parameter:
@@ -79,7 +83,10 @@ def parameters(arch: Architecture, tp: int = 1) -> list[Parameter]:
     for layer in range(arch.num_layers):
         table += _layer_parameters(arch, layer)
     table.append(_plain("decoder.final_layernorm.weight", "model.norm.weight", (arch.hidden_size,)))
-    if not arch.tied:
+    if kind == "critic":
+        table.append(_plain("value_head.weight", "score.weight", (1, arch.hidden_size)))
+        table.append(_plain("value_head.bias", "score.bias", (1,)))
+    elif not arch.tied:
         table.append(vocabulary("output_layer.weight", "lm_head.weight"))
     return table
 

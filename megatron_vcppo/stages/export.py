@@ -9,7 +9,7 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.convert.exporter import export_hf
 from megatron_vcppo.mcore.model import torch_dtype
 from megatron_vcppo.report.progress import Progress
-from megatron_vcppo.stages.stage import actor_before, mark_done, stage_folder
+from megatron_vcppo.stages.stage import actor_before, last_checkpoint, mark_done, stage_folder
 
 
 def run(config: Config) -> None:
@@ -21,8 +21,21 @@ def run(config: Config) -> None:
         raise UserError("stage export: no stage before it in this chain trains an actor; put sft or ppo before it")
     folder = stage_folder(config, "export")
     out = Path(config.export.out) if config.export.out else folder / "hf"
+    export(config, checkpoint, out)
+    outputs = ["hf"] if config.export.out is None else []
+    if config.export.critic:
+        critic = last_checkpoint(config, "ppo", "critic") or last_checkpoint(config, "value_pretrain", "critic")
+        if critic is None:
+            raise UserError("export.critic: no finished stage of this run has a critic")
+        export(config, critic, folder / "critic")
+        outputs.append("critic")
+    mark_done(folder, outputs=tuple(outputs))
+
+
+def export(config: Config, checkpoint: Path, out: Path) -> None:
+    """One checked export, with progress."""
     dtype = torch_dtype(config.export.dtype) if config.export.dtype else None
-    if config.export.out is None and out.exists():
+    if out.exists() and out.parent == stage_folder(config, "export"):
         shutil.rmtree(out)  # from an attempt that was killed before it could say that it was done
     with Progress("export", 100, unit="B") as progress:
         seen = 0
@@ -34,4 +47,3 @@ def run(config: Config) -> None:
 
         checked = export_hf(checkpoint, out, dtype, config.export.verify_logits, progress=on_progress)
     print(f"export: {checkpoint} -> {out}: {checked}", flush=True)
-    mark_done(folder, outputs=("hf",) if config.export.out is None else ())

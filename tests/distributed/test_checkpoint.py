@@ -6,13 +6,16 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForTokenClassification
 
 from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all
+from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all, unpack_all
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder, complete_checkpoints, load_model
+from megatron_vcppo.mcore.convert.exporter import export_hf
 from megatron_vcppo.mcore.hf_load import load_hf
 from megatron_vcppo.mcore.learner import Actor, Critic
 from megatron_vcppo.mcore.manifest import verify_manifest
@@ -117,6 +120,27 @@ def test_weights_alone_load_and_a_critic_takes_an_actors_trunk(tmp_path: Path) -
 
     ours, trunk = run_distributed_test(body, 1)[0]
     assert ours == trunk
+
+
+def test_an_exported_critic_gives_its_values_in_transformers(tmp_path: Path) -> None:
+    hf = save_tiny_model(tmp_path / "hf", "llama", tied=True)
+    run_distributed_test(train, 4, hf, tmp_path / "ck", TP2PP2, range(1), save_at=1)
+    component = tmp_path / "ck" / "iter_0000001" / "critic"
+    export_hf(component, tmp_path / "out", verify_logits=False)
+    sequences = make_sequences(5, count=3)
+
+    def body() -> list[list[float]]:
+        _, critic = start(hf, ParallelConfig())
+        load_model(critic.model, component)
+        packed = pack_all(sequences, 160)
+        return unpack_all(packed, critic.values(packed))
+
+    ours = run_distributed_test(body, 1)[0]
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "out").eval()
+    for sequence, values in zip(sequences, ours, strict=True):
+        with torch.no_grad():
+            theirs = model(torch.tensor([sequence.token_ids])).logits[0, :-1, 0]
+        assert (torch.tensor(values[1:]) - theirs).abs().max() <= 1e-4
 
 
 def test_damage_is_found_and_the_checkpoint_before_is_used(tmp_path: Path) -> None:

@@ -20,6 +20,10 @@ from megatron_vcppo.mcore.hf_mapping import Parameter, checkpoint_key, hf_shapes
 from megatron_vcppo.mcore.manifest import MANIFEST_NAME, verify_manifest
 
 MAX_FILE_BYTES = 2_000_000_000
+_CRITIC_CLASSES = {
+    family: f"{name}ForTokenClassification"
+    for family, name in (("qwen2", "Qwen2"), ("qwen3", "Qwen3"), ("llama", "Llama"))
+}
 
 
 def export_hf(
@@ -30,7 +34,9 @@ def export_hf(
     max_file_bytes: int = MAX_FILE_BYTES,
     progress: Progress | None = None,
 ) -> str:
-    """Write the actor in ``checkpoint`` (a component folder, an import, or a folder with an ``actor`` in it).
+    """Write the model in ``checkpoint`` (a component folder, an import, or a folder with an ``actor`` in it).
+
+    A critic becomes a token-classification model whose one logit per token is the value of the prefix.
 
     dtype: converts every tensor; None keeps the checkpoint's. Returns one line that says what was checked.
     UserError: damaged or unsuitable checkpoint, failed checks, an output folder in use; ``out`` is then not made.
@@ -38,7 +44,7 @@ def export_hf(
     checkpoint = actor_folder(Path(checkpoint))
     meta = verify_manifest(checkpoint)
     arch = _architecture(checkpoint, meta)
-    table = parameters(arch, meta["tp"])
+    table = parameters(arch, meta["tp"], meta["kind"])
     stored = read_model(checkpoint)
     _check_keys(checkpoint, arch, table, stored)
     dtypes = {
@@ -50,7 +56,7 @@ def export_hf(
     total_bytes = sum(int(np.prod(shape)) * kind.itemsize for shape, kind in tensors.values())
     with new_folder(Path(out), needed_bytes=total_bytes) as folder:
         copy_small_files(checkpoint / "hf", folder)
-        _name_dtype(folder / "config.json", arch, dtypes["model.norm.weight"])
+        _describe(folder / "config.json", arch, dtypes["model.norm.weight"], meta["kind"])
         placed = plan_files(folder, tensors, max_file_bytes)
         wide = {name: Matrix(place.path, place.offset, place.row_bytes) for name, place in placed.items()}
         for source, some in _by_dtype(table, stored).items():
@@ -68,8 +74,8 @@ def actor_folder(checkpoint: Path) -> Path:
 
 def _architecture(checkpoint: Path, meta: Mapping[str, Any]) -> Architecture:
     kind = meta.get("kind")
-    if kind != "actor":
-        raise UserError(f"{checkpoint}: holds {kind!r}; only an actor has a Hugging Face form")
+    if kind not in ("actor", "critic"):
+        raise UserError(f"{checkpoint}: holds {kind!r}; only an actor or a critic has a Hugging Face form")
     arch = Architecture.from_dict(meta["architecture"])
     if Architecture.from_hf(checkpoint / "hf") != arch:
         raise UserError(f"{checkpoint}/hf/config.json: describes another model than the checkpoint's manifest")
@@ -129,10 +135,15 @@ def _converter(source: torch.dtype, target: torch.dtype) -> Any:
     return convert
 
 
-def _name_dtype(config_file: Path, arch: Architecture, dtype: torch.dtype) -> None:
-    """config.json names the weights' dtype; transformers loads the model in it."""
+def _describe(config_file: Path, arch: Architecture, dtype: torch.dtype, kind: str) -> None:
+    """config.json names the weights' dtype, in which transformers loads them, and the class of a critic."""
     name = str(dtype).removeprefix("torch.")
+    config = dict(arch.config)
     if arch.dtype != name:
-        config = dict(arch.config)
         config["dtype" if "dtype" in config else "torch_dtype"] = name
+    if kind == "critic":
+        config["architectures"] = [_CRITIC_CLASSES[arch.family]]
+        config["id2label"], config["label2id"] = {"0": "value"}, {"value": 0}
+        config["classifier_dropout"] = 0.0
+    if config != dict(arch.config):
         config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

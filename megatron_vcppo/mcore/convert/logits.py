@@ -18,17 +18,18 @@ from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.manifest import read_manifest
-from megatron_vcppo.mcore.model import build_actor
+from megatron_vcppo.mcore.model import build_actor, build_critic
 from megatron_vcppo.records import Sequence
 
 _NUM_TOKENS = 16
 
 
 def megatron_logits(
-    checkpoint: Path, arch: Architecture, token_ids: list[int], dtype: torch.dtype | None
+    checkpoint: Path, arch: Architecture, kind: str, token_ids: list[int], dtype: torch.dtype | None
 ) -> torch.Tensor:
-    """[tokens, vocabulary] float32, from weights rounded to ``dtype`` if it is given."""
-    model = build_actor(arch, ModelConfig(hf=str(checkpoint / "hf"), dtype="float32"), ParallelConfig())
+    """[tokens, vocabulary] float32 (a critic's values: [tokens, 1]), from weights rounded to ``dtype`` if it is given."""
+    build = build_critic if kind == "critic" else build_actor
+    model = build(arch, ModelConfig(hf=str(checkpoint / "hf"), dtype="float32"), ParallelConfig())
     load_model(model, checkpoint)
     model.eval()
     with torch.no_grad():
@@ -36,14 +37,16 @@ def megatron_logits(
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(dtype))
         microbatch = pack([Sequence(tuple(token_ids))], [0])
-        return model.run(microbatch)[: len(token_ids), : arch.vocab_size].float()
+        outputs = model.run(microbatch)[: len(token_ids)].float()
+        return outputs[:, None] if kind == "critic" else outputs[:, : arch.vocab_size]
 
 
-def hf_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
+def hf_logits(folder: Path, kind: str, token_ids: list[int]) -> torch.Tensor:
     """The same from transformers."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    auto = AutoModelForTokenClassification if kind == "critic" else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         return model(torch.tensor([token_ids])).logits[0]
 
@@ -51,7 +54,8 @@ def hf_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
 def main() -> None:
     """Compare and print."""
     checkpoint, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    arch = Architecture.from_dict(read_manifest(checkpoint)["meta"]["architecture"])  # not the export's own word
+    meta = read_manifest(checkpoint)["meta"]
+    arch, kind = Architecture.from_dict(meta["architecture"]), meta["kind"]  # not the export's own word
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -59,8 +63,8 @@ def main() -> None:
     runtime.start(ParallelConfig(), seed=0, timeout_s=600)
     token_ids = torch.randint(arch.vocab_size, (_NUM_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
     dtype = getattr(torch, sys.argv[3]) if len(sys.argv) > 3 else None
-    ours = megatron_logits(checkpoint, arch, token_ids, dtype)
-    theirs = hf_logits(folder, token_ids)
+    ours = megatron_logits(checkpoint, arch, kind, token_ids, dtype)
+    theirs = hf_logits(folder, kind, token_ids)
     result = {
         "tokens": len(token_ids),
         "difference": (ours - theirs).abs().max().item(),
