@@ -27,7 +27,7 @@ _NUM_TOKENS = 16
 def megatron_logits(
     checkpoint: Path, arch: Architecture, kind: str, token_ids: list[int], dtype: torch.dtype | None
 ) -> torch.Tensor:
-    """[tokens, vocabulary] float32 (a critic's values: [tokens, 1]), from weights rounded to ``dtype`` if it is given."""
+    """[tokens, vocabulary] float32 (a critic: [tokens, 1]), from weights rounded to ``dtype`` if it is given."""
     build = build_critic if kind == "critic" else build_actor
     model = build(arch, ModelConfig(hf=str(checkpoint / "hf"), dtype="float32"), ParallelConfig())
     load_model(model, checkpoint)
