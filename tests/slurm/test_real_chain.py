@@ -48,7 +48,9 @@ def test_real_stages_train_every_iteration_once(cluster: DevCluster, tmp_path: P
     run, config = open_run(tmp_path / "run")
     for stage in ("sft", "ppo"):
         wait_for_checkpoint(run, stage, 240)
-        assert kill_processes(f"megatron_vcppo.stages {stage} --config {run.config}", "RANK=1") == 1
+        assert (
+            kill_processes(f"megatron_vcppo.stages {stage} --config {run.config}", "RANK=1") >= 1
+        )  # its checkpoint writers, too
     states = wait_for_jobs(submitted_jobs(run).values(), 300)
     text = table(run_status(run, config))
     assert {state.state for state in states.values()} == {"COMPLETED"}, text
