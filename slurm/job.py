@@ -17,7 +17,7 @@ from megatron_vcppo.errors import UserError
 from slurm import events
 from slurm.controller import SAVED_CODE, USER_ERROR_CODE
 from slurm.prepare import open_run
-from slurm.query import slurm, slurm_message
+from slurm.query import ENDED, show_job, slurm, slurm_message
 from slurm.roles import Programs, free_port
 from slurm.run_folder import RunFolder
 from slurm.srun import probe_command, srun_units, stage_nodes
@@ -90,8 +90,10 @@ class StageJob:
         if outcome.code == 0:
             events.append(self.run, "stage_done", stage=self.stage, job=job_id())
             say(f"{self.stage}: done")
-        elif (outcome.code == SAVED_CODE or outcome.node_lost) and not signals["end"]:
-            return requeue(run, self.stage)
+        elif not signals["end"] and outcome.code != USER_ERROR_CODE:
+            cut_short = signals["save"] or due()  # asked to save, but killed or too slow: the checkpoint before counts
+            if outcome.code == SAVED_CODE or outcome.node_lost or cut_short:
+                return requeue(run, self.stage)
         return outcome.code
 
 
@@ -160,6 +162,10 @@ def requeue(run: RunFolder, stage: str) -> int:
     if futile_starts(run, stage) >= MAX_FUTILE_STARTS:
         say(f"{stage}: no new checkpoint in {MAX_FUTILE_STARTS} starts: not requeued; is the time limit too short?")
         events.append(run.path, "gave_up", stage=stage, job=job_id())
+        return SAVED_CODE
+    state = (show_job(job_id()) or {}).get("JobState", "")
+    if state == "COMPLETING" or state in ENDED:
+        say(f"{stage}: Slurm is ending the job ({state}): not requeued from here")  # cancelled, or Slurm requeues it
         return SAVED_CODE
     events.append(run.path, "requeue", stage=stage, job=job_id(), checkpoint=run.checkpoint_iteration(stage))
     say(f"{stage}: back into the queue")

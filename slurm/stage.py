@@ -70,7 +70,7 @@ def run_stage(
         if outcome.code in (0, SAVED_CODE):
             return outcome
         say(failure_text(stage, logs, outcome))
-        if outcome.code != USER_ERROR_CODE and not abort_requested() and node_lost():
+        if outcome.code != USER_ERROR_CODE and not (save_requested() or abort_requested()) and node_lost():
             return replace(outcome, node_lost=True)
         gained = run.checkpoint_iteration(stage)
         futile = 0 if gained != reached else futile + 1
