@@ -161,7 +161,8 @@ class PpoConfig:
     dynamic_sampling_rounds: int = 5
     """Rounds of replacement at most; what is then missing is said and trained without."""
     skip_limit: int = 5
-    """Updates in a row that may be skipped because a loss or gradient was not finite, before the stage stops."""
+    """Updates of one model in a row that are skipped because a loss or gradient was not finite, when the stage stops;
+    value pretraining counts to the same number."""
     evaluate_every: int = 0
     """Iterations between evaluations on the live engines; 0: none."""
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)

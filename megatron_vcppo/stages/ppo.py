@@ -31,6 +31,7 @@ from megatron_vcppo.stages.generation import Generation
 from megatron_vcppo.stages.losses import bounded
 from megatron_vcppo.stages.models import continue_pretraining, starting_actor, starting_critic
 from megatron_vcppo.stages.sampling import Sampler
+from megatron_vcppo.stages.skips import Skips
 from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
 from megatron_vcppo.stages.token_outputs import token_outputs
 from megatron_vcppo.stages.updates import update
@@ -81,7 +82,7 @@ class Ppo:
 
         self.stream = PromptStream(generation.prompts(config.prompts.train), config.run.seed)
         self.sampler = Sampler(config, generation, self.stream, training_sampling(config.rollout))
-        self.kl_coef, self.skipped_in_a_row, self.iteration = settings.loss.kl_coef, 0, 0
+        self.kl_coef, self.skips, self.iteration = settings.loss.kl_coef, Skips(settings.skip_limit), 0
         self.checkpoints = CheckpointFolder(
             folder / "checkpoints",
             Path(config.model.hf),
@@ -95,7 +96,7 @@ class Ppo:
             self.iteration = resumed.iteration
             self.stream.load_state_dict(resumed.state["prompts"])
             self.kl_coef = resumed.state["kl_coef"]
-            self.skipped_in_a_row = resumed.state["skipped_in_a_row"]
+            self.skips.in_a_row = resumed.state["skipped_in_a_row"]
         self.end_of_thinking_id = generation.tokenizer.get_vocab().get(END_OF_THINKING)
         self.seconds: dict[str, float] = {}
 
@@ -221,31 +222,22 @@ class Ppo:
                 self.kl_coef, metrics["actor/kl_ref"], loss.kl_target, num_rollouts, loss.kl_horizon
             )
 
-    def count_skipped(self, skipped: list[bool]) -> None:
+    def count_skipped(self, skipped: dict[str, list[bool]]) -> None:
         """Stop, with the state saved, after too many updates in a row that were not finite."""
-        for one in skipped:
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if one else 0
-        if any(skipped) and self.world.is_main:
-            print(
-                f"warning: iteration {self.iteration}: {sum(skipped)} of {len(skipped)} updates skipped, their loss "
-                f"or gradient was not finite ({self.skipped_in_a_row} in a row)",
-                flush=True,
-            )
-        if self.skipped_in_a_row >= self.settings.skip_limit:
+        warning = self.skips.count(skipped)
+        if warning and self.world.is_main:
+            print(f"warning: iteration {self.iteration}: {warning}", flush=True)
+        if self.skips.too_many:
             self.save()
             self.checkpoints.finish()
-            raise UserError(
-                f"ppo: {self.skipped_in_a_row} updates in a row had a loss or gradient that was not finite "
-                f"(ppo.skip_limit {self.settings.skip_limit}); saved at iteration {self.iteration}. Lower "
-                "ppo.optimizer.lr or ppo.critic.optimizer.lr, or train in float32, and resume"
-            )
+            raise self.skips.error("ppo", self.iteration)
 
     def save(self) -> None:
         """A checkpoint of this iteration."""
         state = {
             "prompts": self.sampler.state_dict(),
             "kl_coef": self.kl_coef,
-            "skipped_in_a_row": self.skipped_in_a_row,
+            "skipped_in_a_row": self.skips.in_a_row,
         }
         self.checkpoints.save(self.iteration, self.learners, state)
 

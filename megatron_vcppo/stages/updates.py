@@ -26,12 +26,12 @@ class Report:
     num_padding: int = 0
     imbalance: list[float] = field(default_factory=list)
     """Per minibatch: tokens of the fullest replica over the mean."""
-    skipped: list[bool] = field(default_factory=list)
-    """Per optimizer step, in order: whether its loss or gradient was not finite."""
+    skipped: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
+    """Per model and optimizer step, in order: whether its loss or gradient was not finite."""
 
     def add(self, who: str, result: StepResult) -> None:
         """Count one optimizer step."""
-        self.skipped.append(not result.applied)
+        self.skipped[who].append(not result.applied)
         values = {**result.metrics, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
         if result.applied:
             for name, value in values.items():

@@ -22,6 +22,7 @@ from megatron_vcppo.stages.generation import Generation
 from megatron_vcppo.stages.losses import CriticLoss
 from megatron_vcppo.stages.models import starting_actor, starting_critic
 from megatron_vcppo.stages.rollout_source import FreshRollouts, RolloutSource, StoredRollouts
+from megatron_vcppo.stages.skips import Skips
 from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
 
 
@@ -40,10 +41,11 @@ def run(config: Config) -> None:
     with Generation(config, folder, world) as generation:
         source = rollout_source(config, generation, folder)
         resumed = checkpoints.resume({"critic": critic})
-        step, history = 0, []
+        step, history, skips = 0, [], Skips(config.ppo.skip_limit)
         if resumed is not None:
             step, history = resumed.iteration, resumed.state["history"]
             source.load_state_dict(resumed.state["rollouts"])
+            skips.in_a_row = resumed.state["skipped_in_a_row"]
         log = MetricsLog(folder, config, "value_pretrain", step, settings.steps) if world.is_main else None
         progress = Progress("value_pretrain", settings.steps, step, "rollouts") if world.is_main else None
         reason = stopping_reason(history, settings)
@@ -52,6 +54,7 @@ def run(config: Config) -> None:
             batch = make_batch(source.next(settings.batch_size, step + 1))
             result = learn_returns(critic, batch, packing_of(config, world), config)
             step += 1
+            warning = skips.count({"critic": [not result.applied]})
             metrics = {f"critic/{name}": value for name, value in result.metrics.items()}
             metrics["critic/explained_variance"] = explained_variance(result.metrics)
             metrics |= {"critic/grad_norm": result.grad_norm, "critic/learning_rate": result.learning_rate}
@@ -61,12 +64,17 @@ def run(config: Config) -> None:
                 log.log(step, metrics)
                 shown = {"loss": metrics["critic/value_loss"], "ev": metrics["critic/explained_variance"]}
                 progress.update(step, len(batch), shown)
+                if warning:
+                    print(f"warning: step {step}: {warning}", flush=True)
             reason = stopping_reason(history, settings)
             checkpoints.poll()
             stop = runtime.any_rank(stop_requested())
-            if reason or stop or step % settings.checkpoint.save_every == 0:
-                state = {"rollouts": source.state_dict(), "history": history}
+            if reason or stop or skips.too_many or step % settings.checkpoint.save_every == 0:
+                state = {"rollouts": source.state_dict(), "history": history, "skipped_in_a_row": skips.in_a_row}
                 checkpoints.save(step, {"critic": critic}, state)
+            if skips.too_many:
+                checkpoints.finish()
+                raise skips.error("value_pretrain", step)
             if stop and reason is None:
                 checkpoints.finish()
                 raise Saved(f"asked to stop: saved at step {step}")
@@ -119,7 +127,7 @@ def stopping_reason(history: list[list[float]], settings: ValuePretrainConfig) -
     before, last = history[-2 * window : -window], history[-window:]
     variance_change = abs(mean(last, 0) - mean(before, 0))
     loss_change = abs(mean(last, 1) - mean(before, 1)) / max(mean(before, 1), 1e-12)
-    if max(variance_change, loss_change) > settings.stable_tolerance:
+    if not (variance_change <= settings.stable_tolerance and loss_change <= settings.stable_tolerance):
         return None
     return (
         f"stable: over the last {window} steps against the {window} before, explained variance changed by "

@@ -116,7 +116,7 @@ def train(config: Config, rollouts: list[Rollout]) -> dict[str, Any]:
     )
     kl_coef = ppo.loss.kl_coef if ppo.loss.kl_in == "loss" else 0.0
     report = update(actor, critic, batch, credit, fields, packing, config, 1, kl_coef)
-    assert not any(report.skipped)
+    assert not any(any(skipped) for skipped in report.skipped.values())
     after = {"logprobs_after": token_outputs(batch, packing, actor.logprobs)}
     if critic is not None:
         after |= {"values_after": token_outputs(batch, packing, critic.values)}

@@ -1,10 +1,13 @@
 """Pure rules of the stages: when pretraining stops, which groups teach, how a batch is cut into minibatches."""
 
+import math
+
 import pytest
 
 from megatron_vcppo.config.rl import ValuePretrainConfig
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.stages.sampling import unequal_groups
+from megatron_vcppo.stages.skips import Skips
 from megatron_vcppo.stages.updates import minibatches
 from megatron_vcppo.stages.value_pretrain import stopping_reason
 
@@ -34,6 +37,26 @@ def test_one_that_still_moves_is_enough_to_go_on(column: int) -> None:
     for step, row in enumerate(history):
         row[column] += 0.05 * step
     assert stopping_reason(history, settings) is None
+
+
+def test_a_loss_that_is_not_a_number_is_not_stable() -> None:
+    settings = ValuePretrainConfig(steps=100, stop_when_stable=True, stable_window=2)
+    assert stopping_reason([[0.5, math.nan]] * 10, settings) is None
+
+
+def test_skipped_updates_are_counted_for_each_model_alone() -> None:
+    skips = Skips(limit=3)
+    assert skips.count({"actor": [False, False], "critic": [False]}) == "" and not skips.too_many
+    text = skips.count({"critic": [False, False], "actor": [False, True]})
+    assert text == "skipped 1 of 2 updates of the actor (1 in a row): loss or gradient was not finite"
+    again = Skips(3, dict(skips.in_a_row))  # as after a resume
+    again.count({"critic": [False, False], "actor": [True, True]})
+    assert again.too_many
+    assert "3 updates of the actor in a row" in str(again.error("ppo", 7)) and "iteration 7" in str(
+        again.error("ppo", 7)
+    )
+    again.count({"actor": [False]})
+    assert not again.too_many
 
 
 def test_no_rule_before_two_windows() -> None:

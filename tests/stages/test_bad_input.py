@@ -1,0 +1,104 @@
+"""What can go wrong in stages that generate, beside live engines: each ends in one line, and nothing is lost."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.mcore.manifest import write_manifest
+from megatron_vcppo.report.metrics import read_metrics
+from megatron_vcppo.rollout.store import stored_iterations
+from tests.helpers.rollout_node import RolloutNode
+from tests.helpers.rollout_stages import Stage, make_config, make_task
+from tests.helpers.tiny_models import save_tiny_model
+
+PPO = {"critic": {"init": "sft"}, "evaluate_every": 0}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_task(tmp_path_factory.mktemp("bad_input") / "task")
+
+
+@pytest.fixture(scope="module")
+def node(task: Path) -> Iterator[RolloutNode]:
+    with RolloutNode(task.parent / "node", task / "base_model", {"engine": {"max_num_seqs": 8}}) as node:
+        node.wait()
+        yield node
+
+
+def output_of(stage: Stage, log: Path) -> tuple[str, int]:
+    """What rank 0 prints, and its exit code."""
+
+    def redirect() -> None:
+        if os.environ["RANK"] == "0":
+            file = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+
+    code = stage.run(redirect)[0]
+    return log.read_text(), code
+
+
+def test_groups_without_variance_are_said_and_trained_on(node: RolloutNode, task: Path, tmp_path: Path) -> None:
+    """The untrained model is always wrong: no variance within any group, nor between them."""
+    ppo = {**PPO, "dynamic_sampling": True, "dynamic_sampling_rounds": 2, "iterations": 2, "prompts_per_iteration": 3}
+    config = make_config(task, tmp_path / "run", {"ppo": ppo, "rollout": {"num_samples": 2}})
+    stage = Stage(node, config, "ppo")
+    text, code = output_of(stage, tmp_path / "log")
+    assert code == 0 and stage.done, text
+    assert "iteration 2: 3 of 3 prompts are missing after 2 rounds" in text
+    assert stored_iterations(stage.folder / "rollouts") == [2, 3, 4, 5]
+    records = read_metrics(stage.folder)
+    assert [record["rollout/equal_groups"] for record in records] == [1.0, 1.0]
+    assert all(value == value for record in records for value in record.values() if isinstance(value, float))
+
+
+def test_damaged_weights_end_ppo_in_one_line(node: RolloutNode, task: Path, tmp_path: Path) -> None:
+    ppo = {**PPO, "optimizer": {"lr": 1e38}, "checkpoint": {"save_every": 1}}
+    stage = Stage(node, make_config(task, tmp_path / "run", {"ppo": ppo}), "ppo")
+    text, code = output_of(stage, tmp_path / "log")
+    assert code == 2 and "Traceback" not in text, text
+    assert "not finite" in text and "resume" in text
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_stage_saved(
+    node: RolloutNode, task: Path, tmp_path: Path
+) -> None:
+    """The actor's loss is beyond float32 while the critic learns: its weights stay as they were."""
+    ppo = {**PPO, "loss": {"entropy_coef": 1e39}, "skip_limit": 5, "critic_only_iterations": 1}
+    config = make_config(task, tmp_path / "run", {"ppo": ppo})
+    stage = Stage(node, config, "ppo")
+    text, code = output_of(stage, tmp_path / "log")
+    assert code == 2 and "Traceback" not in text, text
+    assert "updates skipped" in text and "saved at iteration" in text
+    assert list((stage.folder / "checkpoints").glob("iter_*"))
+
+
+def test_a_critic_of_another_architecture_is_named(node: RolloutNode, task: Path, tmp_path: Path) -> None:
+    other = Architecture.from_hf(save_tiny_model(tmp_path / "other", "qwen3"))
+    critic = tmp_path / "critic"
+    critic.mkdir()
+    for kind, message in (("critic", "num_layers 4 (model.hf has 2)"), ("actor", "holds 'actor', not a critic")):
+        write_manifest(critic, {"kind": kind, "architecture": other.to_dict()})
+        ppo = {**PPO, "critic": {"init": "checkpoint", "checkpoint_path": str(critic)}}
+        stage = Stage(node, make_config(task, tmp_path / kind, {"ppo": ppo}), "ppo")
+        text, code = output_of(stage, tmp_path / "log")
+        assert code == 2 and "Traceback" not in text and message in text, text
+        assert str(critic) in text
+
+
+def test_no_prompts_and_prompts_without_room(node: RolloutNode, task: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    stage = Stage(node, make_config(task, tmp_path / "run", {"ppo": PPO, "prompts": {"train": str(empty)}}), "ppo")
+    text, code = output_of(stage, tmp_path / "log")
+    assert code == 2 and "Traceback" not in text and str(empty) in text, text
+    long = tmp_path / "long.jsonl"
+    line = (task / "prompts_train.jsonl").read_text().splitlines()[0]
+    long.write_text(line.replace('"prompt": "', '"prompt": "' + "3 " * 300) + "\n")
+    stage = Stage(node, make_config(task, tmp_path / "run2", {"ppo": PPO, "prompts": {"train": str(long)}}), "ppo")
+    text, code = output_of(stage, tmp_path / "log")
+    assert code == 2 and f"{long}:1: too long" in text, text
