@@ -7,8 +7,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-# Rows are worked on in chunks of about this many logits, which bounds the float32 temporaries.
-_CHUNK_ELEMENTS = 1 << 24
+# Rows are worked on in chunks of about this many logits, which bounds the float32 temporaries: on a CPU to its cache.
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def vocab_parallel_logprobs(
@@ -46,38 +46,52 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
 
         sums = torch.zeros(3, len(labels), device=logits.device)  # Σ exp x, Σ x exp x, x of the label
-        for rows in _row_chunks(len(labels), columns):
-            x = valid[rows].to(torch.float32, copy=True).mul_(scale).sub_(peak[rows, None])
+        for rows in _row_chunks(valid):
+            x = _shifted(valid[rows], scale, peak[rows])
             sums[2, rows] = torch.where(mine[rows], x.gather(1, local[rows, None]).squeeze(1), 0.0)
             e = x.exp()
             sums[0, rows] = e.sum(dim=1)
-            sums[1, rows] = torch.linalg.vecdot(e, x)
+            sums[1, rows] = x.mul_(e).sum(dim=1)
         dist.all_reduce(sums, group=group)
 
         log_z = sums[0].log()
         mean_x = sums[1] / sums[0]
         ctx.save_for_backward(logits, peak + log_z, log_z - mean_x, local, mine)
         ctx.columns, ctx.scale = columns, scale
+        ctx.set_materialize_grads(False)
         return sums[2] - log_z, log_z - mean_x
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logprob, grad_entropy = grads
         logits, log_norm, entropy, local, mine = ctx.saved_tensors
         columns, scale = ctx.columns, ctx.scale
-        grad = torch.zeros_like(logits)
-        for rows in _row_chunks(len(local), columns):
-            log_p = logits[rows, :columns].to(torch.float32, copy=True).mul_(scale).sub_(log_norm[rows, None])
-            # Both terms are -p · (…): one pass.
-            factor = grad_logprob[rows, None] + grad_entropy[rows, None] * (log_p + entropy[rows, None])
-            g = log_p.exp_().mul_(factor).neg_()
-            g.scatter_add_(1, local[rows, None], torch.where(mine[rows], grad_logprob[rows], 0.0)[:, None])
-            grad[rows, :columns] = g.mul_(scale).to(grad.dtype)
+        if grad_logprob is None:
+            grad_logprob = torch.zeros_like(log_norm)
+        grad = torch.empty_like(logits)
+        grad[:, columns:] = 0
+        for rows in _row_chunks(logits[:, :columns]):
+            log_p = _shifted(logits[rows, :columns], scale, log_norm[rows])
+            # Both terms are -p · (…), to which the chain rule's scale belongs.
+            factor = grad_logprob[rows, None] * -scale
+            if grad_entropy is not None:
+                factor = (log_p + entropy[rows, None]).mul_(grad_entropy[rows, None] * -scale).add_(factor)
+            g = log_p.exp_().mul_(factor)
+            at_label = torch.where(mine[rows], grad_logprob[rows] * scale, 0.0)
+            grad[rows, :columns] = g.scatter_add_(1, local[rows, None], at_label[:, None])
         return grad, None, None, None, None, None
 
 
-def _row_chunks(num_rows: int, num_columns: int) -> list[slice]:
+def _shifted(logits: Tensor, scale: float, shift: Tensor) -> Tensor:
+    """logits · scale - shift in new float32 memory; logits [rows, columns], shift [rows]."""
+    if logits.dtype == torch.float32:
+        return torch.sub(logits if scale == 1.0 else logits * scale, shift[:, None])
+    return logits.float().mul_(scale).sub_(shift[:, None])
+
+
+def _row_chunks(logits: Tensor) -> list[slice]:
+    num_rows, num_columns = logits.shape
     if num_columns == 0:
         return []
-    step = max(1, _CHUNK_ELEMENTS // num_columns)
+    step = max(1, _CHUNK_ELEMENTS[logits.device.type] // num_columns)
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
