@@ -43,7 +43,9 @@ class Generation(AbstractContextManager["Generation"]):
     """
 
     def __init__(self, config: Config, folder: Path, world: runtime.Runtime) -> None:
-        self.config, self.world, self.folder = config, world, folder
+        self.config, self.world = config, world
+        self.rollouts = folder / "rollouts"
+        """Where they are stored."""
         self.tokenizer = load_tokenizer(config.model.hf)
         rendezvous = folder / "rendezvous"
         place = place_of(world.pp_rank, world.pp_size, world.tp_rank, world.dp_rank, world.cp_rank)
@@ -118,9 +120,9 @@ class Generation(AbstractContextManager["Generation"]):
         return produce
 
     def store(self, iteration: int, rollouts: list[Rollout]) -> None:
-        """Keep an iteration's rollouts in the run: main rank writes, all wait."""
+        """Keep an iteration's rollouts: main rank writes, all wait."""
         if self.world.is_main:
-            write_rollouts(self.folder / "rollouts", iteration, rollouts)
+            write_rollouts(self.rollouts, iteration, rollouts)
         self.sync.exchange(None)
 
     def stored(self, iteration: int, prompts: list[Prompt], num_samples: int) -> list[Rollout] | None:
@@ -129,7 +131,7 @@ class Generation(AbstractContextManager["Generation"]):
         found: list[Rollout] | None = None
         if self.world.is_main:
             try:
-                found = read_rollouts(self.folder / "rollouts", iteration)
+                found = read_rollouts(self.rollouts, iteration)
             except UserError:
                 found = None
             wanted = [(prompt.prompt_id, sample) for prompt in prompts for sample in range(num_samples)]

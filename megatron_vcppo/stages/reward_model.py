@@ -44,7 +44,7 @@ def run(config: Config) -> None:
         *(settings.checkpoint.keep_last, settings.checkpoint.async_save),
     )
     with Generation(config, folder, world) as generation:
-        examples = labelled(responses(config, generation, folder), settings, config.run.seed)
+        examples = labelled(responses(config, generation), settings, config.run.seed)
     order = EpochOrder(len(examples), config.run.seed, "responses of the reward model")
     resumed = checkpoints.resume({"critic": model})
     step = 0
@@ -79,11 +79,11 @@ def run(config: Config) -> None:
     runtime.stop()
 
 
-def responses(config: Config, generation: Generation, folder: Path) -> list[Rollout]:
+def responses(config: Config, generation: Generation) -> list[Rollout]:
     """Verified responses of the SFT actor, generated once and kept in RUN/reward_model/rollouts."""
     total = config.reward_model.num_prompts * config.rollout.num_samples
     stored = dataclasses.replace(config.value_pretrain, rollouts="stored", stored_path=None, stored_rollouts=total)
-    return rollout_source(dataclasses.replace(config, value_pretrain=stored), generation, folder).next(total, 0)
+    return rollout_source(dataclasses.replace(config, value_pretrain=stored), generation, "reward_model").next(total, 0)
 
 
 def labelled(rollouts: list[Rollout], settings: RewardModelConfig, seed: int) -> list[tuple[Sequence, bool]]:

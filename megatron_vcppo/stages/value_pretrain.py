@@ -39,7 +39,7 @@ def run(config: Config) -> None:
         *(settings.checkpoint.keep_last, settings.checkpoint.async_save),
     )
     with Generation(config, folder, world) as generation:
-        source = rollout_source(config, generation, folder)
+        source = rollout_source(config, generation, "value_pretrain")
         resumed = checkpoints.resume({"critic": critic})
         step, history, skips = 0, [], Skips(config.ppo.skip_limit)
         if resumed is not None:
@@ -87,16 +87,17 @@ def run(config: Config) -> None:
     runtime.stop()
 
 
-def rollout_source(config: Config, generation: Generation, folder: Path) -> RolloutSource:
-    """Fresh rollouts of the fixed policy for every step, or one stored set."""
+def rollout_source(config: Config, generation: Generation, stage: str) -> RolloutSource:
+    """Rollouts of the policy that the stage starts from: fresh ones for every step, or one stored set."""
     settings = config.value_pretrain
-    actor = starting_actor(config, "value_pretrain")
+    actor = starting_actor(config, stage)
     stream = PromptStream(generation.prompts(config.prompts.train), config.run.seed + 1)
     fresh = FreshRollouts(config, generation, stream, training_sampling(config.rollout), lambda: stream_hf(actor))
     if settings.rollouts == "fresh":
         return fresh
-    stored = Path(settings.stored_path) if settings.stored_path else folder / "rollouts"
-    return StoredRollouts(stored, settings.stored_rollouts, fresh, config)
+    if settings.stored_path:
+        generation.rollouts = Path(settings.stored_path)
+    return StoredRollouts(generation.rollouts, settings.stored_rollouts, fresh, config)
 
 
 def learn_returns(critic: Critic, batch: RolloutBatch, packing: Packing, config: Config) -> StepResult:
