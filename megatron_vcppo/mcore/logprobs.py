@@ -24,7 +24,8 @@ def vocab_parallel_logprobs(
     group = parallel_state.get_tensor_model_parallel_group()
     first = dist.get_rank(group) * logits.shape[1]
     columns = min(max(vocab_size - first, 0), logits.shape[1])
-    return _VocabParallelLogprobs.apply(logits, labels, group, first, columns, 1.0 / temperature)
+    shared = group if dist.get_world_size(group) > 1 else None
+    return _VocabParallelLogprobs.apply(logits, labels, shared, first, columns, 1.0 / temperature)
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):
@@ -43,7 +44,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         peak = torch.full(labels.shape, -torch.inf, device=logits.device)
         if columns:
             peak = valid.amax(dim=1).float() * scale
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+        if group is not None:
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
 
         sums = torch.zeros(3, len(labels), device=logits.device)  # Σ exp x, Σ x exp x, x of the label
         for rows in _row_chunks(valid):
@@ -52,7 +54,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             e = x.exp()
             sums[0, rows] = e.sum(dim=1)
             sums[1, rows] = x.mul_(e).sum(dim=1)
-        dist.all_reduce(sums, group=group)
+        if group is not None:
+            dist.all_reduce(sums, group=group)
 
         log_z = sums[0].log()
         mean_x = sums[1] / sums[0]

@@ -30,7 +30,7 @@ SHORTEST = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, batch, layout."""
     parser.add_argument("--hf", type=Path, help="folder of a Hugging Face model; default: a random one of these sizes")
-    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
