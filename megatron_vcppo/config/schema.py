@@ -63,7 +63,7 @@ class ParallelConfig:
     pp: int = 1
     """Pipeline stages: the layers are split."""
     cp: int = 1
-    """Context-parallel ranks: the sequence is split; needs Transformer Engine."""
+    """Context-parallel ranks, which share a sequence: only 1 is possible yet."""
     dp: int | None = None
     """Data-parallel replicas; left out, it follows from the number of ranks."""
     sequence_parallel: bool = False

@@ -51,6 +51,11 @@ def test_sequence_parallel_needs_tensor_parallel(config: Config) -> None:
     assert "sequence_parallel needs parallel.tp over 1, got 1" in error_of(config)
 
 
+def test_context_parallelism_is_refused(config: Config) -> None:
+    config.parallel.cp = 2
+    assert "parallel.cp 2: sequences are not split over context-parallel ranks yet" in error_of(config)
+
+
 def test_all_problems_are_listed(config: Config) -> None:
     config.sft.steps, config.sft.optimizer.beta2, config.sft.optimizer.lr = 0, 1.5, -1.0
     config.stages = ["sft", "sft"]
