@@ -6,6 +6,7 @@ whoever calls them) stay switched off: pausing and pushing weights go through th
 
 import asyncio
 import itertools
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -105,7 +106,10 @@ class Front:
         choice = output.outputs[0]
         if choice.finish_reason not in ("stop", "length"):
             return Response(request.key, error=f"ended by the engine: {choice.finish_reason}")
-        return Response(request.key, list(choice.token_ids), choice.logprobs.logprobs, choice.finish_reason, version)
+        logprobs = choice.logprobs.logprobs
+        if not all(map(math.isfinite, logprobs)):
+            return Response(request.key, error=f"log-probs that are not finite: weights {version} are out of range")
+        return Response(request.key, list(choice.token_ids), logprobs, choice.finish_reason, version)
 
     async def _sync(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
         request = msgspec.json.decode(body, type=SyncRequest)

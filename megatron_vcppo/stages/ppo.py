@@ -201,7 +201,7 @@ class Ppo:
             return self.generation.push(policy_version, lambda: stream_hf(self.actor.model))
 
     def check_outputs(self, mask: Tensor, fields: dict[str, Tensor]) -> None:
-        """Updates that are not finite are skipped, so what is not finite here comes from damaged weights."""
+        """Updates that are not finite are skipped, so what is not finite here comes from weights out of range."""
         try:
             check_finite(mask, **fields)
         except FloatingPointError as error:

@@ -1,6 +1,7 @@
 """What can go wrong in stages that generate, beside live engines: each ends in one line, and nothing is lost."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.manifest import write_manifest
 from megatron_vcppo.report.metrics import read_metrics
 from megatron_vcppo.rollout.store import stored_iterations
+from tests.helpers.distributed import RanksFailed
 from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import Stage, make_config, make_task
 from tests.helpers.tiny_models import save_tiny_model
@@ -34,9 +36,7 @@ def output_of(stage: Stage, log: Path) -> tuple[str, int]:
 
     def redirect() -> None:
         if os.environ["RANK"] == "0":
-            file = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
+            sys.stdout = sys.stderr = log.open("w", buffering=1)
 
     code = stage.run(redirect)[0]
     return log.read_text(), code
@@ -56,12 +56,17 @@ def test_groups_without_variance_are_said_and_trained_on(node: RolloutNode, task
     assert all(value == value for record in records for value in record.values() if isinstance(value, float))
 
 
-def test_damaged_weights_end_ppo_in_one_line(node: RolloutNode, task: Path, tmp_path: Path) -> None:
-    ppo = {**PPO, "optimizer": {"lr": 1e38}, "checkpoint": {"save_every": 1}}
-    stage = Stage(node, make_config(task, tmp_path / "run", {"ppo": ppo}), "ppo")
+def test_weights_out_of_range_are_named(node: RolloutNode, task: Path, tmp_path: Path) -> None:
+    """A step so large that the new weights, though finite, give no log-probs: of the actor, then of the critic."""
+    step = {"optimizer": {"lr": 1e30}}
+    config = make_config(task, tmp_path / "actor", {"ppo": {**PPO, **step}})
+    with pytest.raises(RanksFailed, match=r"was refused: .* log-probs that are not finite: weights 1 are out of range"):
+        Stage(node, config, "ppo").run()
+    critic = {"critic": {"init": "sft", **step}, "critic_only_iterations": 6}
+    stage = Stage(node, make_config(task, tmp_path / "critic", {"ppo": {**PPO, **critic}}), "ppo")
     text, code = output_of(stage, tmp_path / "log")
     assert code == 2 and "Traceback" not in text, text
-    assert "not finite" in text and "resume" in text
+    assert "ppo: iteration 2: not finite on valid tokens" in text and "values: " in text and "resume" in text
 
 
 def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_stage_saved(
@@ -73,7 +78,7 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_stage_saved
     stage = Stage(node, config, "ppo")
     text, code = output_of(stage, tmp_path / "log")
     assert code == 2 and "Traceback" not in text, text
-    assert "updates skipped" in text and "saved at iteration" in text
+    assert "skipped 2 of 2 updates of the actor (2 in a row)" in text and "saved at iteration" in text
     assert list((stage.folder / "checkpoints").glob("iter_*"))
 
 
