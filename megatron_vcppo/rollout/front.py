@@ -108,7 +108,10 @@ class Front:
             return Response(request.key, error=f"ended by the engine: {choice.finish_reason}")
         logprobs = choice.logprobs.logprobs
         if not all(map(math.isfinite, logprobs)):
-            return Response(request.key, error=f"log-probs that are not finite: weights {version} are out of range")
+            return Response(
+                request.key,
+                error=f"log-probs that are not finite: weights {version}, or ones before them, are out of range",
+            )
         return Response(request.key, list(choice.token_ids), logprobs, choice.finish_reason, version)
 
     async def _sync(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
