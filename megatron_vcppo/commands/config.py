@@ -14,9 +14,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("config", type=Path, nargs="?", help="configuration file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to override")
-    parser.add_argument(
-        "--explain", nargs="?", const="", metavar="PREFIX", help="print the keys (below PREFIX)"
-    )
+    parser.add_argument("--explain", nargs="?", const="", metavar="PREFIX", help="print the keys (below PREFIX)")
     parser.set_defaults(run=run)
 
 
