@@ -49,12 +49,12 @@ def write_recipe(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_chain_ends_with_a_checkpoint_for_transformers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     recipe, run = write_recipe(tmp_path), tmp_path / "run"
 
     def kill_a_rank_of_ppo() -> None:
-        wait_until(lambda: list((run / "ppo" / "checkpoints").glob("iter_*")), "a checkpoint of ppo", 500)
+        wait_until(lambda: list((run / "ppo" / "checkpoints").glob("iter_*")), "a checkpoint of ppo", 900)
         for line in processes_with(f"megatron_vcppo.stages ppo --config {run}"):
             pid = int(line.split()[0])
             if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
