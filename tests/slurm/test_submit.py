@@ -93,7 +93,7 @@ def test_a_dry_run_writes_scripts_and_queues_nothing(cluster: DevCluster, tmp_pa
     script = (folder / "ppo.sh").read_text()
     for line in ("--dependency=afterok:JOB_OF_sft", "--kill-on-invalid-dep=yes", "--requeue", "--nodes=3"):
         assert f"#SBATCH {line}" in script
-    assert "--signal=B:USR2@120" in script and "\nexec " in script
+    assert "--signal=B:USR2@120" in script and script.index("trap '' USR2\n") < script.index("\nexec ")
     assert not cluster.command("squeue", "-h").stdout
 
 
