@@ -137,8 +137,8 @@ def run(config: Config, rollouts: list[Rollout], world_size: int = 1, **layout: 
 
 def distances(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:
     assert a.keys() == b.keys()
-    # Fractions count tokens beyond a border, and noise moves single ones across it.
-    names = [name for name in a if not name.endswith("_fraction")]
+    # Fractions count tokens beyond a border, and noise moves single ones across it; packing differs by design.
+    names = [name for name in a if not name.endswith("_fraction") and not name.startswith("packing/")]
     return {name: float((torch.as_tensor(a[name]) - torch.as_tensor(b[name])).abs().max()) for name in names}
 
 
