@@ -55,6 +55,7 @@ class StageJob:
             with suppress(OSError):  # the disk may be full
                 events.append(self.run, "refused", stage=self.stage, job=job_id(), cause=str(error))
             code = USER_ERROR_CODE
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the interpreter's end would make it deadly again
         if code:
             sys.exit(code)
 
