@@ -221,7 +221,11 @@ BAD_CHECKPOINTS = {
     "truncated": (lambda path: cut(path / "__0_0.distcp"), r"__0_0\.distcp: \d+ bytes, should be"),
     "missing": (lambda path: (path / "__1_0.distcp").unlink(), r"__1_0\.distcp: No such file"),
     "never finished": (lambda path: (path / "manifest.json").unlink(), "no manifest.json"),
-    "a critic": (lambda path: remanifest(path, lambda meta: meta.update(kind="critic")), "holds 'critic'"),
+    "another kind": (lambda path: remanifest(path, lambda meta: meta.update(kind="router")), "holds 'router'"),
+    "no value head": (
+        lambda path: remanifest(path, lambda meta: meta.update(kind="critic")),
+        r"missing: value_head\.weight",
+    ),
     "more layers": (
         lambda path: (
             remanifest(path, lambda meta: meta["architecture"].update(num_layers=5)),
