@@ -62,7 +62,7 @@ def test_an_import_for_one_layout_loads_in_another(tmp_path):
 
 def megatron_logits(checkpoint: Path, exported: Path, dtype: torch.dtype | None) -> torch.Tensor:
     runtime.start(ParallelConfig(), seed=1, timeout_s=60)
-    result = logits.megatron_logits(checkpoint, Architecture.from_hf(exported), TOKEN_IDS, dtype)
+    result = logits.megatron_logits(checkpoint, Architecture.from_hf(exported), "actor", TOKEN_IDS, dtype)
     runtime.stop()
     return result
 
@@ -73,7 +73,7 @@ def test_logits_agree_with_transformers(tmp_path, family, tied, dtype):
     import_hf(save_tiny_model(tmp_path / "hf", family, tied), tmp_path / "imported", 2, 2)
     export_hf(tmp_path / "imported", tmp_path / "out", dtype, verify_logits=False)
     ours = run_distributed_test(megatron_logits, 1, tmp_path / "imported", tmp_path / "out", dtype)[0]
-    theirs = logits.hf_logits(tmp_path / "out", TOKEN_IDS)
+    theirs = logits.hf_logits(tmp_path / "out", "actor", TOKEN_IDS)
     assert ours.shape == theirs.shape == (len(TOKEN_IDS), 66)
     assert theirs.abs().max() > 0.1
     assert (ours - theirs).abs().max() <= TOLERANCE
