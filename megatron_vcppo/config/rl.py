@@ -46,6 +46,7 @@ class RewardModelConfig:
     with it the initialisation bias of a critic made from this model."""
     steps: int = 100
     batch_size: int = 64
+    """Responses per step; with pairwise loss half as many pairs of a right and a wrong one."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

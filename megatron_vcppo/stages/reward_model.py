@@ -16,7 +16,7 @@ from megatron_vcppo.algo.metrics import Metrics
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.rl import RewardModelConfig
 from megatron_vcppo.data.order import EpochOrder
-from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack, pack_into_microbatches
+from megatron_vcppo.data.packing import PackedMicrobatch, pack, pack_into_microbatches
 from megatron_vcppo.data.rollout_batch import Packing
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
@@ -45,7 +45,7 @@ def run(config: Config) -> None:
         *(settings.checkpoint.keep_last, settings.checkpoint.async_save),
     )
     with Generation(config, folder, world) as generation:
-        examples = labelled(responses(config, generation), settings, config.run.seed)
+        examples = units(labelled(responses(config, generation), settings, config.run.seed), settings)
     order = EpochOrder(len(examples), config.run.seed, "responses of the reward model")
     resumed = checkpoints.resume({"critic": model})
     step, skips = 0, Skips(config.ppo.skip_limit)
@@ -57,7 +57,7 @@ def run(config: Config) -> None:
     progress = Progress("reward_model", settings.steps, step, "responses") if world.is_main else None
     while step < settings.steps:
         started = time.monotonic()
-        batch = [examples[index] for _, index in order.next(settings.batch_size)]
+        batch = [examples[index] for _, index in order.next(units_per_step(settings))]
         step += 1
         result = model.train_step(*step_of(batch, packing_of(config, world), settings))
         warning = skips.count({"reward model": [not result.applied]})
@@ -66,7 +66,7 @@ def run(config: Config) -> None:
             metrics |= {"reward_model/grad_norm": result.grad_norm, "time/step_s": time.monotonic() - started}
             log.log(step, metrics)
             shown = {"loss": result.metrics["reward_model_loss"], "accuracy": result.metrics["accuracy"]}
-            progress.update(step, len(batch), shown)
+            progress.update(step, sum(map(len, batch)), shown)
             if warning:
                 print(f"warning: step {step}: {warning}", flush=True)
         checkpoints.poll()
@@ -109,31 +109,44 @@ def labelled(rollouts: list[Rollout], settings: RewardModelConfig, seed: int) ->
         ids = (*rollout.prompt.token_ids, *response, 0)
         zeros = (0.0,) * (len(ids) - 1)
         examples.append((Sequence(ids, {"last_mask": (*zeros, 1.0), "label": (*zeros, float(good))}), good))
-    if settings.loss == "pairwise" and len({good for _, good in examples}) < 2:
-        raise UserError("reward_model: every response has the same label; pairwise training needs right and wrong ones")
     return examples
 
 
-def step_of(
-    batch: list[tuple[Sequence, bool]], packing: Packing, settings: RewardModelConfig
-) -> tuple[list[PackedMicrobatch], "PointwiseLoss | PairwiseLoss"]:
-    """This replica's micro-batches and the loss of one step."""
+def units(examples: list[tuple[Sequence, bool]], settings: RewardModelConfig) -> list[tuple[Sequence, ...]]:
+    """What is drawn and shared out as one: a response, or a (good, bad) pair of responses.
+
+    Every response is in a pair; of the rarer kind each is in several. Raises UserError if one kind is missing.
+    """
     if settings.loss != "pairwise":
-        mine = packing.share([len(sequence) for sequence, _ in batch])
-        names = ["last_mask", "label"]
+        return [(sequence,) for sequence, _ in examples]
+    good = [sequence for sequence, label in examples if label]
+    bad = [sequence for sequence, label in examples if not label]
+    if not good or not bad:
+        raise UserError("reward_model: every response has the same label; pairwise training needs right and wrong ones")
+    return [(good[i % len(good)], bad[i % len(bad)]) for i in range(max(len(good), len(bad)))]
+
+
+def units_per_step(settings: RewardModelConfig) -> int:
+    """A step takes batch_size responses."""
+    return max(1, settings.batch_size // 2) if settings.loss == "pairwise" else settings.batch_size
+
+
+def step_of(
+    batch: list[tuple[Sequence, ...]], packing: Packing, settings: RewardModelConfig
+) -> tuple[list[PackedMicrobatch], "PointwiseLoss | PairwiseLoss"]:
+    """This replica's micro-batches and the loss of one step; the responses of a pair lie side by side."""
+    names = ["last_mask", "label"]
+    if settings.loss != "pairwise":
+        mine = packing.share([len(sequence) for (sequence,) in batch])
         return packing.pack([batch[i][0] for i in mine], names), PointwiseLoss(settings, len(batch))
-    good = [sequence for sequence, label in batch if label]
-    bad = [sequence for sequence, label in batch if not label]
-    pairs = list(zip(good, bad, strict=False))
-    lengths = [len(a) + len(b) for a, b in pairs]
-    mine = balance(lengths, packing.dp_size)[packing.dp_rank]
-    flat = [sequence for i in mine for sequence in pairs[i]]
+    lengths = [len(good) + len(bad) for good, bad in batch]
+    mine = packing.share(lengths)
+    flat = [sequence for i in mine for sequence in batch[i]]
     bins = pack_into_microbatches([lengths[i] for i in mine], packing.tokens_per_microbatch) or [[]]
     microbatches = [
-        pack(flat, [k for i in indices for k in (2 * i, 2 * i + 1)], packing.multiple, 1, ["last_mask", "label"])
-        for indices in bins
+        pack(flat, [k for i in indices for k in (2 * i, 2 * i + 1)], packing.multiple, 1, names) for indices in bins
     ]
-    return microbatches, PairwiseLoss(len(pairs))
+    return microbatches, PairwiseLoss(len(batch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,4 +179,4 @@ class PairwiseLoss:
 
     def __call__(self, outputs: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
         chosen, rejected = outputs[microbatch.fields["last_mask"]].view(-1, 2).unbind(1)
-        return pairwise_loss(chosen, rejected, denominator=max(self.denominator, 1), check=False)
+        return pairwise_loss(chosen, rejected, denominator=self.denominator, check=False)
