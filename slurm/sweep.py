@@ -3,11 +3,13 @@
 import itertools
 import json
 import os
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from megatron_vcppo.config.keys import all_keys
 from megatron_vcppo.errors import UserError
 from slurm.run_folder import RunFolder
 
@@ -25,12 +27,13 @@ class Point:
 def points(arguments: list[str]) -> tuple[list[Point], list[str]]:
     """Split ``key=[a, b]`` from ``key=value``; returns every combination, and the fixed overrides.
 
-    UserError if nothing varies, or a list does not parse or is empty.
+    A key that is a list itself, such as stages, varies over a list of lists. UserError if nothing varies, or a list
+    does not parse or is empty.
     """
     fixed, axes = [], []
     for argument in arguments:
         key, sign, text = argument.partition("=")
-        if not sign or not text.startswith("["):
+        if not sign or not text.startswith("[[" if _is_list(key) else "["):
             fixed.append(argument)
             continue
         try:
@@ -39,12 +42,19 @@ def points(arguments: list[str]) -> tuple[list[Point], list[str]]:
             raise UserError(f"{argument}: not a list: write {key}=[a, b]") from None
         if not values:
             raise UserError(f"{argument}: an empty list")
-        axes.append([f"{key}={value}" for value in values])
+        axes.append([f"{key}={value if isinstance(value, str) else json.dumps(value)}" for value in values])
     if not axes:
         raise UserError("nothing varies: give at least one key=[value, value]")
     combinations = list(itertools.product(*axes))
     width = len(str(len(combinations) - 1))
     return [Point(f"{index:0{width}}", combination) for index, combination in enumerate(combinations)], fixed
+
+
+def _is_list(name: str) -> bool:
+    key = all_keys().get(name)
+    if key is None:
+        return False
+    return any(typing.get_origin(kind) is list for kind in (key.annotation, *typing.get_args(key.annotation)))
 
 
 def write_points(folder: Path, made: list[Point]) -> None:

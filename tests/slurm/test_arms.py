@@ -48,6 +48,19 @@ def test_no_engines_start_where_the_set_of_rollouts_is_complete(tmp_path: Path) 
     assert roles() == ["trainer", "trainer"]
 
 
+def test_lists_that_are_values_do_not_vary() -> None:
+    made, fixed = points(["stages=[ppo, evaluate]", "evaluate.k=[[1], [1, 4]]", "ppo.loss.tis_cap=[null, 2.0]"])
+    assert fixed == ["stages=[ppo, evaluate]"]
+    assert [point.overrides for point in made] == [
+        ("evaluate.k=[1]", "ppo.loss.tis_cap=null"),
+        ("evaluate.k=[1]", "ppo.loss.tis_cap=2.0"),
+        ("evaluate.k=[1, 4]", "ppo.loss.tis_cap=null"),
+        ("evaluate.k=[1, 4]", "ppo.loss.tis_cap=2.0"),
+    ]
+    with pytest.raises(UserError, match="nothing varies"):
+        points(["ppo.critic.bounds=[-1.0, 1.0]"])
+
+
 def test_a_sweeps_table_says_what_came_out(tmp_path: Path) -> None:
     made, _ = points(["ppo.advantage.lam_actor=[0.95, 1.0]"])
     write_points(tmp_path, made)
