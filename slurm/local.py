@@ -69,7 +69,8 @@ def run_chain(run: RunFolder, config: Config, stages: list[str], programs: Progr
                 say(f"{head} done before, skipped")
                 continue
             nodes, ranks_per_node = trainer_layout(config, stage)
-            say(f"{head} starting on {nodes * ranks_per_node} ranks, logs in {run.next_attempt(stage)}")
+            ranks = "1 rank" if nodes * ranks_per_node == 1 else f"{nodes * ranks_per_node} ranks"
+            say(f"{head} starting on {ranks}, logs in {run.next_attempt(stage)}")
             started = time.monotonic()
             outcome = run_stage(
                 *(run, config, stage, lambda _, stage=stage: local_units(run, config, stage, programs)),

@@ -41,6 +41,7 @@ PPO_PLOTS = (
         "rollout/accuracy",
         "line: the sampled responses; points with 95 % intervals: held-out problems",
         evaluation="evaluation/avg",
+        negative=False,
     ),
     Plot(
         "Response length",
@@ -96,11 +97,11 @@ PPO_PLOTS = (
 VALUE_PLOTS = (
     Plot("Explained variance", "critic/explained_variance", "of Monte-Carlo returns, before each step", reference=0.0),
     Plot("Value loss", "critic/value_loss", "½ (V − R)², mean over response tokens", negative=False),
-    Plot("Accuracy of the policy", "rollout/accuracy", "it is fixed here: this should stay level"),
+    Plot("Accuracy of the policy", "rollout/accuracy", "it is fixed here: this should stay level", negative=False),
 )
 REWARD_MODEL_PLOTS = (
     Plot("Loss", "reward_model/reward_model_loss", "of the step's responses", negative=False),
-    Plot("Accuracy", "reward_model/accuracy", "share of responses, or pairs, judged rightly"),
+    Plot("Accuracy", "reward_model/accuracy", "share of responses, or pairs, judged rightly", negative=False),
 )
 SFT_PLOTS = (
     Plot(
