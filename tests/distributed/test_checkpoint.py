@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForTokenClassification
 
 from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.data.context import rounding
 from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all, unpack_all
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
@@ -51,7 +52,7 @@ def step(learner: Actor | Critic, parallel: ParallelConfig, seed: int) -> tuple[
         return (error * mask).sum() / total, {}
 
     mine = balance([len(s) for s in sequences], learner.runtime.dp_size)[learner.runtime.dp_rank]
-    result = learner.train_step(pack_all([sequences[i] for i in mine], 160, multiple=parallel.tp), loss)
+    result = learner.train_step(pack_all([sequences[i] for i in mine], 160, *rounding(parallel)), loss)
     return result.metrics["loss"], result.grad_norm
 
 
