@@ -20,6 +20,7 @@ from megatron_vcppo.config.rl import (
 from megatron_vcppo.config.rollout import RolloutConfig, WeightSyncConfig
 from megatron_vcppo.config.training import CheckpointConfig, OptimizerConfig, ScheduleConfig
 
+Dtype = Literal["bfloat16", "float32"]
 Stage = Literal["sft", "reward_model", "value_pretrain", "ppo", "evaluate", "export"]
 
 
@@ -46,7 +47,7 @@ class ModelConfig:
 
     hf: str = MISSING
     """Folder of a Hugging Face checkpoint (Qwen2, Qwen2.5, Qwen3, Llama 3): config.json, safetensors, tokenizer."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Parameters and activations; gradients are always reduced in float32."""
     max_length: int = 4096
     """Longest sequence (prompt + response) in tokens."""

@@ -4,12 +4,13 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForTokenClassification
 
-from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.config.schema import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all, unpack_all
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
@@ -28,7 +29,7 @@ TP2PP2 = ParallelConfig(tp=2, pp=2, sequence_parallel=True)
 SCHEDULE = ScheduleConfig(kind="cosine", warmup_steps=2)
 
 
-def start(hf: Path, parallel: ParallelConfig, dtype: str = "float32") -> tuple[Actor, Critic]:
+def start(hf: Path, parallel: ParallelConfig, dtype: Dtype = "float32") -> tuple[Actor, Critic]:
     runtime.start(parallel, seed=3, timeout_s=60)
     arch, config = Architecture.from_hf(hf), ModelConfig(hf=str(hf), dtype=dtype)
     actor, critic = build_actor(arch, config, parallel), build_critic(arch, config, parallel)
@@ -56,7 +57,13 @@ def step(learner: Actor | Critic, parallel: ParallelConfig, seed: int) -> tuple[
 
 
 def train(
-    hf: Path, folder: Path, parallel: ParallelConfig, steps: range, save_at: int = 0, dtype: str = "float32", **options
+    hf: Path,
+    folder: Path,
+    parallel: ParallelConfig,
+    steps: range,
+    save_at: int = 0,
+    dtype: Dtype = "float32",
+    **options,
 ) -> list[tuple[float, float]]:
     actor, critic = start(hf, parallel, dtype)
     options = {"keep_last": 2, "async_save": False, **options}
@@ -79,7 +86,7 @@ def train(
 def test_any_layout_continues_as_if_nothing_had_happened(tmp_path: Path, distributed_optimizer: bool) -> None:
     hf = save_tiny_model(tmp_path / "hf", tied=True)
 
-    def layout(**sizes: int | bool) -> ParallelConfig:
+    def layout(**sizes: Any) -> ParallelConfig:
         return ParallelConfig(distributed_optimizer=distributed_optimizer, **sizes)
 
     before = layout(tp=2, pp=2, sequence_parallel=True)
@@ -96,7 +103,7 @@ def test_any_layout_continues_as_if_nothing_had_happened(tmp_path: Path, distrib
 def test_bfloat16_and_background_save_continue_bit_equal(tmp_path: Path) -> None:
     hf = save_tiny_model(tmp_path / "hf")
     parallel = ParallelConfig(pp=2, distributed_optimizer=True)
-    arguments = {"dtype": "bfloat16", "async_save": True}
+    arguments: dict[str, Any] = {"dtype": "bfloat16", "async_save": True}
     through = run_distributed_test(train, 4, hf, tmp_path / "ck", parallel, range(4), save_at=2, **arguments)
     resumed = run_distributed_test(train, 4, hf, tmp_path / "ck", parallel, range(2, 4), **arguments)
     assert resumed[0] == through[0][4:]

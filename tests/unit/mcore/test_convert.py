@@ -216,6 +216,12 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+def claim_five_layers(checkpoint: Path) -> None:
+    config = checkpoint / "hf" / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 5'))
+    remanifest(checkpoint, lambda meta: meta["architecture"].update(num_layers=5))
+
+
 BAD_CHECKPOINTS = {
     "flipped": (lambda path: flip(path / "__3_0.distcp"), r"__3_0\.distcp: corrupt"),
     "truncated": (lambda path: cut(path / "__0_0.distcp"), r"__0_0\.distcp: \d+ bytes, should be"),
@@ -227,13 +233,7 @@ BAD_CHECKPOINTS = {
         r"missing: value_head\.weight",
     ),
     "more layers": (
-        lambda path: (
-            remanifest(path, lambda meta: meta["architecture"].update(num_layers=5)),
-            (path / "hf" / "config.json").write_text(
-                (path / "hf" / "config.json").read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 5')
-            ),
-            remanifest(path, lambda meta: None),
-        ),
+        claim_five_layers,
         r"misshaped: decoder\.layers\.mlp\.linear_fc1\.weight is \[4, 192, 64\], should be \[5, 192, 64\]",
     ),
     "another config": (

@@ -19,7 +19,8 @@ def test_a_log_file_gets_few_lines_with_rate_and_eta() -> None:
     assert 2 <= len(lines) <= 5
     assert re.fullmatch(r"sft 2\d/40 \d+% \| [\d.]+k tok/s \| ETA 00:0\d \| loss 1\.23 lr 1\.0e-06", lines[0]), lines
     assert lines[-1].startswith("sft 40/40 100%") and "ETA 00:00" in lines[-1]
-    assert 10 < float(re.search(r"([\d.]+)k tok", lines[-1])[1]) <= 50  # 1,000 tokens every 20 ms or more
+    rate = re.search(r"([\d.]+)k tok", lines[-1])
+    assert rate and 10 < float(rate[1]) <= 50  # 1,000 tokens every 20 ms or more
 
 
 def test_a_terminal_gets_a_bar() -> None:
