@@ -139,6 +139,10 @@ def cut(file: Path, missing_bytes: int = 10) -> None:
         stream.truncate(file.stat().st_size - missing_bytes)
 
 
+def with_header(header: str) -> bytes:
+    return struct.pack("<Q", len(header)) + header.encode()
+
+
 def break_shape(tensors):
     tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(95, 64)
 
@@ -150,6 +154,12 @@ def break_dtype(tensors):
 BAD_IMPORTS = {
     "truncated": (lambda hf: cut(hf / WEIGHTS), r"model\.safetensors: truncated or damaged: \d+ bytes, should be \d+"),
     "cut in the header": (lambda hf: (hf / WEIGHTS).write_bytes(struct.pack("<Q", 10**6) + b"{"), "truncated, or not"),
+    "a header of something else": (lambda hf: (hf / WEIGHTS).write_bytes(with_header('{"a": 1}')), "damaged header"),
+    "a header that is a list": (lambda hf: (hf / WEIGHTS).write_bytes(with_header("[]")), "damaged header"),
+    "a tensor of the index": (
+        lambda hf: (hf / "model.safetensors.index.json").write_text(f'{{"weight_map": {{"a": "{WEIGHTS}"}}}}'),
+        r"tensor a is not in model\.safetensors",
+    ),
     "missing": (
         lambda hf: rewrite(hf, lambda t: (t.pop("model.norm.weight"), t.pop("model.layers.2.mlp.gate_proj.weight"))),
         r"missing: model\.layers\.2\.mlp\.gate_proj\.weight \[96, 64\]\n  missing: model\.norm\.weight",
