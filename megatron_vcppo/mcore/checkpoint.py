@@ -64,7 +64,7 @@ class CheckpointFolder:
         self.folder, self.hf_files, self.keep_last = folder, hf_files, keep_last
         self.runtime = runtime.current()
         self.queue = AsyncCallsQueue(persistent=False) if async_save else None
-        _start_results_queue()
+        _queues()
         self.temporary = folder
         """What is being written, or was written last."""
         self.save_time_s = 0.0
@@ -90,6 +90,8 @@ class CheckpointFolder:
         requests = []
         with self._deadline():
             for name, learner in components.items():
+                # Writers of two components that shared one could take each other's results for their own.
+                filesystem_async._results_queue = _queues().Queue()
                 request = dist_checkpointing.save(
                     _sharded_state(learner, is_loading=False),
                     str(temporary / name),
@@ -242,18 +244,18 @@ def load_model(model: PackedGPT, folder: Path, without: str | None = None) -> No
 
 
 @functools.cache
-def _start_results_queue() -> None:
-    """The queue through which Megatron's writer processes report, in a process that ends with this one.
+def _queues() -> SyncManager:
+    """The maker of the queues through which Megatron's writer processes report: a process that ends with this one.
 
     Megatron would start that process by spawn, which imports torch again (3.5 s at the first save of every rank), and
     would leave it behind when the rank is killed.
     """
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(_serve_queue)
-    filesystem_async._results_queue = manager.Queue()
+    manager.start(_serve_queues)
+    return manager
 
 
-def _serve_queue() -> None:
+def _serve_queues() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     _end_with_parent()

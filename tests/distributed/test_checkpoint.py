@@ -257,3 +257,29 @@ def test_a_killed_writer_is_not_waited_for_without_end(tmp_path: Path, async_sav
     time.sleep(0.2)
     with contextlib.suppress(psutil.NoSuchProcess):  # what waited for the killed writer has ended too
         assert psutil.Process(int(writer.read_text())).status() == psutil.STATUS_ZOMBIE
+
+
+def test_components_that_are_written_at_one_time_do_not_mix(tmp_path: Path) -> None:
+    """The writer of the first component is the last to be done."""
+    hf = save_tiny_model(tmp_path / "hf")
+    write = FileSystemWriterAsync.write_preloaded_data
+
+    def delayed(transforms: Any, *args: Any, write_bucket: Any, **kwargs: Any) -> None:
+        time.sleep(0.5 if "/actor/" in write_bucket[0] else 0.0)
+        write(transforms, *args, write_bucket=write_bucket, **kwargs)
+
+    def body() -> bool:
+        learners = dict(zip(("actor", "critic"), start(hf, ParallelConfig()), strict=True))
+        FileSystemWriterAsync.write_preloaded_data = delayed
+        checkpoints = CheckpointFolder(tmp_path / "ck", hf, keep_last=2, async_save=True)
+        checkpoints.save(1, learners, {})
+        checkpoints.finish()
+        saved = {name: [p.detach().clone() for p in learner.model.parameters()] for name, learner in learners.items()}
+        with torch.no_grad():
+            for learner in learners.values():
+                for parameter in learner.model.parameters():
+                    parameter.zero_()
+        assert checkpoints.resume(learners) is not None
+        return all(torch.equal(a, b) for name in saved for a, b in zip(saved[name], learners[name].model.parameters()))
+
+    assert run_distributed_test(body, 1) == [True]
