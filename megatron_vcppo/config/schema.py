@@ -84,8 +84,9 @@ class SftConfig:
     """Supervised fine-tuning: loss on responses only."""
 
     train: str = MISSING
-    """JSONL file, folder of a saved data set, or name of a `datasets` data set."""
+    """JSONL file, folder or folder:split of a saved data set, or name or name:split of a `datasets` data set."""
     validation: str | None = None
+    """Held-out samples, read like sft.train; a data set without a split named is read at its split train here too."""
     prompt_key: str = "prompt"
     response_key: str = "response"
     messages_key: str = "messages"
