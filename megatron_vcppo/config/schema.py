@@ -20,6 +20,7 @@ from megatron_vcppo.config.rl import (
 from megatron_vcppo.config.rollout import RolloutConfig, WeightSyncConfig
 from megatron_vcppo.config.training import CheckpointConfig, OptimizerConfig, ScheduleConfig
 
+Dtype = Literal["bfloat16", "float32"]
 Stage = Literal["sft", "reward_model", "value_pretrain", "ppo", "evaluate", "export"]
 
 
@@ -46,7 +47,7 @@ class ModelConfig:
 
     hf: str = MISSING
     """Folder of a Hugging Face checkpoint (Qwen2, Qwen2.5, Qwen3, Llama 3): config.json, safetensors, tokenizer."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Parameters and activations; gradients are always reduced in float32."""
     max_length: int = 4096
     """Longest sequence (prompt + response) in tokens."""
@@ -90,8 +91,9 @@ class SftConfig:
     """Supervised fine-tuning: loss on responses only."""
 
     train: str = MISSING
-    """JSONL file, folder of a saved data set, or name of a `datasets` data set."""
+    """JSONL file, folder or folder:split of a saved data set, or name or name:split of a `datasets` data set."""
     validation: str | None = None
+    """Held-out samples, read like sft.train; a data set without a split named is read at its split train here too."""
     prompt_key: str = "prompt"
     response_key: str = "response"
     messages_key: str = "messages"

@@ -139,5 +139,5 @@ def shared_dataset(config: Config, folder: Path, source: str, name: str) -> SftD
         print(report, flush=True)
         dataset.save(path)
 
-    runtime.on_main(tokenise, f"tokenising {source}", config.run.timeout_s)
+    runtime.on_main(tokenise, f"tokenising {source}")
     return SftDataset.load(path)

@@ -2,12 +2,13 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.config.schema import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.data.context import rounding
 from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all, unpack_all
 from megatron_vcppo.mcore import runtime
@@ -37,7 +38,7 @@ def packed(sequences: list[Sequence], parallel: ParallelConfig) -> list[PackedMi
     return pack_all(sequences, TOKENS_PER_MICROBATCH, *rounding(parallel))
 
 
-def make_actor(folder: Path, parallel: ParallelConfig, dtype: str = "float32") -> Actor:
+def make_actor(folder: Path, parallel: ParallelConfig, dtype: Dtype = "float32") -> Actor:
     runtime.start(parallel, seed=1, timeout_s=60)
     arch = Architecture.from_hf(folder)
     model = build_actor(arch, ModelConfig(hf=str(folder), dtype=dtype), parallel)
@@ -45,7 +46,7 @@ def make_actor(folder: Path, parallel: ParallelConfig, dtype: str = "float32") -
     return Actor(model, parallel, OPTIMIZER, ScheduleConfig(), total_steps=10)
 
 
-def train(folder: Path, parallel: ParallelConfig, steps: int, dtype: str = "float32") -> dict[str, list[float]]:
+def train(folder: Path, parallel: ParallelConfig, steps: int, dtype: Dtype = "float32") -> dict[str, list[float]]:
     """Loss, gradient norm and entropy of each step, then log-probs of a fixed batch under the new weights."""
     actor = make_actor(folder, parallel, dtype)
     history: dict[str, list[float]] = {"loss": [], "grad_norm": [], "entropy": []}
@@ -129,7 +130,7 @@ def test_gradients_equal_transformers(tmp_path: Path) -> None:
     assert (torch.tensor(ours["logprobs"]) - new).abs().max() <= 1e-4
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tp": 2}),
     "pp2": (2, {"pp": 2}),
     "dp2-distributed-optimizer": (2, {"distributed_optimizer": True}),

@@ -33,7 +33,9 @@ def suffer(
     cluster: DevCluster, run: RunFolder, config: Config, inflict: Inflict | None, seconds: float
 ) -> dict[str, Any]:
     """Submit, inflict, wait until every stage is done; verify the end; return the costs."""
-    stages = list(config.stages)
+    stages: list[str] = [*config.stages]
+    steps = config.sft.steps
+    assert steps
     started = time.monotonic()
     submit(run, config, stages, TINY)
     if inflict:
@@ -52,8 +54,8 @@ def suffer(
     repeated = 0
     for stage in stages:
         assert run.done(stage)
-        assert result(run, stage)["trained"] == list(range(1, config.sft.steps + 1)), stage
-        repeated += len(run.metrics(stage)) - config.sft.steps
+        assert result(run, stage)["trained"] == list(range(1, steps + 1)), stage
+        repeated += len(run.metrics(stage)) - steps
     attempts = sum(len(run.attempts(stage)) for stage in stages)
     return {"wall_s": round(wall_s, 1), "attempts": attempts, "iterations_repeated": repeated}
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,7 @@ def at_log_of(step: int, number: int) -> None:
     """Send this process a signal when it has logged the step, before a checkpoint of that step."""
     log = MetricsLog.log
 
-    def log_and_signal(self: MetricsLog, iteration: int, metrics: dict) -> None:
+    def log_and_signal(self: MetricsLog, iteration: int, metrics: Mapping[str, float | int | str]) -> None:
         log(self, iteration, metrics)
         if iteration == step:
             os.kill(os.getpid(), number)

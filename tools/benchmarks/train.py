@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         facts = {"device": device, "parameters": arch.parameter_count(), "sequences": len(sequences)}
         facts |= {"tokens": num_tokens, "longest": max(map(len, sequences))}
         for side, devices in (("megatron", ranks), ("transformers", 1)):
-            used = peak * (devices if device != "cpu" else 1)
+            used = peak and peak * (devices if device != "cpu" else 1)
             yield {
                 "case": side,
                 **(layout if side == "megatron" else {"padded_batch": args.reference_batch}),
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "step_cpu_s": round(min(cpu_seconds[side]), 3),
                 "tokens_per_s": round(num_tokens / min(seconds[side])),
                 "gflops_per_s": round(flops / min(seconds[side]) / 1e9, 1),
-                "mfu": round(flops / min(seconds[side]) / used, 3) if peak else None,
+                "mfu": round(flops / min(seconds[side]) / used, 3) if used else None,
             }
         both = [theirs / ours for ours, theirs in zip(seconds["megatron"], seconds["transformers"], strict=True)]
         yield {
