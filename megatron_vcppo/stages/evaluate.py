@@ -18,27 +18,32 @@ from megatron_vcppo.mcore.model import ActorModel, build_actor
 from megatron_vcppo.stages.evaluation import evaluation_metrics, evaluation_rollouts
 from megatron_vcppo.stages.generation import Generation
 from megatron_vcppo.stages.stage import ACTOR_STAGES, last_checkpoint, mark_done, stage_folder
+from megatron_vcppo.stages.startup import startup
 
 
 def run(config: Config) -> None:
     """Evaluate; writes RUN/evaluate/results.json and the responses, and prints a table."""
     folder = stage_folder(config, "evaluate")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    startup.done("groups")
     if config.prompts.test is None:
         raise UserError("stage evaluate: prompts.test is not set; give it held-out problems")
     loaders = candidates(config)
     model = build_actor(Architecture.from_hf(config.model.hf), config.model, config.parallel)
+    startup.done("model")
     results: list[dict[str, Any]] = []
     with Generation(config, folder, world) as generation:
         generation.wait_for_engines()
         for version, (name, load) in enumerate(loaders.items()):
             load(model)
+            startup.done("model")
             generation.push(version, lambda: stream_hf(model))
             # The same iteration number: every candidate gets the same problems and the same seeds.
             rollouts = evaluation_rollouts(config, generation, iteration=0)
             generation.store(version, rollouts)
             results.append(result_of(name, evaluation_metrics(rollouts, config.evaluate.k)))
             if world.is_main:
+                startup.finish(folder)
                 print(table(results[-1:], header=version == 0), flush=True)
     if world.is_main:
         temporary = folder / ".results.json.tmp"

@@ -28,6 +28,7 @@ from megatron_vcppo.report.progress import Progress
 from megatron_vcppo.stages.generation import Generation
 from megatron_vcppo.stages.models import starting_critic
 from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
+from megatron_vcppo.stages.startup import startup
 from megatron_vcppo.stages.value_pretrain import rollout_source
 
 
@@ -35,6 +36,7 @@ def run(config: Config) -> None:
     """Train the reward model; leaves RUN/reward_model/checkpoints. Raises Saved if asked to stop."""
     settings, folder = config.reward_model, stage_folder(config, "reward_model")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    startup.done("groups")
     model = Critic(
         starting_critic(config, "reward_model", "sft", None),
         *(config.parallel, settings.optimizer, settings.schedule, settings.steps),
@@ -43,10 +45,12 @@ def run(config: Config) -> None:
         *(folder / "checkpoints", Path(config.model.hf)),
         *(settings.checkpoint.keep_last, settings.checkpoint.async_save),
     )
+    startup.done("model")
     with Generation(config, folder, world) as generation:
         examples = labelled(responses(config, generation), settings, config.run.seed)
     order = EpochOrder(len(examples), config.run.seed, "responses of the reward model")
     resumed = checkpoints.resume({"critic": model})
+    startup.done("checkpoint")
     step = 0
     if resumed is not None:
         step = resumed.iteration
@@ -62,6 +66,7 @@ def run(config: Config) -> None:
             metrics = {f"reward_model/{name}": value for name, value in result.metrics.items()}
             metrics |= {"reward_model/grad_norm": result.grad_norm, "time/step_s": time.monotonic() - started}
             log.log(step, metrics)
+            startup.finish(folder)
             shown = {"loss": result.metrics["reward_model_loss"], "accuracy": result.metrics["accuracy"]}
             progress.update(step, len(batch), shown)
         checkpoints.poll()

@@ -24,12 +24,14 @@ from megatron_vcppo.stages.models import starting_actor, starting_critic
 from megatron_vcppo.stages.rollout_source import FreshRollouts, RolloutSource, StoredRollouts
 from megatron_vcppo.stages.skips import Skips
 from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
+from megatron_vcppo.stages.startup import startup
 
 
 def run(config: Config) -> None:
     """Pretrain a critic; leaves RUN/value_pretrain/checkpoints. Raises Saved if asked to stop."""
     settings, folder = config.value_pretrain, stage_folder(config, "value_pretrain")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    startup.done("groups")
     critic = Critic(
         starting_critic(config, "value_pretrain", settings.init, settings.checkpoint_path),
         *(config.parallel, settings.optimizer, settings.schedule, settings.steps),
@@ -38,9 +40,11 @@ def run(config: Config) -> None:
         *(folder / "checkpoints", Path(config.model.hf)),
         *(settings.checkpoint.keep_last, settings.checkpoint.async_save),
     )
+    startup.done("model")
     with Generation(config, folder, world) as generation:
         source = rollout_source(config, generation, "value_pretrain")
         resumed = checkpoints.resume({"critic": critic})
+        startup.done("checkpoint")
         step, history, skips = 0, [], Skips(config.ppo.skip_limit)
         if resumed is not None:
             step, history = resumed.iteration, resumed.state["history"]
@@ -62,6 +66,7 @@ def run(config: Config) -> None:
             history.append([metrics["critic/explained_variance"], metrics["critic/value_loss"]])
             if log is not None and progress is not None:
                 log.log(step, metrics)
+                startup.finish(folder)
                 shown = {"loss": metrics["critic/value_loss"], "ev": metrics["critic/explained_variance"]}
                 progress.update(step, len(batch), shown)
                 if warning:
@@ -91,13 +96,17 @@ def rollout_source(config: Config, generation: Generation, stage: str) -> Rollou
     """Rollouts of the policy that the stage starts from: fresh ones for every step, or one stored set."""
     settings = config.value_pretrain
     actor = starting_actor(config, stage)
+    startup.done("model")
     stream = PromptStream(generation.prompts(config.prompts.train), config.run.seed + 1)
     fresh = FreshRollouts(config, generation, stream, training_sampling(config.rollout), lambda: stream_hf(actor))
+    startup.done("data")
     if settings.rollouts == "fresh":
         return fresh
     if settings.stored_path:
         generation.rollouts = Path(settings.stored_path)
-    return StoredRollouts(generation.rollouts, settings.stored_rollouts, fresh, config)
+    stored = StoredRollouts(generation.rollouts, settings.stored_rollouts, fresh, config)
+    startup.done("rollouts")
+    return stored
 
 
 def learn_returns(critic: Critic, batch: RolloutBatch, packing: Packing, config: Config) -> StepResult:
