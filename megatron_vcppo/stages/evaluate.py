@@ -18,6 +18,7 @@ from megatron_vcppo.stages.evaluation import evaluation_prompts, evaluation_roll
 from megatron_vcppo.stages.generation import Generation
 from megatron_vcppo.stages.origin import claim, origin_of_evaluation
 from megatron_vcppo.stages.stage import ACTOR_STAGES, Saved, last_checkpoint, mark_done, stage_folder, stop_requested
+from megatron_vcppo.stages.startup import startup
 
 
 def run(config: Config) -> None:
@@ -27,10 +28,12 @@ def run(config: Config) -> None:
     """
     folder = stage_folder(config, "evaluate")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    startup.done("groups")
     if config.prompts.test is None:
         raise UserError("stage evaluate: prompts.test is not set; give it held-out problems")
     found = candidates(config)
     model = build_actor(Architecture.from_hf(config.model.hf), config.model, config.parallel)
+    startup.done("model")
     results: list[dict[str, Any]] = []
     with Generation(config, folder, world) as generation:
         prompts = evaluation_prompts(config, generation)
@@ -43,12 +46,14 @@ def run(config: Config) -> None:
                     raise Saved(f"asked to stop: {version} of {len(found)} checkpoints are evaluated")
                 generation.wait_for_engines()
                 candidate.load(model)
+                startup.done("model")
                 generation.push(version, lambda: stream_hf(model))
                 # The same iteration number: every candidate gets the same problems and the same seeds.
                 rollouts = evaluation_rollouts(config, generation, iteration=0)
                 generation.store(version, rollouts)
             results.append({"name": name, **scores(rollouts, config.evaluate.k)})
             if world.is_main:
+                startup.finish(folder)
                 print(table(results[-1:], header=version == 0), flush=True)
     if world.is_main:
         temporary = folder / ".results.json.tmp"

@@ -20,6 +20,7 @@ from megatron_vcppo.rewards.scorer import Scorer
 from megatron_vcppo.rollout.client import RolloutClient
 from megatron_vcppo.rollout.store import read_rollouts, write_rollouts
 from megatron_vcppo.rollout.wire import Sampling
+from megatron_vcppo.stages.startup import startup
 from megatron_vcppo.weight_sync.generation import begin, finish_with_joiners
 from megatron_vcppo.weight_sync.place import make_weight_sync, place_of
 from megatron_vcppo.weight_sync.sync import PushResult
@@ -40,8 +41,8 @@ class Begun:
 class Generation(AbstractContextManager["Generation"]):
     """Pushes weights and collects scored rollouts. Every method is collective over the trainer's ranks.
 
-    Each data-parallel replica has a leader (its first tensor and pipeline rank), which asks the engines for its share
-    of the prompts and scores the responses as they arrive.
+    Each data-parallel replica has a leader (its first tensor, pipeline and context rank), which asks the engines for
+    its share of the prompts and scores the responses as they arrive.
     """
 
     def __init__(self, config: Config, folder: Path, world: runtime.Runtime) -> None:
@@ -87,11 +88,14 @@ class Generation(AbstractContextManager["Generation"]):
         cluster = self.config.cluster
         nodes = cluster.rollout_nodes or cluster.trainer_nodes
         self.sync.wait_for_engines(nodes * self.config.rollout.engine.per_node, self.config.rollout.start_timeout_s)
+        startup.done("engines")
 
     def push(self, policy_version: int, source: Callable[[], Tensors]) -> PushResult:
         """Give every engine these weights; source: see weight_sync."""
         self.policy_version, self.source = policy_version, source
-        return self.sync.sync(policy_version, source)
+        result = self.sync.sync(policy_version, source)
+        startup.done("push")
+        return result
 
     def generate(self, prompts: list[Prompt], iteration: int, sampling: Sampling, num_samples: int) -> list[Rollout]:
         """Scored rollouts under the pushed weights, by prompt and sample; the same list on every rank."""

@@ -34,6 +34,7 @@ from megatron_vcppo.stages.origin import claim, origin_of
 from megatron_vcppo.stages.sampling import Sampler
 from megatron_vcppo.stages.skips import Skips
 from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
+from megatron_vcppo.stages.startup import startup
 from megatron_vcppo.stages.token_outputs import token_outputs
 from megatron_vcppo.stages.updates import update
 from megatron_vcppo.weight_sync.sync import PushResult
@@ -43,6 +44,7 @@ def run(config: Config) -> None:
     """Train the actor on verified rewards; leaves RUN/ppo/checkpoints. Raises Saved if asked to stop."""
     folder = stage_folder(config, "ppo")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    startup.done("groups")
     with Generation(config, folder, world) as generation:
         Ppo(config, folder, world, generation).train()
     if world.is_main:
@@ -82,8 +84,10 @@ class Ppo:
         if self.critic is not None:
             self.learners["critic"] = self.critic
 
+        startup.done("model")
         self.stream = PromptStream(generation.prompts(config.prompts.train), config.run.seed)
         self.sampler = Sampler(config, generation, self.stream, training_sampling(config.rollout))
+        startup.done("data")
         self.kl_coef, self.skips, self.iteration = settings.loss.kl_coef, Skips(settings.skip_limit), 0
         self.checkpoints = CheckpointFolder(
             folder / "checkpoints",
@@ -99,6 +103,7 @@ class Ppo:
             self.stream.load_state_dict(resumed.state["prompts"])
             self.kl_coef = resumed.state["kl_coef"]
             self.skips.in_a_row = resumed.state["skipped_in_a_row"]
+        startup.done("checkpoint")
         if world.is_main:
             claim(generation.rollouts, origin_of(config, "ppo"), self.sampler.last_tag(self.iteration))
         self.end_of_thinking_id = generation.tokenizer.get_vocab().get(END_OF_THINKING)
@@ -122,6 +127,7 @@ class Ppo:
             self.seconds = {}
             if log is not None and progress is not None:
                 log.log(self.iteration, metrics)
+                startup.finish(self.folder)
                 with open(self.folder / "profiles.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps({"iteration": self.iteration, **profiles}) + "\n")
                 progress.update(self.iteration, int(metrics["rollout/tokens"]), shown(metrics))

@@ -16,7 +16,7 @@ from megatron_vcppo.algo.metrics import Metrics
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.rl import RewardModelConfig
 from megatron_vcppo.data.order import EpochOrder
-from megatron_vcppo.data.packing import PackedMicrobatch, pack, pack_into_microbatches
+from megatron_vcppo.data.packing import PackedMicrobatch, pack, pack_into_microbatches, round_up
 from megatron_vcppo.data.rollout_batch import Packing
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
@@ -30,12 +30,14 @@ from megatron_vcppo.stages.models import starting_critic
 from megatron_vcppo.stages.rollout_source import rollout_source
 from megatron_vcppo.stages.skips import Skips
 from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
+from megatron_vcppo.stages.startup import startup
 
 
 def run(config: Config) -> None:
     """Train the reward model; leaves RUN/reward_model/checkpoints. Raises Saved if asked to stop."""
     settings, folder = config.reward_model, stage_folder(config, "reward_model")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    startup.done("groups")
     model = Critic(
         starting_critic(config, "reward_model", "sft", None),
         *(config.parallel, settings.optimizer, settings.schedule, settings.steps),
@@ -44,10 +46,13 @@ def run(config: Config) -> None:
         *(folder / "checkpoints", Path(config.model.hf)),
         *(settings.checkpoint.keep_last, settings.checkpoint.async_save),
     )
+    startup.done("model")
     with Generation(config, folder, world) as generation:
         examples = units(labelled(responses(config, generation), settings, config.run.seed), settings)
+    startup.done("rollouts")
     order = EpochOrder(len(examples), config.run.seed, "responses of the reward model")
     resumed = checkpoints.resume({"critic": model})
+    startup.done("checkpoint")
     step, skips = 0, Skips(config.ppo.skip_limit)
     if resumed is not None:
         step = resumed.iteration
@@ -65,6 +70,7 @@ def run(config: Config) -> None:
             metrics = {f"reward_model/{name}": value for name, value in result.metrics.items()}
             metrics |= {"reward_model/grad_norm": result.grad_norm, "time/step_s": time.monotonic() - started}
             log.log(step, metrics)
+            startup.finish(folder)
             shown = {"loss": result.metrics["reward_model_loss"], "accuracy": result.metrics["accuracy"]}
             progress.update(step, sum(map(len, batch)), shown)
             if warning:
@@ -139,13 +145,12 @@ def step_of(
     if settings.loss != "pairwise":
         mine = packing.share([len(sequence) for (sequence,) in batch])
         return packing.pack([batch[i][0] for i in mine], names), PointwiseLoss(settings, len(batch))
-    lengths = [len(good) + len(bad) for good, bad in batch]
+    lengths = [sum(round_up(len(sequence), packing.segment_multiple) for sequence in pair) for pair in batch]
     mine = packing.share(lengths)
     flat = [sequence for i in mine for sequence in batch[i]]
     bins = pack_into_microbatches([lengths[i] for i in mine], packing.tokens_per_microbatch) or [[]]
-    microbatches = [
-        pack(flat, [k for i in indices for k in (2 * i, 2 * i + 1)], packing.multiple, 1, names) for indices in bins
-    ]
+    rounding = (packing.multiple, packing.segment_multiple)
+    microbatches = [pack(flat, [k for i in indices for k in (2 * i, 2 * i + 1)], *rounding, names) for indices in bins]
     return microbatches, PairwiseLoss(len(batch))
 
 

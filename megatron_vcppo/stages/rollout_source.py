@@ -19,6 +19,7 @@ from megatron_vcppo.stages.models import starting_actor
 from megatron_vcppo.stages.origin import claim, differences, origin_of
 from megatron_vcppo.stages.sampling import Sampler
 from megatron_vcppo.stages.stage import Saved, stop_requested
+from megatron_vcppo.stages.startup import startup
 from megatron_vcppo.stages.stored_set import StoredSet, stored_set
 
 
@@ -65,6 +66,7 @@ class FreshRollouts:
     def next(self, count: int, step: int) -> list[Rollout]:
         if not self.pushed:
             actor = self.load_actor()
+            startup.done("model")
             self.generation.wait_for_engines()
             self.generation.push(0, lambda: stream_hf(actor))
             self.pushed = True

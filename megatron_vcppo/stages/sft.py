@@ -24,15 +24,18 @@ from megatron_vcppo.report.metrics import MetricsLog
 from megatron_vcppo.report.progress import Progress
 from megatron_vcppo.stages.skips import Skips
 from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
+from megatron_vcppo.stages.startup import startup
 
 
 def run(config: Config) -> None:
     """Fine-tune model.hf on sft.train; leaves RUN/sft/checkpoints. Raises Saved if asked to stop."""
     settings, folder = config.sft, stage_folder(config, "sft")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    startup.done("groups")
     train = shared_dataset(config, folder, settings.train, "train")
     validation = shared_dataset(config, folder, settings.validation, "validation") if settings.validation else None
     order = EpochOrder(len(train), config.run.seed, settings.train)
+    startup.done("data")
     total_steps = settings.steps or math.ceil(settings.epochs * len(train) / settings.batch_size)
 
     arch = Architecture.from_hf(config.model.hf)
@@ -42,7 +45,9 @@ def run(config: Config) -> None:
     checkpoints = CheckpointFolder(
         folder / "checkpoints", Path(config.model.hf), settings.checkpoint.keep_last, settings.checkpoint.async_save
     )
+    startup.done("model")
     resumed = checkpoints.resume({"actor": actor})
+    startup.done("checkpoint")
     step, skips = 0, Skips(config.ppo.skip_limit)
     if resumed is not None:
         step = resumed.iteration
@@ -75,6 +80,7 @@ def run(config: Config) -> None:
         metrics |= {"time/step_s": seconds, "sft/tokens_per_s": num_tokens / seconds}
         if log is not None and progress is not None:
             log.log(step, metrics)
+            startup.finish(folder)
             progress.update(step, num_tokens, {"loss": result.metrics["loss"], "lr": result.learning_rate})
             if warning:
                 print(f"warning: step {step}: {warning}", flush=True)
@@ -140,5 +146,5 @@ def shared_dataset(config: Config, folder: Path, source: str, name: str) -> SftD
         print(report, flush=True)
         dataset.save(path)
 
-    runtime.on_main(tokenise, f"tokenising {source}", config.run.timeout_s)
+    runtime.on_main(tokenise, f"tokenising {source}")
     return SftDataset.load(path)

@@ -21,12 +21,14 @@ from megatron_vcppo.stages.models import starting_critic
 from megatron_vcppo.stages.rollout_source import rollout_source
 from megatron_vcppo.stages.skips import Skips
 from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
+from megatron_vcppo.stages.startup import startup
 
 
 def run(config: Config) -> None:
     """Pretrain a critic; leaves RUN/value_pretrain/checkpoints. Raises Saved if asked to stop."""
     settings, folder = config.value_pretrain, stage_folder(config, "value_pretrain")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    startup.done("groups")
     critic = Critic(
         starting_critic(config, "value_pretrain", settings.init, settings.checkpoint_path),
         *(config.parallel, settings.optimizer, settings.schedule, settings.steps),
@@ -35,8 +37,10 @@ def run(config: Config) -> None:
         *(folder / "checkpoints", Path(config.model.hf)),
         *(settings.checkpoint.keep_last, settings.checkpoint.async_save),
     )
+    startup.done("model")
     with Generation(config, folder, world) as generation:
         resumed = checkpoints.resume({"critic": critic})
+        startup.done("checkpoint")
         step, history, skips = 0, [], Skips(config.ppo.skip_limit)
         if resumed is not None:
             step, history = resumed.iteration, resumed.state["history"]
@@ -44,6 +48,7 @@ def run(config: Config) -> None:
         source = rollout_source(config, generation, "value_pretrain", step)
         if resumed is not None:
             source.load_state_dict(resumed.state["rollouts"])
+        startup.done("rollouts")
         log = MetricsLog(folder, config, "value_pretrain", step, settings.steps) if world.is_main else None
         progress = Progress("value_pretrain", settings.steps, step, "rollouts") if world.is_main else None
         reason = stopping_reason(history, settings)
@@ -60,6 +65,7 @@ def run(config: Config) -> None:
             history.append([metrics["critic/explained_variance"], metrics["critic/value_loss"]])
             if log is not None and progress is not None:
                 log.log(step, metrics)
+                startup.finish(folder)
                 shown = {"loss": metrics["critic/value_loss"], "ev": metrics["critic/explained_variance"]}
                 progress.update(step, len(batch), shown)
                 if warning:

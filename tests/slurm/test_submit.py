@@ -45,6 +45,7 @@ def test_a_colocated_layout_and_a_change_of_it_at_a_resume(cluster: DevCluster, 
     cancel_jobs(list(jobs.values()))
     wait_for_jobs(jobs.values(), 60)
     reached = run.checkpoint_iteration("ppo")
+    assert reached
     config.cluster.trainer_nodes, config.cluster.trainer_ranks, config.cluster.rollout_nodes = 1, 1, 2
     config.sft.steps = reached + 3
     write_config(config)

@@ -57,7 +57,7 @@ def ask_to_stop_after_storing(iteration: int) -> None:
             os.kill(os.getpid(), signal.SIGUSR2)
         return path
 
-    generation_module.write_rollouts = write_and_ask
+    generation_module.write_rollouts = write_and_ask  # type: ignore[assignment]
 
 
 def test_critic_first_then_both_and_what_an_iteration_reports(node: RolloutNode, task: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_critic_that_an_earlier_chain_left_will_do(tmp_path: Path) -> None:
 
 
 def test_fresh_rollouts_come_in_whole_prompts() -> None:
-    sections = {"value_pretrain": {"init": "sft", "batch_size": 10}, "rollout": {"num_samples": 4}}
+    sections: dict[str, dict] = {"value_pretrain": {"init": "sft", "batch_size": 10}, "rollout": {"num_samples": 4}}
     with pytest.raises(UserError, match=r"batch_size 10 is no multiple of rollout\.num_samples 4"):
         check_config(make_config("sft", "value_pretrain", **sections))
     sections["value_pretrain"]["rollouts"] = "stored"
