@@ -20,7 +20,11 @@ OVERHEAD_GIB = 3.0
 
 
 def plan(arch: Architecture, config: Config, stage: str) -> dict[str, float]:
-    """GiB per part on the fullest rank: the first pipeline stage, which holds as many micro-batches as there are."""
+    """GiB per part on the fullest rank: the first pipeline stage, which holds as many micro-batches as there are.
+
+    Not counted: the keys and values that context parallelism gathers in each layer without Transformer Engine, where
+    nothing is recomputed.
+    """
     parallel = config.parallel
     split = parallel.tp * parallel.pp
     replicas = trainer_ranks(config) // (split * parallel.cp)
@@ -35,7 +39,7 @@ def plan(arch: Architecture, config: Config, stage: str) -> dict[str, float]:
     return {
         "weights": models * parameters * WEIGHT_BYTES[config.model.dtype] / GIB,
         "gradients": trained * parameters * GRADIENT_BYTES / GIB,
-        "optimizer": optimizer / (replicas if parallel.distributed_optimizer else 1) / GIB,
+        "optimizer": optimizer / (replicas * parallel.cp if parallel.distributed_optimizer else 1) / GIB,
         "activations": (activations if trained else 0) / GIB,
         "logits": logits / GIB,
         "overhead": OVERHEAD_GIB,
@@ -57,7 +61,7 @@ def check_memory(arch: Architecture, config: Config, stages: list[str]) -> dict[
             listed = ", ".join(f"{name} {size:.1f}" for name, size in parts.items())
             raise UserError(
                 f"{stage} needs about {needs[stage]:.0f} GiB per GPU ({listed}), there are {limit:.0f}: raise "
-                "parallel.tp or parallel.pp, set parallel.distributed_optimizer or parallel.recompute: full, or lower "
-                "parallel.tokens_per_microbatch"
+                "parallel.tp, parallel.pp or (for activations) parallel.cp, set parallel.distributed_optimizer or "
+                "parallel.recompute: full, or lower parallel.tokens_per_microbatch"
             )
     return needs

@@ -100,10 +100,11 @@ def _check_layout(config: Config) -> Iterator[str]:
         yield f"parallel: {sizes} × dp {parallel.dp} needs {wanted} ranks, the cluster section has {ranks}"
     if ranks % nodes:
         yield f"cluster: {ranks} trainer ranks do not divide over trainer_nodes {nodes}"
-    if parallel.cp > 1:
+    tokens, least = parallel.tokens_per_microbatch, 2 * parallel.cp * parallel.tp
+    if parallel.cp > 1 and tokens < least:
         yield (
-            f"parallel.cp {parallel.cp}: sequences are not split over context-parallel ranks yet; set it to 1, and use "
-            "tp with sequence_parallel, pp or recompute for long sequences"
+            f"parallel.tokens_per_microbatch {tokens} is under 2 × cp {parallel.cp} × tp {parallel.tp} = {least}, to "
+            "which sequences are padded"
         )
     if parallel.sequence_parallel and parallel.tp == 1:
         yield "parallel.sequence_parallel needs parallel.tp over 1, got 1"

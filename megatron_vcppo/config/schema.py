@@ -64,19 +64,26 @@ class ParallelConfig:
     pp: int = 1
     """Pipeline stages: the layers are split."""
     cp: int = 1
-    """Context-parallel ranks, which share a sequence: only 1 is possible yet."""
+    """Context-parallel ranks, which share each sequence: for responses too long for one rank's memory.
+
+    Sequences are padded to multiples of 2 × cp tokens. Attention is Transformer Engine's ring where that is installed;
+    without it keys and values are gathered, which wants recompute (selective is enough) to save memory.
+    """
     dp: int | None = None
     """Data-parallel replicas; left out, it follows from the number of ranks."""
     sequence_parallel: bool = False
     """Split the norms' activations along the sequence too; needs tp > 1."""
     distributed_optimizer: bool = False
-    """Share the optimizer's state over the data-parallel ranks."""
+    """Share the optimizer's state over the data-parallel and context-parallel ranks."""
     overlap: bool = False
     """Overlap gradient reduction (and, with the distributed optimizer, parameter gathering) with computation."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Which activations are recomputed in the backward pass."""
     tokens_per_microbatch: int = 4096
-    """Token budget to which packed micro-batches are filled; a longer sequence gets a micro-batch of its own."""
+    """Token budget to which packed micro-batches are filled; a longer sequence gets a micro-batch of its own.
+
+    With context parallelism each rank holds 1 / cp of a micro-batch.
+    """
 
 
 @dataclass

@@ -38,8 +38,8 @@ class Begun:
 class Generation(AbstractContextManager["Generation"]):
     """Pushes weights and collects scored rollouts. Every method is collective over the trainer's ranks.
 
-    Each data-parallel replica has a leader (its first tensor and pipeline rank), which asks the engines for its share
-    of the prompts and scores the responses as they arrive.
+    Each data-parallel replica has a leader (its first tensor, pipeline and context rank), which asks the engines for
+    its share of the prompts and scores the responses as they arrive.
     """
 
     def __init__(self, config: Config, folder: Path, world: runtime.Runtime) -> None:

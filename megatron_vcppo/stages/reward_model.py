@@ -16,7 +16,7 @@ from megatron_vcppo.algo.metrics import Metrics
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.rl import RewardModelConfig
 from megatron_vcppo.data.order import EpochOrder
-from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack, pack_into_microbatches
+from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack, pack_into_microbatches, round_up
 from megatron_vcppo.data.rollout_batch import Packing
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
@@ -117,14 +117,12 @@ def step_of(
     good = [sequence for sequence, label in batch if label]
     bad = [sequence for sequence, label in batch if not label]
     pairs = list(zip(good, bad, strict=False))
-    lengths = [len(a) + len(b) for a, b in pairs]
+    lengths = [sum(round_up(len(sequence), packing.segment_multiple) for sequence in pair) for pair in pairs]
     mine = balance(lengths, packing.dp_size)[packing.dp_rank]
     flat = [sequence for i in mine for sequence in pairs[i]]
     bins = pack_into_microbatches([lengths[i] for i in mine], packing.tokens_per_microbatch) or [[]]
-    microbatches = [
-        pack(flat, [k for i in indices for k in (2 * i, 2 * i + 1)], packing.multiple, 1, ["last_mask", "label"])
-        for indices in bins
-    ]
+    rounding, names = (packing.multiple, packing.segment_multiple), ["last_mask", "label"]
+    microbatches = [pack(flat, [k for i in indices for k in (2 * i, 2 * i + 1)], *rounding, names) for indices in bins]
     return microbatches, PairwiseLoss(len(pairs))
 
 

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from transformers import AutoModelForTokenClassification
 
 from megatron_vcppo.config.schema import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.data.context import rounding
 from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all, unpack_all
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
@@ -58,7 +59,7 @@ def step(learner: Actor | Critic, parallel: ParallelConfig, seed: int) -> tuple[
         return (error * mask).sum() / total, {}
 
     mine = balance([len(s) for s in sequences], learner.runtime.dp_size)[learner.runtime.dp_rank]
-    result = learner.train_step(pack_all([sequences[i] for i in mine], 160, multiple=parallel.tp), loss)
+    result = learner.train_step(pack_all([sequences[i] for i in mine], 160, *rounding(parallel)), loss)
     return result.metrics["loss"], result.grad_norm
 
 

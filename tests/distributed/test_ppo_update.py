@@ -164,6 +164,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"pp": 2}),
     "dp2-distributed-optimizer": (2, {"distributed_optimizer": True}),
     "tp2pp2-sequence-parallel": (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
+    "cp2": (2, {"cp": 2}),
 }
 
 

@@ -121,6 +121,12 @@ def test_the_memory_plan_against_a_count_by_hand(tmp_path: Path) -> None:
     parts = plan(arch, config, "ppo")
     held = parts["weights"] + parts["gradients"] + parts["optimizer"]
     assert held * 2**30 == pytest.approx(2 * parameters * (2 + 4 + 12))
+    config.parallel.cp, config.parallel.distributed_optimizer = 2, True
+    shared = plan(arch, config, "ppo")
+    for name in ("activations", "logits", "optimizer"):
+        assert shared[name] == pytest.approx(parts[name] / 2), name
+    assert shared["weights"] == parts["weights"] and shared["gradients"] == parts["gradients"]
+    config.parallel.cp, config.parallel.distributed_optimizer = 1, False
     config.cluster.gpu_memory_gib = 3
     with pytest.raises(UserError, match=r"ppo needs about 3 GiB per GPU \(weights 0\.0, "):
         check_memory(arch, config, ["ppo"])

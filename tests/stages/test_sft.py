@@ -37,6 +37,7 @@ EPOCH_BORDER = 9
 """Two epochs of 36 samples are nine batches of 8; the first epoch ends inside a batch."""
 DP2 = ParallelConfig(dp=2, distributed_optimizer=True)
 PP2 = ParallelConfig(pp=2)
+CP2 = ParallelConfig(cp=2)
 TP2PP2 = ParallelConfig(tp=2, pp=2, sequence_parallel=True)
 
 
@@ -71,7 +72,7 @@ def run_stage(config: Config, before: Callable[[], None] = lambda: None) -> list
         return run_rank()
 
     parallel = config.parallel
-    return run_distributed_test(rank, parallel.tp * parallel.pp * (parallel.dp or 1))
+    return run_distributed_test(rank, parallel.tp * parallel.pp * parallel.cp * (parallel.dp or 1))
 
 
 def at_log_of(step: int, number: int) -> None:
@@ -210,6 +211,15 @@ def test_it_resumes_under_another_layout(through: Through, tmp_path: Path) -> No
 
     assert run_stage(config, end_rank_zero) == [SAVED] * 4
     config.parallel = replace(PP2, tokens_per_microbatch=512)
+    assert run_stage(config) == [0, 0]
+    for ours, theirs in zip(learned(config), through.log, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=1e-3), f"{name} of step {theirs['iteration']}"
+
+
+def test_it_learns_the_same_with_sequences_shared_by_two_ranks(through: Through, tmp_path: Path) -> None:
+    config = make_config(through.task, tmp_path / "run", CP2)
     assert run_stage(config) == [0, 0]
     for ours, theirs in zip(learned(config), through.log, strict=True):
         assert ours.keys() == theirs.keys()
