@@ -168,6 +168,14 @@ class Architecture:
         if problems:
             raise UserError("this model cannot be split as asked: " + "; ".join(problems))
 
+    def check_length(self, max_length: int) -> None:
+        """UserError, with the numbers, if sequences may be longer than the positions that the model was made for."""
+        if max_length > self.max_positions:
+            raise UserError(
+                f"model.max_length {max_length} is more than the model's {self.max_positions} positions "
+                "(max_position_embeddings in its config.json)"
+            )
+
     def _layer_matrix_parameters(self) -> int:
         attention = self.hidden_size * (2 * self.q_size + 2 * self.kv_size)
         return attention + 3 * self.hidden_size * self.ffn_size

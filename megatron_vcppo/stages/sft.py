@@ -30,14 +30,21 @@ def run(config: Config) -> None:
     """Fine-tune model.hf on sft.train; leaves RUN/sft/checkpoints. Raises Saved if asked to stop."""
     settings, folder = config.sft, stage_folder(config, "sft")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    arch = Architecture.from_hf(config.model.hf)
+    arch.check_length(config.model.max_length)
+    model = build_actor(arch, config.model, config.parallel)
+    load_hf(model, config.model.hf)
     train = shared_dataset(config, folder, settings.train, "train")
     validation = shared_dataset(config, folder, settings.validation, "validation") if settings.validation else None
     order = EpochOrder(len(train), config.run.seed, settings.train)
     total_steps = settings.steps or math.ceil(settings.epochs * len(train) / settings.batch_size)
+    if settings.schedule.warmup_steps > total_steps and world.is_main:
+        print(
+            f"note: {total_steps} steps end within sft.schedule.warmup_steps {settings.schedule.warmup_steps}: "
+            f"the learning rate will not reach {settings.optimizer.lr:g}",
+            flush=True,
+        )
 
-    arch = Architecture.from_hf(config.model.hf)
-    model = build_actor(arch, config.model, config.parallel)
-    load_hf(model, config.model.hf)
     actor = Actor(model, config.parallel, settings.optimizer, settings.schedule, total_steps)
     checkpoints = CheckpointFolder(
         folder / "checkpoints", Path(config.model.hf), settings.checkpoint.keep_last, settings.checkpoint.async_save
@@ -64,6 +71,7 @@ def run(config: Config) -> None:
                 f"sft: loss or gradient of step {step} is not finite (loss {result.metrics['loss']}, gradient norm "
                 f"{result.grad_norm}); lower sft.optimizer.lr (now {settings.optimizer.lr}) and resume"
             )
+        num_tokens, seconds = sum(len(sequence) for sequence in batch), time.monotonic() - started
         last = step == total_steps
         metrics = {
             "sft/loss": result.metrics["loss"],
@@ -71,12 +79,12 @@ def run(config: Config) -> None:
             "sft/grad_norm": result.grad_norm,
             "sft/learning_rate": result.learning_rate,
             "sft/epoch": order.samples_seen / len(train),
+            "sft/tokens_per_s": num_tokens / seconds,
+            "time/step_s": seconds,
         }
         if validation and (last or (settings.validate_every and step % settings.validate_every == 0)):
             metrics |= {f"sft/validation_{k}": v for k, v in validate(actor, validation, packing).items()}
-        num_tokens = sum(len(sequence) for sequence in batch)
-        seconds = time.monotonic() - started
-        metrics |= {"time/step_s": seconds, "sft/tokens_per_s": num_tokens / seconds}
+            metrics["time/validation_s"] = time.monotonic() - started - seconds
         if log is not None and progress is not None:
             log.log(step, metrics)
             progress.update(step, num_tokens, {"loss": result.metrics["loss"], "lr": result.learning_rate})
@@ -92,7 +100,8 @@ def run(config: Config) -> None:
     if log is not None and progress is not None:
         log.close()
         progress.close()
-        mark_done(folder, checkpoint=folder / "checkpoints" / f"iter_{total_steps:07d}")
+        # More steps than total_steps were done if they were lowered before this resume.
+        mark_done(folder, checkpoint=folder / "checkpoints" / f"iter_{step:07d}")
     runtime.stop()
 
 
