@@ -18,6 +18,7 @@ from megatron_vcppo.mcore.convert.importer import import_hf
 from megatron_vcppo.mcore.convert.verify import TOLERANCE, compare_logits
 from megatron_vcppo.mcore.learner import Actor
 from megatron_vcppo.mcore.model import build_actor
+from megatron_vcppo.stages.stage import mark_done
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.tiny_models import FAMILIES, save_tiny_model
 
@@ -54,8 +55,10 @@ def test_imported_loaded_by_ranks_saved_and_exported_is_bit_equal(tmp_path, fami
 def test_an_import_for_one_layout_loads_in_another(tmp_path):
     hf = save_tiny_model(tmp_path / "hf", "qwen3")
     import_hf(hf, tmp_path / "imported", 1, 4)
-    run_distributed_test(load_and_save, 2, tmp_path / "imported", tmp_path / "run", ParallelConfig(tp=2))
-    export_hf(tmp_path / "run" / "iter_0000007", tmp_path / "out", verify_logits=False)
+    stage = tmp_path / "sft"
+    run_distributed_test(load_and_save, 2, tmp_path / "imported", stage / "checkpoints", ParallelConfig(tp=2))
+    mark_done(stage, checkpoint=stage / "checkpoints" / "iter_0000007")
+    export_hf(stage, tmp_path / "out", verify_logits=False)  # of a done stage its last checkpoint is meant
     before, after = load_file(hf / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
