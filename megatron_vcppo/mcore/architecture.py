@@ -122,6 +122,11 @@ class Architecture:
             values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
         return cls(**values)
 
+    def differences(self, wanted: "Architecture") -> str:
+        """What makes this another model than ``wanted``, such as "num_layers 4 (not 2)"; "" if nothing does."""
+        names = [f.name for f in fields(self) if f.compare and getattr(self, f.name) != getattr(wanted, f.name)]
+        return ", ".join(f"{name} {getattr(self, name)} (not {getattr(wanted, name)})" for name in names)
+
     @property
     def q_size(self) -> int:
         """Width of all query heads together."""

@@ -33,9 +33,10 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import optimizer as optim
 from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.convert.folders import copy_small_files
 from megatron_vcppo.mcore.learner import Learner
-from megatron_vcppo.mcore.manifest import file_record, sync_folder, verify_manifest, write_manifest
+from megatron_vcppo.mcore.manifest import file_record, read_manifest, sync_folder, verify_manifest, write_manifest
 from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.watchdog import deadline
 
@@ -144,11 +145,24 @@ class CheckpointFolder:
         return Path(choice[0]) if choice[0] else None
 
     def resume(self, components: Mapping[str, Learner]) -> Resumed | None:
-        """Load the newest good checkpoint into the components; None if there is none."""
+        """Load the newest good checkpoint into the components; None if there is none.
+
+        Raises UserError, before anything is loaded, if it lacks a component or holds another model.
+        """
         path = self.latest()
         if path is None:
             return None
         content = json.loads((path / "state.json").read_text())
+        for name, learner in components.items():
+            if name not in content["components"]:
+                had = ", ".join(content["components"])
+                raise UserError(f"{path}: holds {had} but no {name}: remove {self.folder} or take another run.dir")
+            stored = Architecture.from_dict(read_manifest(path / name)["meta"]["architecture"])
+            if differences := stored.differences(learner.model.arch):
+                raise UserError(
+                    f"{path}: the {name} is another model than model.hf: {differences}; "
+                    f"remove {self.folder} or take another run.dir"
+                )
         for name, learner in components.items():
             load_learner(learner, path / name)
         return Resumed(content["iteration"], content["state"])

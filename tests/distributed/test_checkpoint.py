@@ -1,9 +1,11 @@
 """Checkpoints: resharding continues with the same losses, damage is found, the last good one is taken."""
 
 import contextlib
+import io
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -176,12 +178,38 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(tmp_path: Path) -> No
     with pytest.raises(UserError, match="corrupt"):
         verify_manifest(folder / "iter_0000003")
 
-    def resume() -> int:
+    def resume() -> tuple[int, str]:
         actor, _ = start(hf, ParallelConfig())
+        sys.stderr = said = io.StringIO()
         resumed = CheckpointFolder(folder, hf, keep_last=2, async_save=False).resume({"actor": actor})
-        return resumed.iteration if resumed else -1
+        return (resumed.iteration if resumed else -1), said.getvalue()
 
-    assert run_distributed_test(resume, 1) == [2]
+    ((iteration, said),) = run_distributed_test(resume, 1)
+    assert iteration == 2
+    assert said.startswith("warning: skipping a damaged checkpoint") and f"{shard.name}: corrupt" in said
+
+
+def test_checkpoints_of_another_model_or_chain_are_refused_in_words(tmp_path: Path) -> None:
+    small = save_tiny_model(tmp_path / "small", num_hidden_layers=2)
+    large = save_tiny_model(tmp_path / "large")
+
+    def save() -> None:
+        actor, _ = start(small, ParallelConfig())
+        CheckpointFolder(tmp_path / "ck", small, keep_last=2, async_save=False).save(1, {"actor": actor}, {})
+
+    def error_of(hf: Path, *names: str) -> str:
+        def resume() -> str:
+            learners = dict(zip(("actor", "critic"), start(hf, ParallelConfig()), strict=True))
+            checkpoints = CheckpointFolder(tmp_path / "ck", hf, keep_last=2, async_save=False)
+            with pytest.raises(UserError) as failure:
+                checkpoints.resume({name: learners[name] for name in names})
+            return str(failure.value)
+
+        return run_distributed_test(resume, 1)[0]
+
+    run_distributed_test(save, 1)
+    assert "iter_0000001: the actor is another model than model.hf: num_layers 2 (not 4)" in error_of(large, "actor")
+    assert "iter_0000001: holds actor but no critic: remove" in error_of(small, "actor", "critic")
 
 
 def test_a_kill_in_the_middle_of_a_save_costs_only_that_save(tmp_path: Path) -> None:
