@@ -16,9 +16,10 @@ POSITIVE = {
     "timeout_s", "eps", "init_std", "trainer_nodes", "trainer_ranks", "cpus_per_node", "time_limit_minutes",
     "num_prompts", "num_samples", "max_tokens", "stored_rollouts", "stable_window", "iterations", "minibatches",
     "prompts_per_iteration", "ppo_epochs", "updates_per_actor_update", "dynamic_sampling_rounds", "skip_limit",
-    "verify_timeout_s", "per_node", "max_num_seqs", "bucket_mib", "kl_horizon", "length_adaptive_alpha", "tis_cap",
-    "huber_delta", "value_clip", "clip_low", "clip_high", "kl_target", "start_timeout_s", "health_timeout_s",
-    "request_timeout_s", "all_dead_timeout_s", "cpu_cache_gib", "gpu_memory_gib", "memory_per_node_gb",
+    "verify_timeout_s", "verify_workers", "per_node", "max_num_seqs", "bucket_mib", "kl_horizon",
+    "length_adaptive_alpha", "tis_cap", "huber_delta", "value_clip", "clip_low", "clip_high", "kl_target",
+    "start_timeout_s", "health_timeout_s", "request_timeout_s", "all_dead_timeout_s", "cpu_cache_gib", "gpu_memory_gib",
+    "memory_per_node_gb",
 }  # fmt: skip
 """Last parts of keys whose value, where there is one, must be over zero."""
 NOT_NEGATIVE = {

@@ -68,10 +68,10 @@ def train(folder: Path, parallel: ParallelConfig) -> dict[str, list[float]]:
     runtime.start(parallel, seed=1, timeout_s=60)
     arch, model = Architecture.from_hf(folder), ModelConfig(hf=str(folder), dtype="float32")
     learners: dict[str, Actor | Critic] = {}
-    for build, make in ((build_actor, Actor), (build_critic, Critic)):
+    for build, learner_class in ((build_actor, Actor), (build_critic, Critic)):
         built = build(arch, model, parallel)
         load_hf(built, folder)
-        learners[built.kind] = make(built, parallel, OPTIMIZER, ScheduleConfig(), 10)
+        learners[built.kind] = learner_class(built, parallel, OPTIMIZER, ScheduleConfig(), 10)
     assert learners["actor"].runtime.cp_size == parallel.cp
     history: dict[str, list[float]] = {}
 

@@ -272,6 +272,23 @@ def test_bad_samples_are_named_by_line(task: Path, tmp_path: Path) -> None:
     assert code == 0 and "12 samples, 10 used, 1 truncated, 2 skipped" in text
 
 
+def test_steps_that_are_not_finite_are_skipped_and_end_the_stage_saved(task: Path, tmp_path: Path) -> None:
+    """The second step's weights are out of range: from then on no loss is finite."""
+    config = make_config(task, tmp_path / "run", ParallelConfig())
+    config.sft.validation, config.sft.optimizer.lr, config.sft.schedule.warmup_steps = None, 1e30, 0
+    config.sft.checkpoint.save_every, config.ppo.skip_limit = 100, 3
+    log = tmp_path / "output"
+
+    def redirect() -> None:
+        sys.stdout = sys.stderr = log.open("w", buffering=1)
+
+    assert run_stage(config, redirect) == [2]
+    text = log.read_text()
+    assert "3 updates of the actor in a row" in text and "saved at iteration 4" in text and "Traceback" not in text
+    assert [path.name for path in complete_checkpoints(tmp_path / "run" / "sft" / "checkpoints")] == ["iter_0000004"]
+    assert [record["iteration"] for record in read_metrics(tmp_path / "run" / "sft")] == [1, 2, 3, 4]
+
+
 @pytest.mark.slow
 def test_the_command_on_real_processes_saves_when_asked(task: Path, tmp_path: Path) -> None:
     config = make_config(task, tmp_path / "run", PP2)
