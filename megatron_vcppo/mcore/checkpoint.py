@@ -30,6 +30,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.load import config_hash
+from megatron_vcppo.config.training import CheckpointConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import optimizer as optim
 from megatron_vcppo.mcore import runtime
@@ -57,14 +60,16 @@ class Resumed:
 class CheckpointFolder:
     """The checkpoints of one stage. Every method is collective.
 
-    hf_files: the folder of small Hugging Face files (config.json, tokenizer, chat template, …) that travel with each
-    component so that a checkpoint can be exported alone.
+    The small files of model.hf (config.json, tokenizer, chat template, …) travel with each component, so that a
+    checkpoint can be exported alone.
     """
 
-    def __init__(self, folder: Path, hf_files: Path, keep_last: int, async_save: bool) -> None:
-        self.folder, self.hf_files, self.keep_last = folder, hf_files, keep_last
+    def __init__(self, folder: Path, config: Config, settings: CheckpointConfig) -> None:
+        """settings: the stage's own."""
+        self.folder, self.hf_files, self.keep_last = folder, Path(config.model.hf), settings.keep_last
+        self.config_hash = config_hash(config)
         self.runtime = runtime.current()
-        self.queue = AsyncCallsQueue(persistent=False) if async_save else None
+        self.queue = AsyncCallsQueue(persistent=False) if settings.async_save else None
         _queues()
         self.temporary = folder
         """What is being written, or was written last."""
@@ -99,8 +104,9 @@ class CheckpointFolder:
                     async_sharded_save=self.queue is not None,
                 )
                 requests.append(request)
+        meta = {"iteration": iteration, "components": sorted(components), "config_hash": self.config_hash}
         # As text: the caller goes on with lists that it may have in there while a background save is under way.
-        content = json.dumps({"iteration": iteration, "state": dict(state), "components": sorted(components)}, indent=1)
+        content = json.dumps(meta | {"state": dict(state)}, indent=1)
 
         def complete() -> None:
             self._complete(temporary, components, iteration, content)
@@ -163,6 +169,8 @@ class CheckpointFolder:
                     f"{path}: the {name} is another model than model.hf: {differences}; "
                     f"remove {self.folder} or take another run.dir"
                 )
+        if content.get("config_hash") != self.config_hash and self.runtime.is_main:
+            print(f"note: {path} was saved under another configuration", flush=True)
         for name, learner in components.items():
             load_learner(learner, path / name)
         return Resumed(content["iteration"], content["state"])

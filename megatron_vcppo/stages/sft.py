@@ -49,9 +49,7 @@ def run(config: Config) -> None:
             flush=True,
         )
     actor = Actor(model, config.parallel, settings.optimizer, settings.schedule, total_steps)
-    checkpoints = CheckpointFolder(
-        folder / "checkpoints", Path(config.model.hf), settings.checkpoint.keep_last, settings.checkpoint.async_save
-    )
+    checkpoints = CheckpointFolder(folder / "checkpoints", config, settings.checkpoint)
     startup.done("model")
     resumed = checkpoints.resume({"actor": actor})
     startup.done("checkpoint")

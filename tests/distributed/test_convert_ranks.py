@@ -11,7 +11,7 @@ from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelC
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.architecture import Architecture
-from megatron_vcppo.mcore.checkpoint import CheckpointFolder, load_model
+from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.convert import logits
 from megatron_vcppo.mcore.convert.exporter import export_hf
 from megatron_vcppo.mcore.convert.importer import import_hf
@@ -19,6 +19,7 @@ from megatron_vcppo.mcore.convert.verify import TOLERANCE, compare_logits
 from megatron_vcppo.mcore.learner import Actor
 from megatron_vcppo.mcore.model import build_actor
 from megatron_vcppo.stages.stage import mark_done
+from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.tiny_models import FAMILIES, save_tiny_model
 
@@ -36,7 +37,7 @@ def load_and_save(checkpoint: Path, run: Path, parallel: ParallelConfig) -> None
             parameter.fill_(torch.nan)  # whatever is not loaded shows
     load_model(model, checkpoint)
     actor = Actor(model, parallel, OptimizerConfig(), ScheduleConfig(), total_steps=1)
-    CheckpointFolder(run, hf, keep_last=1, async_save=False).save(7, {"actor": actor}, {})
+    checkpoint_folder(run, hf).save(7, {"actor": actor}, {})
     runtime.stop()
 
 
