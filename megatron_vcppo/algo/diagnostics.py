@@ -57,8 +57,8 @@ def batch_diagnostics(
         **moment_metrics("returns", returns, mask),
         **moment_metrics("value_errors", returns - values, mask),
         **moment_metrics("advantages", advantages, mask),
-        **trend_metrics("absolute", advantages, valid_index(mask), mask),
-        **trend_metrics("relative", advantages, relative_position(mask), mask),
+        **_trends("advantage", advantages, mask),
+        **_trends("value", values, mask),
         "value_first_token": mean_metric(values, first),
         "advantage_first_token": mean_metric(advantages, first),
     }
@@ -90,8 +90,6 @@ def summarize(metrics: Metrics) -> tuple[dict[str, float], dict[str, list[float 
         for part in (slice(None, _EARLY_LATE_DECILES), slice(-_EARLY_LATE_DECILES, None))
     )
     advantage_std = standard_deviation(values, "advantages")
-    slope, correlation = trend(values, "absolute")
-    relative_slope, relative_correlation = trend(values, "relative")
     numbers = {
         "critic/explained_variance": explained_variance(values),
         "critic/value_mean": values["values"],
@@ -106,11 +104,11 @@ def summarize(metrics: Metrics) -> tuple[dict[str, float], dict[str, list[float 
         "actor/advantage_std": advantage_std,
         "actor/advantage_first_token": values["advantage_first_token"],
         "actor/advantage_early_late_gap": early - late,
-        "actor/advantage_position_slope": slope,
-        "actor/advantage_position_correlation": correlation,
-        "actor/advantage_relative_slope": relative_slope,
-        "actor/advantage_relative_correlation": relative_correlation,
     }
+    for name in ("actor/advantage", "critic/value"):
+        for place in ("position", "relative"):
+            slope, correlation = trend(values, f"{name.rpartition('/')[2]}_{place}")
+            numbers |= {f"{name}_{place}_slope": slope, f"{name}_{place}_correlation": correlation}
     if values.get("give_up_tokens", 0) > 0:
         numbers["actor/give_up_tokens"] = values["give_up_tokens"]
         numbers["actor/give_up_advantage"] = values["give_up_advantage"]
@@ -135,6 +133,14 @@ def length_statistics(lengths: Tensor, truncated: Tensor) -> dict[str, float]:
         "rollout/length_p90": high,
         "rollout/length_max": float(lengths.max()),
         "rollout/truncated_share": float(truncated.double().mean()),
+    }
+
+
+def _trends(name: str, x: Tensor, mask: Tensor) -> Metrics:
+    """Of x over absolute places (tokens) and relative ones (0 to 1)."""
+    return {
+        **trend_metrics(f"{name}_position", x, valid_index(mask), mask),
+        **trend_metrics(f"{name}_relative", x, relative_position(mask), mask),
     }
 
 

@@ -15,6 +15,9 @@ from megatron_vcppo.algo.masked import masked_moments
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
+# Of E[x²]: what is left of it by E[x]² for constant x. A spread of a millionth of the size counts as none.
+_ROUNDING = 1e-12
+
 
 def mean_metric(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """(Σ, count) over valid tokens of x, numbers or bool; float64 0-d."""
@@ -62,8 +65,10 @@ def means(metrics: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 
 def standard_deviation(values: Mapping[str, float], name: str) -> float:
-    """√(E[x²] - E[x]²) from the means ``name`` and ``name_squared``."""
-    return math.sqrt(max(0.0, values[f"{name}_squared"] - values[name] ** 2))
+    """√(E[x²] - E[x]²) from the means ``name`` and ``name_squared``; 0 where the difference is only rounding."""
+    squares = values[f"{name}_squared"]
+    variance = squares - values[name] ** 2
+    return math.sqrt(variance) if variance > _ROUNDING * squares else 0.0
 
 
 def explained_variance(values: Mapping[str, float]) -> float:

@@ -24,7 +24,12 @@ def add_parser(subparsers: Any) -> None:
     importing.set_defaults(run=run, convert=_import)
 
     exporting = directions.add_parser("export", help="a Megatron checkpoint of any layout to a Hugging Face folder")
-    exporting.add_argument("--checkpoint", type=Path, required=True, help="an import, or iter_N of a run's actor")
+    exporting.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="an import, iter_N of a run's stage, or the folder of a done stage",
+    )
     exporting.add_argument("--out", type=Path, required=True, help="the new Hugging Face folder")
     exporting.add_argument("--dtype", choices=DTYPES, help="convert the weights (default: as in the checkpoint)")
     exporting.add_argument("--no-verify", action="store_true", help="do not compare logits with Megatron's")
@@ -51,20 +56,27 @@ def _export(args: argparse.Namespace) -> None:
     from megatron_vcppo.mcore.convert.exporter import export_hf
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    with _progress("export") as progress:
+    with _progress("export") as progress:  # the logits come after the last byte
         checked = export_hf(args.checkpoint, args.out, dtype, not args.no_verify, progress=progress)
     print(f"{args.out}: names, shapes, dtypes and sizes are right; {checked}")
 
 
 @contextmanager
 def _progress(title: str) -> Iterator[Progress]:
-    """A line on stderr with bytes, rate and time left."""
+    """A line on stderr with bytes, rate and time left, from the first bytes to the last: not beside a mistake."""
     from tqdm import tqdm
 
-    with tqdm(desc=title, unit="B", unit_scale=True, mininterval=0.5) as bar:
+    bars: list[tqdm] = []
 
-        def update(done_bytes: int, total_bytes: int) -> None:
-            bar.total = total_bytes
-            bar.update(done_bytes - bar.n)
+    def update(done_bytes: int, total_bytes: int) -> None:
+        if not bars:
+            bars.append(tqdm(desc=title, total=total_bytes, unit="B", unit_scale=True, mininterval=0.5))
+        bars[0].update(done_bytes - bars[0].n)
+        if done_bytes == total_bytes:
+            bars[0].close()
 
+    try:
         yield update
+    finally:
+        for bar in bars:
+            bar.close()

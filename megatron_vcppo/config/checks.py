@@ -1,5 +1,6 @@
 """What types cannot say: ranges, and keys that must fit each other. Every message carries the numbers."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -16,18 +17,22 @@ POSITIVE = {
     "num_prompts", "num_samples", "max_tokens", "stored_rollouts", "stable_window", "iterations", "minibatches",
     "prompts_per_iteration", "ppo_epochs", "updates_per_actor_update", "dynamic_sampling_rounds", "skip_limit",
     "verify_timeout_s", "verify_workers", "per_node", "max_num_seqs", "bucket_mib", "kl_horizon",
-    "length_adaptive_alpha", "tis_cap", "huber_delta", "value_clip", "clip_low", "clip_high",
+    "length_adaptive_alpha", "tis_cap", "huber_delta", "value_clip", "clip_low", "clip_high", "kl_target",
+    "start_timeout_s", "health_timeout_s", "request_timeout_s", "all_dead_timeout_s", "cpu_cache_gib", "gpu_memory_gib",
+    "memory_per_node_gb",
 }  # fmt: skip
 """Last parts of keys whose value, where there is one, must be over zero."""
 NOT_NEGATIVE = {
     "seed", "lr", "weight_decay", "clip_grad", "warmup_steps", "keep_last", "validate_every", "rollout_nodes",
     "gpus_per_node", "save_margin_s", "critic_only_iterations", "evaluate_every", "overlong_penalty_tokens", "kl_coef",
-    "entropy_coef", "positive_lm_coef", "stable_tolerance", "temperature", "top_k",
+    "entropy_coef", "positive_lm_coef", "stable_tolerance", "temperature", "top_k", "max_restarts", "rollout_restarts",
+    "crash_retries", "stop_grace_s",
 }  # fmt: skip
 FRACTIONS = {
-    "beta1", "beta2", "min_lr_ratio", "lam_actor", "lam_critic", "gamma", "cut_share", "label_smoothing", "top_p",
+    "min_lr_ratio", "lam_actor", "lam_critic", "gamma", "cut_share", "label_smoothing", "top_p",
     "gpu_memory_utilization",
 }  # fmt: skip
+BELOW_ONE = {"beta1", "beta2"}
 READ_BY = {"sft": {"sft"}, "prompts": {"reward_model", "value_pretrain", "ppo"}}
 """Sections whose required keys count only if one of these stages is in the chain."""
 
@@ -73,10 +78,15 @@ def _check_ranges(config: Config) -> Iterator[str]:
         last = name.rpartition(".")[2]
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
+        if not math.isfinite(value):
+            yield f"{name} must be finite, got {value}"
+            continue
         if last in POSITIVE and not value > 0:
             yield f"{name} must be over 0, got {value}"
         if last in NOT_NEGATIVE and not value >= 0:
             yield f"{name} must not be negative, got {value}"
+        if last in BELOW_ONE and not 0 <= value < 1:
+            yield f"{name} must lie in 0 … 1, 1 left out, got {value}"
         if last in FRACTIONS and not 0 <= value <= 1:
             yield f"{name} must lie in 0 … 1, got {value}"
 

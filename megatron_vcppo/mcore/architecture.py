@@ -122,6 +122,11 @@ class Architecture:
             values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
         return cls(**values)
 
+    def differences(self, wanted: "Architecture") -> str:
+        """What makes this another model than ``wanted``, such as "num_layers 4 (not 2)"; "" if nothing does."""
+        names = [f.name for f in fields(self) if f.compare and getattr(self, f.name) != getattr(wanted, f.name)]
+        return ", ".join(f"{name} {getattr(self, name)} (not {getattr(wanted, name)})" for name in names)
+
     @property
     def q_size(self) -> int:
         """Width of all query heads together."""
@@ -167,6 +172,14 @@ class Architecture:
             problems.append(f"layers {self.num_layers} are not divisible by pp {pp}")
         if problems:
             raise UserError("this model cannot be split as asked: " + "; ".join(problems))
+
+    def check_length(self, max_length: int) -> None:
+        """UserError, with the numbers, if sequences may be longer than the positions that the model was made for."""
+        if max_length > self.max_positions:
+            raise UserError(
+                f"model.max_length {max_length} is more than the model's {self.max_positions} positions "
+                "(max_position_embeddings in its config.json)"
+            )
 
     def _layer_matrix_parameters(self) -> int:
         attention = self.hidden_size * (2 * self.q_size + 2 * self.kv_size)

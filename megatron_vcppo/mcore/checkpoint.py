@@ -30,12 +30,16 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.load import config_hash
+from megatron_vcppo.config.training import CheckpointConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import optimizer as optim
 from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.convert.folders import copy_small_files
 from megatron_vcppo.mcore.learner import Learner
-from megatron_vcppo.mcore.manifest import file_record, sync_folder, verify_manifest, write_manifest
+from megatron_vcppo.mcore.manifest import file_record, read_manifest, sync_folder, verify_manifest, write_manifest
 from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.watchdog import deadline
 
@@ -56,14 +60,16 @@ class Resumed:
 class CheckpointFolder:
     """The checkpoints of one stage. Every method is collective.
 
-    hf_files: the folder of small Hugging Face files (config.json, tokenizer, chat template, …) that travel with each
-    component so that a checkpoint can be exported alone.
+    The small files of model.hf (config.json, tokenizer, chat template, …) travel with each component, so that a
+    checkpoint can be exported alone.
     """
 
-    def __init__(self, folder: Path, hf_files: Path, keep_last: int, async_save: bool) -> None:
-        self.folder, self.hf_files, self.keep_last = folder, hf_files, keep_last
+    def __init__(self, folder: Path, config: Config, settings: CheckpointConfig) -> None:
+        """settings: the stage's own."""
+        self.folder, self.hf_files, self.keep_last = folder, Path(config.model.hf), settings.keep_last
+        self.config_hash = config_hash(config)
         self.runtime = runtime.current()
-        self.queue = AsyncCallsQueue(persistent=False) if async_save else None
+        self.queue = AsyncCallsQueue(persistent=False) if settings.async_save else None
         _queues()
         self.temporary = folder
         """What is being written, or was written last."""
@@ -98,8 +104,9 @@ class CheckpointFolder:
                     async_sharded_save=self.queue is not None,
                 )
                 requests.append(request)
+        meta = {"iteration": iteration, "components": sorted(components), "config_hash": self.config_hash}
         # As text: the caller goes on with lists that it may have in there while a background save is under way.
-        content = json.dumps({"iteration": iteration, "state": dict(state), "components": sorted(components)}, indent=1)
+        content = json.dumps(meta | {"state": dict(state)}, indent=1)
 
         def complete() -> None:
             self._complete(temporary, components, iteration, content)
@@ -144,11 +151,26 @@ class CheckpointFolder:
         return Path(choice[0]) if choice[0] else None
 
     def resume(self, components: Mapping[str, Learner]) -> Resumed | None:
-        """Load the newest good checkpoint into the components; None if there is none."""
+        """Load the newest good checkpoint into the components; None if there is none.
+
+        Raises UserError, before anything is loaded, if it lacks a component or holds another model.
+        """
         path = self.latest()
         if path is None:
             return None
         content = json.loads((path / "state.json").read_text())
+        for name, learner in components.items():
+            if name not in content["components"]:
+                had = ", ".join(content["components"])
+                raise UserError(f"{path}: holds {had} but no {name}: remove {self.folder} or take another run.dir")
+            stored = Architecture.from_dict(read_manifest(path / name)["meta"]["architecture"])
+            if differences := stored.differences(learner.model.arch):
+                raise UserError(
+                    f"{path}: the {name} is another model than model.hf: {differences}; "
+                    f"remove {self.folder} or take another run.dir"
+                )
+        if content.get("config_hash") != self.config_hash and self.runtime.is_main:
+            print(f"note: {path} was saved under another configuration", flush=True)
         for name, learner in components.items():
             load_learner(learner, path / name)
         return Resumed(content["iteration"], content["state"])

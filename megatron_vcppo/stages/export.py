@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.convert.exporter import export_hf
+from megatron_vcppo.mcore.convert.folders import unfinished
 from megatron_vcppo.mcore.model import torch_dtype
 from megatron_vcppo.report.progress import Progress
 from megatron_vcppo.stages.stage import actor_before, last_checkpoint, mark_done, stage_folder
@@ -20,15 +21,16 @@ def run(config: Config) -> None:
     if checkpoint is None:
         raise UserError("stage export: no stage before it in this chain trains an actor; put sft or ppo before it")
     folder = stage_folder(config, "export")
-    out = Path(config.export.out) if config.export.out else folder / "hf"
-    export(config, checkpoint, out)
-    outputs = ["hf"] if config.export.out is None else []
+    outputs = []
     if config.export.critic:
         critic = last_checkpoint(config, "ppo", "critic") or last_checkpoint(config, "value_pretrain", "critic")
         if critic is None:
             raise UserError("export.critic: no finished stage of this run has a critic")
         export(config, critic, folder / "critic")
         outputs.append("critic")
+    # Last: a folder elsewhere is not touched if it is there, so an attempt that made it must not be repeated.
+    export(config, checkpoint, Path(config.export.out) if config.export.out else folder / "hf")
+    outputs += ["hf"] if config.export.out is None else []
     mark_done(folder, outputs=tuple(outputs))
 
 
@@ -37,6 +39,8 @@ def export(config: Config, checkpoint: Path, out: Path) -> None:
     dtype = torch_dtype(config.export.dtype) if config.export.dtype else None
     if out.exists() and out.parent == stage_folder(config, "export"):
         shutil.rmtree(out)  # from an attempt that was killed before it could say that it was done
+    for leftover in unfinished(out):
+        shutil.rmtree(leftover, ignore_errors=True)  # from an attempt that was killed at work
     with Progress("export", 100, unit="B") as progress:
         seen = 0
 

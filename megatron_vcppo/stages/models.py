@@ -68,9 +68,5 @@ def _check_same_model(folder: Path, arch: Architecture) -> None:
     meta = read_manifest(folder)["meta"]
     if meta.get("kind") != "critic":
         raise UserError(f"{folder}: holds {meta.get('kind')!r}, not a critic")
-    theirs = Architecture.from_dict(meta["architecture"])
-    if theirs != arch:
-        ours, other = arch.to_dict(), theirs.to_dict()
-        ours.pop("config"), other.pop("config")
-        names = [f"{name} {other[name]} (model.hf has {ours[name]})" for name in ours if ours[name] != other[name]]
-        raise UserError(f"{folder}: the critic is another model than model.hf: {', '.join(names)}")
+    if differences := Architecture.from_dict(meta["architecture"]).differences(arch):
+        raise UserError(f"{folder}: the critic is another model than model.hf: {differences}")

@@ -89,12 +89,7 @@ class Ppo:
         self.sampler = Sampler(config, generation, self.stream, training_sampling(config.rollout))
         startup.done("data")
         self.kl_coef, self.skips, self.iteration = settings.loss.kl_coef, Skips(settings.skip_limit), 0
-        self.checkpoints = CheckpointFolder(
-            folder / "checkpoints",
-            Path(config.model.hf),
-            settings.checkpoint.keep_last,
-            settings.checkpoint.async_save,
-        )
+        self.checkpoints = CheckpointFolder(folder / "checkpoints", config, settings.checkpoint)
         resumed = self.checkpoints.resume(self.learners)
         if resumed is None and self.critic is not None:
             continue_pretraining(self.critic, config)

@@ -6,7 +6,6 @@ prefix low, and a critic that starts from it favours giving up early: ``reward_m
 
 import dataclasses
 import time
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -42,10 +41,7 @@ def run(config: Config) -> None:
         starting_critic(config, "reward_model", "sft", None),
         *(config.parallel, settings.optimizer, settings.schedule, settings.steps),
     )
-    checkpoints = CheckpointFolder(
-        *(folder / "checkpoints", Path(config.model.hf)),
-        *(settings.checkpoint.keep_last, settings.checkpoint.async_save),
-    )
+    checkpoints = CheckpointFolder(folder / "checkpoints", config, settings.checkpoint)
     startup.done("model")
     with Generation(config, folder, world) as generation:
         examples = units(labelled(responses(config, generation), settings, config.run.seed), settings)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.schema import SftConfig
 from megatron_vcppo.data.order import EpochOrder
 from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.data.rollout_batch import Packing
@@ -32,19 +33,23 @@ def run(config: Config) -> None:
     settings, folder = config.sft, stage_folder(config, "sft")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
     startup.done("groups")
+    arch = Architecture.from_hf(config.model.hf)
+    arch.check_length(config.model.max_length)
+    model = build_actor(arch, config.model, config.parallel)
+    load_hf(model, config.model.hf)
+    startup.done("model")
     train = shared_dataset(config, folder, settings.train, "train")
     validation = shared_dataset(config, folder, settings.validation, "validation") if settings.validation else None
     order = EpochOrder(len(train), config.run.seed, settings.train)
     startup.done("data")
-    total_steps = settings.steps or math.ceil(settings.epochs * len(train) / settings.batch_size)
-
-    arch = Architecture.from_hf(config.model.hf)
-    model = build_actor(arch, config.model, config.parallel)
-    load_hf(model, config.model.hf)
+    total_steps = steps_of(settings, len(train))
+    if settings.schedule.warmup_steps > total_steps and world.is_main:
+        print(
+            f"note: {total_steps} steps end within sft.schedule.warmup_steps {settings.schedule.warmup_steps}",
+            flush=True,
+        )
     actor = Actor(model, config.parallel, settings.optimizer, settings.schedule, total_steps)
-    checkpoints = CheckpointFolder(
-        folder / "checkpoints", Path(config.model.hf), settings.checkpoint.keep_last, settings.checkpoint.async_save
-    )
+    checkpoints = CheckpointFolder(folder / "checkpoints", config, settings.checkpoint)
     startup.done("model")
     resumed = checkpoints.resume({"actor": actor})
     startup.done("checkpoint")
@@ -65,6 +70,7 @@ def run(config: Config) -> None:
         result = actor.train_step(packing.pack(mine, ["loss_mask"]), TokenLoss(num_loss_tokens))
         step += 1
         warning = skips.count({"actor": [not result.applied]})
+        num_tokens, seconds = sum(len(sequence) for sequence in batch), time.monotonic() - started
         last = step == total_steps
         metrics = {
             "sft/loss": result.metrics["loss"],
@@ -72,12 +78,12 @@ def run(config: Config) -> None:
             "sft/grad_norm": result.grad_norm,
             "sft/learning_rate": result.learning_rate,
             "sft/epoch": order.samples_seen / len(train),
+            "sft/tokens_per_s": num_tokens / seconds,
+            "time/step_s": seconds,
         }
         if validation and (last or (settings.validate_every and step % settings.validate_every == 0)):
             metrics |= {f"sft/validation_{k}": v for k, v in validate(actor, validation, packing).items()}
-        num_tokens = sum(len(sequence) for sequence in batch)
-        seconds = time.monotonic() - started
-        metrics |= {"time/step_s": seconds, "sft/tokens_per_s": num_tokens / seconds}
+            metrics["time/validation_s"] = time.monotonic() - started - seconds
         if log is not None and progress is not None:
             log.log(step, metrics)
             startup.finish(folder)
@@ -99,8 +105,14 @@ def run(config: Config) -> None:
     if log is not None and progress is not None:
         log.close()
         progress.close()
-        mark_done(folder, checkpoint=folder / "checkpoints" / f"iter_{total_steps:07d}")
+        # More steps than total_steps were done if they were lowered before this resume.
+        mark_done(folder, checkpoint=folder / "checkpoints" / f"iter_{step:07d}")
     runtime.stop()
+
+
+def steps_of(settings: SftConfig, num_samples: int) -> int:
+    """Optimizer steps in all; the last batch is filled from the epoch after."""
+    return settings.steps or math.ceil(settings.epochs * num_samples / settings.batch_size)
 
 
 class TokenLoss:

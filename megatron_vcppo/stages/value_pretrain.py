@@ -1,7 +1,6 @@
 """Value pretraining (VC-PPO, section 3.2): the critic learns Monte-Carlo returns of the fixed policy, before PPO."""
 
 import time
-from pathlib import Path
 
 from megatron_vcppo.algo.gae import decoupled_gae
 from megatron_vcppo.algo.metrics import explained_variance
@@ -33,10 +32,7 @@ def run(config: Config) -> None:
         starting_critic(config, "value_pretrain", settings.init, settings.checkpoint_path),
         *(config.parallel, settings.optimizer, settings.schedule, settings.steps),
     )
-    checkpoints = CheckpointFolder(
-        *(folder / "checkpoints", Path(config.model.hf)),
-        *(settings.checkpoint.keep_last, settings.checkpoint.async_save),
-    )
+    checkpoints = CheckpointFolder(folder / "checkpoints", config, settings.checkpoint)
     startup.done("model")
     with Generation(config, folder, world) as generation:
         resumed = checkpoints.resume({"critic": critic})

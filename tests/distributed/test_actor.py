@@ -139,7 +139,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2dp2-overlap-recompute": (4, {"tp": 2, "overlap": True, "recompute": "full", "sequence_parallel": True}),
     "tp2pp2dp2-all": (
         8,
-        {"tp": 2, "pp": 2, "sequence_parallel": True, "distributed_optimizer": True, "overlap": True},
+        {
+            **{"tp": 2, "pp": 2, "sequence_parallel": True, "recompute": "selective"},
+            **{"distributed_optimizer": True, "overlap": True},
+        },
     ),
 }
 

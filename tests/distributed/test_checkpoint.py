@@ -1,9 +1,11 @@
 """Checkpoints: resharding continues with the same losses, damage is found, the last good one is taken."""
 
 import contextlib
+import io
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,14 @@ from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all, unp
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.architecture import Architecture
-from megatron_vcppo.mcore.checkpoint import CheckpointFolder, complete_checkpoints, load_model
+from megatron_vcppo.mcore.checkpoint import complete_checkpoints, load_model
 from megatron_vcppo.mcore.convert.exporter import export_hf
 from megatron_vcppo.mcore.hf_load import load_hf
 from megatron_vcppo.mcore.learner import Actor, Critic
 from megatron_vcppo.mcore.manifest import verify_manifest
 from megatron_vcppo.mcore.model import build_actor, build_critic
 from tests.distributed.test_actor import make_sequences
+from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import RanksFailed, run_distributed_test
 from tests.helpers.tiny_models import save_tiny_model
 
@@ -73,8 +76,7 @@ def train(
     **options,
 ) -> list[tuple[float, float]]:
     actor, critic = start(hf, parallel, dtype)
-    options = {"keep_last": 2, "async_save": False, **options}
-    checkpoints = CheckpointFolder(folder, hf, **options)
+    checkpoints = checkpoint_folder(folder, hf, **options)
     if steps.start:
         resumed = checkpoints.resume({"actor": actor, "critic": critic})
         assert resumed is not None and resumed.iteration == steps.start
@@ -163,7 +165,7 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(tmp_path: Path) -> No
 
     def save_three() -> None:
         actor, _ = start(hf, ParallelConfig())
-        checkpoints = CheckpointFolder(folder, hf, keep_last=2, async_save=False)
+        checkpoints = checkpoint_folder(folder, hf)
         for iteration in (1, 2, 3):
             checkpoints.save(iteration, {"actor": actor}, {})
 
@@ -176,12 +178,38 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(tmp_path: Path) -> No
     with pytest.raises(UserError, match="corrupt"):
         verify_manifest(folder / "iter_0000003")
 
-    def resume() -> int:
+    def resume() -> tuple[int, str]:
         actor, _ = start(hf, ParallelConfig())
-        resumed = CheckpointFolder(folder, hf, keep_last=2, async_save=False).resume({"actor": actor})
-        return resumed.iteration if resumed else -1
+        sys.stderr = said = io.StringIO()
+        resumed = checkpoint_folder(folder, hf).resume({"actor": actor})
+        return (resumed.iteration if resumed else -1), said.getvalue()
 
-    assert run_distributed_test(resume, 1) == [2]
+    ((iteration, said),) = run_distributed_test(resume, 1)
+    assert iteration == 2
+    assert said.startswith("warning: skipping a damaged checkpoint") and f"{shard.name}: corrupt" in said
+
+
+def test_checkpoints_of_another_model_or_chain_are_refused_in_words(tmp_path: Path) -> None:
+    small = save_tiny_model(tmp_path / "small", num_hidden_layers=2)
+    large = save_tiny_model(tmp_path / "large")
+
+    def save() -> None:
+        actor, _ = start(small, ParallelConfig())
+        checkpoint_folder(tmp_path / "ck", small).save(1, {"actor": actor}, {})
+
+    def error_of(hf: Path, *names: str) -> str:
+        def resume() -> str:
+            learners = dict(zip(("actor", "critic"), start(hf, ParallelConfig()), strict=True))
+            checkpoints = checkpoint_folder(tmp_path / "ck", hf)
+            with pytest.raises(UserError) as failure:
+                checkpoints.resume({name: learners[name] for name in names})
+            return str(failure.value)
+
+        return run_distributed_test(resume, 1)[0]
+
+    run_distributed_test(save, 1)
+    assert "iter_0000001: the actor is another model than model.hf: num_layers 2 (not 4)" in error_of(large, "actor")
+    assert "iter_0000001: holds actor but no critic: remove" in error_of(small, "actor", "critic")
 
 
 def test_a_kill_in_the_middle_of_a_save_costs_only_that_save(tmp_path: Path) -> None:
@@ -190,7 +218,7 @@ def test_a_kill_in_the_middle_of_a_save_costs_only_that_save(tmp_path: Path) -> 
 
     def save_and_die() -> None:
         actor, _ = start(hf, ParallelConfig())
-        checkpoints = CheckpointFolder(folder, hf, keep_last=2, async_save=False)
+        checkpoints = checkpoint_folder(folder, hf)
         checkpoints.save(1, {"actor": actor}, {})
         write_text = Path.write_text
 
@@ -208,7 +236,7 @@ def test_a_kill_in_the_middle_of_a_save_costs_only_that_save(tmp_path: Path) -> 
 
     def resume() -> int:
         actor, _ = start(hf, ParallelConfig())
-        resumed = CheckpointFolder(folder, hf, keep_last=2, async_save=False).resume({"actor": actor})
+        resumed = checkpoint_folder(folder, hf).resume({"actor": actor})
         return resumed.iteration if resumed else -1
 
     assert run_distributed_test(resume, 1) == [1]
@@ -222,7 +250,7 @@ def test_a_background_save_holds_the_state_of_its_moment(tmp_path: Path) -> None
 
     def body() -> dict[str, Any]:
         actor, _ = start(hf, ParallelConfig())
-        checkpoints = CheckpointFolder(tmp_path / "ck", hf, keep_last=2, async_save=True)
+        checkpoints = checkpoint_folder(tmp_path / "ck", hf, async_save=True)
         history = [1]
         checkpoints.save(1, {"actor": actor}, {"history": history})
         history.append(2)
@@ -246,7 +274,7 @@ def test_a_killed_writer_is_not_waited_for_without_end(tmp_path: Path, async_sav
 
         actor, _ = start(hf, ParallelConfig(), timeout_s=2.0)
         FileSystemWriterAsync.write_preloaded_data = note_and_die
-        checkpoints = CheckpointFolder(tmp_path / "ck", hf, keep_last=2, async_save=async_save)
+        checkpoints = checkpoint_folder(tmp_path / "ck", hf, async_save=async_save)
         checkpoints.save(1, {"actor": actor}, {})
         checkpoints.finish()
 
@@ -258,6 +286,23 @@ def test_a_killed_writer_is_not_waited_for_without_end(tmp_path: Path, async_sav
     time.sleep(0.2)
     with contextlib.suppress(psutil.NoSuchProcess):  # what waited for the killed writer has ended too
         assert psutil.Process(int(writer.read_text())).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_changed_configuration_is_said(tmp_path: Path) -> None:
+    hf = save_tiny_model(tmp_path / "hf")
+
+    def body() -> list[str]:
+        actor, _ = start(hf, ParallelConfig())
+        checkpoint_folder(tmp_path / "ck", hf).save(1, {"actor": actor}, {})
+        said = []
+        for seed in (0, 1):
+            sys.stdout = output = io.StringIO()
+            checkpoint_folder(tmp_path / "ck", hf, seed=seed).resume({"actor": actor})
+            said.append(output.getvalue())
+        return said
+
+    same, changed = run_distributed_test(body, 1)[0]
+    assert same == "" and "iter_0000001 was saved under another configuration" in changed
 
 
 def test_components_that_are_written_at_one_time_do_not_mix(tmp_path: Path) -> None:
@@ -272,7 +317,7 @@ def test_components_that_are_written_at_one_time_do_not_mix(tmp_path: Path) -> N
     def body() -> bool:
         learners = dict(zip(("actor", "critic"), start(hf, ParallelConfig()), strict=True))
         FileSystemWriterAsync.write_preloaded_data = delayed
-        checkpoints = CheckpointFolder(tmp_path / "ck", hf, keep_last=2, async_save=True)
+        checkpoints = checkpoint_folder(tmp_path / "ck", hf, async_save=True)
         checkpoints.save(1, learners, {})
         checkpoints.finish()
         saved = {name: [p.detach().clone() for p in learner.model.parameters()] for name, learner in learners.items()}

@@ -11,13 +11,15 @@ from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelC
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.architecture import Architecture
-from megatron_vcppo.mcore.checkpoint import CheckpointFolder, load_model
+from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.convert import logits
 from megatron_vcppo.mcore.convert.exporter import export_hf
 from megatron_vcppo.mcore.convert.importer import import_hf
 from megatron_vcppo.mcore.convert.verify import TOLERANCE, compare_logits
 from megatron_vcppo.mcore.learner import Actor
 from megatron_vcppo.mcore.model import build_actor
+from megatron_vcppo.stages.stage import mark_done
+from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.tiny_models import FAMILIES, save_tiny_model
 
@@ -35,7 +37,7 @@ def load_and_save(checkpoint: Path, run: Path, parallel: ParallelConfig) -> None
             parameter.fill_(torch.nan)  # whatever is not loaded shows
     load_model(model, checkpoint)
     actor = Actor(model, parallel, OptimizerConfig(), ScheduleConfig(), total_steps=1)
-    CheckpointFolder(run, hf, keep_last=1, async_save=False).save(7, {"actor": actor}, {})
+    checkpoint_folder(run, hf).save(7, {"actor": actor}, {})
     runtime.stop()
 
 
@@ -54,8 +56,10 @@ def test_imported_loaded_by_ranks_saved_and_exported_is_bit_equal(tmp_path, fami
 def test_an_import_for_one_layout_loads_in_another(tmp_path):
     hf = save_tiny_model(tmp_path / "hf", "qwen3")
     import_hf(hf, tmp_path / "imported", 1, 4)
-    run_distributed_test(load_and_save, 2, tmp_path / "imported", tmp_path / "run", ParallelConfig(tp=2))
-    export_hf(tmp_path / "run" / "iter_0000007", tmp_path / "out", verify_logits=False)
+    stage = tmp_path / "sft"
+    run_distributed_test(load_and_save, 2, tmp_path / "imported", stage / "checkpoints", ParallelConfig(tp=2))
+    mark_done(stage, checkpoint=stage / "checkpoints" / "iter_0000007")
+    export_hf(stage, tmp_path / "out", verify_logits=False)  # of a done stage its last checkpoint is meant
     before, after = load_file(hf / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 

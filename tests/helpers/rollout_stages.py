@@ -134,6 +134,7 @@ class Stage:
         """Sizes and checksums of the last checkpoint's files: weights, moments, state."""
         path = self.folder / read_manifest(self.folder)["meta"]["checkpoint"]
         state = json.loads((path / "state.json").read_text())
+        del state["config_hash"]  # the run folder is another one
         files = {name: file for name, file in read_manifest(path)["files"].items() if name.endswith(".distcp")}
         assert files
         return {**files, "state": state}

@@ -83,7 +83,7 @@ def test_a_critic_of_another_architecture_is_named(node: RolloutNode, task: Path
     other = Architecture.from_hf(save_tiny_model(tmp_path / "other", "qwen3"))
     critic = tmp_path / "critic"
     critic.mkdir()
-    for kind, message in (("critic", "num_layers 4 (model.hf has 2)"), ("actor", "holds 'actor', not a critic")):
+    for kind, message in (("critic", "num_layers 4 (not 2)"), ("actor", "holds 'actor', not a critic")):
         write_manifest(critic, {"kind": kind, "architecture": other.to_dict()})
         ppo = {**PPO, "critic": {"init": "checkpoint", "checkpoint_path": str(critic)}}
         stage = Stage(node, make_config(task, tmp_path / kind, {"ppo": ppo}), "ppo")

@@ -103,7 +103,7 @@ def weights(config: Config, out: Path) -> dict[str, torch.Tensor]:
 def learned(config: Config) -> list[dict]:
     """The log without what is measured by a clock."""
     records = read_metrics(Path(config.run.dir) / "sft")
-    clock = ("timestamp", "time/step_s", "sft/tokens_per_s")
+    clock = ("timestamp", "time/step_s", "time/validation_s", "sft/tokens_per_s")
     return [{name: value for name, value in record.items() if name not in clock} for record in records]
 
 
@@ -227,6 +227,27 @@ def test_it_learns_the_same_with_sequences_shared_by_two_ranks(through: Through,
             assert ours[name] == pytest.approx(value, rel=1e-3), f"{name} of step {theirs['iteration']}"
 
 
+def run_alone(config: Config, log: Path) -> tuple[int, str]:
+    """One rank's exit code and output."""
+
+    def redirect() -> None:
+        sys.stdout = sys.stderr = log.open("w", buffering=1)
+
+    return run_stage(config, redirect)[0], log.read_text()
+
+
+def test_steps_that_were_lowered_below_the_newest_checkpoint_are_done(task: Path, tmp_path: Path) -> None:
+    config = make_config(task, tmp_path / "run", ParallelConfig())
+    config.sft.epochs, config.sft.schedule.warmup_steps, config.sft.checkpoint.save_every = 1, 6, 2
+    code, text = run_alone(config, tmp_path / "log")
+    assert code == 0 and "note: 5 steps end within sft.schedule.warmup_steps 6" in text, text
+    (tmp_path / "run" / "sft" / "manifest.json").unlink()
+    config.sft.steps, config.sft.schedule.warmup_steps = 3, 0
+    assert run_alone(config, tmp_path / "log")[0] == 0
+    meta = json.loads((tmp_path / "run" / "sft" / "manifest.json").read_text())["meta"]
+    assert meta["checkpoint"] == "checkpoints/iter_0000005"
+
+
 def test_bad_samples_are_named_by_line(task: Path, tmp_path: Path) -> None:
     lines = (task / "sft_train.jsonl").read_text().splitlines()[:12]
     long = json.loads(lines[0])
@@ -239,24 +260,15 @@ def test_bad_samples_are_named_by_line(task: Path, tmp_path: Path) -> None:
     config.sft.train, config.sft.validation, config.sft.steps = str(bad), None, 1
     config.sft.schedule.warmup_steps = 0
 
-    def run_alone() -> tuple[int, str]:
-        """One rank's exit code and output."""
-        log = tmp_path / "output"
-
-        def redirect() -> None:
-            sys.stdout = sys.stderr = log.open("w", buffering=1)
-
-        return run_stage(config, redirect)[0], log.read_text()
-
-    code, text = run_alone()
+    code, text = run_alone(config, tmp_path / "output")
     assert code == 2 and "Traceback" not in text and "3 bad samples" in text
     for line, problem in ((3, "malformed"), (5, "empty response"), (7, "too long")):
         assert f"{bad}:{line}: {problem}" in text
     config.sft.bad_samples = "skip"
-    code, text = run_alone()
+    code, text = run_alone(config, tmp_path / "output")
     assert code == 0 and "12 samples, 9 used, 3 skipped" in text and f"1 × too long: {bad}:7" in text
     config.run.dir, config.sft.bad_samples = str(tmp_path / "cut"), "truncate"
-    code, text = run_alone()
+    code, text = run_alone(config, tmp_path / "output")
     assert code == 0 and "12 samples, 10 used, 1 truncated, 2 skipped" in text
 
 

@@ -17,7 +17,7 @@ from megatron_vcppo.mcore.convert.folders import copy_small_files, new_folder
 from megatron_vcppo.mcore.convert.safetensors_files import plan_files
 from megatron_vcppo.mcore.convert.verify import check_export, compare_logits
 from megatron_vcppo.mcore.hf_mapping import Parameter, checkpoint_key, hf_shapes, parameters
-from megatron_vcppo.mcore.manifest import MANIFEST_NAME, verify_manifest
+from megatron_vcppo.mcore.manifest import MANIFEST_NAME, read_manifest, verify_manifest
 
 MAX_FILE_BYTES = 2_000_000_000
 _CRITIC_CLASSES = {
@@ -34,7 +34,7 @@ def export_hf(
     max_file_bytes: int = MAX_FILE_BYTES,
     progress: Progress | None = None,
 ) -> str:
-    """Write the model in ``checkpoint`` (a component folder, an import, or a folder with an ``actor`` in it).
+    """Write the model in ``checkpoint`` (an import, a component of an iteration, or what ``actor_folder`` takes).
 
     A critic becomes a token-classification model whose one logit per token is the value of the prefix.
 
@@ -67,13 +67,20 @@ def export_hf(
 
 
 def actor_folder(checkpoint: Path) -> Path:
-    """The component that an export reads: ``checkpoint`` itself, or its ``actor`` if it is a whole iteration's."""
-    inner = checkpoint / "actor"
-    return inner if (inner / MANIFEST_NAME).exists() else checkpoint
+    """The component that an export reads: ``checkpoint`` itself, the ``actor`` of an iteration, or of a done stage."""
+    if not (checkpoint / MANIFEST_NAME).exists():
+        return checkpoint
+    last = read_manifest(checkpoint)["meta"].get("checkpoint")
+    iteration = checkpoint / last if last else checkpoint
+    inner = iteration / "actor"
+    return inner if (inner / MANIFEST_NAME).exists() else iteration
 
 
 def _architecture(checkpoint: Path, meta: Mapping[str, Any]) -> Architecture:
     kind = meta.get("kind")
+    if kind is None:
+        inside = ", ".join(sorted(path.parent.name for path in checkpoint.glob(f"*/{MANIFEST_NAME}"))) or "nothing"
+        raise UserError(f"{checkpoint}: holds no actor; it has {inside}: name the folder of what is to be exported")
     if kind not in ("actor", "critic"):
         raise UserError(f"{checkpoint}: holds {kind!r}; only an actor or a critic has a Hugging Face form")
     arch = Architecture.from_dict(meta["architecture"])

@@ -23,7 +23,7 @@ def new_folder(final: Path, needed_bytes: int) -> Iterator[Path]:
     final = Path(os.path.abspath(final))
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise UserError(f"{final}: exists already; choose another folder or remove it")
-    temporary = final.parent / f".{final.name}.partial-{os.getpid()}"
+    temporary = final.parent / f"{_partial(final)}{os.getpid()}"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(final.parent).free
@@ -39,6 +39,15 @@ def new_folder(final: Path, needed_bytes: int) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{error.filename or final}: {error.strerror or error}") from error
+
+
+def unfinished(final: Path) -> list[Path]:
+    """What processes that were killed left beside ``final``; one that still works on it has such a folder too."""
+    return sorted(final.absolute().parent.glob(f"{_partial(final)}*"))
+
+
+def _partial(final: Path) -> str:
+    return f".{final.name}.partial-"
 
 
 def copy_small_files(source: Path, target: Path) -> None:

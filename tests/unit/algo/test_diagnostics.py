@@ -107,6 +107,11 @@ def test_early_tokens_above_late_ones_show_as_a_gap():
     assert numbers["actor/advantage_early_late_gap"] == pytest.approx(float(advantages[0, :4].mean() * 2), rel=1e-5)
     assert numbers["actor/advantage_position_correlation"] == pytest.approx(-1.0)
     assert numbers["actor/advantage_position_slope"] == pytest.approx(-2 / 19, rel=1e-5)
+    values = torch.linspace(0.0, 1.0, 20).expand(2, 20)
+    numbers, _ = summarize(batch_diagnostics(values, values, advantages, mask, **OPTIONS))
+    assert numbers["critic/value_position_correlation"] == pytest.approx(1.0)
+    assert numbers["critic/value_position_slope"] == pytest.approx(1 / 19, rel=1e-5)
+    assert numbers["critic/value_relative_slope"] == pytest.approx(20 / 19, rel=1e-5)
     assert "actor/give_up_advantage" not in numbers, "nobody gave up: no number"
 
 

@@ -85,10 +85,20 @@ def test_explained_variance_of_equal_returns_is_zero():
     assert m.explained_variance({name: float(x) for name, x in m.means(metrics).items()}) == pytest.approx(0.0)
 
 
+@pytest.mark.parametrize(("constant", "count"), [(0.1, 1000), (-0.7, 40001), (1 / 3, 40001)])
+def test_rounding_is_no_variance(constant, count):
+    """Means of squares of these constants differ from the squared mean in the last places."""
+    values, mask = torch.randn(count), torch.ones(count, dtype=torch.bool)
+    _, metrics = value_loss(values, torch.full((count,), constant), mask, denominator=count)
+    assert m.explained_variance({name: float(x) for name, x in m.means(metrics).items()}) == 0.0
+
+
 def test_bounded_values():
     raw = torch.linspace(-50, 50, 101, dtype=torch.float64, requires_grad=True)
     bounded = bound_values(raw, -1.0, 3.0)
     assert bounded.min() >= -1 and bounded.max() <= 3 and (bounded.diff() >= 0).all()
+    near = torch.linspace(-4, 4, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: bound_values(x, -1.0, 3.0), near)
     middle = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
     bound_values(middle, -1.0, 3.0).backward()
     assert float(bound_values(middle, -1.0, 3.0)) == 1.0 and float(middle.grad) == 1.0

@@ -2,8 +2,9 @@
 
 import pytest
 
-from megatron_vcppo.config import Config
+from megatron_vcppo.config import Config, checks
 from megatron_vcppo.config.checks import check_config, trainer_ranks
+from megatron_vcppo.config.keys import all_keys
 from megatron_vcppo.errors import UserError
 
 
@@ -66,9 +67,24 @@ def test_all_problems_are_listed(config: Config) -> None:
     config.stages = ["sft", "sft"]
     message = error_of(config)
     assert "sft.steps must be over 0, got 0" in message
-    assert "sft.optimizer.beta2 must lie in 0 … 1, got 1.5" in message
+    assert "sft.optimizer.beta2 must lie in 0 … 1, 1 left out, got 1.5" in message
     assert "sft.optimizer.lr must not be negative, got -1.0" in message
     assert "sft is named 2 times" in message
+
+
+def test_every_number_has_a_range() -> None:
+    """A new key is put into one of the sets, or has a check of its own."""
+    numbers = {
+        name for name, key in all_keys().items() if key.type_text.split()[:2] in (["a", "whole"], ["a", "number"])
+    }
+    ranges = checks.POSITIVE | checks.NOT_NEGATIVE | checks.FRACTIONS | checks.BELOW_ONE
+    assert {name for name in numbers if name.rpartition(".")[2] not in ranges} == {"ppo.loss.dual_clip"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_are_finite(config: Config, value: float) -> None:
+    config.sft.optimizer.lr = value
+    assert error_of(config) == f"sft.optimizer.lr must be finite, got {value}"
 
 
 def test_warm_up_longer_than_training(config: Config) -> None:

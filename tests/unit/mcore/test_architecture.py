@@ -114,6 +114,13 @@ def test_a_layout_that_does_not_fit_is_refused_with_the_numbers(tmp_path):
         arch.check_parallel(4, 3)
 
 
+def test_sequences_longer_than_the_models_positions_are_refused_with_the_numbers(tmp_path):
+    arch = Architecture.from_hf(save_tiny_model(tmp_path))
+    arch.check_length(256)
+    with pytest.raises(UserError, match=r"model\.max_length 257 is more than the model's 256 positions"):
+        arch.check_length(257)
+
+
 def test_head_size_without_the_key_follows_transformers(tmp_path):
     config = json.loads((save_tiny_model(tmp_path, "qwen3") / "config.json").read_text())
     del config["head_dim"]

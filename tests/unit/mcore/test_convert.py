@@ -237,6 +237,7 @@ BAD_CHECKPOINTS = {
     "truncated": (lambda path: cut(path / "__0_0.distcp"), r"__0_0\.distcp: \d+ bytes, should be"),
     "missing": (lambda path: (path / "__1_0.distcp").unlink(), r"__1_0\.distcp: No such file"),
     "never finished": (lambda path: (path / "manifest.json").unlink(), "no manifest.json"),
+    "no kind": (lambda path: remanifest(path, lambda meta: meta.pop("kind")), "holds no actor; it has nothing"),
     "another kind": (lambda path: remanifest(path, lambda meta: meta.update(kind="router")), "holds 'router'"),
     "no value head": (
         lambda path: remanifest(path, lambda meta: meta.update(kind="critic")),
@@ -281,7 +282,10 @@ def test_commands_convert_and_answer_mistakes_with_one_line(tmp_path, hf, capsys
     assert_bit_equal(hf, out)
     capsys.readouterr()
     assert cli.main(["convert", "import", *arguments]) == cli.USER_ERROR_CODE
-    assert "exists already" in capsys.readouterr().err.strip().splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"vcppo: error: {checkpoint}: exists already; choose another folder or remove it"
+    assert cli.main(["convert", "export", "--checkpoint", str(hf), "--out", str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err == f"vcppo: error: {hf}: not a complete checkpoint: no manifest.json\n"
 
 
 def test_gather_and_scatter_agree_with_numpy(tmp_path):

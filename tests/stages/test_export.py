@@ -1,0 +1,74 @@
+"""The export stage: what it writes, and that an attempt which was killed is in nobody's way."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.mcore.convert.importer import import_hf
+from megatron_vcppo.mcore.manifest import verify_manifest, write_manifest
+from megatron_vcppo.stages import export
+from megatron_vcppo.stages.stage import mark_done
+from tests.helpers.tiny_models import save_tiny_model
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A run whose SFT is done."""
+    hf = save_tiny_model(tmp_path / "base")
+    iteration = tmp_path / "run" / "sft" / "checkpoints" / "iter_0000003"
+    import_hf(hf, iteration / "actor", 2, 1)
+    write_manifest(iteration, {"iteration": 3})
+    mark_done(tmp_path / "run" / "sft", checkpoint=iteration)
+    config = Config()
+    config.run.dir, config.model.hf, config.stages = str(tmp_path / "run"), str(hf), ["sft", "export"]
+    config.export.verify_logits = False
+    return config
+
+
+def test_a_killed_attempt_leaves_nothing_behind(config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "export"
+    for name in (".hf.partial-77", "hf"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model.safetensors").write_bytes(b"half")
+    export.run(config)
+    assert sorted(path.name for path in folder.iterdir()) == ["hf", "manifest.json"]
+    verify_manifest(folder)
+    before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "base", folder / "hf"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_folder_of_the_users_is_not_overwritten(config: Config, tmp_path: Path) -> None:
+    config.export.out = str(tmp_path / "mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("keep")
+    with pytest.raises(UserError, match="mine: exists already"):
+        export.run(config)
+    assert not (tmp_path / "run" / "export" / "manifest.json").exists()
+    (tmp_path / "mine" / "notes").unlink()
+    export.run(config)
+    assert (tmp_path / "mine" / "model.safetensors").exists()
+    verify_manifest(tmp_path / "run" / "export")
+
+
+def test_a_missing_critic_is_said_before_the_actor_is_written(config: Config, tmp_path: Path) -> None:
+    """Else the actor's folder, outside of the run, would stop the next attempt."""
+    config.export.critic, config.export.out = True, str(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"export\.critic: no finished stage of this run has a critic"):
+        export.run(config)
+    assert not (tmp_path / "mine").exists()
+
+
+def test_other_ranks_do_nothing_and_a_chain_without_actor_is_refused(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.stages = ["export"]
+    monkeypatch.setenv("RANK", "1")
+    export.run(config)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="no stage before it in this chain trains an actor"):
+        export.run(config)
+    assert not (tmp_path / "run" / "export" / "manifest.json").exists()
