@@ -1,7 +1,7 @@
-"""PPO iterations of a run: seconds per phase, tokens/s, padding, balance over replicas, idle time.
+"""PPO iterations of a run: seconds per phase, tokens/s, idle time; padding and balance of its batches under any dp.
 
-Reads the run that is named (``vcppo run configs/demo/vcppo.yaml`` makes one); its first iteration, which compiles and
-connects, is left out.
+Reads the run that is named (``vcppo run configs/demo/vcppo.yaml`` makes one), which must not have been interrupted. Its
+first iteration, which compiles and connects, is left out.
 """
 
 import argparse
@@ -10,38 +10,94 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.load import load_config
+from megatron_vcppo.data.rollout_batch import Packing, make_batch
 from megatron_vcppo.report.metrics import read_metrics
+from megatron_vcppo.rollout.store import read_rollouts, stored_iterations
+from megatron_vcppo.stages.updates import minibatches
 
-WORK = ("generation", "logprobs", "values", "advantages", "update", "evaluation")
-"""Phases in which generation or training runs."""
+WORK = ("generation", "logprobs", "values", "update", "evaluation")
+"""Phases in which generation or training (a forward or backward pass) runs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which run."""
+    """Which run, and how its batches are shared out."""
     parser.add_argument("run_folder", type=Path, help="run folder with a ppo stage")
+    parser.add_argument("--dp", type=int, nargs="+", default=[1, 2, 4, 8], help="replicas to share its rollouts over")
+    parser.add_argument("--multiple", type=int, default=1, help="to which micro-batches are padded: tp with sequence "
+                        "parallelism (1)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One case: the mean iteration."""
-    records = read_metrics(args.run_folder / "ppo")[1:]
-    if not records:
-        raise SystemExit(f"{args.run_folder}/ppo/metrics.jsonl has fewer than two iterations")
+    """The mean iteration, then the packing of all stored rollouts for each number of replicas."""
+    yield iteration_case(args.run_folder)
+    config = load_config(args.run_folder / "config.yaml")
+    for dp_size in args.dp:
+        yield packing_case(args.run_folder, config, dp_size, args.multiple)
+
+
+def iteration_case(run_folder: Path) -> dict[str, Any]:
+    """Times of rank 0; whole iterations are taken from one metrics record to the next, with logging and saving.
+
+    Idle is all but ``WORK``: weight sync, advantages, logging, checkpoints. A pipeline's bubbles, and ranks that wait
+    for others inside a phase, are not: there training runs. Scoring and storing after the last response are part of
+    generation.
+    """
+    records = read_metrics(run_folder / "ppo")
+    if len(records) < 2:
+        raise SystemExit(f"{run_folder}/ppo/metrics.jsonl has fewer than two iterations")
+    first, *timed = records
+    iteration_s = (timed[-1]["timestamp"] - first["timestamp"]) / len(timed)
 
     def mean(name: str) -> float:
-        return statistics.fmean(float(record.get(name, 0.0)) for record in records)
+        return statistics.fmean(float(record.get(name, 0.0)) for record in timed)
 
-    phases = sorted({name for record in records for name in record if name.startswith("time/")})
-    seconds = {name.removeprefix("time/").removesuffix("_s"): round(mean(name), 3) for name in phases}
-    iteration_s = mean("time/iteration_s")
-    work_s = sum(mean(f"time/{phase}_s") for phase in WORK)
-    yield {
+    phases = sorted({name for record in timed for name in record if name.startswith("time/")} - {"time/iteration_s"})
+    seconds = {name.removeprefix("time/").removesuffix("_s"): mean(name) for name in phases}
+    work_s = sum(seconds.get(phase, 0.0) for phase in WORK)
+    tokens = mean("rollout/tokens")
+    return {
         "case": "ppo_iteration",
-        "iterations": len(records),
-        "seconds": seconds,
-        "response_tokens": round(mean("rollout/tokens")),
-        "response_tokens_per_s": round(mean("rollout/tokens") / iteration_s, 1),
-        "generation_tokens_per_s": round(mean("rollout/tokens") / mean("time/generation_s"), 1),
+        "iterations": len(timed),
+        "iteration_s": round(iteration_s, 3),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "response_tokens": round(tokens),
+        "response_tokens_per_s": round(tokens / iteration_s, 1),
+        "generation_tokens_per_s": round(tokens / seconds["generation"], 1),
         "padding_share": round(mean("packing/padding_share"), 4),
         "dp_imbalance": round(mean("packing/dp_imbalance"), 4),
         "idle_share": round(1 - work_s / iteration_s, 4),
     }
+
+
+def packing_case(run_folder: Path, config: Config, dp_size: int, multiple: int) -> dict[str, Any]:
+    """Shares out and packs every minibatch of the run's rollouts as an update would on ``dp_size`` replicas."""
+    settings, folder = config.ppo, run_folder / "ppo" / "rollouts"
+    replicas = [Packing(config.parallel.tokens_per_microbatch, multiple, rank, dp_size) for rank in range(dp_size)]
+    num_tokens = num_padding = num_microbatches = 0
+    imbalance = []
+    for iteration in stored_iterations(folder):
+        batch = make_batch(read_rollouts(folder, iteration))
+        lengths = [len(r.prompt.token_ids) + len(r.response_ids) for r in batch.rollouts]
+        for part in minibatches(len(batch), settings.minibatches, config.run.seed, iteration, 0):
+            part_lengths = [lengths[i] for i in part]
+            imbalance.append(replicas[0].imbalance(part_lengths))
+            for replica in replicas:
+                mine = [part[i] for i in replica.share(part_lengths)]
+                microbatches = replica.pack(batch.sequences(mine, {}))
+                num_tokens += sum(m.num_tokens for m in microbatches)
+                num_padding += sum(m.padding_tokens for m in microbatches)
+                num_microbatches += len(microbatches)
+    return {
+        "case": "packing",
+        "dp": dp_size,
+        "sequences_per_minibatch": round(settings.prompts_per_iteration * config.rollout.num_samples
+                                         / settings.minibatches, 1),
+        "minibatches": len(imbalance),
+        "microbatches": num_microbatches,
+        "tokens": num_tokens,
+        "padding_share": round(num_padding / num_tokens, 5),
+        "dp_imbalance": round(statistics.fmean(imbalance), 4),
+        "dp_imbalance_worst": round(max(imbalance), 4),
+    }  # fmt: skip
