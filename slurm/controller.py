@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slurm.logs import Follower, last_lines
+from slurm.query import UNREACHABLE
 
 SAVED_CODE = 75
 """Exit code of a trainer that saved and wants to be run again."""
@@ -69,8 +70,12 @@ class Outcome:
 
     @property
     def killed(self) -> bool:
-        """Something outside the code ended it: a signal, a rollout role that died too often, a port taken meanwhile."""
-        return self.code > 128 or (self.code == 1 and any(PORT_TAKEN in line for line in self.details))
+        """Something outside the code ended it.
+
+        A signal, a rollout role that died too often, a port taken meanwhile, a Slurm controller that did not answer.
+        """
+        said = "".join(self.details)
+        return self.code > 128 or (self.code == 1 and any(words in said for words in (PORT_TAKEN, *UNREACHABLE)))
 
 
 @dataclass
@@ -90,6 +95,13 @@ def describe(code: int) -> str:
         except ValueError:
             pass
     return f"left with exit code {code}"
+
+
+def taken_port(unit: Unit, code: int, details: list[str]) -> str:
+    """Which port was taken, as the tail of a sentence, if that is why the unit failed."""
+    if code != 1 or PORT_TAKEN not in "".join(details):
+        return ""
+    return f": port {unit.env.get('MASTER_PORT', '?')} of {unit.env.get('MASTER_ADDR', 'its node')} is taken"
 
 
 TASK_ENDED = re.compile(r"\btasks? (\d+)[\d,-]*: (?:Exited with exit code (\d+)|(.+))$", re.MULTILINE)
@@ -270,8 +282,10 @@ def _watch(
                 return Outcome(
                     1, f"{unit.name} {describe(code)} but other ranks did not follow in {save_timeout_s:.0f} s"
                 )
-            cause = "" if code == 0 else f"{unit.name} {describe(code)}"
-            return Outcome(code, cause, attempt.tail(unit) if code not in (0, SAVED_CODE) else [])
+            if code in (0, SAVED_CODE):
+                return Outcome(code, "" if code == 0 else f"{unit.name} {describe(code)}")
+            details = attempt.tail(unit)
+            return Outcome(code, f"{unit.name} {describe(code)}{taken_port(unit, code, details)}", details)
         if not ended and (outcome := attempt.tend_rollout()):
             return outcome
         if abort_requested():

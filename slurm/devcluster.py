@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_vcppo.errors import UserError
-from slurm.devcluster_conf import Layout, gres_conf, slurm_conf, slurmdbd_conf
+from slurm.devcluster_conf import ACCOUNT, Layout, gres_conf, slurm_conf, slurmdbd_conf
 from slurm.guard import descendants, die_with_parent
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
@@ -184,6 +184,13 @@ class DevCluster:
         self._spawn("slurmdbd", "slurmdbd", "-D")
         add = ("sacctmgr", "-i", "add", "cluster", "dev")
         self._wait("slurmdbd", lambda: self.command(*add).returncode == 0)
+        for entity in (
+            ("account", ACCOUNT, "Cluster=dev", "Description=test", "Organization=test"),
+            ("user", layout.user, f"Account={ACCOUNT}", f"DefaultAccount={ACCOUNT}", "Cluster=dev"),
+        ):
+            done = self.command("sacctmgr", "-i", "add", *entity)
+            if done.returncode and "Nothing new added" not in done.stdout:
+                raise UserError(f"sacctmgr add {entity[0]}: {(done.stdout + done.stderr).strip()[-300:]}")
 
     def start_controller(self) -> None:
         """Start slurmctld; it goes on from its saved state."""
@@ -296,7 +303,7 @@ def main() -> int:
     )
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--gpus", type=int, default=2, help="fake GPUs per node")
-    parser.add_argument("--accounting", action="store_true", help="with slurmdbd and MariaDB, so that sacct works")
+    parser.add_argument("--accounting", action="store_true", help=f"slurmdbd and MariaDB: sacct, and account {ACCOUNT}")
     args = parser.parse_args()
     cluster = DevCluster(args.root)
     started = time.monotonic()

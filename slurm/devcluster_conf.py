@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+ACCOUNT = "dev"
+"""The one account of a cluster with accounting."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -90,8 +93,12 @@ def slurm_conf(layout: Layout) -> str:
 
 
 def accounting_settings(layout: Layout) -> dict[str, object]:
-    """slurm.conf's part for a cluster with slurmdbd; AccountingStoragePass is the munge socket."""
+    """slurm.conf's part for a cluster with slurmdbd; AccountingStoragePass is the munge socket.
+
+    As on most sites, a job needs an account that its user belongs to: ``ACCOUNT`` or none, which means the same.
+    """
     return {
+        "AccountingStorageEnforce": "associations,qos",
         "AccountingStorageType": "accounting_storage/slurmdbd",
         "AccountingStorageHost": "127.0.0.1",
         "AccountingStoragePort": layout.ports[1],

@@ -13,7 +13,7 @@ from slurm.query import slurm, slurm_message
 from slurm.roles import Programs
 from slurm.run_folder import RunFolder
 from slurm.srun import in_container, probe_command, step
-from slurm.submit import executor
+from slurm.submit import executor, request_text
 from slurm.validate import check_scripts, check_slurm_installed
 
 WAIT_FOR_NODES_S = 120
@@ -41,7 +41,9 @@ def checks(config: Config, programs: Programs, folder: Path) -> Iterator[tuple[s
 
     def request() -> str:
         run = RunFolder(folder)
-        check_scripts([executor(run, config, "ppo", folder, programs, None).script()], folder)
+        check_scripts(
+            [(executor(run, config, "ppo", folder, programs, None).script(), request_text(config, "ppo"))], folder
+        )
         return f"{cluster.trainer_nodes} + {cluster.rollout_nodes} nodes would be granted"
 
     def nodes() -> str:

@@ -14,10 +14,11 @@ import submitit
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.stages.startup import process_age_s
 from slurm import events
 from slurm.controller import SAVED_CODE, USER_ERROR_CODE
 from slurm.prepare import open_run
-from slurm.query import ENDED, show_job, slurm, slurm_message
+from slurm.query import ENDED, patiently, show_job, slurm, slurm_message
 from slurm.roles import Programs, free_port
 from slurm.run_folder import RunFolder
 from slurm.srun import probe_command, srun_units, stage_nodes
@@ -66,6 +67,7 @@ class StageJob:
         hosts = submitit.JobEnvironment().hostnames
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         start = {"nodes": hosts, "restarts": restarts, "checkpoint": run.checkpoint_iteration(self.stage)}
+        start["age_s"] = round(process_age_s(), 2)
         code = Path(__file__).parents[1].name
         events.append(self.run, "job", stage=self.stage, job=job_id(), code=code, **start)
         say(f"{self.stage}: job {job_id()} on {', '.join(hosts)}, start {restarts + 1}")
@@ -136,7 +138,12 @@ def probe(run: RunFolder, config: Config, programs: Programs, hosts: list[str], 
 
 
 def lost_nodes(run: RunFolder, config: Config, programs: Programs, hosts: list[str]) -> bool:
-    """True if the allocation's nodes no longer all answer: then the job needs others."""
+    """True if the allocation's nodes no longer all answer: then the job needs others.
+
+    Without Slurm's controller no step starts anywhere: it is waited for first.
+    """
+    with suppress(UserError):
+        patiently(lambda: show_job(job_id()))
     try:
         probe(run, config, programs, hosts, LOST_TIMEOUT_S)
     except (NodeLost, UserError) as error:
@@ -164,15 +171,16 @@ def requeue(run: RunFolder, stage: str) -> int:
         say(f"{stage}: no new checkpoint in {MAX_FUTILE_STARTS} starts: not requeued; is the time limit too short?")
         events.append(run.path, "gave_up", stage=stage, job=job_id())
         return SAVED_CODE
-    state = (show_job(job_id()) or {}).get("JobState", "")
-    if state == "COMPLETING" or state in ENDED:
-        say(f"{stage}: Slurm is ending the job ({state}): not requeued from here")  # cancelled, or Slurm requeues it
-        return SAVED_CODE
-    events.append(run.path, "requeue", stage=stage, job=job_id(), checkpoint=run.checkpoint_iteration(stage))
-    say(f"{stage}: back into the queue")
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        slurm("scontrol", "requeue", job_id())
+        state = (patiently(lambda: show_job(job_id())) or {}).get("JobState", "")
+        if state in ("COMPLETING", "PENDING", *ENDED):
+            # cancelled, or Slurm requeues it or, restarted from an older state, has it in the queue still
+            say(f"{stage}: Slurm has ended this start of the job ({state}): not requeued from here")
+            return SAVED_CODE
+        events.append(run.path, "requeue", stage=stage, job=job_id(), checkpoint=run.checkpoint_iteration(stage))
+        say(f"{stage}: back into the queue")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        patiently(lambda: slurm("scontrol", "requeue", job_id()))
     except UserError as error:
         say(f"{stage}: could not be requeued ({error}); go on with: vcppo resume {run.path}")
         return SAVED_CODE

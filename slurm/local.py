@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.checks import trainer_ranks
 from slurm import events
 from slurm.controller import SAVED_CODE, USER_ERROR_CODE, Unit
-from slurm.roles import PROGRAMS, ROLLOUT_STAGES, Programs, free_port, role_environment
+from slurm.roles import PROGRAMS, Programs, free_port, role_environment, starts_engines, trainer_layout
 from slurm.run_folder import RunFolder
 from slurm.stage import run_stage
 
@@ -18,7 +17,8 @@ from slurm.stage import run_stage
 def local_units(run: RunFolder, config: Config, stage: str, programs: Programs = PROGRAMS) -> list[Unit]:
     """One process per trainer rank, and one rollout supervisor if the stage generates."""
     env = role_environment(config)
-    ranks, port = trainer_ranks(config), str(free_port("127.0.0.1"))
+    nodes, ranks_per_node = trainer_layout(config, stage)
+    ranks, port = nodes * ranks_per_node, str(free_port("127.0.0.1"))
     units = []
     for rank in range(ranks):
         place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
@@ -31,7 +31,7 @@ def local_units(run: RunFolder, config: Config, stage: str, programs: Programs =
                 end_signal=signal.SIGKILL,
             )
         )
-    if stage in ROLLOUT_STAGES:
+    if starts_engines(config, stage):
         for node in range(config.cluster.rollout_nodes or config.cluster.trainer_nodes):
             command = programs.rollout_command(run, stage, node)
             restarts = config.cluster.rollout_restarts
@@ -68,7 +68,8 @@ def run_chain(run: RunFolder, config: Config, stages: list[str], programs: Progr
             if run.done(stage):
                 say(f"{head} done before, skipped")
                 continue
-            say(f"{head} starting on {trainer_ranks(config)} ranks, logs in {run.next_attempt(stage)}")
+            nodes, ranks_per_node = trainer_layout(config, stage)
+            say(f"{head} starting on {nodes * ranks_per_node} ranks, logs in {run.next_attempt(stage)}")
             started = time.monotonic()
             outcome = run_stage(
                 *(run, config, stage, lambda _, stage=stage: local_units(run, config, stage, programs)),

@@ -1,4 +1,7 @@
-"""The memory plan: what one trainer rank's GPU will hold in a stage, estimated before anything is queued."""
+"""The memory plan: what the fullest trainer rank will hold in a stage, estimated before anything is queued.
+
+``tools/bench.py memory`` compares it with what ranks of several layouts hold; docs/slurm.md has the figures.
+"""
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.checks import trainer_ranks
@@ -7,39 +10,90 @@ from megatron_vcppo.mcore.architecture import Architecture
 from slurm.roles import ROLLOUT_STAGES
 
 GIB = 1 << 30
-TRAINED_MODELS = {"sft": 1, "reward_model": 1, "value_pretrain": 1, "ppo": 2}
-"""Models with gradients and optimizer state at once; PPO: actor and critic. Other stages hold weights alone."""
 WEIGHT_BYTES = {"bfloat16": 2, "float32": 4}
 GRADIENT_BYTES = 4
 OPTIMIZER_BYTES = {"bfloat16": 12, "float32": 8}
 """Adam's two moments in float32, and a float32 copy of bfloat16 weights."""
-ACTIVATION_BYTES = {"none": 34, "selective": 34, "full": 2}
-"""Per token, layer and hidden unit with flash attention (arXiv:2205.05198, table 2); full: each layer's input alone."""
 OVERHEAD_GIB = 3.0
 """CUDA context, communication buffers, fragmentation."""
 
 
-def plan(arch: Architecture, config: Config, stage: str) -> dict[str, float]:
-    """GiB per part on the fullest rank: the first pipeline stage, which holds as many micro-batches as there are."""
-    parallel = config.parallel
-    split = parallel.tp * parallel.pp
-    replicas = trainer_ranks(config) // (split * parallel.cp)
-    parameters = arch.parameter_count() / split
-    trained = TRAINED_MODELS.get(stage, 0)
-    models = max(1, trained) + (1 if stage == "ppo" and config.ppo.loss.kl_coef else 0)
-    optimizer = trained * parameters * OPTIMIZER_BYTES[config.model.dtype]
-    tokens = parallel.tokens_per_microbatch / parallel.cp
-    layers = arch.num_layers / parallel.pp * min(parallel.pp, 4)
-    activations = tokens * arch.hidden_size * layers * ACTIVATION_BYTES[parallel.recompute] / parallel.tp
-    logits = tokens * arch.vocab_size / parallel.tp * 8
+def models_of(config: Config, stage: str) -> tuple[list[str], list[str]]:
+    """Kinds of the models that a stage trains, and of those that it only runs or pushes to the engines."""
+    ppo = config.ppo
+    if stage == "ppo":
+        trained = ["actor", "critic"] if ppo.advantage.baseline == "critic" else ["actor"]
+        return trained, ["actor"] if ppo.loss.kl_coef else []
     return {
-        "weights": models * parameters * WEIGHT_BYTES[config.model.dtype] / GIB,
-        "gradients": trained * parameters * GRADIENT_BYTES / GIB,
-        "optimizer": optimizer / (replicas if parallel.distributed_optimizer else 1) / GIB,
-        "activations": (activations if trained else 0) / GIB,
-        "logits": logits / GIB,
-        "overhead": OVERHEAD_GIB,
+        "sft": (["actor"], []),
+        "reward_model": (["critic"], ["actor"]),
+        "value_pretrain": (["critic"], ["actor"]),
+        "evaluate": ([], ["actor"]),
+    }.get(stage, ([], []))
+
+
+def parameters_of(arch: Architecture, config: Config, kind: str, pp_rank: int) -> float:
+    """Parameters of a model on one rank: its layers, the embedding on the first pipeline stage, the output on the last.
+
+    A tied output layer is a second copy where the last stage is not the first; a critic has none.
+    """
+    tp, pp = config.parallel.tp, config.parallel.pp
+    vocabulary = arch.vocab_size * arch.hidden_size
+    layers = arch.parameter_count() - vocabulary * (1 if arch.tied else 2)
+    count = layers / pp
+    if pp_rank == 0:
+        count += vocabulary
+    if pp_rank == pp - 1 and kind == "actor" and (pp > 1 or not arch.tied):
+        count += vocabulary
+    return count / tp
+
+
+def layer_activations(arch: Architecture, config: Config) -> tuple[float, float]:
+    """(input, everything) that one layer keeps for its backward pass: elements per token on one rank.
+
+    Both norms keep input and output; attention its projection's output, the rotated queries and keys, its own output
+    and the copy that the next projection reads; the gated MLP both halves, the activated gate and the product.
+    """
+    parallel = config.parallel
+    hidden = arch.hidden_size / (parallel.tp if parallel.sequence_parallel else 1)
+    inside = 4 * arch.q_size + 3 * arch.kv_size + 4 * arch.ffn_size
+    return hidden, 4 * hidden + inside / parallel.tp
+
+
+def plan(arch: Architecture, config: Config, stage: str) -> dict[str, float]:
+    """GiB per part on the fullest rank."""
+    parts = [plan_of_rank(arch, config, stage, pp_rank) for pp_rank in range(config.parallel.pp)]
+    return max(parts, key=lambda part: sum(part.values()))
+
+
+def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -> dict[str, float]:
+    """One pipeline stage's parts. The first one holds as many micro-batches at once as there are stages, the last 1.
+
+    Not counted: the keys and values that context parallelism gathers in each layer without Transformer Engine, where
+    nothing is recomputed.
+    """
+    parallel, dtype = config.parallel, config.model.dtype
+    trained, frozen = models_of(config, stage)
+    sharing = trainer_ranks(config) // (parallel.tp * parallel.pp) if parallel.distributed_optimizer else 1
+    learned = sum(parameters_of(arch, config, kind, pp_rank) for kind in trained)
+    held = learned + sum(parameters_of(arch, config, kind, pp_rank) for kind in frozen)
+    size = WEIGHT_BYTES[dtype]
+    tokens = max(parallel.tokens_per_microbatch, config.model.max_length) / parallel.cp
+    layers, at_once = arch.num_layers / parallel.pp, parallel.pp - pp_rank
+    given, kept = layer_activations(arch, config)
+    per_token = given * layers * at_once + kept if parallel.recompute == "full" else kept * layers * at_once
+    # Logits and their gradient, while the output layer's own gradient is made in the weights' type.
+    logits = (2 * tokens + arch.hidden_size) * arch.vocab_size / parallel.tp
+    has_logits = "actor" in trained and pp_rank == parallel.pp - 1
+    sizes = {
+        "weights": held * size,
+        "gradients": learned * GRADIENT_BYTES,
+        "optimizer": learned * OPTIMIZER_BYTES[dtype] / sharing,
+        "activations": per_token * tokens * size if trained else 0.0,
+        "logits": logits * size if has_logits else 0.0,
+        "overhead": OVERHEAD_GIB * GIB,
     }
+    return {name: num_bytes / GIB for name, num_bytes in sizes.items()}
 
 
 def check_memory(arch: Architecture, config: Config, stages: list[str]) -> dict[str, float]:
@@ -57,7 +111,7 @@ def check_memory(arch: Architecture, config: Config, stages: list[str]) -> dict[
             listed = ", ".join(f"{name} {size:.1f}" for name, size in parts.items())
             raise UserError(
                 f"{stage} needs about {needs[stage]:.0f} GiB per GPU ({listed}), there are {limit:.0f}: raise "
-                "parallel.tp or parallel.pp, set parallel.distributed_optimizer or parallel.recompute: full, or lower "
-                "parallel.tokens_per_microbatch"
+                "parallel.tp, parallel.pp or (for activations) parallel.cp, set parallel.distributed_optimizer or "
+                "parallel.recompute: full, or lower parallel.tokens_per_microbatch"
             )
     return needs

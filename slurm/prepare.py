@@ -19,6 +19,14 @@ def add_chain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="configuration file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to override")
     add_stage_arguments(parser)
+    add_base_argument(parser)
+
+
+def add_base_argument(parser: argparse.ArgumentParser) -> None:
+    """Whose finished stages to begin with."""
+    parser.add_argument(
+        "--base", type=Path, metavar="RUN", help="take the stages before --from from this run, which finished them"
+    )
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,11 @@
 
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from megatron_vcppo.errors import UserError
 
@@ -12,6 +16,11 @@ ENDED = (
 )
 """All others are queued, running or between the two; there are many of those, such as SIGNALING."""
 TIMEOUT_S = 30.0
+Answer = TypeVar("Answer")
+
+
+class Unreachable(UserError):
+    """Slurm's controller does not answer."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +43,41 @@ class JobState:
         return self.state not in ENDED
 
 
-def slurm(*argv: str, check: bool = True) -> str:
-    """Run one of Slurm's commands; returns its output. UserError with Slurm's own message."""
+UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused", "Zero Bytes were trans")
+"""In the words of Slurm's commands: slurmctld is down, restarting or overloaded."""
+UNKNOWN_JOB = "Invalid job id"
+"""In the words of squeue and scontrol: Slurm has forgotten the job."""
+
+
+def slurm(*argv: str, accept: str | None = None) -> str:
+    """Run one of Slurm's commands; returns its output, "" where its complaint contains ``accept``.
+
+    UserError with Slurm's own message; Unreachable if its controller does not answer.
+    """
     if shutil.which(argv[0]) is None:
         raise UserError(f"{argv[0]} is not on the path: run this on a login node, or use --cluster local")
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        raise UserError(f"{argv[0]} gave no answer in {TIMEOUT_S:.0f} s: is the Slurm controller up?") from None
-    if done.returncode and check:
-        raise UserError(f"{argv[0]}: {slurm_message(done.stderr) or f'exit code {done.returncode}'}")
-    return done.stdout if not done.returncode else ""
+        raise Unreachable(f"{argv[0]} gave no answer in {TIMEOUT_S:.0f} s: is Slurm's controller up?") from None
+    if not done.returncode:
+        return done.stdout
+    if accept is not None and accept in done.stderr:
+        return ""
+    error = Unreachable if any(words in done.stderr for words in UNREACHABLE) else UserError
+    raise error(f"{argv[0]}: {slurm_message(done.stderr) or f'exit code {done.returncode}'}")
+
+
+def patiently(ask: Callable[[], Answer], seconds: float = 120.0) -> Answer:
+    """Ask again while Slurm's controller does not answer, as while it restarts; Unreachable after ``seconds``."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return ask()
+        except Unreachable:
+            if time.monotonic() > end:
+                raise
+            time.sleep(2)
 
 
 def slurm_message(stderr: str) -> str:
@@ -54,15 +87,16 @@ def slurm_message(stderr: str) -> str:
 
 
 def job_states(job_ids: list[str]) -> dict[str, JobState]:
-    """The state of each job that Slurm still knows."""
+    """The state of each job that Slurm still knows. Unreachable if Slurm's controller does not answer."""
     if not job_ids:
         return {}
-    found = parse_table(slurm("squeue", "-h", "-t", "all", "-j", ",".join(job_ids), "-o", SQUEUE_FORMAT, check=False))
+    listed = ("squeue", "-h", "-t", "all", "-j", ",".join(job_ids), "-o", SQUEUE_FORMAT)
+    found = parse_table(slurm(*listed, accept=UNKNOWN_JOB))
     unknown = [job for job in job_ids if job not in found]
     if unknown:
         fields = "JobIDRaw,State,Reason,Elapsed,NodeList,Start,ExitCode"
-        text = slurm("sacct", "-X", "-n", "-P", "-j", ",".join(unknown), "-o", fields, check=False)
-        found |= parse_table(text)
+        with suppress(UserError):  # no accounting, or its data base is down
+            found |= parse_table(slurm("sacct", "-X", "-n", "-P", "-j", ",".join(unknown), "-o", fields))
     for job in unknown:
         if job not in found and (record := show_job(job)):
             found[job] = JobState(
@@ -86,7 +120,7 @@ def parse_table(text: str) -> dict[str, JobState]:
 
 def show_job(job_id: str) -> dict[str, str] | None:
     """The record of ``scontrol show job``; None once Slurm has forgotten the job."""
-    text = slurm("scontrol", "-o", "show", "job", job_id, check=False)
+    text = slurm("scontrol", "-o", "show", "job", job_id, accept=UNKNOWN_JOB)
     if not text:
         return None
     return dict(field.split("=", 1) for field in text.split() if "=" in field)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.checks import trainer_ranks
+from megatron_vcppo.stages.stored_set import needs_engines
 from slurm.run_folder import RunFolder
 
 ROLLOUT_STAGES = ("reward_model", "value_pretrain", "ppo", "evaluate")
-"""Stages that generate: they get rollout units beside the trainer."""
+"""Stages that generate."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,19 @@ class Programs:
 
 
 PROGRAMS = Programs()
+
+
+def trainer_layout(config: Config, stage: str) -> tuple[int, int]:
+    """(nodes, ranks on each of them) of a stage's trainer. An export is one process's work: it moves files."""
+    if stage == "export":
+        return 1, 1
+    nodes = config.cluster.trainer_nodes
+    return nodes, trainer_ranks(config) // nodes
+
+
+def starts_engines(config: Config, stage: str) -> bool:
+    """Whether a stage gets rollout units now: not if it generates nothing, or its set of rollouts is there already."""
+    return stage in ROLLOUT_STAGES and needs_engines(config, stage)
 
 
 def free_port(address: str = "") -> int:

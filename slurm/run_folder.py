@@ -35,12 +35,20 @@ class RunFolder:
         """Where the engines of a stage publish their addresses."""
         return self.stage(stage) / "rendezvous"
 
+    def job_log(self, job: str) -> Path:
+        """What a job's controller writes, by submitit's naming."""
+        return self.path / "slurm" / f"{job}_0_log.out"
+
     def done(self, stage: str, checksums: bool = True) -> bool:
         """True if the stage's manifest verifies; UserError if there is one that does not."""
-        if not (self.stage(stage) / MANIFEST_NAME).exists():
+        if not self.marked_done(stage):
             return False
         verify_manifest(self.stage(stage), checksums)
         return True
+
+    def marked_done(self, stage: str) -> bool:
+        """True if the stage has a manifest, verified or not."""
+        return (self.stage(stage) / MANIFEST_NAME).exists()
 
     def attempts(self, stage: str) -> list[Path]:
         """The log folders of a stage's attempts, oldest first."""

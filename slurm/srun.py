@@ -4,10 +4,9 @@ import shlex
 from pathlib import Path
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.checks import trainer_ranks
 from slurm.controller import GUARD_ARGUMENTS, Unit
 from slurm.guard import ALONE
-from slurm.roles import ROLLOUT_STAGES, Programs, role_environment
+from slurm.roles import ROLLOUT_STAGES, Programs, role_environment, starts_engines, trainer_layout
 from slurm.run_folder import RunFolder
 
 TASK_LAYOUT = ("NTASKS", "NPROCS", "NTASKS_PER_NODE", "TASKS_PER_NODE", "CPUS_PER_TASK")
@@ -17,9 +16,9 @@ RANK_SHELL = 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLU
 
 
 def stage_nodes(config: Config, stage: str) -> int:
-    """Nodes of a stage's allocation: rollout nodes are asked for only where something is generated."""
-    cluster = config.cluster
-    return cluster.trainer_nodes + (cluster.rollout_nodes if stage in ROLLOUT_STAGES else 0)
+    """Nodes of a stage's allocation: rollout nodes are asked for only where something may be generated."""
+    nodes, _ = trainer_layout(config, stage)
+    return nodes + (config.cluster.rollout_nodes if stage in ROLLOUT_STAGES else 0)
 
 
 def in_container(config: Config, command: tuple[str, ...]) -> tuple[str, ...]:
@@ -66,8 +65,8 @@ def srun_units(
     """One step for all trainer ranks on the first nodes; one per rollout node, so that it can be restarted alone."""
     cluster = config.cluster
     env = role_environment(config) | {f"SLURM_{name}": "" for name in TASK_LAYOUT}
-    trainers = hosts[: cluster.trainer_nodes]
-    ranks_per_node = trainer_ranks(config) // cluster.trainer_nodes
+    nodes, ranks_per_node = trainer_layout(config, stage)
+    trainers = hosts[:nodes]
     cpus = max(1, cluster.cpus_per_node // ranks_per_node)
     command = (
         *step(config, trainers, ranks_per_node, cpus),
@@ -78,7 +77,7 @@ def srun_units(
     )
     place = {"MASTER_ADDR": trainers[0], "MASTER_PORT": str(port)}
     units = [Unit("trainer", 0, command, env | place, "srun_trainer.log", shown_log="trainer_0.log", step=True)]
-    if stage in ROLLOUT_STAGES:
+    if starts_engines(config, stage):
         for node, host in enumerate(hosts[cluster.trainer_nodes :] or trainers):
             command = (
                 *step(config, [host], 1, cluster.cpus_per_node),

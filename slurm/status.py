@@ -7,6 +7,7 @@ from typing import Any
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from slurm import events
+from slurm.logs import last_lines
 from slurm.query import JobState, job_states
 from slurm.run_folder import RunFolder
 from slurm.submit import submitted_jobs
@@ -57,15 +58,16 @@ def stage_status(
         return status
     slurm_state = states.get(job)
     if done:
-        status.state, status.eta_s = "done", None
+        status.state = "done"
     elif slurm_state and slurm_state.active:
         waiting = slurm_state.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING")
         status.state = "pending" if waiting else "running"
-        if status.state == "pending":
-            status.note, status.eta_s = pending_note(slurm_state), None
+        if waiting:
+            status.note = pending_note(slurm_state)
     else:
-        status.eta_s = None
         add_ending(status, run, mine, slurm_state)
+    if status.state != "running":
+        status.eta_s = None
     return status
 
 
@@ -78,6 +80,8 @@ def pending_note(state: JobState) -> str:
         "BeginTime": "was requeued, starts soon",
     }
     text = words.get(state.reason, state.reason)
+    if "held" in state.reason.lower():
+        return f"{text}: once its cause is mended, scontrol release {state.job_id}"
     return text + (f", expected {state.start}" if state.start not in ("", "N/A", "Unknown") else "")
 
 
@@ -110,10 +114,13 @@ def add_ending(status: StageStatus, run: RunFolder, mine: list[dict[str, Any]], 
             status.note = f"never started; once the stage before is mended: {go_on}"
     elif last is None:
         if slurm_state:
+            said = last_lines(run.job_log(status.job), 1)
             status.state = "failed"
             status.note = (
                 f"Slurm says {slurm_state.state} {slurm_state.reason}; its controller never started on "
-                f"{slurm_state.nodes or 'any node'}: is {run.path} on a shared file system? then {go_on}"
+                f"{slurm_state.nodes or 'any node'}: "
+                + (said[0] if said else f"is {run.path} on a shared file system?")
+                + f"; vcppo doctor checks the nodes; then {go_on}"
             )
     elif last["event"] == "attempt":
         if not slurm_state and run.in_use():

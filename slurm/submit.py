@@ -74,6 +74,15 @@ def executor(
     return made
 
 
+def request_text(config: Config, stage: str) -> str:
+    """What the stage's job asks Slurm for, in words."""
+    cluster = config.cluster
+    gpus = f"{cluster.gpus_per_node} GPUs and " if cluster.gpus_per_node else ""
+    text = f"asked for {stage_nodes(config, stage)} nodes with {gpus}{cluster.cpus_per_node} CPUs each"
+    names = [f"{name} {value}" for name in ("partition", "account", "qos") if (value := getattr(cluster, name))]
+    return ", ".join([text, *names])
+
+
 def submitted_jobs(run: RunFolder) -> dict[str, str]:
     """The newest job of each stage, by stage."""
     return {event["stage"]: event["job"] for event in events.read(run.path) if event["event"] == "submitted"}
@@ -122,9 +131,9 @@ def submit(run: RunFolder, config: Config, stages: list[str], programs: Programs
             return {}
         code = take_snapshot(run.path)
         (run.path / "slurm").mkdir(exist_ok=True)
-        check_scripts(
-            (executor(run, config, stage, code, programs, None).script() for stage in todo), run.path / "slurm"
-        )
+        scripts = [executor(run, config, stage, code, programs, None).script() for stage in todo]
+        asked = [request_text(config, stage) for stage in todo]
+        check_scripts(zip(scripts, asked, strict=True), run.path / "slurm")
         jobs_of: dict[str, str] = {}
         try:
             before = None

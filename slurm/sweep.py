@@ -68,8 +68,12 @@ def read_points(folder: Path) -> list[Point]:
     return [Point(name, tuple(overrides)) for name, overrides in recorded.items()]
 
 
+SHOWN_OF_PPO = ("rollout/accuracy", "rollout/length_mean", "critic/explained_variance")
+
+
 def results(folder: Path) -> list[dict[str, object]]:
-    """One row per chain: its values, the stage it is at, and that stage's newest numbers."""
+    """One row per chain: its values, the stage it is at, PPO's newest numbers (before PPO: that stage's), and what the
+    evaluation found, in percent."""
     from slurm.prepare import open_run
     from slurm.status import run_status
 
@@ -81,9 +85,20 @@ def results(folder: Path) -> list[dict[str, object]]:
             _, config = open_run(run.path)
             reached = [status for status in run_status(run, config) if status.attempts]
             if reached:
-                row |= {"stage": reached[-1].stage, "state": reached[-1].state, **reached[-1].metrics}
+                row |= {"stage": reached[-1].stage, "state": reached[-1].state}
+                newest = (run.metrics("ppo") or [{}])[-1]
+                row |= {name: newest[name] for name in SHOWN_OF_PPO if name in newest} or reached[-1].metrics
+            row |= evaluation(run.stage("evaluate") / "results.json")
         rows.append(row)
     return rows
+
+
+def evaluation(path: Path) -> dict[str, object]:
+    """Example: ``{"avg of sft": "45.3 ± 4.3", "avg of ppo": "83.4 ± 3.2"}``; empty before the evaluation is done."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {f"avg of {row['name']}": f"{100 * row['avg']:.1f} ± {100 * row['avg_interval']:.1f}" for row in found}
 
 
 def text_table(rows: list[dict[str, object]]) -> str:

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from itertools import pairwise
 
 from slurm import events
-from slurm.query import show_job
+from slurm.query import Unreachable, patiently, show_job
 from slurm.run_folder import RunFolder
 
 SIGNAL_JITTER_S = 60
@@ -43,10 +44,12 @@ def signal_margin_s(run: RunFolder, stage: str, default_s: int, limit_s: int) ->
 
 
 def job_end_time(job_id: str) -> float:
-    """When the job's time limit ends it, seconds since the epoch; infinity if it has none."""
-    record = show_job(job_id) or {}
+    """When the job's time limit ends it, seconds since the epoch; infinity if it has none, or Slurm does not say."""
+    record: dict[str, str] | None = None
+    with suppress(Unreachable):
+        record = patiently(lambda: show_job(job_id))
     try:
-        return datetime.fromisoformat(record["EndTime"]).timestamp()
+        return datetime.fromisoformat((record or {})["EndTime"]).timestamp()
     except (KeyError, ValueError):
         return float("inf")
 

@@ -1,7 +1,6 @@
 """What can be known to be wrong before a job is queued."""
 
 import shutil
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from megatron_vcppo.config.checks import trainer_ranks
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.architecture import Architecture
 from slurm.memory import check_memory
-from slurm.query import slurm_message
+from slurm.query import Unreachable, slurm
 from slurm.roles import ROLLOUT_STAGES
 from slurm.run_folder import RunFolder
 
@@ -57,15 +56,23 @@ def check_slurm_installed() -> None:
         raise UserError(f"{', '.join(missing)} not on the path: submit from a login node, or use --cluster local")
 
 
-def check_scripts(scripts: Iterable[str], folder: Path) -> None:
-    """Let Slurm judge each different batch script without queueing it; its own message is the error."""
-    for script in dict.fromkeys(scripts):
+def check_scripts(requests: Iterable[tuple[str, str]], folder: Path) -> None:
+    """Let Slurm judge each different batch script without queueing it; its own message is the error.
+
+    requests: (script, what it asks for in words).
+    """
+    for script, request in dict.fromkeys(requests):
         path = folder / "test_only.sh"
         path.write_text(script, encoding="utf-8")
-        done = subprocess.run(["sbatch", "--test-only", str(path)], capture_output=True, text=True, timeout=30)
-        path.unlink()
-        if done.returncode:
-            raise UserError(f"Slurm refuses the job: {slurm_message(done.stderr)}; see cluster.* in the configuration")
+        try:
+            slurm("sbatch", "--test-only", str(path))
+        except Unreachable:
+            raise
+        except UserError as error:
+            said = str(error).removeprefix("sbatch: ")
+            raise UserError(f"Slurm refuses the job: {said}; {request} (the keys cluster.*)") from None
+        finally:
+            path.unlink()
 
 
 def check_run_folder(run: RunFolder) -> None:

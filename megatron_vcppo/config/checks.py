@@ -15,8 +15,8 @@ POSITIVE = {
     "timeout_s", "eps", "init_std", "trainer_nodes", "trainer_ranks", "cpus_per_node", "time_limit_minutes",
     "num_prompts", "num_samples", "max_tokens", "stored_rollouts", "stable_window", "iterations", "minibatches",
     "prompts_per_iteration", "ppo_epochs", "updates_per_actor_update", "dynamic_sampling_rounds", "skip_limit",
-    "verify_timeout_s", "per_node", "max_num_seqs", "bucket_mib", "kl_horizon", "length_adaptive_alpha", "tis_cap",
-    "huber_delta", "value_clip", "clip_low", "clip_high",
+    "verify_timeout_s", "verify_workers", "per_node", "max_num_seqs", "bucket_mib", "kl_horizon",
+    "length_adaptive_alpha", "tis_cap", "huber_delta", "value_clip", "clip_low", "clip_high",
 }  # fmt: skip
 """Last parts of keys whose value, where there is one, must be over zero."""
 NOT_NEGATIVE = {
@@ -100,10 +100,11 @@ def _check_layout(config: Config) -> Iterator[str]:
         yield f"parallel: {sizes} × dp {parallel.dp} needs {wanted} ranks, the cluster section has {ranks}"
     if ranks % nodes:
         yield f"cluster: {ranks} trainer ranks do not divide over trainer_nodes {nodes}"
-    if parallel.cp > 1:
+    tokens, least = parallel.tokens_per_microbatch, 2 * parallel.cp * parallel.tp
+    if parallel.cp > 1 and tokens < least:
         yield (
-            f"parallel.cp {parallel.cp}: sequences are not split over context-parallel ranks yet; set it to 1, and use "
-            "tp with sequence_parallel, pp or recompute for long sequences"
+            f"parallel.tokens_per_microbatch {tokens} is under 2 × cp {parallel.cp} × tp {parallel.tp} = {least}, to "
+            "which sequences are padded"
         )
     if parallel.sequence_parallel and parallel.tp == 1:
         yield "parallel.sequence_parallel needs parallel.tp over 1, got 1"

@@ -23,8 +23,13 @@ class PromptsConfig:
     """Verifier of problems that name no task themselves."""
     bad_samples: Literal["error", "skip", "truncate"] = "error"
     """What happens to malformed problems, and to prompts that leave no room for a response."""
+    verifiers: dict[str, str] = field(default_factory=dict)
+    """task: verifier, beside the built-in ones: the name of one of those, or module:function of your own, which is
+    given the Prompt and the response's text and returns a Verdict (megatron_vcppo/rewards/base.py)."""
     verify_timeout_s: float = 10.0
     """A verifier that takes longer on one answer is stopped; the answer counts as wrong and is reported."""
+    verify_workers: int = 2
+    """Verifier processes of each data-parallel replica."""
 
 
 @dataclass
@@ -161,8 +166,8 @@ class PpoConfig:
     dynamic_sampling_rounds: int = 5
     """Rounds of replacement at most; what is then missing is said and trained without."""
     skip_limit: int = 5
-    """Updates of one model in a row that are skipped because a loss or gradient was not finite, when the stage stops;
-    value pretraining counts to the same number."""
+    """Updates of one model in a row that are skipped because a loss or gradient was not finite, when the stage stops,
+    saved; every stage that trains counts to this number."""
     evaluate_every: int = 0
     """Iterations between evaluations on the live engines; 0: none."""
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)

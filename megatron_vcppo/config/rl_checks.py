@@ -14,8 +14,13 @@ def check_rl(config: Config) -> Iterator[str]:
     if stages & GENERATING:
         yield from _rollouts(config)
     if "value_pretrain" in stages:
-        settings = config.value_pretrain
+        settings, num_samples = config.value_pretrain, config.rollout.num_samples
         yield from _critic_source(config, "value_pretrain", settings.init, settings.checkpoint_path)
+        if settings.rollouts == "fresh" and settings.batch_size % num_samples:
+            yield (
+                f"value_pretrain.batch_size {settings.batch_size} is no multiple of rollout.num_samples {num_samples}: "
+                "a step takes whole prompts"
+            )
     if "ppo" in stages:
         yield from _ppo(config)
         yield from _ppo_losses(config)

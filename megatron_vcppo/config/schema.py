@@ -20,6 +20,7 @@ from megatron_vcppo.config.rl import (
 from megatron_vcppo.config.rollout import RolloutConfig, WeightSyncConfig
 from megatron_vcppo.config.training import CheckpointConfig, OptimizerConfig, ScheduleConfig
 
+Dtype = Literal["bfloat16", "float32"]
 Stage = Literal["sft", "reward_model", "value_pretrain", "ppo", "evaluate", "export"]
 
 
@@ -46,7 +47,7 @@ class ModelConfig:
 
     hf: str = MISSING
     """Folder of a Hugging Face checkpoint (Qwen2, Qwen2.5, Qwen3, Llama 3): config.json, safetensors, tokenizer."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Parameters and activations; gradients are always reduced in float32."""
     max_length: int = 4096
     """Longest sequence (prompt + response) in tokens."""
@@ -63,19 +64,26 @@ class ParallelConfig:
     pp: int = 1
     """Pipeline stages: the layers are split."""
     cp: int = 1
-    """Context-parallel ranks, which share a sequence: only 1 is possible yet."""
+    """Context-parallel ranks, which share each sequence: for responses too long for one rank's memory.
+
+    Sequences are padded to multiples of 2 × cp tokens. Attention is Transformer Engine's ring where that is installed;
+    without it keys and values are gathered, which wants recompute (selective is enough) to save memory.
+    """
     dp: int | None = None
     """Data-parallel replicas; left out, it follows from the number of ranks."""
     sequence_parallel: bool = False
     """Split the norms' activations along the sequence too; needs tp > 1."""
     distributed_optimizer: bool = False
-    """Share the optimizer's state over the data-parallel ranks."""
+    """Share the optimizer's state over the data-parallel and context-parallel ranks."""
     overlap: bool = False
     """Overlap gradient reduction (and, with the distributed optimizer, parameter gathering) with computation."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Which activations are recomputed in the backward pass."""
     tokens_per_microbatch: int = 4096
-    """Token budget to which packed micro-batches are filled; a longer sequence gets a micro-batch of its own."""
+    """Token budget to which packed micro-batches are filled; a longer sequence gets a micro-batch of its own.
+
+    With context parallelism each rank holds 1 / cp of a micro-batch.
+    """
 
 
 @dataclass
@@ -83,8 +91,9 @@ class SftConfig:
     """Supervised fine-tuning: loss on responses only."""
 
     train: str = MISSING
-    """JSONL file, folder of a saved data set, or name of a `datasets` data set."""
+    """JSONL file, folder or folder:split of a saved data set, or name or name:split of a `datasets` data set."""
     validation: str | None = None
+    """Held-out samples, read like sft.train; a data set without a split named is read at its split train here too."""
     prompt_key: str = "prompt"
     response_key: str = "response"
     messages_key: str = "messages"

@@ -1,8 +1,8 @@
 """Sequences into packed micro-batches: which go together, who gets which, and the shift by one token.
 
 Packed means concatenated along one axis of T tokens, with segment borders in ``cu_seqlens`` and no padding between
-sequences. The model's output at t predicts token t + 1 of the same segment, so every per-token field is moved one
-place to the left inside its segment here, once, and nowhere else.
+sequences, but what context parallelism asks for at their ends. The model's output at t predicts token t + 1 of the same
+segment, so every per-token field is moved one place to the left inside its segment here, once, and nowhere else.
 """
 
 import heapq
@@ -83,17 +83,17 @@ def pack(
 ) -> PackedMicrobatch:
     """Concatenate ``sequences[i] for i in sequence_index``; all have the same fields.
 
-    multiple: T is rounded up to it by one dummy segment (sequence parallelism: tp; with context parallelism:
-    2 · cp · tp). segment_multiple: each segment is rounded up to it by tokens at its end (context parallelism: 2 · cp,
-    because each rank takes two slices of every segment). No sequences: only the dummy segment, with ``field_names`` as
-    its fields, for a rank that has no work but must join the collectives.
+    multiple: T is rounded up to it by one dummy segment (sequence and context parallelism). segment_multiple: each
+    segment is rounded up to it by tokens at its end (context parallelism). ``context.rounding`` gives both. No
+    sequences: only the dummy segment, with ``field_names`` as its fields, for a rank that has no work but must join the
+    collectives.
     """
     assert multiple % segment_multiple == 0, f"multiple {multiple} must contain segment_multiple {segment_multiple}"
     chosen = [sequences[i] for i in sequence_index]
     lengths = [len(sequence) for sequence in chosen]
     assert all(lengths), "an empty sequence cannot be packed"
-    spans = [_round_up(length, segment_multiple) for length in lengths]
-    num_tokens = max(_round_up(sum(spans), multiple), multiple)
+    spans = [round_up(length, segment_multiple) for length in lengths]
+    num_tokens = max(round_up(sum(spans), multiple), multiple)
     if num_tokens > sum(spans):
         spans.append(num_tokens - sum(spans))
     borders = np.cumsum([0, *spans])
@@ -127,7 +127,7 @@ def pack_all(
     sequences: Items[Sequence], tokens_per_microbatch: int, multiple: int = 1, segment_multiple: int = 1
 ) -> list[PackedMicrobatch]:
     """Every sequence once, in as few micro-batches of the token budget as were found; arguments as in ``pack``."""
-    spans = [_round_up(len(sequence), segment_multiple) for sequence in sequences]
+    spans = [round_up(len(sequence), segment_multiple) for sequence in sequences]
     bins = pack_into_microbatches(spans, tokens_per_microbatch)
     return [pack(sequences, indices, multiple, segment_multiple) for indices in bins]
 
@@ -210,7 +210,8 @@ def _exchange(ranks: list[list[int]], loads: np.ndarray, costs: np.ndarray) -> N
             loads[rank] = costs[ranks[rank]].sum()
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple of ``multiple`` that is not under ``value``."""
     return -(-value // multiple) * multiple
 
 

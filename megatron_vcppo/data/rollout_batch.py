@@ -91,9 +91,11 @@ class Packing:
 
     tokens_per_microbatch: int
     multiple: int
-    """Micro-batch lengths are rounded up to it: tp with sequence parallelism."""
+    """Micro-batch lengths are rounded up to it, see ``context.rounding``."""
     dp_rank: int
     dp_size: int
+    segment_multiple: int = 1
+    """Each sequence's length is, too."""
 
     def share(self, lengths: Items[int]) -> list[int]:
         """Indices of the sequences that this data-parallel replica works on."""
@@ -107,5 +109,5 @@ class Packing:
     def pack(self, sequences: Items[Sequence], field_names: Items[str] = ()) -> list[PackedMicrobatch]:
         """This replica's sequences as micro-batches; one of padding alone if it has none."""
         if not sequences:
-            return [pack([], [], self.multiple, field_names=field_names)]
-        return pack_all(sequences, self.tokens_per_microbatch, self.multiple)
+            return [pack([], [], self.multiple, self.segment_multiple, field_names)]
+        return pack_all(sequences, self.tokens_per_microbatch, self.multiple, self.segment_multiple)

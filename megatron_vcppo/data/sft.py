@@ -129,6 +129,9 @@ def _encode_all(
             if row is None:
                 continue
             ids, mask = _join(row, [next(encoded) for _ in row], tokenizer.eos_token_id)
+            if not any(mask):
+                report.bad(sample.number, BadSample("empty response", "it has no token that could be learned"))
+                continue
             if len(ids) > max_length:
                 kept = sum(mask[:max_length])
                 report.bad(sample.number, BadSample("too long", f"{len(ids)} tokens, model.max_length is {max_length}"))
@@ -200,7 +203,7 @@ def _join(pieces: list[Piece], encoded: list[list[int]], eos_token_id: int) -> t
     """One example; the last piece is a response, and EOS ends it."""
     ids = [i for part in encoded for i in part]
     mask = [piece.loss for piece, part in zip(pieces, encoded, strict=True) for _ in part]
-    if ids[-1] != eos_token_id:
+    if ids[-1:] != [eos_token_id]:
         ids.append(eos_token_id)
         mask.append(True)
     mask[0] = False  # nothing predicts the first token

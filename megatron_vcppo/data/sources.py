@@ -24,16 +24,16 @@ class Sample:
 def read_samples(source: str, split: str = "train") -> Iterator[Sample]:
     """Stream the samples of a source in its order. Blank lines of a JSONL file are not samples.
 
-    source: a .jsonl or .json (one object a line) or .parquet file; a folder written by
-    ``Dataset.save_to_disk``; else ``name``, ``name:split`` or ``name:configuration:split`` for
-    ``datasets.load_dataset``. Raises UserError, before the first sample, if the source cannot be opened.
+    source: a .jsonl or .json (one object a line) or .parquet file; ``folder`` or ``folder:split`` written by
+    ``save_to_disk`` of `datasets`; else ``name``, ``name:split`` or ``name:configuration:split`` for its
+    ``load_dataset``. Raises UserError, before the first sample, if the source cannot be opened.
     """
     path = Path(source)
     if path.is_file() and path.suffix in (".jsonl", ".json"):
         return _read_jsonl(path)
     if path.is_file() and path.suffix != ".parquet":
         raise UserError(f"{source}: expected a .jsonl, .json or .parquet file, or a folder of a saved data set")
-    if not path.exists() and (path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute()):
+    if not _place(source, split)[0].exists() and (path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute()):
         raise UserError(f"{source}: no such file or folder")
     return _read_dataset(source, split)
 
@@ -51,15 +51,29 @@ def _read_jsonl(path: Path) -> Iterator[Sample]:
             done += len(line)
             if not line.strip():
                 continue
-            try:
-                value = json.loads(line)
-            except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
-                yield Sample(number, None, f"not JSON ({error})", done / size)
-                continue
-            if isinstance(value, dict):
-                yield Sample(number, value, fraction=done / size)
-            else:
-                yield Sample(number, None, f"not a JSON object but a {type(value).__name__}", done / size)
+            value, problem = _parse(line)
+            yield Sample(number, value, problem, done / size)
+
+
+def _parse(line: bytes) -> tuple[dict[str, Any] | None, str]:
+    """The object on a line, or what is wrong with it."""
+    try:
+        value = json.loads(line)
+        if b"\\ud" in line.lower():
+            # Half of an escaped pair, as cutting a text leaves it: JSON allows it, but no tokenizer takes it.
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return None, f"not text ({error.reason})"
+    except (ValueError, RecursionError) as error:  # JSONDecodeError or UnicodeDecodeError; nested thousands deep
+        return None, f"not JSON ({error})"
+    return (value, "") if isinstance(value, dict) else (None, f"not a JSON object but a {type(value).__name__}")
+
+
+def _place(source: str, split: str) -> tuple[Path, str]:
+    """The path and split of ``path`` or ``folder:split``; for anything else the path is one that does not exist."""
+    folder, _, named = source.rpartition(":")
+    is_named = folder and not Path(source).exists() and Path(folder).is_dir()
+    return (Path(folder), named) if is_named else (Path(source), split)
 
 
 def _read_dataset(source: str, split: str) -> Iterator[Sample]:
@@ -71,7 +85,7 @@ def _read_dataset(source: str, split: str) -> Iterator[Sample]:
 def _open_dataset(source: str, split: str) -> Any:
     import datasets  # slow to import, and most runs read JSONL
 
-    path = Path(source)
+    path, split = _place(source, split)
     try:
         if path.is_file():
             return datasets.Dataset.from_parquet(str(path))

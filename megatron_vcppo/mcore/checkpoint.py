@@ -17,7 +17,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -34,8 +35,9 @@ from megatron_vcppo.mcore import optimizer as optim
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.convert.folders import copy_small_files
 from megatron_vcppo.mcore.learner import Learner
-from megatron_vcppo.mcore.manifest import file_record, verify_manifest, write_manifest
+from megatron_vcppo.mcore.manifest import file_record, sync_folder, verify_manifest, write_manifest
 from megatron_vcppo.mcore.model import PackedGPT
+from megatron_vcppo.mcore.watchdog import deadline
 
 PR_SET_PDEATHSIG = 1
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -62,13 +64,16 @@ class CheckpointFolder:
         self.folder, self.hf_files, self.keep_last = folder, hf_files, keep_last
         self.runtime = runtime.current()
         self.queue = AsyncCallsQueue(persistent=False) if async_save else None
-        _start_results_queue()
+        _queues()
+        self.temporary = folder
+        """What is being written, or was written last."""
         self.save_time_s = 0.0
         """Seconds that the last save kept training waiting."""
         if self.runtime.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(".*"):
-                shutil.rmtree(leftover)
+                # A writer of an attempt that was killed may still be at work in it.
+                shutil.rmtree(leftover, ignore_errors=True)
         dist.barrier()
 
     def save(self, iteration: int, components: Mapping[str, Learner], state: Mapping[str, Any]) -> None:
@@ -77,32 +82,36 @@ class CheckpointFolder:
         self.finish()
         temporary = self.folder / f".iter_{iteration:07d}.tmp"
         if self.runtime.is_main:
-            # Left by a save of this iteration that a signal or a full disk cut short.
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a save that a signal or a full disk cut short
             for name in components:
-                (temporary / name).mkdir(parents=True)
+                (temporary / name).mkdir(parents=True, exist_ok=True)
         dist.barrier()
+        self.temporary = temporary
         requests = []
-        for name, learner in components.items():
-            requests.append(
-                dist_checkpointing.save(
+        with self._deadline():
+            for name, learner in components.items():
+                # Writers of two components that shared one could take each other's results for their own.
+                filesystem_async._results_queue = _queues().Queue()
+                request = dist_checkpointing.save(
                     _sharded_state(learner, is_loading=False),
                     str(temporary / name),
                     async_sharded_save=self.queue is not None,
                 )
-            )
-        content = {"iteration": iteration, "state": dict(state), "components": sorted(components)}
+                requests.append(request)
+        # As text: the caller goes on with lists that it may have in there while a background save is under way.
+        content = json.dumps({"iteration": iteration, "state": dict(state), "components": sorted(components)}, indent=1)
 
         def complete() -> None:
-            self._complete(temporary, components, content)
+            self._complete(temporary, components, iteration, content)
 
         if self.queue is None:
             complete()
         else:
-            for request in requests[:-1]:
-                self.queue.schedule_async_request(request)
             requests[-1].finalize_fns.append(complete)
-            self.queue.schedule_async_request(requests[-1])
+            for request in requests:
+                if request.async_fn is not None:  # this rank has something to write
+                    request = request._replace(async_fn=functools.partial(_write_in_background, request.async_fn))
+                self.queue.schedule_async_request(request)
         self.save_time_s = time.monotonic() - started
 
     def poll(self) -> None:
@@ -113,20 +122,24 @@ class CheckpointFolder:
     def finish(self) -> None:
         """Wait for the background save."""
         if self.queue is not None:
-            self.queue.maybe_finalize_async_calls(blocking=True)
+            with self._deadline():
+                self.queue.maybe_finalize_async_calls(blocking=True)
 
     def latest(self) -> Path | None:
         """The newest checkpoint that verifies; a damaged one is named on stderr and the one before is taken."""
         choice: list[str | None] = [None]
-        if self.runtime.is_main:
+
+        def look(beat: Callable[[], None]) -> None:
             for path in sorted(complete_checkpoints(self.folder), reverse=True):
                 try:
-                    verify_manifest(path)
+                    verify_manifest(path, on_progress=beat)
                 except UserError as error:
                     print(f"warning: skipping a damaged checkpoint: {error}", file=sys.stderr, flush=True)
                     continue
                 choice[0] = str(path)
-                break
+                return
+
+        runtime.on_main(look, f"checking the checkpoints in {self.folder}")
         dist.broadcast_object_list(choice, src=0)
         return Path(choice[0]) if choice[0] else None
 
@@ -140,7 +153,7 @@ class CheckpointFolder:
             load_learner(learner, path / name)
         return Resumed(content["iteration"], content["state"])
 
-    def _complete(self, temporary: Path, components: Mapping[str, Learner], content: Mapping[str, Any]) -> None:
+    def _complete(self, temporary: Path, components: Mapping[str, Learner], iteration: int, content: str) -> None:
         """Checksum what every rank wrote, write the manifests, rename, drop old checkpoints."""
         mine = {
             path.relative_to(temporary).as_posix(): file_record(path)
@@ -154,17 +167,30 @@ class CheckpointFolder:
             for name, learner in components.items():
                 copy_small_files(self.hf_files, temporary / name / "hf")
                 inside = {k.removeprefix(f"{name}/"): v for k, v in known.items() if k.startswith(f"{name}/")}
-                write_manifest(temporary / name, self._meta(learner, content["iteration"]), known=inside)
-            (temporary / "state.json").write_text(json.dumps(content, indent=1))
-            write_manifest(temporary, {"iteration": content["iteration"]}, known=known)
+                write_manifest(temporary / name, self._meta(learner, iteration), known=inside)
+            (temporary / "state.json").write_text(content)
+            write_manifest(temporary, {"iteration": iteration}, known=known)
             final = self.folder / temporary.name.removeprefix(".").removesuffix(".tmp")
             if final.exists():  # saved before, found damaged, trained again
-                shutil.rmtree(final)
+                _remove(final)
             os.replace(temporary, final)
+            sync_folder(self.folder)
             if self.keep_last:
                 for old in sorted(complete_checkpoints(self.folder))[: -self.keep_last]:
-                    shutil.rmtree(old)
+                    _remove(old)
         dist.barrier()
+
+    def _deadline(self) -> AbstractContextManager[None]:
+        """Of waits for processes that write: one that was killed is waited for without end."""
+        folder, rank = self.temporary, self.runtime.rank
+
+        def written_bytes() -> int:
+            try:
+                return sum(file.stat().st_size for file in folder.glob(f"*/__{rank}_*"))
+            except OSError:  # it was just renamed
+                return -1
+
+        return deadline(f"rank {rank}: writing {folder}", runtime.timeout_s(), written_bytes)
 
     def _meta(self, learner: Learner, iteration: int) -> dict[str, Any]:
         model = learner.model
@@ -181,6 +207,13 @@ class CheckpointFolder:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Folders that carry a final name; whether they are undamaged is the manifest's to say."""
     return [path for path in folder.glob("iter_*") if _COMPLETE.match(path.name)] if folder.is_dir() else []
+
+
+def _remove(checkpoint: Path) -> None:
+    """Take the final name away first: what a kill leaves half removed is no checkpoint."""
+    leftover = checkpoint.with_name(f".{checkpoint.name}.old")
+    os.replace(checkpoint, leftover)
+    shutil.rmtree(leftover, ignore_errors=True)
 
 
 def load_learner(learner: Learner, folder: Path) -> None:
@@ -211,20 +244,30 @@ def load_model(model: PackedGPT, folder: Path, without: str | None = None) -> No
 
 
 @functools.cache
-def _start_results_queue() -> None:
-    """The queue through which Megatron's writer processes report, in a process that ends with this one.
+def _queues() -> SyncManager:
+    """The maker of the queues through which Megatron's writer processes report: a process that ends with this one.
 
     Megatron would start that process by spawn, which imports torch again (3.5 s at the first save of every rank), and
     would leave it behind when the rank is killed.
     """
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(_end_with_parent)
-    filesystem_async._results_queue = manager.Queue()
+    manager.start(_serve_queues)
+    return manager
+
+
+def _serve_queues() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    _end_with_parent()
+
+
+def _write_in_background(write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """In a process of its own, which must not outlive its rank: the next attempt writes the same files."""
+    _end_with_parent()
+    write(*args, **kwargs)
 
 
 def _end_with_parent() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

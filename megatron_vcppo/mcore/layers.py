@@ -13,12 +13,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_vcppo.mcore.context import PackedParams
 
 
 def have_transformer_engine() -> bool:
@@ -35,7 +36,12 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention inside each segment of a packed micro-batch, by torch's fused kernels."""
+    """Causal attention inside each segment of a packed micro-batch, by torch's fused kernels.
+
+    With context parallelism (size ranks) T is this rank's share of the micro-batch's tokens; keys and values of the
+    others are gathered, and their gradients are sent back. That costs memory for the whole micro-batch's keys and
+    values in every layer, unless activations are recomputed.
+    """
 
     def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
         super().__init__(config=config)
@@ -49,10 +55,12 @@ class PackedAttention(MegatronModule):
         attention_mask: None,
         attn_mask_type: Any = None,
         attention_bias: None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedParams | None = None,
     ) -> Tensor:
         """query [T, heads, d], key and value [T, kv_heads, d] -> [T, heads · d]."""
         assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd", "sequences must be packed"
+        if packed_seq_params.shard.size > 1:
+            return self._over_context(query, key, value, packed_seq_params)
         grouped = query.shape[1] != key.shape[1]
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         # split, not slices: the backward pass of each slice would fill and add a gradient of the whole length.
@@ -62,6 +70,32 @@ class PackedAttention(MegatronModule):
             for q, k, v in zip(*parts, strict=True)
         ]
         return torch.cat(segments, dim=2).squeeze(0).transpose(0, 1).flatten(1)
+
+    def _over_context(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedParams) -> Tensor:
+        """Each of this rank's two chunks of a segment attends to the segment up to the chunk's end."""
+        shard, spans = packed.shard, packed.cu_seqlens_q.diff().tolist()
+        key, value = shard.gather_keys(key, value)
+        # [kv_heads, query heads of one key head, tokens, d]: grouped heads without copies of keys and values.
+        query = query.unflatten(1, (key.shape[1], -1)).permute(1, 2, 0, 3)
+        keys, values = (x.transpose(0, 1).unsqueeze(1).split(spans, dim=2) for x in (key, value))
+        chunks = query.split([span // (2 * shard.size) for span in spans for _ in range(2)], dim=2)
+        attended = []
+        for i, chunk in enumerate(chunks):
+            number = shard.rank if i % 2 == 0 else 2 * shard.size - 1 - shard.rank
+            seen = (number + 1) * chunk.shape[2]
+            k, v = (x[i // 2][:, :, :seen].expand(-1, chunk.shape[1], -1, -1) for x in (keys, values))
+            attended.append(_causal_at_the_end(chunk, k, v, self.scale))
+        return torch.cat(attended, dim=2).permute(2, 0, 1, 3).flatten(1)
+
+
+def _causal_at_the_end(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Attention of the last Q of K tokens to all that are not after them; query […, Q, d], key and value […, K, d]."""
+    num_queries, num_keys = query.shape[-2], key.shape[-2]
+    if num_queries == num_keys:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    everything = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+    mask = everything.tril(num_keys - num_queries)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 def block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:

@@ -20,6 +20,7 @@ from megatron_vcppo.config.schema import OptimizerConfig, ParallelConfig, Schedu
 from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.mcore import optimizer as optim
 from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.context import ContextShard, shard_of
 from megatron_vcppo.mcore.logprobs import vocab_parallel_logprobs
 from megatron_vcppo.mcore.model import ActorModel, CriticModel, PackedGPT
 
@@ -50,8 +51,8 @@ class Runner:
         self.model = model
         self.module: torch.nn.Module = model
 
-    def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch) -> Any:
-        """From what the last stage reads out to what losses take."""
+    def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch, shard: ContextShard) -> Any:
+        """From what the last stage reads out of this rank's tokens to what losses take: outputs of all tokens."""
         raise AssertionError("a subclass says what its outputs are")
 
     @torch.no_grad()
@@ -59,13 +60,13 @@ class Runner:
         """The loss and its metrics without an update; the same on every rank."""
 
         def forward_step(iterator: Any, model: Any) -> tuple[Tensor, Callable]:
-            microbatch = next(iterator)
+            microbatch, shard = next(iterator)
 
             def loss(model_output: Tensor, non_loss_data: bool = True) -> Metrics:
-                value, metrics = loss_function(self.outputs(model_output, microbatch), microbatch)
+                value, metrics = loss_function(self.outputs(model_output, microbatch, shard), microbatch)
                 return {**metrics, "loss": (value, torch.zeros_like(value))}
 
-            return self.model.run(microbatch), loss
+            return self.model.run(microbatch, shard), loss
 
         self.module.eval()
         return self._reduce(self._run_schedule(microbatches, forward_step, forward_only=True))
@@ -75,12 +76,12 @@ class Runner:
         """One float32 tensor [T] per micro-batch, picked from the outputs; the same on every pipeline stage."""
 
         def forward_step(iterator: Any, model: Any) -> tuple[Tensor, Callable]:
-            microbatch = next(iterator)
+            microbatch, shard = next(iterator)
 
             def collect(model_output: Tensor, non_loss_data: bool = True) -> Tensor:
-                return pick(self.outputs(model_output, microbatch)).float()
+                return pick(self.outputs(model_output, microbatch, shard)).float()
 
-            return self.model.run(microbatch), collect
+            return self.model.run(microbatch, shard), collect
 
         self.module.eval()
         collected = self._run_schedule(microbatches, forward_step, forward_only=True)
@@ -95,9 +96,10 @@ class Runner:
         """What the last stage's loss functions returned, in order; empty on other stages."""
         assert microbatches, "every data-parallel replica needs at least one micro-batch"
         on_device = [m.to(self.runtime.device) for m in microbatches]
+        shards = [shard_of(m, self.runtime.device) for m in microbatches]
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(on_device),
+            data_iterator=zip(on_device, shards, strict=True),
             model=[self.module],
             num_microbatches=len(on_device),
             seq_length=max(m.num_tokens for m in on_device),
@@ -107,7 +109,10 @@ class Runner:
         )
 
     def _reduce(self, per_microbatch: Sequence[Metrics]) -> dict[str, float]:
-        """Add sums and weights over micro-batches and replicas, divide, and tell every stage."""
+        """Add sums and weights over micro-batches and replicas, divide, and tell every stage.
+
+        Context-parallel ranks of a replica have the same ones already: not added.
+        """
         names: list[list[str] | None] = [sorted(per_microbatch[0]) if per_microbatch else None]
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         if self.runtime.pp_size > 1:
@@ -121,7 +126,7 @@ class Runner:
                 for j in (0, 1):
                     totals[j, i] += metrics[key][j].double()
         if self.runtime.is_last_stage:
-            dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+            dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
         self._from_last_stage(totals)
         # A weight of zero says that the sum itself is the metric (a loss over a given denominator).
         return {key: float(s / w if w else s) for key, s, w in zip(keys, *totals, strict=True)}
@@ -177,19 +182,20 @@ class Learner(Runner):
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        # The schedule divides by the number of micro-batches, the gradient reduction by that of replicas.
+        # The schedule divides by the number of micro-batches, the gradient reduction by that of replicas (its division
+        # by context-parallel ranks, whose gradients are parts of one sum, is undone by the schedule).
         undo_means = len(microbatches) * self.runtime.dp_size
 
         def forward_step(iterator: Any, model: Any) -> tuple[Tensor, Callable]:
-            microbatch = next(iterator)
+            microbatch, shard = next(iterator)
 
             def loss(model_output: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-                value, metrics = loss_function(self.outputs(model_output, microbatch), microbatch)
+                value, metrics = loss_function(self.outputs(model_output, microbatch, shard), microbatch)
                 detached = {name: (s.detach().clone(), w.detach().clone()) for name, (s, w) in metrics.items()}
                 detached["loss"] = (value.detach().clone(), torch.zeros_like(value))
                 return value * undo_means, detached
 
-            return self.model.run(microbatch), loss
+            return self.model.run(microbatch, shard), loss
 
         per_microbatch = self._run_schedule(microbatches, forward_step)
         metrics = self._reduce(per_microbatch)
@@ -210,10 +216,13 @@ class Policy(Runner):
 
     temperature = 1.0
 
-    def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Tensor]:
-        return vocab_parallel_logprobs(
-            model_output, microbatch.labels, self.model.arch.vocab_size, temperature=self.temperature
+    def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch, shard: ContextShard) -> tuple[Tensor, Tensor]:
+        logprobs, entropy = shard.gather_outputs(
+            *vocab_parallel_logprobs(
+                model_output, shard.take(microbatch.labels), self.model.arch.vocab_size, temperature=self.temperature
+            )
         )
+        return logprobs, entropy
 
     def logprobs(self, microbatches: Sequence[PackedMicrobatch]) -> list[Tensor]:
         """Log-probability of each next token: one tensor [T] per micro-batch, on every rank of the replica."""
@@ -241,8 +250,8 @@ class Critic(Learner):
 
     model: CriticModel
 
-    def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch) -> Tensor:
-        return model_output
+    def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch, shard: ContextShard) -> Tensor:
+        return shard.gather_outputs(model_output)[0]
 
     def values(self, microbatches: Sequence[PackedMicrobatch]) -> list[Tensor]:
         """One tensor [T] per micro-batch, on every rank of the replica."""

@@ -5,7 +5,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ _BLOCK_BYTES = 4 << 20
 _THREADS = 4
 
 
-def file_record(path: Path) -> dict[str, Any]:
-    """Size in bytes and xxh3 (128 bit) of a file, read in blocks. The hash is for accidents, not for attackers."""
+def file_record(path: Path, on_progress: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Size in bytes and xxh3 (128 bit) of a file. The hash is for accidents, not for attackers.
+
+    on_progress is called after every block of a few MB.
+    """
     digest = xxhash.xxh3_128()
     block = bytearray(_BLOCK_BYTES)
     view = memoryview(block)
@@ -30,6 +33,7 @@ def file_record(path: Path) -> dict[str, Any]:
         while count := stream.readinto(block):
             digest.update(view[:count])
             size += count
+            on_progress()
     return {"size": size, "xxh3": digest.hexdigest()}
 
 
@@ -84,10 +88,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return content
 
 
-def verify_manifest(folder: str | Path, checksums: bool = True) -> dict[str, Any]:
+def verify_manifest(
+    folder: str | Path, checksums: bool = True, on_progress: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Check every recorded file's presence, size and (unless switched off) checksum; return the manifest's meta.
 
-    UserError lists each file that is missing, truncated or corrupt.
+    UserError lists each file that is missing, truncated or corrupt. on_progress is called, from several threads, after
+    every few MB.
     """
     folder = Path(folder)
     content = read_manifest(folder)
@@ -99,7 +106,7 @@ def verify_manifest(folder: str | Path, checksums: bool = True) -> dict[str, Any
             size = path.stat().st_size
             if size != record["size"]:
                 return f"{name}: {size} bytes, should be {record['size']}"
-            if checksums and file_record(path) != record:
+            if checksums and file_record(path, on_progress) != record:
                 return f"{name}: corrupt (checksum differs)"
         except OSError as error:
             return f"{name}: {error.strerror or error}"

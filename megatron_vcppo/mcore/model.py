@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -16,6 +15,7 @@ from torch import Tensor
 from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
 from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.mcore.context import WHOLE, ContextShard, PackedParams
 from megatron_vcppo.mcore.hf_mapping import padded_vocab_size
 from megatron_vcppo.mcore.layers import block_spec, have_transformer_engine
 from megatron_vcppo.mcore.rope import inverse_frequencies
@@ -45,17 +45,22 @@ class PackedGPT(GPTModel):
         self.arch = arch
         self.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(torch.cuda.current_device())
 
-    def run(self, microbatch: PackedMicrobatch) -> Tensor:
-        """Hidden states [T (/ tp with sequence parallelism), 1, hidden], or the readout on the last stage."""
+    def run(self, microbatch: PackedMicrobatch, shard: ContextShard = WHOLE) -> Tensor:
+        """Hidden states [T (/ tp with sequence parallelism), 1, hidden], or the readout on the last stage.
+
+        shard: this rank's tokens, of which the result is then; see ``context.shard_of``.
+        """
         longest = microbatch.max_seqlen
-        packed = PackedSeqParams(
+        packed = PackedParams(
             qkv_format="thd",
             cu_seqlens_q=microbatch.cu_seqlens,
             cu_seqlens_kv=microbatch.cu_seqlens,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
+            shard=shard,
         )
-        return self(microbatch.token_ids[None], microbatch.position_ids[None], None, packed_seq_params=packed)
+        token_ids, position_ids = shard.take(microbatch.token_ids), shard.take(microbatch.position_ids)
+        return self(token_ids[None], position_ids[None], None, packed_seq_params=packed)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -178,6 +183,8 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         context_parallel_size=parallel.cp,
+        # Transformer Engine's ring of keys and values: it takes packed sequences and any number of heads.
+        cp_comm_type="p2p" if parallel.cp > 1 else None,
         sequence_parallel=parallel.sequence_parallel,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,

@@ -4,6 +4,7 @@ import datetime
 import itertools
 import os
 import random
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,11 @@ cpu_shim.install()
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 
+BEAT_S = 1.0
+"""Least time between two signs of life of the main rank."""
+
 _on_main_calls = itertools.count()
+_timeout_s = 600.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ def start(parallel: ParallelConfig, seed: int, timeout_s: float) -> Runtime:
 
     timeout_s bounds every collective from then on. Raises UserError if the sizes do not fit the number of ranks.
     """
+    global _timeout_s
+    _timeout_s = timeout_s
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     model_ranks = parallel.tp * parallel.pp * parallel.cp
     if world_size % model_ranks:
@@ -107,28 +114,41 @@ def current() -> Runtime:
     )
 
 
-def on_main(work: Callable[[Callable[[], None]], None], what: str, timeout_s: float) -> None:
+def timeout_s() -> float:
+    """The deadline that ``start`` was given: of every collective, and of any other wait of a rank."""
+    return _timeout_s
+
+
+def on_main(work: Callable[[Callable[[], None]], None], what: str) -> None:
     """Run ``work`` on the main rank while the others wait; collective.
 
-    work is given a function to call whenever it has got on. The others wait as long as that happens at least every
-    ``timeout_s``; then they raise TimeoutError naming ``what``. If the main rank raises, its process ends, and the
-    others are ended by whoever started them, or by their deadline.
+    work is given a function to call whenever it has got on, from any thread and as often as it likes. The others wait
+    as long as that happens within the deadline of ``start``; then they raise TimeoutError naming ``what``. If the main
+    rank raises, its process ends, and the others are ended by whoever started them, or by their deadline.
     """
     store = dist.distributed_c10d._get_default_store()
     key = f"on_main/{next(_on_main_calls)}"
     if dist.get_rank() == 0:
-        work(lambda: store.add(f"{key}/beats", 1))
+        last_beat = 0.0
+
+        def beat() -> None:
+            nonlocal last_beat
+            if time.monotonic() - last_beat >= BEAT_S:
+                last_beat = time.monotonic()
+                store.add(f"{key}/beats", 1)
+
+        work(beat)
         store.set(key, "done")
         return
     seen = -1
     while True:
         try:
-            store.wait([key], datetime.timedelta(seconds=timeout_s))
+            store.wait([key], datetime.timedelta(seconds=_timeout_s))
             return
         except dist.DistStoreError:
             beats = store.add(f"{key}/beats", 0)
             if beats == seen:
-                raise TimeoutError(f"{what} on rank 0 has made no progress for {timeout_s:.0f} s") from None
+                raise TimeoutError(f"{what} on rank 0 has made no progress for {_timeout_s:g} s") from None
             seen = beats
 
 

@@ -1,7 +1,7 @@
 """One self-contained HTML page about one run, or several beside each other: no script, nothing from the network."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -118,16 +118,22 @@ def _evaluation(runs: Sequence[RunData]) -> str:
     best = max(row["avg"] for _, row in rows)
     lines = []
     for run, row in rows:
-        numbers = [_percent(row["avg"], row["avg_interval"])]
-        numbers += [_percent(*row["pass"][k]) if k in row["pass"] else "" for k in ks]
-        numbers += [f"{row['length_mean']:.1f}", f"{100 * row['truncated_share']:.1f} %"]
-        cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
-        start = f"<td>{_name(run, len(runs) > 1)}</td><td>{escape(row['name'])}</td>"
+        name = f"<td>{_name(run, len(runs) > 1)}</td>"
         rank = "best" if row["avg"] == best else "other"
-        lines.append(f'<tr class="{rank}">{start}{cells}</tr>')
+        lines.append(f'<tr class="{rank}">{name}<td>{escape(row["name"])}</td>{_scores(row, ks)}</tr>')
+        for task, part in row.get("tasks", {}).items():
+            lines.append(f'<tr class="other"><td></td><td class="soft">{escape(task)}</td>{_scores(part, ks)}</tr>')
     note = '<p class="soft">Held-out problems; ± is the half-width of a 95 % interval.</p>'
     heads = ["run", "actor of", *["avg", *(f"pass@{k}" for k in ks), "mean length", "cut"]]
     return note + _table(heads, lines, first_number=2)
+
+
+def _scores(row: Mapping[str, Any], ks: Sequence[str]) -> str:
+    """The cells of one checkpoint, or of one of its tasks."""
+    numbers = [_percent(row["avg"], row["avg_interval"])]
+    numbers += [_percent(*row["pass"][k]) if k in row["pass"] else "" for k in ks]
+    numbers += [f"{row['length_mean']:.1f}", f"{100 * row['truncated_share']:.1f} %"]
+    return "".join(f'<td class="number">{number}</td>' for number in numbers)
 
 
 def _ppo(runs: Sequence[RunData]) -> str:

@@ -30,6 +30,8 @@ class Plot:
     """A metric drawn as points beside the line, with METRIC_interval as error bars if it is there."""
     negative: bool = True
     """False: values below 0 cannot be, the axis starts at 0."""
+    if_any: bool = False
+    """Drawn only if it is ever other than 0."""
 
 
 PPO_PLOTS = (
@@ -84,6 +86,12 @@ PPO_PLOTS = (
     Plot("Clipped share", "actor/clip_fraction", "tokens whose probability ratio was clipped", negative=False),
     Plot("Gradient norm, actor", "actor/grad_norm", "before clipping", negative=False),
     Plot("Gradient norm, critic", "critic/grad_norm", "before clipping", negative=False),
+    Plot(
+        "Verifiers too slow", "rollout/verifier_timeouts", "answers; each counts as wrong", negative=False, if_any=True
+    ),
+    Plot(
+        "Verifiers that failed", "rollout/verifier_errors", "answers; each counts as wrong", negative=False, if_any=True
+    ),
 )
 VALUE_PLOTS = (
     Plot("Explained variance", "critic/explained_variance", "of Monte-Carlo returns, before each step", reference=0.0),
@@ -124,6 +132,8 @@ def _figure_of(runs: Sequence[RunData], stage: str, plot: Plot, x_label: str) ->
     for run in runs:
         points = run.series(stage, plot.metric)
         num_lost += sum(not math.isfinite(y) for _, y in points)
+        if plot.if_any and not any(y for _, y in points):
+            continue
         if any(math.isfinite(y) for _, y in points):
             band = _band(run, stage, plot.band) if plot.band and len(runs) == 1 else ()
             lines.append(Line(run.name, run.colour, points, band))

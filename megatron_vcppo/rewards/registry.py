@@ -34,9 +34,9 @@ def resolve_verifiers(extra: Mapping[str, str]) -> dict[str, Verifier]:
         module, colon, attribute = name.partition(":")
         if not colon:
             known = ", ".join(sorted(VERIFIERS))
-            raise UserError(f"verifiers.{task}: no verifier {name!r}; use one of {known}, or module:function")
+            raise UserError(f"prompts.verifiers.{task}: no verifier {name!r}; use one of {known}, or module:function")
         try:
             verifiers[task] = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise UserError(f"verifiers.{task}: cannot import {name}: {error}") from error
+            raise UserError(f"prompts.verifiers.{task}: cannot import {name}: {error}") from error
     return verifiers

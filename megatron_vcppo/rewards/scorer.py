@@ -76,8 +76,13 @@ class Scorer:
             problems, self._problems = self._problems, []
         return problems
 
-    def close(self) -> None:
-        """Finish what was submitted and end the workers."""
+    def close(self, finish: bool = True) -> None:
+        """End the workers; first finish what was submitted, or, without ``finish``, only what they are at."""
+        while not finish and not self._queue.empty():
+            with contextlib.suppress(queue.Empty):
+                item = self._queue.get_nowait()
+                if item is not None:
+                    item[1].cancel()
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
@@ -86,8 +91,8 @@ class Scorer:
     def __enter__(self) -> "Scorer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(finish=kind is None)
 
     def _serve(self) -> None:
         """One thread per worker process: it waits for the answer so that nothing else has to."""

@@ -28,7 +28,9 @@ def main(descriptor: int, timeout_s: float, extra: dict[str, str]) -> None:
         prompt = Prompt(**{**request["prompt"], "token_ids": ()})
         try:
             verdict = verifiers[prompt.task](prompt, request["response_text"])
-            reply = {"reward": verdict.reward, "verdict": verdict.verdict}
+            if not math.isfinite(verdict.reward):
+                raise ValueError(f"the verifier gave the reward {verdict.reward}")
+            reply = {"reward": float(verdict.reward), "verdict": verdict.verdict}
         except Exception as error:  # a verifier's bug must cost one answer, not the run; the scorer counts and shows it
             reply = {"reward": -1.0, "verdict": f"error: {type(error).__name__}: {error}"[:500]}
         signal.alarm(0)

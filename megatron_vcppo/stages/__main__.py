@@ -15,6 +15,7 @@ def main() -> int:
     from megatron_vcppo.config.load import load_config
     from megatron_vcppo.errors import UserError
     from megatron_vcppo.stages.stage import SAVED, Saved, listen_for_stop
+    from megatron_vcppo.stages.startup import startup
 
     parser = argparse.ArgumentParser(prog="python -m megatron_vcppo.stages", description=__doc__)
     parser.add_argument("stage")
@@ -23,7 +24,9 @@ def main() -> int:
     listen_for_stop()
     try:
         config = load_config(arguments.config)
-        importlib.import_module(f"megatron_vcppo.stages.{arguments.stage}").run(config)
+        stage = importlib.import_module(f"megatron_vcppo.stages.{arguments.stage}")
+        startup.done("imports")
+        stage.run(config)
     except UserError as error:
         print(f"vcppo: error: {error}", file=sys.stderr, flush=True)
         return 2

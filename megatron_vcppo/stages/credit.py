@@ -20,6 +20,7 @@ from megatron_vcppo.algo.token_rewards import filter_overlong, soft_overlong_pen
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.rl import AdvantageConfig
 from megatron_vcppo.data.rollout_batch import RolloutBatch
+from megatron_vcppo.rewards.base import Verdict
 
 NUM_POSITION_BINS = 64
 """Bins of the absolute profiles, over rollout.max_tokens."""
@@ -54,11 +55,7 @@ def assign_credit(
     as ended: its verdict is its return.
     """
     settings, mask = config.ppo.advantage, batch.response_mask
-    rewards = batch.rewards
-    if settings.overlong_penalty_tokens:
-        rewards = rewards + soft_overlong_penalty(
-            batch.lengths, config.rollout.max_tokens, settings.overlong_penalty_tokens
-        )
+    rewards = episode_rewards(batch, config)
     in_reward = ref_logprobs is not None and config.ppo.loss.kl_in == "reward"
     kl = kl_estimate(old_logprobs, ref_logprobs, config.ppo.loss.kl_kind) if in_reward else None
     per_token = token_rewards(rewards, mask, kl, kl_coef)
@@ -97,25 +94,44 @@ def assign_credit(
         advantages = gate_on_explained_variance(
             advantages, returns, mask, numbers["critic/explained_variance"], mean_return
         )
-    trained = filter_overlong(mask, batch.truncated) if settings.overlong_filter else mask
+    trained = trained_mask(batch, config)
     if settings.whiten:
         advantages = whiten(advantages, trained, masked_moments(advantages, trained))
     numbers |= length_statistics(batch.lengths, batch.truncated) | reward_statistics(batch)
+    if kl is not None:
+        numbers["actor/kl_ref"] = float(kl[mask].mean())
     numbers["rollout/logprob_gap"] = float((old_logprobs - batch.rollout_logprobs)[mask].abs().mean())
     return Credit(trained, advantages.masked_fill(~trained, 0.0), returns, numbers, profiles)
 
 
+def episode_rewards(batch: RolloutBatch, config: Config) -> Tensor:
+    """What the critic's returns are made of, in pretraining as in PPO: verdicts and the penalty for length, [B]."""
+    buffer = config.ppo.advantage.overlong_penalty_tokens
+    if not buffer:
+        return batch.rewards
+    return batch.rewards + soft_overlong_penalty(batch.lengths, config.rollout.max_tokens, buffer)
+
+
+def trained_mask(batch: RolloutBatch, config: Config) -> Tensor:
+    """The response tokens that losses count, in pretraining as in PPO: bool [B, T]."""
+    filtered = config.ppo.advantage.overlong_filter
+    return filter_overlong(batch.response_mask, batch.truncated) if filtered else batch.response_mask
+
+
 def reward_statistics(batch: RolloutBatch) -> dict[str, float]:
-    """Rewards and the share of right answers; groups in which every sample got the same."""
+    """Rewards and the share of right answers; groups in which every sample got the same; answers without a verdict."""
     rewards, groups = batch.rewards, batch.group_ids
     num_groups = int(groups.max()) + 1
     low = torch.full((num_groups,), torch.inf).scatter_reduce(0, groups, rewards, "amin")
     high = torch.full((num_groups,), -torch.inf).scatter_reduce(0, groups, rewards, "amax")
+    kinds = [Verdict(0.0, rollout.verdict).kind for rollout in batch.rollouts]
     return {
         "rollout/reward_mean": float(rewards.mean()),
         "rollout/reward_std": float(rewards.std(correction=0)),
         "rollout/accuracy": float((rewards > 0).float().mean()),
         "rollout/equal_groups": float((low == high).float().mean()),
+        "rollout/verifier_timeouts": float(kinds.count("timeout")),
+        "rollout/verifier_errors": float(kinds.count("error")),
     }
 
 

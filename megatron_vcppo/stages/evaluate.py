@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +14,46 @@ from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.export_stream import stream_hf
 from megatron_vcppo.mcore.hf_load import load_hf
 from megatron_vcppo.mcore.model import ActorModel, build_actor
-from megatron_vcppo.stages.evaluation import evaluation_metrics, evaluation_rollouts
+from megatron_vcppo.stages.evaluation import evaluation_prompts, evaluation_rollouts, scores
 from megatron_vcppo.stages.generation import Generation
-from megatron_vcppo.stages.stage import ACTOR_STAGES, last_checkpoint, mark_done, stage_folder
+from megatron_vcppo.stages.origin import claim, origin_of_evaluation
+from megatron_vcppo.stages.stage import ACTOR_STAGES, Saved, last_checkpoint, mark_done, stage_folder, stop_requested
+from megatron_vcppo.stages.startup import startup
 
 
 def run(config: Config) -> None:
-    """Evaluate; writes RUN/evaluate/results.json and the responses, and prints a table."""
+    """Evaluate; writes RUN/evaluate/results.json and the responses, and prints a table.
+
+    Raises Saved if asked to stop: checkpoints whose responses are stored are not evaluated again.
+    """
     folder = stage_folder(config, "evaluate")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    startup.done("groups")
     if config.prompts.test is None:
         raise UserError("stage evaluate: prompts.test is not set; give it held-out problems")
-    loaders = candidates(config)
+    found = candidates(config)
     model = build_actor(Architecture.from_hf(config.model.hf), config.model, config.parallel)
+    startup.done("model")
     results: list[dict[str, Any]] = []
     with Generation(config, folder, world) as generation:
-        generation.wait_for_engines()
-        for version, (name, load) in enumerate(loaders.items()):
-            load(model)
-            generation.push(version, lambda: stream_hf(model))
-            # The same iteration number: every candidate gets the same problems and the same seeds.
-            rollouts = evaluation_rollouts(config, generation, iteration=0)
-            generation.store(version, rollouts)
-            results.append(result_of(name, evaluation_metrics(rollouts, config.evaluate.k)))
+        prompts = evaluation_prompts(config, generation)
+        if world.is_main:
+            claim(generation.rollouts, origin_of_evaluation(config, {name: c.folder for name, c in found.items()}), -1)
+        for version, (name, candidate) in enumerate(found.items()):
+            rollouts = generation.stored(version, prompts, config.evaluate.num_samples)
+            if rollouts is None:
+                if runtime.any_rank(stop_requested()):
+                    raise Saved(f"asked to stop: {version} of {len(found)} checkpoints are evaluated")
+                generation.wait_for_engines()
+                candidate.load(model)
+                startup.done("model")
+                generation.push(version, lambda: stream_hf(model))
+                # The same iteration number: every candidate gets the same problems and the same seeds.
+                rollouts = evaluation_rollouts(config, generation, iteration=0)
+                generation.store(version, rollouts)
+            results.append({"name": name, **scores(rollouts, config.evaluate.k)})
             if world.is_main:
+                startup.finish(folder)
                 print(table(results[-1:], header=version == 0), flush=True)
     if world.is_main:
         temporary = folder / ".results.json.tmp"
@@ -49,45 +64,45 @@ def run(config: Config) -> None:
     runtime.stop()
 
 
-def candidates(config: Config) -> dict[str, Callable[[ActorModel], None]]:
-    """Name → what loads it into a model: evaluate.checkpoints, or the actors of the chain's finished stages."""
+@dataclass(frozen=True)
+class Candidate:
+    """Weights to be evaluated."""
+
+    folder: Path
+    is_hf: bool
+
+    def load(self, model: ActorModel) -> None:
+        """Put them into a model."""
+        load_hf(model, self.folder) if self.is_hf else load_model(model, self.folder)
+
+
+def candidates(config: Config) -> dict[str, Candidate]:
+    """By name: evaluate.checkpoints, or the actors of the chain's finished stages, or else model.hf."""
     chosen = config.evaluate.checkpoints
+    for name, path in chosen.items():
+        if Architecture.from_hf(path) != Architecture.from_hf(config.model.hf):
+            raise UserError(f"evaluate.checkpoints.{name}: {path} is another architecture than model.hf")
     if chosen:
-        for name, path in chosen.items():
-            theirs, ours = Architecture.from_hf(path), Architecture.from_hf(config.model.hf)
-            if theirs != ours:
-                raise UserError(f"evaluate.checkpoints.{name}: {path} is another architecture than model.hf")
-        return {name: partial(load_hf, folder=path) for name, path in chosen.items()}
-    found: dict[str, Callable[[ActorModel], None]] = {}
+        return {name: Candidate(Path(path), True) for name, path in chosen.items()}
+    found: dict[str, Candidate] = {}
     for stage in config.stages:
         checkpoint = last_checkpoint(config, stage, "actor") if stage in ACTOR_STAGES else None
         if checkpoint is not None:
-            found[stage] = partial(load_model, folder=checkpoint)
-    return found or {Path(config.model.hf).name: partial(load_hf, folder=config.model.hf)}
-
-
-def result_of(name: str, metrics: dict[str, float]) -> dict[str, Any]:
-    """One row of results.json."""
-    passes = {}
-    for key, value in metrics.items():
-        kind, _, k = key.removeprefix("evaluation/").partition("@")
-        if kind == "pass" and not k.endswith("_interval"):
-            passes[k] = [value, metrics[f"{key}_interval"]]
-    names = ("avg", "avg_interval", "length_mean", "truncated_share")
-    return {"name": name, **{n: metrics[f"evaluation/{n}"] for n in names}, "pass": passes}
+            found[stage] = Candidate(checkpoint, False)
+    return found or {Path(config.model.hf).name: Candidate(Path(config.model.hf), True)}
 
 
 def table(results: list[dict[str, Any]], header: bool = True) -> str:
-    """The results as aligned text."""
+    """The results as aligned text; the tasks of a mixture below each checkpoint."""
     ks = list(results[0]["pass"])
     lines = []
     if header:
         passes = "".join(f"{'pass@' + k:>18}" for k in ks)
         lines.append(f"{'checkpoint':<16}{'avg':>16}{passes}{'length':>9}{'cut':>8}")
     for row in results:
-        passes = "".join(f"{100 * row['pass'][k][0]:>9.1f} ± {100 * row['pass'][k][1]:<4.1f}%" for k in ks)
-        average = f"{100 * row['avg']:>7.1f} ± {100 * row['avg_interval']:<4.1f}%"
-        lines.append(
-            f"{row['name']:<16}{average:>16}{passes}{row['length_mean']:>9.1f}{100 * row['truncated_share']:>7.1f}%"
-        )
+        for name, part in {row["name"]: row, **{f"  {task}": part for task, part in row["tasks"].items()}}.items():
+            passes = "".join(f"{100 * part['pass'][k][0]:>9.1f} ± {100 * part['pass'][k][1]:<4.1f}%" for k in ks)
+            average = f"{100 * part['avg']:>7.1f} ± {100 * part['avg_interval']:<4.1f}%"
+            cut = f"{100 * part['truncated_share']:>7.1f}%"
+            lines.append(f"{name:<16}{average:>16}{passes}{part['length_mean']:>9.1f}{cut}")
     return "\n".join(lines)

@@ -13,11 +13,14 @@ from megatron_vcppo.data.prompts import PromptKeys, load_prompts
 from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.rewards.registry import resolve_verifiers
 from megatron_vcppo.rewards.scorer import Scorer
 from megatron_vcppo.rollout.client import RolloutClient
 from megatron_vcppo.rollout.store import read_rollouts, write_rollouts
 from megatron_vcppo.rollout.wire import Sampling
+from megatron_vcppo.stages.startup import startup
 from megatron_vcppo.weight_sync.generation import begin, finish_with_joiners
 from megatron_vcppo.weight_sync.place import make_weight_sync, place_of
 from megatron_vcppo.weight_sync.sync import PushResult
@@ -38,14 +41,20 @@ class Begun:
 class Generation(AbstractContextManager["Generation"]):
     """Pushes weights and collects scored rollouts. Every method is collective over the trainer's ranks.
 
-    Each data-parallel replica has a leader (its first tensor and pipeline rank), which asks the engines for its share
-    of the prompts and scores the responses as they arrive.
+    Each data-parallel replica has a leader (its first tensor, pipeline and context rank), which asks the engines for
+    its share of the prompts and scores the responses as they arrive.
     """
 
     def __init__(self, config: Config, folder: Path, world: runtime.Runtime) -> None:
         self.config, self.world = config, world
         self.rollouts = folder / "rollouts"
         """Where they are stored."""
+        positions = Architecture.from_hf(config.model.hf).max_positions
+        if config.model.max_length > positions:
+            raise UserError(
+                f"model.max_length {config.model.max_length} is more than the {positions} positions of "
+                f"{config.model.hf}, which engines refuse"
+            )
         self.tokenizer = load_tokenizer(config.model.hf)
         rendezvous = folder / "rendezvous"
         place = place_of(world.pp_rank, world.pp_size, world.tp_rank, world.dp_rank, world.cp_rank)
@@ -53,8 +62,11 @@ class Generation(AbstractContextManager["Generation"]):
         self.is_leader = world.tp_rank == world.pp_rank == world.cp_rank == 0
         self.scorer: Scorer | None = None
         self.client: RolloutClient | None = None
+        self.tasks = frozenset(resolve_verifiers(config.prompts.verifiers))
+        """Tasks that can be judged; every rank knows them, because all must read the same prompts."""
         if self.is_leader:
-            self.scorer = Scorer(timeout_s=config.prompts.verify_timeout_s)
+            keys = config.prompts
+            self.scorer = Scorer(keys.verify_workers, keys.verify_timeout_s, keys.verifiers)
             self.client = RolloutClient(
                 rendezvous,
                 config.rollout,
@@ -63,23 +75,27 @@ class Generation(AbstractContextManager["Generation"]):
                 decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
                 show_progress=world.is_main,
             )
+        self._prompts: dict[str, list[Prompt]] = {}
         self.policy_version = -1
         self.source: Callable[[], Tensors] | None = None
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.scorer is not None:
-            self.scorer.close()
+            self.scorer.close(finish=kind is None)
 
     def wait_for_engines(self) -> None:
         """Until every engine of every rollout node has answered once."""
         cluster = self.config.cluster
         nodes = cluster.rollout_nodes or cluster.trainer_nodes
         self.sync.wait_for_engines(nodes * self.config.rollout.engine.per_node, self.config.rollout.start_timeout_s)
+        startup.done("engines")
 
     def push(self, policy_version: int, source: Callable[[], Tensors]) -> PushResult:
         """Give every engine these weights; source: see weight_sync."""
         self.policy_version, self.source = policy_version, source
-        return self.sync.sync(policy_version, source)
+        result = self.sync.sync(policy_version, source)
+        startup.done("push")
+        return result
 
     def generate(self, prompts: list[Prompt], iteration: int, sampling: Sampling, num_samples: int) -> list[Rollout]:
         """Scored rollouts under the pushed weights, by prompt and sample; the same list on every rank."""
@@ -140,7 +156,9 @@ class Generation(AbstractContextManager["Generation"]):
         return self.sync.exchange(found)[0]
 
     def prompts(self, source: str) -> list[Prompt]:
-        """The problems of a source; what is wrong with it is printed or raised. Every rank reads it."""
+        """The problems of a source; what is wrong with it is printed or raised, once. Every rank reads it."""
+        if source in self._prompts:
+            return self._prompts[source]
         keys = self.config.prompts
         prompts, report = load_prompts(
             source,
@@ -148,8 +166,9 @@ class Generation(AbstractContextManager["Generation"]):
             self.config.model.max_length - 1,
             keys.bad_samples,
             PromptKeys(keys.prompt_key, keys.answer_key, keys.task_key, keys.task or ""),
-            known_tasks=self.scorer.tasks if self.scorer else (),
+            known_tasks=self.tasks,
         )
         if self.world.is_main:
             print(report, flush=True)
+        self._prompts[source] = prompts
         return prompts

@@ -30,9 +30,11 @@ from megatron_vcppo.stages.evaluation import evaluate_engines
 from megatron_vcppo.stages.generation import Generation
 from megatron_vcppo.stages.losses import bounded
 from megatron_vcppo.stages.models import continue_pretraining, starting_actor, starting_critic
+from megatron_vcppo.stages.origin import claim, origin_of
 from megatron_vcppo.stages.sampling import Sampler
 from megatron_vcppo.stages.skips import Skips
 from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
+from megatron_vcppo.stages.startup import startup
 from megatron_vcppo.stages.token_outputs import token_outputs
 from megatron_vcppo.stages.updates import update
 from megatron_vcppo.weight_sync.sync import PushResult
@@ -42,6 +44,7 @@ def run(config: Config) -> None:
     """Train the actor on verified rewards; leaves RUN/ppo/checkpoints. Raises Saved if asked to stop."""
     folder = stage_folder(config, "ppo")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    startup.done("groups")
     with Generation(config, folder, world) as generation:
         Ppo(config, folder, world, generation).train()
     if world.is_main:
@@ -56,20 +59,21 @@ class Ppo:
         settings = config.ppo
         self.config, self.settings, self.folder, self.world = config, settings, folder, world
         self.generation, self.packing = generation, packing_of(config, world)
-        steps = settings.iterations * settings.ppo_epochs * settings.minibatches
+        steps_per_iteration = settings.ppo_epochs * settings.minibatches
+        actor_steps = max(0, settings.iterations - settings.critic_only_iterations) * steps_per_iteration
         model = starting_actor(config, "ppo")
         self.actor = Actor(
             model,
             config.parallel,
             settings.optimizer,
             settings.schedule,
-            steps,
+            actor_steps,
             temperature=config.rollout.temperature,
         )
         self.critic: Critic | None = None
         if settings.advantage.baseline == "critic":
             critic = starting_critic(config, "ppo", settings.critic.init, settings.critic.checkpoint_path)
-            critic_steps = steps * settings.critic.updates_per_actor_update
+            critic_steps = settings.iterations * steps_per_iteration * settings.critic.updates_per_actor_update
             self.critic = Critic(
                 critic, config.parallel, settings.critic.optimizer, settings.critic.schedule, critic_steps
             )
@@ -80,8 +84,10 @@ class Ppo:
         if self.critic is not None:
             self.learners["critic"] = self.critic
 
+        startup.done("model")
         self.stream = PromptStream(generation.prompts(config.prompts.train), config.run.seed)
         self.sampler = Sampler(config, generation, self.stream, training_sampling(config.rollout))
+        startup.done("data")
         self.kl_coef, self.skips, self.iteration = settings.loss.kl_coef, Skips(settings.skip_limit), 0
         self.checkpoints = CheckpointFolder(
             folder / "checkpoints",
@@ -97,8 +103,12 @@ class Ppo:
             self.stream.load_state_dict(resumed.state["prompts"])
             self.kl_coef = resumed.state["kl_coef"]
             self.skips.in_a_row = resumed.state["skipped_in_a_row"]
+        startup.done("checkpoint")
+        if world.is_main:
+            claim(generation.rollouts, origin_of(config, "ppo"), self.sampler.last_tag(self.iteration))
         self.end_of_thinking_id = generation.tokenizer.get_vocab().get(END_OF_THINKING)
         self.seconds: dict[str, float] = {}
+        """Since the iteration before was logged: saving it counts to the next one."""
 
     def train(self) -> None:
         """All iterations that are left."""
@@ -109,26 +119,30 @@ class Ppo:
         if log is not None:
             cut_back(self.folder / "profiles.jsonl", self.iteration)
         self.generation.wait_for_engines()
+        started = time.monotonic()
         while self.iteration < total:
-            metrics, profiles = self.iterate()
+            metrics, profiles, warning = self.iterate()
+            metrics |= {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
+            metrics["time/iteration_s"], started = time.monotonic() - started, time.monotonic()
+            self.seconds = {}
             if log is not None and progress is not None:
                 log.log(self.iteration, metrics)
+                startup.finish(self.folder)
                 with open(self.folder / "profiles.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps({"iteration": self.iteration, **profiles}) + "\n")
                 progress.update(self.iteration, int(metrics["rollout/tokens"]), shown(metrics))
                 history.append({"iteration": self.iteration, **metrics})
-                for warning in warnings_of(history, worst_reward(asdict(self.config))):
-                    print(f"warning: iteration {self.iteration}: {warning}", flush=True)
+                for text in filter(None, [warning, *warnings_of(history, worst_reward(asdict(self.config)))]):
+                    print(f"warning: iteration {self.iteration}: {text}", flush=True)
             self.save_or_stop(last=self.iteration == total)
         self.checkpoints.finish()
         if log is not None and progress is not None:
             log.close()
             progress.close()
 
-    def iterate(self) -> tuple[dict[str, float], dict[str, list[float | None]]]:
-        """One iteration: rollouts, values, advantages, updates. Returns its metrics and profiles."""
-        config, iteration, started = self.config, self.iteration + 1, time.monotonic()
-        self.seconds = {}
+    def iterate(self) -> tuple[dict[str, float], dict[str, list[float | None]], str]:
+        """One iteration: rollouts, values, advantages, updates. Returns metrics, profiles, and what to warn about."""
+        config, iteration = self.config, self.iteration + 1
         actor, critic = self.actor, self.critic
         rollouts, push = self.rollouts_and_push(iteration)
         batch = make_batch(rollouts)
@@ -163,18 +177,17 @@ class Ppo:
                 *(iteration, kl_coef),
             )
         self.iteration = iteration
-        self.count_skipped(report.skipped)
+        warning = self.skips.count(report.skipped)
         metrics = {**credit.metrics, **report.means(), "rollout/tokens": float(batch.lengths.sum())}
         self.adapt_kl(metrics, len(batch))
         if self.settings.evaluate_every and iteration % self.settings.evaluate_every == 0:
-            with self.phase("evaluation"):
+            with self.phase("generation"):
                 self.sampler.settle()
-                push = self.push(iteration)
+            push = self.push(iteration)
+            with self.phase("evaluation"):
                 metrics |= evaluate_engines(config, self.generation, iteration)
         metrics["weight_sync/pause_s"], metrics["weight_sync/mb"] = push.pause_s, push.num_bytes / 1e6
-        metrics |= {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
-        metrics["time/iteration_s"] = time.monotonic() - started
-        return metrics, credit.profiles
+        return metrics, credit.profiles, warning
 
     def rollouts_and_push(self, iteration: int) -> tuple[list[Rollout], PushResult]:
         """The batch of this iteration, and the actor's weights in the engines.
@@ -222,16 +235,6 @@ class Ppo:
                 self.kl_coef, metrics["actor/kl_ref"], loss.kl_target, num_rollouts, loss.kl_horizon
             )
 
-    def count_skipped(self, skipped: dict[str, list[bool]]) -> None:
-        """Stop, with the state saved, after too many updates in a row that were not finite."""
-        warning = self.skips.count(skipped)
-        if warning and self.world.is_main:
-            print(f"warning: iteration {self.iteration}: {warning}", flush=True)
-        if self.skips.too_many:
-            self.save()
-            self.checkpoints.finish()
-            raise self.skips.error("ppo", self.iteration)
-
     def save(self) -> None:
         """A checkpoint of this iteration."""
         state = {
@@ -239,14 +242,18 @@ class Ppo:
             "kl_coef": self.kl_coef,
             "skipped_in_a_row": self.skips.in_a_row,
         }
-        self.checkpoints.save(self.iteration, self.learners, state)
+        with self.phase("save"):
+            self.checkpoints.save(self.iteration, self.learners, state)
 
     def save_or_stop(self, last: bool) -> None:
-        """Save when it is time; raise Saved if any rank was asked to stop."""
+        """Save when it is time; raise Saved if any rank was asked to stop, UserError after too many skipped updates."""
         self.checkpoints.poll()
         stop = runtime.any_rank(stop_requested())
-        if last or stop or self.iteration % self.settings.checkpoint.save_every == 0:
+        if last or stop or self.skips.too_many or self.iteration % self.settings.checkpoint.save_every == 0:
             self.save()
+        if self.skips.too_many:
+            self.checkpoints.finish()
+            raise self.skips.error("ppo", self.iteration)
         if stop and not last:
             self.checkpoints.finish()
             raise Saved(f"asked to stop: saved at iteration {self.iteration} of {self.settings.iterations}")
@@ -260,7 +267,7 @@ class Ppo:
 
 
 def shown(metrics: dict[str, float]) -> dict[str, float]:
-    """What the progress line shows of an iteration."""
+    """What the progress line shows of an iteration: how it went, and the seconds of each phase."""
     names = {
         "reward": "rollout/reward_mean",
         "pass@1": "rollout/accuracy",
@@ -268,8 +275,8 @@ def shown(metrics: dict[str, float]) -> dict[str, float]:
         "ev": "critic/explained_variance",
         "kl": "actor/approx_kl",
         "gap": "rollout/logprob_gap",
-        "gen_s": "time/generation_s",
-        "upd_s": "time/update_s",
-        "s": "time/iteration_s",
+        "held_out": "evaluation/avg",
     }
-    return {short: metrics[name] for short, name in names.items() if name in metrics}
+    found = {short: metrics[name] for short, name in names.items() if name in metrics}
+    phases = {name[5:]: value for name, value in metrics.items() if name.startswith("time/")}
+    return found | {name: phases[name] for name in (*sorted(phases.keys() - {"iteration_s"}), "iteration_s")}

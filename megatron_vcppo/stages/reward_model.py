@@ -16,7 +16,7 @@ from megatron_vcppo.algo.metrics import Metrics
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.rl import RewardModelConfig
 from megatron_vcppo.data.order import EpochOrder
-from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack, pack_into_microbatches
+from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack, pack_into_microbatches, round_up
 from megatron_vcppo.data.rollout_batch import Packing
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
@@ -27,14 +27,17 @@ from megatron_vcppo.report.metrics import MetricsLog
 from megatron_vcppo.report.progress import Progress
 from megatron_vcppo.stages.generation import Generation
 from megatron_vcppo.stages.models import starting_critic
+from megatron_vcppo.stages.rollout_source import rollout_source
+from megatron_vcppo.stages.skips import Skips
 from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
-from megatron_vcppo.stages.value_pretrain import rollout_source
+from megatron_vcppo.stages.startup import startup
 
 
 def run(config: Config) -> None:
     """Train the reward model; leaves RUN/reward_model/checkpoints. Raises Saved if asked to stop."""
     settings, folder = config.reward_model, stage_folder(config, "reward_model")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    startup.done("groups")
     model = Critic(
         starting_critic(config, "reward_model", "sft", None),
         *(config.parallel, settings.optimizer, settings.schedule, settings.steps),
@@ -43,14 +46,18 @@ def run(config: Config) -> None:
         *(folder / "checkpoints", Path(config.model.hf)),
         *(settings.checkpoint.keep_last, settings.checkpoint.async_save),
     )
+    startup.done("model")
     with Generation(config, folder, world) as generation:
         examples = labelled(responses(config, generation), settings, config.run.seed)
+    startup.done("rollouts")
     order = EpochOrder(len(examples), config.run.seed, "responses of the reward model")
     resumed = checkpoints.resume({"critic": model})
-    step = 0
+    startup.done("checkpoint")
+    step, skips = 0, Skips(config.ppo.skip_limit)
     if resumed is not None:
         step = resumed.iteration
         order.load_state_dict(resumed.state["order"])
+        skips.in_a_row = resumed.state.get("skipped_in_a_row", {})
     log = MetricsLog(folder, config, "reward_model", step, settings.steps) if world.is_main else None
     progress = Progress("reward_model", settings.steps, step, "responses") if world.is_main else None
     while step < settings.steps:
@@ -58,16 +65,24 @@ def run(config: Config) -> None:
         batch = [examples[index] for _, index in order.next(settings.batch_size)]
         step += 1
         result = model.train_step(*step_of(batch, packing_of(config, world), settings))
+        warning = skips.count({"reward model": [not result.applied]})
         if log is not None and progress is not None:
             metrics = {f"reward_model/{name}": value for name, value in result.metrics.items()}
             metrics |= {"reward_model/grad_norm": result.grad_norm, "time/step_s": time.monotonic() - started}
             log.log(step, metrics)
+            startup.finish(folder)
             shown = {"loss": result.metrics["reward_model_loss"], "accuracy": result.metrics["accuracy"]}
             progress.update(step, len(batch), shown)
+            if warning:
+                print(f"warning: step {step}: {warning}", flush=True)
         checkpoints.poll()
         stop, last = runtime.any_rank(stop_requested()), step == settings.steps
-        if last or stop or step % settings.checkpoint.save_every == 0:
-            checkpoints.save(step, {"critic": model}, {"order": order.state_dict()})
+        if last or stop or skips.too_many or step % settings.checkpoint.save_every == 0:
+            state = {"order": order.state_dict(), "skipped_in_a_row": skips.in_a_row}
+            checkpoints.save(step, {"critic": model}, state)
+        if skips.too_many:
+            checkpoints.finish()
+            raise skips.error("reward_model", step)
         if stop and not last:
             checkpoints.finish()
             raise Saved(f"asked to stop: saved at step {step} of {settings.steps}")
@@ -82,8 +97,7 @@ def run(config: Config) -> None:
 def responses(config: Config, generation: Generation) -> list[Rollout]:
     """Verified responses of the SFT actor, generated once and kept in RUN/reward_model/rollouts."""
     total = config.reward_model.num_prompts * config.rollout.num_samples
-    stored = dataclasses.replace(config.value_pretrain, rollouts="stored", stored_path=None, stored_rollouts=total)
-    return rollout_source(dataclasses.replace(config, value_pretrain=stored), generation, "reward_model").next(total, 0)
+    return rollout_source(config, generation, "reward_model", 0).next(total, 0)
 
 
 def labelled(rollouts: list[Rollout], settings: RewardModelConfig, seed: int) -> list[tuple[Sequence, bool]]:
@@ -117,14 +131,12 @@ def step_of(
     good = [sequence for sequence, label in batch if label]
     bad = [sequence for sequence, label in batch if not label]
     pairs = list(zip(good, bad, strict=False))
-    lengths = [len(a) + len(b) for a, b in pairs]
+    lengths = [sum(round_up(len(sequence), packing.segment_multiple) for sequence in pair) for pair in pairs]
     mine = balance(lengths, packing.dp_size)[packing.dp_rank]
     flat = [sequence for i in mine for sequence in pairs[i]]
     bins = pack_into_microbatches([lengths[i] for i in mine], packing.tokens_per_microbatch) or [[]]
-    microbatches = [
-        pack(flat, [k for i in indices for k in (2 * i, 2 * i + 1)], packing.multiple, 1, ["last_mask", "label"])
-        for indices in bins
-    ]
+    rounding, names = (packing.multiple, packing.segment_multiple), ["last_mask", "label"]
+    microbatches = [pack(flat, [k for i in indices for k in (2 * i, 2 * i + 1)], *rounding, names) for indices in bins]
     return microbatches, PairwiseLoss(len(pairs))
 
 

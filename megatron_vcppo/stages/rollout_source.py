@@ -1,17 +1,26 @@
 """Rollouts of a fixed policy: new ones for every step, or one stored set that is drawn from again and again."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.order import EpochOrder
 from megatron_vcppo.data.prompts import PromptStream
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.mcore.export_stream import stream_hf
+from megatron_vcppo.mcore.model import ActorModel
 from megatron_vcppo.records import Rollout
+from megatron_vcppo.rollout.sampling import training_sampling
 from megatron_vcppo.rollout.store import read_rollouts, stored_iterations
-from megatron_vcppo.rollout.wire import Sampling
-from megatron_vcppo.stages.generation import Generation, Tensors
+from megatron_vcppo.stages.generation import Generation
+from megatron_vcppo.stages.models import starting_actor
+from megatron_vcppo.stages.origin import claim, differences, origin_of
 from megatron_vcppo.stages.sampling import Sampler
+from megatron_vcppo.stages.stage import Saved, stop_requested
+from megatron_vcppo.stages.startup import startup
+from megatron_vcppo.stages.stored_set import StoredSet, stored_set
 
 
 class RolloutSource(Protocol):
@@ -27,26 +36,39 @@ class RolloutSource(Protocol):
         """Go on where ``state`` was taken."""
 
 
+def rollout_source(config: Config, generation: Generation, stage: str, reached: int) -> RolloutSource:
+    """Rollouts of the policy that the stage starts from: fresh ones for every step, or its stored set.
+
+    reached: the step from which the stage goes on; stored rollouts after it that another policy made are dropped.
+    """
+    stream = PromptStream(generation.prompts(config.prompts.train), config.run.seed + 1)
+    fresh = FreshRollouts(config, generation, stream, lambda: starting_actor(config, stage))
+    wanted = stored_set(config, stage)
+    if wanted is None:
+        if generation.world.is_main:
+            claim(generation.rollouts, origin_of(config, stage), reached)
+        return fresh
+    generation.rollouts = wanted.folder
+    return StoredRollouts(wanted, fresh, config, stage)
+
+
 class FreshRollouts:
-    """Generates for every step. The weights are pushed once, before the first generation."""
+    """Generates for every step. The actor is loaded and its weights are pushed before the first generation."""
 
     def __init__(
-        self,
-        config: Config,
-        generation: Generation,
-        stream: PromptStream,
-        sampling: Sampling,
-        source: Callable[[], Tensors],
+        self, config: Config, generation: Generation, stream: PromptStream, load_actor: Callable[[], ActorModel]
     ) -> None:
-        self.generation, self.stream, self.source = generation, stream, source
-        self.sampler = Sampler(config, generation, stream, sampling)
+        self.generation, self.stream, self.load_actor = generation, stream, load_actor
+        self.sampler = Sampler(config, generation, stream, training_sampling(config.rollout))
         self.num_samples = config.rollout.num_samples
         self.pushed = False
 
     def next(self, count: int, step: int) -> list[Rollout]:
         if not self.pushed:
+            actor = self.load_actor()
+            startup.done("model")
             self.generation.wait_for_engines()
-            self.generation.push(0, self.source)
+            self.generation.push(0, lambda: stream_hf(actor))
             self.pushed = True
         return self.sampler.of(step, self.stream.next(-(-count // self.num_samples)))
 
@@ -63,13 +85,31 @@ class StoredRollouts:
     CHUNK = 512
     """Rollouts per stored part: what a kill while the set is made costs at most."""
 
-    def __init__(self, folder: Path, total: int, fresh: FreshRollouts, config: Config) -> None:
-        self.rollouts = self._load_or_make(folder, total, fresh)
-        self.order = EpochOrder(len(self.rollouts), config.run.seed, str(folder))
+    def __init__(self, wanted: StoredSet, fresh: FreshRollouts, config: Config, stage: str) -> None:
+        """Raises UserError for a set that this model cannot read, Saved if asked to stop while it is made."""
+        self.is_main = fresh.generation.world.is_main
+        if self.is_main:
+            self._check_origin(wanted, config, stage)
+        self.rollouts = self._load_or_make(wanted, fresh)
+        check_fit(self.rollouts, wanted, config)
+        self.order = EpochOrder(len(self.rollouts), config.run.seed, str(wanted.folder))
 
-    def _load_or_make(self, folder: Path, total: int, fresh: FreshRollouts) -> list[Rollout]:
-        generation = fresh.generation
-        stored = generation.sync.exchange(stored_iterations(folder) if generation.world.is_main else None)[0]
+    def _check_origin(self, wanted: StoredSet, config: Config, stage: str) -> None:
+        """A set that is there is taken, with a warning if another policy made it; one begun by another is dropped."""
+        made = origin_of(config, stage)
+        different = differences(wanted.folder, made)
+        if not wanted.is_complete and (wanted.is_own or not stored_iterations(wanted.folder)):
+            claim(wanted.folder, made, 0)
+        elif different:
+            print(
+                f"warning: {wanted.folder} was made under other settings ({', '.join(different)}): its returns are not "
+                "those of this actor; without the folder, the set is made anew",
+                flush=True,
+            )
+
+    def _load_or_make(self, wanted: StoredSet, fresh: FreshRollouts) -> list[Rollout]:
+        generation, total = fresh.generation, wanted.num_rollouts
+        stored = generation.sync.exchange(stored_iterations(wanted.folder) if self.is_main else None)[0]
         rollouts: list[Rollout] = []
         part = 0
         while len(rollouts) < total:
@@ -77,10 +117,14 @@ class StoredRollouts:
             count = min(self.CHUNK, total - len(rollouts))
             if part in stored:
                 fresh.stream.next(-(-count // fresh.num_samples))
-                found = read_rollouts(folder, part) if generation.world.is_main else None
+                found = read_rollouts(wanted.folder, part) if self.is_main else None
                 rollouts += generation.sync.exchange(found)[0]
-            else:
-                rollouts += fresh.next(count, part)
+                continue
+            if runtime.any_rank(stop_requested()):
+                raise Saved(f"asked to stop: {len(rollouts)} of {total} rollouts are stored")
+            rollouts += fresh.next(count, part)
+        if self.is_main and not wanted.is_complete:
+            wanted.mark_complete()
         return rollouts[:total]
 
     def next(self, count: int, step: int) -> list[Rollout]:
@@ -91,3 +135,15 @@ class StoredRollouts:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.order.load_state_dict(state)
+
+
+def check_fit(rollouts: list[Rollout], wanted: StoredSet, config: Config) -> None:
+    """UserError names the first rollout that the model cannot read: too long, or of another vocabulary."""
+    longest, vocabulary = config.model.max_length, Architecture.from_hf(config.model.hf).vocab_size
+    for rollout in rollouts:
+        ids = (*rollout.prompt.token_ids, *rollout.response_ids)
+        where = f"{wanted.folder}: {rollout.prompt.prompt_id} sample {rollout.sample_index}"
+        if len(ids) > longest:
+            raise UserError(f"{where} has {len(ids)} tokens, model.max_length is {longest}")
+        if max(ids) >= vocabulary:
+            raise UserError(f"{where} has token {max(ids)}, the vocabulary of {config.model.hf} has {vocabulary}")

@@ -42,7 +42,7 @@ class Sampler:
         missing = wanted
         for round_number in range(settings.dynamic_sampling_rounds):
             # Rounds get iteration numbers of their own: seeds and stored files must not meet.
-            tag = iteration * settings.dynamic_sampling_rounds + round_number
+            tag = self.last_tag(iteration - 1) + 1 + round_number
             drawn = self.of(tag, self.stream.next(missing))
             kept += unequal_groups(drawn)
             missing = wanted - len(kept) // self.num_samples
@@ -56,6 +56,11 @@ class Sampler:
                 flush=True,
             )
         return kept or drawn
+
+    def last_tag(self, iteration: int) -> int:
+        """The highest number under which rollouts of this iteration, or of one before, are stored."""
+        settings = self.config.ppo
+        return (iteration + 1) * settings.dynamic_sampling_rounds - 1 if settings.dynamic_sampling else iteration
 
     def begin(self, iteration: int) -> None:
         """Start on an iteration before its turn; ``take`` waits for it."""

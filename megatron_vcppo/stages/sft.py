@@ -14,7 +14,6 @@ from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.data.rollout_batch import Packing
 from megatron_vcppo.data.sft import SftDataset, SftKeys, load_sft_dataset
 from megatron_vcppo.data.tokenizer import load_tokenizer
-from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder
@@ -23,16 +22,20 @@ from megatron_vcppo.mcore.learner import Actor, Metrics
 from megatron_vcppo.mcore.model import build_actor
 from megatron_vcppo.report.metrics import MetricsLog
 from megatron_vcppo.report.progress import Progress
+from megatron_vcppo.stages.skips import Skips
 from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
+from megatron_vcppo.stages.startup import startup
 
 
 def run(config: Config) -> None:
     """Fine-tune model.hf on sft.train; leaves RUN/sft/checkpoints. Raises Saved if asked to stop."""
     settings, folder = config.sft, stage_folder(config, "sft")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    startup.done("groups")
     train = shared_dataset(config, folder, settings.train, "train")
     validation = shared_dataset(config, folder, settings.validation, "validation") if settings.validation else None
     order = EpochOrder(len(train), config.run.seed, settings.train)
+    startup.done("data")
     total_steps = settings.steps or math.ceil(settings.epochs * len(train) / settings.batch_size)
 
     arch = Architecture.from_hf(config.model.hf)
@@ -42,16 +45,18 @@ def run(config: Config) -> None:
     checkpoints = CheckpointFolder(
         folder / "checkpoints", Path(config.model.hf), settings.checkpoint.keep_last, settings.checkpoint.async_save
     )
+    startup.done("model")
     resumed = checkpoints.resume({"actor": actor})
-    step = 0
+    startup.done("checkpoint")
+    step, skips = 0, Skips(config.ppo.skip_limit)
     if resumed is not None:
         step = resumed.iteration
         order.load_state_dict(resumed.state["order"])
+        skips.in_a_row = resumed.state.get("skipped_in_a_row", {})
     log = MetricsLog(folder, config, "sft", step, total_steps) if world.is_main else None
     progress = Progress("sft", total_steps, start=step, unit="tok") if world.is_main else None
 
     packing = packing_of(config, world)
-    saved_step = step
     while step < total_steps:
         started = time.monotonic()
         batch = [train[index] for _, index in order.next(settings.batch_size)]
@@ -59,11 +64,7 @@ def run(config: Config) -> None:
         num_loss_tokens = sum(sum(s.fields["loss_mask"]) for s in batch)
         result = actor.train_step(packing.pack(mine, ["loss_mask"]), TokenLoss(num_loss_tokens))
         step += 1
-        if not result.applied:
-            raise UserError(
-                f"sft: loss or gradient of step {step} is not finite (loss {result.metrics['loss']}, gradient norm "
-                f"{result.grad_norm}); lower sft.optimizer.lr (now {settings.optimizer.lr}) and resume"
-            )
+        warning = skips.count({"actor": [not result.applied]})
         last = step == total_steps
         metrics = {
             "sft/loss": result.metrics["loss"],
@@ -79,15 +80,21 @@ def run(config: Config) -> None:
         metrics |= {"time/step_s": seconds, "sft/tokens_per_s": num_tokens / seconds}
         if log is not None and progress is not None:
             log.log(step, metrics)
+            startup.finish(folder)
             progress.update(step, num_tokens, {"loss": result.metrics["loss"], "lr": result.learning_rate})
+            if warning:
+                print(f"warning: step {step}: {warning}", flush=True)
         checkpoints.poll()
         stop = runtime.any_rank(stop_requested())
-        if last or stop or step % settings.checkpoint.save_every == 0:
-            checkpoints.save(step, {"actor": actor}, {"order": order.state_dict()})
-            saved_step = step
+        if last or stop or skips.too_many or step % settings.checkpoint.save_every == 0:
+            state = {"order": order.state_dict(), "skipped_in_a_row": skips.in_a_row}
+            checkpoints.save(step, {"actor": actor}, state)
+        if skips.too_many:
+            checkpoints.finish()
+            raise skips.error("sft", step)
         if stop and not last:
             checkpoints.finish()
-            raise Saved(f"asked to stop: saved at step {saved_step} of {total_steps}")
+            raise Saved(f"asked to stop: saved at step {step} of {total_steps}")
     checkpoints.finish()
     if log is not None and progress is not None:
         log.close()
@@ -139,5 +146,5 @@ def shared_dataset(config: Config, folder: Path, source: str, name: str) -> SftD
         print(report, flush=True)
         dataset.save(path)
 
-    runtime.on_main(tokenise, f"tokenising {source}", config.run.timeout_s)
+    runtime.on_main(tokenise, f"tokenising {source}")
     return SftDataset.load(path)

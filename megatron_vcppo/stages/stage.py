@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.data.context import rounding
 from megatron_vcppo.data.rollout_batch import Packing
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.manifest import MANIFEST_NAME, read_manifest, write_manifest
@@ -44,8 +45,8 @@ def stage_folder(config: Config, stage: str) -> Path:
 def packing_of(config: Config, world: Runtime) -> Packing:
     """How this rank's replica packs its share of a batch."""
     parallel = config.parallel
-    multiple = parallel.tp if parallel.sequence_parallel else 1
-    return Packing(parallel.tokens_per_microbatch, multiple, world.dp_rank, world.dp_size)
+    multiple, segment_multiple = rounding(parallel)
+    return Packing(parallel.tokens_per_microbatch, multiple, world.dp_rank, world.dp_size, segment_multiple)
 
 
 def mark_done(folder: Path, checkpoint: Path | None = None, outputs: tuple[str, ...] = ()) -> None:

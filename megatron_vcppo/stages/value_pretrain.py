@@ -8,28 +8,27 @@ from megatron_vcppo.algo.metrics import explained_variance
 from megatron_vcppo.algo.token_rewards import token_rewards
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.rl import CriticConfig, ValuePretrainConfig
-from megatron_vcppo.data.prompts import PromptStream
 from megatron_vcppo.data.rollout_batch import Packing, RolloutBatch, make_batch
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder
-from megatron_vcppo.mcore.export_stream import stream_hf
 from megatron_vcppo.mcore.learner import Critic, StepResult
 from megatron_vcppo.report.metrics import MetricsLog
 from megatron_vcppo.report.progress import Progress
-from megatron_vcppo.rollout.sampling import training_sampling
-from megatron_vcppo.stages.credit import reward_statistics
+from megatron_vcppo.stages.credit import episode_rewards, reward_statistics, trained_mask
 from megatron_vcppo.stages.generation import Generation
 from megatron_vcppo.stages.losses import CriticLoss
-from megatron_vcppo.stages.models import starting_actor, starting_critic
-from megatron_vcppo.stages.rollout_source import FreshRollouts, RolloutSource, StoredRollouts
+from megatron_vcppo.stages.models import starting_critic
+from megatron_vcppo.stages.rollout_source import rollout_source
 from megatron_vcppo.stages.skips import Skips
 from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
+from megatron_vcppo.stages.startup import startup
 
 
 def run(config: Config) -> None:
     """Pretrain a critic; leaves RUN/value_pretrain/checkpoints. Raises Saved if asked to stop."""
     settings, folder = config.value_pretrain, stage_folder(config, "value_pretrain")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    startup.done("groups")
     critic = Critic(
         starting_critic(config, "value_pretrain", settings.init, settings.checkpoint_path),
         *(config.parallel, settings.optimizer, settings.schedule, settings.steps),
@@ -38,14 +37,18 @@ def run(config: Config) -> None:
         *(folder / "checkpoints", Path(config.model.hf)),
         *(settings.checkpoint.keep_last, settings.checkpoint.async_save),
     )
+    startup.done("model")
     with Generation(config, folder, world) as generation:
-        source = rollout_source(config, generation, "value_pretrain")
         resumed = checkpoints.resume({"critic": critic})
+        startup.done("checkpoint")
         step, history, skips = 0, [], Skips(config.ppo.skip_limit)
         if resumed is not None:
             step, history = resumed.iteration, resumed.state["history"]
-            source.load_state_dict(resumed.state["rollouts"])
             skips.in_a_row = resumed.state["skipped_in_a_row"]
+        source = rollout_source(config, generation, "value_pretrain", step)
+        if resumed is not None:
+            source.load_state_dict(resumed.state["rollouts"])
+        startup.done("rollouts")
         log = MetricsLog(folder, config, "value_pretrain", step, settings.steps) if world.is_main else None
         progress = Progress("value_pretrain", settings.steps, step, "rollouts") if world.is_main else None
         reason = stopping_reason(history, settings)
@@ -62,6 +65,7 @@ def run(config: Config) -> None:
             history.append([metrics["critic/explained_variance"], metrics["critic/value_loss"]])
             if log is not None and progress is not None:
                 log.log(step, metrics)
+                startup.finish(folder)
                 shown = {"loss": metrics["critic/value_loss"], "ev": metrics["critic/explained_variance"]}
                 progress.update(step, len(batch), shown)
                 if warning:
@@ -87,25 +91,12 @@ def run(config: Config) -> None:
     runtime.stop()
 
 
-def rollout_source(config: Config, generation: Generation, stage: str) -> RolloutSource:
-    """Rollouts of the policy that the stage starts from: fresh ones for every step, or one stored set."""
-    settings = config.value_pretrain
-    actor = starting_actor(config, stage)
-    stream = PromptStream(generation.prompts(config.prompts.train), config.run.seed + 1)
-    fresh = FreshRollouts(config, generation, stream, training_sampling(config.rollout), lambda: stream_hf(actor))
-    if settings.rollouts == "fresh":
-        return fresh
-    if settings.stored_path:
-        generation.rollouts = Path(settings.stored_path)
-    return StoredRollouts(generation.rollouts, settings.stored_rollouts, fresh, config)
-
-
 def learn_returns(critic: Critic, batch: RolloutBatch, packing: Packing, config: Config) -> StepResult:
     """One optimizer step on ½(V - R)² with Monte-Carlo returns; the metrics are those of V before the step."""
-    mask = batch.response_mask
-    rewards = token_rewards(batch.rewards, mask)
-    gamma = config.ppo.advantage.gamma
-    _, returns = decoupled_gae(rewards, rewards * 0, mask, gamma=gamma, lam_actor=1.0, lam_critic=1.0)
+    rewards = token_rewards(episode_rewards(batch, config), batch.response_mask)
+    gamma, values = config.ppo.advantage.gamma, rewards * 0
+    _, returns = decoupled_gae(rewards, values, batch.response_mask, gamma=gamma, lam_actor=1.0, lam_critic=1.0)
+    mask = trained_mask(batch, config)
     tensors = {"response_mask": mask, "returns": returns}
     share = packing.share([len(r.prompt.token_ids) + len(r.response_ids) for r in batch.rollouts])
     microbatches = packing.pack(batch.sequences(share, tensors), list(tensors))

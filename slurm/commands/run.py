@@ -2,6 +2,7 @@
 
 import argparse
 
+from slurm.base_run import take_stages
 from slurm.local import run_chain
 from slurm.prepare import add_chain_arguments, prepare
 from slurm.run_folder import chosen_stages
@@ -18,4 +19,6 @@ def run(args: argparse.Namespace) -> int:
     """Resolve the configuration, write it into the run folder, run what is not done."""
     folder, config = prepare(args.config, args.overrides)
     stages = chosen_stages(list(config.stages), args.first, args.last, args.only)
+    if args.base:
+        take_stages(folder, config, args.base, args.first)
     return run_chain(folder, config, stages)

@@ -1,6 +1,7 @@
 """vcppo status: where a run stands."""
 
 import argparse
+import sys
 import time
 
 from slurm.prepare import add_run_argument, open_run
@@ -17,14 +18,23 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; exit code 1 if a stage failed."""
+    from slurm.query import Unreachable
     from slurm.status import run_status, table
 
     folder, config = open_run(args.folder)
+    clear = "\033[2J\033[H" if sys.stdout.isatty() else ""
     while True:
-        statuses = run_status(folder, config)
+        try:
+            statuses = run_status(folder, config)
+        except Unreachable as error:
+            if not args.watch:
+                raise
+            print(f"{time.strftime('%H:%M:%S')}  {error}; asking again", flush=True)
+            time.sleep(args.every)
+            continue
         active = any(status.state in ("running", "pending") for status in statuses)
         if args.watch:
-            print(f"\033[2J\033[H{time.strftime('%H:%M:%S')}  {folder.path}")
+            print(f"{clear}{time.strftime('%H:%M:%S')}  {folder.path}")
         print(table(statuses), flush=True)
         if not (args.watch and active):
             return int(any(status.state in ("failed", "damaged") for status in statuses))

@@ -2,6 +2,7 @@
 
 import argparse
 
+from slurm.base_run import take_stages
 from slurm.prepare import LOCAL, add_chain_arguments, prepare
 from slurm.run_folder import chosen_stages
 
@@ -23,6 +24,8 @@ def run(args: argparse.Namespace) -> int:
     """Submit, or run here."""
     folder, config = prepare(args.config, args.overrides, args.cluster)
     stages = chosen_stages(list(config.stages), args.first, args.last, args.only)
+    if args.base:
+        take_stages(folder, config, args.base, args.first)
     if config.cluster.name == LOCAL and not args.dry_run:
         from slurm.local import run_chain
 

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from slurm.prepare import add_base_argument
+
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the command."""
@@ -13,6 +15,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("config", type=Path, nargs="?", help="configuration file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key=[a,b]", help="what varies; key=value for what does not")
+    parser.add_argument("--from", dest="first", metavar="STAGE", help="start every chain at this stage")
+    add_base_argument(parser)
     parser.add_argument("--cluster", metavar="NAME", help="profile in configs/cluster/, a YAML file, or local")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="print the table of a sweep")
     parser.set_defaults(run=run)
@@ -22,7 +26,9 @@ def run(args: argparse.Namespace) -> int:
     """Start the chains, or show what they gave."""
     from megatron_vcppo.config.load import load_config
     from megatron_vcppo.errors import UserError
+    from slurm.base_run import take_stages
     from slurm.prepare import LOCAL, prepare, profile_files
+    from slurm.run_folder import chosen_stages
     from slurm.sweep import points, results, text_table, write_points
 
     if args.results:
@@ -37,15 +43,18 @@ def run(args: argparse.Namespace) -> int:
     for point in made:
         overrides = [*fixed, *point.overrides, f"run.dir={parent / point.name}"]
         folder, config = prepare(args.config, overrides, args.cluster)
+        stages = chosen_stages(list(config.stages), args.first, None, None)
+        if args.base:
+            take_stages(folder, config, args.base, args.first)
         print(f"{point.name}: {' '.join(point.overrides)}", flush=True)
         if config.cluster.name == LOCAL:
             from slurm.local import run_chain
 
-            code = max(code, run_chain(folder, config, list(config.stages)))
+            code = max(code, run_chain(folder, config, stages))
         else:
             from slurm.submit import resolve_python, submit
 
-            jobs = submit(folder, config, list(config.stages), resolve_python(config))
+            jobs = submit(folder, config, stages, resolve_python(config))
             print("  " + (", ".join(f"{stage} {job}" for stage, job in jobs.items()) or "done before"))
     print(f"results: vcppo sweep --results {parent}")
     return code

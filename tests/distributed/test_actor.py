@@ -2,13 +2,15 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_vcppo.data.packing import balance, pack_all, unpack_all
+from megatron_vcppo.config.schema import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.data.context import rounding
+from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all, unpack_all
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.hf_load import load_hf
@@ -32,7 +34,11 @@ def make_sequences(seed: int, count: int = 12) -> list[Sequence]:
     return sequences
 
 
-def make_actor(folder: Path, parallel: ParallelConfig, dtype: str = "float32") -> Actor:
+def packed(sequences: list[Sequence], parallel: ParallelConfig) -> list[PackedMicrobatch]:
+    return pack_all(sequences, TOKENS_PER_MICROBATCH, *rounding(parallel))
+
+
+def make_actor(folder: Path, parallel: ParallelConfig, dtype: Dtype = "float32") -> Actor:
     runtime.start(parallel, seed=1, timeout_s=60)
     arch = Architecture.from_hf(folder)
     model = build_actor(arch, ModelConfig(hf=str(folder), dtype=dtype), parallel)
@@ -40,7 +46,7 @@ def make_actor(folder: Path, parallel: ParallelConfig, dtype: str = "float32") -
     return Actor(model, parallel, OPTIMIZER, ScheduleConfig(), total_steps=10)
 
 
-def train(folder: Path, parallel: ParallelConfig, steps: int, dtype: str = "float32") -> dict[str, list[float]]:
+def train(folder: Path, parallel: ParallelConfig, steps: int, dtype: Dtype = "float32") -> dict[str, list[float]]:
     """Loss, gradient norm and entropy of each step, then log-probs of a fixed batch under the new weights."""
     actor = make_actor(folder, parallel, dtype)
     history: dict[str, list[float]] = {"loss": [], "grad_norm": [], "entropy": []}
@@ -54,14 +60,12 @@ def train(folder: Path, parallel: ParallelConfig, steps: int, dtype: str = "floa
             return -(logprobs * mask).sum() / total, {"entropy": ((entropy * mask).sum(), mask.sum())}
 
         mine = balance([len(s) for s in sequences], actor.runtime.dp_size)[actor.runtime.dp_rank]
-        result = actor.train_step(
-            pack_all([sequences[i] for i in mine], TOKENS_PER_MICROBATCH, multiple=parallel.tp), loss
-        )
+        result = actor.train_step(packed([sequences[i] for i in mine], parallel), loss)
         assert result.applied
         for name in ("loss", "entropy"):
             history[name].append(result.metrics[name])
         history["grad_norm"].append(result.grad_norm)
-    fixed = pack_all(make_sequences(99), TOKENS_PER_MICROBATCH, multiple=parallel.tp)
+    fixed = packed(make_sequences(99), parallel)
     rows = unpack_all(fixed, actor.logprobs(fixed))
     history["logprobs"] = [value for row in rows for value in row]
     return history
@@ -88,8 +92,8 @@ def test_logprobs_equal_transformers(tmp_path: Path, family: str, tied: bool, la
 
     def body() -> list[list[float]]:
         actor = make_actor(folder, parallel)
-        packed = pack_all(sequences, TOKENS_PER_MICROBATCH, multiple=parallel.tp)
-        return unpack_all(packed, actor.logprobs(packed))
+        microbatches = packed(sequences, parallel)
+        return unpack_all(microbatches, actor.logprobs(microbatches))
 
     for ours in run_distributed_test(body, parallel.tp * parallel.pp):
         for row, reference in zip(ours, reference_logprobs(folder, sequences), strict=True):
@@ -126,7 +130,7 @@ def test_gradients_equal_transformers(tmp_path: Path) -> None:
     assert (torch.tensor(ours["logprobs"]) - new).abs().max() <= 1e-4
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tp": 2}),
     "pp2": (2, {"pp": 2}),
     "dp2-distributed-optimizer": (2, {"distributed_optimizer": True}),
@@ -168,11 +172,11 @@ def test_an_infinite_loss_changes_nothing(tmp_path: Path) -> None:
 
     def body() -> tuple[bool, bool, float]:
         actor = make_actor(folder, ParallelConfig(pp=2))
-        packed = pack_all(make_sequences(0), TOKENS_PER_MICROBATCH)
+        microbatches = packed(make_sequences(0), ParallelConfig())
         before = [p.detach().clone() for p in actor.model.parameters()]
-        result = actor.train_step(packed, lambda outputs, microbatch: (outputs[0].sum() * math.inf, {}))
+        result = actor.train_step(microbatches, lambda outputs, microbatch: (outputs[0].sum() * math.inf, {}))
         same = all(torch.equal(a, b) for a, b in zip(before, actor.model.parameters(), strict=True))
-        return result.applied, same, actor.train_step(packed, lambda o, m: (-o[0].mean(), {})).grad_norm
+        return result.applied, same, actor.train_step(microbatches, lambda o, m: (-o[0].mean(), {})).grad_norm
 
     for applied, same, grad_norm in run_distributed_test(body, 2):
         assert not applied and same and math.isfinite(grad_norm)

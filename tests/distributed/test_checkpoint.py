@@ -1,15 +1,21 @@
 """Checkpoints: resharding continues with the same losses, damage is found, the last good one is taken."""
 
+import contextlib
 import json
 import os
 import signal
+import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from transformers import AutoModelForTokenClassification
 
-from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.config.schema import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.data.context import rounding
 from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all, unpack_all
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
@@ -28,8 +34,10 @@ TP2PP2 = ParallelConfig(tp=2, pp=2, sequence_parallel=True)
 SCHEDULE = ScheduleConfig(kind="cosine", warmup_steps=2)
 
 
-def start(hf: Path, parallel: ParallelConfig, dtype: str = "float32") -> tuple[Actor, Critic]:
-    runtime.start(parallel, seed=3, timeout_s=60)
+def start(
+    hf: Path, parallel: ParallelConfig, dtype: Dtype = "float32", timeout_s: float = 60.0
+) -> tuple[Actor, Critic]:
+    runtime.start(parallel, seed=3, timeout_s=timeout_s)
     arch, config = Architecture.from_hf(hf), ModelConfig(hf=str(hf), dtype=dtype)
     actor, critic = build_actor(arch, config, parallel), build_critic(arch, config, parallel)
     load_hf(actor, hf)
@@ -51,12 +59,18 @@ def step(learner: Actor | Critic, parallel: ParallelConfig, seed: int) -> tuple[
         return (error * mask).sum() / total, {}
 
     mine = balance([len(s) for s in sequences], learner.runtime.dp_size)[learner.runtime.dp_rank]
-    result = learner.train_step(pack_all([sequences[i] for i in mine], 160, multiple=parallel.tp), loss)
+    result = learner.train_step(pack_all([sequences[i] for i in mine], 160, *rounding(parallel)), loss)
     return result.metrics["loss"], result.grad_norm
 
 
 def train(
-    hf: Path, folder: Path, parallel: ParallelConfig, steps: range, save_at: int = 0, dtype: str = "float32", **options
+    hf: Path,
+    folder: Path,
+    parallel: ParallelConfig,
+    steps: range,
+    save_at: int = 0,
+    dtype: Dtype = "float32",
+    **options,
 ) -> list[tuple[float, float]]:
     actor, critic = start(hf, parallel, dtype)
     options = {"keep_last": 2, "async_save": False, **options}
@@ -79,7 +93,7 @@ def train(
 def test_any_layout_continues_as_if_nothing_had_happened(tmp_path: Path, distributed_optimizer: bool) -> None:
     hf = save_tiny_model(tmp_path / "hf", tied=True)
 
-    def layout(**sizes: int | bool) -> ParallelConfig:
+    def layout(**sizes: Any) -> ParallelConfig:
         return ParallelConfig(distributed_optimizer=distributed_optimizer, **sizes)
 
     before = layout(tp=2, pp=2, sequence_parallel=True)
@@ -96,7 +110,7 @@ def test_any_layout_continues_as_if_nothing_had_happened(tmp_path: Path, distrib
 def test_bfloat16_and_background_save_continue_bit_equal(tmp_path: Path) -> None:
     hf = save_tiny_model(tmp_path / "hf")
     parallel = ParallelConfig(pp=2, distributed_optimizer=True)
-    arguments = {"dtype": "bfloat16", "async_save": True}
+    arguments: dict[str, Any] = {"dtype": "bfloat16", "async_save": True}
     through = run_distributed_test(train, 4, hf, tmp_path / "ck", parallel, range(4), save_at=2, **arguments)
     resumed = run_distributed_test(train, 4, hf, tmp_path / "ck", parallel, range(2, 4), **arguments)
     assert resumed[0] == through[0][4:]
@@ -200,3 +214,73 @@ def test_a_kill_in_the_middle_of_a_save_costs_only_that_save(tmp_path: Path) -> 
     assert run_distributed_test(resume, 1) == [1]
     assert not (folder / ".iter_0000002.tmp").exists()
     assert json.loads((folder / "iter_0000001" / "state.json").read_text())["iteration"] == 1
+
+
+def test_a_background_save_holds_the_state_of_its_moment(tmp_path: Path) -> None:
+    """What the stage appends to its lists while the writers work belongs to the next checkpoint."""
+    hf = save_tiny_model(tmp_path / "hf")
+
+    def body() -> dict[str, Any]:
+        actor, _ = start(hf, ParallelConfig())
+        checkpoints = CheckpointFolder(tmp_path / "ck", hf, keep_last=2, async_save=True)
+        history = [1]
+        checkpoints.save(1, {"actor": actor}, {"history": history})
+        history.append(2)
+        checkpoints.finish()
+        resumed = checkpoints.resume({"actor": actor})
+        assert resumed is not None
+        return resumed.state
+
+    assert run_distributed_test(body, 1) == [{"history": [1]}]
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_killed_writer_is_not_waited_for_without_end(tmp_path: Path, async_save: bool) -> None:
+    hf = save_tiny_model(tmp_path / "hf")
+    writer = tmp_path / "writer"
+
+    def body() -> None:
+        def note_and_die(*_: Any, **__: Any) -> None:
+            writer.write_text(str(os.getppid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        actor, _ = start(hf, ParallelConfig(), timeout_s=2.0)
+        FileSystemWriterAsync.write_preloaded_data = note_and_die
+        checkpoints = CheckpointFolder(tmp_path / "ck", hf, keep_last=2, async_save=async_save)
+        checkpoints.save(1, {"actor": actor}, {})
+        checkpoints.finish()
+
+    with pytest.raises(
+        RanksFailed, match=r"rank 0: writing .*iter_0000001\.tmp has made no progress for 2 s"
+    ) as failure:
+        run_distributed_test(body, 1, timeout_s=30)
+    assert "rank 0: exit code 1" in str(failure.value)
+    time.sleep(0.2)
+    with contextlib.suppress(psutil.NoSuchProcess):  # what waited for the killed writer has ended too
+        assert psutil.Process(int(writer.read_text())).status() == psutil.STATUS_ZOMBIE
+
+
+def test_components_that_are_written_at_one_time_do_not_mix(tmp_path: Path) -> None:
+    """The writer of the first component is the last to be done."""
+    hf = save_tiny_model(tmp_path / "hf")
+    write = FileSystemWriterAsync.write_preloaded_data
+
+    def delayed(transforms: Any, *args: Any, write_bucket: Any, **kwargs: Any) -> None:
+        time.sleep(0.5 if "/actor/" in write_bucket[0] else 0.0)
+        write(transforms, *args, write_bucket=write_bucket, **kwargs)
+
+    def body() -> bool:
+        learners = dict(zip(("actor", "critic"), start(hf, ParallelConfig()), strict=True))
+        FileSystemWriterAsync.write_preloaded_data = delayed
+        checkpoints = CheckpointFolder(tmp_path / "ck", hf, keep_last=2, async_save=True)
+        checkpoints.save(1, learners, {})
+        checkpoints.finish()
+        saved = {name: [p.detach().clone() for p in learner.model.parameters()] for name, learner in learners.items()}
+        with torch.no_grad():
+            for learner in learners.values():
+                for parameter in learner.model.parameters():
+                    parameter.zero_()
+        assert checkpoints.resume(learners) is not None
+        return all(torch.equal(a, b) for name in saved for a, b in zip(saved[name], learners[name].model.parameters()))
+
+    assert run_distributed_test(body, 1) == [True]

@@ -1,5 +1,8 @@
 """The stream of Hugging Face tensors from a live Megatron model is the checkpoint it was loaded from, bit by bit."""
 
+import ctypes
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,12 @@ from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.export_stream import stream_hf
 from megatron_vcppo.mcore.hf_load import load_hf
 from megatron_vcppo.mcore.model import build_actor
+from megatron_vcppo.rollout.broadcast import join_group, reach_store, receive, send, serve_store
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.tiny_models import save_tiny_model
+from tools.benchmarks._measure import peak_bytes
+
+BUCKET_BYTES = 4 << 20
 
 
 def stream(folder: Path, tp: int, pp: int) -> list[tuple[str, torch.Tensor]]:
@@ -37,3 +44,47 @@ def test_the_stream_is_the_checkpoint(tmp_path, family: str, tied: bool, tp: int
             assert torch.equal(tensor, expected[name]), name
     # each stage sends from its first tensor-parallel rank, and every stage has layers of its own
     assert [bool(rank) for rank in per_rank] == [index % tp == 0 for index in range(tp * pp)]
+
+
+def memory_of_a_push(folder: Path, meeting: Path) -> int:
+    """Two tensor-parallel trainer ranks push to the third rank; how much rank 0's memory rises meanwhile."""
+    rank, address = int(os.environ["RANK"]), "127.0.0.1"
+    if rank == 2:
+        store = reach_store(address, int(wait_for_text(meeting)), 60.0)
+        for _ in receive(join_group(store, 1, 2, "gloo", torch.device("cpu"), 60.0, address)):
+            pass
+        return 0
+    os.environ["WORLD_SIZE"] = "2"
+    parallel = ParallelConfig(tp=2)
+    runtime.start(parallel, seed=1, timeout_s=60)
+    model = build_actor(Architecture.from_hf(folder), ModelConfig(hf=str(folder), dtype="float32"), parallel)
+    load_hf(model, folder)
+    if rank == 1:
+        assert not list(stream_hf(model))
+        return 0
+    store = serve_store(address, 60.0)
+    meeting.with_suffix(".tmp").write_text(str(store.port))
+    meeting.with_suffix(".tmp").rename(meeting)
+    group = join_group(store, 0, 2, "gloo", torch.device("cpu"), 60.0, address)
+    # What is freed goes back to the system at once, so that the resident set shows what is held, not what lies between.
+    mmap_threshold = -3
+    ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 16)
+    return peak_bytes(lambda: send(group, stream_hf(model), BUCKET_BYTES))
+
+
+def wait_for_text(path: Path) -> str:
+    for _ in range(600):
+        if path.exists():
+            return path.read_text()
+        time.sleep(0.1)
+    raise TimeoutError(path)
+
+
+def test_a_push_holds_two_buckets_and_one_gather(tmp_path) -> None:
+    sizes = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+    folder = save_tiny_model(tmp_path / "model", "qwen2", tied=False, **sizes)
+    tensors = load_file(folder / "model.safetensors").values()
+    largest, model_bytes = max(tensor.nbytes for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
+    bound = 2 * BUCKET_BYTES + 2 * largest + (8 << 20)  # a gather holds the shards and the whole; some slack
+    rise = run_distributed_test(memory_of_a_push, 3, folder, tmp_path / "port")[0]
+    assert rise < bound < model_bytes / 2, f"{rise / 1e6:.0f} MB of {model_bytes / 1e6:.0f} MB"

@@ -26,7 +26,7 @@ from tests.helpers.ppo_reference import reference_update
 from tests.helpers.tiny_models import VOCAB_SIZE, save_tiny_model
 
 MAX_TOKENS = 24
-SIZES = {"num_hidden_layers": 2}
+SIZES: dict[str, Any] = {"num_hidden_layers": 2}
 HEAD = torch.randn(64, generator=torch.Generator().manual_seed(5)) * 0.1
 VAPO = {
     "advantage": {"length_adaptive_alpha": 0.2},
@@ -159,11 +159,12 @@ def test_an_update_equals_plain_torch(tmp_path: Path, family: str, ppo: dict[str
     assert ours["actor/clip_fraction"] > 0
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tp": 2}),
     "pp2": (2, {"pp": 2}),
     "dp2-distributed-optimizer": (2, {"distributed_optimizer": True}),
     "tp2pp2-sequence-parallel": (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
+    "cp2": (2, {"cp": 2}),
 }
 
 

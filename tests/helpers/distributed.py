@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -72,7 +72,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _join(ranks: list[BaseProcess], timeout_s: float) -> None:
+def _join(ranks: Sequence[BaseProcess], timeout_s: float) -> None:
     """Wait until every rank ended, until the deadline, or until GRACE_S after the first failure."""
     deadline = time.monotonic() + timeout_s
     while alive := [process for process in ranks if process.exitcode is None]:
@@ -85,7 +85,7 @@ def _join(ranks: list[BaseProcess], timeout_s: float) -> None:
         wait([process.sentinel for process in alive], timeout=remaining_s)
 
 
-def _dump_stacks(ranks: list[BaseProcess]) -> None:
+def _dump_stacks(ranks: Sequence[BaseProcess]) -> None:
     """Ask the ranks that still run to write every thread's stack to their files."""
     alive = [process for process in ranks if process.is_alive()]
     for process in alive:
@@ -95,7 +95,7 @@ def _dump_stacks(ranks: list[BaseProcess]) -> None:
         time.sleep(0.3)
 
 
-def _failure_report(ranks: list[BaseProcess], folder: Path, timeout_s: float) -> str:
+def _failure_report(ranks: Sequence[BaseProcess], folder: Path, timeout_s: float) -> str:
     """What happened, rank by rank, the first failure first."""
 
     def when(rank: int) -> float:

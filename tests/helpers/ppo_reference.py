@@ -106,12 +106,13 @@ def reference_update(
     every = torch.cat(advantages)
     advantages = [(row - every.mean()) / every.std(correction=0) for row in advantages]
 
+    good = [float(rollout.reward or 0.0) > 0 for rollout in rollouts]
     for ppo_epoch in range(ppo.ppo_epochs):
         for part in minibatches(len(rollouts), ppo.minibatches, config.run.seed, 1, ppo_epoch):
             num_tokens = sum(len(rollouts[i].response_ids) for i in part)
             errors = [(critic.model(rollouts[i]) - returns[i]).square().sum() for i in part]
             critic.step(0.5 * torch.stack(errors).sum() / num_tokens)
-            num_positive = sum(len(rollouts[i].response_ids) for i in part if rollouts[i].reward > 0)
+            num_positive = sum(len(rollouts[i].response_ids) for i in part if good[i])
             loss = torch.tensor(0.0)
             for i in part:
                 logprobs = logprobs_of(actor.model, rollouts[i], temperature)
@@ -121,7 +122,7 @@ def reference_update(
                 difference = reference[i] - logprobs
                 k3 = difference.exp() - 1 - difference
                 loss = loss + (-surrogate + ppo.loss.kl_coef * k3).sum() / num_tokens
-                if rollouts[i].reward > 0:
+                if good[i]:
                     loss = loss - ppo.loss.positive_lm_coef * logprobs.sum() / num_positive
             actor.step(loss)
     with torch.no_grad():

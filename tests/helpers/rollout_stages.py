@@ -67,7 +67,7 @@ class Stage:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "rendezvous").symlink_to(node.rendezvous)
         parallel = config.parallel
-        self.num_ranks = parallel.tp * parallel.pp * (parallel.dp or 1)
+        self.num_ranks = parallel.tp * parallel.pp * parallel.cp * (parallel.dp or 1)
 
     @property
     def done(self) -> bool:

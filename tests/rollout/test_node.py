@@ -31,7 +31,7 @@ from megatron_vcppo.weight_sync.sync import WeightSyncError
 from megatron_vcppo.weight_sync.transport import DiskTransport
 from tests.helpers.rollout_node import RolloutNode, make_prompts, save_policy, weights_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 PROMPTS = make_prompts(8)
 ROUTES = [

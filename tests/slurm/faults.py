@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +15,68 @@ from slurm import events
 from slurm.devcluster import DevCluster
 from slurm.query import job_states
 from slurm.run_folder import RunFolder
+from slurm.status import run_status, table
 from slurm.submit import submit, submitted_jobs
 from tests.slurm.conftest import TINY
 from tests.slurm.support import cluster_config, processes_with, result, wait_for_jobs, wait_until, write_config
 
-STEPS = 30
-ITERATION_S = 0.2
 Inflict = Callable[[DevCluster, RunFolder, Config], None]
+CHAIN = ("sft", "reward_model", "value_pretrain", "ppo", "evaluate", "export")
 
 
-def chain(folder: Path, stages: tuple[str, ...] = ("sft", "ppo"), steps: int = STEPS) -> tuple[RunFolder, Config]:
-    config = cluster_config(folder, stages, steps=steps)
-    config.sft.checkpoint.save_every = 5
-    config.cluster.environment["TINY_SECONDS"] = str(ITERATION_S)
-    return write_config(config), config
+@dataclass(frozen=True)
+class Fault:
+    """What happens to which chain."""
+
+    inflict: Inflict | None = None
+    stages: tuple[str, ...] = ("sft", "ppo")
+    steps: int = 30
+    iteration_s: float = 0.2
+    seconds: float = 240.0
+    """Within which everything must be done."""
+    limit_minutes: int = 5
+    small_disk: bool = False
+    """The run folder is a file system of 5 MB (root only)."""
+    plain: str = "none"
+    """The entry of FAULTS with the same chain and no fault."""
+    data: str = "unused"
+
+    @property
+    def needs_root(self) -> bool:
+        return self.small_disk
+
+    @contextmanager
+    def chain(self, folder: Path) -> Iterator[tuple[RunFolder, Config]]:
+        """The chain in its run folder, before it is submitted."""
+        config = cluster_config(folder, self.stages, steps=self.steps)
+        config.sft.checkpoint.save_every, config.sft.train = 5, self.data
+        config.cluster.environment["TINY_SECONDS"] = str(self.iteration_s)
+        config.cluster.time_limit_minutes = self.limit_minutes
+        if not self.small_disk:
+            yield write_config(config), config
+            return
+        config.cluster.environment["TINY_BYTES"] = "1000000"
+        folder.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "none", str(folder)], check=True)
+        try:
+            yield write_config(config), config
+        finally:
+            unmounted = ["umount", str(folder)]
+            wait_until(lambda: subprocess.run(unmounted, capture_output=True).returncode == 0, "the disk to be free")
 
 
-def suffer(
-    cluster: DevCluster, run: RunFolder, config: Config, inflict: Inflict | None, seconds: float
-) -> dict[str, Any]:
-    """Submit, inflict, wait until every stage is done; verify the end; return the costs."""
-    stages = list(config.stages)
+def suffer(cluster: DevCluster, run: RunFolder, config: Config, fault: Fault) -> dict[str, Any]:
+    """Submit, inflict, wait until every stage is done; verify the end; return the costs.
+
+    Whatever happened: every stage's manifest verifies, and every iteration is in the final state exactly once.
+    """
+    stages: list[str] = [*config.stages]
+    steps = config.sft.steps
+    assert steps
     started = time.monotonic()
     submit(run, config, stages, TINY)
-    if inflict:
-        inflict(cluster, run, config)
+    if fault.inflict:
+        fault.inflict(cluster, run, config)
 
     def all_done() -> bool:
         jobs = submitted_jobs(run)
@@ -47,13 +86,14 @@ def suffer(
         assert not bad, f"{bad}: {events.read(run.path)[-3:]}"
         return len(ended) == len(stages)
 
-    wait_until(all_done, f"the chain in {run.path}", seconds)
+    wait_until(all_done, f"the chain in {run.path}", fault.seconds)
     wall_s = time.monotonic() - started
     repeated = 0
+    once = list(range(1, steps + 1))
     for stage in stages:
-        assert run.done(stage)
-        assert result(run, stage)["trained"] == list(range(1, config.sft.steps + 1)), stage
-        repeated += len(run.metrics(stage)) - config.sft.steps
+        assert run.done(stage, checksums=True)
+        assert result(run, stage) == {"trained": once, "total": sum(once)}, stage
+        repeated += len(run.metrics(stage)) - steps
     attempts = sum(len(run.attempts(stage)) for stage in stages)
     return {"wall_s": round(wall_s, 1), "attempts": attempts, "iterations_repeated": repeated}
 
@@ -125,7 +165,7 @@ def restart_slurmctld(cluster: DevCluster, run: RunFolder, config: Config) -> No
 
 
 def full_disk(cluster: DevCluster, run: RunFolder, config: Config) -> None:
-    """The run folder is a small file system: the stage fails, says so, and goes on once there is room."""
+    """The stage fails at a checkpoint, says so, and goes on once there is room."""
     wait_until(lambda: any(e["event"] == "attempt_end" for e in events.read(run.path)), "the failure", 90)
     end = next(e for e in events.read(run.path) if e["event"] == "attempt_end")
     assert end["code"] not in (0, 75) and "No space left" in " ".join(end["details"]), end
@@ -134,13 +174,32 @@ def full_disk(cluster: DevCluster, run: RunFolder, config: Config) -> None:
     submit(run, config, list(config.stages), TINY)
 
 
-FAULTS: dict[str, Inflict | None] = {
-    "none": None,
-    "trainer rank killed": kill_trainer_rank,
-    "rollout server killed": kill_rollout_server,
-    "preempted by a higher partition": preempt,
-    "stage cancelled, vcppo resume": cancel_and_resume,
-    "power cut: a trainer node": cut_power("127.0.0.11"),
-    "power cut: the controller's node": cut_power("127.0.0.10"),
-    "slurmctld killed and restarted": restart_slurmctld,
+def fail_for_good(cluster: DevCluster, run: RunFolder, config: Config) -> None:
+    """Bad data: the dependents are cancelled, the status names the line; mended, the chain goes on."""
+    jobs = submitted_jobs(run)
+    states = wait_for_jobs(jobs.values(), 60)
+    assert [states[job].state for job in jobs.values()] == ["FAILED", "CANCELLED"]
+    text = table(run_status(run, config))
+    assert "data.jsonl:7: sample has no response" in text and f"mend it, then vcppo resume {run.path}" in text
+    assert len(run.attempts("sft")) == 1
+    config.sft.train = "unused"
+    write_config(config)
+    submit(run, config, list(config.stages), TINY)
+
+
+LONG = Fault(stages=CHAIN, steps=90, iteration_s=0.4, seconds=900, limit_minutes=30, plain="none, six longer stages")
+"""Each stage takes more than half of a one-minute limit, before which it is not asked to save."""
+FAULTS = {
+    "none": Fault(),
+    "trainer rank killed": Fault(kill_trainer_rank),
+    "rollout server killed": Fault(kill_rollout_server),
+    "preempted by a higher partition": Fault(preempt),
+    "stage cancelled, vcppo resume": Fault(cancel_and_resume),
+    "power cut: a trainer node": Fault(cut_power("127.0.0.11")),
+    "power cut: the controller's node": Fault(cut_power("127.0.0.10")),
+    "slurmctld killed and restarted": Fault(restart_slurmctld),
+    "disk full at a checkpoint": Fault(full_disk, small_disk=True),
+    "bad data, mended": Fault(fail_for_good, data="bad"),
+    "none, six longer stages": LONG,
+    "time limit in each of six stages": replace(LONG, limit_minutes=1),
 }

@@ -17,7 +17,7 @@ def tiny_config(folder: Path, stages: tuple[str, ...] = ("sft",), ranks: int = 2
     config = Config()
     config.run.dir, config.run.timeout_s = str(folder), 30.0
     config.model.hf = str(tiny_model(folder.parent / "model"))
-    config.stages = list(stages)
+    config.stages = list(stages)  # type: ignore[arg-type]
     config.sft.train, config.sft.steps, config.sft.checkpoint.save_every = "unused", steps, 2
     config.sft.schedule.warmup_steps = 0
     config.prompts.train = "unused"

@@ -12,12 +12,13 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.architecture import Architecture
 from slurm.controller import reported_code
 from slurm.logs import last_lines
-from slurm.memory import check_memory, plan
+from slurm.memory import check_memory, plan, plan_of_rank
 from slurm.prepare import profile_files
-from slurm.query import parse_table, slurm_message
+from slurm.query import JobState, parse_table, slurm_message
 from slurm.roles import Programs
 from slurm.snapshot import take_snapshot
 from slurm.srun import srun_units, stage_nodes
+from slurm.status import pending_note
 from slurm.sweep import points, read_points, text_table, write_points
 from slurm.timing import STOP_S, save_clock, save_margin_s, signal_margin_s
 from slurm.validate import check_inputs, check_layout
@@ -117,13 +118,46 @@ def test_the_memory_plan_against_a_count_by_hand(tmp_path: Path) -> None:
     config = load_config(CONFIGS / "models" / "tiny.yaml", complete=False)
     config.model.dtype, config.parallel.tokens_per_microbatch = "bfloat16", 1024
     arch = Architecture.from_hf(str(tiny_model(tmp_path)))
-    parameters = arch.parameter_count()
+    actor, vocabulary = arch.parameter_count(), 256 * 64
     parts = plan(arch, config, "ppo")
     held = parts["weights"] + parts["gradients"] + parts["optimizer"]
-    assert held * 2**30 == pytest.approx(2 * parameters * (2 + 4 + 12))
+    assert held * 2**30 == pytest.approx((2 * actor - vocabulary) * (2 + 4 + 12)), "a critic has no output layer"
+    layer = 4 * 64 + 4 * 64 + 3 * 32 + 4 * 128
+    assert parts["activations"] * 2**30 == 1024 * 2 * 2 * layer
+    assert parts["logits"] * 2**30 == 256 * (2 * 1024 + 64) * 2
+    pushed = plan(arch, config, "value_pretrain")
+    assert pushed["weights"] * 2**30 == (2 * actor - vocabulary) * 2, "a critic, and the actor that generates"
+    assert pushed["gradients"] * 2**30 == (actor - vocabulary) * 4 and not pushed["logits"]
+    config.parallel.recompute = "full"
+    assert plan(arch, config, "ppo")["activations"] * 2**30 == 1024 * 2 * (2 * 64 + layer)
+    config.parallel.recompute = "none"
+    config.parallel.cp, config.parallel.distributed_optimizer = 2, True
+    shared = plan(arch, config, "ppo")
+    for name in ("activations", "optimizer"):
+        assert shared[name] == pytest.approx(parts[name] / 2), name
+    assert shared["weights"] == parts["weights"] and shared["gradients"] == parts["gradients"]
+    config.parallel.cp, config.parallel.distributed_optimizer = 1, False
     config.cluster.gpu_memory_gib = 3
     with pytest.raises(UserError, match=r"ppo needs about 3 GiB per GPU \(weights 0\.0, "):
         check_memory(arch, config, ["ppo"])
+
+
+def test_the_memory_plan_follows_the_layout(tmp_path: Path) -> None:
+    config = load_config(CONFIGS / "models" / "tiny.yaml", complete=False)
+    arch = Architecture.from_hf(str(tiny_model(tmp_path)))
+    alone = plan(arch, config, "sft")
+    config.parallel.tp = 2
+    assert plan(arch, config, "sft")["gradients"] == alone["gradients"] / 2
+    assert alone["activations"] / 2 < plan(arch, config, "sft")["activations"] < alone["activations"]
+    config.parallel.sequence_parallel = True
+    assert plan(arch, config, "sft")["activations"] == alone["activations"] / 2
+    config.parallel.tp, config.parallel.sequence_parallel, config.parallel.dp = 1, False, 4
+    config.parallel.distributed_optimizer = True
+    assert plan(arch, config, "sft")["optimizer"] == alone["optimizer"] / 4
+    config.parallel.dp, config.parallel.pp = None, 2
+    first, last = (plan_of_rank(arch, config, "sft", rank) for rank in (0, 1))
+    assert first["activations"] == alone["activations"] and not first["logits"], "two micro-batches of half the layers"
+    assert last["activations"] == alone["activations"] / 2 and last["logits"] == alone["logits"]
 
 
 def test_states_of_squeue_and_sacct() -> None:
@@ -132,6 +166,13 @@ def test_states_of_squeue_and_sacct() -> None:
     )
     assert states["17"].active and states["17"].reason == "Dependency"
     assert states["18"].state == "CANCELLED" and not states["18"].active and states["18"].nodes == "n[0-1]"
+
+
+def test_why_a_job_waits() -> None:
+    assert pending_note(JobState("7", "PENDING", "Dependency")) == "waits for the stage before"
+    assert pending_note(JobState("7", "PENDING", "Resources", start="12:00")) == "waits for free nodes, expected 12:00"
+    held = pending_note(JobState("7", "PENDING", "launch failed requeued held", start="N/A"))
+    assert held == "launch failed requeued held: once its cause is mended, scontrol release 7"
 
 
 @pytest.mark.parametrize(

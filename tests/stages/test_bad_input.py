@@ -10,7 +10,7 @@ import pytest
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.manifest import write_manifest
 from megatron_vcppo.report.metrics import read_metrics
-from megatron_vcppo.rollout.store import stored_iterations
+from megatron_vcppo.rollout.store import read_rollouts, stored_iterations
 from tests.helpers.distributed import RanksFailed
 from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import Stage, make_config, make_task
@@ -74,8 +74,9 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_stage_saved
     stage = Stage(node, config, "ppo")
     text, code = output_of(stage, tmp_path / "log")
     assert code == 2 and "Traceback" not in text, text
-    assert "skipped 2 of 2 updates of the actor (2 in a row)" in text and "saved at iteration" in text
-    assert list((stage.folder / "checkpoints").glob("iter_*"))
+    assert "skipped 2 of 2 updates of the actor (2 in a row)" in text and "saved at iteration 4" in text
+    assert (stage.folder / "checkpoints" / "iter_0000004").is_dir()
+    assert [record["iteration"] for record in read_metrics(stage.folder)] == [1, 2, 3, 4]
 
 
 def test_a_critic_of_another_architecture_is_named(node: RolloutNode, task: Path, tmp_path: Path) -> None:
@@ -103,6 +104,35 @@ def test_no_prompts_and_prompts_without_room(node: RolloutNode, task: Path, tmp_
     stage = Stage(node, make_config(task, tmp_path / "run2", {"ppo": PPO, "prompts": {"train": str(long)}}), "ppo")
     text, code = output_of(stage, tmp_path / "log")
     assert code == 2 and f"{long}:1: too long" in text, text
+
+
+def test_a_context_that_the_model_does_not_have_is_named(node: RolloutNode, task: Path, tmp_path: Path) -> None:
+    stage = Stage(node, make_config(task, tmp_path / "run", {"ppo": PPO, "model": {"max_length": 2048}}), "ppo")
+    text, code = output_of(stage, tmp_path / "log")
+    assert code == 2 and "model.max_length 2048 is more than the 1024 positions of" in text, text
+
+
+def test_a_verifier_that_hangs_costs_its_answers_and_is_shown(
+    node: RolloutNode, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside problems of a task that nobody can judge, which every rank must leave out."""
+    (tmp_path / "own_verifiers.py").write_text("import time\n\ndef hangs(prompt, response):\n    time.sleep(3600)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    lines = (task / "prompts_train.jsonl").read_text().splitlines()[:12]
+    lines[3] = lines[3].replace("running_sum", "poetry")
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    prompts = {"train": str(tmp_path / "prompts.jsonl"), "bad_samples": "skip", "verify_timeout_s": 0.5}
+    prompts |= {"verifiers": {"running_sum": "own_verifiers:hangs"}, "verify_workers": 4}
+    sections = {"prompts": prompts, "ppo": {**PPO, "iterations": 1}, "rollout": {"max_tokens": 200}}
+    stage = Stage(node, make_config(task, tmp_path / "run", sections), "ppo")
+    text, code = output_of(stage, tmp_path / "log")
+    assert code == 0, text
+    rollouts = read_rollouts(stage.folder / "rollouts", 1)
+    late = [rollout for rollout in rollouts if rollout.verdict == "timeout: 0.5 s"]
+    assert late and all(rollout.reward == -1.0 for rollout in late)
+    assert {rollout.verdict for rollout in rollouts} <= {"timeout: 0.5 s", "truncated"}
+    assert read_metrics(stage.folder)[0]["rollout/verifier_timeouts"] == len(late)
+    assert text.count("warning: verifier: ") == len(late) and "1 × unknown task" in text
 
 
 def test_an_actor_out_of_range_is_named(node: RolloutNode, task: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Value pretraining and PPO, killed at random moments beside live engines: nothing is trained twice, or otherwise."""
+"""Stages that generate, killed at random moments beside live engines: nothing is trained twice, or otherwise."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megatron_vcppo.report.metrics import read_metrics
 from megatron_vcppo.rollout.store import read_rollouts
 from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import Stage, make_config, make_task
@@ -47,6 +48,20 @@ def test_killed_stages_go_on_as_if_nothing_had_happened(node: RolloutNode, task:
     assert sum(hits) >= 2, f"kills hit too little: {hits}"
 
 
+def run_reward_model(node: RolloutNode, task: Path, folder: Path, kills: int, seed: int) -> int:
+    settings = {"num_prompts": 16, "steps": 12, "batch_size": 8, "cut_share": 0.25, "checkpoint": {"save_every": 2}}
+    sections = {"stages": ["reward_model"], "reward_model": settings}
+    stage = Stage(node, make_config(task, folder / "run", sections), "reward_model")
+    hits = stage.run_with_kills(kills, SECONDS, seed)
+    assert [record["iteration"] for record in read_metrics(stage.folder)] == list(range(1, 13))
+    assert_replays(stage, node, folder / "again")
+    return hits
+
+
+def test_a_killed_reward_model_ends_with_the_same_bits(node: RolloutNode, task: Path, tmp_path: Path) -> None:
+    assert run_reward_model(node, task, tmp_path, 2, seed=4) >= 1
+
+
 def test_with_staleness_the_next_batch_is_generated_meanwhile(node: RolloutNode, task: Path, tmp_path: Path) -> None:
     config = make_config(task, tmp_path / "run", {"ppo": {"staleness": 1, "critic": {"init": "sft"}}})
     stage = Stage(node, config, "ppo")
@@ -66,4 +81,5 @@ def test_twenty_random_kills(node: RolloutNode, task: Path, tmp_path: Path) -> N
     for seed in range(5):
         changes = {"ppo": {"staleness": seed % 2, "checkpoint": {"async_save": seed > 2}}}
         hits += run_both(node, task, tmp_path / str(seed), 2, changes, seed)
+    hits.append(run_reward_model(node, task, tmp_path / "reward_model", 4, seed=9))
     assert sum(hits) >= 15, f"kills hit too little: {hits}"

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ EPOCH_BORDER = 9
 """Two epochs of 36 samples are nine batches of 8; the first epoch ends inside a batch."""
 DP2 = ParallelConfig(dp=2, distributed_optimizer=True)
 PP2 = ParallelConfig(pp=2)
+CP2 = ParallelConfig(cp=2)
 TP2PP2 = ParallelConfig(tp=2, pp=2, sequence_parallel=True)
 
 
@@ -71,14 +72,14 @@ def run_stage(config: Config, before: Callable[[], None] = lambda: None) -> list
         return run_rank()
 
     parallel = config.parallel
-    return run_distributed_test(rank, parallel.tp * parallel.pp * (parallel.dp or 1))
+    return run_distributed_test(rank, parallel.tp * parallel.pp * parallel.cp * (parallel.dp or 1))
 
 
 def at_log_of(step: int, number: int) -> None:
     """Send this process a signal when it has logged the step, before a checkpoint of that step."""
     log = MetricsLog.log
 
-    def log_and_signal(self: MetricsLog, iteration: int, metrics: dict) -> None:
+    def log_and_signal(self: MetricsLog, iteration: int, metrics: Mapping[str, float | int | str]) -> None:
         log(self, iteration, metrics)
         if iteration == step:
             os.kill(os.getpid(), number)
@@ -217,6 +218,15 @@ def test_it_resumes_under_another_layout(through: Through, tmp_path: Path) -> No
             assert ours[name] == pytest.approx(value, rel=1e-3), f"{name} of step {theirs['iteration']}"
 
 
+def test_it_learns_the_same_with_sequences_shared_by_two_ranks(through: Through, tmp_path: Path) -> None:
+    config = make_config(through.task, tmp_path / "run", CP2)
+    assert run_stage(config) == [0, 0]
+    for ours, theirs in zip(learned(config), through.log, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=1e-3), f"{name} of step {theirs['iteration']}"
+
+
 def test_bad_samples_are_named_by_line(task: Path, tmp_path: Path) -> None:
     lines = (task / "sft_train.jsonl").read_text().splitlines()[:12]
     long = json.loads(lines[0])
@@ -248,6 +258,23 @@ def test_bad_samples_are_named_by_line(task: Path, tmp_path: Path) -> None:
     config.run.dir, config.sft.bad_samples = str(tmp_path / "cut"), "truncate"
     code, text = run_alone()
     assert code == 0 and "12 samples, 10 used, 1 truncated, 2 skipped" in text
+
+
+def test_steps_that_are_not_finite_are_skipped_and_end_the_stage_saved(task: Path, tmp_path: Path) -> None:
+    """The second step's weights are out of range: from then on no loss is finite."""
+    config = make_config(task, tmp_path / "run", ParallelConfig())
+    config.sft.validation, config.sft.optimizer.lr, config.sft.schedule.warmup_steps = None, 1e30, 0
+    config.sft.checkpoint.save_every, config.ppo.skip_limit = 100, 3
+    log = tmp_path / "output"
+
+    def redirect() -> None:
+        sys.stdout = sys.stderr = log.open("w", buffering=1)
+
+    assert run_stage(config, redirect) == [2]
+    text = log.read_text()
+    assert "3 updates of the actor in a row" in text and "saved at iteration 4" in text and "Traceback" not in text
+    assert [path.name for path in complete_checkpoints(tmp_path / "run" / "sft" / "checkpoints")] == ["iter_0000004"]
+    assert [record["iteration"] for record in read_metrics(tmp_path / "run" / "sft")] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow

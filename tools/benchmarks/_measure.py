@@ -60,13 +60,14 @@ def peak_bytes(function: Callable[[], object]) -> int:
     # "5" lowers the high-water mark to the present size.
     with open("/proc/self/clear_refs", "w") as clear:
         clear.write("5")
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     result = function()
-    peak = _status_bytes("VmHWM")
+    peak = status_bytes("VmHWM")
     del result
     return peak - before
 
 
-def _status_bytes(key: str) -> int:
+def status_bytes(key: str) -> int:
+    """A size of this process by its name in /proc/self/status: VmRSS now, VmHWM at its highest."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))

@@ -51,6 +51,7 @@ def serve(connection: Connection, side: str, work: Work, environment: dict[str, 
 def megatron_side(work: Work) -> Step:
     """This rank of the actor: packing (part of every step's work), forward, backward, AdamW."""
     from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+    from megatron_vcppo.data.context import rounding
     from megatron_vcppo.data.rollout_batch import Packing
     from megatron_vcppo.mcore import runtime
     from megatron_vcppo.mcore.architecture import Architecture
@@ -64,7 +65,7 @@ def megatron_side(work: Work) -> Step:
     parallel = ParallelConfig(
         **layout,
         sequence_parallel=work.layout["tp"] > 1,
-        distributed_optimizer=work.layout["dp"] > 1,
+        distributed_optimizer=work.layout["dp"] * work.layout["cp"] > 1,
         recompute=work.recompute,  # type: ignore[arg-type]
         tokens_per_microbatch=work.tokens_per_microbatch,
     )
@@ -76,7 +77,8 @@ def megatron_side(work: Work) -> Step:
     )
     load_hf(model, work.hf)
     actor = Actor(model, parallel, OptimizerConfig(lr=LEARNING_RATE), ScheduleConfig(), total_steps=1)
-    packing = Packing(parallel.tokens_per_microbatch, parallel.tp, world.dp_rank, world.dp_size)
+    multiple, segment_multiple = rounding(parallel)
+    packing = Packing(parallel.tokens_per_microbatch, multiple, world.dp_rank, world.dp_size, segment_multiple)
     sequences = [
         Sequence(tuple(ids), {"loss_mask": (False,) * PROMPT_TOKENS + (True,) * (len(ids) - PROMPT_TOKENS)})
         for ids in work.sequences

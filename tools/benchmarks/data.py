@@ -4,6 +4,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,14 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def _bins(lengths: list[int], repeats: int) -> Iterator[dict[str, Any]]:
     for budget in (8192, 32768):
         bins = pack_into_microbatches(lengths, budget)
-        timing = time_together({"bins": lambda budget=budget: pack_into_microbatches(lengths, budget)}, repeats)
+        timing = time_together({"bins": partial(pack_into_microbatches, lengths, budget)}, repeats)
         least = -(-sum(lengths) // budget)
         yield {"case": "pack_into_microbatches", "items": len(lengths), "budget": budget, "bins": len(bins),
                "least_possible": least, **timing["bins"]}  # fmt: skip
     for num_ranks, quadratic in ((8, 0.0), (64, 0.0), (64, 1e-4)):
         costs = np.array(lengths) + quadratic * np.array(lengths, dtype=float) ** 2
         loads = [costs[indices].sum() for indices in balance(lengths, num_ranks, quadratic)]
-        timing = time_together({"ranks": lambda r=num_ranks, q=quadratic: balance(lengths, r, q)}, repeats)
+        timing = time_together({"ranks": partial(balance, lengths, num_ranks, quadratic)}, repeats)
         yield {"case": "balance", "items": len(lengths), "ranks": num_ranks, "quadratic": quadratic,
                "max_over_mean": round(max(loads) / np.mean(loads), 5), **timing["ranks"]}  # fmt: skip
 

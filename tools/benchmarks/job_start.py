@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_vcppo.stages.startup import read_startups
 from slurm import events
 from slurm.run_folder import RunFolder
 
@@ -14,25 +15,43 @@ READY = re.compile(r"ready after ([\d.]+) s")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run."""
-    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder; first attempts without a resume count")
+    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder")
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One case per stage. Engines start while the trainer imports and loads: the phases overlap."""
+    """One case per attempt. The main rank's phases follow each other; the engines start beside them.
+
+    - controller: from the job's first line to its controller at work; nodes_checked: the probe of all nodes;
+    - launch: from the order to start the roles to the main rank's process; then that rank's own phases;
+    - engines_ready: how long the slowest engine took, from its own start; ``engines_s`` is what the rank waited for it.
+    """
     folder = RunFolder(args.folder.absolute())
     attempts = [event for event in events.read(folder.path) if event["event"] == "attempt"]
-    for event in (event for event in attempts if event["attempt"] == "attempt_1"):
+    for event in attempts:
         stage, began = event["stage"], event["time"]
-        jobs = [job["time"] for job in events.of_stage(folder.path, "job", stage) if job["time"] <= began]
-        records = [record for record in folder.metrics(stage) if record.get("iteration") == 1]
+        ends = [end["time"] for end in events.of_stage(folder.path, "attempt_end", stage) if end["time"] >= began]
+        end = min(ends, default=float("inf"))
+        started = [start for start in read_startups(folder.stage(stage)) if began <= start["timestamp"] < end]
+        if not started:
+            continue
+        phases = dict(started[0])
+        first_iteration_s = phases.pop("timestamp") - began
+        earlier = max(
+            (other["time"] for other in attempts if other["stage"] == stage and other["time"] < began), default=0
+        )
+        jobs = [job for job in events.of_stage(folder.path, "job", stage) if earlier < job["time"] <= began]
         ready = [
             float(seconds)
-            for log in (folder.stage(stage) / "logs" / "attempt_1").glob("rollout_*.log")
+            for log in (folder.stage(stage) / "logs" / event["attempt"]).glob("rollout_*.log")
             for seconds in READY.findall(log.read_text(errors="replace"))
         ]
         yield {
             "stage": stage,
-            "nodes_checked_s": round(began - max(jobs), 2) if jobs else None,
+            "attempt": event["attempt"],
+            "controller_s": jobs[-1]["age_s"] if jobs else None,
+            "nodes_checked_s": round(began - jobs[-1]["time"], 2) if jobs else None,
+            "launch_s": round(first_iteration_s - phases.pop("total_s"), 2),
+            **phases,
             "engines_ready_s": max(ready, default=None),
-            "first_iteration_s": round(records[0]["timestamp"] - began, 2) if records else None,
+            "first_iteration_s": round(first_iteration_s, 2),
         }

@@ -62,7 +62,7 @@ def measure(
     args: argparse.Namespace, node: RolloutNode, client: RolloutClient, in_process: "InProcess", prompts: list[Prompt]
 ) -> dict[str, Any]:
     """Alternate rounds at one concurrency; the first round warms up."""
-    rounds = []
+    rounds: list[tuple[Any, ...]] = []
     for round_number in range(args.rounds + 1):
         seeded = in_process.generate(prompts, args.new_tokens, seeded=True)
         unseeded = in_process.generate(prompts, args.new_tokens, seeded=False)

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recompute", choices=("none", "full"), default="none")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--cp", type=int, default=1)
     parser.add_argument("--dp", type=int, default=1)
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="CPU: threads of either side together")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side, after one of warm-up")
@@ -56,8 +57,8 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
         arch = Architecture.from_hf(hf)
         sequences = _sequences(args, arch.vocab_size)
-        ranks = args.tp * args.pp * args.dp
-        layout = {"tp": args.tp, "pp": args.pp, "dp": args.dp}
+        ranks = args.tp * args.pp * args.cp * args.dp
+        layout = {"tp": args.tp, "pp": args.pp, "cp": args.cp, "dp": args.dp}
         common = {"layout": layout, "tokens_per_microbatch": args.tokens_per_microbatch, "recompute": args.recompute}
         common |= {"hf": hf, "sequences": sequences, "dtype": args.dtype, "reference_batch": args.reference_batch}
         with (
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         facts = {"device": device, "parameters": arch.parameter_count(), "sequences": len(sequences)}
         facts |= {"tokens": num_tokens, "longest": max(map(len, sequences))}
         for side, devices in (("megatron", ranks), ("transformers", 1)):
-            used = peak * (devices if device != "cpu" else 1)
+            used = peak and peak * (devices if device != "cpu" else 1)
             yield {
                 "case": side,
                 **(layout if side == "megatron" else {"padded_batch": args.reference_batch}),
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "step_cpu_s": round(min(cpu_seconds[side]), 3),
                 "tokens_per_s": round(num_tokens / min(seconds[side])),
                 "gflops_per_s": round(flops / min(seconds[side]) / 1e9, 1),
-                "mfu": round(flops / min(seconds[side]) / used, 3) if peak else None,
+                "mfu": round(flops / min(seconds[side]) / used, 3) if used else None,
             }
         both = [theirs / ours for ours, theirs in zip(seconds["megatron"], seconds["transformers"], strict=True)]
         yield {

@@ -2,9 +2,13 @@
 
 Rounds alternate between the two. The push is the whole cycle: pause, connect, send, repack in the engines, reset of
 caches, resume. The bare broadcast goes to as many idle receivers as there are workers, bucket by bucket.
+
+Over one machine's loopback interface a broadcast is as fast as memory, and all else that a push does shares its cores.
+``--link-gbit`` (as root) puts a link of that speed in its place, in a network namespace of its own.
 """
 
 import argparse
+import ctypes
 import os
 import statistics
 import subprocess
@@ -24,20 +28,25 @@ from tests.helpers.rollout_node import RolloutNode, save_policy
 from tools.benchmarks._broadcast_child import acknowledge
 
 CHILD = Path(__file__).with_name("_broadcast_child.py")
+WARM_UP = 2
+"""Rounds that are not counted: the first pushes connect, and touch memory that the engine then keeps."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the benchmark."""
     parser.add_argument("--engines", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--bucket-mib", type=int, default=64)
+    parser.add_argument("--link-gbit", type=float, help="Gbit/s of the link that both sides share; needs root and tc")
     parser.add_argument("--transport", choices=("network", "disk"), default="network")
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One case per number of engines; ratio: bandwidth of the push over that of the bare broadcast."""
+    if args.link_gbit:
+        limit_link(args.link_gbit)
     with tempfile.TemporaryDirectory(prefix="bench_weight_sync_") as name:
         folder = Path(name)
         sizes = {"hidden_size": args.hidden, "intermediate_size": 4 * args.hidden, "num_hidden_layers": args.layers,
@@ -50,10 +59,21 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield measure(args, node, weights, count)
 
 
+def limit_link(gbit: float) -> None:
+    """Move this process, and all that it starts from now on, to a network whose loopback is a link of that speed."""
+    clone_newnet = 0x40000000
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(clone_newnet):
+        raise SystemExit(f"--link-gbit: no network namespace: {os.strerror(ctypes.get_errno())}; run as root")
+    shape = f"tc qdisc add dev lo root tbf rate {gbit:g}gbit burst 8mb latency 200ms"
+    for command in ("ip link set lo up", shape):
+        subprocess.run(command.split(), check=True)
+
+
 def measure(
     args: argparse.Namespace, node: RolloutNode, weights: dict[str, torch.Tensor], count: int
 ) -> dict[str, Any]:
-    """Alternate pushes and bare broadcasts; the first round warms up."""
+    """Alternate pushes and bare broadcasts."""
     bucket_bytes = args.bucket_mib * 2**20
     num_bytes = sum(tensor.nbytes for tensor in weights.values())
     transport: Transport = NetworkTransport("127.0.0.1", torch.device("cpu"), bucket_bytes, 600.0)
@@ -62,16 +82,17 @@ def measure(
     sync = node.weight_sync(600.0, transport)
     num_buckets = -(-num_bytes // bucket_bytes)
     pushes, bare = [], []
-    with Receivers(count, bucket_bytes, num_buckets, args.rounds + 1) as receivers:
-        for round_number in range(args.rounds + 1):
+    with Receivers(count, bucket_bytes, num_buckets, args.rounds + WARM_UP) as receivers:
+        for round_number in range(args.rounds + WARM_UP):
             result = sync.sync(round_number, lambda: iter(weights.items()))
             seconds = receivers.broadcast()
-            if round_number:
+            if round_number >= WARM_UP:
                 pushes.append(result)
                 bare.append(seconds * num_bytes / (num_buckets * bucket_bytes))
     push_s = statistics.median(push.seconds for push in pushes)
     return {
         "engines": count,
+        "link_gbit": args.link_gbit,
         "transport": args.transport,
         "model_mb": round(num_bytes / 1e6),
         "push_s": round(push_s, 3),

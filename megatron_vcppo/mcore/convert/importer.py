@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from megatron_vcppo.errors import UserError
@@ -12,11 +11,10 @@ from megatron_vcppo.mcore.convert import plan
 from megatron_vcppo.mcore.convert.copying import Job, Matrix, Progress, scatter
 from megatron_vcppo.mcore.convert.dist_format import write_frame
 from megatron_vcppo.mcore.convert.folders import copy_small_files, new_folder
-from megatron_vcppo.mcore.convert.safetensors_files import TensorInFile, check_shapes, read_folder
-from megatron_vcppo.mcore.hf_mapping import Parameter, checkpoint_key, hf_shapes, parameters
+from megatron_vcppo.mcore.convert.hf_weights import model_tensors
+from megatron_vcppo.mcore.convert.safetensors_files import TensorInFile
+from megatron_vcppo.mcore.hf_mapping import Parameter, checkpoint_key, parameters
 from megatron_vcppo.mcore.manifest import write_manifest
-
-_TIED_COPY = "lm_head.weight"
 
 
 def import_hf(hf: Path, out: Path, tp: int, pp: int, progress: Progress | None = None) -> Architecture:
@@ -27,12 +25,10 @@ def import_hf(hf: Path, out: Path, tp: int, pp: int, progress: Progress | None =
     hf, out = Path(hf), Path(out)
     arch = Architecture.from_hf(hf)
     arch.check_parallel(tp, pp)
-    tensors = read_folder(hf)
+    tensors = model_tensors(hf, arch)
     table = parameters(arch, tp)
-    shapes = hf_shapes(table)
-    check_shapes(hf, tensors, shapes, ignored=_redundant(hf, arch, tensors))
     dtypes = _dtypes(hf, table, tensors)
-    total_bytes = sum(tensors[name].num_bytes for name in shapes)
+    total_bytes = sum(tensor.num_bytes for tensor in tensors.values())
     with new_folder(out, needed_bytes=total_bytes) as folder:
         copy_small_files(hf, folder / "hf")
         planned = [plan.new_chunks(parameter, dtypes[parameter.name], arch, tp, pp) for parameter in table]
@@ -58,24 +54,6 @@ def import_hf(hf: Path, out: Path, tp: int, pp: int, progress: Progress | None =
         }
         write_manifest(folder, meta)
     return arch
-
-
-def _redundant(hf: Path, arch: Architecture, tensors: dict[str, TensorInFile]) -> set[str]:
-    """Tensors that may be there without belonging to the model: old rotary buffers, a tied output layer's copy."""
-    names = {name for name in tensors if name.endswith(".rotary_emb.inv_freq")}
-    if arch.tied and _TIED_COPY in tensors:
-        first, second = (_bytes(tensors[name]) for name in ("model.embed_tokens.weight", _TIED_COPY))
-        if not np.array_equal(first, second):
-            raise UserError(
-                f"{hf}: config.json ties the output layer to the embedding, but {_TIED_COPY} differs from it; "
-                "set tie_word_embeddings to false or remove the tensor"
-            )
-        names.add(_TIED_COPY)
-    return names
-
-
-def _bytes(tensor: TensorInFile) -> np.ndarray:
-    return np.memmap(tensor.path, np.uint8, "r", tensor.offset, tensor.num_bytes)
 
 
 def _dtypes(hf: Path, table: list[Parameter], tensors: dict[str, TensorInFile]) -> dict[str, torch.dtype]:

@@ -1,4 +1,4 @@
-"""Hugging Face folders of safetensors: where each tensor lies, checks of names and sizes, planning of new files.
+"""Folders of safetensors: where each tensor lies, reading one, checks of names and sizes, planning of new files.
 
 A safetensors file is an 8-byte little-endian header length, a JSON header ({name: {dtype, shape, data_offsets}}), and
 the tensors' bytes (https://github.com/huggingface/safetensors#format).
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_vcppo.errors import UserError
@@ -40,6 +41,16 @@ class TensorInFile:
     def row_bytes(self) -> int:
         """Bytes of one index of the first dimension."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def load(self) -> torch.Tensor:
+        """The tensor, read into memory of its own. UserError if it cannot be read."""
+        try:
+            content = np.fromfile(self.path, np.uint8, self.num_bytes, offset=self.offset)
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror or error}") from None
+        if len(content) != self.num_bytes:
+            raise UserError(f"{self.path}: truncated: ends before byte {self.offset + self.num_bytes}")
+        return torch.from_numpy(content).view(self.dtype).view(self.shape)
 
 
 def read_folder(folder: str | Path) -> dict[str, TensorInFile]:
@@ -148,18 +159,20 @@ def _read_header(path: Path) -> dict[str, TensorInFile]:
             if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
                 raise UserError(f"{path}: truncated, or not a safetensors file")
             header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        entries = [(name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: damaged header: {error}") from None
-    header.pop("__metadata__", None)
+    except UserError:
+        raise
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged header: {error!r}") from None
     tensors: dict[str, TensorInFile] = {}
     end = 0
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise UserError(f"{path}: tensor {name} has dtype {entry['dtype']}; supported: {', '.join(DTYPES)}")
-        begin, finish = entry["data_offsets"]
-        tensor = TensorInFile(path, 8 + length + begin, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+    for name, dtype, shape, begin, finish in entries:
+        if dtype not in DTYPES:
+            raise UserError(f"{path}: tensor {name} has dtype {dtype}; supported: {', '.join(DTYPES)}")
+        tensor = TensorInFile(path, 8 + length + begin, shape, DTYPES[dtype])
         if finish - begin != tensor.num_bytes:
             raise UserError(f"{path}: damaged header: tensor {name} has {finish - begin} bytes, not {tensor.num_bytes}")
         tensors[name] = tensor

@@ -1,13 +1,14 @@
 """Named failures from histories: the shapes that were measured on collapsing and on sound runs."""
 
 import math
+from typing import Any
 
 import pytest
 
 from megatron_vcppo.algo.diagnose import SIGNATURES, diagnose, warnings_of
 
 
-def _history(**series: list[float]) -> list[dict[str, float]]:
+def _history(**series: list[Any]) -> list[dict[str, float]]:
     """One row per iteration; ``__`` stands for the slash of a metric's name."""
     count = max(map(len, series.values()))
     return [

@@ -46,11 +46,11 @@ def test_kernel_is_the_oracle_rounded_once(case):
 @given(cases())
 def test_scan_is_the_oracle(case):
     rewards, values, mask, options = case
-    lams = [
+    lam_actor, lam_critic = (
         torch.as_tensor(options[name], dtype=torch.float64).expand(len(rewards)) for name in ("lam_actor", "lam_critic")
-    ]
+    )
     bootstrap = options.get("bootstrap_values", torch.zeros(len(rewards), dtype=torch.float64))
-    got = gae_scan(rewards, values, mask, options["gamma"], *lams, bootstrap)
+    got = gae_scan(rewards, values, mask, options["gamma"], lam_actor, lam_critic, bootstrap)
     exact = gae_reference(rewards, values, mask, **options)
     torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-9)
 

@@ -1,6 +1,7 @@
 """The GAE benchmark measures what it says: equal results, every case reported."""
 
 import argparse
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ def test_a_small_case_is_reported_whole():
     parser = argparse.ArgumentParser()
     benchmark.add_arguments(parser)
     arguments = ["--shapes", "4x300", "--masks", *benchmark.MASKS, "--repeats", "3", "--threads", "1", "--loop"]
-    cases = list(benchmark.run(parser.parse_args(arguments)))
+    cases: list[dict[str, Any]] = list(benchmark.run(parser.parse_args(arguments)))
     assert [case["mask"] for case in cases] == list(benchmark.MASKS)
     for case in cases:
         assert case["largest_error"] < 1e-4

@@ -1,6 +1,7 @@
 """The policy loss: gradients, clip boundaries by hand, every split of the batch, packed against padded."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from megatron_vcppo.algo.losses.aggregation import AGGREGATIONS, loss_denominato
 from megatron_vcppo.algo.losses.auxiliary import entropy_bonus, kl_loss, positive_lm_loss
 from megatron_vcppo.algo.losses.policy import policy_loss
 
-CLIPS = {"clip_low": 0.2, "clip_high": 0.28}
+CLIPS: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
 
 
 def _batch(seed: int = 0, num_rows: int = 4, num_tokens: int = 12):

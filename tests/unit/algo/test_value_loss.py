@@ -1,5 +1,7 @@
 """The critic's loss, bounded values, and the explained variance that comes out of its metrics."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +21,7 @@ def _batch(seed: int = 0):
     return values, returns, values + 0.3 * noise, mask
 
 
-def _single(value: float, returned: float, **options: object) -> tuple[float, float]:
+def _single(value: float, returned: float, **options: Any) -> tuple[float, float]:
     values = torch.tensor([value], dtype=torch.float64, requires_grad=True)
     target = torch.tensor([returned], dtype=torch.float64)
     loss, _ = value_loss(values, target, torch.ones(1, dtype=torch.bool), denominator=1, **options)
@@ -59,7 +61,7 @@ def test_gradcheck(huber_delta, clip_value):
 @given(st.integers(0, 2**31), st.integers(0, 3))
 def test_splits_agree_and_explain_the_same_variance(seed, cut):
     values, returns, old_values, mask = _batch(seed)
-    options = {"denominator": int(mask.sum()), "clip_value": 0.2}
+    options: dict[str, Any] = {"denominator": int(mask.sum()), "clip_value": 0.2}
     loss, metrics = value_loss(values, returns, mask, old_values=old_values, **options)
     parts = [
         value_loss(

@@ -51,9 +51,14 @@ def test_sequence_parallel_needs_tensor_parallel(config: Config) -> None:
     assert "sequence_parallel needs parallel.tp over 1, got 1" in error_of(config)
 
 
-def test_context_parallelism_is_refused(config: Config) -> None:
-    config.parallel.cp = 2
-    assert "parallel.cp 2: sequences are not split over context-parallel ranks yet" in error_of(config)
+def test_context_parallelism_counts_ranks_and_needs_room_for_its_padding(config: Config) -> None:
+    config.parallel.cp, config.parallel.tp = 2, 2
+    check_config(config)
+    assert trainer_ranks(config) == 4
+    config.parallel.tokens_per_microbatch = 7
+    assert "tokens_per_microbatch 7 is under 2 × cp 2 × tp 2 = 8, to which sequences are padded" in error_of(config)
+    config.cluster.trainer_ranks = 6
+    assert "tp 2 × pp 1 × cp 2 × dp must divide 6 ranks; 4 does not" in error_of(config)
 
 
 def test_all_problems_are_listed(config: Config) -> None:

@@ -8,6 +8,8 @@ from omegaconf import OmegaConf
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.checks import check_config
+from megatron_vcppo.config.load import load_config
+from megatron_vcppo.config.sources import CONFIGS
 from megatron_vcppo.errors import UserError
 
 
@@ -74,6 +76,7 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "batch size": ({"ppo": {"prompts_per_iteration": 0, "minibatches": 0}}, "ppo.prompts_per_iteration must be over 0"),
     "adaptive KL": ({"ppo": {"loss": {"kl_target": 0.1}}}, "it needs ppo.loss.kl_coef over 0 (got 0)"),
     "dual clip": ({"ppo": {"loss": {"dual_clip": 0.5}}}, "ppo.loss.dual_clip must be over 1, got 0.5"),
+    "verifier processes": ({"prompts": {"train": "x", "verify_workers": 0}}, "prompts.verify_workers must be over 0"),
     "overlong": (
         {"ppo": {"advantage": {"overlong_penalty_tokens": 2000}}},
         "ppo.advantage.overlong_penalty_tokens 2000 is more than rollout.max_tokens 1024",
@@ -100,6 +103,32 @@ def test_a_critic_that_an_earlier_chain_left_will_do(tmp_path: Path) -> None:
     (tmp_path / "value_pretrain").mkdir()
     (tmp_path / "value_pretrain" / "manifest.json").write_text("{}")
     check_config(config)
+
+
+def test_fresh_rollouts_come_in_whole_prompts() -> None:
+    sections: dict[str, dict] = {"value_pretrain": {"init": "sft", "batch_size": 10}, "rollout": {"num_samples": 4}}
+    with pytest.raises(UserError, match=r"batch_size 10 is no multiple of rollout\.num_samples 4"):
+        check_config(make_config("sft", "value_pretrain", **sections))
+    sections["value_pretrain"]["rollouts"] = "stored"
+    check_config(make_config("sft", "value_pretrain", **sections))
+
+
+def test_the_recipe_for_32b_is_complete_but_for_paths_and_has_the_papers_settings() -> None:
+    paths = [f"{key}=x" for key in ("run.dir", "model.hf", "sft.train", "prompts.train", "prompts.test")]
+    profiles = [CONFIGS / "cluster" / "example-h100.yaml"]
+    config = load_config(CONFIGS / "recipes" / "vcppo_32b.yaml", paths, profiles=profiles)
+    ppo, advantage = config.ppo, config.ppo.advantage
+    assert (advantage.gamma, advantage.lam_actor, advantage.lam_critic, advantage.baseline) == (
+        1.0,
+        0.95,
+        1.0,
+        "critic",
+    )
+    assert (ppo.loss.kl_coef, ppo.loss.clip_low, ppo.loss.clip_high) == (0.0, 0.2, 0.2)
+    assert (ppo.optimizer.lr, ppo.critic.optimizer.lr) == (1e-6, 2e-6)
+    assert ppo.prompts_per_iteration * config.rollout.num_samples / ppo.minibatches == 512
+    assert (config.value_pretrain.steps, config.value_pretrain.stop_when_stable) == (100, False)
+    assert (ppo.critic.init, ppo.critic.value_clip, config.model.max_length) == ("value_pretrain", None, 16384)
 
 
 def test_pretraining_names_its_critic() -> None:

@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from megatron_vcppo.data.order import EpochOrder
@@ -100,6 +101,8 @@ BAD_LINES: list[dict | str] = [
     {"messages": [{"role": "user", "content": "1"}]},
     {"messages": [{"role": "user"}]},
     {"prompt": PROMPT, "response": RESPONSE},
+    '{"prompt": "3 #1", "response": "\\ud83d"}',
+    "[" * 100_000,
 ]
 
 
@@ -109,24 +112,24 @@ def test_bad_samples_are_counted_and_named(
 ) -> None:
     source = write_lines(tmp_path / "t.jsonl", BAD_LINES)
     dataset, report = load_sft_dataset(source, tokenizer, 16, policy)
-    assert len(dataset) == report.num_used == used and report.num_samples == 11
-    assert report.num_truncated == truncated and report.num_bad == 9
+    assert len(dataset) == report.num_used == used and report.num_samples == 13
+    assert report.num_truncated == truncated and report.num_bad == 11
     assert report.problems == {
-        "malformed": [2, 9],
+        "malformed": [2, 9, 13, 14],
         "missing key": [3],
         "wrong type": [4, 11],
         "empty response": [5, 10],
         "too long": [7, 8],
     }
     assert dataset.lengths.max() <= 16
-    assert f"2 × malformed: {source}:2, {source}:9" in str(report)
+    assert f"4 × malformed: {source}:2, {source}:9, {source}:13, {source}:14" in str(report)
 
 
 def test_policy_error_lists_the_bad_samples(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    source = write_lines(tmp_path / "t.jsonl", BAD_LINES)
+    source = write_lines(tmp_path / "t.jsonl", BAD_LINES[:12])
     with pytest.raises(UserError) as caught:
         load_sft_dataset(source, tokenizer, 16)
-    assert "9 bad samples" in str(caught.value)
+    assert f"{source}: 9 bad samples" in str(caught.value)
     assert f"{source}:3: missing key: 'response'; it has prompt" in str(caught.value)
     many = write_lines(tmp_path / "many.jsonl", ["x"] * 1000)
     with pytest.raises(UserError, match="at least 10 bad samples"):
@@ -161,6 +164,20 @@ def test_saved_data_sets_and_parquet_equal_jsonl(tmp_path: Path, tokenizer: PreT
         assert [other[i] for i in range(10)] == [loaded[0][i] for i in range(10)]
     with pytest.raises(UserError, match="has no split 'test'; it has train"):
         load_sft_dataset(str(tmp_path / "splits"), tokenizer, 100, split="test")
+
+
+def test_a_split_of_a_saved_data_set_is_named_behind_its_folder(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tables = {
+        split: Dataset.from_list([{"prompt": "3 #1", "response": "7"}] * count)
+        for split, count in (("train", 2), ("held_out", 3))
+    }
+    DatasetDict(tables).save_to_disk(str(tmp_path / "splits"))
+    for source, count in (("splits", 2), ("splits:train", 2), ("splits:held_out", 3)):
+        assert len(load_sft_dataset(str(tmp_path / source), tokenizer, 100)[0]) == count
+    with pytest.raises(UserError, match="has no split 'test'; it has train, held_out"):
+        load_sft_dataset(str(tmp_path / "splits:test"), tokenizer, 100)
 
 
 def test_progress_is_reported(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -224,3 +241,18 @@ def test_order_depends_on_seed_and_refuses_other_data() -> None:
         EpochOrder(51, 0).load_state_dict(state)
     with pytest.raises(UserError, match="train: no samples"):
         EpochOrder(0, 0, "train")
+
+
+def test_a_response_that_leaves_no_token_to_learn_is_empty(tmp_path: Path) -> None:
+    """The first token of a sequence is never predicted: without a BOS before it, a response of EOS alone is nothing."""
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = Sequence([])  # adds no BOS, like Qwen's
+    source = write_lines(tmp_path / "t.jsonl", [{"prompt": "", "response": "<eos>"}, {"prompt": "", "response": "7"}])
+    dataset, report = load_sft_dataset(source, tokenizer, 100, "skip")
+    assert report.problems == {"empty response": [1]} and len(dataset) == 1
+    assert example(tokenizer, dataset, 0) == ("7 <eos>", "<eos>")
+
+
+def test_escaped_pairs_are_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    source = write_lines(tmp_path / "t.jsonl", ['{"prompt": "3 \\ud83d\\ude00", "response": "7"}'])
+    assert load_sft_dataset(source, tokenizer, 100)[1].num_used == 1

@@ -139,6 +139,10 @@ def cut(file: Path, missing_bytes: int = 10) -> None:
         stream.truncate(file.stat().st_size - missing_bytes)
 
 
+def with_header(header: str) -> bytes:
+    return struct.pack("<Q", len(header)) + header.encode()
+
+
 def break_shape(tensors):
     tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(95, 64)
 
@@ -150,6 +154,12 @@ def break_dtype(tensors):
 BAD_IMPORTS = {
     "truncated": (lambda hf: cut(hf / WEIGHTS), r"model\.safetensors: truncated or damaged: \d+ bytes, should be \d+"),
     "cut in the header": (lambda hf: (hf / WEIGHTS).write_bytes(struct.pack("<Q", 10**6) + b"{"), "truncated, or not"),
+    "a header of something else": (lambda hf: (hf / WEIGHTS).write_bytes(with_header('{"a": 1}')), "damaged header"),
+    "a header that is a list": (lambda hf: (hf / WEIGHTS).write_bytes(with_header("[]")), "damaged header"),
+    "a tensor of the index": (
+        lambda hf: (hf / "model.safetensors.index.json").write_text(f'{{"weight_map": {{"a": "{WEIGHTS}"}}}}'),
+        r"tensor a is not in model\.safetensors",
+    ),
     "missing": (
         lambda hf: rewrite(hf, lambda t: (t.pop("model.norm.weight"), t.pop("model.layers.2.mlp.gate_proj.weight"))),
         r"missing: model\.layers\.2\.mlp\.gate_proj\.weight \[96, 64\]\n  missing: model\.norm\.weight",
@@ -216,6 +226,12 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+def claim_five_layers(checkpoint: Path) -> None:
+    config = checkpoint / "hf" / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 5'))
+    remanifest(checkpoint, lambda meta: meta["architecture"].update(num_layers=5))
+
+
 BAD_CHECKPOINTS = {
     "flipped": (lambda path: flip(path / "__3_0.distcp"), r"__3_0\.distcp: corrupt"),
     "truncated": (lambda path: cut(path / "__0_0.distcp"), r"__0_0\.distcp: \d+ bytes, should be"),
@@ -227,13 +243,7 @@ BAD_CHECKPOINTS = {
         r"missing: value_head\.weight",
     ),
     "more layers": (
-        lambda path: (
-            remanifest(path, lambda meta: meta["architecture"].update(num_layers=5)),
-            (path / "hf" / "config.json").write_text(
-                (path / "hf" / "config.json").read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 5')
-            ),
-            remanifest(path, lambda meta: None),
-        ),
+        claim_five_layers,
         r"misshaped: decoder\.layers\.mlp\.linear_fc1\.weight is \[4, 192, 64\], should be \[5, 192, 64\]",
     ),
     "another config": (

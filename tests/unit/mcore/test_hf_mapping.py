@@ -52,7 +52,7 @@ def counted(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
 def test_merge_split_shard_and_unshard_are_inverses(family, tp):
     table = parameters(architecture(family), tp)
     tensors = counted(hf_shapes(table))
-    again = {}
+    again: dict[str, torch.Tensor] = {}
     for parameter in table:
         full = merge(parameter, tensors)
         assert tuple(full.shape) == parameter.shape

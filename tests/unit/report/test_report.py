@@ -32,6 +32,9 @@ RESULTS = [
 ]
 
 
+RESULTS[1]["tasks"] = {"running_sum": RESULTS[1] | {"avg": 0.917}, "search": RESULTS[1] | {"avg": 0.769}}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A collapsing run and a sound one with an evaluation."""
@@ -105,11 +108,22 @@ def test_the_page_of_a_collapsed_run_says_so(runs: tuple[Path, Path], capsys: py
     assert not list(runs[0].glob(".*"))
 
 
+def test_verifiers_are_drawn_only_if_one_failed(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    assert "Verifiers too slow" not in page_of(runs[0]).text
+    config = make_config(tmp_path / "run", 1.0)
+    record_run(tmp_path / "run", collapsing=False, iterations=2)
+    with MetricsLog(tmp_path / "run" / "ppo", config, "ppo", resume_iteration=2) as log:
+        log.log(3, {"rollout/verifier_timeouts": 4.0, "rollout/length_mean": 90.0})
+    page = page_of(tmp_path / "run")
+    assert "Verifiers too slow" in page.text and "Verifiers that failed" not in page.text
+
+
 def test_several_runs_share_one_page(runs: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "both.html"
     assert main(["report", *map(str, runs), "--out", str(out)]) == 0
     page = Page(out.read_text())
     assert page.text.count("length collapse") == 2  # judged in both
+    assert "running_sum91.7 ± 3.1 %" in page.text and "search76.9 ± 3.1 %" in page.text
     assert "84.3 ± 3.1 %" in page.text and "Advantage by position: vcppo" in page.text
     changed = differences(read_runs(runs))
     assert changed["ppo.advantage.lam_critic"] == [0.95, 1.0]

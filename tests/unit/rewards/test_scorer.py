@@ -33,11 +33,14 @@ def raises(prompt, response):
 def dies(prompt, response):
     os._exit(7)
 
+def nonsense(prompt, response):
+    return Verdict(float("nan"), "nan")
+
 def chatters(prompt, response):
     print("noise on standard output")
     return Verdict(0.25, os.environ.get("WANDB_API_KEY", "no key"))
 """
-NAMES = ("hangs", "spins", "raises", "dies", "chatters")
+NAMES = ("hangs", "spins", "raises", "dies", "nonsense", "chatters")
 
 
 @pytest.fixture
@@ -72,7 +75,7 @@ def test_rollouts_are_scored_in_order_by_their_task() -> None:
 
 
 def test_bad_verifiers_cost_their_answer_only(own_verifiers: dict[str, str], tmp_path: Path) -> None:
-    names = ["raises", "hangs", "dies", "chatters", "spins"]
+    names = ["raises", "hangs", "dies", "chatters", "spins", "nonsense"]
     with Scorer(num_workers=2, timeout_s=0.5, verifiers=own_verifiers) as scorer:
         scored = scorer.score(rollout(name, "x") for name in names for _ in range(2))
         after = scorer.score([rollout("hangs", "good"), rollout("math", r"\boxed{7}")])
@@ -84,12 +87,13 @@ def test_bad_verifiers_cost_their_answer_only(own_verifiers: dict[str, str], tmp
             "dies": "error: the verifier process died (exit code 7)",
             "chatters": "no key",
             "spins": "timeout: 0.5 s",
+            "nonsense": "error: ValueError: the verifier gave the reward nan",
         }
         assert {s.prompt.task: s.reward for s in scored} == dict.fromkeys(names, -1.0) | {"chatters": 0.25}
         problems = scorer.take_problems()
-        assert len(problems) == 8 and "p:hangs (task hangs): timeout: 0.5 s" in problems
+        assert len(problems) == 10 and "p:hangs (task hangs): timeout: 0.5 s" in problems
         counts = scorer.take_counts()
-        assert (counts["timeout"], counts["error"], counts["correct"]) == (4, 4, 2)
+        assert (counts["timeout"], counts["error"], counts["correct"]) == (4, 6, 2)
     assert not alive(int((tmp_path / "own_verifiers.py.pid").read_text()))
 
 
@@ -102,6 +106,14 @@ def test_unknown_verifiers_are_refused_at_once() -> None:
         assert scorer.score([rollout("gpqa", r"\boxed{B}", "B")])[0].reward == 1.0
         with pytest.raises(AssertionError, match="no verifier for task 'poetry'"):
             scorer.submit(rollout("poetry", "x"))
+
+
+def test_a_stage_that_fails_does_not_wait_for_verdicts(own_verifiers: dict[str, str]) -> None:
+    started = time.monotonic()
+    with pytest.raises(KeyError), Scorer(1, 1.0, own_verifiers) as scorer:
+        futures = [scorer.submit(rollout("hangs", "x")) for _ in range(30)]
+        raise KeyError
+    assert time.monotonic() - started < 15 and futures[-1].cancelled()
 
 
 def test_a_worker_ends_with_its_scorer(own_verifiers: dict[str, str], tmp_path: Path) -> None:

@@ -1,13 +1,18 @@
 """From rollouts and values to advantages: the definition, what changes it, and what is reported."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megatron_vcppo.algo.gae import gae_reference
 from megatron_vcppo.config import Config
-from megatron_vcppo.data.rollout_batch import RolloutBatch, make_batch
+from megatron_vcppo.data.packing import PackedMicrobatch
+from megatron_vcppo.data.rollout_batch import Packing, RolloutBatch, make_batch
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.stages.credit import assign_credit, reward_statistics
+from megatron_vcppo.stages.losses import CriticLoss
+from megatron_vcppo.stages.value_pretrain import learn_returns
 
 LENGTHS, REWARDS = (5, 3, 8, 6), (1.0, -1.0, -1.0, 1.0)
 END_OF_THINKING = 9
@@ -81,6 +86,7 @@ def test_kl_in_the_reward_lowers_the_returns_token_by_token() -> None:
     plain = credit_of(make_config(), batch, values_of(batch)).returns
     ref = batch.rollout_logprobs + 0.25 * batch.response_mask - 0.5 * batch.response_mask  # KL of 0.5 per token
     returns = credit_of(config, batch, values_of(batch), ref).returns
+    assert credit_of(config, batch, values_of(batch), ref).metrics["actor/kl_ref"] == pytest.approx(0.5)
     tokens_left = torch.arange(5, 0, -1)
     assert torch.allclose(plain[0, :5] - returns[0, :5], 0.05 * tokens_left, atol=1e-6)
 
@@ -115,4 +121,35 @@ def test_reward_statistics() -> None:
         "rollout/reward_std": pytest.approx(0.75**0.5),
         "rollout/accuracy": 0.75,
         "rollout/equal_groups": 0.5,
+        "rollout/verifier_timeouts": 0.0,
+        "rollout/verifier_errors": 0.0,
     }
+
+
+def test_answers_without_a_verdict_are_counted() -> None:
+    verdicts = ("correct", "timeout: 10 s", "error: ZeroDivisionError: division by zero", "error: it died")
+    rollouts = [replace(r, verdict=verdict) for r, verdict in zip(batch_of().rollouts, verdicts, strict=True)]
+    statistics = reward_statistics(make_batch(rollouts))
+    assert (statistics["rollout/verifier_timeouts"], statistics["rollout/verifier_errors"]) == (1.0, 2.0)
+
+
+def test_pretraining_learns_the_returns_that_ppo_has() -> None:
+    """The penalty for length, γ and the filter of cut responses; λ is 1 whatever PPO's is."""
+    config, batch = make_config(), batch_of()
+    settings = config.ppo.advantage
+    settings.overlong_penalty_tokens, settings.overlong_filter, settings.gamma = 4, True, 0.99
+    settings.lam_critic = 1.0
+    ppo = credit_of(config, batch, values_of(batch))
+    settings.lam_critic = 0.5
+    seen: list[PackedMicrobatch] = []
+
+    class Recorder:
+        def train_step(self, microbatches: list[PackedMicrobatch], loss: CriticLoss) -> None:
+            seen.extend(microbatches)
+            assert loss.denominator == int(ppo.mask.sum())
+
+    learn_returns(Recorder(), batch, Packing(512, 1, 0, 1), config)  # type: ignore[arg-type]
+    (microbatch,) = seen
+    mask = microbatch.fields["response_mask"]
+    assert torch.allclose(microbatch.fields["returns"][mask], ppo.returns[ppo.mask], atol=1e-6)
+    assert int(mask.sum()) == int(ppo.mask.sum()) < int(batch.response_mask.sum())

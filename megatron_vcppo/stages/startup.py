@@ -1,0 +1,65 @@
+"""Where a rank's time goes between the start of its process and its first iteration: RUN/STAGE/startup.jsonl.
+
+One line per start of the stage, written by the main rank, whose phases follow each other. Standard library only.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+FILE_NAME = "startup.jsonl"
+
+
+def process_age_s() -> float:
+    """Seconds since this process was forked (Linux); an exec does not set it back."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+class Startup:
+    """The phases so far. Example: ``startup.done("groups")`` after joining the process groups."""
+
+    def __init__(self) -> None:
+        self.reached_s = 0.0
+        self.phases: dict[str, float] = {}
+        self.finished = False
+
+    def done(self, phase: str) -> None:
+        """What was done since the phase before, or since the process's start, was this; no-op once finished."""
+        if not self.finished:
+            now = process_age_s()
+            self.phases[phase] = self.phases.get(phase, 0.0) + now - self.reached_s
+            self.reached_s = now
+
+    def finish(self, folder: Path) -> None:
+        """The first iteration is done: write the phases to the stage's folder and print them. Main rank only."""
+        if self.finished:
+            return
+        self.done("iteration")
+        self.finished = True
+        record = {"timestamp": round(time.time(), 3), "total_s": round(self.reached_s, 2)}
+        record |= {f"{phase}_s": round(seconds, 2) for phase, seconds in self.phases.items()}
+        with (folder / FILE_NAME).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.phases.items())
+        print(f"{folder.name}: first iteration done {self.reached_s:.1f} s after the start: {parts}", flush=True)
+
+
+startup = Startup()
+"""Of this process."""
+
+
+def read_startups(folder: Path) -> list[dict[str, float]]:
+    """The records of a stage's folder, oldest first; a torn line is left out."""
+    try:
+        lines = (folder / FILE_NAME).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records

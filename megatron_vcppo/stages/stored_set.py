@@ -1,0 +1,55 @@
+"""Stored sets of rollouts: where a stage keeps its set, and whether it is complete. Light: the launcher asks, too."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_vcppo.config import Config
+
+FILE_NAME = "set.json"
+"""Written last of all into the folder of a set."""
+
+
+@dataclass(frozen=True)
+class StoredSet:
+    """A folder of rollouts and how many of them a stage wants."""
+
+    folder: Path
+    num_rollouts: int
+    is_own: bool
+    """False: value_pretrain.stored_path names the folder, so another run may have made the set."""
+
+    @property
+    def is_complete(self) -> bool:
+        """True if a set of at least so many rollouts was made here."""
+        try:
+            return (
+                json.loads((self.folder / FILE_NAME).read_text(encoding="utf-8"))["num_rollouts"] >= self.num_rollouts
+            )
+        except (FileNotFoundError, ValueError, KeyError):
+            return False
+
+    def mark_complete(self) -> None:
+        """Write the file, temporary name first."""
+        temporary = self.folder / f".{FILE_NAME}.tmp"
+        temporary.write_text(json.dumps({"num_rollouts": self.num_rollouts}), encoding="utf-8")
+        os.replace(temporary, self.folder / FILE_NAME)
+
+
+def stored_set(config: Config, stage: str) -> StoredSet | None:
+    """The set that a stage trains on; None if its rollouts are made for every step, or if it has none."""
+    own = Path(config.run.dir) / stage / "rollouts"
+    if stage == "reward_model":
+        return StoredSet(own, config.reward_model.num_prompts * config.rollout.num_samples, True)
+    settings = config.value_pretrain
+    if stage == "value_pretrain" and settings.rollouts == "stored":
+        folder = Path(settings.stored_path) if settings.stored_path else own
+        return StoredSet(folder, settings.stored_rollouts, settings.stored_path is None)
+    return None
+
+
+def needs_engines(config: Config, stage: str) -> bool:
+    """Whether a stage that generates has anything left to generate."""
+    found = stored_set(config, stage)
+    return found is None or not found.is_complete

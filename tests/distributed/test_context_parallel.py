@@ -1,0 +1,221 @@
+"""Sequences shared by context-parallel ranks: attention, training of actor and critic, reward model, checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vcppo.config.rl import RewardModelConfig
+from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.data.context import rounding
+from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack, pack_all, unpack_all
+from megatron_vcppo.data.rollout_batch import Packing
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.mcore.context import WHOLE, PackedParams, shard_of
+from megatron_vcppo.mcore.hf_load import load_hf
+from megatron_vcppo.mcore.layers import PackedAttention
+from megatron_vcppo.mcore.learner import Actor, Critic
+from megatron_vcppo.mcore.model import build_actor, build_critic
+from megatron_vcppo.records import Sequence
+from megatron_vcppo.stages.reward_model import step_of
+from tests.distributed import test_checkpoint
+from tests.distributed.test_actor import make_sequences
+from tests.helpers.distributed import run_distributed_test
+from tests.helpers.tiny_models import save_tiny_model
+
+# A large eps: the division by the root of tiny second moments would magnify float32 noise in the weights.
+OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, eps=1e-5)
+CPU = torch.device("cpu")
+
+
+def attend(heads: tuple[int, int], cp_size: int) -> dict[str, torch.Tensor]:
+    """Output of attention and gradients of query, key and value, of whole micro-batches: float64."""
+    parallel = ParallelConfig(cp=cp_size)
+    runtime.start(parallel, seed=1, timeout_s=60)
+    num_heads, num_kv_heads = heads
+    config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=num_heads)
+    # The same segments for every size: multiples of 2 · 2 and 2 · 3, and a dummy.
+    packed = pack([Sequence((1,) * n) for n in (5, 40, 23)], [0, 1, 2], 24, 12)
+    generator = torch.Generator().manual_seed(0)
+    tokens = packed.num_tokens
+    shapes = {"query": (tokens, num_heads, 8), "key": (tokens, num_kv_heads, 8), "value": (tokens, num_kv_heads, 8)}
+    whole = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    pull = torch.randn(tokens, num_heads * 8, generator=generator, dtype=torch.float64)
+
+    shard = shard_of(packed, CPU)
+    mine = {name: shard.take(tensor).clone().requires_grad_() for name, tensor in whole.items()}
+    params = PackedParams(qkv_format="thd", cu_seqlens_q=packed.cu_seqlens, shard=shard)
+    out = PackedAttention(config)(*mine.values(), None, packed_seq_params=params)
+    (out * shard.take(pull)).sum().backward()
+    results = {"out": out.detach(), **{name: tensor.grad for name, tensor in mine.items()}}
+    return {name: shard.gather_outputs(tensor.contiguous())[0] for name, tensor in results.items()}
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=["equal-heads", "grouped-heads"])
+def test_attention_over_shared_sequences_is_attention(heads: tuple[int, int]) -> None:
+    alone = run_distributed_test(attend, 1, heads, 1)[0]
+    for cp_size in (2, 3):
+        for ours in run_distributed_test(attend, cp_size, heads, cp_size):
+            for name, expected in alone.items():
+                torch.testing.assert_close(ours[name], expected, rtol=0, atol=1e-12)
+
+
+def train(folder: Path, parallel: ParallelConfig) -> dict[str, list[float]]:
+    """Ten steps of an actor and a critic: losses, gradient norms, and outputs of a fixed batch before and after."""
+    runtime.start(parallel, seed=1, timeout_s=60)
+    arch, model = Architecture.from_hf(folder), ModelConfig(hf=str(folder), dtype="float32")
+    learners: dict[str, Actor | Critic] = {}
+    for build, learner_class in ((build_actor, Actor), (build_critic, Critic)):
+        built = build(arch, model, parallel)
+        load_hf(built, folder)
+        learners[built.kind] = learner_class(built, parallel, OPTIMIZER, ScheduleConfig(), 10)
+    assert learners["actor"].runtime.cp_size == parallel.cp
+    history: dict[str, list[float]] = {}
+
+    def packed(sequences: list[Sequence]) -> list[PackedMicrobatch]:
+        return pack_all(sequences, 160, *rounding(parallel))
+
+    def record(moment: str) -> None:
+        fixed = packed(make_sequences(99))
+        for kind, learner in learners.items():
+            outputs = learner.logprobs(fixed) if isinstance(learner, Actor) else learner.values(fixed)
+            history[f"{kind} outputs {moment}"] = [value for row in unpack_all(fixed, outputs) for value in row]
+
+    record("before")
+    for seed in range(10):
+        sequences = make_sequences(seed)
+        total = sum(sum(s.fields["loss_mask"]) for s in sequences)
+        mine = balance([len(s) for s in sequences], parallel.dp or 1)[runtime.current().dp_rank]
+        for kind, learner in learners.items():
+
+            def loss(outputs: Any, microbatch: PackedMicrobatch, kind: str = kind, total: float = total) -> Any:
+                mask = microbatch.fields["loss_mask"].float()
+                error = -outputs[0] + 0.01 * outputs[1] if kind == "actor" else 0.5 * (outputs - 1.0) ** 2
+                return (error * mask).sum() / total, {"tokens": (mask.sum(), torch.tensor(0.0))}
+
+            result = learner.train_step(packed([sequences[i] for i in mine]), loss)
+            assert result.applied and result.metrics["tokens"] == total
+            history.setdefault(f"{kind} loss", []).append(result.metrics["loss"])
+            history.setdefault(f"{kind} grad_norm", []).append(result.grad_norm)
+    record("after")
+    return history
+
+
+def compare(folder: Path, layouts: dict[str, tuple[int, dict[str, Any]]]) -> None:
+    alone = run_distributed_test(train, 1, folder, ParallelConfig())[0]
+    moved = zip(alone["actor outputs before"], alone["actor outputs after"], strict=True)
+    assert len(alone["critic loss"]) == 10 and max(abs(a - b) for a, b in moved) > 0.5
+    for name, (world_size, layout) in layouts.items():
+        for ours in run_distributed_test(train, world_size, folder, ParallelConfig(**layout), timeout_s=120):
+            for key, values in alone.items():
+                worst = max(abs(a - b) for a, b in zip(ours[key], values, strict=True))
+                assert worst <= 1e-5, f"{name}: {key} differs by {worst:.1e}"
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "cp2tp2-sequence-parallel": (4, {"cp": 2, "tp": 2, "sequence_parallel": True}),
+    "cp2pp2-recompute": (4, {"cp": 2, "pp": 2, "recompute": "selective"}),
+    "cp2dp2-distributed-optimizer": (4, {"cp": 2, "dp": 2, "distributed_optimizer": True, "overlap": True}),
+}
+MORE_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "cp2": (2, {"cp": 2}),
+    "cp3": (3, {"cp": 3}),
+    "cp4": (4, {"cp": 4, "distributed_optimizer": True, "recompute": "full"}),
+    "cp2tp2pp2": (8, {"cp": 2, "tp": 2, "pp": 2, "sequence_parallel": True, "recompute": "full", "overlap": True}),
+}
+
+
+def test_training_is_the_same_with_shared_sequences(tmp_path: Path) -> None:
+    compare(save_tiny_model(tmp_path / "hf", "qwen3"), LAYOUTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("llama", False)])
+def test_training_is_the_same_for_more_families_and_layouts(tmp_path: Path, family: str, tied: bool) -> None:
+    compare(save_tiny_model(tmp_path / "hf", family, tied), {**LAYOUTS, **MORE_LAYOUTS})
+
+
+@pytest.mark.slow
+def test_bfloat16_trains(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "hf")
+
+    def losses(parallel: ParallelConfig) -> list[float]:
+        actor, _ = test_checkpoint.start(folder, parallel, "bfloat16")
+        return [test_checkpoint.step(actor, parallel, seed)[0] for seed in range(4)]
+
+    ours = run_distributed_test(losses, 2, ParallelConfig(cp=2, distributed_optimizer=True))[0]
+    alone = run_distributed_test(losses, 1, ParallelConfig())[0]
+    assert ours == pytest.approx(alone, rel=0.01)
+
+
+@pytest.mark.parametrize("loss", ["pairwise", "bce"])
+def test_a_reward_models_step_is_the_same(tmp_path: Path, loss: str) -> None:
+    """The tokens of a pair's two scores lie on different ranks."""
+    folder = save_tiny_model(tmp_path / "hf")
+    examples = []
+    for number, sequence in enumerate(make_sequences(3)):
+        good = number % 3 > 0
+        zeros = (0.0,) * (len(sequence) - 1)
+        fields = {"last_mask": (*zeros, 1.0), "label": (*zeros, float(good))}
+        examples.append((Sequence(sequence.token_ids, fields), good))
+
+    def body(parallel: ParallelConfig) -> tuple[dict[str, float], float]:
+        _, critic = test_checkpoint.start(folder, parallel)
+        multiple, segment_multiple = rounding(parallel)
+        packing = Packing(160, multiple, critic.runtime.dp_rank, critic.runtime.dp_size, segment_multiple)
+        result = critic.train_step(*step_of(examples, packing, RewardModelConfig(loss=loss)))  # type: ignore[arg-type]
+        return result.metrics, result.grad_norm
+
+    (metrics, norm), *_ = run_distributed_test(body, 1, ParallelConfig())
+    for world_size in (2, 4):
+        for our_metrics, our_norm in run_distributed_test(body, world_size, ParallelConfig(cp=2)):
+            assert our_metrics == pytest.approx(metrics, abs=1e-5) and our_norm == pytest.approx(norm, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "distributed_optimizer", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "distributed-optimizer"]
+)
+def test_a_checkpoint_continues_without_context_parallelism(tmp_path: Path, distributed_optimizer: bool) -> None:
+    hf, folder = save_tiny_model(tmp_path / "hf"), tmp_path / "ck"
+    shared, alone = (ParallelConfig(cp=cp, distributed_optimizer=distributed_optimizer) for cp in (2, 1))
+    through = run_distributed_test(test_checkpoint.train, 2, hf, folder, shared, range(6), save_at=3)[0]
+    for world_size, parallel in ((1, alone), (2, shared)):
+        ours = run_distributed_test(test_checkpoint.train, world_size, hf, folder, parallel, range(3, 6))[0]
+        for (loss, norm), (expected_loss, expected_norm) in zip(ours, through[6:], strict=True):
+            assert loss == pytest.approx(expected_loss, abs=1e-5) and norm == pytest.approx(expected_norm, abs=1e-4)
+    assert ours == through[6:], "the same layout must continue bit-equal"
+
+
+def test_gradients_of_outputs_that_no_loss_reads_are_skipped() -> None:
+    gradients: list[torch.Tensor | None] = []
+
+    class Watch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.set_materialize_grads(False)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor | None) -> torch.Tensor | None:
+            gradients.append(grad)
+            return grad
+
+    def body() -> tuple[list[float], bool]:
+        runtime.start(ParallelConfig(cp=2), seed=1, timeout_s=60)
+        shard = shard_of(pack([Sequence((1,) * 8)], [0], 4, 4), CPU)
+        read, unread = ((torch.arange(4.0) + 10 * shard.rank).requires_grad_() for _ in range(2))
+        whole, _ = shard.gather_outputs(read, Watch.apply(unread))
+        (whole * torch.arange(8.0)).sum().backward()
+        return [*whole.tolist(), *read.grad.tolist()], gradients in ([], [None])
+
+    whole = [0.0, 1.0, 10.0, 11.0, 12.0, 13.0, 2.0, 3.0]
+    assert run_distributed_test(body, 2) == [([*whole, 0.0, 1.0, 6.0, 7.0], True), ([*whole, 2.0, 3.0, 4.0, 5.0], True)]
+
+
+def test_one_rank_holds_everything() -> None:
+    tensor = torch.arange(4.0)
+    assert WHOLE.take(tensor) is tensor
+    assert WHOLE.gather_outputs(tensor)[0] is tensor and WHOLE.gather_keys(tensor)[0] is tensor

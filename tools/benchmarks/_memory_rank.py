@@ -1,0 +1,63 @@
+"""One rank of the memory benchmark: builds the models of a stage, trains two steps, says what it held."""
+
+import os
+from typing import Any
+
+from tools.benchmarks._measure import peak_bytes, status_bytes
+
+MICROBATCHES = 4
+
+
+def measure(config: Any, stage: str, rank: int) -> tuple[int, int]:
+    """(held between steps, held at most during one) in bytes, beyond what the process holds before it has a model."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    import torch
+
+    from megatron_vcppo.config.schema import OptimizerConfig, ScheduleConfig
+    from megatron_vcppo.data.rollout_batch import Packing
+    from megatron_vcppo.mcore import runtime
+    from megatron_vcppo.mcore.architecture import Architecture
+    from megatron_vcppo.mcore.learner import Actor, Critic
+    from megatron_vcppo.mcore.model import build_actor, build_critic
+    from megatron_vcppo.records import Sequence
+    from megatron_vcppo.stages.sft import TokenLoss
+    from slurm.memory import models_of
+
+    torch.set_num_threads(1)
+    parallel = config.parallel
+    world = runtime.start(parallel, seed=0, timeout_s=300)
+    arch = Architecture.from_hf(config.model.hf)
+    packing = Packing(parallel.tokens_per_microbatch, parallel.tp, world.dp_rank, world.dp_size)
+    length = parallel.tokens_per_microbatch // 2
+    ids = torch.randint(arch.vocab_size, (2 * MICROBATCHES, length)).tolist()
+    batch = [Sequence(tuple(row), {"loss_mask": (True,) * length}) for row in ids]
+    microbatches = packing.pack(batch, ["loss_mask"])
+    assert len(microbatches) == MICROBATCHES, "micro-batches are full"
+
+    def critic_loss(values: torch.Tensor, microbatch: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        return (values - 1).square().sum() / (MICROBATCHES * 2 * length), {}
+
+    warm_up = build_actor(arch, config.model, parallel)  # libraries allocate at their first use
+    del warm_up
+    before = status_bytes("VmRSS")
+    settings = (parallel, OptimizerConfig(), ScheduleConfig(), 2)
+    trained, frozen = models_of(config, stage)
+    kept = [build_actor(arch, config.model, parallel) for _ in frozen]
+    learners: list[tuple[Any, Any]] = []
+    for kind in trained:
+        if kind == "actor":
+            actor = Actor(build_actor(arch, config.model, parallel), *settings)
+            learners.append((actor, TokenLoss(len(batch) * length)))
+        else:
+            learners.append((Critic(build_critic(arch, config.model, parallel), *settings), critic_loss))
+
+    def step() -> None:
+        for learner, loss in learners:
+            assert learner.train_step(microbatches, loss).applied
+
+    step()  # untouched zeros take no memory: only a step fills gradients and moments
+    held = status_bytes("VmRSS")
+    peak = held + peak_bytes(step)
+    del kept
+    runtime.stop()
+    return held - before, peak - before
