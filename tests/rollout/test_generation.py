@@ -16,6 +16,11 @@ def test_the_wait_ends_with_the_last_response_and_not_at_the_next_look_at_the_en
     transport = NetworkTransport("127.0.0.1", torch.device("cpu"), 1 << 16, 10.0)
     sync = WeightSync(WeightSyncConfig(), tmp_path, SINGLE, lambda value: [value], transport)
     started = time.monotonic()
-    begun = generation.begin(lambda: time.sleep(0.2) or "responses")
+
+    def produce() -> str:
+        time.sleep(0.2)
+        return "responses"
+
+    begun = generation.begin(produce)
     assert generation.finish_with_joiners(sync, 0, lambda: iter(()), begun) == "responses"
     assert 0.2 <= time.monotonic() - started < 30

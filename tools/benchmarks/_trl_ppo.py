@@ -84,12 +84,12 @@ class Clock(TrainerCallback):
             result = function(*args, **kwargs)
             self.phases[phase] += time.perf_counter() - began
             if phase == "generation":
-                self.count(*args[1:4], result[0])
+                self.count(queries=args[1], pad_token_id=args[3], query_responses=result[0])
             return result
 
         setattr(ppo_trainer, name, measured)
 
-    def count(self, queries: Tensor, _: int, pad_token_id: int, query_responses: Tensor) -> None:
+    def count(self, queries: Tensor, pad_token_id: int, query_responses: Tensor) -> None:
         """Add up response tokens: all that were sampled, or those before padding."""
         responses = query_responses[:, queries.shape[1] :]
         self.tokens += int((responses != pad_token_id).sum()) if self.until_eos else responses.numel()

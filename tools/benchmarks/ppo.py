@@ -1,17 +1,20 @@
 """PPO iterations of a run: seconds per phase, tokens/s, idle time; padding and balance of its batches under any dp.
 
-Reads the run that is named (``vcppo run configs/demo/vcppo.yaml`` makes one), which must not have been interrupted. Its
-first iteration, which compiles and connects, is left out.
+Reads the run that is named (``vcppo run configs/demo/vcppo.yaml`` makes one). Its first iteration, which compiles and
+connects, is left out.
 """
 
 import argparse
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_config
+from megatron_vcppo.config.schema import ParallelConfig
+from megatron_vcppo.data.context import rounding
 from megatron_vcppo.data.rollout_batch import Packing, make_batch
 from megatron_vcppo.report.metrics import read_metrics
 from megatron_vcppo.rollout.store import read_rollouts, stored_iterations
@@ -25,36 +28,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which run, and how its batches are shared out."""
     parser.add_argument("run_folder", type=Path, help="run folder with a ppo stage")
     parser.add_argument("--dp", type=int, nargs="+", default=[1, 2, 4, 8], help="replicas to share its rollouts over")
-    parser.add_argument("--multiple", type=int, default=1, help="to which micro-batches are padded: tp with sequence "
-                        "parallelism (1)")  # fmt: skip
+    parser.add_argument("--tp", type=int, help="ranks that sequence parallelism pads for; default: the run's")
+    parser.add_argument("--cp", type=int, help="ranks that context parallelism pads for; default: the run's")
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The mean iteration, then the packing of all stored rollouts for each number of replicas."""
     yield iteration_case(args.run_folder)
     config = load_config(args.run_folder / "config.yaml")
+    layout = {name: value for name, value in (("tp", args.tp), ("cp", args.cp)) if value}
+    parallel = replace(config.parallel, **layout, **({"sequence_parallel": args.tp > 1} if args.tp else {}))
     for dp_size in args.dp:
-        yield packing_case(args.run_folder, config, dp_size, args.multiple)
+        yield packing_case(args.run_folder, config, parallel, dp_size)
 
 
 def iteration_case(run_folder: Path) -> dict[str, Any]:
-    """Times of rank 0; whole iterations are taken from one metrics record to the next, with logging and saving.
+    """Times of rank 0; iterations include logging and saving.
 
     Idle is all but ``WORK``: weight sync, advantages, logging, checkpoints. A pipeline's bubbles, and ranks that wait
     for others inside a phase, are not: there training runs. Scoring and storing after the last response are part of
     generation.
     """
-    records = read_metrics(run_folder / "ppo")
-    if len(records) < 2:
+    timed = read_metrics(run_folder / "ppo")[1:]
+    if not timed:
         raise SystemExit(f"{run_folder}/ppo/metrics.jsonl has fewer than two iterations")
-    first, *timed = records
-    iteration_s = (timed[-1]["timestamp"] - first["timestamp"]) / len(timed)
 
     def mean(name: str) -> float:
         return statistics.fmean(float(record.get(name, 0.0)) for record in timed)
 
-    phases = sorted({name for record in timed for name in record if name.startswith("time/")} - {"time/iteration_s"})
+    phases = sorted({name for record in timed for name in record if name.startswith("time/")})
     seconds = {name.removeprefix("time/").removesuffix("_s"): mean(name) for name in phases}
+    iteration_s = seconds.pop("iteration")
     work_s = sum(seconds.get(phase, 0.0) for phase in WORK)
     tokens = mean("rollout/tokens")
     return {
@@ -71,10 +75,13 @@ def iteration_case(run_folder: Path) -> dict[str, Any]:
     }
 
 
-def packing_case(run_folder: Path, config: Config, dp_size: int, multiple: int) -> dict[str, Any]:
+def packing_case(run_folder: Path, config: Config, parallel: ParallelConfig, dp_size: int) -> dict[str, Any]:
     """Shares out and packs every minibatch of the run's rollouts as an update would on ``dp_size`` replicas."""
     settings, folder = config.ppo, run_folder / "ppo" / "rollouts"
-    replicas = [Packing(config.parallel.tokens_per_microbatch, multiple, rank, dp_size) for rank in range(dp_size)]
+    multiple, segment_multiple = rounding(parallel)
+    replicas = [
+        Packing(parallel.tokens_per_microbatch, multiple, rank, dp_size, segment_multiple) for rank in range(dp_size)
+    ]
     num_tokens = num_padding = num_microbatches = 0
     imbalance = []
     for iteration in stored_iterations(folder):
@@ -92,6 +99,8 @@ def packing_case(run_folder: Path, config: Config, dp_size: int, multiple: int) 
     return {
         "case": "packing",
         "dp": dp_size,
+        "tp": parallel.tp if parallel.sequence_parallel else 1,
+        "cp": parallel.cp,
         "sequences_per_minibatch": round(settings.prompts_per_iteration * config.rollout.num_samples
                                          / settings.minibatches, 1),
         "minibatches": len(imbalance),

@@ -18,7 +18,6 @@ import tempfile
 import venv
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +118,7 @@ def make_task(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
 
 
 def ours(args: argparse.Namespace, folder: Path, hf: Path, prompts: Path) -> list[dict[str, float]]:
-    """The demo's ppo stage, without the stages before it. An iteration lasts from one metrics record to the next."""
+    """The demo's ppo stage, without the stages before it."""
     run_folder = Path(tempfile.mkdtemp(prefix="run_", dir=folder))
     settings = {
         "run.dir": run_folder,
@@ -141,12 +140,10 @@ def ours(args: argparse.Namespace, folder: Path, hf: Path, prompts: Path) -> lis
     }
     overrides = [f"{key}={value}" for key, value in settings.items()] + args.set
     _vcppo(["run", str(ROOT / "configs" / "demo" / "vcppo.yaml"), *overrides], run_folder.with_suffix(".log"))
-    records = read_metrics(run_folder / "ppo")
     iterations = []
-    for before, record in pairwise([records[0], *records]):
-        phases = {name[5:-2]: value for name, value in record.items() if name.startswith("time/")}
-        whole = record["timestamp"] - before["timestamp"]
-        iterations.append({**phases, "iteration": whole, "tokens": record["rollout/tokens"]})
+    for record in read_metrics(run_folder / "ppo"):
+        seconds = {name[5:-2]: value for name, value in record.items() if name.startswith("time/")}
+        iterations.append({**seconds, "tokens": record["rollout/tokens"]})
     return iterations
 
 
