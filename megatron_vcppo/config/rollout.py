@@ -46,6 +46,8 @@ class RolloutConfig:
     """Keep 1 in training: cutting the tail renormalises the log-probs over the kept tokens."""
     top_k: int = 0
     """Keep 0 in training, for the same reason."""
+    ignore_eos: bool = False
+    """Go on past the end token, so that every training response has max_tokens: for measuring speed."""
     start_timeout_s: float = 600.0
     """An engine that does not answer this long after its start is killed and started again."""
     health_timeout_s: float = 30.0

@@ -27,7 +27,7 @@ def training_sampling(config: RolloutConfig) -> Sampling:
             "and PPO's ratio is biased. Set top_p to 1 and top_k to 0 in training.",
             stacklevel=2,
         )
-    return Sampling(config.temperature, config.top_p, config.top_k, list(config.stop))
+    return Sampling(config.temperature, config.top_p, config.top_k, list(config.stop), config.ignore_eos)
 
 
 def greedy() -> Sampling:

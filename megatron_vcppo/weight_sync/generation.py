@@ -4,9 +4,8 @@ It begins without a collective, so that ranks may train meanwhile; the wait for 
 """
 
 import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 from megatron_vcppo.weight_sync.sync import Source, WeightSync, WeightSyncError, log
@@ -14,6 +13,7 @@ from megatron_vcppo.weight_sync.sync import Source, WeightSync, WeightSyncError,
 T = TypeVar("T")
 
 TICK_S = 0.5
+"""How often the engines are looked after meanwhile."""
 
 
 def begin(produce: Callable[[], T] | None) -> Future[T] | None:
@@ -52,7 +52,8 @@ def finish_with_joiners(sync: WeightSync, policy_version: int, source: Source, f
             sync.update_joiners(policy_version, source)
         except WeightSyncError as error:
             log.warning("%s; its supervisor starts it again", error)
-        time.sleep(TICK_S)
+        if future is not None:  # ranks that generate nothing wait for these in the exchange
+            wait([future], TICK_S)
 
 
 def _state(future: Future | None) -> str:

@@ -37,6 +37,10 @@ def test_cutting_the_distribution_is_warned_about() -> None:
 @pytest.mark.filterwarnings("error")
 def test_plain_sampling_does_not_warn() -> None:
     assert training_sampling(RolloutConfig(temperature=0.7, stop=["END"])).stop == ["END"]
+    assert (
+        not training_sampling(RolloutConfig()).ignore_eos
+        and training_sampling(RolloutConfig(ignore_eos=True)).ignore_eos
+    )
 
 
 def test_stored_rollouts_come_back_in_order(tmp_path) -> None:

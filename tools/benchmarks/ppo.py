@@ -1,47 +1,112 @@
-"""PPO iterations of a run: seconds per phase, tokens/s, padding, balance over replicas, idle time.
+"""PPO iterations of a run: seconds per phase, tokens/s, idle time; padding and balance of its batches under any dp.
 
-Reads the run that is named (``vcppo run configs/demo/vcppo.yaml`` makes one); its first iteration, which compiles and
+Reads the run that is named (``vcppo run configs/demo/vcppo.yaml`` makes one). Its first iteration, which compiles and
 connects, is left out.
 """
 
 import argparse
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.load import load_config
+from megatron_vcppo.config.schema import ParallelConfig
+from megatron_vcppo.data.context import rounding
+from megatron_vcppo.data.rollout_batch import Packing, make_batch
 from megatron_vcppo.report.metrics import read_metrics
+from megatron_vcppo.rollout.store import read_rollouts, stored_iterations
+from megatron_vcppo.stages.updates import minibatches
 
-WORK = ("generation", "logprobs", "values", "advantages", "update", "evaluation")
-"""Phases in which generation or training runs."""
+WORK = ("generation", "logprobs", "values", "update", "evaluation")
+"""Phases in which generation or training (a forward or backward pass) runs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which run."""
+    """Which run, and how its batches are shared out."""
     parser.add_argument("run_folder", type=Path, help="run folder with a ppo stage")
+    parser.add_argument("--dp", type=int, nargs="+", default=[1, 2, 4, 8], help="replicas to share its rollouts over")
+    parser.add_argument("--tp", type=int, help="ranks that sequence parallelism pads for; default: the run's")
+    parser.add_argument("--cp", type=int, help="ranks that context parallelism pads for; default: the run's")
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One case: the mean iteration."""
-    records = read_metrics(args.run_folder / "ppo")[1:]
-    if not records:
-        raise SystemExit(f"{args.run_folder}/ppo/metrics.jsonl has fewer than two iterations")
+    """The mean iteration, then the packing of all stored rollouts for each number of replicas."""
+    yield iteration_case(args.run_folder)
+    config = load_config(args.run_folder / "config.yaml")
+    layout = {name: value for name, value in (("tp", args.tp), ("cp", args.cp)) if value}
+    parallel = replace(config.parallel, **layout, **({"sequence_parallel": args.tp > 1} if args.tp else {}))
+    for dp_size in args.dp:
+        yield packing_case(args.run_folder, config, parallel, dp_size)
+
+
+def iteration_case(run_folder: Path) -> dict[str, Any]:
+    """Times of rank 0; iterations include logging and saving.
+
+    Idle is all but ``WORK``: weight sync, advantages, logging, checkpoints. A pipeline's bubbles, and ranks that wait
+    for others inside a phase, are not: there training runs. Scoring and storing after the last response are part of
+    generation.
+    """
+    timed = read_metrics(run_folder / "ppo")[1:]
+    if not timed:
+        raise SystemExit(f"{run_folder}/ppo/metrics.jsonl has fewer than two iterations")
 
     def mean(name: str) -> float:
-        return statistics.fmean(float(record.get(name, 0.0)) for record in records)
+        return statistics.fmean(float(record.get(name, 0.0)) for record in timed)
 
-    phases = sorted({name for record in records for name in record if name.startswith("time/")})
-    seconds = {name.removeprefix("time/").removesuffix("_s"): round(mean(name), 3) for name in phases}
-    iteration_s = mean("time/iteration_s")
-    work_s = sum(mean(f"time/{phase}_s") for phase in WORK)
-    yield {
+    phases = sorted({name for record in timed for name in record if name.startswith("time/")})
+    seconds = {name.removeprefix("time/").removesuffix("_s"): mean(name) for name in phases}
+    iteration_s = seconds.pop("iteration")
+    work_s = sum(seconds.get(phase, 0.0) for phase in WORK)
+    tokens = mean("rollout/tokens")
+    return {
         "case": "ppo_iteration",
-        "iterations": len(records),
-        "seconds": seconds,
-        "response_tokens": round(mean("rollout/tokens")),
-        "response_tokens_per_s": round(mean("rollout/tokens") / iteration_s, 1),
-        "generation_tokens_per_s": round(mean("rollout/tokens") / mean("time/generation_s"), 1),
+        "iterations": len(timed),
+        "iteration_s": round(iteration_s, 3),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "response_tokens": round(tokens),
+        "response_tokens_per_s": round(tokens / iteration_s, 1),
+        "generation_tokens_per_s": round(tokens / seconds["generation"], 1),
         "padding_share": round(mean("packing/padding_share"), 4),
         "dp_imbalance": round(mean("packing/dp_imbalance"), 4),
         "idle_share": round(1 - work_s / iteration_s, 4),
     }
+
+
+def packing_case(run_folder: Path, config: Config, parallel: ParallelConfig, dp_size: int) -> dict[str, Any]:
+    """Shares out and packs every minibatch of the run's rollouts as an update would on ``dp_size`` replicas."""
+    settings, folder = config.ppo, run_folder / "ppo" / "rollouts"
+    multiple, segment_multiple = rounding(parallel)
+    replicas = [
+        Packing(parallel.tokens_per_microbatch, multiple, rank, dp_size, segment_multiple) for rank in range(dp_size)
+    ]
+    num_tokens = num_padding = num_microbatches = 0
+    imbalance = []
+    for iteration in stored_iterations(folder):
+        batch = make_batch(read_rollouts(folder, iteration))
+        lengths = [len(r.prompt.token_ids) + len(r.response_ids) for r in batch.rollouts]
+        for part in minibatches(len(batch), settings.minibatches, config.run.seed, iteration, 0):
+            part_lengths = [lengths[i] for i in part]
+            imbalance.append(replicas[0].imbalance(part_lengths))
+            for replica in replicas:
+                mine = [part[i] for i in replica.share(part_lengths)]
+                microbatches = replica.pack(batch.sequences(mine, {}))
+                num_tokens += sum(m.num_tokens for m in microbatches)
+                num_padding += sum(m.padding_tokens for m in microbatches)
+                num_microbatches += len(microbatches)
+    return {
+        "case": "packing",
+        "dp": dp_size,
+        "tp": parallel.tp if parallel.sequence_parallel else 1,
+        "cp": parallel.cp,
+        "sequences_per_minibatch": round(settings.prompts_per_iteration * config.rollout.num_samples
+                                         / settings.minibatches, 1),
+        "minibatches": len(imbalance),
+        "microbatches": num_microbatches,
+        "tokens": num_tokens,
+        "padding_share": round(num_padding / num_tokens, 5),
+        "dp_imbalance": round(statistics.fmean(imbalance), 4),
+        "dp_imbalance_worst": round(max(imbalance), 4),
+    }  # fmt: skip

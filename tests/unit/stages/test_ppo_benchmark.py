@@ -1,0 +1,41 @@
+"""``bench.py ppo`` reads a run as it is: idle is all that is no work, batches are packed as updates pack them."""
+
+import json
+
+import pytest
+
+from megatron_vcppo.config.schema import ParallelConfig
+from megatron_vcppo.rollout.store import read_rollouts
+from tests.helpers.recorded_run import record_run
+from tools.benchmarks.ppo import iteration_case, packing_case
+
+
+def test_idle_is_all_time_in_which_neither_generation_nor_training_runs(tmp_path):
+    record_run(tmp_path / "run", collapsing=False, iterations=3)
+    log = tmp_path / "run" / "ppo" / "metrics.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    for record in records[1:]:
+        record |= {"time/generation_s": 4.0, "time/update_s": 5.0, "time/sync_s": 0.5, "time/save_s": 0.25}
+        record |= {"time/iteration_s": 10.0, "rollout/tokens": 2000.0}
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    case = iteration_case(tmp_path / "run")
+    assert (case["iterations"], case["iteration_s"], case["idle_share"]) == (2, 10.0, 0.1)
+    assert (case["response_tokens_per_s"], case["generation_tokens_per_s"]) == (200.0, 500.0)
+
+
+@pytest.mark.parametrize("dp_size, tp_size", [(1, 1), (2, 1), (2, 8), (4, 8)])
+def test_packing_counts_every_token_of_every_replica_once(tmp_path, dp_size, tp_size):
+    config = record_run(tmp_path / "run", collapsing=False, iterations=2)
+    config.ppo.minibatches = 3
+    parallel = ParallelConfig(tp=tp_size, sequence_parallel=tp_size > 1, tokens_per_microbatch=512)
+    case = packing_case(tmp_path / "run", config, parallel, dp_size)
+    lengths = [
+        len(rollout.prompt.token_ids) + len(rollout.response_ids)
+        for iteration in (1, 2)
+        for rollout in read_rollouts(tmp_path / "run" / "ppo" / "rollouts", iteration)
+    ]
+    padding = case["tokens"] - sum(lengths)
+    assert case["minibatches"] == 2 * 3 and case["microbatches"] >= 6 * dp_size
+    assert case["padding_share"] == pytest.approx(padding / case["tokens"], abs=1e-5)
+    assert 0 <= padding < tp_size * case["microbatches"] and (padding > 0) == (tp_size > 1)
+    assert 1 <= case["dp_imbalance"] <= case["dp_imbalance_worst"] and (case["dp_imbalance"] == 1) == (dp_size == 1)

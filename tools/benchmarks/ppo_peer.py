@@ -1,0 +1,186 @@
+"""PPO iterations of ``vcppo run`` beside TRL's PPOTrainer on CPU: samples/s of both, per phase, and their ratio.
+
+The same Hugging Face model as actor, one of the same size as critic, the same prompts (token ids), response lengths,
+PPO epochs and minibatches, float32, the same cores. TRL gets an environment of its own, made at the first call, and is
+measured with each number of threads that is asked for; its best counts. Rounds alternate between the sides; the first
+iteration of each run, which compiles and connects, is left out. The machine must be idle: where another process takes
+a core, TRL's threads wait for each other and it falls behind by far more than its share.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_vcppo.report.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+LOCK = ROOT / "requirements-cpu.lock"
+PACKAGES = ("torch", "transformers", "datasets", "accelerate==1.15.0", "trl==1.12.0")
+"""What TRL's side needs; the lock pins what is not pinned here. TRL 1.12 is the last release with PPOTrainer."""
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+LEARNING_RATE = 3e-6
+"""TRL's default, so small that responses keep their length on both sides."""
+TIMEOUT_S = 3600.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Environment, model, lengths."""
+    parser.add_argument("--environment", type=Path, default=ROOT / ".venv-trl", help="TRL's; made if it is not there")
+    parser.add_argument("--hf", type=Path, help="folder of a Hugging Face model; default: the demo's base model")
+    parser.add_argument("--width", type=int, default=64, help="of the model that is made without --hf (64)")
+    parser.add_argument("--layers", type=int, default=2, help="of the model that is made without --hf (2)")
+    parser.add_argument("--batch", type=int, default=128, help="rollouts per iteration (128)")
+    parser.add_argument("--new-tokens", type=int, default=130, help="tokens of every response (130)")
+    parser.add_argument("--until-eos", action="store_true", help="responses end at the end token: needs a trained --hf")
+    parser.add_argument("--minibatches", type=int, default=4)
+    parser.add_argument("--ppo-epochs", type=int, default=1)
+    parser.add_argument("--iterations", type=int, default=5, help="timed, after one that is not (5)")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of either side, in turns (2)")
+    parser.add_argument("--cores", type=int, default=2, help="that both sides run on (2)")
+    parser.add_argument("--trl-threads", type=int, nargs="+", default=[1, 2], help="each is measured (1 2)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="our configuration")
+
+
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One case per side and round, then the ratios."""
+    python = make_environment(args.environment)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
+    with tempfile.TemporaryDirectory(prefix="bench_ppo_peer_") as name:
+        folder = Path(name)
+        task = make_task(args, folder / "task")
+        sides: dict[str, Callable[[], list[dict[str, float]]]] = {"ours": partial(ours, args, folder, *task)}
+        for threads in args.trl_threads:
+            sides[f"trl, threads {threads}"] = partial(theirs, args, python, threads, folder, *task)
+        rates: dict[str, list[float]] = {side: [] for side in sides}
+        for round_number in range(1, args.rounds + 1):
+            for side, measure in sides.items():
+                load = os.getloadavg()[0]
+                iterations = measure()[1:]
+                rates[side].append(args.batch / statistics.fmean(record["iteration"] for record in iterations))
+                yield {"case": side, "round": round_number, "load_before": round(load, 1), **case(args, iterations)}
+    medians = {side: statistics.median(rates[side]) for side in sides}
+    best = max((side for side in sides if side != "ours"), key=lambda side: medians[side])
+    pairs = zip(rates["ours"], rates[best], strict=True)
+    yield {
+        "case": "ratio",
+        "samples_per_s": {side: round(median, 2) for side, median in medians.items()},
+        "ours_over_best_trl": round(medians["ours"] / medians[best], 2),
+        "of_rounds": [round(mine / trls, 2) for mine, trls in pairs],
+    }
+
+
+def case(args: argparse.Namespace, iterations: list[dict[str, float]]) -> dict[str, Any]:
+    """The mean iteration. iterations: seconds by phase, "iteration" (all of it) and "tokens" (of responses)."""
+    mean = {name: statistics.fmean(record.get(name, 0.0) for record in iterations) for name in iterations[-1]}
+    iteration_s, tokens = mean.pop("iteration"), mean.pop("tokens")
+    return {
+        "iterations": len(iterations),
+        "samples_per_s": round(args.batch / iteration_s, 2),
+        "response_tokens_per_s": round(tokens / iteration_s),
+        "response_length": round(tokens / args.batch, 1),
+        "iteration_s": round(iteration_s, 3),
+        "seconds": {name: round(seconds, 3) for name, seconds in mean.items()},
+    }
+
+
+def make_environment(folder: Path) -> Path:
+    """TRL's environment; returns its Python. Made again when a pin changed."""
+    python, stamp = folder / "bin" / "python", folder / "bench.stamp"
+    wanted = hashlib.sha256(" ".join(PACKAGES).encode() + LOCK.read_bytes()).hexdigest()
+    if stamp.exists() and stamp.read_text() == wanted:
+        return python
+    print(f"bench: installing {', '.join(PACKAGES)} into {folder}", file=sys.stderr)
+    venv.create(folder, clear=True, with_pip=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(LOCK)]
+    at_hand = subprocess.run([*pip, "--dry-run", "--no-deps", "torch"], capture_output=True).returncode == 0
+    subprocess.run([*pip, *([] if at_hand else ["--extra-index-url", TORCH_INDEX]), *PACKAGES], check=True)
+    stamp.write_text(wanted)
+    return python
+
+
+def make_task(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
+    """Model and prompts, each to be used once: their paths."""
+    count = str((args.iterations + 1) * args.batch)
+    sizes = ["--width", str(args.width), "--layers", str(args.layers)]
+    rows = ["--demonstrations", "1", "--validation", "1", "--test", "1", "--prompts", count]
+    _vcppo(["make-task", "--out", str(folder), *sizes, *rows], folder.with_suffix(".log"))
+    return args.hf or folder / "base_model", folder / "prompts_train.jsonl"
+
+
+def ours(args: argparse.Namespace, folder: Path, hf: Path, prompts: Path) -> list[dict[str, float]]:
+    """The demo's ppo stage, without the stages before it."""
+    run_folder = Path(tempfile.mkdtemp(prefix="run_", dir=folder))
+    settings = {
+        "run.dir": run_folder,
+        "stages": "[ppo]",
+        "model.hf": hf,
+        "prompts.train": prompts,
+        "rollout.max_tokens": args.new_tokens,
+        "rollout.ignore_eos": not args.until_eos,
+        "rollout.engine.max_num_seqs": args.batch,
+        "model.max_length": args.new_tokens + 128,
+        "ppo.critic.init": "random_head",
+        "ppo.optimizer.lr": LEARNING_RATE,
+        "ppo.critic.optimizer.lr": LEARNING_RATE,
+        "ppo.iterations": args.iterations + 1,
+        "ppo.prompts_per_iteration": args.batch,
+        "ppo.minibatches": args.minibatches,
+        "ppo.ppo_epochs": args.ppo_epochs,
+        "ppo.checkpoint.save_every": 1_000_000,
+    }
+    overrides = [f"{key}={value}" for key, value in settings.items()] + args.set
+    _vcppo(["run", str(ROOT / "configs" / "demo" / "vcppo.yaml"), *overrides], run_folder.with_suffix(".log"))
+    iterations = []
+    for record in read_metrics(run_folder / "ppo"):
+        seconds = {name[5:-2]: value for name, value in record.items() if name.startswith("time/")}
+        iterations.append({**seconds, "tokens": record["rollout/tokens"]})
+    return iterations
+
+
+def theirs(
+    args: argparse.Namespace, python: Path, threads: int, folder: Path, hf: Path, prompts: Path
+) -> list[dict[str, float]]:
+    """TRL in its environment, on the token ids that our side makes of the prompts."""
+    from megatron_vcppo.data.prompts import load_prompts
+    from megatron_vcppo.data.tokenizer import load_tokenizer
+
+    loaded, _ = load_prompts(str(prompts), load_tokenizer(str(hf)), 128, known_tasks=["running_sum"])
+    job = {
+        "model": str(hf),
+        "folder": str(folder / "trl"),
+        "prompts": [prompt.token_ids for prompt in loaded],
+        "threads": threads,
+        "learning_rate": LEARNING_RATE,
+        **{key: getattr(args, key) for key in ("batch", "new_tokens", "until_eos", "minibatches", "ppo_epochs")},
+    }
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [str(python), str(Path(__file__).with_name("_trl_ppo.py"))]
+    output = _checked(command, folder / "trl.log", input=json.dumps(job), env=environment)
+    return json.loads(output.splitlines()[-1])
+
+
+def _vcppo(arguments: list[str], log: Path) -> None:
+    _checked([sys.executable, "-m", "megatron_vcppo.cli", *arguments], log)
+
+
+def _checked(command: list[str], log: Path, **options: Any) -> str:
+    """Run a command, its messages in ``log``; returns its output. A failure ends the benchmark with its last lines."""
+    with log.open("w") as messages:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=messages, text=True, timeout=TIMEOUT_S, **options
+        )
+    if done.returncode:
+        tail = "\n".join((done.stdout + log.read_text()).splitlines()[-20:])
+        raise SystemExit(f"{' '.join(command[:4])} … ended with {done.returncode}:\n{tail}")
+    return done.stdout
