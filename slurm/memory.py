@@ -51,13 +51,15 @@ def parameters_of(arch: Architecture, config: Config, kind: str, pp_rank: int) -
 def layer_activations(arch: Architecture, config: Config) -> tuple[float, float]:
     """(input, everything) that one layer keeps for its backward pass: elements per token on one rank.
 
-    Both norms keep input and output; attention its projection's output, the rotated queries and keys, its own output
-    and the copy that the next projection reads; the gated MLP both halves, the activated gate and the product.
+    Attention keeps its projection's output, the rotated queries and keys, its own output and the copy that the next
+    projection reads. Each norm keeps its input and output, the gated MLP both halves and their product. Where torch's
+    own operations take the place of Transformer Engine's kernels, each norm keeps one tensor more, the MLP two.
     """
     parallel = config.parallel
+    norms, mlp = (4, 3) if config.cluster.gpus_per_node else (6, 5)
     hidden = arch.hidden_size / (parallel.tp if parallel.sequence_parallel else 1)
-    inside = 4 * arch.q_size + 3 * arch.kv_size + 4 * arch.ffn_size
-    return hidden, 4 * hidden + inside / parallel.tp
+    inside = 4 * arch.q_size + 3 * arch.kv_size + mlp * arch.ffn_size
+    return hidden, norms * hidden + inside / parallel.tp
 
 
 def plan(arch: Architecture, config: Config, stage: str) -> dict[str, float]:
@@ -81,16 +83,19 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
     tokens = max(parallel.tokens_per_microbatch, config.model.max_length) / parallel.cp
     layers, at_once = arch.num_layers / parallel.pp, parallel.pp - pp_rank
     given, kept = layer_activations(arch, config)
-    per_token = given * layers * at_once + kept if parallel.recompute == "full" else kept * layers * at_once
-    # Logits and their gradient, while the output layer's own gradient is made in the weights' type.
-    logits = (2 * tokens + arch.hidden_size) * arch.vocab_size / parallel.tp
-    has_logits = "actor" in trained and pp_rank == parallel.pp - 1
+    # Logits and their gradient; then that gradient beside the one of the output layer, in the weights' type.
+    logits = max(2 * tokens, tokens + arch.hidden_size) * arch.vocab_size / parallel.tp
+    if "actor" not in trained or pp_rank < parallel.pp - 1:
+        logits = 0.0
+    activations = kept * layers * at_once * tokens
+    if parallel.recompute == "full":  # the layer that is recomputed comes after the logits
+        activations = given * layers * at_once * tokens + max(0.0, kept * tokens - logits)
     sizes = {
         "weights": held * size,
         "gradients": learned * GRADIENT_BYTES,
         "optimizer": learned * OPTIMIZER_BYTES[dtype] / sharing,
-        "activations": per_token * tokens * size if trained else 0.0,
-        "logits": logits * size if has_logits else 0.0,
+        "activations": activations * size if trained else 0.0,
+        "logits": logits * size,
         "overhead": OVERHEAD_GIB * GIB,
     }
     return {name: num_bytes / GIB for name, num_bytes in sizes.items()}

@@ -23,6 +23,8 @@ from megatron_vcppo.rollout.process import interface_address
 from megatron_vcppo.rollout.rendezvous import SECRET
 from megatron_vcppo.rollout.supervisor import Limits, Slot, run
 
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""Of NVIDIA, of AMD, of Windows' subsystem for Linux: where there is a GPU, there is one of these."""
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
@@ -107,6 +109,8 @@ def visible_gpus() -> list[int]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [int(index) for index in given.split(",") if index.strip().isdigit()]
+    if not any(Path(driver).exists() for driver in GPU_DRIVERS):
+        return []  # without the seconds that torch's import costs
     import torch
 
     return list(range(torch.cuda.device_count()))

@@ -122,14 +122,15 @@ def test_the_memory_plan_against_a_count_by_hand(tmp_path: Path) -> None:
     parts = plan(arch, config, "ppo")
     held = parts["weights"] + parts["gradients"] + parts["optimizer"]
     assert held * 2**30 == pytest.approx((2 * actor - vocabulary) * (2 + 4 + 12)), "a critic has no output layer"
-    layer = 4 * 64 + 4 * 64 + 3 * 32 + 4 * 128
+    layer = 6 * 64 + 4 * 64 + 3 * 32 + 5 * 128
     assert parts["activations"] * 2**30 == 1024 * 2 * 2 * layer
-    assert parts["logits"] * 2**30 == 256 * (2 * 1024 + 64) * 2
+    assert parts["logits"] * 2**30 == 256 * 2 * 1024 * 2
     pushed = plan(arch, config, "value_pretrain")
     assert pushed["weights"] * 2**30 == (2 * actor - vocabulary) * 2, "a critic, and the actor that generates"
     assert pushed["gradients"] * 2**30 == (actor - vocabulary) * 4 and not pushed["logits"]
     config.parallel.recompute = "full"
-    assert plan(arch, config, "ppo")["activations"] * 2**30 == 1024 * 2 * (2 * 64 + layer)
+    recomputed = plan(arch, config, "ppo")
+    assert recomputed["activations"] * 2**30 == 1024 * 2 * (2 * 64 + layer - 2 * 256), "a layer, once logits are gone"
     config.parallel.recompute = "none"
     config.parallel.cp, config.parallel.distributed_optimizer = 2, True
     shared = plan(arch, config, "ppo")

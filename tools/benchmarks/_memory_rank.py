@@ -5,7 +5,7 @@ from typing import Any
 
 from tools.benchmarks._measure import peak_bytes, status_bytes
 
-MICROBATCHES = 4
+MICROBATCHES = 2
 
 
 def measure(config: Any, stage: str, rank: int) -> tuple[int, int]:
@@ -30,7 +30,7 @@ def measure(config: Any, stage: str, rank: int) -> tuple[int, int]:
     packing = Packing(parallel.tokens_per_microbatch, parallel.tp, world.dp_rank, world.dp_size)
     length = parallel.tokens_per_microbatch // 2
     ids = torch.randint(arch.vocab_size, (2 * MICROBATCHES, length)).tolist()
-    batch = [Sequence(tuple(row), {"loss_mask": (True,) * length}) for row in ids]
+    batch = [Sequence(tuple(row), {"loss_mask": (False,) + (True,) * (length - 1)}) for row in ids]
     microbatches = packing.pack(batch, ["loss_mask"])
     assert len(microbatches) == MICROBATCHES, "micro-batches are full"
 
@@ -47,7 +47,7 @@ def measure(config: Any, stage: str, rank: int) -> tuple[int, int]:
     for kind in trained:
         if kind == "actor":
             actor = Actor(build_actor(arch, config.model, parallel), *settings)
-            learners.append((actor, TokenLoss(len(batch) * length)))
+            learners.append((actor, TokenLoss(len(batch) * (length - 1))))
         else:
             learners.append((Critic(build_critic(arch, config.model, parallel), *settings), critic_loss))
 

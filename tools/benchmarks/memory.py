@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One case per layout and stage, GiB on the fullest rank beyond what it holds before it has a model.
 
-    held: weights, gradients and optimizer; peak: the most that a training step over four full micro-batches takes.
+    held: weights, gradients and optimizer; peak: the most that a training step over two full micro-batches takes.
     """
     with tempfile.TemporaryDirectory(prefix="bench_memory_") as name:
         hf = _architecture(args, Path(name))
