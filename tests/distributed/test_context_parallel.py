@@ -20,7 +20,7 @@ from megatron_vcppo.mcore.layers import PackedAttention
 from megatron_vcppo.mcore.learner import Actor, Critic
 from megatron_vcppo.mcore.model import build_actor, build_critic
 from megatron_vcppo.records import Sequence
-from megatron_vcppo.stages.reward_model import step_of
+from megatron_vcppo.stages.reward_model import step_of, units
 from tests.distributed import test_checkpoint
 from tests.distributed.test_actor import make_sequences
 from tests.helpers.distributed import run_distributed_test
@@ -151,8 +151,8 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
     assert ours == pytest.approx(alone, rel=0.01)
 
 
-@pytest.mark.parametrize("loss", ["pairwise", "bce"])
-def test_a_reward_models_step_is_the_same(tmp_path: Path, loss: str) -> None:
+@pytest.mark.parametrize("settings", [RewardModelConfig(loss="pairwise"), RewardModelConfig(loss="bce")])
+def test_a_reward_models_step_is_the_same(tmp_path: Path, settings: RewardModelConfig) -> None:
     """The tokens of a pair's two scores lie on different ranks."""
     folder = save_tiny_model(tmp_path / "hf")
     examples = []
@@ -166,7 +166,7 @@ def test_a_reward_models_step_is_the_same(tmp_path: Path, loss: str) -> None:
         _, critic = test_checkpoint.start(folder, parallel)
         multiple, segment_multiple = rounding(parallel)
         packing = Packing(160, multiple, critic.runtime.dp_rank, critic.runtime.dp_size, segment_multiple)
-        result = critic.train_step(*step_of(examples, packing, RewardModelConfig(loss=loss)))  # type: ignore[arg-type]
+        result = critic.train_step(*step_of(units(examples, settings), packing, settings))
         return result.metrics, result.grad_norm
 
     (metrics, norm), *_ = run_distributed_test(body, 1, ParallelConfig())
