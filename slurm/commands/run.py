@@ -6,6 +6,7 @@ from slurm.base_run import take_stages
 from slurm.local import run_chain
 from slurm.prepare import add_chain_arguments, prepare
 from slurm.run_folder import chosen_stages
+from slurm.validate import check_inputs
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -16,9 +17,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Resolve the configuration, write it into the run folder, run what is not done."""
+    """Resolve and check the configuration, write it into the run folder, run what is not done."""
     folder, config = prepare(args.config, args.overrides)
     stages = chosen_stages(list(config.stages), args.first, args.last, args.only)
+    check_inputs(config, [stage for stage in stages if not folder.marked_done(stage)])
     if args.base:
         take_stages(folder, config, args.base, args.first)
     return run_chain(folder, config, stages)

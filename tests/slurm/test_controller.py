@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from slurm.controller import SAVED_CODE, Unit, first_death, supervise
-from tests.slurm.support import processes_with, wait_until
+from slurm.roles import role_environment
+from tests.slurm.support import processes_with, tiny_config, wait_until
 
 
 def python(role: str, index: int, code: str, **kwargs) -> Unit:
@@ -175,3 +176,11 @@ def test_events_survive_a_torn_line(tmp_path: Path) -> None:
         file.write('{"time": 1, "ev')
     assert [event["event"] for event in events.read(tmp_path)] == ["one"]
     assert json.loads((tmp_path / events.EVENTS_NAME).read_text().splitlines()[0])["stage"] == "sft"
+
+
+def test_an_empty_variable_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    env = role_environment(tiny_config(tmp_path / "run"))
+    command = (sys.executable, "-c", "import sys; print(sys.dont_write_bytecode)")
+    assert supervise([Unit("trainer", 0, command, env, "trainer_0.log")], tmp_path / "logs").code == 0
+    assert (tmp_path / "logs" / "trainer_0.log").read_text() == "False\n"

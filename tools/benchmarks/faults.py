@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -38,7 +39,8 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         cluster.down()
     print(text_table(list(rows.values())), file=sys.stderr)
     if failed := [name for name, row in rows.items() if "failed" in row]:
-        sys.exit(f"not survived: {', '.join(failed)}")
+        sys.exit(f"not survived: {', '.join(failed)}; see {folder}")
+    shutil.rmtree(folder)
 
 
 def _measure(cluster: DevCluster, folder: Path, name: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
