@@ -39,7 +39,9 @@ def check_inputs(config: Config, stages: list[str]) -> dict[str, float]:
     """Data files, the model's architecture and its memory; returns the estimated GiB per rank of each stage."""
     named = {"sft.train": config.sft.train, "sft.validation": config.sft.validation} if "sft" in stages else {}
     if set(stages) & set(ROLLOUT_STAGES):
-        named |= {"prompts.train": config.prompts.train, "prompts.test": config.prompts.test}
+        named["prompts.train"] = config.prompts.train
+    if "evaluate" in stages or ("ppo" in stages and config.ppo.evaluate_every):
+        named["prompts.test"] = config.prompts.test
     for key, source in named.items():
         is_path = source is not None and (source.endswith((".json", ".jsonl")) or source.startswith(("/", ".", "~")))
         if source and is_path and not Path(source).exists():
