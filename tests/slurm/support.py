@@ -20,7 +20,7 @@ def tiny_config(folder: Path, stages: tuple[str, ...] = ("sft",), ranks: int = 2
     config.stages = list(stages)  # type: ignore[arg-type]
     config.sft.train, config.sft.steps, config.sft.checkpoint.save_every = "unused", steps, 2
     config.sft.schedule.warmup_steps = 0
-    config.prompts.train = "unused"
+    config.prompts.train = config.prompts.test = "unused"
     config.ppo.critic.init = "random_head"
     config.cluster.trainer_ranks, config.cluster.stop_grace_s = ranks, 2.0
     return config
