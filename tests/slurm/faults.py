@@ -158,7 +158,10 @@ def cut_power(node: str) -> Inflict:
 
 
 def restart_slurmctld(cluster: DevCluster, run: RunFolder, config: Config) -> None:
+    """After it has saved its state, which it does every few seconds: jobs queued since are lost to any Slurm."""
+    queued, state = time.time(), cluster.root / "state" / "job_state"
     wait_for_checkpoint(run, "sft")
+    wait_until(lambda: state.stat().st_mtime > queued, "slurmctld to save its state", 60)
     cluster.kill("slurmctld")
     time.sleep(3)
     cluster.start_controller()
