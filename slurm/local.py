@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.placement import engine_nodes
 from slurm import events
 from slurm.controller import SAVED_CODE, USER_ERROR_CODE, Unit
 from slurm.roles import PROGRAMS, Programs, free_port, role_environment, starts_engines, trainer_layout
@@ -32,7 +33,7 @@ def local_units(run: RunFolder, config: Config, stage: str, programs: Programs =
             )
         )
     if starts_engines(config, stage):
-        for node in range(config.cluster.rollout_nodes or config.cluster.trainer_nodes):
+        for node in range(engine_nodes(config)):
             command = programs.rollout_command(run, stage, node)
             restarts = config.cluster.rollout_restarts
             units.append(Unit("rollout", node, command, env, f"rollout_{node}.log", restarts=restarts))

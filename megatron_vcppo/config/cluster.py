@@ -16,7 +16,12 @@ class ClusterConfig:
     trainer_nodes: int = 1
     """Nodes that hold the trainer's ranks."""
     rollout_nodes: int = 0
-    """Nodes that only run engines; 0: the engines share the trainer's nodes."""
+    """Nodes that only run engines."""
+    engines_on: Literal["rollout_nodes", "trainer_nodes", "trainer_gpus"] | None = None
+    """rollout_nodes: engines have nodes of their own. trainer_nodes: they share the trainer's nodes, on other GPUs: the
+    trainer takes the first ones of each node, the engines the last. trainer_gpus: they share its GPUs, too; engines
+    sleep while the trainer works, and the trainer's state is in host memory while they generate. Default:
+    rollout_nodes if there are any, else trainer_nodes."""
     trainer_ranks: int | None = None
     """Ranks of the trainer over all its nodes; left out: one per GPU, and without GPUs tp × pp × cp × dp."""
     gpus_per_node: int = 0

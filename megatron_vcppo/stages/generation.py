@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.placement import engine_nodes
 from megatron_vcppo.data.prompts import PromptKeys, load_prompts
 from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.errors import UserError
@@ -85,9 +86,8 @@ class Generation(AbstractContextManager["Generation"]):
 
     def wait_for_engines(self) -> None:
         """Until every engine of every rollout node has answered once."""
-        cluster = self.config.cluster
-        nodes = cluster.rollout_nodes or cluster.trainer_nodes
-        self.sync.wait_for_engines(nodes * self.config.rollout.engine.per_node, self.config.rollout.start_timeout_s)
+        count = engine_nodes(self.config) * self.config.rollout.engine.per_node
+        self.sync.wait_for_engines(count, self.config.rollout.start_timeout_s)
         startup.done("engines")
 
     def push(self, policy_version: int, source: Callable[[], Tensors]) -> PushResult:
