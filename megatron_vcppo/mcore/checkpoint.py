@@ -24,18 +24,17 @@ from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import config_hash
 from megatron_vcppo.config.training import CheckpointConfig
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.mcore import optimizer as optim
-from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore import checkpoint_state, runtime
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.convert.folders import copy_small_files
 from megatron_vcppo.mcore.learner import Learner
@@ -44,7 +43,6 @@ from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.watchdog import deadline
 
 PR_SET_PDEATHSIG = 1
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 _COMPLETE = re.compile(r"iter_(\d{7,})$")
 
 
@@ -99,8 +97,13 @@ class CheckpointFolder:
                 # Writers of two components that shared one could take each other's results for their own.
                 filesystem_async._results_queue = _queues().Queue()
                 request = dist_checkpointing.save(
-                    _sharded_state(learner, is_loading=False),
+                    {
+                        "tensors": checkpoint_state.tensors_to_save(learner),
+                        "optimizer_steps": learner.optimizer_steps,
+                        "adam_steps": checkpoint_state.adam_steps(learner.optimizer),
+                    },
                     str(temporary / name),
+                    validate_access_integrity=False,
                     async_sharded_save=self.queue is not None,
                 )
                 requests.append(request)
@@ -239,15 +242,11 @@ def _remove(checkpoint: Path) -> None:
 
 
 def load_learner(learner: Learner, folder: Path) -> None:
-    """Model, optimizer and schedule position from a component folder, whatever layout saved it."""
-    loaded = dist_checkpointing.load(_sharded_state(learner, is_loading=True), str(folder))
-    learner.model.load_state_dict(loaded["model"])
-    inner = loaded["optimizer"].get("optimizer", loaded["optimizer"])
-    if "state" in inner:
-        # Megatron leaves a step count of zero out: the checkpoint was taken before this model's first step.
-        inner["state"].setdefault("common_step", torch.tensor(0.0))
-    learner.optimizer.load_state_dict(loaded["optimizer"])
-    optim.apply_settings(learner.optimizer, learner.optimizer_config)
+    """Model, optimizer and schedule position from a component folder, whatever layout or optimizer saved it."""
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    wanted = {"tensors": checkpoint_state.tensors_to_load(learner, stored)}
+    loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+    checkpoint_state.set_adam_steps(learner.optimizer, checkpoint_state.stored_adam_steps(loaded))
     learner.optimizer_steps = loaded["optimizer_steps"]
 
 
@@ -291,12 +290,3 @@ def _write_in_background(write: Callable[..., None], *args: Any, **kwargs: Any) 
 
 def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _sharded_state(learner: Learner, is_loading: bool) -> dict[str, Any]:
-    model = learner.model.sharded_state_dict()
-    return {
-        "model": model,
-        "optimizer": learner.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT),
-        "optimizer_steps": learner.optimizer_steps,
-    }
