@@ -64,11 +64,14 @@ def tensors_to_save(learner: Learner) -> dict[str, ShardedTensor]:
     return _numbered(boxes)
 
 
-def tensors_to_load(learner: Learner, stored: Collection[str]) -> dict[str, ShardedTensor]:
-    """All of this rank's weights, and the optimizer state that it owns, from the best of the stored keys."""
+def tensors_to_load(learner: Learner, stored: Collection[str], weights: bool = True) -> dict[str, ShardedTensor]:
+    """All of this rank's weights, unless they are there, and the optimizer state that it owns.
+
+    stored: the checkpoint's keys, of which the best are taken.
+    """
     shards = _shards(learner)
     boxes: list[ShardedTensor] = []
-    for parameter in learner.model.parameters():
+    for parameter in learner.model.parameters() if weights else ():
         shard = shards[id(parameter)]
         key = _main_key(shard.key, stored) if parameter.dtype == torch.float32 else shard.key
         boxes += _boxes(shard, key, parameter.detach().view(-1))
