@@ -7,44 +7,36 @@ of a save costs that save only. There is no random state to save: nothing in a t
 (no dropout), and the order of the data is a function of the seed and the number of samples seen.
 """
 
-import ctypes
 import functools
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import config_hash
 from megatron_vcppo.config.training import CheckpointConfig
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.mcore import optimizer as optim
-from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore import checkpoint_state, runtime
 from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.mcore.checkpoint_writer import ComponentSave
 from megatron_vcppo.mcore.convert.folders import copy_small_files
 from megatron_vcppo.mcore.learner import Learner
-from megatron_vcppo.mcore.manifest import file_record, read_manifest, sync_folder, verify_manifest, write_manifest
+from megatron_vcppo.mcore.manifest import read_manifest, sync_folder, verify_manifest, write_manifest
 from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.watchdog import deadline
 
-PR_SET_PDEATHSIG = 1
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 _COMPLETE = re.compile(r"iter_(\d{7,})$")
 
 
@@ -69,8 +61,11 @@ class CheckpointFolder:
         self.folder, self.hf_files, self.keep_last = folder, Path(config.model.hf), settings.keep_last
         self.config_hash = config_hash(config)
         self.runtime = runtime.current()
-        self.queue = AsyncCallsQueue(persistent=False) if settings.async_save else None
-        _queues()
+        self.async_save = settings.async_save
+        self.writing: dict[str, ComponentSave] = {}
+        """The components of a save that is not complete yet."""
+        self.complete: Callable[[Mapping[str, ComponentSave]], None]
+        """What is to be done once they are written."""
         self.temporary = folder
         """What is being written, or was written last."""
         self.save_time_s = 0.0
@@ -93,44 +88,42 @@ class CheckpointFolder:
                 (temporary / name).mkdir(parents=True, exist_ok=True)
         dist.barrier()
         self.temporary = temporary
-        requests = []
+        meta = {"iteration": iteration, "components": sorted(components), "config_hash": self.config_hash}
+        # As text: the caller continues with lists that it may have in there while a background save is under way.
+        content = json.dumps(meta | {"state": dict(state)}, indent=1)
+        writing = {}
         with self._deadline():
             for name, learner in components.items():
-                # Writers of two components that shared one could take each other's results for their own.
-                filesystem_async._results_queue = _queues().Queue()
-                request = dist_checkpointing.save(
-                    _sharded_state(learner, is_loading=False),
-                    str(temporary / name),
-                    async_sharded_save=self.queue is not None,
-                )
-                requests.append(request)
-        meta = {"iteration": iteration, "components": sorted(components), "config_hash": self.config_hash}
-        # As text: the caller goes on with lists that it may have in there while a background save is under way.
-        content = json.dumps(meta | {"state": dict(state)}, indent=1)
-
-        def complete() -> None:
-            self._complete(temporary, components, iteration, content)
-
-        if self.queue is None:
-            complete()
-        else:
-            requests[-1].finalize_fns.append(complete)
-            for request in requests:
-                if request.async_fn is not None:  # this rank has something to write
-                    request = request._replace(async_fn=functools.partial(_write_in_background, request.async_fn))
-                self.queue.schedule_async_request(request)
+                parts = {
+                    "tensors": checkpoint_state.tensors_to_save(learner),
+                    "optimizer_steps": learner.optimizer_steps,
+                    "adam_steps": checkpoint_state.adam_steps(learner.optimizer),
+                }
+                writing[name] = ComponentSave(parts, temporary / name, staged=self.async_save)
+                if not self.async_save:
+                    writing[name].wait()
+        self.writing, self.complete = (
+            writing,
+            functools.partial(self._complete, temporary, components, iteration, content),
+        )
+        if not self.async_save:
+            self.finish()
         self.save_time_s = time.monotonic() - started
 
     def poll(self) -> None:
         """Complete a background save if all ranks have written."""
-        if self.queue is not None:
-            self.queue.maybe_finalize_async_calls(blocking=False)
+        if self.writing and not runtime.any_rank(any(part.is_writing for part in self.writing.values())):
+            self.finish()
 
     def finish(self) -> None:
         """Wait for the background save."""
-        if self.queue is not None:
-            with self._deadline():
-                self.queue.maybe_finalize_async_calls(blocking=True)
+        if not self.writing:
+            return
+        with self._deadline():
+            for part in self.writing.values():
+                part.wait()
+        writing, self.writing = self.writing, {}
+        self.complete(writing)
 
     def latest(self) -> Path | None:
         """The newest checkpoint that verifies; a damaged one is named on stderr and the one before is taken."""
@@ -175,16 +168,19 @@ class CheckpointFolder:
             load_learner(learner, path / name)
         return Resumed(content["iteration"], content["state"])
 
-    def _complete(self, temporary: Path, components: Mapping[str, Learner], iteration: int, content: str) -> None:
-        """Checksum what every rank wrote, write the manifests, rename, drop old checkpoints."""
-        mine = {
-            path.relative_to(temporary).as_posix(): file_record(path)
-            for name in components
-            for path in (temporary / name).glob(f"__{self.runtime.rank}_*")
-        }
-        records: list[dict[str, Any]] = [{} for _ in range(self.runtime.world_size)]
-        dist.all_gather_object(records, mine)
-        if self.runtime.is_main:
+    def _complete(
+        self,
+        temporary: Path,
+        components: Mapping[str, Learner],
+        iteration: int,
+        content: str,
+        written: Mapping[str, ComponentSave],
+    ) -> None:
+        """Write the manifests with the checksums that the ranks' writers computed, rename, drop old checkpoints."""
+        mine = {f"{name}/{file}": record for name, part in written.items() for file, record in part.finish().items()}
+        records: list[Any] | None = [None] * self.runtime.world_size if self.runtime.is_main else None
+        dist.gather_object(mine, records)
+        if records is not None:
             known = {name: record for part in records for name, record in part.items()}
             for name, learner in components.items():
                 copy_small_files(self.hf_files, temporary / name / "hf")
@@ -238,16 +234,15 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(leftover, ignore_errors=True)
 
 
-def load_learner(learner: Learner, folder: Path) -> None:
-    """Model, optimizer and schedule position from a component folder, whatever layout saved it."""
-    loaded = dist_checkpointing.load(_sharded_state(learner, is_loading=True), str(folder))
-    learner.model.load_state_dict(loaded["model"])
-    inner = loaded["optimizer"].get("optimizer", loaded["optimizer"])
-    if "state" in inner:
-        # Megatron leaves a step count of zero out: the checkpoint was taken before this model's first step.
-        inner["state"].setdefault("common_step", torch.tensor(0.0))
-    learner.optimizer.load_state_dict(loaded["optimizer"])
-    optim.apply_settings(learner.optimizer, learner.optimizer_config)
+def load_learner(learner: Learner, folder: Path, weights: bool = True) -> None:
+    """Model, optimizer and schedule position from a component folder, whatever layout or optimizer saved it.
+
+    weights: False if the model has the folder's weights already.
+    """
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    wanted = {"tensors": checkpoint_state.tensors_to_load(learner, stored, weights)}
+    loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+    checkpoint_state.set_adam_steps(learner.optimizer, checkpoint_state.stored_adam_steps(loaded))
     learner.optimizer_steps = loaded["optimizer_steps"]
 
 
@@ -259,44 +254,7 @@ def load_model(model: PackedGPT, folder: Path, without: str | None = None) -> No
     wanted = model.sharded_state_dict()
     if without is not None:
         wanted = {name: value for name, value in wanted.items() if not name.startswith(without)}
-    loaded = dist_checkpointing.load({"model": wanted}, str(folder))
+    loaded = dist_checkpointing.load({"model": wanted}, str(folder), validate_access_integrity=False)
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
     missing = [name for name in missing if without is None or not name.startswith(without)]
     assert not missing and not unexpected, f"{folder}: missing {missing}, unexpected {unexpected}"
-
-
-@functools.cache
-def _queues() -> SyncManager:
-    """The maker of the queues through which Megatron's writer processes report: a process that ends with this one.
-
-    Megatron would start that process by spawn, which imports torch again (3.5 s at the first save of every rank), and
-    would leave it behind when the rank is killed.
-    """
-    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(_serve_queues)
-    return manager
-
-
-def _serve_queues() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    _end_with_parent()
-
-
-def _write_in_background(write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """In a process of its own, which must not outlive its rank: the next attempt writes the same files."""
-    _end_with_parent()
-    write(*args, **kwargs)
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _sharded_state(learner: Learner, is_loading: bool) -> dict[str, Any]:
-    model = learner.model.sharded_state_dict()
-    return {
-        "model": model,
-        "optimizer": learner.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT),
-        "optimizer_steps": learner.optimizer_steps,
-    }

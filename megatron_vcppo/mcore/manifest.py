@@ -16,7 +16,7 @@ from megatron_vcppo.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
-_BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 4 << 20
 _THREADS = 4
 
 
@@ -26,7 +26,7 @@ def file_record(path: Path, on_progress: Callable[[], None] = lambda: None) -> d
     on_progress is called after every block of a few MB.
     """
     digest = xxhash.xxh3_128()
-    block = bytearray(_BLOCK_BYTES)
+    block = bytearray(BLOCK_BYTES)
     view = memoryview(block)
     size = 0
     with open(path, "rb", buffering=0) as stream:
@@ -46,8 +46,8 @@ def write_manifest(
     """Record the files below ``folder`` and mark it complete: temporary name, fsync, rename.
 
     ``only`` names the files and sub-folders that count; left out, all do. ``known`` gives the records (as
-    ``file_record`` makes them) of files that were hashed already; all others are read here. An earlier manifest is
-    replaced.
+    ``file_record`` makes them) of files that were hashed and synced already; all others are read and synced here. An
+    earlier manifest is replaced.
     """
     folder = Path(folder)
     known = known or {}
@@ -61,7 +61,7 @@ def write_manifest(
     )
     unknown = [name for name in names if name not in known]
     with ThreadPoolExecutor(_THREADS) as pool:
-        records = dict(zip(unknown, pool.map(lambda name: file_record(folder / name), unknown), strict=True))
+        records = dict(zip(unknown, pool.map(lambda name: _synced_record(folder / name), unknown), strict=True))
     files = {name: dict(known.get(name) or records[name]) for name in names}
     text = json.dumps({"format": FORMAT, "meta": dict(meta), "files": files}, indent=1)
     with open(temporary, "w", encoding="utf-8") as stream:
@@ -117,6 +117,12 @@ def verify_manifest(
     if problems:
         raise UserError(f"{folder}: damaged:\n" + "\n".join(f"  {text}" for text in problems))
     return content["meta"]
+
+
+def _synced_record(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
+    return file_record(path)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,23 +1,19 @@
-"""AdamW through Megatron (plain, or shared over data-parallel ranks), its learning-rate schedule, and one repair."""
+"""AdamW through Megatron (plain, or shared over data-parallel ranks) and its learning-rate schedule."""
 
-import functools
 import math
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 
 from megatron_vcppo.config.schema import OptimizerConfig, ScheduleConfig
 
 
 def build_optimizer(model: DistributedDataParallel, config: OptimizerConfig) -> MegatronOptimizer:
     """AdamW over the model's parameters; biases and norms are not decayed."""
-    if not HAVE_APEX_OR_TE:
-        _repair_distributed_torch_adamw()
     bf16 = model.config.bf16
     ddp = model.ddp_config
     optimizer = get_megatron_optimizer(
@@ -37,8 +33,7 @@ def build_optimizer(model: DistributedDataParallel, config: OptimizerConfig) -> 
         [model],
     )
     apply_settings(optimizer, config)
-    if not HAVE_APEX_OR_TE:
-        _make_adamw_states(optimizer)
+    _make_adamw_states(optimizer)
     return optimizer
 
 
@@ -50,14 +45,16 @@ def apply_settings(optimizer: MegatronOptimizer, config: OptimizerConfig) -> Non
 
 
 def _make_adamw_states(optimizer: MegatronOptimizer) -> None:
-    """Make the state that torch's AdamW would make at the first step: a checkpoint may come before it."""
+    """Make the state that AdamW would make at the first step: a checkpoint may come before it, or fill it."""
     for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
         if chained.optimizer is None:  # a rank without parameters of its own
             continue
         for group in chained.optimizer.param_groups:
             for p in group["params"]:
-                moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                chained.optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
+                state = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                if not HAVE_APEX_OR_TE:  # those count steps per group, torch's per parameter
+                    state["step"] = torch.tensor(0.0)
+                chained.optimizer.state[p] = state
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:
@@ -89,27 +86,3 @@ def step(optimizer: MegatronOptimizer, clip_grad: float) -> tuple[bool, float]:
     if clip_grad > 0:
         clip_grad_by_total_norm_fp32(optimizer.get_parameters(), max_norm=clip_grad, total_norm=norm)
     return bool(optimizer.step_with_ready_grads()), norm
-
-
-@functools.cache
-def _repair_distributed_torch_adamw() -> None:
-    """Make DistributedOptimizer's checkpoints work with torch's AdamW (no Transformer Engine, no apex).
-
-    torch keeps a ``step`` per parameter; Megatron 0.16 assumes one per group: it is not among the tensors that a load
-    copies, and after a load all parameters would share (and increment) one.
-    """
-    original_copy = DistributedOptimizer._set_main_param_and_optimizer_states
-    original_load = DistributedOptimizer.load_state_dict
-
-    def copy_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        original_copy(self, model_param, {"step": state["step"], **tensors} if "step" in state else tensors)
-
-    def load(self: Any, state_dict: dict[str, Any]) -> None:
-        original_load(self, state_dict)
-        for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = copy_states
-    DistributedOptimizer.load_state_dict = load

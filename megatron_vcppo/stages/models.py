@@ -51,7 +51,8 @@ def continue_pretraining(critic: Critic, config: Config) -> None:
     """Give PPO's critic the optimizer moments of its value pretraining, if it comes from there; its schedule is new."""
     settings = config.ppo.critic
     if settings.init in ("value_pretrain", "checkpoint"):
-        load_learner(critic, _critic_folder(config, "ppo", settings.init, settings.checkpoint_path))
+        folder = _critic_folder(config, "ppo", settings.init, settings.checkpoint_path)
+        load_learner(critic, folder, weights=False)  # starting_critic loaded them
         critic.optimizer_steps = 0
 
 

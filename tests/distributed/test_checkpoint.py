@@ -1,26 +1,27 @@
 """Checkpoints: resharding continues with the same losses, damage is found, the last good one is taken."""
 
-import contextlib
 import io
 import json
+import multiprocessing
 import os
+import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch.distributed.checkpoint import CheckpointException
 from transformers import AutoModelForTokenClassification
 
 from megatron_vcppo.config.schema import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.data.context import rounding
 from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all, unpack_all
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore import checkpoint_writer, runtime
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.checkpoint import complete_checkpoints, load_model
 from megatron_vcppo.mcore.convert.exporter import export_hf
@@ -263,17 +264,12 @@ def test_a_background_save_holds_the_state_of_its_moment(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_a_killed_writer_is_not_waited_for_without_end(tmp_path: Path, async_save: bool) -> None:
+def test_a_writer_that_hangs_is_not_waited_for_without_end(tmp_path: Path, async_save: bool) -> None:
     hf = save_tiny_model(tmp_path / "hf")
-    writer = tmp_path / "writer"
 
     def body() -> None:
-        def note_and_die(*_: Any, **__: Any) -> None:
-            writer.write_text(str(os.getppid()))
-            os.kill(os.getpid(), signal.SIGKILL)
-
         actor, _ = start(hf, ParallelConfig(), timeout_s=2.0)
-        FileSystemWriterAsync.write_preloaded_data = note_and_die
+        checkpoint_writer._HashedFile.write = lambda *_: time.sleep(600)  # a file system that does not answer
         checkpoints = checkpoint_folder(tmp_path / "ck", hf, async_save=async_save)
         checkpoints.save(1, {"actor": actor}, {})
         checkpoints.finish()
@@ -283,9 +279,48 @@ def test_a_killed_writer_is_not_waited_for_without_end(tmp_path: Path, async_sav
     ) as failure:
         run_distributed_test(body, 1, timeout_s=30)
     assert "rank 0: exit code 1" in str(failure.value)
-    time.sleep(0.2)
-    with contextlib.suppress(psutil.NoSuchProcess):  # what waited for the killed writer has ended too
-        assert psutil.Process(int(writer.read_text())).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_writer_that_fails_fails_every_rank_and_leaves_no_checkpoint(tmp_path: Path, async_save: bool) -> None:
+    hf = save_tiny_model(tmp_path / "hf")
+
+    def body() -> str:
+        parallel = ParallelConfig(distributed_optimizer=True)
+        actor, _ = start(hf, parallel)
+        checkpoints = checkpoint_folder(tmp_path / "ck", hf, async_save=async_save)
+        if actor.runtime.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a full disk, for this rank: EFBIG
+        with pytest.raises(CheckpointException, match="File too large" if actor.runtime.rank == 0 else "") as failure:
+            checkpoints.save(1, {"actor": actor}, {})
+            checkpoints.finish()
+        return str(failure.value)
+
+    run_distributed_test(body, 2, timeout_s=30)
+    assert not complete_checkpoints(tmp_path / "ck")
+
+
+def test_a_rank_that_ends_does_not_wait_for_its_writers(tmp_path: Path) -> None:
+    """An error elsewhere ends the stage: what was being written could not become a checkpoint."""
+
+    def write() -> None:
+        with checkpoint_writer._HashedFile(tmp_path / "file") as stream:
+            for _ in range(600):
+                stream.write(b"x")
+                time.sleep(0.1)
+
+    def rank() -> None:
+        threading.Thread(target=write).start()
+        raise SystemExit(2)
+
+    process = multiprocessing.get_context("fork").Process(target=rank)
+    process.start()
+    process.join(10)
+    try:
+        assert process.exitcode == 2
+    finally:
+        process.kill()
 
 
 def test_a_changed_configuration_is_said(tmp_path: Path) -> None:
@@ -305,26 +340,26 @@ def test_a_changed_configuration_is_said(tmp_path: Path) -> None:
     assert same == "" and "iter_0000001 was saved under another configuration" in changed
 
 
-def test_components_that_are_written_at_one_time_do_not_mix(tmp_path: Path) -> None:
-    """The writer of the first component is the last to be done."""
+def test_a_background_save_of_two_components_holds_both_as_they_were(tmp_path: Path) -> None:
+    """They are written at one time, the first one last, while training changes every tensor."""
     hf = save_tiny_model(tmp_path / "hf")
-    write = FileSystemWriterAsync.write_preloaded_data
+    write = checkpoint_writer._Writer._write
 
-    def delayed(transforms: Any, *args: Any, write_bucket: Any, **kwargs: Any) -> None:
-        time.sleep(0.5 if "/actor/" in write_bucket[0] else 0.0)
-        write(transforms, *args, write_bucket=write_bucket, **kwargs)
+    def delayed(self: Any, *args: Any) -> None:
+        time.sleep(0.5 if "/actor" in str(self.path) else 0.0)
+        write(self, *args)
 
     def body() -> bool:
         learners = dict(zip(("actor", "critic"), start(hf, ParallelConfig()), strict=True))
-        FileSystemWriterAsync.write_preloaded_data = delayed
+        checkpoint_writer._Writer._write = delayed
         checkpoints = checkpoint_folder(tmp_path / "ck", hf, async_save=True)
         checkpoints.save(1, learners, {})
-        checkpoints.finish()
         saved = {name: [p.detach().clone() for p in learner.model.parameters()] for name, learner in learners.items()}
         with torch.no_grad():
             for learner in learners.values():
                 for parameter in learner.model.parameters():
                     parameter.zero_()
+        checkpoints.finish()
         assert checkpoints.resume(learners) is not None
         return all(torch.equal(a, b) for name in saved for a, b in zip(saved[name], learners[name].model.parameters()))
 

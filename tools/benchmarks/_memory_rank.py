@@ -8,7 +8,7 @@ from tools.benchmarks._measure import peak_bytes, status_bytes
 MICROBATCHES = 2
 
 
-def measure(config: Any, stage: str, rank: int) -> tuple[int, int]:
+def measure(rank: int, config: Any, stage: str) -> tuple[int, int]:
     """(held between steps, held at most during one) in bytes, beyond what the process holds before it has a model."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     import torch

@@ -1,9 +1,6 @@
 """The memory plan (slurm/memory.py) beside what real ranks of several layouts hold, in float32 on the CPU."""
 
 import argparse
-import json
-import multiprocessing
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +9,8 @@ from typing import Any
 from megatron_vcppo.config import Config
 from megatron_vcppo.mcore.architecture import Architecture
 from slurm.memory import GIB, plan
-from slurm.roles import free_port
 from tools.benchmarks._memory_rank import measure
+from tools.benchmarks._ranks import architecture_folder, run_ranks
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},
@@ -44,7 +41,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     held: weights, gradients and optimizer; peak: the most that a training step over two full micro-batches takes.
     """
     with tempfile.TemporaryDirectory(prefix="bench_memory_") as name:
-        hf = _architecture(args, Path(name))
+        hf = architecture_folder(args, Path(name), args.tokens_per_microbatch)
         arch = Architecture.from_hf(hf)
         for stage in args.stages:
             for layout in args.layouts:
@@ -78,26 +75,4 @@ def _config(args: argparse.Namespace, hf: Path, layout: str) -> Config:
 def _measure_ranks(config: Config, stage: str) -> list[tuple[int, int]]:
     """(held, peak) in bytes of every rank."""
     parallel = config.parallel
-    ranks = parallel.tp * parallel.pp * (parallel.dp or 1)
-    # Blocks of 64 KiB and more go back to the system when they are freed, so that what is measured is what is held.
-    place = {"MALLOC_MMAP_THRESHOLD_": "65536", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {**place, "MASTER_PORT": str(free_port("127.0.0.1")), "OMP_NUM_THREADS": "1"}
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(ranks) as pool:
-        return pool.starmap_async(measure, [(config, stage, rank) for rank in range(ranks)], chunksize=1).get(TIMEOUT_S)
-
-
-def _architecture(args: argparse.Namespace, folder: Path) -> Path:
-    """A folder with the config.json of a model of these sizes; weights are random anyway."""
-    heads = args.hidden // 64
-    sizes = {
-        "hidden_size": args.hidden,
-        "intermediate_size": args.hidden * 11 // 4 // 16 * 16,
-        "num_hidden_layers": args.layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads // 2,
-        "vocab_size": args.vocab,
-        "max_position_embeddings": args.tokens_per_microbatch,
-    }
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "torch_dtype": "float32", **sizes}))
-    return folder
+    return run_ranks(measure, parallel.tp * parallel.pp * (parallel.dp or 1), TIMEOUT_S, config, stage)

@@ -1,0 +1,170 @@
+"""What a checkpoint holds does not depend on the layout, the optimizer or the version of the format that wrote it."""
+
+import queue
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch import Tensor
+
+from megatron_vcppo.config.schema import Dtype, ParallelConfig
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.checkpoint import load_learner
+from megatron_vcppo.mcore.checkpoint_state import adam_steps, owned_ranges, tensors_to_save
+from megatron_vcppo.mcore.learner import Actor, Critic
+from tests.distributed.test_checkpoint import start, step
+from tests.helpers.checkpoints import checkpoint_folder
+from tests.helpers.distributed import run_distributed_test
+from tests.helpers.tiny_models import save_tiny_model
+
+STEPS = 2
+STATE = "optimizer.state"
+
+
+def distributed(**sizes: Any) -> ParallelConfig:
+    return ParallelConfig(distributed_optimizer=True, **sizes)
+
+
+def trained(hf: Path, parallel: ParallelConfig, dtype: Dtype) -> dict[str, Actor | Critic]:
+    learners = dict(zip(("actor", "critic"), start(hf, parallel, dtype), strict=True))
+    for i in range(STEPS):
+        for learner in learners.values():
+            step(learner, parallel, i)
+    return learners
+
+
+def save_trained(hf: Path, folder: Path, parallel: ParallelConfig, dtype: Dtype = "float32") -> None:
+    learners = trained(hf, parallel, dtype)
+    checkpoint_folder(folder, hf).save(1, learners, {})
+
+
+def save_trained_by_megatron(hf: Path, folder: Path, parallel: ParallelConfig, dtype: Dtype) -> None:
+    """In the format of before: Megatron's own state of the optimizer, gathered on every data-parallel rank."""
+    for name, learner in trained(hf, parallel, dtype).items():
+        model = learner.model.sharded_state_dict()
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+        state = learner.optimizer.sharded_state_dict(model, metadata=metadata)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        filesystem_async._results_queue = queue.Queue()  # not one of a process that imports torch first
+        state = {"model": model, "optimizer": state, "optimizer_steps": learner.optimizer_steps}
+        dist_checkpointing.save(state, str(folder / name))
+
+
+def load_and_save(hf: Path, source: Path, folder: Path, parallel: ParallelConfig, dtype: Dtype = "float32") -> None:
+    """Under the layout; whatever a load leaves untouched is found later: it is not a number."""
+    learners = dict(zip(("actor", "critic"), start(hf, parallel, dtype), strict=True))
+    for name, learner in learners.items():
+        with torch.no_grad():
+            for parameter in learner.model.parameters():
+                parameter.fill_(torch.nan)
+            for owned in owned_ranges(learner.optimizer):
+                for tensor in owned.state.values():
+                    tensor.fill_(torch.nan)
+        load_learner(learner, source / name)
+        assert (adam_steps(learner.optimizer), learner.optimizer_steps) == (STEPS, STEPS)
+    checkpoint_folder(folder, hf).save(1, learners, {})
+
+
+def content(folder: Path) -> dict[str, Tensor]:
+    """Every global tensor of both components, put together from its boxes."""
+
+    def body() -> dict[str, Tensor]:
+        runtime.start(ParallelConfig(), 3, 60)
+        parts = {name: dist_checkpointing.load_plain_tensors(str(folder / name)) for name in ("actor", "critic")}
+        items = [(f"{name} {key}", value) for name, part in parts.items() for key, value in part.items()]
+        return {key: value for key, value in items if isinstance(value, Tensor)}
+
+    return run_distributed_test(body, 1)[0]
+
+
+def assert_equal(ours: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    differing = [key for key, tensor in expected.items() if not torch.equal(ours[key], tensor)]
+    assert not differing
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_any_layout_and_optimizer_loads_and_saves_the_same(tmp_path: Path, dtype: Dtype) -> None:
+    """Each loads what the one before saved; the last holds what the first did, bit for bit."""
+    hf = save_tiny_model(tmp_path / "hf", tied=dtype == "float32")
+    run_distributed_test(save_trained, 4, hf, tmp_path / "0", distributed(), dtype)
+    expected = content(tmp_path / "0" / "iter_0000001")
+    names = {key.split(" ")[1].removeprefix(f"{STATE}.").split(".")[0] for key in expected if STATE in key}
+    assert names == {"exp_avg", "exp_avg_sq"} | ({"param"} if dtype == "bfloat16" else set())
+    layouts = [
+        (3, distributed()),
+        (4, distributed(tp=2, sequence_parallel=True)),
+        (4, ParallelConfig(tp=2, pp=2)),
+        (4, distributed(pp=2)),
+        (2, ParallelConfig()),
+        (4, distributed(cp=2)),
+    ]
+    for i, (world_size, parallel) in enumerate(layouts):
+        source = tmp_path / str(i) / "iter_0000001"
+        run_distributed_test(load_and_save, world_size, hf, source, tmp_path / str(i + 1), parallel, dtype)
+    assert_equal(content(tmp_path / str(len(layouts)) / "iter_0000001"), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("parallel", [distributed(), ParallelConfig()], ids=["distributed", "plain"])
+def test_checkpoints_of_megatrons_own_format_load(tmp_path: Path, parallel: ParallelConfig, dtype: Dtype) -> None:
+    hf = save_tiny_model(tmp_path / "hf")
+    run_distributed_test(save_trained_by_megatron, 2, hf, tmp_path / "old", parallel, dtype)
+    run_distributed_test(load_and_save, 2, hf, tmp_path / "old", tmp_path / "new", distributed(tp=2), dtype)
+    ours = content(tmp_path / "new" / "iter_0000001")
+    old = {key.replace(".fp32_param.", ".param."): tensor for key, tensor in content(tmp_path / "old").items()}
+    assert_equal(ours, {key: old[key] for key in ours})
+    assert old.keys() - ours.keys() == {key for key in old if ".param." in key and dtype == "float32"}
+
+
+def test_another_dtype_takes_the_main_parameters_or_becomes_them(tmp_path: Path) -> None:
+    hf = save_tiny_model(tmp_path / "hf")
+    run_distributed_test(save_trained, 2, hf, tmp_path / "0", distributed(), "bfloat16")
+    half = content(tmp_path / "0" / "iter_0000001")
+    run_distributed_test(
+        load_and_save, 2, hf, tmp_path / "0" / "iter_0000001", tmp_path / "1", ParallelConfig(), "float32"
+    )
+    single = content(tmp_path / "1" / "iter_0000001")
+    for key, weight in single.items():
+        if STATE not in key:
+            component, name = key.split(" ")
+            assert torch.equal(weight, half[f"{component} {STATE}.param.{name}"])
+            assert not torch.equal(weight, half[key].float())
+    run_distributed_test(
+        load_and_save, 2, hf, tmp_path / "1" / "iter_0000001", tmp_path / "2", distributed(), "bfloat16"
+    )
+    assert_equal(content(tmp_path / "2" / "iter_0000001"), half)
+
+
+def test_no_rank_copies_or_writes_state_that_is_not_its_own(tmp_path: Path) -> None:
+    hf = save_tiny_model(tmp_path / "hf")
+
+    def body() -> int:
+        actor, _ = start(hf, distributed(), "bfloat16")
+        boxes = tensors_to_save(actor)
+        storages = {tensor.untyped_storage().data_ptr() for tensor in actor.model.parameters()}
+        for owned in owned_ranges(actor.optimizer):
+            storages |= {tensor.untyped_storage().data_ptr() for tensor in owned.state.values()}
+        assert all(box.data.untyped_storage().data_ptr() in storages for box in boxes.values())
+        checkpoint_folder(tmp_path / "ck", hf).save(1, {"actor": actor}, {})
+        files = (tmp_path / "ck" / "iter_0000001" / "actor").glob(f"__{actor.runtime.rank}_*")
+        written = sum(file.stat().st_size for file in files)
+        owned_bytes = sum(box.data.nbytes for box in boxes.values())
+        assert owned_bytes < written < owned_bytes + 2000 * len(boxes)  # each box has a frame
+        return owned_bytes
+
+    sizes = run_distributed_test(body, 4)
+    parameters = sum(tensor.numel() for key, tensor in weights_of(hf).items())
+    assert sum(sizes) == 14 * parameters and max(sizes) <= 1.1 * min(sizes)
+
+
+def weights_of(hf: Path) -> dict[str, Tensor]:
+    def body() -> dict[str, Tensor]:
+        actor, _ = start(hf, ParallelConfig())
+        return {name: parameter.detach() for name, parameter in actor.model.named_parameters()}
+
+    return run_distributed_test(body, 1)[0]

@@ -1,0 +1,101 @@
+"""One rank of the checkpoint benchmark: trains a step, saves, trains on, loads; says what that took."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+LENGTH = 128
+"""Tokens of a step: enough to fill gradients and moments."""
+SAMPLE_S = 0.01
+
+
+def measure(rank: int, config: Any, folder: Path) -> dict[str, float]:
+    """Seconds and MiB: see ``checkpoint.run``."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    import torch
+
+    from megatron_vcppo.config.schema import OptimizerConfig, ScheduleConfig
+    from megatron_vcppo.config.training import CheckpointConfig
+    from megatron_vcppo.data.rollout_batch import Packing
+    from megatron_vcppo.mcore import runtime
+    from megatron_vcppo.mcore.architecture import Architecture
+    from megatron_vcppo.mcore.checkpoint import CheckpointFolder, load_learner
+    from megatron_vcppo.mcore.learner import Actor
+    from megatron_vcppo.mcore.model import build_actor
+    from megatron_vcppo.records import Sequence
+    from megatron_vcppo.stages.sft import TokenLoss
+
+    torch.set_num_threads(1)
+    parallel = config.parallel
+    world = runtime.start(parallel, seed=0, timeout_s=600)
+    arch = Architecture.from_hf(config.model.hf)
+    ids = torch.randint(arch.vocab_size, (world.dp_size, LENGTH)).tolist()
+    batch = [Sequence(tuple(row), {"loss_mask": (False,) + (True,) * (LENGTH - 1)}) for row in ids]
+    microbatches = Packing(LENGTH, parallel.tp, world.dp_rank, world.dp_size).pack(batch, ["loss_mask"])
+    actor = Actor(build_actor(arch, config.model, parallel), parallel, OptimizerConfig(), ScheduleConfig(), 100)
+
+    def step() -> None:
+        assert actor.train_step(microbatches, TokenLoss(len(batch) * (LENGTH - 1))).applied
+
+    step()
+    _, step_mib = _peak_mib(step)
+    settings = CheckpointConfig(save_every=1, async_save=config.sft.checkpoint.async_save)
+    checkpoints = CheckpointFolder(folder, config, settings)
+    checkpoints.save(1, {"actor": actor}, {})  # what only the first one pays for: imports, plans
+    checkpoints.finish()
+    waits: dict[str, float] = {}
+
+    def save() -> None:
+        started = time.monotonic()
+        checkpoints.save(2, {"actor": actor}, {})
+        waits["wait_s"] = time.monotonic() - started
+        if settings.async_save:
+            step()
+        checkpoints.finish()
+        waits["complete_s"] = time.monotonic() - started
+
+    held_mib, save_mib = _peak_mib(save)
+    started = time.monotonic()
+    _, load_mib = _peak_mib(lambda: load_learner(actor, folder / "iter_0000002" / "actor"))
+    waits["load_s"] = time.monotonic() - started
+    runtime.stop()
+    if settings.async_save:
+        save_mib -= step_mib
+    return {**waits, "held_mib": held_mib, "save_extra_mib": save_mib, "load_extra_mib": load_mib}
+
+
+def _peak_mib(function: Callable[[], object]) -> tuple[float, float]:
+    """(memory before, its highest rise during the function) of this process and those it started."""
+    before = _tree_mib()
+    highest, done = before, threading.Event()
+
+    def sample() -> None:
+        nonlocal highest
+        while not done.wait(SAMPLE_S):
+            highest = max(highest, _tree_mib())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        function()
+    finally:
+        done.set()
+        sampler.join()
+    return before, highest - before
+
+
+def _tree_mib() -> float:
+    """Proportional set size: pages that a process shares with those it was forked from count once."""
+    total = 0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        try:
+            with open(f"/proc/{process.pid}/smaps_rollup") as rollup:
+                total += next(int(line.split()[1]) for line in rollup if line.startswith("Pss:"))
+        except (OSError, StopIteration):  # it has just ended
+            continue
+    return total / 1024
