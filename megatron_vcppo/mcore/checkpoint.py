@@ -24,7 +24,6 @@ from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -242,10 +241,7 @@ def load_learner(learner: Learner, folder: Path) -> None:
     """Model, optimizer and schedule position from a component folder, whatever layout saved it."""
     loaded = dist_checkpointing.load(_sharded_state(learner, is_loading=True), str(folder))
     learner.model.load_state_dict(loaded["model"])
-    inner = loaded["optimizer"].get("optimizer", loaded["optimizer"])
-    if "state" in inner:
-        # Megatron leaves a step count of zero out: the checkpoint was taken before this model's first step.
-        inner["state"].setdefault("common_step", torch.tensor(0.0))
+    optim.fit_step_counts(loaded["optimizer"])
     learner.optimizer.load_state_dict(loaded["optimizer"])
     optim.apply_settings(learner.optimizer, learner.optimizer_config)
     learner.optimizer_steps = loaded["optimizer_steps"]
@@ -294,7 +290,7 @@ def _end_with_parent() -> None:
 
 
 def _sharded_state(learner: Learner, is_loading: bool) -> dict[str, Any]:
-    model = learner.model.sharded_state_dict()
+    model = learner.gathered_model().sharded_state_dict()
     return {
         "model": model,
         "optimizer": learner.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT),

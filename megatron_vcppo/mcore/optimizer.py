@@ -10,6 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 from megatron_vcppo.config.schema import OptimizerConfig, ScheduleConfig
 
@@ -37,8 +38,9 @@ def build_optimizer(model: DistributedDataParallel, config: OptimizerConfig) -> 
         [model],
     )
     apply_settings(optimizer, config)
-    if not HAVE_APEX_OR_TE:
-        _make_adamw_states(optimizer)
+    for chained in _chained(optimizer):
+        _number_float32_parameters(chained)
+    _make_adam_states(optimizer)
     return optimizer
 
 
@@ -49,15 +51,70 @@ def apply_settings(optimizer: MegatronOptimizer, config: OptimizerConfig) -> Non
         group["betas"], group["eps"] = (config.beta1, config.beta2), config.eps
 
 
-def _make_adamw_states(optimizer: MegatronOptimizer) -> None:
-    """Make the state that torch's AdamW would make at the first step: a checkpoint may come before it."""
-    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if chained.optimizer is None:  # a rank without parameters of its own
-            continue
+def _chained(optimizer: MegatronOptimizer) -> list[Any]:
+    """Megatron's optimizers that have parameters on this rank."""
+    every = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [chained for chained in every if chained.optimizer is not None]
+
+
+def _number_float32_parameters(optimizer: Any) -> None:
+    """Let a bfloat16 model have float32 parameters (the value head).
+
+    Megatron 0.16 trains them, but numbers the parameters of a checkpoint without them (plain), or as if they did not
+    come first in their group (distributed). In plain optimizers each becomes its own float32 copy, so that checkpoints
+    have the form that they would have with bfloat16 alone.
+    """
+    if isinstance(optimizer, DistributedOptimizer):
+        groups = zip(optimizer.model_fp32_groups, optimizer.model_float16_groups, strict=True)
+        for index, (wide, narrow) in enumerate(groups):
+            for order, parameter in enumerate([*wide, *narrow]):
+                optimizer.model_param_group_index_map[parameter] = (index, order)
+    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        _make_float32_parameters_copies(optimizer)
+
+
+def _make_float32_parameters_copies(optimizer: Float16OptimizerWithFloat16Params) -> None:
+    model_of = {
+        id(copy): parameter
+        for parameters, copies in zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
+        for parameter, copy in zip(parameters, copies, strict=True)
+    }
+    groups = [group["params"] for group in optimizer.optimizer.param_groups]
+    optimizer.float16_groups = [[model_of.get(id(p), p) for p in group] for group in groups]
+    optimizer.fp32_from_float16_groups = [list(group) for group in groups]
+    optimizer.fp32_from_fp32_groups = [[] for _ in groups]
+
+
+def fit_step_counts(state: dict[str, Any]) -> None:
+    """Change a loaded state so that this process's optimizer takes it, whichever optimizer it was saved from.
+
+    torch's AdamW counts the steps of each parameter, as float tensors; Transformer Engine's and apex's FusedAdam those
+    of each group, as an int. Megatron writes torch's as "common_step" (without the distributed optimizer) or into the
+    groups (with it), and no count before the first step.
+    """
+    inner = state.get("optimizer", state)
+    counts = {int(group["step"]) for group in inner["param_groups"] if group.get("step") is not None}
+    common = inner.get("state", {}).pop("common_step", None)
+    if common is not None:
+        counts.add(int(common))
+    assert len(counts) <= 1, f"parameter groups with different numbers of steps: {counts}"
+    step = next(iter(counts), 0)
+    for group in inner["param_groups"]:
+        group["step"] = step
+    if not HAVE_APEX_OR_TE and "state" in inner:
+        inner["state"]["common_step"] = torch.tensor(float(step))
+        for group in inner["param_groups"]:
+            del group["step"]
+
+
+def _make_adam_states(optimizer: MegatronOptimizer) -> None:
+    """Make the state that Adam would make at the first step: a checkpoint may come before it."""
+    for chained in _chained(optimizer):
         for group in chained.optimizer.param_groups:
             for p in group["params"]:
                 moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                chained.optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
+                step = {} if HAVE_APEX_OR_TE else {"step": torch.tensor(0.0)}
+                chained.optimizer.state[p] = step | moments
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:
