@@ -241,7 +241,7 @@ def load_learner(learner: Learner, folder: Path) -> None:
     """Model, optimizer and schedule position from a component folder, whatever layout saved it."""
     loaded = dist_checkpointing.load(_sharded_state(learner, is_loading=True), str(folder))
     learner.model.load_state_dict(loaded["model"])
-    optim.fit_step_counts(loaded["optimizer"])
+    optim.fit_state(loaded["optimizer"], learner.optimizer)
     learner.optimizer.load_state_dict(loaded["optimizer"])
     optim.apply_settings(learner.optimizer, learner.optimizer_config)
     learner.optimizer_steps = loaded["optimizer_steps"]

@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -61,34 +63,42 @@ def _number_float32_parameters(optimizer: Any) -> None:
     """Let a bfloat16 model have float32 parameters (the value head).
 
     Megatron 0.16 trains them, but numbers the parameters of a checkpoint without them (plain), or as if they did not
-    come first in their group (distributed). In plain optimizers each becomes its own float32 copy, so that checkpoints
-    have the form that they would have with bfloat16 alone.
+    come first in their group (distributed).
     """
     if isinstance(optimizer, DistributedOptimizer):
         groups = zip(optimizer.model_fp32_groups, optimizer.model_float16_groups, strict=True)
         for index, (wide, narrow) in enumerate(groups):
             for order, parameter in enumerate([*wide, *narrow]):
                 optimizer.model_param_group_index_map[parameter] = (index, order)
-    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
-        _make_float32_parameters_copies(optimizer)
+    elif isinstance(optimizer, Float16OptimizerWithFloat16Params) and any(optimizer.fp32_from_fp32_groups):
+        optimizer.sharded_state_dict = _with_float32_parameters(optimizer, optimizer.sharded_state_dict)
+        optimizer.load_state_dict = _with_float32_parameters(optimizer, optimizer.load_state_dict)
 
 
-def _make_float32_parameters_copies(optimizer: Float16OptimizerWithFloat16Params) -> None:
-    model_of = {
-        id(copy): parameter
-        for parameters, copies in zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
-        for parameter, copy in zip(parameters, copies, strict=True)
-    }
-    groups = [group["params"] for group in optimizer.optimizer.param_groups]
-    optimizer.float16_groups = [[model_of.get(id(p), p) for p in group] for group in groups]
-    optimizer.fp32_from_float16_groups = [list(group) for group in groups]
-    optimizer.fp32_from_fp32_groups = [[] for _ in groups]
+def _with_float32_parameters(optimizer: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, to which float32 parameters are their own float32 copies: a checkpoint has the copies of all."""
+    names = ("float16_groups", "fp32_from_float16_groups")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        apart = {name: getattr(optimizer, name) for name in names}
+        copies, parameters = (chain(*apart[name]) for name in reversed(names))
+        model_of = {id(copy): parameter for copy, parameter in zip(copies, parameters, strict=True)}
+        groups = [list(group["params"]) for group in optimizer.optimizer.param_groups]
+        optimizer.float16_groups = [[model_of.get(id(p), p) for p in group] for group in groups]
+        optimizer.fp32_from_float16_groups = groups
+        try:
+            return method(*args, **kwargs)
+        finally:
+            for name, value in apart.items():
+                setattr(optimizer, name, value)
+
+    return call
 
 
-def fit_step_counts(state: dict[str, Any]) -> None:
-    """Change a loaded state so that this process's optimizer takes it, whichever optimizer it was saved from.
+def fit_state(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
+    """Change a loaded state so that this optimizer takes it, whichever kind of Adam it was saved from.
 
-    torch's AdamW counts the steps of each parameter, as float tensors; Transformer Engine's and apex's FusedAdam those
+    Each kind has settings of its own in the parameter groups. torch's AdamW counts the steps of each parameter, as float tensors; Transformer Engine's and apex's FusedAdam those
     of each group, as an int. Megatron writes torch's as "common_step" (without the distributed optimizer) or into the
     groups (with it), and no count before the first step.
     """
@@ -101,6 +111,9 @@ def fit_step_counts(state: dict[str, Any]) -> None:
     step = next(iter(counts), 0)
     for group in inner["param_groups"]:
         group["step"] = step
+        for chained in _chained(optimizer):
+            for name, value in chained.optimizer.defaults.items():
+                group.setdefault(name, value)
     if not HAVE_APEX_OR_TE and "state" in inner:
         inner["state"]["common_step"] = torch.tensor(float(step))
         for group in inner["param_groups"]:

@@ -26,6 +26,7 @@ def installed() -> bool:
 def install() -> None:
     """Import transformer_engine.pytorch, with the device that its choices see being an H100 and tensors on the CPU."""
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # do not load CUDA's libraries
+    os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"  # the history of "delayed" scales is kept by Python
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # fusions run as they are written: compiling them takes seconds each
     sys.path.append(str(FOLDER))
     import torch
@@ -53,10 +54,13 @@ def install() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(torch.cuda, name)
 
-    torch.Tensor.is_cuda = True  # type: ignore[assignment,method-assign]
+    # Transformer Engine refuses tensors that are not CUDA's; torch and Megatron must be told the truth.
+    torch.Tensor.is_cuda = property(  # type: ignore[assignment,method-assign]
+        lambda _: sys._getframe(1).f_globals["__name__"].startswith("transformer_engine")
+    )
     torch.Tensor.to = cpu_shim.on_cpu(torch.Tensor.to)  # type: ignore[method-assign]
     view = cpu_shim.TorchOnCpu()
-    view.cuda = Cuda()  # type: ignore[attr-defined]
+    view.cuda, view.version = Cuda(), SimpleNamespace(cuda="13.0")  # type: ignore[attr-defined]
     for name, module in list(sys.modules.items()):
         if name.startswith("transformer_engine.pytorch") and getattr(module, "torch", None) is torch:
             module.torch = view  # type: ignore[attr-defined]

@@ -44,8 +44,6 @@ def te_process() -> Iterator[Call]:
 
         yield call
     finally:
-        here.close()  # ends the process at its next read
-        process.join(5)
         process.kill()
         process.join()
 

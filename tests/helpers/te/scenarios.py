@@ -4,20 +4,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 from torch import Tensor
 
 from megatron_vcppo.config.schema import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.data.context import rounding
 from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all
-from megatron_vcppo.mcore import optimizer as optim
+from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.export_stream import stream_hf
 from megatron_vcppo.mcore.hf_load import load_hf
 from megatron_vcppo.mcore.hf_mapping import canonical_name
 from megatron_vcppo.mcore.learner import Actor, Critic, Learner
-from megatron_vcppo.mcore.model import build_actor, build_critic
+from megatron_vcppo.mcore.model import build_actor, build_critic, transformer_config
 from tests.distributed.test_actor import make_sequences
 from tests.helpers.checkpoints import checkpoint_folder
 
@@ -107,8 +109,10 @@ def moments(learner: Learner) -> dict[str, Tensor]:
     return found | {"steps": torch.tensor(steps.pop() if steps else 0.0)}
 
 
-def train(case: Case, checkpoints: Path, steps: range, save_at: int | None = None) -> dict[str, Any]:
-    """Train steps of which the first is resumed from a checkpoint, unless it is 0.
+def train(
+    case: Case, checkpoints: Path, steps: range, save_at: int | None = None, resume: bool = False
+) -> dict[str, Any]:
+    """Train some steps, after a resume from a checkpoint of the first, if that is not 0 or resume is set.
 
     Returns losses and gradient norms, Adam's moments after loading (or at the start) and when saving, and the streamed
     weights at the end.
@@ -116,7 +120,7 @@ def train(case: Case, checkpoints: Path, steps: range, save_at: int | None = Non
     runtime.start(case.parallel, seed=3, timeout_s=60)
     learner = make_learner(case)
     folder = checkpoint_folder(checkpoints, case.hf)
-    if steps.start:
+    if steps.start or resume:
         resumed = folder.resume({case.kind: learner})
         assert resumed is not None and resumed.iteration == steps.start
     found: dict[str, Any] = {"loaded": moments(learner)} if learner.runtime.world_size == 1 else {}
@@ -130,6 +134,68 @@ def train(case: Case, checkpoints: Path, steps: range, save_at: int | None = Non
                 found["saved"] = moments(learner)
             folder.save(i + 1, {case.kind: learner}, {})
     found["weights"] = {name: tensor.clone() for name, tensor in stream_hf(learner.gathered_model())}
-    found["optimizer"] = type(getattr(learner.optimizer, "chained_optimizers")[0].optimizer).__module__
-    found["has_state"] = optim.HAVE_APEX_OR_TE
+    found["optimizer"] = type(learner.optimizer.chained_optimizers[0].optimizer).__module__
     return found
+
+
+def added_in_place(case: Case) -> dict[str, bool]:
+    """Whether the backward pass itself added a parameter's gradient to its float32 buffer."""
+    runtime.start(case.parallel, seed=3, timeout_s=60)
+    learner = make_learner(case)
+    train_step(learner, case, 7)
+    return {canonical_name(n, 0): p.grad_added_to_main_grad for n, p in learner.model.named_parameters()}
+
+
+def fp8_run(case: Case, checkpoints: Path) -> dict[str, Any]:
+    """Log-probs of a fixed batch before and after each of 3 steps, and what a resumed learner makes of it."""
+    runtime.start(case.parallel, seed=3, timeout_s=60)
+    actor: Any = make_learner(case)
+    config, fixed = actor.model.config, packed(case, 5)
+    found: dict[str, Any] = {
+        "config": {name: getattr(config, name) for name in ("fp8", "fp8_recipe", "fp8_param", "fp8_amax_history_len")},
+        "lengths": [m.num_tokens for m in fixed],
+        "logprobs": [torch.cat(actor.logprobs(fixed))],
+        "losses": [],
+    }
+    for seed in range(3):
+        found["losses"].append(train_step(actor, case, seed)[0])
+        found["logprobs"].append(torch.cat(actor.logprobs(fixed)))
+    found["dtypes"] = {str(p.dtype) for p in actor.model.parameters()}
+    found["quantized"] = sum(m.fp8 for m in actor.model.modules() if hasattr(m, "fuse_wgrad_accumulation"))
+    found["keys"] = list(actor.model.sharded_state_dict())
+    checkpoint_folder(checkpoints, case.hf).save(1, {"actor": actor}, {})
+    resumed: Any = make_learner(case)
+    assert checkpoint_folder(checkpoints, case.hf).resume({"actor": resumed}) is not None
+    resumed.logprobs(fixed)
+    found["resumed"] = torch.cat(resumed.logprobs(fixed))
+    found["again"] = torch.cat(actor.logprobs(fixed))
+    return found
+
+
+def fp8_config(case: Case) -> dict[str, Any]:
+    """The FP8 fields of a model's configuration, and what micro-batches have over multiples of 128 tokens."""
+    runtime.start(case.parallel, seed=3, timeout_s=60)
+    config = make_learner(case).model.config
+    lengths = [m.num_tokens % 128 for m in packed(case, 5)]
+    return {"fp8": config.fp8, "fp8_recipe": config.fp8_recipe, "lengths": lengths}
+
+
+def error_of_loading(case: Case, checkpoints: Path) -> str:
+    """Load a checkpoint's weights; then what load_state_dict says of a state that lacks one."""
+    runtime.start(case.parallel, seed=3, timeout_s=60)
+    learner = make_learner(case)
+    checkpoint_folder(checkpoints, case.hf).save(1, {case.kind: learner}, {})
+    load_model(learner.model, checkpoints / "iter_0000001" / case.kind)
+    state = {name: shard.data for name, shard in learner.model.sharded_state_dict().items()}
+    del state["decoder.layers.1.mlp.linear_fc2.weight"]
+    with pytest.raises(RuntimeError) as caught:
+        learner.model.load_state_dict(state)
+    return str(caught.value)
+
+
+def error_of_building(case: Case) -> str:
+    """The UserError of a model that cannot be built here."""
+    runtime.start(ParallelConfig(), seed=3, timeout_s=60)
+    with pytest.raises(UserError) as caught:
+        transformer_config(Architecture.from_hf(case.hf), case.model_config, case.parallel)
+    return str(caught.value)

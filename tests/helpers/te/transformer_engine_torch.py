@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.helpers.te import fp8
+from tests.helpers.te.fp8 import bgrad_quantize, dequantize, fp8_transpose, quantize  # noqa: F401
+
 Tensors = list[list[Tensor]]
 
 
@@ -131,7 +134,8 @@ def generic_gemm(
     A, B: […, columns]; leading dimensions are rows, and those of B are the result's unless it is transposed.
     """
     assert quantizer is None and comm_overlap is None and not gelu
-    a, b = (x.reshape(-1, x.shape[-1]).float() for x in (A, B))
+    wide = (fp8.value(A, rowwise=transa), fp8.value(B, rowwise=not transb))
+    a, b = (x.reshape(-1, x.shape[-1]) for x in wide)
     result = alpha * ((b.T if transb else b) @ (a.T if transa else a))
     bias_grad = None
     if bias is not None and grad:
@@ -139,7 +143,7 @@ def generic_gemm(
     elif bias is not None:
         result = result + bias.float()
     if not transb:
-        result = result.view(*B.shape[:-1], result.shape[-1])
+        result = result.view(*wide[1].shape[:-1], result.shape[-1])
     if out is None:
         return result.to(_TORCH_TYPES[DType(out_dtype)] if out_dtype is not None else B.dtype), bias_grad, None, None
     if accumulate:
@@ -153,11 +157,13 @@ def rmsnorm_fwd(
     zero_centered: bool,
 ) -> tuple[Tensor, None, Tensor]:  # fmt: skip
     """(x / rms(x) · weight, None, 1 / rms(x) float32 [rows])."""
-    assert quantizer is None and not zero_centered
+    assert not zero_centered
     wide = x.float()
     inverse_rms = (wide.square().mean(-1) + eps).rsqrt()
     result = (wide * inverse_rms[:, None] * weight.float()).to(_TORCH_TYPES[DType(out_dtype)])
-    if out is not None:
+    if quantizer is not None:
+        result = fp8.quantize(result, quantizer, out)
+    elif out is not None:
         result = out.copy_(result)
     return result, None, inverse_rms
 
@@ -246,6 +252,19 @@ def _causal_segments(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
         for q, k, v in zip(*parts, strict=True)
     ]
     return torch.cat(outputs, dim=1).transpose(0, 1).contiguous()
+
+
+def convert_thd_to_bshd(packed: Tensor, cu_seqlens: Tensor, batch: int, longest: int) -> Tensor:
+    """[T, heads, d] -> [batch, longest, heads, d], zeros behind each segment."""
+    padded = packed.new_zeros(batch, longest, *packed.shape[1:])
+    for row, part in zip(padded, packed.split(cu_seqlens.diff().tolist()), strict=True):
+        row[: len(part)] = part
+    return padded
+
+
+def convert_bshd_to_thd(padded: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """The inverse of ``convert_thd_to_bshd``."""
+    return torch.cat([row[:length] for row, length in zip(padded, cu_seqlens.diff().tolist(), strict=True)])
 
 
 def multi_tensor_adam(
