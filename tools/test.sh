@@ -8,6 +8,7 @@ kind=$(cut -d' ' -f1 .venv/setup.stamp 2>/dev/null || true)
 tools/setup.sh "${kind:-cpu}" || exit
 export PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=1
 tools/install_slurm.sh && slurm="" || slurm="tests on a real Slurm were skipped: it is not installed"
+tools/install_te.sh && te="" || te="tests of Transformer Engine's Python were skipped: it could not be put into .te"
 
 summary=()
 status=0
@@ -23,5 +24,5 @@ step format ruff format --check .
 step types mypy
 step tests pytest "$@"
 echo "== summary"
-printf '%s\n' "${summary[@]}" ${slurm:+"$slurm"}
+printf '%s\n' "${summary[@]}" ${slurm:+"$slurm"} ${te:+"$te"}
 exit $status

@@ -128,6 +128,18 @@ def _check_stages(config: Config) -> Iterator[str]:
             yield f"stages: {stage} is named {config.stages.count(stage)} times"
 
 
+def _check_fp8(config: Config) -> Iterator[str]:
+    model, cluster = config.model, config.cluster
+    if model.fp8 == "off":
+        return
+    if model.dtype != "bfloat16":
+        yield f"model.fp8 {model.fp8} needs model.dtype bfloat16, got {model.dtype}"
+    if model.layers == "torch":
+        yield f"model.fp8 {model.fp8} needs Transformer Engine's layers, but model.layers is torch"
+    if cluster.gpus_per_node == 0:
+        yield f"model.fp8 {model.fp8} needs GPUs, but cluster.gpus_per_node is 0: set model.fp8=off"
+
+
 def _check_schedule(config: Config) -> Iterator[str]:
     sft = config.sft
     if sft.steps is not None and sft.schedule.warmup_steps > sft.steps:
@@ -147,6 +159,7 @@ CHECKS: list[Callable[[Config], Iterator[str]]] = [
     _check_ranges,
     _check_layout,
     _check_stages,
+    _check_fp8,
     _check_schedule,
     _check_secrets,
     check_rl,

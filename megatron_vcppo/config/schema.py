@@ -53,6 +53,22 @@ class ModelConfig:
     """Longest sequence (prompt + response) in tokens."""
     init_std: float = 0.02
     """Standard deviation of a newly made head (value head, reward head)."""
+    layers: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """Who computes the layers: Transformer Engine's kernels, or torch's operations in layers of this package.
+
+    auto: Transformer Engine where it is installed and there is a GPU.
+    """
+    fp8: Literal["off", "hybrid"] = "off"
+    """Matrix products of the layers in 8-bit floating point: hybrid is E4M3 forward, E5M2 for gradients.
+
+    Needs Transformer Engine, bfloat16 and a GPU from Hopper or Ada on. Weights, their float32 copies, checkpoints and
+    exports stay what they are without it; micro-batches are padded to multiples of 16 tokens per rank (blockwise: 128).
+    """
+    fp8_recipe: Literal["delayed", "current", "blockwise"] = "current"
+    """Scales of the 8-bit tensors: from the largest value of earlier steps, of the tensor itself, or of each block.
+
+    delayed is the fastest, and keeps a history, which each stage and each resume starts again.
+    """
 
 
 @dataclass

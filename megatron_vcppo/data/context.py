@@ -10,17 +10,22 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_vcppo.config.schema import ParallelConfig
+from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
+
+FP8_TOKENS = {"delayed": 16, "current": 16, "blockwise": 128}
+"""Tokens per rank of which FP8's matrix products take multiples: their rows are 16 bytes; blocks are 128 tokens."""
 
 
-def rounding(parallel: ParallelConfig) -> tuple[int, int]:
+def rounding(parallel: ParallelConfig, model: ModelConfig | None = None) -> tuple[int, int]:
     """(multiple, segment_multiple) to which ``packing.pack`` must round micro-batches and segments in this layout.
 
     Each rank's part of a segment is two chunks of whole tokens, and sequence parallelism splits that part of the
-    micro-batch over tp.
+    micro-batch over tp. With FP8 (``model``; None: without) the tokens that are left to a rank are rounded too.
     """
     segment_multiple = 2 * parallel.cp if parallel.cp > 1 else 1
     multiple = parallel.cp * parallel.tp if parallel.sequence_parallel else 1
+    if model is not None and model.fp8 != "off":
+        multiple = math.lcm(multiple, parallel.cp) * FP8_TOKENS[model.fp8_recipe]
     return math.lcm(multiple, segment_multiple), segment_multiple
 
 

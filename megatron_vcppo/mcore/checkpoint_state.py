@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
 from megatron_vcppo.mcore.learner import Learner
+from megatron_vcppo.mcore.optimizer import chained_optimizers
 
 _STATE = "optimizer.state"
 _MAIN_NAMES = ("param", "fp32_param")
@@ -85,7 +86,7 @@ def tensors_to_load(learner: Learner, stored: Collection[str], weights: bool = T
 
 def owned_ranges(optimizer: MegatronOptimizer) -> Iterator[OwnedRange]:
     """Every parameter, or part of one, that this rank's optimizer steps."""
-    for one in _chained(optimizer):
+    for one in chained_optimizers(optimizer):
         if isinstance(one, DistributedOptimizer):
             for parameter in one.model_param_group_index_map:
                 found = one._get_model_param_range_map(parameter)["param"]
@@ -104,7 +105,7 @@ def owned_ranges(optimizer: MegatronOptimizer) -> Iterator[OwnedRange]:
 
 def adam_steps(optimizer: MegatronOptimizer) -> int:
     """How many steps Adam's moments have seen; the same for all parameters."""
-    for inner in (one.optimizer for one in _chained(optimizer)):
+    for inner in (one.optimizer for one in chained_optimizers(optimizer)):
         counts = [state["step"] for state in inner.state.values() if "step" in state]  # torch
         counts += [group["step"] for group in inner.param_groups if "step" in group]  # Transformer Engine, apex
         if counts:
@@ -114,7 +115,7 @@ def adam_steps(optimizer: MegatronOptimizer) -> int:
 
 def set_adam_steps(optimizer: MegatronOptimizer, steps: int) -> None:
     """Continue Adam's bias correction after ``steps`` steps, whichever Adam wrote or reads the checkpoint."""
-    for inner in (one.optimizer for one in _chained(optimizer)):
+    for inner in (one.optimizer for one in chained_optimizers(optimizer)):
         counted_per_parameter = False
         for state in inner.state.values():
             if "step" in state:
@@ -214,8 +215,3 @@ def _main_key(key: str, stored: Collection[str]) -> str:
 
 def _numbered(boxes: Sequence[ShardedTensor]) -> dict[str, ShardedTensor]:
     return {str(i): box for i, box in enumerate(boxes)}
-
-
-def _chained(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return [one for one in chained if one.optimizer is not None]  # None: a rank without parameters of its own

@@ -29,18 +29,20 @@ _LITERAL_CUDA = (
 _FACTORIES = ("zeros", "ones", "tensor", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like")
 
 
-class _TorchOnCpu:
-    """The name ``torch`` as one Megatron module sees it: factories read device="cuda" as the CPU."""
+class TorchOnCpu:
+    """The name ``torch`` as one module of a library sees it: factories read device="cuda" as the CPU."""
 
     def __init__(self) -> None:
         for name in _FACTORIES:
-            setattr(self, name, _on_cpu(getattr(torch, name)))
+            setattr(self, name, on_cpu(getattr(torch, name)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
 
-def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same function, which reads device="cuda" as the CPU."""
+
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
@@ -98,7 +100,7 @@ def install() -> None:
         return
     _patch_torch()
     for module in _LITERAL_CUDA:
-        importlib.import_module(module).torch = _TorchOnCpu()  # type: ignore[attr-defined]
+        importlib.import_module(module).torch = TorchOnCpu()  # type: ignore[attr-defined]
     from megatron.core.tensor_parallel import random
 
     random._CUDA_RNG_STATE_TRACKER = _cpu_rng_tracker()

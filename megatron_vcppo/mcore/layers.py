@@ -1,15 +1,15 @@
-"""The layer specification: Transformer Engine's where it is installed, else own norm and attention.
+"""The layer specification: Transformer Engine's, or own norm and attention; and the decision between them.
 
 Megatron's local norm refuses sequence parallelism and its local attention refuses packed sequences; the two classes
 here take their places, on CPU and on GPUs without Transformer Engine.
 """
 
-import importlib.util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import (
+    HAVE_TE,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
@@ -19,12 +19,21 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_vcppo.config.schema import ModelConfig
+from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.context import PackedParams
 
 
-def have_transformer_engine() -> bool:
-    """True where CUDA and Transformer Engine are both there."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+def uses_transformer_engine(model: ModelConfig) -> bool:
+    """The decision of ``model.layers``. Raises UserError if Transformer Engine is wanted but cannot be imported."""
+    if model.layers == "transformer_engine" and not HAVE_TE:
+        raise UserError(
+            "model.layers is transformer_engine, which cannot be imported here: install it (tools/setup.sh gpu) or set "
+            "model.layers=auto"
+        )
+    if model.layers == "auto":
+        return HAVE_TE and torch.cuda.is_available()
+    return model.layers == "transformer_engine"
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -98,9 +107,9 @@ def _causal_at_the_end(query: Tensor, key: Tensor, value: Tensor, scale: float |
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-def block_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, transformer_engine: bool) -> ModuleSpec | TransformerBlockSubmodules:
     """The specification of this pipeline stage's layers and final norm."""
-    if have_transformer_engine():
+    if transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     parts = layer.submodules

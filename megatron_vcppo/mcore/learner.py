@@ -168,10 +168,22 @@ class Learner(Runner):
         self.optimizer_config, self.schedule, self.total_steps = optimizer, schedule, total_steps
         self.optimizer = optim.build_optimizer(self.ddp, optimizer)
         self.optimizer_steps = 0
+        self._gathered = True
+        """Whether every rank has what the last step made; with parallel.overlap, forward passes gather it later."""
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
         if parallel.overlap:
             model.config.no_sync_func = self.ddp.no_sync
+
+    def gathered_model(self) -> PackedGPT:
+        """The model, with the last step's parameters on every rank; collective after a step, for all that read them.
+
+        Forward passes need it not: they gather layer by layer, while the layers before are computed.
+        """
+        if not self._gathered:
+            self.ddp.start_param_sync(force_sync=True)
+            self._gathered = True
+        return self.model
 
     def train_step(self, microbatches: Sequence[PackedMicrobatch], loss_function: LossFunction) -> StepResult:
         """Forward and backward over this replica's micro-batches, then one optimizer step.
@@ -207,6 +219,7 @@ class Learner(Runner):
         applied, grad_norm = False, math.nan
         if math.isfinite(metrics["loss"]):
             applied, grad_norm = optim.step(self.optimizer, self.optimizer_config.clip_grad)
+            self._gathered = not (applied and self.ddp.ddp_config.overlap_param_gather)
         self.optimizer_steps += 1
         return StepResult(metrics, grad_norm, learning_rate, applied)
 

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
 from megatron_vcppo.data.packing import PackedMicrobatch
+from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.context import WHOLE, ContextShard, PackedParams
+from megatron_vcppo.mcore.fp8 import fp8_settings
 from megatron_vcppo.mcore.hf_mapping import padded_vocab_size
-from megatron_vcppo.mcore.layers import block_spec, have_transformer_engine
+from megatron_vcppo.mcore.layers import block_spec, uses_transformer_engine
 from megatron_vcppo.mcore.rope import inverse_frequencies
 
 
@@ -34,7 +36,7 @@ class PackedGPT(GPTModel):
     def __init__(self, config: TransformerConfig, arch: Architecture, *, tied: bool) -> None:
         super().__init__(
             config,
-            block_spec(config),
+            block_spec(config, config.transformer_impl == "transformer_engine"),
             vocab_size=padded_vocab_size(arch.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=arch.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),
@@ -44,6 +46,8 @@ class PackedGPT(GPTModel):
         )
         self.arch = arch
         self.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(torch.cuda.current_device())
+        self.register_load_state_dict_post_hook(_forgive_extra_state)
+        _add_gradients_in_place(self)
 
     def run(self, microbatch: PackedMicrobatch, shard: ContextShard = WHOLE) -> Tensor:
         """Hidden states [T (/ tp with sequence parallelism), 1, hidden], or the readout on the last stage.
@@ -93,11 +97,14 @@ class ActorModel(PackedGPT):
 
 
 class ValueHead(MegatronModule):
-    """hidden -> 1, the same on every tensor-parallel rank."""
+    """hidden -> 1, the same on every tensor-parallel rank; float32 whatever the model is.
+
+    In bfloat16 values near 1 would move in steps of 0.004 to 0.008, as large as the errors that the critic learns from.
+    """
 
     def __init__(self, config: TransformerConfig, init_std: float) -> None:
         super().__init__(config)
-        kwargs: dict[str, Any] = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        kwargs: dict[str, Any] = {"dtype": torch.float32, "device": torch.cuda.current_device()}
         self.weight = torch.nn.Parameter(torch.empty(1, config.hidden_size, **kwargs))
         self.bias = torch.nn.Parameter(torch.zeros(1, **kwargs))
         # A generator of its own: the head is the same in every layout.
@@ -109,7 +116,8 @@ class ValueHead(MegatronModule):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.linear(hidden_states, self.weight, self.bias).squeeze(-1)
+        """hidden_states [tokens, 1, hidden] -> float32 [tokens, 1]."""
+        return F.linear(hidden_states.float(), self.weight, self.bias).squeeze(-1)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -135,7 +143,7 @@ class CriticModel(PackedGPT):
         if self.config.sequence_parallel:
             # Every rank computes the same loss from the gathered values: its gradient needs no sum.
             values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
-        return values.squeeze(1).float()
+        return values.squeeze(1)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -158,7 +166,12 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
     """Megatron's configuration of this architecture and layout. Raises UserError if the layout does not fit."""
     arch.check_parallel(parallel.tp, parallel.pp)
     dtype = torch_dtype(model.dtype)
-    fused = have_transformer_engine()
+    fused = uses_transformer_engine(model)
+    if fused and parallel.cp > 1 and dtype == torch.float32:
+        raise UserError(
+            f"parallel.cp {parallel.cp} with model.dtype float32: Transformer Engine has no attention over several "
+            "ranks in float32; set model.dtype=bfloat16 or model.layers=torch"
+        )
     recomputes: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
@@ -197,7 +210,9 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         batch_p2p_comm=torch.cuda.is_available(),
-        # Without Transformer Engine or apex the fusions are jitted on first use, 5 to 25 s each, or missing.
+        transformer_impl="transformer_engine" if fused else "local",
+        # Without Transformer Engine or apex the fusions are jitted on first use, 5 to 25 s each, or missing. That of
+        # gradients is set per layer (``_add_gradients_in_place``): Megatron's output layer has it with apex only.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=fused,
@@ -205,7 +220,23 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
         **recomputes[parallel.recompute],
+        **fp8_settings(arch, model, parallel),
     )
+
+
+def _add_gradients_in_place(model: torch.nn.Module) -> None:
+    """Let Transformer Engine's layers add weight gradients to the float32 buffer inside the matrix product.
+
+    Without it each micro-batch makes a gradient in the weights' type, which is then added.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
+def _forgive_extra_state(module: torch.nn.Module, keys: Any) -> None:
+    """Transformer Engine's modules miss the extra state that ``sharded_state_dict`` leaves out; parameters count."""
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not name.endswith("_extra_state")]
 
 
 def _parameters_only(state: dict[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """AdamW through Megatron (plain, or shared over data-parallel ranks) and its learning-rate schedule."""
 
 import math
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
 from megatron_vcppo.config.schema import OptimizerConfig, ScheduleConfig
 
@@ -33,6 +34,8 @@ def build_optimizer(model: DistributedDataParallel, config: OptimizerConfig) -> 
         [model],
     )
     apply_settings(optimizer, config)
+    for chained in chained_optimizers(optimizer):
+        _number_float32_parameters(chained)
     _make_adamw_states(optimizer)
     return optimizer
 
@@ -44,11 +47,28 @@ def apply_settings(optimizer: MegatronOptimizer, config: OptimizerConfig) -> Non
         group["betas"], group["eps"] = (config.beta1, config.beta2), config.eps
 
 
+def chained_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
+    """Megatron's optimizers that have parameters on this rank."""
+    every = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [chained for chained in every if chained.optimizer is not None]
+
+
+def _number_float32_parameters(optimizer: Any) -> None:
+    """Let a bfloat16 model have float32 parameters (the value head) with the distributed optimizer.
+
+    Megatron 0.16 trains them, but looks up their state as if they did not come first in their group.
+    """
+    if not isinstance(optimizer, DistributedOptimizer):
+        return
+    groups = zip(optimizer.model_fp32_groups, optimizer.model_float16_groups, strict=True)
+    for index, (wide, narrow) in enumerate(groups):
+        for order, parameter in enumerate([*wide, *narrow]):
+            optimizer.model_param_group_index_map[parameter] = (index, order)
+
+
 def _make_adamw_states(optimizer: MegatronOptimizer) -> None:
     """Make the state that AdamW would make at the first step: a checkpoint may come before it, or fill it."""
-    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if chained.optimizer is None:  # a rank without parameters of its own
-            continue
+    for chained in chained_optimizers(optimizer):
         for group in chained.optimizer.param_groups:
             for p in group["params"]:
                 state = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}

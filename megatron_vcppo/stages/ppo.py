@@ -206,7 +206,8 @@ class Ppo:
     def push(self, policy_version: int) -> PushResult:
         """Give the engines the actor's weights."""
         with self.phase("sync"):
-            return self.generation.push(policy_version, lambda: stream_hf(self.actor.model))
+            model = self.actor.gathered_model()
+            return self.generation.push(policy_version, lambda: stream_hf(model))
 
     def check_outputs(self, mask: Tensor, fields: dict[str, Tensor]) -> None:
         """Updates that are not finite are skipped, so what is not finite here comes from weights out of range."""

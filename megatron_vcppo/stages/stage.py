@@ -45,7 +45,7 @@ def stage_folder(config: Config, stage: str) -> Path:
 def packing_of(config: Config, world: Runtime) -> Packing:
     """How this rank's replica packs its share of a batch."""
     parallel = config.parallel
-    multiple, segment_multiple = rounding(parallel)
+    multiple, segment_multiple = rounding(parallel, config.model)
     return Packing(parallel.tokens_per_microbatch, multiple, world.dp_rank, world.dp_size, segment_multiple)
 
 

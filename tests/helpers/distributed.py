@@ -65,6 +65,11 @@ def run_distributed_test(
         return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(world_size)]
 
 
+def end_with_parent() -> None:
+    """A killed pytest leaves nothing behind."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def free_port() -> int:
     """A TCP port on the loopback interface that nothing listens on at this moment."""
     with socket.socket() as probe:
@@ -121,7 +126,7 @@ def _rank_main(
     fn: Callable[..., Any], rank: int, world_size: int, port: int, folder: Path, args: tuple[Any, ...], kwargs: Any
 ) -> None:
     """The forked child: environment, output to a file, the function, its result or its traceback to a file."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed pytest leaves no ranks behind
+    end_with_parent()
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),

@@ -97,3 +97,14 @@ def test_secrets_are_kept_out_of_stored_configurations(config: Config) -> None:
     message = error_of(config)
     assert "cluster.environment.WANDB_API_KEY looks like a secret" in message
     assert "hush" not in message and "NCCL" not in message
+
+
+def test_fp8_needs_bfloat16_transformer_engine_and_gpus(config: Config) -> None:
+    config.model.fp8, config.cluster.gpus_per_node = "hybrid", 8
+    check_config(config)
+    config.model.dtype = "float32"
+    assert error_of(config) == "model.fp8 hybrid needs model.dtype bfloat16, got float32"
+    config.model.dtype, config.model.layers = "bfloat16", "torch"
+    assert error_of(config) == "model.fp8 hybrid needs Transformer Engine's layers, but model.layers is torch"
+    config.model.layers, config.cluster.gpus_per_node = "auto", 0
+    assert error_of(config) == "model.fp8 hybrid needs GPUs, but cluster.gpus_per_node is 0: set model.fp8=off"

@@ -1,11 +1,13 @@
 """Shares of a packed micro-batch for context-parallel ranks."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vcppo.config.schema import ParallelConfig
+from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
 from megatron_vcppo.data.context import rank_order, rounding
 from megatron_vcppo.data.packing import pack
 from megatron_vcppo.records import Sequence
@@ -48,6 +50,16 @@ def test_one_rank_needs_no_padding() -> None:
     assert rounding(ParallelConfig(tp=4, cp=2)) == (4, 4)
     assert rounding(ParallelConfig(tp=4, cp=2, sequence_parallel=True)) == (8, 4)
     assert rounding(ParallelConfig(tp=3, cp=2, sequence_parallel=True)) == (12, 4)
+
+
+@pytest.mark.parametrize(("recipe", "multiple"), [("delayed", 16), ("current", 16), ("blockwise", 128)])
+def test_with_fp8_each_ranks_part_of_the_tokens_is_a_multiple(recipe: Any, multiple: int) -> None:
+    model = ModelConfig(hf="", fp8="hybrid", fp8_recipe=recipe)
+    assert rounding(ParallelConfig(tp=4), model) == (multiple, 1)
+    assert rounding(ParallelConfig(tp=4, sequence_parallel=True), model) == (4 * multiple, 1)
+    assert rounding(ParallelConfig(tp=4, cp=2), model) == (2 * multiple, 4)
+    assert rounding(ParallelConfig(tp=3, cp=2, sequence_parallel=True), model) == (6 * multiple, 4)
+    assert rounding(ParallelConfig(), ModelConfig(hf="", fp8_recipe=recipe)) == (1, 1)
 
 
 def test_segments_that_cannot_be_cut_are_bugs() -> None:
