@@ -43,7 +43,11 @@ class ClusterConfig:
     environment: dict[str, str] = field(default_factory=dict)
     """Variables for every role."""
     network_interface: str | None = None
-    """Interface of gloo and NCCL, such as ib0; left out: they choose."""
+    """The network of everything in a run (engines, gloo, NCCL, weights): an interface that every node has, such as ib0,
+    or, with one node, an IPv4 address. Default: loopback on one node, else the interface of the default route."""
+    node_cache: str | None = None
+    """Folder for compiled kernels (Triton, torch, vLLM, CUDA), on a disk of the node's own; made by every role,
+    readable by its user alone. Default: vcppo-cache-UID below $TMPDIR or /tmp."""
     container_image: str | None = None
     container_mounts: str | None = None
     container_runtime: Literal["pyxis", "apptainer"] = "pyxis"

@@ -72,7 +72,6 @@ def cluster_config(folder: Path, stages: tuple[str, ...], steps: int = 6) -> Con
     config.cluster.name = "devcluster"
     config.cluster.trainer_nodes, config.cluster.rollout_nodes, config.cluster.cpus_per_node = 2, 1, 2
     config.cluster.time_limit_minutes, config.cluster.save_margin_s = 5, 60
-    config.cluster.network_interface = "lo"
     config.cluster.setup = [f"export PYTHONPATH={Path.cwd()}"]
     return config
 

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.sources import CONFIGS
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.architecture import Architecture
-from slurm.controller import reported_code
+from slurm.controller import Unit, reported_code
 from slurm.logs import last_lines
 from slurm.memory import check_memory, plan, plan_of_rank
 from slurm.prepare import profile_files
 from slurm.query import JobState, parse_table, slurm_message
 from slurm.roles import Programs
+from slurm.run_folder import RunFolder
 from slurm.snapshot import take_snapshot
 from slurm.srun import srun_units, stage_nodes
 from slurm.status import pending_note
@@ -25,13 +27,18 @@ from slurm.validate import check_inputs, check_layout
 from tests.slurm.support import tiny_config, tiny_model, write_config
 
 
+def units_on(run: RunFolder, config: Config, stage: str, hosts: list[str]) -> list[Unit]:
+    place = {"programs": Programs(), "hosts": hosts, "address": "10.0.0.1", "port": 29500, "logs": run.path / "logs"}
+    return srun_units(run=run, config=config, stage=stage, **place)
+
+
 def test_trainer_and_rollout_steps_have_their_own_layout(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     cluster = config.cluster
     cluster.trainer_nodes, cluster.rollout_nodes, cluster.gpus_per_node, cluster.cpus_per_node = 2, 2, 8, 64
     cluster.trainer_ranks = 16
     run, hosts = write_config(config), ["a", "b", "c", "d"]
-    units = srun_units(run, config, "ppo", Programs(), hosts, 29500, tmp_path / "logs")
+    units = units_on(run, config, "ppo", hosts)
     assert [(unit.role, unit.index) for unit in units] == [("trainer", 0), ("rollout", 0), ("rollout", 1)]
     trainer, *rollouts = (set(unit.command) for unit in units)
     assert {"--nodelist=a,b", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=8"} <= trainer
@@ -40,10 +47,10 @@ def test_trainer_and_rollout_steps_have_their_own_layout(tmp_path: Path) -> None
         "--nodelist=c",
         "--nodelist=d",
     ]
-    assert units[0].env["MASTER_ADDR"] == "a" and units[0].env["SLURM_CPUS_PER_TASK"] == ""
+    assert units[0].env["MASTER_ADDR"] == "10.0.0.1" and units[0].env["SLURM_CPUS_PER_TASK"] == ""
     assert stage_nodes(config, "sft") == 2 and stage_nodes(config, "ppo") == 4
     cluster.rollout_nodes = 0
-    colocated = srun_units(run, config, "ppo", Programs(), ["a", "b"], 29500, tmp_path)
+    colocated = units_on(run, config, "ppo", ["a", "b"])
     assert [next(a for a in unit.command if a.startswith("--nodelist")) for unit in colocated[1:]] == [
         "--nodelist=a",
         "--nodelist=b",
@@ -54,10 +61,10 @@ def test_containers_wrap_the_roles(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     run = write_config(config)
     config.cluster.container_image, config.cluster.container_mounts = "image.sqsh", "/data:/data"
-    command = srun_units(run, config, "sft", Programs(), ["a"], 1, tmp_path)[0].command
+    command = units_on(run, config, "sft", ["a"])[0].command
     assert "--container-image=image.sqsh" in command and "--container-mounts=/data:/data" in command
     config.cluster.container_runtime = "apptainer"
-    command = srun_units(run, config, "sft", Programs(), ["a"], 1, tmp_path)[0].command
+    command = units_on(run, config, "sft", ["a"])[0].command
     start = command.index("apptainer")
     assert command[start : start + 5] == ("apptainer", "exec", "--bind", "/data:/data", "image.sqsh")
 
