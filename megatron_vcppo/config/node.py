@@ -1,4 +1,4 @@
-"""What a role sets up on its own node before it starts: the network of gloo and NCCL, and node-local caches. No torch."""
+"""What a role sets up on its own node before it starts: gloo's and NCCL's network, node-local caches. No torch."""
 
 import os
 import stat

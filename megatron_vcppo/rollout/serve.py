@@ -109,8 +109,8 @@ def engine_gpus(config: Config) -> list[str]:
     gpus, engine, needed = visible_gpus(), config.rollout.engine, engine_gpus_per_node(config)
     if gpus and len(gpus) < needed:
         raise UserError(
-            f"rollout.engine: {engine.per_node} engines × tp {engine.tp} × dp {engine.dp} need {needed} GPUs; this node "
-            f"shows {len(gpus)}"
+            f"rollout.engine: {engine.per_node} engines × tp {engine.tp} × dp {engine.dp} need {needed} GPUs; "
+            f"this node shows {len(gpus)}"
         )
     return gpus[-needed:] if engine_placement(config) == "trainer_nodes" else gpus[:needed]
 

@@ -23,7 +23,7 @@ def half_blind(cluster: DevCluster, tmp_path: Path):
     """The cluster, its second node without sight of tmp_path/hidden."""
     hidden = tmp_path / "hidden"
     hidden.mkdir()
-    node = "127.0.0.11"
+    node = cluster.node_names[1]
     cluster.kill(f"slurmd.{node}", signal.SIGTERM)
     cluster.start_node(node, hidden=hidden)
     cluster.wait_idle([node])
@@ -41,7 +41,7 @@ def test_a_run_folder_that_is_not_shared(cluster: DevCluster, half_blind: Path) 
     jobs = submit(run, config, list(config.stages), TINY)
     states = wait_for_jobs(jobs.values(), 60)
     assert states[jobs["sft"]].state == "FAILED" and states[jobs["export"]].state == "CANCELLED"
-    message = f"127.0.0.11: does not see {run.config}: run.dir must be on a shared file system"
+    message = f"{cluster.node_names[1]}: does not see {run.config}: run.dir must be on a shared file system"
     assert message in table(run_status(run, config))
     assert not cluster.command("squeue", "-h").stdout
 
@@ -56,13 +56,12 @@ def test_a_node_without_the_python_environment(cluster: DevCluster, half_blind: 
     run = write_config(config)
     jobs = submit(run, config, ["sft"], Programs(TINY.trainer, TINY.rollout, str(python)))
     wait_for_jobs(jobs.values(), 60)
-    assert f"127.0.0.11: has no interpreter {python}: see cluster.python" in table(run_status(run, config))
+    assert f"{cluster.node_names[1]}: has no interpreter {python}: see cluster.python" in table(run_status(run, config))
 
 
 @pytest.mark.slow
 def test_the_doctor_finds_a_good_cluster_good(cluster: DevCluster, tmp_path: Path, monkeypatch, capsys) -> None:
     config = cluster_config(tmp_path / "run", ("sft",))
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     assert examine(config, Programs(), tmp_path), capsys.readouterr().out
     out = capsys.readouterr().out
     assert "ok    GPUs and collectives: gloo over 3 nodes" in out and "FAIL" not in out
@@ -79,4 +78,4 @@ def test_the_doctor_finds_the_blind_node(cluster: DevCluster, half_blind: Path, 
     assert "FAIL  partition: no partition nowhere; there are: high, main" in out
     config.cluster.partition = None
     assert not examine(config, Programs(), half_blind)
-    assert "FAIL  file system and Python: 127.0.0.11: does not see" in capsys.readouterr().out
+    assert f"FAIL  file system and Python: {cluster.node_names[1]}: does not see" in capsys.readouterr().out
