@@ -55,7 +55,9 @@ def build_switch(network: str, pid: int) -> None:
     """A bridge in the namespace of process ``pid``, and the host on it with the address NETWORK.1."""
     host = host_interface(network)
     ip("link", "add", "name", host, "type", "veth", "peer", "name", "host", "netns", str(pid))
-    inside(pid, "link add name switch type bridge", "link set host master switch", "link set host up", "link set switch up")
+    inside(
+        pid, "link add name switch type bridge", "link set host master switch", "link set host up", "link set switch up"
+    )
     ip("address", "add", f"{network}.1/24", "dev", host)
     ip("link", "set", host, "up")
 

@@ -113,8 +113,8 @@ def check_generation_memory(config: Config, stage: str, parts: dict[str, float],
         raise UserError(
             f"{stage}: engines take {share:g} × {gpu_gib:g} = {share * gpu_gib:.1f} GiB of a GPU and the trainer keeps "
             f"{kept:.1f} (weights {parts['weights']:.1f}, overhead {parts['overhead']:.1f}), there are {gpu_gib:g}: "
-            f"lower rollout.engine.gpu_memory_utilization to {max(0.0, 1 - kept / gpu_gib):.2f}, or raise parallel.tp or "
-            "parallel.pp"
+            f"lower rollout.engine.gpu_memory_utilization to {max(0.0, 1 - kept / gpu_gib):.2f}, or raise "
+            "parallel.tp or parallel.pp"
         )
 
 

@@ -64,7 +64,11 @@ def test_the_doctor_finds_a_good_cluster_good(cluster: DevCluster, tmp_path: Pat
     config = cluster_config(tmp_path / "run", ("sft",))
     assert examine(config, Programs(), tmp_path), capsys.readouterr().out
     out = capsys.readouterr().out
-    assert "ok    GPUs and collectives: gloo over 3 nodes" in out and "FAIL" not in out
+    assert (
+        "ok    collective: gloo over 3 nodes on " in out
+        and "ok    engine: one of a tiny model answers" in out
+        and "FAIL" not in out
+    )
     assert not list(tmp_path.glob(".vcppo_doctor*"))
 
 
@@ -78,4 +82,4 @@ def test_the_doctor_finds_the_blind_node(cluster: DevCluster, half_blind: Path, 
     assert "FAIL  partition: no partition nowhere; there are: high, main" in out
     config.cluster.partition = None
     assert not examine(config, Programs(), half_blind)
-    assert f"FAIL  file system and Python: {cluster.node_names[1]}: does not see" in capsys.readouterr().out
+    assert f"FAIL  file system, Python, network: {cluster.node_names[1]}: does not see" in capsys.readouterr().out
