@@ -66,9 +66,9 @@ def interface_addresses() -> dict[str, str]:
     return found
 
 
-def default_route_interface(table: Path = ROUTES) -> str | None:
+def default_route_interface() -> str | None:
     """The interface of the default route with the lowest metric; None if there is none."""
-    routes = [line.split() for line in table.read_text().splitlines()[1:]] if table.exists() else []
+    routes = [line.split() for line in ROUTES.read_text().splitlines()[1:]] if ROUTES.exists() else []
     defaults = [(int(route[6]), route[0]) for route in routes if route[1] == route[7] == "00000000"]
     return min(defaults)[1] if defaults else None
 
