@@ -16,7 +16,7 @@ from slurm.logs import last_lines
 from slurm.memory import check_memory, plan, plan_of_rank
 from slurm.prepare import profile_files
 from slurm.query import JobState, parse_table, slurm_message
-from slurm.roles import Programs
+from slurm.roles import Programs, role_environment
 from slurm.run_folder import RunFolder
 from slurm.snapshot import take_snapshot
 from slurm.srun import srun_units, stage_nodes
@@ -42,7 +42,7 @@ def test_trainer_and_rollout_steps_have_their_own_layout(tmp_path: Path) -> None
     assert [(unit.role, unit.index) for unit in units] == [("trainer", 0), ("rollout", 0), ("rollout", 1)]
     trainer, *rollouts = (set(unit.command) for unit in units)
     assert {"--nodelist=a,b", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=8"} <= trainer
-    assert {"--kill-on-bad-exit=0", "--gpus-per-node=8", "--overlap"} <= trainer
+    assert {"--kill-on-bad-exit=0", "--gpus-per-node=8", "--overlap", "--distribution=block"} <= trainer
     assert [next(a for a in argv if a.startswith("--nodelist")) for argv in rollouts] == [
         "--nodelist=c",
         "--nodelist=d",
@@ -55,6 +55,42 @@ def test_trainer_and_rollout_steps_have_their_own_layout(tmp_path: Path) -> None
         "--nodelist=a",
         "--nodelist=b",
     ]
+
+
+def test_a_sites_binding_and_layout_do_not_reach_the_steps(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config.cluster.gpus_per_node, config.cluster.rollout_nodes = 8, 1
+    for unit in units_on(write_config(config), config, "ppo", ["a", "b"]):
+        assert "--gpu-bind=none" in unit.command, "all GPUs in one order: ranks and engines choose theirs by it"
+        for name in ("TRES_PER_TASK", "CPU_BIND", "CPU_BIND_TYPE", "GPU_BIND", "GPUS_PER_TASK", "NTASKS_PER_GPU"):
+            assert unit.env[f"SLURM_{name}"] == ""
+        assert unit.env["SLURM_DISTRIBUTION"] == "" and unit.env["SRUN_CPUS_PER_TASK"] == ""
+
+
+def test_what_only_trainer_ranks_on_gpus_get(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    queue, allocator = "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF"
+    assert not {queue, allocator} & set(role_environment(config, "trainer")), "no GPUs"
+    config.cluster.gpus_per_node = 8
+    assert role_environment(config, "trainer")[queue] == "1"
+    assert role_environment(config, "trainer")[allocator] == "expandable_segments:True"
+    assert not {queue, allocator} & set(role_environment(config, "rollout")), "vLLM's sleep mode refuses the second"
+    config.cluster.engines_on = "trainer_gpus"
+    assert allocator not in role_environment(config, "trainer")
+    config.cluster.environment = {queue: "8"}
+    assert role_environment(config, "trainer")[queue] == "8"
+
+
+def test_engines_run_on_the_nodes_of_their_placement(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config.cluster.trainer_nodes = 2
+    run = write_config(config)
+    for engines_on, rollout_nodes, hosts in (("trainer_gpus", 0, ["a", "b"]), ("rollout_nodes", 1, ["c"])):
+        config.cluster.engines_on, config.cluster.rollout_nodes = engines_on, rollout_nodes  # type: ignore[assignment]
+        units = units_on(run, config, "ppo", ["a", "b", "c"])[1:]
+        assert [argument for unit in units for argument in unit.command if argument.startswith("--nodelist=")] == [
+            f"--nodelist={host}" for host in hosts
+        ]
 
 
 def test_containers_wrap_the_roles(tmp_path: Path) -> None:
