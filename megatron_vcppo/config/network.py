@@ -58,7 +58,7 @@ def interface_addresses() -> dict[str, str]:
     """The first IPv4 address of every interface of this node that has one."""
     import psutil
 
-    found = {}
+    found: dict[str, str] = {}
     for interface, addresses in psutil.net_if_addrs().items():
         for address in addresses:
             if address.family == socket.AF_INET:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_a_listener_on_loopback_is_not_reached_from_another_node(cluster: DevClu
     for at, elsewhere in ((address, True), ("127.0.0.1", False)):
         job = ("sbatch", "--parsable", "--mem=50", "-w", first, "-o", "/dev/null", "--wrap")
         listener = cluster.command(*job, f'exec python3 -c "{LISTEN.format(address=at, port=port)}"').stdout.strip()
-        wait_until(lambda at=at: reached(at, first), f"a listener on {at}")
+        wait_until(partial(reached, at, first), f"a listener on {at}")
         assert reached(at, second) is elsewhere
         cluster.command("scancel", "--full", listener)
         wait_until(lambda: not cluster.command("squeue", "-h").stdout, "the listener to end")

@@ -6,30 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.sources import CONFIGS
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.architecture import Architecture
-from slurm.controller import Unit, reported_code
+from slurm.controller import reported_code
 from slurm.logs import last_lines
 from slurm.memory import check_memory, plan, plan_of_rank
 from slurm.prepare import profile_files
 from slurm.query import JobState, parse_table, slurm_message
-from slurm.roles import Programs, role_environment
-from slurm.run_folder import RunFolder
+from slurm.roles import role_environment
 from slurm.snapshot import take_snapshot
-from slurm.srun import srun_units, stage_nodes
+from slurm.srun import stage_nodes
 from slurm.status import pending_note
 from slurm.sweep import points, read_points, text_table, write_points
 from slurm.timing import STOP_S, save_clock, save_margin_s, signal_margin_s
 from slurm.validate import check_inputs, check_layout
-from tests.slurm.support import tiny_config, tiny_model, write_config
-
-
-def units_on(run: RunFolder, config: Config, stage: str, hosts: list[str]) -> list[Unit]:
-    place = {"programs": Programs(), "hosts": hosts, "address": "10.0.0.1", "port": 29500, "logs": run.path / "logs"}
-    return srun_units(run=run, config=config, stage=stage, **place)
+from tests.slurm.support import tiny_config, tiny_model, units_on, write_config
 
 
 def test_trainer_and_rollout_steps_have_their_own_layout(tmp_path: Path) -> None:

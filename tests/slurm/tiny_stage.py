@@ -64,6 +64,7 @@ def main() -> int:
     folder = Path(config.run.dir) / stage
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
+    assert config.sft.steps
     rank, ranks, timeout = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(seconds=60)
     dist.init_process_group("gloo", store=ranks_store(rank, ranks, timeout), rank=rank, world_size=ranks)
     state = load_newest(checkpoints)
