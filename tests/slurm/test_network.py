@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.cli import main
+from megatron_vcppo.errors import UserError
 from slurm import devcluster_net, events
 from slurm.devcluster import DevCluster
-from slurm.doctor import examine
+from slurm.doctor import checks
 from slurm.roles import Programs
 from slurm.status import run_status, table
 from slurm.submit import submit
@@ -41,7 +42,7 @@ def test_a_role_on_loopback_is_not_reached_from_other_nodes(cluster: DevCluster,
 
 @pytest.mark.slow
 @own_addresses
-def test_an_interface_that_nodes_lack_is_named_with_what_they_have(cluster: DevCluster, tmp_path: Path, capsys) -> None:
+def test_an_interface_that_nodes_lack_is_named_with_what_they_have(cluster: DevCluster, tmp_path: Path) -> None:
     config = cluster_config(tmp_path / "run", ("sft",))
     config.cluster.network_interface = "ib7"
     run = write_config(config)
@@ -51,6 +52,6 @@ def test_an_interface_that_nodes_lack_is_named_with_what_they_have(cluster: DevC
     lines = [f"{name}: no IPv4 interface or address ib7; there are: {there}" for name, there in has.items()]
     assert any(line in table(run_status(run, config)) for line in lines)
     assert not run.attempts("sft"), "found before the stage started"
-    assert not examine(config, Programs(), tmp_path)
-    out = capsys.readouterr().out
-    assert any(f"FAIL  file system, Python, network: {line}" in out for line in lines)
+    with pytest.raises(UserError) as error:
+        dict(checks(config, Programs(), tmp_path))["file system, Python, network"]()
+    assert any(line in str(error.value) for line in lines)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vcppo.config import Config
+from megatron_vcppo.errors import UserError
 from slurm.devcluster import DevCluster
-from slurm.doctor import examine
+from slurm.doctor import checks, examine
 from slurm.roles import Programs
 from slurm.status import run_status, table
 from slurm.submit import submit
@@ -60,7 +62,7 @@ def test_a_node_without_the_python_environment(cluster: DevCluster, half_blind: 
 
 
 @pytest.mark.slow
-def test_the_doctor_finds_a_good_cluster_good(cluster: DevCluster, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_doctor_finds_a_good_cluster_good(cluster: DevCluster, tmp_path: Path, capsys) -> None:
     config = cluster_config(tmp_path / "run", ("sft",))
     assert examine(config, Programs(), tmp_path), capsys.readouterr().out
     out = capsys.readouterr().out
@@ -74,12 +76,21 @@ def test_the_doctor_finds_a_good_cluster_good(cluster: DevCluster, tmp_path: Pat
 
 @pytest.mark.slow
 @needs_root
-def test_the_doctor_finds_the_blind_node(cluster: DevCluster, half_blind: Path, capsys) -> None:
+def test_the_doctor_finds_the_blind_node(cluster: DevCluster, half_blind: Path) -> None:
     config = cluster_config(half_blind / "run", ("sft",))
     config.cluster.partition = "nowhere"
-    assert not examine(config, Programs(), half_blind)
-    out = capsys.readouterr().out
-    assert "FAIL  partition: no partition nowhere; there are: high, main" in out
+    assert (
+        failure_of("partition", config, half_blind)
+        == "no partition nowhere; there are: high, main: set cluster.partition"
+    )
     config.cluster.partition = None
-    assert not examine(config, Programs(), half_blind)
-    assert f"FAIL  file system, Python, network: {cluster.node_names[1]}: does not see" in capsys.readouterr().out
+    assert failure_of("file system, Python, network", config, half_blind).startswith(
+        f"{cluster.node_names[1]}: does not see {half_blind}"
+    )
+
+
+def failure_of(name: str, config: Config, folder: Path) -> str:
+    """What one of the doctor's checks complains about."""
+    with pytest.raises(UserError) as error:
+        dict(checks(config, Programs(), folder))[name]()
+    return str(error.value)
