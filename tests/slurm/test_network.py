@@ -32,10 +32,10 @@ def test_a_loopback_interface_is_refused_and_nothing_is_queued(cluster: DevClust
 def test_a_role_on_loopback_is_not_reached_from_other_nodes(cluster: DevCluster, tmp_path: Path) -> None:
     """Gloo is made to listen on 127.0.0.1: the ranks do not find each other, and its own message is shown."""
     config = cluster_config(tmp_path / "run", ("sft", "export"))
-    config.cluster.environment["GLOO_SOCKET_IFNAME"] = "lo"
+    config.cluster.environment["GLOO_SOCKET_IFNAME"], config.cluster.crash_retries = "lo", 0
     run = write_config(config)
     jobs = submit(run, config, list(config.stages), TINY)
-    states = wait_for_jobs(jobs.values(), 120)
+    states = wait_for_jobs(jobs.values(), 180)
     assert [states[job].state for job in jobs.values()] == ["FAILED", "CANCELLED"]
     assert "remote=[127.0.0.1]" in table(run_status(run, config))
 
