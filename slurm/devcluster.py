@@ -1,7 +1,8 @@
 """A real Slurm on this machine: munged, slurmctld and several slurmd as virtual nodes; optionally slurmdbd + MariaDB.
 
-From the distribution's packages, as root or an ordinary user, without systemd and cgroups, on the loopback interface
-only, everything below one folder. Used by the tests, the demo and ``tools/devcluster.sh``.
+From the distribution's packages, as root or an ordinary user, without systemd and cgroups, everything below one folder.
+As root every node has a network namespace and an address of its own (devcluster_net.py); otherwise nodes share the
+machine's loopback interface. Used by the tests, the demo and ``tools/devcluster.sh``.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import contextlib
 import json
 import os
 import pwd
+import re
 import secrets
 import shutil
 import signal
@@ -21,11 +23,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_vcppo.errors import UserError
-from slurm.devcluster_conf import ACCOUNT, Layout, gres_conf, slurm_conf, slurmdbd_conf
+from slurm import devcluster_net
+from slurm.devcluster_conf import ACCOUNT, FIRST_NODE, Layout, gres_conf, slurm_conf, slurmdbd_conf
 from slurm.guard import descendants, die_with_parent
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 NEEDED_FOR_ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb", "mariadb-install-db", "sacctmgr")
+SWITCH = "switch"
+"""The process that holds the namespace of the nodes' switch."""
 DEFAULT_ROOT = Path(tempfile.gettempdir()) / f"vcppo-devcluster-{os.getuid()}"
 SEARCH_PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 
@@ -83,9 +88,14 @@ class DevCluster:
             raise UserError(f"{self.root}: a cluster is running there; take it down first")
         shutil.rmtree(self.root, ignore_errors=True)
         user = pwd.getpwuid(os.getuid()).pw_name
-        layout = Layout(self.root, user, free_ports(3 + nodes), nodes=nodes, accounting=accounting, **sizes)
+        network = devcluster_net.free_network(self.root) if devcluster_net.possible() else None
+        ports = free_ports(3 + nodes)
+        layout = Layout(self.root, user, ports, nodes=nodes, accounting=accounting, network=network, **sizes)
         try:
             self._write_files(layout)
+            if network:
+                self._spawn(SWITCH, *devcluster_net.HOLD, own_network=True)
+                devcluster_net.build_switch(network, self.pids()[SWITCH])
             self._start_munge(layout)
             if accounting:
                 self._start_accounting(layout)
@@ -97,6 +107,22 @@ class DevCluster:
             self.down(keep=True)
             raise
         return layout
+
+    @property
+    def node_addresses(self) -> dict[str, str]:
+        """Name → address of every node."""
+        return dict(re.findall(r"^NodeName=(\S+) .*NodeAddr=(\S+) ", self.conf.read_text(), re.MULTILINE))
+
+    @property
+    def node_names(self) -> list[str]:
+        """The nodes, in order."""
+        return list(self.node_addresses)
+
+    @property
+    def network(self) -> str | None:
+        """The nodes' own network, as Layout has it."""
+        (head,) = re.findall(r"^SlurmctldHost=localhost\((\S+)\.1\)", self.conf.read_text(), re.MULTILINE)
+        return None if head == "127.0.0" else str(head)
 
     def _write_files(self, layout: Layout) -> None:
         for name in ("munge", "state", "spool", "log", "run", "gpu"):
@@ -123,8 +149,15 @@ class DevCluster:
     def _ours(self, pid: int) -> bool:
         return f"SLURM_CONF={self.conf}\0".encode() in _environ(pid)
 
-    def _spawn(self, name: str, *argv: str, **variables: str) -> None:
+    def _spawn(self, name: str, *argv: str, own_network: bool = False, **variables: str) -> None:
         env = {**os.environ, **self.environment, **variables}
+
+        def prepare() -> None:
+            if self.tied:
+                die_with_parent()
+            if own_network:
+                devcluster_net.enter_namespace()
+
         with (self.root / "log" / f"{name}.out").open("ab") as log:
             process = subprocess.Popen(
                 argv,
@@ -133,7 +166,7 @@ class DevCluster:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=die_with_parent if self.tied else None,
+                preexec_fn=prepare,
             )
         _children.append(process)
         self.pid_file.write_text(json.dumps({**self.pids(), name: process.pid}))
@@ -202,7 +235,15 @@ class DevCluster:
         if hidden is not None:
             hide = f'mount -t tmpfs none "{hidden}" && exec "$@"'
             argv = ("unshare", "--mount", "--propagation=private", "sh", "-c", hide, "sh", *argv)
-        self._spawn(f"slurmd.{name}", *argv, VCPPO_NODE=name)
+        network = self.network
+        if not network:
+            self._spawn(f"slurmd.{name}", *argv, VCPPO_NODE=name)
+            return
+        waiting = ("sh", "-c", devcluster_net.READY, "sh", *argv)
+        self._spawn(f"slurmd.{name}", *waiting, own_network=True, VCPPO_NODE=name)
+        pids = self.pids()
+        number = FIRST_NODE + self.node_names.index(name)
+        devcluster_net.plug_in(network, number, pids[SWITCH], pids[f"slurmd.{name}"])
 
     def wait_idle(self, names: list[str], timeout_s: float = 30.0) -> None:
         """Wait until these nodes are idle."""
@@ -240,7 +281,7 @@ class DevCluster:
             end = time.monotonic() + 10
             while time.monotonic() < end and self.command("squeue", "-h").stdout.strip():
                 time.sleep(0.1)
-        order = ["slurmd.", "slurmctld", "slurmdbd", "mariadbd", "munged"]
+        order = ["slurmd.", "slurmctld", "slurmdbd", "mariadbd", "munged", SWITCH]
         for name in sorted(running, key=lambda name: next(n for n, head in enumerate(order) if name.startswith(head))):
             self.kill(name, signal.SIGTERM)
         ours = f"SLURM_CONF={self.conf}\0".encode()
@@ -267,7 +308,7 @@ def _environ(pid: int) -> bytes:
 
 def _is_daemon(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/comm").read_text().startswith(("slurm", "munged", "mariadbd"))
+        return Path(f"/proc/{pid}/comm").read_text().startswith(("slurm", "munged", "mariadbd", "sleep"))
     except OSError:
         return False
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 ACCOUNT = "dev"
 """The one account of a cluster with accounting."""
+FIRST_NODE = 10
+"""The last number of the first node's address."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,23 @@ class Layout:
     accounting: bool = False
     grace_s: int = 20
     """Between the signal of a preemption and the end of the preempted job."""
+    network: str | None = None
+    """The first three numbers of the nodes' network; None: all nodes share the machine's."""
+
+    @property
+    def head(self) -> str:
+        """The address of slurmctld."""
+        return f"{self.network}.1" if self.network else "127.0.0.1"
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of the nodes; on the loopback interface where they have no network of their own."""
+        return [f"{self.network or '127.0.0'}.{FIRST_NODE + index}" for index in range(self.nodes)]
 
     @property
     def node_names(self) -> list[str]:
-        """Loopback addresses, so that a job can use its host list for rendezvous as on a real cluster."""
-        return [f"127.0.0.{10 + index}" for index in range(self.nodes)]
+        """Names that nothing resolves; where nodes share the machine's network, the address by which roles bind."""
+        return [f"node{index}" for index in range(self.nodes)] if self.network else self.addresses
 
     @property
     def munge_socket(self) -> Path:
@@ -40,7 +54,7 @@ def slurm_conf(layout: Layout) -> str:
     root, ports = layout.root, layout.ports
     settings = {
         "ClusterName": "dev",
-        "SlurmctldHost": "localhost(127.0.0.1)",
+        "SlurmctldHost": f"localhost({layout.head})",
         "SlurmctldPort": ports[0],
         "SlurmUser": layout.user,
         "SlurmdUser": layout.user,
@@ -80,9 +94,9 @@ def slurm_conf(layout: Layout) -> str:
         accounting_settings(layout) if layout.accounting else {"AccountingStorageType": "accounting_storage/none"}
     )
     lines = [f"{key}={value}" for key, value in settings.items()]
-    for name, port in zip(layout.node_names, ports[3:], strict=True):
+    for name, address, port in zip(layout.node_names, layout.addresses, ports[3:], strict=True):
         lines.append(
-            f"NodeName={name} NodeHostname=localhost NodeAddr={name} Port={port} CPUs={layout.cpus} "
+            f"NodeName={name} NodeHostname=localhost NodeAddr={address} Port={port} CPUs={layout.cpus} "
             f"RealMemory={layout.memory_mb} Gres=gpu:{layout.gpus} State=UNKNOWN"
         )
     lines.append(
@@ -100,7 +114,7 @@ def accounting_settings(layout: Layout) -> dict[str, object]:
     return {
         "AccountingStorageEnforce": "associations,qos",
         "AccountingStorageType": "accounting_storage/slurmdbd",
-        "AccountingStorageHost": "127.0.0.1",
+        "AccountingStorageHost": layout.head,
         "AccountingStoragePort": layout.ports[1],
         "AccountingStoragePass": layout.munge_socket,
         "AccountingStorageTRES": "gres/gpu",
@@ -120,7 +134,7 @@ def slurmdbd_conf(layout: Layout, password: str) -> str:
         "AuthType": "auth/munge",
         "AuthInfo": f"socket={layout.munge_socket}",
         "DbdHost": "localhost",
-        "DbdAddr": "127.0.0.1",
+        "DbdAddr": layout.head,
         "DbdPort": layout.ports[1],
         "SlurmUser": layout.user,
         "LogFile": layout.root / "log/slurmdbd.log",

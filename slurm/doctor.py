@@ -1,14 +1,20 @@
 """Checks a cluster profile step by step: each check is one line, and says what to change where it fails."""
 
+import functools
 import json
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.load import dump_config
+from megatron_vcppo.config.network import num_nodes
+from megatron_vcppo.config.placement import engine_nodes
 from megatron_vcppo.errors import UserError
+from slurm import doctor_findings as findings
 from slurm.query import slurm, slurm_message
 from slurm.roles import Programs
 from slurm.run_folder import RunFolder
@@ -17,12 +23,15 @@ from slurm.submit import executor, request_text
 from slurm.validate import check_scripts, check_slurm_installed
 
 WAIT_FOR_NODES_S = 120
-TEST_JOB_TIMEOUT_S = 300
+JOB_MINUTES = 8
+TEST_JOB_TIMEOUT_S = WAIT_FOR_NODES_S + 60 * JOB_MINUTES
 
 
 def checks(config: Config, programs: Programs, folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
     """Name and body of every check, in order; a body returns what it found or raises UserError with what to do."""
     cluster = config.cluster
+    config_file = folder / "config.yaml"
+    config_file.write_text(dump_config(config))
 
     def commands() -> str:
         check_slurm_installed()
@@ -47,49 +56,52 @@ def checks(config: Config, programs: Programs, folder: Path) -> Iterator[tuple[s
         return f"{cluster.trainer_nodes} + {cluster.rollout_nodes} nodes would be granted"
 
     def nodes() -> str:
-        (folder / "config.yaml").write_text("")
-        found = test_job(config, folder, probe_command(config, RunFolder(folder), programs, hosts=[]))
-        return (
-            found or f"all {cluster.trainer_nodes + cluster.rollout_nodes} see {folder} and have the Python environment"
-        )
+        found = test_job(config, probe_command(config, RunFolder(folder), programs, hosts=[]))
+        return found or f"all {num_nodes(cluster)} see {folder}, have the Python environment and the network"
+
+    def probe(module: str, *arguments: str, **layout: int) -> list[dict[str, Any]]:
+        argv = in_container(config, (programs.python, "-m", module, *arguments))
+        output = test_job(config, (*step(config, [], 1, 1), *argv), **layout)
+        return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+    software = functools.cache(lambda: probe("slurm.software_probe"))
 
     def collective() -> str:
-        argv = in_container(config, (programs.python, "-m", "slurm.allreduce_probe", str(folder)))
-        lines = [json.loads(line) for line in test_job(config, folder, argv).splitlines() if line.startswith("{")]
-        short = [line for line in lines if line["gpus"] < cluster.gpus_per_node]
-        if short:
-            raise UserError(
-                f"{short[0]['node']}: torch sees {short[0]['gpus']} GPUs, cluster.gpus_per_node is "
-                f"{cluster.gpus_per_node}: is this torch built for the driver there?"
-            )
-        slowest = min(line["gib_per_s"] for line in lines)
-        return f"{lines[0]['backend']} over {len(lines)} nodes: {slowest} GiB/s, first in {lines[0]['first_s']} s"
+        tasks = cluster.gpus_per_node or 1
+        return findings.collective(probe("slurm.allreduce_probe", str(config_file), tasks_per_node=tasks), cluster)
+
+    def engines() -> str:
+        layout = {"nodes": engine_nodes(config), "cpus_per_task": cluster.cpus_per_node}
+        return findings.engines(probe("slurm.engine_probe", str(config_file), **layout))
 
     yield "Slurm's commands", commands
     yield "Slurm's controller", controller
     yield "partition", partition
     yield "account, qos, nodes, GPUs", request
-    yield "file system and Python", nodes
-    yield "GPUs and collectives", collective
+    yield "file system, Python, network", nodes
+    if cluster.gpus_per_node:
+        yield "driver", lambda: findings.driver(software())
+        yield "Transformer Engine", lambda: findings.transformer_engine(software())
+        yield "compiler", lambda: findings.compiler(software())
+    yield "collective" if not cluster.gpus_per_node else "GPUs and collective", collective
+    yield "engine", engines
 
 
-def test_job(config: Config, folder: Path, argv: tuple[str, ...]) -> str:
-    """Run one task per node in an allocation of its own, bounded; returns its output."""
+def test_job(
+    config: Config, argv: tuple[str, ...], nodes: int | None = None, tasks_per_node: int = 1, cpus_per_task: int = 1
+) -> str:
+    """Run a step's command line in an allocation of its own, bounded; default: on all nodes. Returns its output."""
     cluster = config.cluster
-    num_nodes = cluster.trainer_nodes + cluster.rollout_nodes
-    if argv[0] != "srun":
-        argv = (*step(config, [], 1, 1), *argv)
-    options = [
-        "--kill-on-bad-exit=1",
-        f"--nodes={num_nodes}",
-        f"--ntasks={num_nodes}",
-        "--time=5",
-        f"--immediate={WAIT_FOR_NODES_S}",
-    ]
-    options += [f"--{name}={value}" for name in ("partition", "account", "qos") if (value := getattr(cluster, name))]
-    dropped = ("--nodes=", "--nodelist=", "--ntasks=", "--overlap", "--open-mode=", "--kill-on-bad-exit=")
-    kept = [argument for argument in argv if not argument.startswith(dropped)]
-    return run_bounded(["srun", *options, *kept[1:]])
+    nodes = nodes or num_nodes(cluster)
+    options = {
+        **{"kill-on-bad-exit": 1, "nodes": nodes, "ntasks": nodes * tasks_per_node, "ntasks-per-node": tasks_per_node},
+        **{"cpus-per-task": cpus_per_task, "time": JOB_MINUTES, "immediate": WAIT_FOR_NODES_S},
+        **{name: value for name in ("partition", "account", "qos") if (value := getattr(cluster, name))},
+        **{name: value for name, value in cluster.sbatch.items() if name in ("reservation", "constraint")},
+    }
+    replaced = tuple(f"--{name}=" for name in (*options, "nodelist", "open-mode"))
+    kept = [argument for argument in argv[1:] if not argument.startswith(replaced) and argument != "--overlap"]
+    return run_bounded(["srun", *(f"--{name}={value}" for name, value in options.items()), *kept])
 
 
 def run_bounded(argv: list[str]) -> str:

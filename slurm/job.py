@@ -13,6 +13,7 @@ from types import FrameType
 import submitit
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.network import node_network
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.stages.startup import process_age_s
 from slurm import events
@@ -21,7 +22,7 @@ from slurm.prepare import open_run
 from slurm.query import ENDED, patiently, show_job, slurm, slurm_message
 from slurm.roles import Programs, free_port
 from slurm.run_folder import RunFolder
-from slurm.srun import probe_command, srun_units, stage_nodes
+from slurm.srun import STEP_ENVIRONMENT, probe_command, srun_units, stage_nodes
 from slurm.stage import run_stage
 from slurm.timing import job_end_time, save_clock
 
@@ -80,12 +81,22 @@ class StageJob:
         except NodeLost as error:
             say(f"a node does not answer: {error}")
             return requeue(run, self.stage)
+        address = node_network(config.cluster).address
         due = save_clock(run, self.stage, job_end_time(job_id()), config.cluster.save_margin_s)
         outcome = run_stage(
             run,
             config,
             self.stage,
-            lambda logs: srun_units(run, config, self.stage, self.programs, hosts, free_port(), logs),
+            lambda logs: srun_units(
+                run=run,
+                config=config,
+                stage=self.stage,
+                programs=self.programs,
+                hosts=hosts,
+                address=address,
+                port=free_port(address),
+                logs=logs,
+            ),
             save_requested=lambda: signals["save"] or signals["end"] or due(),
             node_lost=lambda: lost_nodes(run, config, self.programs, hosts),
             say=say,
@@ -128,7 +139,10 @@ def probe(run: RunFolder, config: Config, programs: Programs, hosts: list[str], 
     """
     argv = probe_command(config, run, programs, hosts)
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout_s)
+        env = {name: value for name, value in (os.environ | STEP_ENVIRONMENT).items() if value}
+        done = subprocess.run(
+            argv, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout_s
+        )
     except subprocess.TimeoutExpired:
         raise NodeLost(f"no answer from all of {', '.join(hosts)} in {timeout_s:.0f} s") from None
     if done.stdout.strip():

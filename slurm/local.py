@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.network import node_network
 from megatron_vcppo.config.placement import engine_nodes
 from slurm import events
 from slurm.controller import SAVED_CODE, USER_ERROR_CODE, Unit
@@ -17,13 +18,13 @@ from slurm.stage import run_stage
 
 def local_units(run: RunFolder, config: Config, stage: str, programs: Programs = PROGRAMS) -> list[Unit]:
     """One process per trainer rank, and one rollout supervisor if the stage generates."""
-    env = role_environment(config)
+    env, address = role_environment(config, "trainer"), node_network(config.cluster).address
     nodes, ranks_per_node = trainer_layout(config, stage)
-    ranks, port = nodes * ranks_per_node, str(free_port("127.0.0.1"))
+    ranks, port = nodes * ranks_per_node, str(free_port(address))
     units = []
     for rank in range(ranks):
         place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place |= {"MASTER_ADDR": address, "MASTER_PORT": port}
         log = f"trainer_{rank}.log"
         units.append(
             Unit(
@@ -33,6 +34,7 @@ def local_units(run: RunFolder, config: Config, stage: str, programs: Programs =
             )
         )
     if starts_engines(config, stage):
+        env = role_environment(config, "rollout")
         for node in range(engine_nodes(config)):
             command = programs.rollout_command(run, stage, node)
             restarts = config.cluster.rollout_restarts

@@ -5,9 +5,9 @@
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.checks import trainer_ranks
+from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.architecture import Architecture
-from slurm.roles import ROLLOUT_STAGES
 
 GIB = 1 << 30
 WEIGHT_BYTES = {"bfloat16": 2, "float32": 4}
@@ -16,6 +16,8 @@ OPTIMIZER_BYTES = {"bfloat16": 12, "float32": 8}
 """Adam's two moments in float32, and a float32 copy of bfloat16 weights."""
 OVERHEAD_GIB = 3.0
 """CUDA context, communication buffers, fragmentation."""
+ASLEEP_GIB = 2.0
+"""What a sleeping engine keeps of its GPU: CUDA context, communication buffers, captured graphs."""
 
 
 def models_of(config: Config, stage: str) -> tuple[list[str], list[str]]:
@@ -101,6 +103,21 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
     return {name: num_bytes / GIB for name, num_bytes in sizes.items()}
 
 
+def check_generation_memory(config: Config, stage: str, parts: dict[str, float], gpu_gib: float) -> None:
+    """UserError if engines on the trainer's GPUs do not fit next to what the trainer keeps there while they generate.
+
+    Gradients and optimizer state are in host memory by then, and activations are gone.
+    """
+    share, kept = config.rollout.engine.gpu_memory_utilization, parts["weights"] + parts["overhead"]
+    if share * gpu_gib + kept > gpu_gib:
+        raise UserError(
+            f"{stage}: engines take {share:g} × {gpu_gib:g} = {share * gpu_gib:.1f} GiB of a GPU and the trainer keeps "
+            f"{kept:.1f} (weights {parts['weights']:.1f}, overhead {parts['overhead']:.1f}), there are {gpu_gib:g}: "
+            f"lower rollout.engine.gpu_memory_utilization to {max(0.0, 1 - kept / gpu_gib):.2f}, or raise "
+            "parallel.tp or parallel.pp"
+        )
+
+
 def check_memory(arch: Architecture, config: Config, stages: list[str]) -> dict[str, float]:
     """GiB per rank of each stage; UserError with the parts if one does not fit cluster.gpu_memory_gib (if given)."""
     cluster, needs = config.cluster, {}
@@ -110,8 +127,9 @@ def check_memory(arch: Architecture, config: Config, stages: list[str]) -> dict[
         limit = cluster.gpu_memory_gib
         if limit is None:
             continue
-        if stage in ROLLOUT_STAGES and not cluster.rollout_nodes:
-            limit *= 1 - config.rollout.engine.gpu_memory_utilization
+        if stage in ENGINE_STAGES and engine_placement(config) == "trainer_gpus":
+            check_generation_memory(config, stage, parts, limit)
+            limit -= ASLEEP_GIB
         if needs[stage] > limit:
             listed = ", ".join(f"{name} {size:.1f}" for name, size in parts.items())
             raise UserError(

@@ -3,14 +3,13 @@
 import socket
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.checks import trainer_ranks
+from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement
 from megatron_vcppo.stages.stored_set import needs_engines
 from slurm.run_folder import RunFolder
-
-ROLLOUT_STAGES = ("reward_model", "value_pretrain", "ppo", "evaluate")
-"""Stages that generate."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def trainer_layout(config: Config, stage: str) -> tuple[int, int]:
 
 def starts_engines(config: Config, stage: str) -> bool:
     """Whether a stage gets rollout units now: not if it generates nothing, or its set of rollouts is there already."""
-    return stage in ROLLOUT_STAGES and needs_engines(config, stage)
+    return stage in ENGINE_STAGES and needs_engines(config, stage)
 
 
 def free_port(address: str = "") -> int:
@@ -54,14 +53,18 @@ def free_port(address: str = "") -> int:
         return int(probe.getsockname()[1])
 
 
-def role_environment(config: Config) -> dict[str, str]:
-    """Variables that every role gets, on this machine and on a cluster."""
+def role_environment(config: Config, role: Literal["trainer", "rollout"]) -> dict[str, str]:
+    """Variables of a role, on this machine and on a cluster; cluster.environment has the last word."""
     cluster = config.cluster
     # Removed: compiled modules halve a rank's and an engine's start, and the variable that forbids them is common in
     # container images, where it only saves space.
     env = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": ""}
     ranks_per_node = trainer_ranks(config) // cluster.trainer_nodes
     env["OMP_NUM_THREADS"] = str(max(1, cluster.cpus_per_node // ranks_per_node) if cluster.gpus_per_node else 1)
-    if cluster.network_interface:
-        env |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), cluster.network_interface)
+    if role == "trainer" and cluster.gpus_per_node:
+        # One queue to the GPU: kernels start in the order of their calls, on which Megatron's overlap of communication
+        # with computation relies.
+        env["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+        if engine_placement(config) != "trainer_gpus":  # CUDA IPC of such memory needs rights that many sites deny
+            env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     return env | dict(cluster.environment)

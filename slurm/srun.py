@@ -4,13 +4,24 @@ import shlex
 from pathlib import Path
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement
 from slurm.controller import GUARD_ARGUMENTS, Unit
 from slurm.guard import ALONE
-from slurm.roles import ROLLOUT_STAGES, Programs, role_environment, starts_engines, trainer_layout
+from slurm.roles import Programs, role_environment, starts_engines, trainer_layout
 from slurm.run_folder import RunFolder
 
-TASK_LAYOUT = ("NTASKS", "NPROCS", "NTASKS_PER_NODE", "TASKS_PER_NODE", "CPUS_PER_TASK")
-"""Variables of the batch job that would change a step's own layout; they are removed for the step."""
+JOB_LAYOUT = (
+    *("NTASKS", "NPROCS", "NTASKS_PER_NODE", "TASKS_PER_NODE", "NTASKS_PER_SOCKET", "NTASKS_PER_CORE"),
+    *("NTASKS_PER_GPU", "NTASKS_PER_TRES", "CPUS_PER_TASK", "CPUS_PER_GPU", "THREADS_PER_CORE", "TRES_PER_TASK"),
+    *("GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "GPUS_PER_SOCKET", "GPU_BIND", "TRES_BIND", "GRES", "GRES_FLAGS"),
+    *("CPU_BIND", "CPU_BIND_LIST", "CPU_BIND_TYPE", "CPU_BIND_VERBOSE", "MEM_BIND", "MEM_BIND_LIST", "MEM_BIND_PREFER"),
+    *("MEM_BIND_SORT", "MEM_BIND_TYPE", "MEM_BIND_VERBOSE", "DISTRIBUTION", "DIST_PLANESIZE", "HINT", "HOSTFILE"),
+    *("EXACT", "EXCLUSIVE", "SPREAD_JOB", "USE_MIN_NODES"),
+)
+"""Variables (SLURM_…) of the batch job, or of the site, that srun takes for options: they would change a step's own
+layout or show a task only some of the GPUs. They are removed for the steps."""
+STEP_ENVIRONMENT = {f"SLURM_{name}": "" for name in JOB_LAYOUT} | {"SRUN_CPUS_PER_TASK": ""}
+"""For every srun of a job; an empty value removes the variable."""
 RANK_SHELL = 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
 """Slurm's words for a rank's place, in ours."""
 
@@ -18,7 +29,7 @@ RANK_SHELL = 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLU
 def stage_nodes(config: Config, stage: str) -> int:
     """Nodes of a stage's allocation: rollout nodes are asked for only where something may be generated."""
     nodes, _ = trainer_layout(config, stage)
-    return nodes + (config.cluster.rollout_nodes if stage in ROLLOUT_STAGES else 0)
+    return nodes + (config.cluster.rollout_nodes if stage in ENGINE_STAGES else 0)
 
 
 def in_container(config: Config, command: tuple[str, ...]) -> tuple[str, ...]:
@@ -50,8 +61,9 @@ def step(config: Config, nodes: list[str], tasks_per_node: int, cpus_per_task: i
         *(f"--ntasks={tasks_per_node * len(nodes)}", f"--ntasks-per-node={tasks_per_node}"),
         *(f"--cpus-per-task={cpus_per_task}", "--open-mode=append", "--input=none"),
     ]
-    if cluster.gpus_per_node:
-        argv.append(f"--gpus-per-node={cluster.gpus_per_node}")
+    argv.append("--distribution=block")  # consecutive ranks on a node, whatever the site's default is
+    if cluster.gpus_per_node:  # every task sees all GPUs of its node, in one order; ranks and engines choose theirs
+        argv += [f"--gpus-per-node={cluster.gpus_per_node}", "--gpu-bind=none"]
     if cluster.container_image and cluster.container_runtime == "pyxis":
         argv.append(f"--container-image={cluster.container_image}")
         if cluster.container_mounts:
@@ -60,11 +72,21 @@ def step(config: Config, nodes: list[str], tasks_per_node: int, cpus_per_task: i
 
 
 def srun_units(
-    run: RunFolder, config: Config, stage: str, programs: Programs, hosts: list[str], port: int, logs: Path
+    *,
+    run: RunFolder,
+    config: Config,
+    stage: str,
+    programs: Programs,
+    hosts: list[str],
+    address: str,
+    port: int,
+    logs: Path,
 ) -> list[Unit]:
-    """One step for all trainer ranks on the first nodes; one per rollout node, so that it can be restarted alone."""
+    """One step for all trainer ranks on the first nodes; one per node with engines, so that it can be restarted alone.
+
+    hosts: the job's nodes by name. address, port: where rank 0, on the first of them, serves the ranks' store.
+    """
     cluster = config.cluster
-    env = role_environment(config) | {f"SLURM_{name}": "" for name in TASK_LAYOUT}
     nodes, ranks_per_node = trainer_layout(config, stage)
     trainers = hosts[:nodes]
     cpus = max(1, cluster.cpus_per_node // ranks_per_node)
@@ -75,10 +97,13 @@ def srun_units(
             config, ("sh", "-c", RANK_SHELL, "rank", *guarded(programs, programs.trainer_command(run, stage)))
         ),
     )
-    place = {"MASTER_ADDR": trainers[0], "MASTER_PORT": str(port)}
+    env = STEP_ENVIRONMENT | role_environment(config, "trainer")
+    place = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     units = [Unit("trainer", 0, command, env | place, "srun_trainer.log", shown_log="trainer_0.log", step=True)]
     if starts_engines(config, stage):
-        for node, host in enumerate(hosts[cluster.trainer_nodes :] or trainers):
+        env = STEP_ENVIRONMENT | role_environment(config, "rollout")
+        own_nodes = engine_placement(config) == "rollout_nodes"
+        for node, host in enumerate(hosts[cluster.trainer_nodes :] if own_nodes else trainers):
             command = (
                 *step(config, [host], 1, cluster.cpus_per_node),
                 *("--job-name=rollout", f"--output={logs}/rollout_{node}.log"),
@@ -94,9 +119,25 @@ def guarded(programs: Programs, command: tuple[str, ...]) -> tuple[str, ...]:
     return (programs.python, *GUARD_ARGUMENTS, ALONE, *command)
 
 
+NETWORK_CHECK = """
+import sys
+from megatron_vcppo.config.cluster import ClusterConfig
+from megatron_vcppo.config.network import node_network
+from megatron_vcppo.errors import UserError
+try:
+    node_network(ClusterConfig(**{keys}))
+except UserError as error:
+    print(error)
+    sys.exit(1)
+"""
+
+
 def probe_command(config: Config, run: RunFolder, programs: Programs, hosts: list[str]) -> tuple[str, ...]:
-    """One task per node that names what the node lacks: the run folder, the interpreter, the packages."""
+    """One task per node that names what the node lacks: run folder, interpreter, packages, network interface."""
     folder, python = shlex.quote(str(run.config)), shlex.quote(programs.python)
+    cluster = config.cluster
+    keys = {name: getattr(cluster, name) for name in ("name", "trainer_nodes", "rollout_nodes", "network_interface")}
+    network = shlex.quote(NETWORK_CHECK.format(keys=keys))
     script = f"""
         where=$SLURMD_NODENAME
         lacks() {{ echo "$where: $1"; exit 3; }}
@@ -106,5 +147,6 @@ def probe_command(config: Config, run: RunFolder, programs: Programs, hosts: lis
 missing = [name for name in ("torch", "omegaconf", "megatron_vcppo") if u.find_spec(name) is None]
 sys.exit("the Python environment lacks " + ", ".join(missing) if missing else 0)' 2>&1) ||
             lacks "{programs.python}: $said: see cluster.setup"
+        {python} -c {network} || exit 3
     """
     return (*step(config, hosts, 1, 1), "--job-name=probe", *in_container(config, ("sh", "-c", script)))

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.checks import trainer_ranks
+from megatron_vcppo.config.placement import ENGINE_STAGES
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.architecture import Architecture
 from slurm.memory import check_memory
 from slurm.query import Unreachable, slurm
-from slurm.roles import ROLLOUT_STAGES
 from slurm.run_folder import RunFolder
 
 
@@ -38,7 +38,7 @@ def check_layout(config: Config) -> None:
 def check_inputs(config: Config, stages: list[str]) -> dict[str, float]:
     """Data files, the model's architecture and its memory; returns the estimated GiB per rank of each stage."""
     named = {"sft.train": config.sft.train, "sft.validation": config.sft.validation} if "sft" in stages else {}
-    if set(stages) & set(ROLLOUT_STAGES):
+    if set(stages) & set(ENGINE_STAGES):
         named["prompts.train"] = config.prompts.train
     if "evaluate" in stages or ("ppo" in stages and config.ppo.evaluate_every):
         named["prompts.test"] = config.prompts.test

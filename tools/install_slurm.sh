@@ -1,11 +1,12 @@
 #!/bin/sh
-# Installs Slurm and munge for the one-machine test cluster (Debian, Ubuntu; as root). --accounting: slurmdbd, MariaDB.
+# Installs Slurm, munge and ip for the one-machine test cluster (Debian, Ubuntu; as root).
+# --accounting: slurmdbd, MariaDB.
 # Exit code 3: not possible here (no apt-get, not root); the caller then skips the tests that need it.
 set -eu
-packages="slurmctld slurmd slurm-client munge"
+packages="slurmctld slurmd slurm-client munge iproute2"
 [ "${1:-}" != --accounting ] || packages="$packages slurmdbd mariadb-server-core mariadb-client-core"
 have() { PATH=$PATH:/usr/sbin command -v "$1" >/dev/null; }
-if have slurmctld && have slurmd && have sbatch && have munged; then
+if have slurmctld && have slurmd && have sbatch && have munged && { have ip || [ "$(id -u)" != 0 ]; }; then
     [ "${1:-}" = --accounting ] || exit 0
     ! { have slurmdbd && have mariadbd && have mariadb-install-db; } || exit 0
 fi

@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from megatron_vcppo.config.network import is_address, is_loopback, num_nodes
+from megatron_vcppo.config.placement import check_placement, trainer_gpus_per_node
 from megatron_vcppo.config.rl_checks import check_rl
 from megatron_vcppo.config.schema import Config
 from megatron_vcppo.errors import UserError
@@ -19,7 +21,7 @@ POSITIVE = {
     "verify_timeout_s", "verify_workers", "per_node", "max_num_seqs", "bucket_mib", "kl_horizon",
     "length_adaptive_alpha", "tis_cap", "huber_delta", "value_clip", "clip_low", "clip_high", "kl_target",
     "start_timeout_s", "health_timeout_s", "request_timeout_s", "all_dead_timeout_s", "cpu_cache_gib", "gpu_memory_gib",
-    "memory_per_node_gb",
+    "memory_per_node_gb", "link_gb_per_s",
 }  # fmt: skip
 """Last parts of keys whose value, where there is one, must be over zero."""
 NOT_NEGATIVE = {
@@ -94,7 +96,9 @@ def _check_ranges(config: Config) -> Iterator[str]:
 def _num_ranks(config: Config) -> int:
     cluster, parallel = config.cluster, config.parallel
     model_ranks = parallel.tp * parallel.pp * parallel.cp
-    return cluster.trainer_ranks or cluster.trainer_nodes * cluster.gpus_per_node or model_ranks * (parallel.dp or 1)
+    if cluster.trainer_ranks is None and cluster.gpus_per_node:
+        return cluster.trainer_nodes * max(1, trainer_gpus_per_node(config))
+    return cluster.trainer_ranks or model_ranks * (parallel.dp or 1)
 
 
 def _check_layout(config: Config) -> Iterator[str]:
@@ -155,9 +159,23 @@ def _check_secrets(config: Config) -> Iterator[str]:
             )
 
 
+def _check_network(config: Config) -> Iterator[str]:
+    cluster, name = config.cluster, config.cluster.network_interface
+    if name is None or cluster.name == "local" or num_nodes(cluster) == 1:
+        return
+    nodes = f"{cluster.trainer_nodes} trainer + {cluster.rollout_nodes} rollout nodes"
+    advice = "name the interface that they share, such as ib0, or set null for that of the default route"
+    if is_loopback(name):
+        yield f"cluster.network_interface {name} is a loopback: {nodes} cannot reach each other over it; {advice}"
+    elif is_address(name):
+        yield f"cluster.network_interface {name} is the address of one node, the job has {nodes}; {advice}"
+
+
 CHECKS: list[Callable[[Config], Iterator[str]]] = [
     _check_ranges,
     _check_layout,
+    check_placement,
+    _check_network,
     _check_stages,
     _check_fp8,
     _check_schedule,

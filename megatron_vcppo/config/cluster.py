@@ -43,7 +43,14 @@ class ClusterConfig:
     environment: dict[str, str] = field(default_factory=dict)
     """Variables for every role."""
     network_interface: str | None = None
-    """Interface of gloo and NCCL, such as ib0; left out: they choose."""
+    """The network of everything in a run (engines, gloo, NCCL, weights): an interface that every node has, such as ib0,
+    or, with one node, an IPv4 address. Default: loopback on one node, else the interface of the default route."""
+    link_gb_per_s: float | None = None
+    """What the links of one node carry in one direction, in GB/s, with which `vcppo doctor` compares a collective of
+    all GPUs. Default: what the node says of its InfiniBand ports, else of the interface."""
+    node_cache: str | None = None
+    """Folder for compiled kernels (Triton, torch, vLLM, CUDA), on a disk of the node's own; made by every role,
+    readable by its user alone. Default: vcppo-cache-UID below $TMPDIR or /tmp."""
     container_image: str | None = None
     container_mounts: str | None = None
     container_runtime: Literal["pyxis", "apptainer"] = "pyxis"

@@ -22,6 +22,12 @@ from megatron_vcppo.errors import UserError
 
 T = TypeVar("T")
 
+REMOVED: dict[str, tuple[Any, str]] = {
+    "rollout.interface": ("lo", "engines use cluster.network_interface, as everything else does; remove this line"),
+}
+"""Keys of earlier versions → their default, which resolved configurations of old runs hold and is passed over, and what
+to do about another value."""
+
 
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), complete: bool = True, profiles: Sequence[str | Path] = ()
@@ -88,6 +94,10 @@ def _checked_leaves(values: Mapping[Any, Any], prefix: str, source: Source) -> I
             if not isinstance(value, Mapping):
                 raise UserError(f"{source.where(name)}: {name} is a section with keys of its own, got {value!r}")
             yield from _checked_leaves(value, f"{name}.", source)
+        elif name in REMOVED:
+            default, hint = REMOVED[name]
+            if value != default:
+                raise UserError(f"{source.where(name)}: {name} is no longer a key: {hint}")
         elif name in all_keys():
             yield name, _as_word(value, all_keys()[name].choices)
         else:

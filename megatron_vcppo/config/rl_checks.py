@@ -3,15 +3,14 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_vcppo.config.placement import uses_engines
 from megatron_vcppo.config.schema import Config
-
-GENERATING = {"reward_model", "value_pretrain", "ppo", "evaluate"}
 
 
 def check_rl(config: Config) -> Iterator[str]:
     """One line per problem."""
     stages = set(config.stages)
-    if stages & GENERATING:
+    if uses_engines(config):
         yield from _rollouts(config)
     if "value_pretrain" in stages:
         settings, num_samples = config.value_pretrain, config.rollout.num_samples

@@ -33,8 +33,6 @@ class RolloutConfig:
     """Generation of responses by vLLM servers on rollout nodes."""
 
     engine: EngineConfig = field(default_factory=EngineConfig)
-    interface: str = "lo"
-    """Network interface (lo, ib0, …) or IPv4 address that engines listen on; weights take the same network."""
     temperature: float = 1.0
     max_tokens: int = 1024
     """Longest response in tokens; prompt and response together never exceed model.max_length."""

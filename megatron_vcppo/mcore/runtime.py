@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_vcppo.config.schema import ParallelConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import cpu_shim
+from megatron_vcppo.mcore.ranks_store import ranks_store
 
 # Megatron warns at import and for every model about parts that this project does not use.
 warnings.filterwarnings("ignore", module="megatron")
@@ -86,7 +87,9 @@ def start(parallel: ParallelConfig, seed: int, timeout_s: float) -> Runtime:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl"
-    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=timeout_s))
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store = ranks_store(rank, world_size, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,

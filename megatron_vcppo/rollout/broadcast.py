@@ -13,6 +13,8 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from megatron_vcppo.config.network import listen
+
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):
     """One tensor in a payload."""
@@ -53,9 +55,14 @@ class Group:
 
 
 def serve_store(address: str, timeout_s: float) -> dist.TCPStore:
-    """The meeting point of a new group, on a free port of address; its ``port`` is told to the receivers."""
+    """The meeting point of a new group, on a free port of address alone; its ``port`` is told to the receivers."""
     timeout = datetime.timedelta(seconds=timeout_s)
-    return dist.TCPStore(address, 0, None, is_master=True, timeout=timeout, wait_for_workers=False)
+    listener = listen(address)
+    port = listener.getsockname()[1]
+    fd = listener.detach()  # the store closes it
+    return dist.TCPStore(
+        address, port, None, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=fd
+    )
 
 
 def reach_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:

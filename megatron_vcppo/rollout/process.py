@@ -28,25 +28,6 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def interface_address(interface: str) -> str:
-    """The IPv4 address of a network interface ("lo", "ib0"), or the argument if it is an address already.
-
-    Raises OSError if there is no such interface.
-    """
-    try:
-        socket.inet_aton(interface)
-        return interface
-    except OSError:
-        pass
-    import psutil
-
-    for address in psutil.net_if_addrs().get(interface, []):
-        if address.family == socket.AF_INET:
-            return address.address
-    known = ", ".join(psutil.net_if_addrs())
-    raise OSError(f"no network interface {interface} with an IPv4 address; there are: {known}")
-
-
 def free_port(address: str) -> int:
     """A port that nothing listens on just now."""
     with socket.socket() as probe:

@@ -12,14 +12,17 @@ import signal
 import sys
 import threading
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 from megatron_vcppo.config.load import load_config
+from megatron_vcppo.config.network import node_network
+from megatron_vcppo.config.node import node_environment
+from megatron_vcppo.config.placement import engine_gpus_per_node, engine_placement
 from megatron_vcppo.config.schema import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.rollout import server
 from megatron_vcppo.rollout.auth import make_secret
-from megatron_vcppo.rollout.process import interface_address
 from megatron_vcppo.rollout.rendezvous import SECRET
 from megatron_vcppo.rollout.supervisor import Limits, Slot, run
 
@@ -42,6 +45,7 @@ def main() -> int:
         signal.signal(number, lambda *_: stopping.set())
     try:
         config = load_config(args.config, complete=False)  # checked when the run began
+        os.environ.update(node_environment(config.cluster))
         slots = plan_slots(config, args.model or Path(config.model.hf), args.rendezvous, args.node)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -53,16 +57,8 @@ def plan_slots(config: Config, model: Path, folder: Path, node: int) -> list[Slo
     """What to run on this node: engines, their devices, their log files (beside the rendezvous folder)."""
     rollout, engine = config.rollout, config.rollout.engine
     make_secret(folder / SECRET)
-    try:
-        address = interface_address(rollout.interface)
-    except OSError as error:
-        raise UserError(f"rollout.interface: {error}") from None
-    gpus, cpus = visible_gpus(), sorted(os.sched_getaffinity(0))
-    if gpus and len(gpus) < engine.per_node * engine.tp * engine.dp:
-        raise UserError(
-            f"rollout.engine: {engine.per_node} engines × tp {engine.tp} × dp {engine.dp} need "
-            f"{engine.per_node * engine.tp * engine.dp} GPUs; this node shows {len(gpus)}"
-        )
+    address = node_network(config.cluster).address
+    gpus, cpus = engine_gpus(config), sorted(os.sched_getaffinity(0))
     if not gpus:
         check_head_size(model)
     limits = Limits(rollout.start_timeout_s, rollout.health_timeout_s, rollout.max_restarts)
@@ -79,7 +75,7 @@ def plan_slots(config: Config, model: Path, folder: Path, node: int) -> list[Slo
                 bool(gpus),
                 config.run.seed,
             ),
-            server.environment(os.environ, engine, placement, folder / SECRET, rollout.interface),
+            server.environment(os.environ, engine, placement, folder / SECRET, address),
         )
 
     slots = []
@@ -104,16 +100,35 @@ def check_head_size(model: Path) -> None:
         raise UserError(f"{model}/config.json: heads of size {head_size}; vLLM without GPUs knows {known}")
 
 
-def visible_gpus() -> list[int]:
-    """Indices of the GPUs that this process may use."""
+def engine_gpus(config: Config) -> list[str]:
+    """The GPUs of this node's engines, engine after engine; empty on a node without GPUs.
+
+    The last ones of the node where the trainer's ranks have the first (cluster.engines_on: trainer_nodes), else the
+    first. Raises UserError if the node shows too few.
+    """
+    gpus, engine, needed = visible_gpus(), config.rollout.engine, engine_gpus_per_node(config)
+    if gpus and len(gpus) < needed:
+        raise UserError(
+            f"rollout.engine: {engine.per_node} engines × tp {engine.tp} × dp {engine.dp} need {needed} GPUs; "
+            f"this node shows {len(gpus)}"
+        )
+    return gpus[-needed:] if engine_placement(config) == "trainer_nodes" else gpus[:needed]
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: an index, GPU-… or MIG-….
+
+    As in CUDA, the first entry that is none of these ends the list (-1 and the empty text: no GPU).
+    """
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
-        return [int(index) for index in given.split(",") if index.strip().isdigit()]
+        names = [name.strip() for name in given.split(",")]
+        return list(takewhile(lambda name: name.isdigit() or name.startswith(("GPU-", "MIG-")), names))
     if not any(Path(driver).exists() for driver in GPU_DRIVERS):
         return []  # without the seconds that torch's import costs
     import torch
 
-    return list(range(torch.cuda.device_count()))
+    return [str(index) for index in range(torch.cuda.device_count())]
 
 
 def share(cpus: list[int], index: int, count: int) -> tuple[int, ...]:

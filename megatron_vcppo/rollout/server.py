@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from megatron_vcppo.config.rollout import EngineConfig
 from megatron_vcppo.rollout.auth import SECRET_FILE_VARIABLE
 from megatron_vcppo.rollout.process import die_with_parent, without_trainer
@@ -37,7 +35,8 @@ CPU_BATCH_TOKENS = 8192
 class Placement:
     """The devices that one engine gets."""
 
-    gpus: tuple[int, ...] = ()
+    gpus: tuple[str, ...] = ()
+    """Names as CUDA_VISIBLE_DEVICES has them: indices, GPU-… or MIG-…."""
     cpus: tuple[int, ...] = ()
 
 
@@ -78,14 +77,15 @@ def command(
 
 
 def environment(
-    base: Mapping[str, str], engine: EngineConfig, placement: Placement, secret_file: Path, interface: str
+    base: Mapping[str, str], engine: EngineConfig, placement: Placement, secret_file: Path, address: str
 ) -> dict[str, str]:
-    """The engine's environment: nothing of the trainer's world, its own devices, the place of the secret."""
-    variables = {**without_trainer(base), **QUIET, SECRET_FILE_VARIABLE: str(secret_file)}
-    if interface in psutil.net_if_addrs():
-        variables.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
+    """The engine's environment: nothing of the trainer's world, its own devices, the place of the secret.
+
+    address: of this node; vLLM would look for one by the route to a host of the internet.
+    """
+    variables = {**without_trainer(base), **QUIET, SECRET_FILE_VARIABLE: str(secret_file), "VLLM_HOST_IP": address}
     if placement.gpus:
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, placement.gpus))
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(placement.gpus)
         return variables
     variables.update(VLLM_CPU_KVCACHE_SPACE=str(engine.cpu_cache_gib), TORCHDYNAMO_DISABLE="1")
     variables["GLIBC_TUNABLES"] = ":".join(filter(None, (base.get("GLIBC_TUNABLES"), HUGE_PAGES)))

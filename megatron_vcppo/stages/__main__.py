@@ -13,6 +13,7 @@ def main() -> int:
     import os
 
     from megatron_vcppo.config.load import load_config
+    from megatron_vcppo.config.node import node_environment
     from megatron_vcppo.errors import UserError
     from megatron_vcppo.stages.stage import SAVED, Saved, listen_for_stop
     from megatron_vcppo.stages.startup import startup
@@ -24,6 +25,7 @@ def main() -> int:
     listen_for_stop()
     try:
         config = load_config(arguments.config)
+        os.environ.update(node_environment(config.cluster))  # before torch is imported
         stage = importlib.import_module(f"megatron_vcppo.stages.{arguments.stage}")
         startup.done("imports")
         stage.run(config)

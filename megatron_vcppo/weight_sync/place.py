@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_vcppo.config.network import node_network
 from megatron_vcppo.config.schema import Config
-from megatron_vcppo.rollout.process import interface_address
 from megatron_vcppo.weight_sync.plan import Place
 from megatron_vcppo.weight_sync.sync import WeightSync
 from megatron_vcppo.weight_sync.transport import DiskTransport, NetworkTransport, Transport
@@ -48,7 +48,7 @@ def make_weight_sync(config: Config, rendezvous: Path, place: Place, device: tor
     if settings.transport == "disk":
         transport = DiskTransport(rendezvous / "weights", bucket_bytes)
     else:
-        address = interface_address(config.rollout.interface)
+        address = node_network(config.cluster).address
         transport = NetworkTransport(address, device, bucket_bytes, settings.timeout_s)
     exchange = make_exchange(settings.timeout_s + EXCHANGE_MARGIN_S)
     return WeightSync(settings, rendezvous, place, exchange, transport)

@@ -10,8 +10,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Register the command."""
     parser = subparsers.add_parser(
         "doctor",
-        description="Check Slurm's commands, the partition, the shared file system, the nodes' Python and the network "
-        "with short test jobs, and say what to mend.",
+        description="Check Slurm's commands, the partition, the shared file system, the nodes' Python and network, a "
+        "collective over all nodes and the start of a tiny engine with short test jobs; on GPU clusters also the "
+        "driver, Transformer Engine, the compiler, and all GPUs against what their links carry. One line each, with "
+        "what to do.",
     )
     parser.add_argument("--cluster", required=True, metavar="NAME", help="profile in configs/cluster/, or a YAML file")
     parser.add_argument("--folder", type=Path, default=Path(), help="where runs will live (default: here)")

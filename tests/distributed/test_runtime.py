@@ -1,13 +1,19 @@
 """Waiting for the main rank: as long as it gets on, and not longer."""
 
+import os
+import socket
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
+from megatron_vcppo.config.network import listen
 from megatron_vcppo.config.schema import ParallelConfig
 from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.ranks_store import ranks_store
+from slurm.controller import PORT_TAKEN
 from tests.helpers.distributed import RanksFailed, run_distributed_test
 
 
@@ -39,3 +45,30 @@ def test_ranks_wait_for_a_main_rank_that_gets_on() -> None:
 def test_a_main_rank_that_does_not_get_on_is_named() -> None:
     with pytest.raises(RanksFailed, match=r"TimeoutError: counting on rank 0 has made no progress for 0\.8 s"):
         wait_for_main(beats=False)
+
+
+def _reach_the_store_elsewhere() -> str:
+    runtime.start(ParallelConfig(), seed=0, timeout_s=30)
+    try:
+        socket.create_connection(("127.0.0.2", int(os.environ["MASTER_PORT"])), 5).close()
+    except ConnectionRefusedError:
+        return "refused"
+    return "reached"
+
+
+def test_the_ranks_store_listens_on_the_masters_address_alone() -> None:
+    assert run_distributed_test(_reach_the_store_elsewhere, 2) == ["refused", "refused"]
+
+
+def _a_taken_port() -> str:
+    with listen("127.0.0.1") as listener:
+        os.environ["MASTER_PORT"] = str(listener.getsockname()[1])
+        try:
+            ranks_store(0, 1, timedelta(seconds=5))
+        except OSError as error:
+            return str(error)
+    return ""
+
+
+def test_a_taken_port_of_the_store_is_named_as_the_controller_looks_for_it() -> None:
+    assert PORT_TAKEN in run_distributed_test(_a_taken_port, 1)[0]

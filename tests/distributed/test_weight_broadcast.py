@@ -1,6 +1,7 @@
 """The byte stream of a push on real gloo ranks: what comes out is what went in, and a stalled peer ends it."""
 
 import os
+import socket
 import time
 
 import pytest
@@ -89,3 +90,11 @@ def test_ranks_are_counted_over_all_workers_of_all_engines() -> None:
     ]
     store = serve_store("127.0.0.1", 5.0)
     assert store.port > 0
+
+
+def test_the_meeting_point_of_a_push_listens_on_its_address_alone() -> None:
+    store = serve_store("127.0.0.2", 10)
+    reach_store("127.0.0.2", store.port, 10).set("word", "here")
+    assert store.get("word") == b"here"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", store.port), 5)

@@ -11,7 +11,7 @@ from megatron_vcppo.config.rollout import EngineConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.rollout import server
 from megatron_vcppo.rollout.auth import is_authorized, make_secret, read_secret
-from megatron_vcppo.rollout.process import interface_address, without_trainer
+from megatron_vcppo.rollout.process import without_trainer
 
 
 def test_the_first_process_makes_the_secret_and_all_read_the_same(tmp_path) -> None:
@@ -60,7 +60,7 @@ def test_an_engine_is_not_told_that_it_is_a_rank(tmp_path) -> None:
     kept = {"PATH": "/bin", "HOME": "/root", "CUDA_HOME": "/cuda"}
     assert without_trainer({**trainer, **kept}) == kept
     variables = server.environment(
-        {**trainer, **kept}, EngineConfig(), server.Placement(cpus=(0, 1)), tmp_path / "s", "lo"
+        {**trainer, **kept}, EngineConfig(), server.Placement(cpus=(0, 1)), tmp_path / "s", "127.0.0.1"
     )
     assert not set(trainer) - {"OMP_NUM_THREADS"} & set(variables)
     assert variables["OMP_NUM_THREADS"] != trainer["OMP_NUM_THREADS"]
@@ -69,21 +69,14 @@ def test_an_engine_is_not_told_that_it_is_a_rank(tmp_path) -> None:
 def test_the_secret_is_on_no_command_line(tmp_path) -> None:
     make_secret(tmp_path / "secret")
     arguments = server.command(tmp_path, EngineConfig(), "float32", 512, "127.0.0.1", 1, on_gpu=False, seed=0)
-    variables = server.environment(os.environ, EngineConfig(), server.Placement(), tmp_path / "secret", "lo")
+    variables = server.environment(os.environ, EngineConfig(), server.Placement(), tmp_path / "secret", "127.0.0.1")
     secret = read_secret(tmp_path / "secret")
     assert secret not in " ".join(arguments) and secret not in variables.values()
 
 
 def test_development_routes_stay_off(tmp_path) -> None:
-    variables = server.environment({}, EngineConfig(), server.Placement(), tmp_path / "secret", "lo")
+    variables = server.environment({}, EngineConfig(), server.Placement(), tmp_path / "secret", "127.0.0.1")
     assert "VLLM_SERVER_DEV_MODE" not in variables
-
-
-def test_the_interface_is_a_name_or_an_address() -> None:
-    assert interface_address("lo") == "127.0.0.1"
-    assert interface_address("10.1.2.3") == "10.1.2.3"
-    with pytest.raises(OSError, match=r"no network interface ib7 .*there are: .*lo"):
-        interface_address("ib7")
 
 
 def test_workers_share_the_cpus_of_their_engine() -> None:

@@ -124,7 +124,7 @@ def kill_trainer_rank(cluster: DevCluster, run: RunFolder, config: Config) -> No
 def kill_rollout_server(cluster: DevCluster, run: RunFolder, config: Config) -> None:
     wait_for_checkpoint(run, "ppo")
     published = run.rendezvous("ppo") / "engine_0.json"
-    assert kill_processes("tests.slurm.tiny_rollout", "SLURM_STEP_NODELIST=127.0.0.12") == 1
+    assert kill_processes("tests.slurm.tiny_rollout", f"SLURM_STEP_NODELIST={cluster.node_names[2]}") == 1
     wait_until(lambda: '"generation": 1' in published.read_text(), "the rollout unit to come back", 30)
 
 
@@ -145,11 +145,12 @@ def cancel_and_resume(cluster: DevCluster, run: RunFolder, config: Config) -> No
     submit(run, config, list(config.stages), TINY)
 
 
-def cut_power(node: str) -> Inflict:
+def cut_power(index: int) -> Inflict:
     """Of a node: slurmd, step daemons and tasks, all at once; the node comes back after 25 s."""
 
     def inflict(cluster: DevCluster, run: RunFolder, config: Config) -> None:
         wait_for_checkpoint(run, "sft")
+        node = cluster.node_names[index]
         assert cluster.cut_power(node) > 0
         time.sleep(25)
         cluster.start_node(node)
@@ -198,8 +199,8 @@ FAULTS = {
     "rollout server killed": Fault(kill_rollout_server),
     "preempted by a higher partition": Fault(preempt),
     "stage cancelled, vcppo resume": Fault(cancel_and_resume),
-    "power cut: a trainer node": Fault(cut_power("127.0.0.11")),
-    "power cut: the controller's node": Fault(cut_power("127.0.0.10")),
+    "power cut: a trainer node": Fault(cut_power(1)),
+    "power cut: the controller's node": Fault(cut_power(0)),
     "slurmctld killed and restarted": Fault(restart_slurmctld),
     "disk full at a checkpoint": Fault(full_disk, small_disk=True),
     "bad data, mended": Fault(fail_for_good, data="bad"),

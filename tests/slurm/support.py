@@ -9,8 +9,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from megatron_vcppo.config import Config
+from slurm.controller import Unit
 from slurm.query import JobState, job_states
+from slurm.roles import Programs
 from slurm.run_folder import RunFolder
+from slurm.srun import srun_units
 
 
 def tiny_config(folder: Path, stages: tuple[str, ...] = ("sft",), ranks: int = 2, steps: int = 6) -> Config:
@@ -72,9 +75,22 @@ def cluster_config(folder: Path, stages: tuple[str, ...], steps: int = 6) -> Con
     config.cluster.name = "devcluster"
     config.cluster.trainer_nodes, config.cluster.rollout_nodes, config.cluster.cpus_per_node = 2, 1, 2
     config.cluster.time_limit_minutes, config.cluster.save_margin_s = 5, 60
-    config.cluster.network_interface = "lo"
     config.cluster.setup = [f"export PYTHONPATH={Path.cwd()}"]
     return config
+
+
+def units_on(run: RunFolder, config: Config, stage: str, hosts: list[str]) -> list[Unit]:
+    """A stage's steps on these nodes."""
+    return srun_units(
+        run=run,
+        config=config,
+        stage=stage,
+        programs=Programs(),
+        hosts=hosts,
+        address="10.0.0.1",
+        port=29500,
+        logs=run.path / "logs",
+    )
 
 
 def wait_for_jobs(jobs: Iterable[str], seconds: float) -> dict[str, JobState]:

@@ -10,11 +10,10 @@ from megatron_vcppo.mcore.manifest import write_manifest
 from megatron_vcppo.stages.stored_set import stored_set
 from slurm.base_run import take_stages
 from slurm.local import local_units
-from slurm.roles import Programs
 from slurm.run_folder import RunFolder
-from slurm.srun import srun_units, stage_nodes
+from slurm.srun import stage_nodes
 from slurm.sweep import points, results, write_points
-from tests.slurm.support import tiny_config, tiny_model, write_config
+from tests.slurm.support import tiny_config, tiny_model, units_on, write_config
 
 
 def test_an_export_is_one_process_on_one_node(tmp_path: Path) -> None:
@@ -23,7 +22,7 @@ def test_an_export_is_one_process_on_one_node(tmp_path: Path) -> None:
     cluster.trainer_nodes, cluster.gpus_per_node, cluster.cpus_per_node = 2, 8, 64
     run = write_config(config)
     assert (stage_nodes(config, "sft"), stage_nodes(config, "export")) == (2, 1)
-    (unit,) = srun_units(run, config, "export", Programs(), ["a"], 29500, tmp_path / "logs")
+    (unit,) = units_on(run, config, "export", ["a"])
     assert {"--nodelist=a", "--ntasks=1", "--cpus-per-task=64"} <= set(unit.command)
     (unit,) = local_units(run, config, "export")
     assert unit.env["WORLD_SIZE"] == "1" and len(local_units(run, config, "sft")) == 16
@@ -36,7 +35,7 @@ def test_no_engines_start_where_the_set_of_rollouts_is_complete(tmp_path: Path) 
 
     def roles() -> list[str]:
         here = local_units(run, config, "value_pretrain")
-        there = srun_units(run, config, "value_pretrain", Programs(), ["a"], 1, tmp_path)
+        there = units_on(run, config, "value_pretrain", ["a"])
         assert {unit.role for unit in here} == {unit.role for unit in there}
         return [unit.role for unit in here]
 

@@ -180,7 +180,7 @@ def test_events_survive_a_torn_line(tmp_path: Path) -> None:
 
 def test_an_empty_variable_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    env = role_environment(tiny_config(tmp_path / "run"))
+    env = role_environment(tiny_config(tmp_path / "run"), "trainer")
     command = (sys.executable, "-c", "import sys; print(sys.dont_write_bytecode)")
     assert supervise([Unit("trainer", 0, command, env, "trainer_0.log")], tmp_path / "logs").code == 0
     assert (tmp_path / "logs" / "trainer_0.log").read_text() == "False\n"

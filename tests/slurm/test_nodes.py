@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vcppo.config import Config
+from megatron_vcppo.errors import UserError
 from slurm.devcluster import DevCluster
-from slurm.doctor import examine
+from slurm.doctor import checks, examine
 from slurm.roles import Programs
 from slurm.status import run_status, table
 from slurm.submit import submit
@@ -23,7 +25,7 @@ def half_blind(cluster: DevCluster, tmp_path: Path):
     """The cluster, its second node without sight of tmp_path/hidden."""
     hidden = tmp_path / "hidden"
     hidden.mkdir()
-    node = "127.0.0.11"
+    node = cluster.node_names[1]
     cluster.kill(f"slurmd.{node}", signal.SIGTERM)
     cluster.start_node(node, hidden=hidden)
     cluster.wait_idle([node])
@@ -41,7 +43,7 @@ def test_a_run_folder_that_is_not_shared(cluster: DevCluster, half_blind: Path) 
     jobs = submit(run, config, list(config.stages), TINY)
     states = wait_for_jobs(jobs.values(), 60)
     assert states[jobs["sft"]].state == "FAILED" and states[jobs["export"]].state == "CANCELLED"
-    message = f"127.0.0.11: does not see {run.config}: run.dir must be on a shared file system"
+    message = f"{cluster.node_names[1]}: does not see {run.config}: run.dir must be on a shared file system"
     assert message in table(run_status(run, config))
     assert not cluster.command("squeue", "-h").stdout
 
@@ -56,27 +58,39 @@ def test_a_node_without_the_python_environment(cluster: DevCluster, half_blind: 
     run = write_config(config)
     jobs = submit(run, config, ["sft"], Programs(TINY.trainer, TINY.rollout, str(python)))
     wait_for_jobs(jobs.values(), 60)
-    assert f"127.0.0.11: has no interpreter {python}: see cluster.python" in table(run_status(run, config))
+    assert f"{cluster.node_names[1]}: has no interpreter {python}: see cluster.python" in table(run_status(run, config))
 
 
 @pytest.mark.slow
-def test_the_doctor_finds_a_good_cluster_good(cluster: DevCluster, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_doctor_finds_a_good_cluster_good(cluster: DevCluster, tmp_path: Path, capsys) -> None:
     config = cluster_config(tmp_path / "run", ("sft",))
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     assert examine(config, Programs(), tmp_path), capsys.readouterr().out
     out = capsys.readouterr().out
-    assert "ok    GPUs and collectives: gloo over 3 nodes" in out and "FAIL" not in out
+    assert (
+        "ok    collective: gloo over 3 nodes on " in out
+        and "ok    engine: one of a tiny model answers" in out
+        and "FAIL" not in out
+    )
     assert not list(tmp_path.glob(".vcppo_doctor*"))
 
 
 @pytest.mark.slow
 @needs_root
-def test_the_doctor_finds_the_blind_node(cluster: DevCluster, half_blind: Path, capsys) -> None:
+def test_the_doctor_finds_the_blind_node(cluster: DevCluster, half_blind: Path) -> None:
     config = cluster_config(half_blind / "run", ("sft",))
     config.cluster.partition = "nowhere"
-    assert not examine(config, Programs(), half_blind)
-    out = capsys.readouterr().out
-    assert "FAIL  partition: no partition nowhere; there are: high, main" in out
+    assert (
+        failure_of("partition", config, half_blind)
+        == "no partition nowhere; there are: high, main: set cluster.partition"
+    )
     config.cluster.partition = None
-    assert not examine(config, Programs(), half_blind)
-    assert "FAIL  file system and Python: 127.0.0.11: does not see" in capsys.readouterr().out
+    assert failure_of("file system, Python, network", config, half_blind).startswith(
+        f"{cluster.node_names[1]}: does not see {half_blind}"
+    )
+
+
+def failure_of(name: str, config: Config, folder: Path) -> str:
+    """What one of the doctor's checks complains about."""
+    with pytest.raises(UserError) as error:
+        dict(checks(config, Programs(), folder))[name]()
+    return str(error.value)

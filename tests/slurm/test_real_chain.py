@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.cli import main
+from slurm import events
 from slurm.devcluster import DevCluster
 from slurm.prepare import open_run
 from slurm.status import run_status, table
@@ -59,6 +60,8 @@ def test_real_stages_train_every_iteration_once(cluster: DevCluster, tmp_path: P
         records = [json.loads(line) for line in (run.stage(stage) / "metrics.jsonl").read_text().splitlines()]
         assert [record["iteration"] for record in records] == list(range(1, total + 1)), stage
         assert len(run.attempts(stage)) == 2
-    assert (run.attempts("ppo")[-1] / "rollout_0.log").exists()
+    rollout_node = events.of_stage(run.path, "job", "ppo")[0]["nodes"][-1]
+    engine = f"engine_0_0 at {cluster.node_addresses[rollout_node]}:"
+    assert engine in (run.attempts("ppo")[-1] / "rollout_0.log").read_text(), "not on its node's own address"
     assert main(["status", str(run.path)]) == 0
     assert capsys.readouterr().out.count("done") >= 3

@@ -15,14 +15,14 @@ from slurm.logs import last_lines
 from slurm.memory import check_memory, plan, plan_of_rank
 from slurm.prepare import profile_files
 from slurm.query import JobState, parse_table, slurm_message
-from slurm.roles import Programs
+from slurm.roles import role_environment
 from slurm.snapshot import take_snapshot
-from slurm.srun import srun_units, stage_nodes
+from slurm.srun import stage_nodes
 from slurm.status import pending_note
 from slurm.sweep import points, read_points, text_table, write_points
 from slurm.timing import STOP_S, save_clock, save_margin_s, signal_margin_s
 from slurm.validate import check_inputs, check_layout
-from tests.slurm.support import tiny_config, tiny_model, write_config
+from tests.slurm.support import tiny_config, tiny_model, units_on, write_config
 
 
 def test_trainer_and_rollout_steps_have_their_own_layout(tmp_path: Path) -> None:
@@ -31,33 +31,69 @@ def test_trainer_and_rollout_steps_have_their_own_layout(tmp_path: Path) -> None
     cluster.trainer_nodes, cluster.rollout_nodes, cluster.gpus_per_node, cluster.cpus_per_node = 2, 2, 8, 64
     cluster.trainer_ranks = 16
     run, hosts = write_config(config), ["a", "b", "c", "d"]
-    units = srun_units(run, config, "ppo", Programs(), hosts, 29500, tmp_path / "logs")
+    units = units_on(run, config, "ppo", hosts)
     assert [(unit.role, unit.index) for unit in units] == [("trainer", 0), ("rollout", 0), ("rollout", 1)]
     trainer, *rollouts = (set(unit.command) for unit in units)
     assert {"--nodelist=a,b", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=8"} <= trainer
-    assert {"--kill-on-bad-exit=0", "--gpus-per-node=8", "--overlap"} <= trainer
+    assert {"--kill-on-bad-exit=0", "--gpus-per-node=8", "--overlap", "--distribution=block"} <= trainer
     assert [next(a for a in argv if a.startswith("--nodelist")) for argv in rollouts] == [
         "--nodelist=c",
         "--nodelist=d",
     ]
-    assert units[0].env["MASTER_ADDR"] == "a" and units[0].env["SLURM_CPUS_PER_TASK"] == ""
+    assert units[0].env["MASTER_ADDR"] == "10.0.0.1" and units[0].env["SLURM_CPUS_PER_TASK"] == ""
     assert stage_nodes(config, "sft") == 2 and stage_nodes(config, "ppo") == 4
     cluster.rollout_nodes = 0
-    colocated = srun_units(run, config, "ppo", Programs(), ["a", "b"], 29500, tmp_path)
+    colocated = units_on(run, config, "ppo", ["a", "b"])
     assert [next(a for a in unit.command if a.startswith("--nodelist")) for unit in colocated[1:]] == [
         "--nodelist=a",
         "--nodelist=b",
     ]
 
 
+def test_a_sites_binding_and_layout_do_not_reach_the_steps(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config.cluster.gpus_per_node, config.cluster.rollout_nodes = 8, 1
+    for unit in units_on(write_config(config), config, "ppo", ["a", "b"]):
+        assert "--gpu-bind=none" in unit.command, "all GPUs in one order: ranks and engines choose theirs by it"
+        for name in ("TRES_PER_TASK", "CPU_BIND", "CPU_BIND_TYPE", "GPU_BIND", "GPUS_PER_TASK", "NTASKS_PER_GPU"):
+            assert unit.env[f"SLURM_{name}"] == ""
+        assert unit.env["SLURM_DISTRIBUTION"] == "" and unit.env["SRUN_CPUS_PER_TASK"] == ""
+
+
+def test_what_only_trainer_ranks_on_gpus_get(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    queue, allocator = "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF"
+    assert not {queue, allocator} & set(role_environment(config, "trainer")), "no GPUs"
+    config.cluster.gpus_per_node = 8
+    assert role_environment(config, "trainer")[queue] == "1"
+    assert role_environment(config, "trainer")[allocator] == "expandable_segments:True"
+    assert not {queue, allocator} & set(role_environment(config, "rollout")), "vLLM's sleep mode refuses the second"
+    config.cluster.engines_on = "trainer_gpus"
+    assert allocator not in role_environment(config, "trainer")
+    config.cluster.environment = {queue: "8"}
+    assert role_environment(config, "trainer")[queue] == "8"
+
+
+def test_engines_run_on_the_nodes_of_their_placement(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config.cluster.trainer_nodes = 2
+    run = write_config(config)
+    for engines_on, rollout_nodes, hosts in (("trainer_gpus", 0, ["a", "b"]), ("rollout_nodes", 1, ["c"])):
+        config.cluster.engines_on, config.cluster.rollout_nodes = engines_on, rollout_nodes  # type: ignore[assignment]
+        units = units_on(run, config, "ppo", ["a", "b", "c"])[1:]
+        assert [argument for unit in units for argument in unit.command if argument.startswith("--nodelist=")] == [
+            f"--nodelist={host}" for host in hosts
+        ]
+
+
 def test_containers_wrap_the_roles(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     run = write_config(config)
     config.cluster.container_image, config.cluster.container_mounts = "image.sqsh", "/data:/data"
-    command = srun_units(run, config, "sft", Programs(), ["a"], 1, tmp_path)[0].command
+    command = units_on(run, config, "sft", ["a"])[0].command
     assert "--container-image=image.sqsh" in command and "--container-mounts=/data:/data" in command
     config.cluster.container_runtime = "apptainer"
-    command = srun_units(run, config, "sft", Programs(), ["a"], 1, tmp_path)[0].command
+    command = units_on(run, config, "sft", ["a"])[0].command
     start = command.index("apptainer")
     assert command[start : start + 5] == ("apptainer", "exec", "--bind", "/data:/data", "image.sqsh")
 

@@ -13,8 +13,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
+from megatron_vcppo.config.load import load_config
+from megatron_vcppo.config.node import node_environment
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.manifest import FORMAT, MANIFEST_NAME, file_record, verify_manifest, write_manifest
 
@@ -51,18 +51,22 @@ def save(checkpoints: Path, state: dict) -> None:
 def main() -> int:
     signal.signal(signal.SIGUSR2, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
-    stage, config = sys.argv[1], OmegaConf.load(sys.argv[3])
+    stage, config = sys.argv[1], load_config(sys.argv[3])
     if config.sft.train == "bad":
         print("vcppo: data.jsonl:7: sample has no response", file=sys.stderr, flush=True)
         return 2
+    os.environ.update(node_environment(config.cluster))
     import torch
     import torch.distributed as dist
+
+    from megatron_vcppo.mcore.ranks_store import ranks_store
 
     folder = Path(config.run.dir) / stage
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    assert config.sft.steps
+    rank, ranks, timeout = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(seconds=60)
+    dist.init_process_group("gloo", store=ranks_store(rank, ranks, timeout), rank=rank, world_size=ranks)
     state = load_newest(checkpoints)
     print(f"rank {rank}/{ranks} starts after iteration {len(state['trained'])}", flush=True)
     while len(state["trained"]) < config.sft.steps:

@@ -1,0 +1,21 @@
+"""The store over which the ranks of a world meet; apart from runtime.py, which imports Megatron."""
+
+import datetime
+import os
+
+import torch.distributed as dist
+
+from megatron_vcppo.config.network import is_address, listen
+
+
+def ranks_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.TCPStore:
+    """The store at MASTER_ADDR:MASTER_PORT. Rank 0 serves it, on that address only, where torch would on all.
+
+    Under torchrun its agent serves the store. Raises OSError if the port is taken, DistStoreError after the timeout.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not (serves and is_address(address)):  # a name may mean another of this node's addresses here than elsewhere
+        return dist.TCPStore(address, port, world_size, is_master=serves, timeout=timeout)
+    fd = listen(address, port).detach()  # the store closes it
+    return dist.TCPStore(address, port, world_size, is_master=True, timeout=timeout, master_listen_fd=fd)

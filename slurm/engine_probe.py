@@ -1,0 +1,69 @@
+"""One task of `vcppo doctor` per node with engines: a random tiny model, and one engine of it until it answers."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from megatron_vcppo.config.load import dump_config, load_config
+from megatron_vcppo.config.rollout import EngineConfig
+from megatron_vcppo.rollout import rendezvous
+from slurm.logs import last_lines
+
+TIMEOUT_S = 420.0
+POLL_S = 0.2
+STOP_S = 30.0
+HEAD_SIZE = 64
+"""One that every attention kernel has."""
+
+
+def main() -> int:
+    """``python -m slurm.engine_probe CONFIG``; one JSON line: the node, and seconds until the engine answered."""
+    from megatron_vcppo.tasks.base_model import write_base_model
+
+    config = load_config(sys.argv[1], complete=False)
+    node = os.environ["SLURMD_NODENAME"]
+    with tempfile.TemporaryDirectory(prefix="vcppo_engine_probe_") as name:
+        folder = Path(name)
+        write_base_model(folder / "model", width=2 * HEAD_SIZE, head_size=HEAD_SIZE)
+        config.model.hf, config.model.max_length = str(folder / "model"), 512
+        config.rollout.engine = EngineConfig(max_num_seqs=8, gpu_memory_utilization=0.5)
+        (folder / "config.yaml").write_text(dump_config(config))
+        seconds, problem = start(folder)
+    print(json.dumps({"node": node, "seconds": round(seconds, 1)}) if not problem else f"{node}: {problem}", flush=True)
+    return 1 if problem else 0
+
+
+def start(folder: Path) -> tuple[float, str]:
+    """Start the supervisor of one engine, as a job does; seconds until the engine answers, and what went wrong."""
+    place, log = folder / "rendezvous", folder / "serve.log"
+    arguments = ("--config", str(folder / "config.yaml"), "--rendezvous", str(place), "--node", "0")
+    place.mkdir(mode=0o700)
+    started = time.monotonic()
+    with log.open("wb") as output:
+        command = (sys.executable, "-m", "megatron_vcppo.rollout.serve", *arguments)
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    try:
+        while not rendezvous.engines(place):
+            took = time.monotonic() - started
+            restarted = "starting it again" in log.read_text(errors="replace")
+            if server.poll() is None and not restarted and took < TIMEOUT_S:
+                time.sleep(POLL_S)
+                continue
+            said = [line for path in (*place.glob("*.log"), log) for line in last_lines(path, 3)]
+            return took, f"an engine with a tiny model does not answer after {took:.0f} s: {'; '.join(said)[-600:]}"
+        return time.monotonic() - started, ""
+    finally:
+        server.terminate()
+        try:
+            server.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
