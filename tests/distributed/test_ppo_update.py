@@ -20,7 +20,7 @@ from megatron_vcppo.stages.credit import assign_credit
 from megatron_vcppo.stages.losses import bounded
 from megatron_vcppo.stages.stage import packing_of
 from megatron_vcppo.stages.token_outputs import token_outputs
-from megatron_vcppo.stages.updates import update
+from megatron_vcppo.stages.updates import Report, update
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.ppo_reference import reference_update
 from tests.helpers.tiny_models import VOCAB_SIZE, save_tiny_model
@@ -115,7 +115,8 @@ def train(config: Config, rollouts: list[Rollout]) -> dict[str, Any]:
         batch, values, fields["old_logprobs"], fields.get("ref_logprobs"), config, ppo.loss.kl_coef, None
     )
     kl_coef = ppo.loss.kl_coef if ppo.loss.kl_in == "loss" else 0.0
-    report = update(actor, critic, batch, credit, fields, packing, config, 1, kl_coef)
+    report = Report()
+    update(actor, critic, batch, credit, fields, packing, config, 1, kl_coef, report)
     assert not any(any(skipped) for skipped in report.skipped.values())
     after = {"logprobs_after": token_outputs(batch, packing, actor.logprobs)}
     if critic is not None:

@@ -26,7 +26,7 @@ from megatron_vcppo.mcore.checkpoint import complete_checkpoints
 from megatron_vcppo.mcore.convert.exporter import export_hf
 from megatron_vcppo.report.metrics import MetricsLog, read_metrics
 from megatron_vcppo.stages.__main__ import main as run_rank
-from megatron_vcppo.stages.stage import SAVED
+from megatron_vcppo.stages.stopping import SAVED
 from slurm.local import run_chain
 from tests.helpers.distributed import RanksFailed, run_distributed_test
 from tests.slurm.support import wait_until, write_config
