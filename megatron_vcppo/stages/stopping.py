@@ -12,14 +12,10 @@ from contextlib import contextmanager
 
 from megatron_vcppo.errors import Stopped
 from megatron_vcppo.mcore import runtime
+from megatron_vcppo.report.metrics import LONGEST_PIECE, SAVE_TIME
 
 SAVED = 75
 """Exit code of a rank that was asked to stop and has saved: run the stage again (EX_TEMPFAIL of sysexits.h)."""
-
-LONGEST_PIECE = "stopping/longest_piece_s"
-"""Metric: the longest time between two points at which the stage could stop, since the record before."""
-SAVE = "stopping/save_s"
-"""Metric: how long the newest complete checkpoint took, until its files were written and checked."""
 
 
 class Saved(Exception):
@@ -66,7 +62,7 @@ class Stopping:
 
     def metrics(self, save_time_s: float) -> dict[str, float]:
         """For the log: the longest piece since the last call, and the last save's time if there was a save."""
-        found = {LONGEST_PIECE: self._longest_s, SAVE: save_time_s}
+        found = {LONGEST_PIECE: self._longest_s, SAVE_TIME: save_time_s}
         self._longest_s = 0.0
         return {name: seconds for name, seconds in found.items() if seconds}
 

@@ -64,8 +64,8 @@ def identity_of(batch: RolloutBatch, config: Config) -> str:
     """Differs if other responses are trained on, or the same ones in other optimizer steps."""
     settings = config.ppo
     steps = (config.run.seed, settings.ppo_epochs, settings.minibatches, settings.critic.updates_per_actor_update)
-    digest = xxhash.xxh3_128(repr((steps, settings.critic_only_iterations)))
-    digest.update(repr([(r.prompt.prompt_id, r.sample_index, r.seed, r.reward) for r in batch.rollouts]))
+    digest = xxhash.xxh3_128(repr((steps, settings.critic_only_iterations)).encode())
+    digest.update(repr([(r.prompt.prompt_id, r.sample_index, r.seed, r.reward) for r in batch.rollouts]).encode())
     digest.update(batch.lengths.numpy().tobytes())
     digest.update(batch.rollout_logprobs.numpy().tobytes())
     return digest.hexdigest()
