@@ -104,9 +104,9 @@ class Generation(AbstractContextManager["Generation"]):
             self.scorer.close(finish=kind is None)
 
     def wait_for_engines(self) -> None:
-        """Until every engine of every rollout node has answered once."""
+        """Until every engine of every rollout node has answered once. Raises Stopped if any rank was asked to stop."""
         count = engine_nodes(self.config) * self.config.rollout.engine.per_node
-        self.sync.wait_for_engines(count, self.config.rollout.start_timeout_s)
+        self.sync.wait_for_engines(count, self.config.rollout.start_timeout_s, stopping.requested)
         startup.done("engines")
 
     def push(self, policy_version: int, source: Callable[[], Tensors]) -> PushResult:

@@ -49,7 +49,11 @@ def run(config: Config) -> None:
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
     startup.done("groups")
     with Generation(config, folder, world) as generation:
-        Ppo(config, folder, world, generation).train()
+        ppo = Ppo(config, folder, world, generation)
+        try:
+            ppo.train()
+        except Stopped:
+            ppo.leave()
     if world.is_main:
         mark_done(folder, checkpoint=folder / "checkpoints" / f"iter_{config.ppo.iterations:07d}")
     runtime.stop()
@@ -118,7 +122,7 @@ class Ppo:
         """Since the iteration before was logged: saving it counts to the next one."""
 
     def train(self) -> None:
-        """All iterations that are left. Raises Saved if any rank was asked to stop."""
+        """All iterations that are left. Raises Stopped on every rank if any was asked to stop."""
         total = self.settings.iterations
         log = MetricsLog(self.folder, self.config, "ppo", self.iteration, total) if self.world.is_main else None
         progress = Progress("ppo", total, self.iteration, "tok", every_s=0) if self.world.is_main else None
@@ -128,10 +132,7 @@ class Ppo:
         self.generation.wait_for_engines()
         started = time.monotonic()
         while self.iteration < total:
-            try:
-                metrics, profiles, warning = self.iterate()
-            except Stopped:
-                self.leave()
+            metrics, profiles, warning = self.iterate()
             metrics |= {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
             metrics["time/iteration_s"], started = time.monotonic() - started, time.monotonic()
             self.seconds = {}
@@ -153,7 +154,7 @@ class Ppo:
     def iterate(self) -> tuple[dict[str, float], dict[str, list[float | None]], str]:
         """One iteration: rollouts, values, advantages, updates. Returns metrics, profiles, and what to warn about.
 
-        Raises Stopped on every rank if any was asked to stop; ``leave`` then saves how far it is.
+        Raises Stopped at any ``point``; ``leave`` then saves how far it is.
         """
         config, iteration = self.config, self.iteration + 1
         self.point()
@@ -309,7 +310,7 @@ class Ppo:
         raise Saved(f"asked to stop: saved {where} of {total}; finished responses are stored")
 
     def save_or_stop(self, last: bool) -> None:
-        """Save when it is time; raise Saved if any rank was asked to stop, UserError after too many skipped updates."""
+        """Save when it is time; raise Stopped if any rank was asked to, UserError after too many skipped updates."""
         self.checkpoints.poll()
         stop = stopping.agreed()
         if last or self.skips.too_many or self.iteration % self.settings.checkpoint.save_every == 0:
@@ -318,7 +319,7 @@ class Ppo:
             self.checkpoints.finish()
             raise self.skips.error("ppo", self.iteration)
         if stop and not last:
-            self.leave()
+            raise Stopped
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

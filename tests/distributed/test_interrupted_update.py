@@ -77,7 +77,13 @@ def train_up_to(config: Config, rollouts: list[Rollout], folder: Path, num_steps
     return report.means() | after | {"values": token_outputs(batch, packing, critic.values)}
 
 
-@pytest.mark.parametrize("layout", [{"distributed_optimizer": True}, {"pp": 2}], ids=["dp2", "pp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param({"distributed_optimizer": True}, id="dp2"),
+        pytest.param({"pp": 2}, id="pp2", marks=pytest.mark.slow),
+    ],
+)
 def test_an_update_in_pieces_is_the_update(tmp_path: Path, layout: dict[str, Any]) -> None:
     config, rollouts = make_config(save_models(tmp_path), copy.deepcopy(VARIANT)), make_rollouts()
     for name, value in layout.items():
@@ -87,8 +93,8 @@ def test_an_update_in_pieces_is_the_update(tmp_path: Path, layout: dict[str, Any
         return run_distributed_test(train_up_to, 2, config, rollouts, tmp_path / folder, num_steps, timeout_s=120)
 
     through = run("through", NUM_STEPS + 1)
-    # In the middle of the critic's two steps, between critic and actor, and in the second pass.
-    for num_steps in (1, 5, 8):
+    # In the middle of the critic's two steps, and between critic and actor in the second pass.
+    for num_steps in (1, 8):
         assert run("pieces", num_steps) == [None, None]
     for ours, theirs in zip(run("pieces", NUM_STEPS + 1), through, strict=True):
         assert ours.keys() == theirs.keys()

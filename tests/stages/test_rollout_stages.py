@@ -19,6 +19,8 @@ from megatron_vcppo.stages.stopping import SAVED
 from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import Stage, make_config, make_task
 
+pytestmark = pytest.mark.timeout(600)  # the first test also waits for the node
+
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
