@@ -1,6 +1,7 @@
 """Layouts, margins, sweeps and parsers: pure functions."""
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from slurm.roles import Programs
 from slurm.run_folder import RunFolder
 from slurm.snapshot import take_snapshot
 from slurm.srun import srun_units, stage_nodes
-from slurm.status import pending_note
+from slurm.status import leaving_note, pending_note
 from slurm.sweep import points, read_points, text_table, write_points
 from slurm.timing import LEAST_S, STOP_S, save_allowance_s, save_clock, save_margin_s, signal_margin_s
 from slurm.validate import check_inputs, check_layout
@@ -105,6 +106,13 @@ def test_stops_of_earlier_attempts_count_where_nothing_else_was_measured_or_they
     assert save_margin_s(run, "ppo", 300) == 2 * 20 + STOP_S
     events.append(run.path, "attempt_end", stage="ppo", code=1, leaving_s=60.0)
     assert save_margin_s(run, "ppo", 300) == 2 * 60 + STOP_S, "it was ended after 60 s: it needs more"
+
+
+def test_the_status_says_how_long_a_save_is_given(tmp_path: Path) -> None:
+    asked = {"event": "save_requested", "stage": "ppo", "time": 0.0, "seconds": 340}
+    attempt, end = {"event": "attempt", "stage": "ppo"}, {"event": "attempt_end", "stage": "ppo"}
+    assert re.fullmatch(r"asked at \d\d:\d\d:\d\d to save and leave within 340 s", leaving_note([attempt, asked]))
+    assert leaving_note([attempt]) == leaving_note([attempt, asked, end]) == leaving_note([]) == ""
 
 
 def test_whatever_a_start_leaves_to_the_next_is_progress(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,22 @@ def test_an_evaluation_and_a_stored_set_keep_finished_responses(node: RolloutNod
         assert len(kept) == 3 and partial_iterations(stage.folder / "rollouts") == [tag]
         assert set(stage.run()) == {0}
         assert_kept(stage, tag, kept)
+
+
+def test_under_other_settings_an_interrupted_update_begins_again(node: RolloutNode, task: Path, tmp_path: Path) -> None:
+    """Its optimizer steps are no longer what the position counts, and its rollouts are another configuration's."""
+    config = make_config(task, tmp_path / "run", {"ppo": PPO | {"iterations": 1, "critic": {"init": "sft"}}})
+    stage = Stage(node, config, "ppo")
+    assert set(stage.run(lambda: at_call(Learner, "train_step", 3, ask_to_stop))) == {SAVED}
+    config.ppo.minibatches = 4
+    log = tmp_path / "log"
+
+    def redirect() -> None:
+        if os.environ["RANK"] == "0":
+            sys.stdout = sys.stderr = log.open("w", buffering=1)
+
+    assert set(stage.run(redirect)) == {0}
+    text = log.read_text()
+    assert "iterations 1 to 1 were generated under other settings (ppo.minibatches)" in text, text
+    assert "iteration 1 was interrupted after 3 optimizer steps on other rollouts or under other settings" in text
+    assert len(read_metrics(stage.folder)) == 1
