@@ -123,7 +123,7 @@ def test_a_kill_while_a_checkpoint_takes_the_place_of_another_leaves_one_of_them
                 os.kill(os.getpid(), signal.SIGKILL)
             replace(source, target)
 
-        checkpoint_module.os.replace = kill_before_the_new_one  # type: ignore[attr-defined]
+        checkpoint_module.os.replace = kill_before_the_new_one  # type: ignore[assignment]
         checkpoints.save(3, {"actor": actor}, {"save": 2}, {"x": torch.zeros(2)})
         return resumed_state(checkpoints, actor)
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def test_an_evaluation_and_a_stored_set_keep_finished_responses(node: RolloutNod
     }
     for name, tag, before in (("evaluate", 1, 16), ("reward_model", 1, 0)):
         stage = Stage(node, make_config(task, tmp_path / name, sections[name]), name)
-        assert set(stage.run(lambda before=before: hold_responses(before + 3, ask_to_stop))) == {SAVED}
+        assert set(stage.run(partial(hold_responses, before + 3, ask_to_stop))) == {SAVED}
         kept = read_partial(stage.folder / "rollouts", tag)
         assert len(kept) == 3 and partial_iterations(stage.folder / "rollouts") == [tag]
         assert set(stage.run()) == {0}
