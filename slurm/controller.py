@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slurm.logs import Follower, last_lines
@@ -67,6 +67,8 @@ class Outcome:
     """The last lines of the log of the one that ended first."""
     node_lost: bool = False
     """A node of the allocation no longer answers: the stage needs other ones."""
+    leaving_s: float | None = None
+    """Seconds from the request to save to the end, if there was one."""
 
     @property
     def killed(self) -> bool:
@@ -130,6 +132,8 @@ class Attempt:
 
     def __init__(self, units: list[Unit], logs: Path, grace_s: float, say: Callable[[str], None]) -> None:
         self.logs, self.grace_s, self.say = logs, grace_s, say
+        self.asked_at: float | None = None
+        """When the trainer was asked to save and leave."""
         logs.mkdir(parents=True, exist_ok=True)
         self.followers = [Follower(logs / unit.shown_log) for unit in units if unit.shown_log]
         self.started: list[_Started] = []
@@ -245,14 +249,22 @@ def supervise(
     *,
     save_requested: Callable[[], bool] = lambda: False,
     abort_requested: Callable[[], bool] = lambda: False,
-    save_timeout_s: float = 600.0,
+    save_allowance_s: Callable[[], float] = lambda: 600.0,
+    follow_timeout_s: float = 600.0,
     grace_s: float = 10.0,
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Run one attempt to its end. ``save_requested`` becoming true sends USR2 to the trainer, once."""
+    """Run one attempt to its end. ``save_requested`` becoming true sends USR2 to the trainer, once.
+
+    save_allowance_s: called at that moment; seconds until an attempt that has not ended by itself is ended.
+    follow_timeout_s: how long the other ranks may take once one has left well.
+    """
     attempt = Attempt(units, logs, grace_s, say)
     try:
-        return _watch(attempt, save_requested, abort_requested, save_timeout_s)
+        outcome = _watch(attempt, save_requested, abort_requested, save_allowance_s, follow_timeout_s)
+        if attempt.asked_at is None:
+            return outcome
+        return replace(outcome, leaving_s=round(time.monotonic() - attempt.asked_at, 1))
     finally:
         attempt.stop()
 
@@ -261,26 +273,28 @@ def _watch(
     attempt: Attempt,
     save_requested: Callable[[], bool],
     abort_requested: Callable[[], bool],
-    save_timeout_s: float,
+    save_allowance_s: Callable[[], float],
+    follow_timeout_s: float,
 ) -> Outcome:
     trainers = attempt.of("trainer")
     save_deadline = settled_at = float("inf")
+    allowance_s = 0.0
     while True:
         now = time.monotonic()
         ended = attempt.ended("trainer")
-        if save_deadline < float("inf"):
+        if attempt.asked_at is not None:
             interrupted = 128 + signal.SIGUSR2
             ended = [(unit, SAVED_CODE if code == interrupted else code) for unit, code in ended]
         if ended and settled_at == float("inf"):
             bad = any(code not in (0, SAVED_CODE) for _, code in ended)
-            settled_at = now + (SETTLE_S if bad else save_timeout_s)
+            settled_at = now + (SETTLE_S if bad else follow_timeout_s)
         if ended and any(code not in (0, SAVED_CODE) for _, code in ended):
             settled_at = min(settled_at, now + SETTLE_S)
         if len(ended) == len(trainers) or now >= settled_at:
             unit, code = first_death(ended)
             if code in (0, SAVED_CODE) and len(ended) < len(trainers):
                 return Outcome(
-                    1, f"{unit.name} {describe(code)} but other ranks did not follow in {save_timeout_s:.0f} s"
+                    1, f"{unit.name} {describe(code)} but other ranks did not follow in {follow_timeout_s:.0f} s"
                 )
             if code in (0, SAVED_CODE):
                 return Outcome(code, "" if code == 0 else f"{unit.name} {describe(code)}")
@@ -290,10 +304,11 @@ def _watch(
             return outcome
         if abort_requested():
             return Outcome(128 + signal.SIGINT, "stopped at once, without saving")
-        if save_requested() and save_deadline == float("inf"):
-            attempt.say("asking the trainer to save and leave")
+        if attempt.asked_at is None and save_requested():
+            allowance_s = save_allowance_s()
+            attempt.say(f"asking the trainer to save and leave within {allowance_s:.0f} s")
             attempt.send("trainer", signal.SIGUSR2)
-            save_deadline = now + save_timeout_s
+            attempt.asked_at, save_deadline = now, now + allowance_s
         if now > save_deadline:
-            return Outcome(1, f"the trainer did not save within {save_timeout_s:.0f} s")
+            return Outcome(1, f"the trainer did not save within {allowance_s:.0f} s")
         time.sleep(POLL_S)

@@ -16,6 +16,7 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.network import node_network
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.stages.startup import process_age_s
+from megatron_vcppo.stages.stored_set import rollouts_folder
 from slurm import events
 from slurm.controller import SAVED_CODE, USER_ERROR_CODE
 from slurm.prepare import open_run
@@ -31,7 +32,7 @@ LOST_TIMEOUT_S = 20.0
 """A node that does not answer this long after a failed attempt is lost."""
 REQUEUE_TIMEOUT_S = 180.0
 MAX_FUTILE_STARTS = 5
-"""A job that was requeued this often in succession without a new checkpoint stays ended."""
+"""A job that was requeued this often in succession without leaving more than it found stays ended."""
 
 
 def say(text: str) -> None:
@@ -67,7 +68,7 @@ class StageJob:
         run, config = open_run(self.run)
         hosts = submitit.JobEnvironment().hostnames
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        start = {"nodes": hosts, "restarts": restarts, "checkpoint": run.checkpoint_iteration(self.stage)}
+        start = {"nodes": hosts, "restarts": restarts, "progress": progress(run, config, self.stage)}
         start["age_s"] = round(process_age_s(), 2)
         code = Path(__file__).parents[1].name
         events.append(self.run, "job", stage=self.stage, job=job_id(), code=code, **start)
@@ -80,9 +81,9 @@ class StageJob:
             probe(run, config, self.programs, hosts, PROBE_TIMEOUT_S)
         except NodeLost as error:
             say(f"a node does not answer: {error}")
-            return requeue(run, self.stage)
-        address = node_network(config.cluster).address
-        due = save_clock(run, self.stage, job_end_time(job_id()), config.cluster.save_margin_s)
+            return requeue(run, config, self.stage)
+        address, end_time = node_network(config.cluster).address, job_end_time(job_id())
+        due = save_clock(run, self.stage, end_time, config.cluster.save_margin_s)
         outcome = run_stage(
             run,
             config,
@@ -99,6 +100,7 @@ class StageJob:
             ),
             save_requested=lambda: signals["save"] or signals["end"] or due(),
             node_lost=lambda: lost_nodes(run, config, self.programs, hosts),
+            end_time=end_time,
             say=say,
         )
         if outcome.code == 0:
@@ -107,7 +109,7 @@ class StageJob:
         elif not signals["end"] and outcome.code != USER_ERROR_CODE:
             cut_short = signals["save"] or due()  # asked to save, but killed or too slow: the checkpoint before counts
             if outcome.code == SAVED_CODE or outcome.node_lost or cut_short:
-                return requeue(run, self.stage)
+                return requeue(run, config, self.stage)
         return outcome.code
 
 
@@ -166,23 +168,31 @@ def lost_nodes(run: RunFolder, config: Config, programs: Programs, hosts: list[s
     return False
 
 
-def futile_starts(run: RunFolder, stage: str) -> int:
-    """Starts of this stage's job in succession, up to now, that began at the checkpoint that is newest now."""
-    begun = [event["checkpoint"] for event in events.of_stage(run.path, "job", stage)]
-    now = run.checkpoint_iteration(stage)
+def progress(run: RunFolder, config: Config, stage: str) -> list[int]:
+    """How far a stage is: checkpoints, optimizer steps within an iteration, stored responses."""
+    return run.progress(stage, rollouts_folder(config, stage))
+
+
+def futile_starts(run: RunFolder, config: Config, stage: str) -> int:
+    """Starts of this stage's job in succession, up to now, that found the stage as far as it is now."""
+    begun = [event.get("progress") for event in events.of_stage(run.path, "job", stage)]
+    now = progress(run, config, stage)
     count = 0
     while count < len(begun) and begun[-1 - count] == now:
         count += 1
     return count
 
 
-def requeue(run: RunFolder, stage: str) -> int:
+def requeue(run: RunFolder, config: Config, stage: str) -> int:
     """Put this job back into the queue under its id, and wait for Slurm to end this start of it.
 
     Returns the exit code for the case that it could not be requeued.
     """
-    if futile_starts(run, stage) >= MAX_FUTILE_STARTS:
-        say(f"{stage}: no new checkpoint in {MAX_FUTILE_STARTS} starts: not requeued; is the time limit too short?")
+    if futile_starts(run, config, stage) >= MAX_FUTILE_STARTS:
+        say(
+            f"{stage}: {MAX_FUTILE_STARTS} starts left no new checkpoint, optimizer step or response: not requeued; "
+            "is the time limit too short?"
+        )
         events.append(run.path, "gave_up", stage=stage, job=job_id())
         return SAVED_CODE
     try:

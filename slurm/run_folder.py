@@ -4,7 +4,7 @@ import errno
 import fcntl
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,22 @@ class RunFolder:
         """Iteration of the newest checkpoint that has a manifest."""
         complete = (self.stage(stage) / "checkpoints").glob(f"iter_*/{MANIFEST_NAME}")
         return max((int(path.parent.name.rsplit("_", 1)[1]) for path in complete), default=None)
+
+    def progress(self, stage: str, rollouts: Path) -> list[int]:
+        """What a start of a stage leaves to the next one, as numbers that change if there is more of it.
+
+        Iterations in the newest checkpoint (-1: there is none), optimizer steps of the iteration after, stored parts of
+        rollouts, bytes of responses of parts that are not complete. rollouts: the folder of what the stage generates.
+        """
+        iteration, steps = self.checkpoint_iteration(stage), 0
+        if iteration is not None:
+            path = self.stage(stage) / "checkpoints" / f"iter_{iteration:07d}" / "state.json"
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                skipped = json.loads(path.read_text(encoding="utf-8"))["state"]["unfinished"]["report"]["skipped"]
+                steps = sum(len(model) for model in skipped.values())
+        complete = len(list(rollouts.glob("iter_*")))
+        partial_bytes = sum(path.stat().st_size for path in rollouts.glob("partial_*"))
+        return [-1 if iteration is None else iteration, steps, complete, partial_bytes]
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from megatron_vcppo.errors import UserError
 from slurm import events
 from slurm.controller import SAVED_CODE, USER_ERROR_CODE, Outcome, Unit, supervise
 from slurm.run_folder import RunFolder
+from slurm.timing import save_allowance_s
 
 
 def clear_rendezvous(run: RunFolder, stage: str) -> Path:
@@ -30,14 +31,22 @@ def run_stage(
     save_requested: Callable[[], bool],
     abort_requested: Callable[[], bool] = lambda: False,
     node_lost: Callable[[], bool] = lambda: False,
+    end_time: float = float("inf"),
     say: Callable[[str], None] = print,
 ) -> Outcome:
     """Attempts until the stage is done, saved on request, or failed for good.
 
+    end_time: when the job is ended, seconds since the epoch.
     ``layout`` gives the units of an attempt whose logs go to the given folder. An attempt whose processes were killed
     is followed by another from the newest checkpoint, at most ``cluster.crash_retries`` times in succession without a
     new checkpoint, and only while no node is lost.
     """
+
+    def allowance_s() -> float:
+        seconds = save_allowance_s(run, stage, config.run.timeout_s, end_time)
+        events.append(run.path, "save_requested", stage=stage, seconds=round(seconds))
+        return seconds
+
     futile = 0
     while True:
         reached = run.checkpoint_iteration(stage)
@@ -50,7 +59,8 @@ def run_stage(
             logs,
             save_requested=save_requested,
             abort_requested=abort_requested,
-            save_timeout_s=config.run.timeout_s,
+            save_allowance_s=allowance_s,
+            follow_timeout_s=config.run.timeout_s,
             grace_s=config.cluster.stop_grace_s,
             say=say,
         )
@@ -66,6 +76,7 @@ def run_stage(
             cause=outcome.cause,
             details=outcome.details[-4:],
             seconds=round(time.time() - started, 1),
+            leaving_s=outcome.leaving_s,
         )
         if outcome.code in (0, SAVED_CODE):
             return outcome

@@ -62,8 +62,7 @@ def stage_status(
     elif slurm_state and slurm_state.active:
         waiting = slurm_state.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING")
         status.state = "pending" if waiting else "running"
-        if waiting:
-            status.note = pending_note(slurm_state)
+        status.note = pending_note(slurm_state) if waiting else leaving_note(mine)
     else:
         add_ending(status, run, mine, slurm_state)
     if status.state != "running":
@@ -83,6 +82,16 @@ def pending_note(state: JobState) -> str:
     if "held" in state.reason.lower():
         return f"{text}: once its cause is mended, scontrol release {state.job_id}"
     return text + (f", expected {state.start}" if state.start not in ("", "N/A", "Unknown") else "")
+
+
+def leaving_note(mine: list[dict[str, Any]]) -> str:
+    """When a stage was asked to save and how long it may take; "" if it was not."""
+    kinds = ("attempt", "save_requested", "attempt_end")
+    last = next((event for event in reversed(mine) if event["event"] in kinds), None)
+    if last is None or last["event"] != "save_requested":
+        return ""
+    asked = time.strftime("%H:%M:%S", time.localtime(last["time"]))
+    return f"asked at {asked} to save and leave within {last['seconds']} s"
 
 
 def add_progress(status: StageStatus, run: RunFolder) -> None:
@@ -124,7 +133,8 @@ def add_ending(status: StageStatus, run: RunFolder, mine: list[dict[str, Any]], 
             )
     elif last["event"] == "attempt":
         if not slurm_state and run.in_use():
-            status.state, status.note = "running", "on this machine"
+            leaving = leaving_note(mine)
+            status.state, status.note = "running", "on this machine" + (f"; {leaving}" if leaving else "")
         else:
             verdict = f"Slurm says {slurm_state.state}" if slurm_state else "ended without a word, as by a power cut"
             status.state, status.note = "failed", f"{verdict}; {go_on}"

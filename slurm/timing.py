@@ -1,4 +1,4 @@
-"""How long a stage's iterations take, from its metrics log: when it will be done, and when to ask it to save."""
+"""How long iterations and saves of a stage take: when it is done, when to ask it to save, how long that may take."""
 
 import time
 from collections.abc import Callable
@@ -6,13 +6,19 @@ from contextlib import suppress
 from datetime import datetime
 from itertools import pairwise
 
+from megatron_vcppo.report.metrics import LONGEST_PIECE, SAVE_TIME
 from slurm import events
+from slurm.controller import SAVED_CODE
 from slurm.query import Unreachable, patiently, show_job
 from slurm.run_folder import RunFolder
 
 SIGNAL_JITTER_S = 60
 STOP_S = 10
 """To end the ranks and requeue the job."""
+LEAST_S = 60.0
+"""A trainer that was asked to save is given at least this, if the job lasts that long."""
+SAFETY = 2.0
+"""Between what saving was measured to need and what it is given."""
 
 
 def iteration_seconds(run: RunFolder, stage: str) -> list[float]:
@@ -27,15 +33,40 @@ def iteration_seconds(run: RunFolder, stage: str) -> list[float]:
     ]
 
 
-def save_margin_s(run: RunFolder, stage: str, default_s: int) -> int:
-    """Seconds before the time limit at which to ask for a save: twice the longest iteration with its checkpoint.
+def measured_save_s(run: RunFolder, stage: str) -> float | None:
+    """Seconds from the request until a stage has saved and left, as measured; None if nothing was measured yet.
 
-    Until the stage has saved a checkpoint: the default of the profile.
+    The longest piece of work that a stop cannot interrupt (an optimizer step, the log-probs of a batch, …) and the
+    longest save, both from metrics.jsonl; until that has both, the stops of earlier attempts. A stop that was ended
+    because it took too long always counts.
     """
-    measured = iteration_seconds(run, stage)
-    if not measured or run.checkpoint_iteration(stage) is None:
-        return default_s
-    return round(2 * max(measured)) + STOP_S
+    records = run.metrics(stage)
+    pieces, saves = ([r[name] for r in records if name in r] for name in (LONGEST_PIECE, SAVE_TIME))
+    stops = [event for event in events.of_stage(run.path, "attempt_end", stage) if event.get("leaving_s")]
+    known = [event["leaving_s"] for event in stops if event["code"] != SAVED_CODE or not (pieces and saves)]
+    if pieces and saves:
+        known.append(max(pieces) + max(saves))
+    return max(known, default=None)
+
+
+def save_margin_s(run: RunFolder, stage: str, default_s: int) -> int:
+    """Seconds before the time limit at which to ask for a save: twice what was measured, else the profile's default."""
+    needed = measured_save_s(run, stage)
+    return default_s if needed is None else round(SAFETY * needed) + STOP_S
+
+
+def save_allowance_s(run: RunFolder, stage: str, default_s: float, end_time: float) -> float:
+    """Seconds that a trainer is given to save and leave, from now: twice what was measured, up to the job's end.
+
+    end_time: of the job, seconds since the epoch; infinity without a time limit. As long as nothing was measured: until
+    the job's end, or default_s if it has none.
+    """
+    needed, left = measured_save_s(run, stage), end_time - time.time() - STOP_S
+    if needed is not None:
+        wanted = SAFETY * needed
+    else:
+        wanted = left if left < float("inf") else default_s
+    return max(STOP_S, min(max(LEAST_S, wanted), left))
 
 
 def signal_margin_s(run: RunFolder, stage: str, default_s: int, limit_s: int) -> int:

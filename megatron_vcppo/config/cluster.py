@@ -35,7 +35,7 @@ class ClusterConfig:
     stage_time_limit_minutes: dict[str, int] = field(default_factory=dict)
     """Time limits of single stages, by name."""
     save_margin_s: int = 300
-    """How long before the time limit the trainer is asked to save, until checkpoint times of this run are known."""
+    """How long before the time limit the trainer is asked to save, until this run has measured what a save needs."""
     setup: list[str] = field(default_factory=list)
     """Shell lines at the head of the batch script: module load …, source …/activate."""
     python: str | None = None

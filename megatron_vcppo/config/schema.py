@@ -38,7 +38,8 @@ class RunConfig:
     check_numerics: bool = True
     """Stop with the tensor's name when a NaN or infinity reaches a loss."""
     timeout_s: float = 600.0
-    """Deadline of every collective and process wait: what takes longer is reported as hung."""
+    """Deadline of every collective and process wait: what takes longer is reported as hung. An iteration, which is many
+    of them, may take longer, and so may a save on request (docs/slurm.md)."""
 
 
 @dataclass

@@ -3,8 +3,10 @@
 ``checkpoints/iter_0000120/`` holds one sub-folder per component ("actor", "critic"), each a complete
 dist_checkpointing folder with its own manifest, from which an export needs nothing else; ``state.json``; and a
 manifest over everything. It is written as ``.iter_0000120.tmp`` and renamed when all is there, so a kill in the middle
-of a save costs that save only. There is no random state to save: nothing in a training step draws random numbers
-(no dropout), and the order of the data is a function of the seed and the number of samples seen.
+of a save costs that save only. A stage that was asked to stop within an iteration also has ``tensors.safetensors``:
+what the rest of the iteration needs and cannot be computed from weights that have moved. There is no random state to
+save: nothing in a training step draws random numbers (no dropout), and the order of the data is a function of the seed
+and the number of samples seen.
 """
 
 import functools
@@ -22,6 +24,8 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_vcppo.config import Config
@@ -37,6 +41,8 @@ from megatron_vcppo.mcore.manifest import read_manifest, sync_folder, verify_man
 from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.watchdog import deadline
 
+TENSORS_NAME = "tensors.safetensors"
+ASIDE = ".replaced"
 _COMPLETE = re.compile(r"iter_(\d{7,})$")
 
 
@@ -47,6 +53,8 @@ class Resumed:
     iteration: int
     state: dict[str, Any]
     """The stage's own state, as it was given to ``save``."""
+    tensors: dict[str, Tensor]
+    """As they were given to ``save``, on the CPU; empty if there were none."""
 
 
 class CheckpointFolder:
@@ -69,23 +77,38 @@ class CheckpointFolder:
         self.temporary = folder
         """What is being written, or was written last."""
         self.save_time_s = 0.0
-        """Seconds that the last save kept training waiting."""
+        """Seconds that the last complete save took, until its files were written and checked. On the main rank."""
         if self.runtime.is_main:
             folder.mkdir(parents=True, exist_ok=True)
+            _restore_replaced(folder)
             for leftover in folder.glob(".*"):
                 # A writer of an attempt that was killed may still be at work in it.
                 shutil.rmtree(leftover, ignore_errors=True)
         dist.barrier()
 
-    def save(self, iteration: int, components: Mapping[str, Learner], state: Mapping[str, Any]) -> None:
-        """Save as ``iter_<iteration>``; with async_save, complete only after a later ``poll`` or ``finish``."""
-        started = time.monotonic()
+    def save(
+        self,
+        iteration: int,
+        components: Mapping[str, Learner],
+        state: Mapping[str, Any],
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Save as ``iter_<iteration>``; with async_save, complete only after a later ``poll`` or ``finish``.
+
+        tensors: CPU tensors of the stage's own state, the same on every rank. A checkpoint of this iteration that is
+        there already is replaced once the new one is complete.
+        """
         self.finish()
+        started = time.time()
         temporary = self.folder / f".iter_{iteration:07d}.tmp"
         if self.runtime.is_main:
             shutil.rmtree(temporary, ignore_errors=True)  # left by a save that a signal or a full disk cut short
             for name in components:
                 (temporary / name).mkdir(parents=True, exist_ok=True)
+            if tensors:
+                save_file(dict(tensors), temporary / TENSORS_NAME)
+                with open(temporary / TENSORS_NAME, "rb") as file:
+                    os.fsync(file.fileno())
         dist.barrier()
         self.temporary = temporary
         meta = {"iteration": iteration, "components": sorted(components), "config_hash": self.config_hash}
@@ -102,13 +125,10 @@ class CheckpointFolder:
                 writing[name] = ComponentSave(parts, temporary / name, staged=self.async_save)
                 if not self.async_save:
                     writing[name].wait()
-        self.writing, self.complete = (
-            writing,
-            functools.partial(self._complete, temporary, components, iteration, content),
-        )
+        self.writing = writing
+        self.complete = functools.partial(self._complete, temporary, components, iteration, content, started)
         if not self.async_save:
             self.finish()
-        self.save_time_s = time.monotonic() - started
 
     def poll(self) -> None:
         """Complete a background save if all ranks have written."""
@@ -166,7 +186,8 @@ class CheckpointFolder:
             print(f"note: {path} was saved under another configuration", flush=True)
         for name, learner in components.items():
             load_learner(learner, path / name)
-        return Resumed(content["iteration"], content["state"])
+        tensors = load_file(path / TENSORS_NAME) if (path / TENSORS_NAME).exists() else {}
+        return Resumed(content["iteration"], content["state"], tensors)
 
     def _complete(
         self,
@@ -174,9 +195,11 @@ class CheckpointFolder:
         components: Mapping[str, Learner],
         iteration: int,
         content: str,
+        started: float,
         written: Mapping[str, ComponentSave],
     ) -> None:
         """Write the manifests with the checksums that the ranks' writers computed, rename, drop old checkpoints."""
+        completing = time.time()
         mine = {f"{name}/{file}": record for name, part in written.items() for file, record in part.finish().items()}
         records: list[Any] | None = [None] * self.runtime.world_size if self.runtime.is_main else None
         dist.gather_object(mine, records)
@@ -188,11 +211,10 @@ class CheckpointFolder:
                 write_manifest(temporary / name, self._meta(learner, iteration), known=inside)
             (temporary / "state.json").write_text(content)
             write_manifest(temporary, {"iteration": iteration}, known=known)
-            final = self.folder / temporary.name.removeprefix(".").removesuffix(".tmp")
-            if final.exists():  # saved before, found damaged, trained again
-                _remove(final)
-            os.replace(temporary, final)
-            sync_folder(self.folder)
+            files = [path for path in temporary.glob("*/__*") if path.is_file()]
+            background_s = max((path.stat().st_mtime for path in files), default=started) - started
+            _put_in_place(temporary, self.folder / temporary.name.removeprefix(".").removesuffix(".tmp"))
+            self.save_time_s = max(0.0, background_s) + time.time() - completing
             if self.keep_last:
                 for old in sorted(complete_checkpoints(self.folder))[: -self.keep_last]:
                     _remove(old)
@@ -225,6 +247,31 @@ class CheckpointFolder:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Folders that carry a final name; whether they are undamaged is the manifest's to say."""
     return [path for path in folder.glob("iter_*") if _COMPLETE.match(path.name)] if folder.is_dir() else []
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Give a checkpoint its final name.
+
+    One that has it already (saved earlier in the same iteration, or found damaged and trained again) is moved aside
+    first, under a name from which ``_restore_replaced`` brings it back after a kill.
+    """
+    aside = final.with_name(f".{final.name}{ASIDE}")
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(final, aside)
+        sync_folder(final.parent)
+    os.replace(temporary, final)
+    sync_folder(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _restore_replaced(folder: Path) -> None:
+    """Bring back a checkpoint that was moved aside for one that never came, because a kill fell between."""
+    for aside in folder.glob(f".iter_*{ASIDE}"):
+        final = folder / aside.name.removeprefix(".").removesuffix(ASIDE)
+        if not final.exists():
+            os.replace(aside, final)
+            sync_folder(folder)
 
 
 def _remove(checkpoint: Path) -> None:

@@ -18,6 +18,10 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 
 FILE_NAME = "metrics.jsonl"
+LONGEST_PIECE = "stopping/longest_piece_s"
+"""The longest time between two points at which a stage could stop on request, since the record before."""
+SAVE_TIME = "stopping/save_s"
+"""How long the newest complete checkpoint took, until its files were written and checked."""
 WANDB_ID_NAME = "wandb_run_id"
 WANDB_INIT_TIMEOUT_S = 60.0
 

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,8 @@ from megatron_vcppo.rollout.wire import GenerateBatch, GenerateRequest, Response
 
 log = logging.getLogger(__name__)
 
+RequestId = tuple[str, int, int]
+"""(prompt id, sample index, seed)"""
 MAX_ERRORS = 3
 """A request that engines refuse this often ends generation: it is the request's fault, not theirs."""
 MAX_LOSSES = 6
@@ -77,31 +79,35 @@ class RolloutClient:
         sampling: Sampling,
         num_samples: int,
         on_rollout: Callable[[Rollout], None] = lambda rollout: None,
+        known: Collection[RequestId] = (),
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> list[Rollout]:
-        """num_samples responses for each prompt, by prompt and sample index.
+        """num_samples responses for each prompt, by prompt and sample index, without the ``known`` ones.
 
         Only engines that hold policy_version are asked. Raises RolloutError if none did for
-        rollout.all_dead_timeout_s, or if a request is refused; ValueError if a prompt leaves no room for a response.
+        rollout.all_dead_timeout_s, if a request is refused, or, within a second, once ``cancelled`` returns true (the
+        engines then drop the requests); ValueError if a prompt leaves no room for a response.
         """
-        return asyncio.run(self.generate_async(prompts, iteration, policy_version, sampling, num_samples, on_rollout))
+        wanted = self.plan(prompts, iteration, num_samples, known)
+        return asyncio.run(self.generate_async(wanted, policy_version, sampling, on_rollout, cancelled))
 
     async def generate_async(
         self,
-        prompts: Sequence[Prompt],
-        iteration: int,
+        wanted: list[Wanted],
         policy_version: int,
         sampling: Sampling,
-        num_samples: int,
         on_rollout: Callable[[Rollout], None],
+        cancelled: Callable[[], bool],
     ) -> list[Rollout]:
         """See generate."""
-        wanted = self.plan(prompts, iteration, num_samples)
         async with link.open_session(read_secret(self.rendezvous / SECRET)) as session:
             fleet = Fleet(self.rendezvous, session, policy_version, self.config.health_timeout_s)
-            return await _Generation(self, session, fleet, sampling, wanted, on_rollout).run()
+            return await _Generation(self, session, fleet, sampling, wanted, on_rollout, cancelled).run()
 
-    def plan(self, prompts: Sequence[Prompt], iteration: int, num_samples: int) -> list[Wanted]:
-        """The requests of an iteration; the same prompts always give the same seeds."""
+    def plan(
+        self, prompts: Sequence[Prompt], iteration: int, num_samples: int, known: Collection[RequestId] = ()
+    ) -> list[Wanted]:
+        """The requests of an iteration without the ``known`` ones; the same prompts always give the same seeds."""
         wanted: list[Wanted] = []
         for prompt in prompts:
             room = min(self.config.max_tokens, self.max_length - len(prompt.token_ids))
@@ -112,6 +118,8 @@ class RolloutClient:
                 )
             for sample in range(num_samples):
                 seed = sample_seed(self.run_seed, iteration, prompt.prompt_id, sample)
+                if (prompt.prompt_id, sample, seed) in known:
+                    continue
                 request = GenerateRequest(len(wanted), list(prompt.token_ids), room, seed)
                 wanted.append(Wanted(prompt, sample, request))
         return wanted
@@ -128,9 +136,10 @@ class _Generation:
         sampling: Sampling,
         wanted: list[Wanted],
         on_rollout: Callable[[Rollout], None],
+        cancelled: Callable[[], bool],
     ) -> None:
         self.client, self.config, self.session, self.fleet = client, client.config, session, fleet
-        self.sampling, self.wanted, self.on_rollout = sampling, wanted, on_rollout
+        self.sampling, self.wanted, self.on_rollout, self.cancelled = sampling, wanted, on_rollout, cancelled
         self.waiting = deque(wanted)
         self.rollouts: dict[int, Rollout] = {}
         self.failure: BaseException | None = None
@@ -158,6 +167,8 @@ class _Generation:
         """Raise what went wrong, or if no engine could be used for too long."""
         if self.failure is not None:
             raise self.failure
+        if self.cancelled():
+            raise RolloutError("cancelled")
         if watch.done():
             watch.result()
         dead_s = time.monotonic() - self.fleet.last_usable

@@ -15,14 +15,14 @@ def main() -> int:
     from megatron_vcppo.config.load import load_config
     from megatron_vcppo.config.node import node_environment
     from megatron_vcppo.errors import UserError
-    from megatron_vcppo.stages.stage import SAVED, Saved, listen_for_stop
     from megatron_vcppo.stages.startup import startup
+    from megatron_vcppo.stages.stopping import SAVED, Saved, stopping
 
     parser = argparse.ArgumentParser(prog="python -m megatron_vcppo.stages", description=__doc__)
     parser.add_argument("stage")
     parser.add_argument("--config", required=True)
     arguments = parser.parse_args()
-    listen_for_stop()
+    stopping.listen()
     try:
         config = load_config(arguments.config)
         os.environ.update(node_environment(config.cluster))  # before torch is imported

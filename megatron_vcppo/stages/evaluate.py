@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.checkpoint import load_model
@@ -17,14 +17,15 @@ from megatron_vcppo.mcore.model import ActorModel, build_actor
 from megatron_vcppo.stages.evaluation import evaluation_prompts, evaluation_rollouts, scores
 from megatron_vcppo.stages.generation import Generation
 from megatron_vcppo.stages.origin import claim, origin_of_evaluation
-from megatron_vcppo.stages.stage import ACTOR_STAGES, Saved, last_checkpoint, mark_done, stage_folder, stop_requested
+from megatron_vcppo.stages.stage import ACTOR_STAGES, last_checkpoint, mark_done, stage_folder
 from megatron_vcppo.stages.startup import startup
+from megatron_vcppo.stages.stopping import Saved, stopping
 
 
 def run(config: Config) -> None:
     """Evaluate; writes RUN/evaluate/results.json and the responses, and prints a table.
 
-    Raises Saved if asked to stop: checkpoints whose responses are stored are not evaluated again.
+    Raises Saved if asked to stop: responses that are stored are not generated again.
     """
     folder = stage_folder(config, "evaluate")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
@@ -42,14 +43,16 @@ def run(config: Config) -> None:
         for version, (name, candidate) in enumerate(found.items()):
             rollouts = generation.stored(version, prompts, config.evaluate.num_samples)
             if rollouts is None:
-                if runtime.any_rank(stop_requested()):
-                    raise Saved(f"asked to stop: {version} of {len(found)} checkpoints are evaluated")
-                generation.wait_for_engines()
-                candidate.load(model)
-                startup.done("model")
-                generation.push(version, lambda: stream_hf(model))
-                # The same iteration number: every candidate gets the same problems and the same seeds.
-                rollouts = evaluation_rollouts(config, generation, iteration=0)
+                try:
+                    stopping.point()
+                    generation.wait_for_engines()
+                    candidate.load(model)
+                    startup.done("model")
+                    generation.push(version, lambda: stream_hf(model))
+                    # The same iteration number: every candidate gets the same problems and the same seeds.
+                    rollouts = evaluation_rollouts(config, generation, iteration=0, tag=version)
+                except Stopped:
+                    raise Saved(f"asked to stop: {version} of {len(found)} checkpoints are evaluated") from None
                 generation.store(version, rollouts)
             results.append({"name": name, **scores(rollouts, config.evaluate.k)})
             if world.is_main:

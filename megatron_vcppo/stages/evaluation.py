@@ -12,7 +12,9 @@ from megatron_vcppo.stages.generation import Generation
 
 def evaluate_engines(config: Config, generation: Generation, iteration: int) -> dict[str, float]:
     """Metrics ``evaluation/…`` over prompts.test under the pushed weights; collective."""
-    return evaluation_metrics(evaluation_rollouts(config, generation, iteration), config.evaluate.k)
+    rollouts = evaluation_rollouts(config, generation, iteration, evaluation_seeds(iteration))
+    generation.forget(evaluation_seeds(iteration))
+    return evaluation_metrics(rollouts, config.evaluate.k)
 
 
 def evaluation_prompts(config: Config, generation: Generation) -> list[Prompt]:
@@ -21,12 +23,19 @@ def evaluation_prompts(config: Config, generation: Generation) -> list[Prompt]:
     return generation.prompts(config.prompts.test)[: config.evaluate.num_prompts]
 
 
-def evaluation_rollouts(config: Config, generation: Generation, iteration: int) -> list[Rollout]:
-    """Scored responses to the held-out problems; their seeds never meet those of training."""
+def evaluation_rollouts(config: Config, generation: Generation, iteration: int, tag: int) -> list[Rollout]:
+    """Scored responses to the held-out problems; their seeds never meet those of training.
+
+    tag: what the responses so far are stored under if the stage is asked to stop.
+    """
     settings, prompts = config.evaluate, evaluation_prompts(config, generation)
-    return generation.generate(
-        prompts, -1 - iteration, Sampling(settings.temperature, settings.top_p), settings.num_samples
-    )
+    sampling = Sampling(settings.temperature, settings.top_p)
+    return generation.generate(prompts, evaluation_seeds(iteration), sampling, settings.num_samples, tag)
+
+
+def evaluation_seeds(iteration: int) -> int:
+    """The number that stands for an iteration where the seeds of its evaluation are made."""
+    return -1 - iteration
 
 
 def evaluation_metrics(rollouts: list[Rollout], ks: list[int]) -> dict[str, float]:

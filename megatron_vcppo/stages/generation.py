@@ -1,9 +1,14 @@
-"""Where a stage's rollouts come from: engines with the actor's weights, verifiers, and the store of the run."""
+"""Where a stage's rollouts come from: engines with the actor's weights, verifiers, and the store of the run.
 
+A stop request ends the wait for responses within a second. What is finished by then is stored, and the next attempt
+asks the engines for the rest only: seeds belong to requests, so the iteration gets the responses it would have had.
+"""
+
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,16 +17,17 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import engine_nodes
 from megatron_vcppo.data.prompts import PromptKeys, load_prompts
 from megatron_vcppo.data.tokenizer import load_tokenizer
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.rewards.registry import resolve_verifiers
 from megatron_vcppo.rewards.scorer import Scorer
-from megatron_vcppo.rollout.client import RolloutClient
-from megatron_vcppo.rollout.store import read_rollouts, write_rollouts
+from megatron_vcppo.rollout.client import RequestId, RolloutClient
+from megatron_vcppo.rollout.store import drop_partial, read_partial, read_rollouts, write_partial, write_rollouts
 from megatron_vcppo.rollout.wire import Sampling
 from megatron_vcppo.stages.startup import startup
+from megatron_vcppo.stages.stopping import stopping
 from megatron_vcppo.weight_sync.generation import begin, finish_with_joiners
 from megatron_vcppo.weight_sync.place import make_weight_sync, place_of
 from megatron_vcppo.weight_sync.sync import PushResult
@@ -29,14 +35,26 @@ from megatron_vcppo.weight_sync.sync import PushResult
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Begun:
     """Generation under way."""
 
     prompts: list[Prompt]
     policy_version: int
-    future: Future[list[Rollout]] | None
+    tag: int
+    """Under which what is finished is stored if the stage is asked to stop."""
+    future: Future[list[Rollout]] | None = None
     """On leaders with prompts of their own."""
+    answered: list[tuple[Rollout, Future[Rollout]]] = field(default_factory=list)
+    """This leader's responses so far, each with its scored form."""
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def finished(self) -> list[Rollout]:
+        """This leader's responses so far, scored where the verdict is there."""
+        return [
+            scored.result() if scored.done() and not scored.cancelled() and not scored.exception() else rollout
+            for rollout, scored in list(self.answered)
+        ]
 
 
 class Generation(AbstractContextManager["Generation"]):
@@ -78,6 +96,7 @@ class Generation(AbstractContextManager["Generation"]):
             )
         self._prompts: dict[str, list[Prompt]] = {}
         self.policy_version = -1
+        self.under_way: list[Begun] = []
         self.source: Callable[[], Tensors] | None = None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -85,9 +104,9 @@ class Generation(AbstractContextManager["Generation"]):
             self.scorer.close(finish=kind is None)
 
     def wait_for_engines(self) -> None:
-        """Until every engine of every rollout node has answered once."""
+        """Until every engine of every rollout node has answered once. Raises Stopped if any rank was asked to stop."""
         count = engine_nodes(self.config) * self.config.rollout.engine.per_node
-        self.sync.wait_for_engines(count, self.config.rollout.start_timeout_s)
+        self.sync.wait_for_engines(count, self.config.rollout.start_timeout_s, stopping.requested)
         startup.done("engines")
 
     def push(self, policy_version: int, source: Callable[[], Tensors]) -> PushResult:
@@ -97,20 +116,39 @@ class Generation(AbstractContextManager["Generation"]):
         startup.done("push")
         return result
 
-    def generate(self, prompts: list[Prompt], iteration: int, sampling: Sampling, num_samples: int) -> list[Rollout]:
-        """Scored rollouts under the pushed weights, by prompt and sample; the same list on every rank."""
-        return self.finish(self.begin(prompts, iteration, sampling, num_samples))
+    def generate(
+        self, prompts: list[Prompt], iteration: int, sampling: Sampling, num_samples: int, tag: int | None = None
+    ) -> list[Rollout]:
+        """Scored rollouts under the pushed weights, by prompt and sample; the same list on every rank.
 
-    def begin(self, prompts: list[Prompt], iteration: int, sampling: Sampling, num_samples: int) -> "Begun":
-        """Have the engines work on it while this rank does something else; no push until it is finished."""
+        tag: what they are stored under if it is not the iteration, from which seeds are made. Raises Stopped on every
+        rank if any was asked to stop; then the responses so far are stored.
+        """
+        return self.finish(self.begin(prompts, iteration, sampling, num_samples, tag))
+
+    def begin(
+        self, prompts: list[Prompt], iteration: int, sampling: Sampling, num_samples: int, tag: int | None = None
+    ) -> Begun:
+        """Have the engines work on it while this rank does something else; no push until it is finished.
+
+        They are not asked for responses that an attempt before this one kept.
+        """
+        begun = Begun(prompts, self.policy_version, iteration if tag is None else tag)
         mine = prompts[self.world.dp_rank :: self.world.dp_size]
-        produce = self._producer(mine, iteration, sampling, num_samples) if self.is_leader and mine else None
-        return Begun(prompts, self.policy_version, begin(produce))
+        if self.is_leader and mine:
+            begun.future = begin(self._producer(begun, mine, iteration, sampling, num_samples))
+        self.under_way.append(begun)
+        return begun
 
-    def finish(self, begun: "Begun") -> list[Rollout]:
-        """Wait for it. An engine that is restarted while all wait gets the actor's weights of now."""
+    def finish(self, begun: Begun) -> list[Rollout]:
+        """Wait for it. An engine that is restarted while all wait gets the actor's current weights."""
         assert self.source is not None and begun.policy_version == self.policy_version, "engines hold other weights"
-        scored = finish_with_joiners(self.sync, self.policy_version, self.source, begun.future)
+        try:
+            scored = finish_with_joiners(self.sync, self.policy_version, self.source, begun.future, stopping.requested)
+        except Stopped:
+            self.keep_finished()
+            raise
+        self.under_way.remove(begun)
         parts = self.sync.exchange((scored or [], self.scorer.take_problems() if self.scorer else []))
         if self.world.is_main:
             for problem in (problem for _, problems in parts for problem in problems):
@@ -119,19 +157,46 @@ class Generation(AbstractContextManager["Generation"]):
         rollouts = [rollout for part, _ in parts for rollout in part]
         return sorted(rollouts, key=lambda rollout: (order[rollout.prompt.prompt_id], rollout.sample_index))
 
+    def keep_finished(self) -> None:
+        """End what is under way and store what is finished of it, each leader its own share; collective."""
+        for begun in self.under_way:
+            begun.cancelled.set()
+            if finished := begun.finished():
+                write_partial(self.rollouts, begun.tag, finished, self.world.dp_rank, self.world.dp_size)
+        self.under_way.clear()
+        self.sync.exchange(None)
+
+    def forget(self, tag: int) -> None:
+        """Drop what was kept under a tag whose rollouts are complete and are not stored; main rank."""
+        if self.world.is_main:
+            drop_partial(self.rollouts, tag)
+
     def _producer(
-        self, prompts: list[Prompt], iteration: int, sampling: Sampling, num_samples: int
+        self, begun: Begun, prompts: list[Prompt], iteration: int, sampling: Sampling, num_samples: int
     ) -> Callable[[], list[Rollout]]:
         client, scorer, version = self.client, self.scorer, self.policy_version
         assert client is not None and scorer is not None
 
+        def take(rollout: Rollout) -> None:
+            begun.answered.append((rollout, scorer.submit(rollout)))
+
+        known: set[RequestId] = set()
+        if kept := read_partial(self.rollouts, begun.tag):
+            plan = client.plan(prompts, iteration, num_samples)
+            wanted = {(item.prompt.prompt_id, item.sample_index, item.request.seed) for item in plan}
+            for rollout in kept:
+                if (request := (rollout.prompt.prompt_id, rollout.sample_index, rollout.seed)) in wanted:
+                    known.add(request)
+                    begun.answered.append((rollout, scored_before(rollout) or scorer.submit(rollout)))
+
         def produce() -> list[Rollout]:
-            futures: list[Future[Rollout]] = []
             client.generate(
                 *(prompts, iteration, version, sampling, num_samples),
-                on_rollout=lambda rollout: futures.append(scorer.submit(rollout)),
+                on_rollout=take,
+                known=known,
+                cancelled=begun.cancelled.is_set,
             )
-            return [future.result() for future in futures]
+            return [scored.result() for _, scored in begun.answered]
 
         return produce
 
@@ -139,6 +204,7 @@ class Generation(AbstractContextManager["Generation"]):
         """Keep an iteration's rollouts: main rank writes, all wait."""
         if self.world.is_main:
             write_rollouts(self.rollouts, iteration, rollouts)
+            drop_partial(self.rollouts, iteration)
         self.sync.exchange(None)
 
     def stored(self, iteration: int, prompts: list[Prompt], num_samples: int) -> list[Rollout] | None:
@@ -148,6 +214,7 @@ class Generation(AbstractContextManager["Generation"]):
         if self.world.is_main:
             try:
                 found = read_rollouts(self.rollouts, iteration)
+                drop_partial(self.rollouts, iteration)  # a kill may have come between the two
             except UserError:
                 found = None
             wanted = [(prompt.prompt_id, sample) for prompt in prompts for sample in range(num_samples)]
@@ -172,3 +239,12 @@ class Generation(AbstractContextManager["Generation"]):
             print(report, flush=True)
         self._prompts[source] = prompts
         return prompts
+
+
+def scored_before(rollout: Rollout) -> Future[Rollout] | None:
+    """As the scorer returns it, for a rollout that has its verdict; else None."""
+    if rollout.reward is None:
+        return None
+    future: Future[Rollout] = Future()
+    future.set_result(rollout)
+    return future

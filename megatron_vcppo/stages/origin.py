@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.mcore.manifest import MANIFEST_NAME, read_manifest
-from megatron_vcppo.rollout.store import stored_iterations
+from megatron_vcppo.rollout.store import drop_partial, partial_iterations, stored_iterations
 from megatron_vcppo.stages.stage import actor_before
 from megatron_vcppo.stages.stored_set import FILE_NAME as SET_NAME
 
@@ -80,6 +80,10 @@ def claim(folder: Path, made: Origin, reached: int) -> None:
             f"({', '.join(different)}): they are generated anew",
             flush=True,
         )
+    # Negative: evaluations within a stage, of an actor that other settings may no longer lead to.
+    for iteration in partial_iterations(folder) if different else []:
+        if iteration > reached or iteration < 0:
+            drop_partial(folder, iteration)
     for iteration in later:
         for path in folder.glob(f"iter_{iteration:07d}_*.jsonl.zst"):
             path.unlink()

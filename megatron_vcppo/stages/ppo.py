@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -14,8 +15,8 @@ from megatron_vcppo.algo.kl import next_kl_coef
 from megatron_vcppo.algo.masked import check_finite
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.prompts import PromptStream
-from megatron_vcppo.data.rollout_batch import make_batch
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.data.rollout_batch import RolloutBatch, make_batch
+from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder, complete_checkpoints
 from megatron_vcppo.mcore.export_stream import stream_hf
@@ -33,10 +34,12 @@ from megatron_vcppo.stages.models import continue_pretraining, starting_actor, s
 from megatron_vcppo.stages.origin import claim, origin_of
 from megatron_vcppo.stages.sampling import Sampler
 from megatron_vcppo.stages.skips import Skips
-from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
+from megatron_vcppo.stages.stage import mark_done, packing_of, stage_folder
 from megatron_vcppo.stages.startup import startup
+from megatron_vcppo.stages.stopping import Saved, stopping
 from megatron_vcppo.stages.token_outputs import token_outputs
-from megatron_vcppo.stages.updates import update
+from megatron_vcppo.stages.unfinished import Unfinished
+from megatron_vcppo.stages.updates import Report, update
 from megatron_vcppo.weight_sync.sync import PushResult
 
 
@@ -46,7 +49,11 @@ def run(config: Config) -> None:
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
     startup.done("groups")
     with Generation(config, folder, world) as generation:
-        Ppo(config, folder, world, generation).train()
+        ppo = Ppo(config, folder, world, generation)
+        try:
+            ppo.train()
+        except Stopped:
+            ppo.leave()
     if world.is_main:
         mark_done(folder, checkpoint=folder / "checkpoints" / f"iter_{config.ppo.iterations:07d}")
     runtime.stop()
@@ -90,6 +97,9 @@ class Ppo:
         startup.done("data")
         self.kl_coef, self.skips, self.iteration = settings.loss.kl_coef, Skips(settings.skip_limit), 0
         self.checkpoints = CheckpointFolder(folder / "checkpoints", config, settings.checkpoint)
+        self.update_under_way: tuple[RolloutBatch, dict[str, Tensor], Report] | None = None
+        self.unfinished: Unfinished | None = None
+        """Of the checkpoint, until its iteration is taken up."""
         resumed = self.checkpoints.resume(self.learners)
         if resumed is None and self.critic is not None:
             continue_pretraining(self.critic, config)
@@ -98,6 +108,12 @@ class Ppo:
             self.stream.load_state_dict(resumed.state["prompts"])
             self.kl_coef = resumed.state["kl_coef"]
             self.skips.in_a_row = resumed.state["skipped_in_a_row"]
+            if "unfinished" in resumed.state:
+                self.unfinished = Unfinished.from_checkpoint(resumed.state["unfinished"], resumed.tensors)
+        self.place = self.stream.state_dict()
+        """In the prompt stream before the iteration that is next or under way: where a resume continues."""
+        self.saved = (self.iteration, self.unfinished.num_steps if self.unfinished else 0)
+        """Iterations and optimizer steps of the next one in the newest checkpoint; (0, 0) needs none."""
         startup.done("checkpoint")
         if world.is_main:
             claim(generation.rollouts, origin_of(config, "ppo"), self.sampler.last_tag(self.iteration))
@@ -106,7 +122,7 @@ class Ppo:
         """Since the iteration before was logged: saving it counts to the next one."""
 
     def train(self) -> None:
-        """All iterations that are left."""
+        """All iterations that are left. Raises Stopped on every rank if any was asked to stop."""
         total = self.settings.iterations
         log = MetricsLog(self.folder, self.config, "ppo", self.iteration, total) if self.world.is_main else None
         progress = Progress("ppo", total, self.iteration, "tok", every_s=0) if self.world.is_main else None
@@ -121,7 +137,7 @@ class Ppo:
             metrics["time/iteration_s"], started = time.monotonic() - started, time.monotonic()
             self.seconds = {}
             if log is not None and progress is not None:
-                log.log(self.iteration, metrics)
+                log.log(self.iteration, metrics | stopping.metrics(self.checkpoints.save_time_s))
                 startup.finish(self.folder)
                 with open(self.folder / "profiles.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps({"iteration": self.iteration, **profiles}) + "\n")
@@ -136,24 +152,15 @@ class Ppo:
             progress.close()
 
     def iterate(self) -> tuple[dict[str, float], dict[str, list[float | None]], str]:
-        """One iteration: rollouts, values, advantages, updates. Returns metrics, profiles, and what to warn about."""
+        """One iteration: rollouts, values, advantages, updates. Returns metrics, profiles, and what to warn about.
+
+        Raises Stopped at any ``point``; ``leave`` then saves how far it is.
+        """
         config, iteration = self.config, self.iteration + 1
-        actor, critic = self.actor, self.critic
+        self.point()
         rollouts, push = self.rollouts_and_push(iteration)
         batch = make_batch(rollouts)
-        with self.phase("logprobs"):
-            fields = {
-                "old_logprobs": token_outputs(batch, self.packing, actor.logprobs),
-                "rollout_logprobs": batch.rollout_logprobs,
-            }
-            if self.reference is not None:
-                fields["ref_logprobs"] = token_outputs(batch, self.packing, self.reference.logprobs)
-        if critic is not None:
-            with self.phase("values"):
-                values = token_outputs(batch, self.packing, critic.values)
-                fields["values"] = bounded(values, self.settings.critic)
-        if config.run.check_numerics:
-            self.check_outputs(batch.response_mask, fields)
+        fields, report = self.outputs_and_report(batch)
         with self.phase("advantages"):
             credit = assign_credit(
                 batch,
@@ -165,24 +172,58 @@ class Ppo:
                 self.end_of_thinking_id,
             )
         critic_only = iteration <= self.settings.critic_only_iterations
+        self.update_under_way = batch, fields, report
         with self.phase("update"):
             kl_coef = self.kl_coef if self.settings.loss.kl_in == "loss" else 0.0
-            report = update(
-                *(None if critic_only else actor, critic, batch, credit, fields, self.packing, config),
-                *(iteration, kl_coef),
+            update(
+                *(None if critic_only else self.actor, self.critic, batch, credit, fields, self.packing, config),
+                *(iteration, kl_coef, report, self.point),
             )
-        self.iteration = iteration
-        warning = self.skips.count(report.skipped)
         metrics = {**credit.metrics, **report.means(), "rollout/tokens": float(batch.lengths.sum())}
-        self.adapt_kl(metrics, len(batch))
         if self.settings.evaluate_every and iteration % self.settings.evaluate_every == 0:
+            self.point()
             with self.phase("generation"):
                 self.sampler.settle()
             push = self.push(iteration)
             with self.phase("evaluation"):
                 metrics |= evaluate_engines(config, self.generation, iteration)
         metrics["weight_sync/pause_s"], metrics["weight_sync/mb"] = push.pause_s, push.num_bytes / 1e6
-        return metrics, credit.profiles, warning
+        # Last, so that what a stop saves before is the state before the iteration, and how far it is.
+        self.iteration, self.place, self.update_under_way = iteration, self.sampler.state_dict(), None
+        self.adapt_kl(metrics, len(batch))
+        return metrics, credit.profiles, self.skips.count(report.skipped)
+
+    def outputs_and_report(self, batch: RolloutBatch) -> tuple[dict[str, Tensor], Report]:
+        """What the losses need from before the update, by name [B, T], and the report of the update so far.
+
+        Both are the checkpoint's if it was saved within the update of these rollouts.
+        """
+        unfinished, self.unfinished = self.unfinished, None
+        if unfinished is not None and unfinished.fits(batch, self.config):
+            return unfinished.fields(batch), Report.from_state(unfinished.report)
+        if unfinished is not None and self.world.is_main:
+            print(
+                f"note: iteration {self.iteration + 1} was interrupted after {unfinished.num_steps} optimizer steps on "
+                "other rollouts or under other settings: it begins again, with the weights of these steps",
+                flush=True,
+            )
+        self.point()
+        with self.phase("logprobs"):
+            fields = {
+                "old_logprobs": token_outputs(batch, self.packing, self.actor.logprobs),
+                "rollout_logprobs": batch.rollout_logprobs,
+            }
+            if self.reference is not None:
+                self.point()
+                fields["ref_logprobs"] = token_outputs(batch, self.packing, self.reference.logprobs)
+        if self.critic is not None:
+            self.point()
+            with self.phase("values"):
+                values = token_outputs(batch, self.packing, self.critic.values)
+                fields["values"] = bounded(values, self.settings.critic)
+        if self.config.run.check_numerics:
+            self.check_outputs(batch.response_mask, fields)
+        return fields, Report()
 
     def rollouts_and_push(self, iteration: int) -> tuple[list[Rollout], PushResult]:
         """The batch of this iteration, and the actor's weights in the engines.
@@ -231,28 +272,55 @@ class Ppo:
                 self.kl_coef, metrics["actor/kl_ref"], loss.kl_target, num_rollouts, loss.kl_horizon
             )
 
+    def point(self) -> None:
+        """Raise Stopped if any rank was asked to stop; collective."""
+        self.checkpoints.poll()
+        stopping.point()
+
+    @property
+    def reached(self) -> tuple[int, int]:
+        """Iterations that are done, and optimizer steps of the one under way."""
+        if self.unfinished is not None:  # nothing has changed since the checkpoint
+            return self.saved
+        return self.iteration, self.update_under_way[2].num_all_steps if self.update_under_way else 0
+
     def save(self) -> None:
-        """A checkpoint of this iteration."""
-        state = {
-            "prompts": self.sampler.state_dict(),
+        """A checkpoint of this iteration, or of how far the next one is."""
+        state: dict[str, Any] = {
+            "prompts": self.place,
             "kl_coef": self.kl_coef,
             "skipped_in_a_row": self.skips.in_a_row,
         }
-        with self.phase("save"):
-            self.checkpoints.save(self.iteration, self.learners, state)
+        tensors: dict[str, Tensor] = {}
+        if self.update_under_way is not None and self.reached[1]:
+            unfinished = Unfinished.of(*self.update_under_way, self.config)
+            state["unfinished"], tensors = unfinished.state_dict(), unfinished.tensors
+        with self.phase("save"), stopping.saving():
+            self.checkpoints.save(self.iteration, self.learners, state, tensors)
+        self.saved = self.reached
+
+    def leave(self) -> NoReturn:
+        """Keep what there is of the iteration under way, and of one begun ahead, and raise Saved; collective."""
+        self.generation.keep_finished()
+        if self.reached != self.saved:
+            self.save()
+        self.checkpoints.finish()
+        where, total = f"at iteration {self.iteration}", self.settings.iterations
+        if self.reached[1]:
+            where = f"within iteration {self.iteration + 1}, after {self.reached[1]} optimizer steps"
+        raise Saved(f"asked to stop: saved {where} of {total}; finished responses are stored")
 
     def save_or_stop(self, last: bool) -> None:
-        """Save when it is time; raise Saved if any rank was asked to stop, UserError after too many skipped updates."""
+        """Save when it is time; raise Stopped if any rank was asked to, UserError after too many skipped updates."""
         self.checkpoints.poll()
-        stop = runtime.any_rank(stop_requested())
-        if last or stop or self.skips.too_many or self.iteration % self.settings.checkpoint.save_every == 0:
+        stop = stopping.agreed()
+        if last or self.skips.too_many or self.iteration % self.settings.checkpoint.save_every == 0:
             self.save()
         if self.skips.too_many:
             self.checkpoints.finish()
             raise self.skips.error("ppo", self.iteration)
         if stop and not last:
-            self.checkpoints.finish()
-            raise Saved(f"asked to stop: saved at iteration {self.iteration} of {self.settings.iterations}")
+            raise Stopped
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

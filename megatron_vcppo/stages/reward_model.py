@@ -28,8 +28,9 @@ from megatron_vcppo.stages.generation import Generation
 from megatron_vcppo.stages.models import starting_critic
 from megatron_vcppo.stages.rollout_source import rollout_source
 from megatron_vcppo.stages.skips import Skips
-from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
+from megatron_vcppo.stages.stage import mark_done, packing_of, stage_folder
 from megatron_vcppo.stages.startup import startup
+from megatron_vcppo.stages.stopping import Saved, stopping
 
 
 def run(config: Config) -> None:
@@ -65,6 +66,7 @@ def run(config: Config) -> None:
         if log is not None and progress is not None:
             metrics = {f"reward_model/{name}": value for name, value in result.metrics.items()}
             metrics |= {"reward_model/grad_norm": result.grad_norm, "time/step_s": time.monotonic() - started}
+            metrics |= stopping.metrics(checkpoints.save_time_s)
             log.log(step, metrics)
             startup.finish(folder)
             shown = {"loss": result.metrics["reward_model_loss"], "accuracy": result.metrics["accuracy"]}
@@ -72,10 +74,11 @@ def run(config: Config) -> None:
             if warning:
                 print(f"warning: step {step}: {warning}", flush=True)
         checkpoints.poll()
-        stop, last = runtime.any_rank(stop_requested()), step == settings.steps
+        stop, last = stopping.agreed(), step == settings.steps
         if last or stop or skips.too_many or step % settings.checkpoint.save_every == 0:
             state = {"order": order.state_dict(), "skipped_in_a_row": skips.in_a_row}
-            checkpoints.save(step, {"critic": model}, state)
+            with stopping.saving():
+                checkpoints.save(step, {"critic": model}, state)
         if skips.too_many:
             checkpoints.finish()
             raise skips.error("reward_model", step)

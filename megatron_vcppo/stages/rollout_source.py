@@ -6,8 +6,7 @@ from typing import Any, Protocol
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.order import EpochOrder
 from megatron_vcppo.data.prompts import PromptStream
-from megatron_vcppo.errors import UserError
-from megatron_vcppo.mcore import runtime
+from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.export_stream import stream_hf
 from megatron_vcppo.mcore.model import ActorModel
@@ -18,8 +17,8 @@ from megatron_vcppo.stages.generation import Generation
 from megatron_vcppo.stages.models import starting_actor
 from megatron_vcppo.stages.origin import claim, differences, origin_of
 from megatron_vcppo.stages.sampling import Sampler
-from megatron_vcppo.stages.stage import Saved, stop_requested
 from megatron_vcppo.stages.startup import startup
+from megatron_vcppo.stages.stopping import Saved, stopping
 from megatron_vcppo.stages.stored_set import StoredSet, stored_set
 
 
@@ -27,7 +26,10 @@ class RolloutSource(Protocol):
     """Where the next rollouts come from. Every method is collective."""
 
     def next(self, count: int, step: int) -> list[Rollout]:
-        """``count`` scored rollouts for this step (from 1); the same on every rank."""
+        """``count`` scored rollouts for this step (from 1); the same on every rank.
+
+        Raises Stopped on every rank if any was asked to stop while they are generated.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """The place, as plain numbers for a checkpoint."""
@@ -83,7 +85,7 @@ class StoredRollouts:
     """A set in a folder, made on first use: generate once, pretrain many critics on it."""
 
     CHUNK = 512
-    """Rollouts per stored part: what a kill while the set is made costs at most."""
+    """Rollouts per stored part: what a kill while the set is made costs at most; a stop request costs nothing."""
 
     def __init__(self, wanted: StoredSet, fresh: FreshRollouts, config: Config, stage: str) -> None:
         """Raises UserError for a set that this model cannot read, Saved if asked to stop while it is made."""
@@ -120,9 +122,11 @@ class StoredRollouts:
                 found = read_rollouts(wanted.folder, part) if self.is_main else None
                 rollouts += generation.sync.exchange(found)[0]
                 continue
-            if runtime.any_rank(stop_requested()):
-                raise Saved(f"asked to stop: {len(rollouts)} of {total} rollouts are stored")
-            rollouts += fresh.next(count, part)
+            try:
+                stopping.point()
+                rollouts += fresh.next(count, part)
+            except Stopped:
+                raise Saved(f"asked to stop: the first {len(rollouts)} of {total} rollouts are stored") from None
         if self.is_main and not wanted.is_complete:
             wanted.mark_complete()
         return rollouts[:total]

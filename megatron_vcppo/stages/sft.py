@@ -24,8 +24,9 @@ from megatron_vcppo.mcore.model import build_actor
 from megatron_vcppo.report.metrics import MetricsLog
 from megatron_vcppo.report.progress import Progress
 from megatron_vcppo.stages.skips import Skips
-from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
+from megatron_vcppo.stages.stage import mark_done, packing_of, stage_folder
 from megatron_vcppo.stages.startup import startup
+from megatron_vcppo.stages.stopping import Saved, stopping
 
 
 def run(config: Config) -> None:
@@ -85,16 +86,17 @@ def run(config: Config) -> None:
             metrics |= {f"sft/validation_{k}": v for k, v in validate(actor, validation, packing).items()}
             metrics["time/validation_s"] = time.monotonic() - started - seconds
         if log is not None and progress is not None:
-            log.log(step, metrics)
+            log.log(step, metrics | stopping.metrics(checkpoints.save_time_s))
             startup.finish(folder)
             progress.update(step, num_tokens, {"loss": result.metrics["loss"], "lr": result.learning_rate})
             if warning:
                 print(f"warning: step {step}: {warning}", flush=True)
         checkpoints.poll()
-        stop = runtime.any_rank(stop_requested())
+        stop = stopping.agreed()
         if last or stop or skips.too_many or step % settings.checkpoint.save_every == 0:
             state = {"order": order.state_dict(), "skipped_in_a_row": skips.in_a_row}
-            checkpoints.save(step, {"actor": actor}, state)
+            with stopping.saving():
+                checkpoints.save(step, {"actor": actor}, state)
         if skips.too_many:
             checkpoints.finish()
             raise skips.error("sft", step)

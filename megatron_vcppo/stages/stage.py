@@ -1,7 +1,5 @@
-"""What every stage has: a folder, a request to stop, what came before it, and a manifest when it is done."""
+"""What every stage has: a folder, what came before it, and a manifest when it is done."""
 
-import signal
-import threading
 from pathlib import Path
 
 from megatron_vcppo.config import Config
@@ -11,28 +9,8 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from megatron_vcppo.mcore.runtime import Runtime
 
-SAVED = 75
-"""Exit code of a rank that was asked to stop and has saved: run the stage again (EX_TEMPFAIL of sysexits.h)."""
-
 ACTOR_STAGES = ("sft", "ppo")
 """Stages that leave an actor for the next ones."""
-
-_stop = threading.Event()
-
-
-class Saved(Exception):
-    """Ends a stage that saved because it was asked to stop."""
-
-
-def listen_for_stop() -> None:
-    """From now on USR2 and TERM only set a flag: a handler must not save, the loop does at its next boundary."""
-    for number in (signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(number, lambda *_: _stop.set())
-
-
-def stop_requested() -> bool:
-    """Whether this rank was asked to stop; the ranks must agree on it before they act (runtime.any_rank)."""
-    return _stop.is_set()
 
 
 def stage_folder(config: Config, stage: str) -> Path:

@@ -49,6 +49,12 @@ def stored_set(config: Config, stage: str) -> StoredSet | None:
     return None
 
 
+def rollouts_folder(config: Config, stage: str) -> Path:
+    """Where a stage stores what it generates."""
+    found = stored_set(config, stage)
+    return found.folder if found is not None else Path(config.run.dir) / stage / "rollouts"
+
+
 def needs_engines(config: Config, stage: str) -> bool:
     """Whether a stage that generates has anything left to generate."""
     found = stored_set(config, stage)

@@ -1,8 +1,9 @@
-"""Minibatch updates of critic and actor on one batch of rollouts."""
+"""Minibatch updates of critic and actor on one batch of rollouts; a stop may come between any two optimizer steps."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,10 @@ from megatron_vcppo.stages.losses import ActorLoss, CriticLoss, sequence_weights
 
 @dataclass
 class Report:
-    """What the updates of one iteration did: means over optimizer steps, and what was left out."""
+    """What the updates of one iteration did: means over optimizer steps, and what was skipped.
+
+    It also says how far they are: the next optimizer step of each model is the one after those counted here.
+    """
 
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -37,6 +41,30 @@ class Report:
             for name, value in values.items():
                 self.sums[f"{who}/{name}"] += value
                 self.counts[f"{who}/{name}"] += 1
+
+    def num_steps(self, who: str) -> int:
+        """Optimizer steps so far, skipped ones included."""
+        return len(self.skipped.get(who, ()))
+
+    @property
+    def num_all_steps(self) -> int:
+        """The same over all models."""
+        return sum(len(steps) for steps in self.skipped.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers for a checkpoint."""
+        numbers = {"num_tokens": self.num_tokens, "num_padding": self.num_padding, "imbalance": [*self.imbalance]}
+        skipped = {who: [*steps] for who, steps in self.skipped.items()}
+        return numbers | {"sums": dict(self.sums), "counts": dict(self.counts), "skipped": skipped}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Report":
+        """Continues where ``state_dict`` was taken."""
+        report = cls(num_tokens=state["num_tokens"], num_padding=state["num_padding"], imbalance=[*state["imbalance"]])
+        report.sums.update(state["sums"])
+        report.counts.update(state["counts"])
+        report.skipped.update({who: [*steps] for who, steps in state["skipped"].items()})
+        return report
 
     def count(self, microbatches: list[PackedMicrobatch]) -> None:
         """Count tokens and padding of this replica."""
@@ -68,13 +96,17 @@ def update(
     config: Config,
     iteration: int,
     kl_coef: float,
-) -> Report:
+    report: Report,
+    before_step: Callable[[], None] = lambda: None,
+) -> None:
     """All passes over the batch: for each minibatch the critic's updates, then the actor's; collective.
 
+    report: is added to; the optimizer steps that it counts already were done before a resume and are not done again.
+    before_step: called before each optimizer step; what it raises leaves the models and the report at that point.
     actor None: only the critic learns (critic-only iterations, value pretraining); critic None: group baseline.
     fields: [B, T] tensors that the losses read, by name (old_logprobs, values, rollout_logprobs, ref_logprobs).
     """
-    settings, report = config.ppo, Report()
+    settings = config.ppo
     tensors = {
         "response_mask": credit.mask,
         "advantages": credit.advantages,
@@ -84,22 +116,29 @@ def update(
         **fields,
     }
     lengths = [len(r.prompt.token_ids) + len(r.response_ids) for r in batch.rollouts]
-    for ppo_epoch in range(settings.ppo_epochs):
-        parts = minibatches(len(batch), settings.minibatches, config.run.seed, iteration, ppo_epoch)
-        for part in parts:
-            mask = credit.mask[part]
-            mine = [part[i] for i in packing.share([lengths[i] for i in part])]
-            microbatches = packing.pack(batch.sequences(mine, tensors), list(tensors))
+    parts = [
+        part
+        for ppo_epoch in range(settings.ppo_epochs)
+        for part in minibatches(len(batch), settings.minibatches, config.run.seed, iteration, ppo_epoch)
+    ]
+    for number, part in enumerate(parts, 1):
+        critic_steps = number * settings.critic.updates_per_actor_update if critic is not None else 0
+        actor_steps = number if actor is not None else 0
+        if report.num_steps("critic") >= critic_steps and report.num_steps("actor") >= actor_steps:
+            continue
+        mask = credit.mask[part]
+        mine = [part[i] for i in packing.share([lengths[i] for i in part])]
+        microbatches = packing.pack(batch.sequences(mine, tensors), list(tensors))
+        if len(report.imbalance) < number:
             report.count(microbatches)
             report.imbalance.append(packing.imbalance([lengths[i] for i in part]))
-            if critic is not None:
-                num_tokens, num_rows = int(mask.sum()), int(mask.any(dim=1).sum())
-                denominator = loss_denominator("token", num_tokens, num_rows, config.rollout.max_tokens)
-                for _ in range(settings.critic.updates_per_actor_update):
-                    result = critic.train_step(microbatches, CriticLoss(settings.critic, denominator))
-                    report.add("critic", result)
-            if actor is not None:
-                positive = tensors["positive_mask"][part]
-                loss = ActorLoss.of(settings.loss, kl_coef, mask, positive, config.rollout.max_tokens)
-                report.add("actor", actor.train_step(microbatches, loss))
-    return report
+        num_tokens, num_rows = int(mask.sum()), int(mask.any(dim=1).sum())
+        denominator = loss_denominator("token", num_tokens, num_rows, config.rollout.max_tokens)
+        while critic is not None and report.num_steps("critic") < critic_steps:
+            before_step()
+            report.add("critic", critic.train_step(microbatches, CriticLoss(settings.critic, denominator)))
+        if actor is not None and report.num_steps("actor") < actor_steps:
+            before_step()
+            positive = tensors["positive_mask"][part]
+            loss = ActorLoss.of(settings.loss, kl_coef, mask, positive, config.rollout.max_tokens)
+            report.add("actor", actor.train_step(microbatches, loss))

@@ -1,6 +1,7 @@
 """Value pretraining (VC-PPO, section 3.2): the critic learns Monte-Carlo returns of the fixed policy, before PPO."""
 
 import time
+from typing import Any
 
 from megatron_vcppo.algo.gae import decoupled_gae
 from megatron_vcppo.algo.metrics import explained_variance
@@ -8,6 +9,7 @@ from megatron_vcppo.algo.token_rewards import token_rewards
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.rl import CriticConfig, ValuePretrainConfig
 from megatron_vcppo.data.rollout_batch import Packing, RolloutBatch, make_batch
+from megatron_vcppo.errors import Stopped
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder
 from megatron_vcppo.mcore.learner import Critic, StepResult
@@ -19,8 +21,9 @@ from megatron_vcppo.stages.losses import CriticLoss
 from megatron_vcppo.stages.models import starting_critic
 from megatron_vcppo.stages.rollout_source import rollout_source
 from megatron_vcppo.stages.skips import Skips
-from megatron_vcppo.stages.stage import Saved, mark_done, packing_of, stage_folder, stop_requested
+from megatron_vcppo.stages.stage import mark_done, packing_of, stage_folder
 from megatron_vcppo.stages.startup import startup
+from megatron_vcppo.stages.stopping import Saved, stopping
 
 
 def run(config: Config) -> None:
@@ -47,10 +50,25 @@ def run(config: Config) -> None:
         startup.done("rollouts")
         log = MetricsLog(folder, config, "value_pretrain", step, settings.steps) if world.is_main else None
         progress = Progress("value_pretrain", settings.steps, step, "rollouts") if world.is_main else None
-        reason = stopping_reason(history, settings)
+        reason, saved_step = stopping_reason(history, settings), step
+
+        def save(place: dict[str, Any]) -> None:
+            nonlocal saved_step
+            state = {"rollouts": place, "history": history, "skipped_in_a_row": skips.in_a_row}
+            with stopping.saving():
+                checkpoints.save(step, {"critic": critic}, state)
+            saved_step = step
+
         while reason is None:
-            started = time.monotonic()
-            batch = make_batch(source.next(settings.batch_size, step + 1))
+            started, place = time.monotonic(), source.state_dict()
+            try:
+                batch = make_batch(source.next(settings.batch_size, step + 1))
+                stopping.point()
+            except Stopped:  # the next attempt takes the responses that are stored
+                if saved_step != step:
+                    save(place)
+                checkpoints.finish()
+                raise Saved(f"asked to stop: saved at step {step}, with responses for the next one") from None
             result = learn_returns(critic, batch, packing_of(config, world), config)
             step += 1
             warning = skips.count({"critic": [not result.applied]})
@@ -60,7 +78,7 @@ def run(config: Config) -> None:
             metrics |= reward_statistics(batch) | {"time/step_s": time.monotonic() - started}
             history.append([metrics["critic/explained_variance"], metrics["critic/value_loss"]])
             if log is not None and progress is not None:
-                log.log(step, metrics)
+                log.log(step, metrics | stopping.metrics(checkpoints.save_time_s))
                 startup.finish(folder)
                 shown = {"loss": metrics["critic/value_loss"], "ev": metrics["critic/explained_variance"]}
                 progress.update(step, len(batch), shown)
@@ -68,10 +86,9 @@ def run(config: Config) -> None:
                     print(f"warning: step {step}: {warning}", flush=True)
             reason = stopping_reason(history, settings)
             checkpoints.poll()
-            stop = runtime.any_rank(stop_requested())
+            stop = stopping.agreed()
             if reason or stop or skips.too_many or step % settings.checkpoint.save_every == 0:
-                state = {"rollouts": source.state_dict(), "history": history, "skipped_in_a_row": skips.in_a_row}
-                checkpoints.save(step, {"critic": critic}, state)
+                save(source.state_dict())
             if skips.too_many:
                 checkpoints.finish()
                 raise skips.error("value_pretrain", step)

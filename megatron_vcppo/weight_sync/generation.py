@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
+from megatron_vcppo.errors import Stopped
 from megatron_vcppo.weight_sync.sync import Source, WeightSync, WeightSyncError, log
 
 T = TypeVar("T")
@@ -33,14 +34,21 @@ def begin(produce: Callable[[], T] | None) -> Future[T] | None:
     return future
 
 
-def finish_with_joiners(sync: WeightSync, policy_version: int, source: Source, future: Future[T] | None) -> T | None:
+def finish_with_joiners(
+    sync: WeightSync,
+    policy_version: int,
+    source: Source,
+    future: Future[T] | None,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> T | None:
     """Wait until every rank's future is done; collective over all ranks.
 
     Meanwhile an engine that was restarted gets the current weights as soon as it answers, and the clients take it
-    back in. Returns this rank's result; raises on every rank if it raised on any.
+    back in. Returns this rank's result; raises on every rank if it raised on any, and Stopped on every rank if any
+    rank was asked to stop before all were done.
     """
     while True:
-        states = sync.exchange(_state(future))
+        states, stops = zip(*sync.exchange((_state(future), stop_requested())), strict=True)
         failures = [f"rank {rank}: {state}" for rank, state in enumerate(states) if state not in ("", "running")]
         if failures:
             if future and future.done():
@@ -48,6 +56,8 @@ def finish_with_joiners(sync: WeightSync, policy_version: int, source: Source, f
             raise RuntimeError(f"generation failed on {'; '.join(failures)}")
         if "running" not in states:
             return future.result() if future else None
+        if any(stops):
+            raise Stopped
         try:
             sync.update_joiners(policy_version, source)
         except WeightSyncError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vcppo.config.rollout import WeightSyncConfig
+from megatron_vcppo.errors import Stopped
 from megatron_vcppo.rollout import link, rendezvous
 from megatron_vcppo.rollout.auth import read_secret
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
@@ -63,11 +64,19 @@ class WeightSync:
         self.transport = transport
         self.pool = ThreadPoolExecutor(1, "weight_sync")
 
-    def wait_for_engines(self, count: int, timeout_s: float) -> list[Target]:
-        """The engines that answer, once there are count; raises WeightSyncError on every rank after timeout_s."""
+    def wait_for_engines(
+        self, count: int, timeout_s: float, stop_requested: Callable[[], bool] = lambda: False
+    ) -> list[Target]:
+        """The engines that answer, once there are count; raises WeightSyncError on every rank after timeout_s.
+
+        Raises Stopped on every rank if any was asked to stop meanwhile.
+        """
         deadline = time.monotonic() + timeout_s
         while len(ready := self.answering()) < count:
-            if self.exchange(time.monotonic() > deadline)[0]:
+            late, stops = zip(*self.exchange((time.monotonic() > deadline, stop_requested())), strict=True)
+            if any(stops):
+                raise Stopped
+            if late[0]:
                 raise WeightSyncError(
                     f"{len(ready)} of {count} engines ready after {timeout_s:g} s; see their logs in {self.folder}", []
                 )

@@ -133,6 +133,7 @@ def test_training_is_the_same_with_shared_sequences(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("llama", False)])
 def test_training_is_the_same_for_more_families_and_layouts(tmp_path: Path, family: str, tied: bool) -> None:
     compare(save_tiny_model(tmp_path / "hf", family, tied), {**LAYOUTS, **MORE_LAYOUTS})

@@ -20,7 +20,7 @@ from megatron_vcppo.stages.credit import assign_credit
 from megatron_vcppo.stages.losses import bounded
 from megatron_vcppo.stages.stage import packing_of
 from megatron_vcppo.stages.token_outputs import token_outputs
-from megatron_vcppo.stages.updates import update
+from megatron_vcppo.stages.updates import Report, update
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.ppo_reference import reference_update
 from tests.helpers.tiny_models import VOCAB_SIZE, save_tiny_model
@@ -80,8 +80,8 @@ def make_rollouts(num_prompts: int = 8, num_samples: int = 2, seed: int = 0) -> 
     return rollouts
 
 
-def train(config: Config, rollouts: list[Rollout]) -> dict[str, Any]:
-    """What ``reference_update`` returns, on one rank of any layout; every [B, T] as its valid tokens."""
+def build(config: Config) -> tuple[runtime.Runtime, Actor, Critic | None, Reference | None]:
+    """This rank of any layout, and its part of the models."""
     world = runtime.start(config.parallel, config.run.seed, 60)
     arch = Architecture.from_hf(config.model.hf)
 
@@ -99,14 +99,20 @@ def train(config: Config, rollouts: list[Rollout]) -> dict[str, Any]:
         if world.is_last_stage:
             model.value_head.weight.data.copy_(HEAD[None])
         critic = Critic(model, config.parallel, ppo.critic.optimizer, ppo.critic.schedule, 4)
+    reference = Reference(loaded(reference_of(config)), temperature) if ppo.loss.kl_coef else None
+    return world, actor, critic, reference
 
+
+def train(config: Config, rollouts: list[Rollout]) -> dict[str, Any]:
+    """What ``reference_update`` returns, on one rank of any layout; every [B, T] as its valid tokens."""
+    world, actor, critic, reference = build(config)
+    ppo = config.ppo
     batch, packing = make_batch(rollouts), packing_of(config, world)
     fields = {
         "old_logprobs": token_outputs(batch, packing, actor.logprobs),
         "rollout_logprobs": batch.rollout_logprobs,
     }
-    if ppo.loss.kl_coef:
-        reference = Reference(loaded(reference_of(config)), temperature)
+    if reference is not None:
         fields["ref_logprobs"] = token_outputs(batch, packing, reference.logprobs)
     if critic is not None:
         fields["values"] = bounded(token_outputs(batch, packing, critic.values), ppo.critic)
@@ -115,7 +121,8 @@ def train(config: Config, rollouts: list[Rollout]) -> dict[str, Any]:
         batch, values, fields["old_logprobs"], fields.get("ref_logprobs"), config, ppo.loss.kl_coef, None
     )
     kl_coef = ppo.loss.kl_coef if ppo.loss.kl_in == "loss" else 0.0
-    report = update(actor, critic, batch, credit, fields, packing, config, 1, kl_coef)
+    report = Report()
+    update(actor, critic, batch, credit, fields, packing, config, 1, kl_coef, report)
     assert not any(any(skipped) for skipped in report.skipped.values())
     after = {"logprobs_after": token_outputs(batch, packing, actor.logprobs)}
     if critic is not None:

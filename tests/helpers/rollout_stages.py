@@ -73,7 +73,7 @@ class Stage:
     def done(self) -> bool:
         return (self.folder / MANIFEST_NAME).exists()
 
-    def run(self, before: Callable[[], None] = lambda: None) -> list[int]:
+    def run(self, before: Callable[[], object] = lambda: None) -> list[int]:
         """What the launcher runs, on forked ranks; their exit codes. before: called on each rank."""
         path = write_config(self.config).config
 

@@ -1,20 +1,30 @@
 """The wait for responses, without engines."""
 
+import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from megatron_vcppo.config.rollout import WeightSyncConfig
+from megatron_vcppo.errors import Stopped
 from megatron_vcppo.weight_sync import generation
 from megatron_vcppo.weight_sync.plan import SINGLE
 from megatron_vcppo.weight_sync.sync import WeightSync
 from megatron_vcppo.weight_sync.transport import NetworkTransport
 
 
+def make_sync(folder: Path, exchange: Callable[[Any], list[Any]] = lambda value: [value]) -> WeightSync:
+    transport = NetworkTransport("127.0.0.1", torch.device("cpu"), 1 << 16, 10.0)
+    return WeightSync(WeightSyncConfig(), folder, SINGLE, exchange, transport)
+
+
 def test_the_wait_ends_with_the_last_response_and_not_at_the_next_look_at_the_engines(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(generation, "TICK_S", 60.0)
-    transport = NetworkTransport("127.0.0.1", torch.device("cpu"), 1 << 16, 10.0)
-    sync = WeightSync(WeightSyncConfig(), tmp_path, SINGLE, lambda value: [value], transport)
+    sync = make_sync(tmp_path)
     started = time.monotonic()
 
     def produce() -> str:
@@ -24,3 +34,18 @@ def test_the_wait_ends_with_the_last_response_and_not_at_the_next_look_at_the_en
     begun = generation.begin(produce)
     assert generation.finish_with_joiners(sync, 0, lambda: iter(()), begun) == "responses"
     assert 0.2 <= time.monotonic() - started < 30
+
+
+def test_a_stop_on_any_rank_ends_the_wait_on_all_but_not_when_all_are_done(tmp_path: Path) -> None:
+    def with_a_rank_that_stops(value: Any) -> list[Any]:
+        return [value, ("", True)] if isinstance(value, tuple) else [value]
+
+    sync, release = make_sync(tmp_path, with_a_rank_that_stops), threading.Event()
+    begun = generation.begin(lambda: release.wait(60))
+    with pytest.raises(Stopped):
+        generation.finish_with_joiners(sync, 0, lambda: iter(()), begun)
+    release.set()
+    assert begun is not None and begun.result(60)
+    assert generation.finish_with_joiners(sync, 0, lambda: iter(()), begun), "what is complete is taken"
+    with pytest.raises(Stopped):
+        sync.wait_for_engines(1, 60.0)

@@ -10,8 +10,17 @@ from megatron_vcppo.commands import rollouts as command
 from megatron_vcppo.config.rollout import RolloutConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.rollout.client import RolloutClient
 from megatron_vcppo.rollout.sampling import sample_seed, training_sampling
-from megatron_vcppo.rollout.store import read_rollouts, stored_iterations, write_rollouts
+from megatron_vcppo.rollout.store import (
+    drop_partial,
+    partial_iterations,
+    read_partial,
+    read_rollouts,
+    stored_iterations,
+    write_partial,
+    write_rollouts,
+)
 
 
 def make_rollout(index: int, reward: float | None = None) -> Rollout:
@@ -62,6 +71,31 @@ def test_an_attempt_with_fewer_leaders_replaces_all_parts_of_the_one_before(tmp_
         write_rollouts(tmp_path, 3, [make_rollout(part)], part, 2)
     write_rollouts(tmp_path, 3, [make_rollout(7)])
     assert [rollout.sample_index for rollout in read_rollouts(tmp_path, 3)] == [7]
+
+
+def test_what_leaders_had_of_an_iteration_is_found_under_any_number_of_them(tmp_path) -> None:
+    first, second, third = (make_rollout(i, reward=float(i) if i else None) for i in range(3))
+    write_partial(tmp_path, 3, [first], 0, 2)
+    write_partial(tmp_path, 3, [second], 1, 2)
+    write_partial(tmp_path, 3, [second, third], 0, 1)
+    write_partial(tmp_path, -4, [third], 0, 1)
+    assert sorted(read_partial(tmp_path, 3), key=lambda rollout: rollout.sample_index) == [first, second, third]
+    assert read_partial(tmp_path, -4) == [third] and read_partial(tmp_path, 4) == []
+    assert partial_iterations(tmp_path) == [-4, 3] and stored_iterations(tmp_path) == []
+    drop_partial(tmp_path, 3)
+    assert partial_iterations(tmp_path) == [-4]
+    with pytest.raises(UserError, match="no rollouts of iteration 3"):
+        read_rollouts(tmp_path, 3)
+
+
+def test_responses_that_are_known_are_not_requested_again(tmp_path) -> None:
+    client = RolloutClient(tmp_path, RolloutConfig(), 64, run_seed=7, decode=str)
+    prompts = [make_rollout(i).prompt for i in range(2)]
+    everything = client.plan(prompts, 1, 2)
+    known = {(item.prompt.prompt_id, item.sample_index, item.request.seed) for item in everything[:3]}
+    (left,) = client.plan(prompts, 1, 2, known)
+    assert (left.prompt, left.sample_index) == (prompts[1], 1) and left.request.seed == everything[3].request.seed
+    assert len(client.plan(prompts, 2, 2, known)) == 4, "another iteration has other seeds"
 
 
 def test_a_record_says_all_that_was_asked_for(tmp_path) -> None:

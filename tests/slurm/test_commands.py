@@ -16,7 +16,7 @@ from slurm.submit import submitted_jobs
 from tests.slurm.conftest import TINY
 from tests.slurm.support import cluster_config, result, wait_for_jobs, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(autouse=True)

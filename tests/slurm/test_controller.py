@@ -128,9 +128,10 @@ def test_a_save_that_never_comes_is_bounded(tmp_path: Path) -> None:
         [python("trainer", 0, code, end_signal=signal.SIGKILL)],
         tmp_path,
         save_requested=lambda: log.exists() and "up" in log.read_text(),
-        save_timeout_s=0.5,
+        save_allowance_s=lambda: 0.5,
     )
     assert outcome.code == 1 and outcome.cause == "the trainer did not save within 0 s"
+    assert outcome.leaving_s is not None and outcome.leaving_s >= 0.5
 
 
 def test_a_rollout_unit_that_dies_alone_is_started_again(tmp_path: Path) -> None:

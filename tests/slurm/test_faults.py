@@ -11,7 +11,8 @@ from tests.slurm.faults import FAULTS, LONG, suffer
 
 SHORT = [name for name, fault in FAULTS.items() if fault.stages != LONG.stages]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+"""Longer than the waits of any one test, whose own deadlines say what was waited for."""
 
 
 @pytest.mark.parametrize("name", SHORT)

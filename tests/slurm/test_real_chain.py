@@ -14,7 +14,7 @@ from slurm.submit import submitted_jobs
 from tests.slurm.faults import kill_processes, wait_for_checkpoint
 from tests.slurm.support import wait_for_jobs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def write_recipe(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from slurm.submit import cancel_jobs, dry_run, submit
 from tests.slurm.conftest import TINY
 from tests.slurm.support import cluster_config, result, wait_for_jobs, wait_until, write_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_a_chain_of_jobs_runs_to_its_end(cluster: DevCluster, tmp_path) -> None:

@@ -1,8 +1,10 @@
 """Layouts, margins, sweeps and parsers: pure functions."""
 
 import json
+import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,17 +12,22 @@ from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.sources import CONFIGS
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.rollout.store import write_partial, write_rollouts
+from slurm import events
 from slurm.controller import reported_code
+from slurm.job import futile_starts, progress
 from slurm.logs import last_lines
 from slurm.memory import check_memory, plan, plan_of_rank
 from slurm.prepare import profile_files
 from slurm.query import JobState, parse_table, slurm_message
 from slurm.roles import role_environment
+from slurm.run_folder import RunFolder
 from slurm.snapshot import take_snapshot
 from slurm.srun import stage_nodes
-from slurm.status import pending_note
+from slurm.status import leaving_note, pending_note
 from slurm.sweep import points, read_points, text_table, write_points
-from slurm.timing import STOP_S, save_clock, save_margin_s, signal_margin_s
+from slurm.timing import LEAST_S, STOP_S, save_allowance_s, save_clock, save_margin_s, signal_margin_s
 from slurm.validate import check_inputs, check_layout
 from tests.slurm.support import tiny_config, tiny_model, units_on, write_config
 
@@ -98,20 +105,82 @@ def test_containers_wrap_the_roles(tmp_path: Path) -> None:
     assert command[start : start + 5] == ("apptainer", "exec", "--bind", "/data:/data", "image.sqsh")
 
 
-def test_the_margin_follows_what_was_measured(tmp_path: Path) -> None:
+def log_records(run: RunFolder, records: list[dict[str, float]]) -> None:
+    run.stage("ppo").mkdir(exist_ok=True)
+    text = "".join(json.dumps({"iteration": n} | record) + "\n" for n, record in enumerate(records, 1))
+    (run.stage("ppo") / "metrics.jsonl").write_text(text)
+
+
+def test_a_save_gets_what_pieces_of_work_and_saves_were_measured_to_need(tmp_path: Path) -> None:
+    """Not what whole iterations need: a stop comes between pieces."""
     run = write_config(tiny_config(tmp_path))
-    assert save_margin_s(run, "sft", 300) == 300
-    run.stage("sft").mkdir()
-    records = [{"iteration": n, "timestamp": stamp} for n, stamp in enumerate((100.0, 120.0, 170.0, 9000.0, 9020.0))]
-    (run.stage("sft") / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert save_margin_s(run, "sft", 300) == 300, "no checkpoint has been timed"
-    (run.stage("sft") / "checkpoints" / "iter_0000002").mkdir(parents=True)
-    (run.stage("sft") / "checkpoints" / "iter_0000002" / "manifest.json").touch()
-    (run.path / "events.jsonl").write_text(json.dumps({"time": 8000, "event": "attempt", "stage": "sft"}))
-    assert save_margin_s(run, "sft", 300) == 2 * 50 + STOP_S, "the wait before the second attempt is no iteration"
-    assert signal_margin_s(run, "sft", 300, 3600) == 2 * 50 + STOP_S + 60
-    assert signal_margin_s(run, "sft", 300, 60) == 30, "at most half of the time limit"
-    assert not save_clock(run, "sft", time.time() + 200, 300)() and save_clock(run, "sft", time.time() - 1, 300)()
+    end = time.time() + 100_000
+    assert save_margin_s(run, "ppo", 300) == 300, "nothing was measured"
+    assert save_allowance_s(run, "ppo", 600, float("inf")) == 600
+    assert save_allowance_s(run, "ppo", 600, end) == pytest.approx(100_000 - STOP_S, abs=5)
+    iteration = {"timestamp": 0.0, "time/iteration_s": 4000.0, "stopping/longest_piece_s": 40.0}
+    log_records(run, [iteration])
+    assert save_margin_s(run, "ppo", 300) == 300, "no save has been timed"
+    log_records(run, [iteration, iteration | {"timestamp": 4000.0, "stopping/save_s": 500.0}])
+    assert save_margin_s(run, "ppo", 300) == 2 * 540 + STOP_S
+    assert save_allowance_s(run, "ppo", 600, float("inf")) == save_allowance_s(run, "ppo", 600, end) == 2 * 540
+    assert save_allowance_s(run, "ppo", 600, time.time() + 700) == pytest.approx(700 - STOP_S, abs=5)
+    assert save_allowance_s(run, "ppo", 600, time.time() - 5) == STOP_S, "the job's end came before the request"
+    log_records(run, [{"stopping/longest_piece_s": 0.01, "stopping/save_s": 0.1}])
+    assert save_allowance_s(run, "ppo", 600, end) == LEAST_S and save_margin_s(run, "ppo", 300) == STOP_S
+    assert signal_margin_s(run, "ppo", 300, 3600) == STOP_S + 60
+    assert signal_margin_s(run, "ppo", 300, 60) == 30, "at most half of the time limit"
+    assert not save_clock(run, "ppo", time.time() + 200, 300)() and save_clock(run, "ppo", time.time() - 1, 300)()
+
+
+def test_stops_of_earlier_attempts_count_where_nothing_else_was_measured_or_they_were_too_slow(tmp_path: Path) -> None:
+    run = write_config(tiny_config(tmp_path))
+    events.append(run.path, "attempt_end", stage="ppo", code=1, leaving_s=None)
+    events.append(run.path, "attempt_end", stage="ppo", code=75, leaving_s=70.0)
+    assert save_margin_s(run, "ppo", 300) == 2 * 70 + STOP_S
+    log_records(run, [{"stopping/longest_piece_s": 5.0, "stopping/save_s": 15.0}])
+    assert save_margin_s(run, "ppo", 300) == 2 * 20 + STOP_S
+    events.append(run.path, "attempt_end", stage="ppo", code=1, leaving_s=60.0)
+    assert save_margin_s(run, "ppo", 300) == 2 * 60 + STOP_S, "it was ended after 60 s: it needs more"
+
+
+def test_the_status_says_how_long_a_save_is_given(tmp_path: Path) -> None:
+    asked = {"event": "save_requested", "stage": "ppo", "time": 0.0, "seconds": 340}
+    attempt, end = {"event": "attempt", "stage": "ppo"}, {"event": "attempt_end", "stage": "ppo"}
+    assert re.fullmatch(r"asked at \d\d:\d\d:\d\d to save and leave within 340 s", leaving_note([attempt, asked]))
+    assert leaving_note([attempt]) == leaving_note([attempt, asked, end]) == leaving_note([]) == ""
+
+
+def test_whatever_a_start_leaves_to_the_next_is_progress(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", ("ppo",))
+    run = write_config(config)
+    rollouts, checkpoints = run.stage("ppo") / "rollouts", run.stage("ppo") / "checkpoints"
+
+    def start() -> None:
+        events.append(run.path, "job", stage="ppo", job="7", progress=progress(run, config, "ppo"))
+
+    def save(name: str, state: dict[str, Any]) -> None:
+        (checkpoints / name).mkdir(parents=True, exist_ok=True)
+        (checkpoints / name / "state.json").write_text(json.dumps({"state": state}))
+        (checkpoints / name / "manifest.json").touch()
+
+    for number in range(1, 4):
+        start()
+        assert futile_starts(run, config, "ppo") == number
+    rollout = Rollout(Prompt("p", (1,), "", "", "t"), 0, 0, (2,), "", (-1.0,), "stop", 0)
+    steps = [{"report": {"skipped": {"critic": [False] * n, "actor": []}}} for n in (1, 2)]
+    for work in (
+        lambda: write_partial(rollouts, 1, [rollout], 0, 1),
+        lambda: write_partial(rollouts, 1, [rollout] * 9, 0, 1),
+        lambda: write_rollouts(rollouts, 1, [rollout]),
+        lambda: save("iter_0000000", {"unfinished": steps[0]}),
+        lambda: save("iter_0000000", {"unfinished": steps[1]}),
+        lambda: save("iter_0000001", {}),
+    ):
+        work()
+        assert futile_starts(run, config, "ppo") == 0
+        start()
+        assert futile_starts(run, config, "ppo") == 1
 
 
 @pytest.mark.parametrize(

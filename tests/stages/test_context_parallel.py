@@ -10,6 +10,7 @@ from tests.helpers.rollout_stages import Stage, make_config, make_task
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_value_pretraining_and_ppo_with_shared_sequences(tmp_path: Path) -> None:
     task = make_task(tmp_path / "task")
     layout = {"parallel": {"pp": 1, "cp": 2, "distributed_optimizer": True}}

@@ -15,6 +15,9 @@ SECONDS = 6.0
 """A kill comes within this time of the start of an attempt, which takes a little longer."""
 
 
+pytestmark = pytest.mark.timeout(600)  # the first test also waits for the node
+
+
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_task(tmp_path_factory.mktemp("kills") / "task")

@@ -15,9 +15,11 @@ from megatron_vcppo.report.metrics import read_metrics
 from megatron_vcppo.rollout.store import read_rollouts, stored_iterations
 from megatron_vcppo.stages import generation as generation_module
 from megatron_vcppo.stages.rollout_source import StoredRollouts
-from megatron_vcppo.stages.stage import SAVED
+from megatron_vcppo.stages.stopping import SAVED
 from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import Stage, make_config, make_task
+
+pytestmark = pytest.mark.timeout(600)  # the first test also waits for the node
 
 
 @pytest.fixture(scope="module")

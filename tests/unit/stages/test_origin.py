@@ -10,7 +10,7 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.manifest import write_manifest
 from megatron_vcppo.records import Prompt, Rollout
-from megatron_vcppo.rollout.store import stored_iterations, write_rollouts
+from megatron_vcppo.rollout.store import partial_iterations, stored_iterations, write_partial, write_rollouts
 from megatron_vcppo.stages.origin import claim, differences, origin_of
 from megatron_vcppo.stages.rollout_source import check_fit
 from megatron_vcppo.stages.stored_set import StoredSet, needs_engines, stored_set
@@ -43,11 +43,14 @@ def test_an_interrupted_iteration_keeps_its_responses_only_under_the_same_settin
     claim(folder, origin_of(config, "ppo"), 0)
     store(folder, 5)
     config.ppo.iterations, config.ppo.checkpoint.save_every, config.parallel.tp = 500, 3, 4
+    for iteration in (-3, 3, 6):
+        write_partial(folder, iteration, [], 0, 1)
     claim(folder, origin_of(config, "ppo"), 3)
     assert stored_iterations(folder) == [1, 2, 3, 4, 5] and capsys.readouterr().out == ""
+    assert partial_iterations(folder) == [-3, 3, 6]
     config.ppo.optimizer.lr = 1e-9
     claim(folder, origin_of(config, "ppo"), 3)
-    assert stored_iterations(folder) == [1, 2, 3]
+    assert stored_iterations(folder) == [1, 2, 3] and partial_iterations(folder) == [3]
     assert "iterations 4 to 5 were generated under other settings (ppo.optimizer)" in capsys.readouterr().out
     store(folder, 5)
     config.prompts.verifiers = {"mine": "module:function"}

@@ -1,0 +1,140 @@
+"""An update that a stop interrupts between optimizer steps, its checkpoint, and its resume: bit-equal, safe to kill."""
+
+import copy
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.training import CheckpointConfig
+from megatron_vcppo.data.rollout_batch import make_batch
+from megatron_vcppo.errors import Stopped
+from megatron_vcppo.mcore import checkpoint as checkpoint_module
+from megatron_vcppo.mcore.checkpoint import CheckpointFolder, complete_checkpoints
+from megatron_vcppo.mcore.learner import Learner
+from megatron_vcppo.records import Rollout
+from megatron_vcppo.stages.credit import assign_credit
+from megatron_vcppo.stages.losses import bounded
+from megatron_vcppo.stages.stage import packing_of
+from megatron_vcppo.stages.token_outputs import token_outputs
+from megatron_vcppo.stages.unfinished import Unfinished
+from megatron_vcppo.stages.updates import Report, update
+from tests.distributed.test_ppo_update import build, make_config, make_rollouts, save_models
+from tests.helpers.checkpoints import checkpoint_folder
+from tests.helpers.distributed import RanksFailed, run_distributed_test
+
+VARIANT = {
+    "loss": {"kl_coef": 0.05, "kl_in": "reward", "tis_cap": 2.0},
+    "critic": {"updates_per_actor_update": 2, "value_clip": 0.05, "bounds": [-1.0, 1.0]},
+}
+"""Every tensor that an update reads: 2 passes × 2 minibatches × (2 steps of the critic and 1 of the actor)."""
+NUM_STEPS = 12
+
+
+def train_up_to(config: Config, rollouts: list[Rollout], folder: Path, num_steps: int) -> dict[str, Any] | None:
+    """On one rank: resume from the checkpoint in ``folder``, train until so many steps are done, save.
+
+    Returns metrics and outputs of both models once all steps are done; else None.
+    """
+    world, actor, critic, reference = build(config)
+    assert critic is not None and reference is not None
+    checkpoints = CheckpointFolder(folder, config, CheckpointConfig())
+    learners: dict[str, Learner] = {"actor": actor, "critic": critic}
+    batch, packing = make_batch(rollouts), packing_of(config, world)
+    resumed = checkpoints.resume(learners)
+    if resumed is None:
+        report = Report()
+        fields = {
+            "old_logprobs": token_outputs(batch, packing, actor.logprobs),
+            "rollout_logprobs": batch.rollout_logprobs,
+            "ref_logprobs": token_outputs(batch, packing, reference.logprobs),
+            "values": bounded(token_outputs(batch, packing, critic.values), config.ppo.critic),
+        }
+    else:
+        unfinished = Unfinished.from_checkpoint(resumed.state["unfinished"], resumed.tensors)
+        assert unfinished.fits(batch, config) and not unfinished.fits(make_batch(rollouts[::-1]), config)
+        report, fields = Report.from_state(unfinished.report), unfinished.fields(batch)
+    credit = assign_credit(
+        batch, fields["values"], fields["old_logprobs"], fields["ref_logprobs"], config, config.ppo.loss.kl_coef, None
+    )
+
+    def stop_there() -> None:
+        if report.num_all_steps == num_steps:
+            raise Stopped
+
+    try:
+        update(actor, critic, batch, credit, fields, packing, config, 1, 0.0, report, stop_there)
+    except Stopped:
+        unfinished = Unfinished.of(batch, fields, report, config)
+        checkpoints.save(0, learners, {"unfinished": unfinished.state_dict()}, unfinished.tensors)
+        return None
+    assert report.num_all_steps == NUM_STEPS
+    after = {"logprobs": token_outputs(batch, packing, actor.logprobs)}
+    return report.means() | after | {"values": token_outputs(batch, packing, critic.values)}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param({"distributed_optimizer": True}, id="dp2"),
+        pytest.param({"pp": 2}, id="pp2", marks=pytest.mark.slow),
+    ],
+)
+def test_an_update_in_pieces_is_the_update(tmp_path: Path, layout: dict[str, Any]) -> None:
+    config, rollouts = make_config(save_models(tmp_path), copy.deepcopy(VARIANT)), make_rollouts()
+    for name, value in layout.items():
+        setattr(config.parallel, name, value)
+
+    def run(folder: str, num_steps: int) -> list[Any]:
+        return run_distributed_test(train_up_to, 2, config, rollouts, tmp_path / folder, num_steps, timeout_s=120)
+
+    through = run("through", NUM_STEPS + 1)
+    # In the middle of the critic's two steps, and between critic and actor in the second pass.
+    for num_steps in (1, 8):
+        assert run("pieces", num_steps) == [None, None]
+    for ours, theirs in zip(run("pieces", NUM_STEPS + 1), through, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(value)), name
+
+
+def test_a_kill_while_a_checkpoint_takes_the_place_of_another_leaves_one_of_them(tmp_path: Path) -> None:
+    """Within an iteration, checkpoints have the same number."""
+    config = make_config(save_models(tmp_path), {"advantage": {"baseline": "grpo"}})
+    folder = tmp_path / "checkpoints"
+
+    def resumed_state(checkpoints: CheckpointFolder, actor: Learner) -> dict[str, Any]:
+        resumed = checkpoints.resume({"actor": actor})
+        assert resumed is not None and resumed.iteration == 3 and list(resumed.tensors) == ["x"]
+        return resumed.state | {"x": resumed.tensors["x"].tolist()}
+
+    def save_twice(kill: bool) -> dict[str, Any]:
+        _, actor, _, _ = build(config)
+        checkpoints = checkpoint_folder(folder, Path(config.model.hf))
+        checkpoints.save(3, {"actor": actor}, {"save": 1}, {"x": torch.ones(2)})
+        replace = os.replace
+
+        def kill_before_the_new_one(source: Path, target: Path) -> None:
+            if kill and Path(source).name == ".iter_0000003.tmp":
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        checkpoint_module.os.replace = kill_before_the_new_one  # type: ignore[assignment]
+        checkpoints.save(3, {"actor": actor}, {"save": 2}, {"x": torch.zeros(2)})
+        return resumed_state(checkpoints, actor)
+
+    def resume() -> dict[str, Any]:
+        _, actor, _, _ = build(config)
+        return resumed_state(checkpoint_folder(folder, Path(config.model.hf)), actor)
+
+    with pytest.raises(RanksFailed, match="exit code -9"):
+        run_distributed_test(save_twice, 1, True)
+    assert run_distributed_test(resume, 1) == [{"save": 1, "x": [1.0, 1.0]}]
+    assert run_distributed_test(save_twice, 1, False) == [{"save": 2, "x": [0.0, 0.0]}]
+    assert (
+        [path.name for path in folder.iterdir()] == ["iter_0000003"] == [p.name for p in complete_checkpoints(folder)]
+    )
