@@ -23,6 +23,7 @@ from megatron_vcppo.rollout.auth import SECRET_FILE_VARIABLE, is_authorized, rea
 from megatron_vcppo.rollout.wire import (
     CORE_IS_DEAD,
     GENERATE,
+    LOST,
     NO_VERSION,
     STATUS,
     SYNC,
@@ -35,6 +36,9 @@ from megatron_vcppo.rollout.wire import (
     SyncRequest,
 )
 
+RECEIVE_SHARE = 0.8
+"""Of the time that a push has left after the pause: the workers' deadline, so that one whose worker hangs is told from
+those that waited in vain for what it held up."""
 CORE_DEADLINE_S = 5.0
 """How long the engine's core may take to answer between two steps before the status route calls it hung."""
 
@@ -67,7 +71,7 @@ class Front:
     async def _status(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
         if engine.errored:
             return await answer(send, CORE_IS_DEAD, b'{"error":"the engine core died"}')
-        if self.state == "serving":  # during a push the core is busy taking weights; its deadline is the push's own
+        if self.state != "syncing":  # during a push the core is busy taking weights; its deadline is the push's own
             try:
                 await asyncio.wait_for(engine.get_weight_version(), CORE_DEADLINE_S)
             except Exception as error:
@@ -120,6 +124,9 @@ class Front:
         try:
             report = await asyncio.wait_for(take_weights(engine, request), request.timeout_s)
             self.state, self.policy_version = "serving", request.policy_version
+        except TimeoutError:  # the workers' deadline is earlier: whoever passes this one hangs
+            self.state = "broken"
+            report = SyncReport(error=f"{LOST}: its core did not answer within {request.timeout_s:g} s")
         except Exception as error:
             self.state = "broken"
             report = SyncReport(error=f"{type(error).__name__}: {error}"[:1000])
@@ -131,7 +138,8 @@ async def take_weights(engine: Any, request: SyncRequest) -> SyncReport:
     started = time.monotonic()
     await engine.pause_generation(mode={"drain": "wait", "keep": "keep"}[request.pause], clear_cache=False)
     drained = time.monotonic()
-    update = msgspec.to_builtins(request)
+    left_s = RECEIVE_SHARE * (request.timeout_s - (drained - started))
+    update = msgspec.to_builtins(msgspec.structs.replace(request, timeout_s=left_s))
     await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={"request": update}))
     await engine.start_weight_update()
     await engine.update_weights(WeightTransferUpdateRequest(update_info={}))

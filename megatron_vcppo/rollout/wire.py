@@ -7,6 +7,9 @@ GENERATE, STATUS, SYNC = "/vcppo/generate", "/vcppo/status", "/vcppo/sync"
 CORE_IS_DEAD = 500
 """HTTP status of the status route when only a restart helps."""
 
+LOST = "lost"
+"""How the error of a push begins when the engine itself is at fault: it is gone or hangs."""
+
 NO_VERSION = -1
 """The policy version of an engine that still holds the weights it started with, or half of a push."""
 

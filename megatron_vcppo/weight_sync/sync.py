@@ -17,7 +17,7 @@ from megatron_vcppo.config.rollout import WeightSyncConfig
 from megatron_vcppo.rollout import link, rendezvous
 from megatron_vcppo.rollout.auth import read_secret
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
-from megatron_vcppo.rollout.wire import Stream, SyncReport, SyncRequest
+from megatron_vcppo.rollout.wire import LOST, Stream, SyncReport, SyncRequest
 from megatron_vcppo.weight_sync.plan import Place, Target, streams_of
 from megatron_vcppo.weight_sync.transport import Tensors, Transport
 
@@ -191,7 +191,7 @@ class WeightSync:
             try:
                 return await link.sync(session, target.engine, request)
             except link.FAILURES as error:
-                return SyncReport(error=f"lost: {type(error).__name__} {error}".strip())
+                return SyncReport(error=f"{LOST}: {type(error).__name__} {error}".strip())
 
         async with link.open_session(read_secret(self.folder / SECRET)) as session:
             answers = await asyncio.gather(*(tell(target, mine) for target, mine in zip(targets, streams, strict=True)))
@@ -200,7 +200,7 @@ class WeightSync:
 
 def _failure(policy_version: int, errors: list[str], failed: dict[Engine, str]) -> WeightSyncError:
     """The engines that vanished are the cause if there are any; the others only noticed."""
-    lost = [engine for engine, error in failed.items() if error.startswith("lost")]
+    lost = [engine for engine, error in failed.items() if error.startswith(LOST)]
     blamed = {engine: error for engine, error in failed.items() if engine in lost} or failed
     causes = [f"{engine}: {error}" for engine, error in blamed.items()] or [error for error in errors if error]
     return WeightSyncError(f"pushing policy version {policy_version} failed: {'; '.join(causes)}", lost)

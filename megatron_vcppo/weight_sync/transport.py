@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch.distributed import TCPStore
 from typing_extensions import override
 
-from megatron_vcppo.rollout.broadcast import Group, join_group, send, serve_store
+from megatron_vcppo.rollout.broadcast import send
+from megatron_vcppo.rollout.group import Deadline, Group, join_group, serve_store
 from megatron_vcppo.weight_sync.plan import Target, world_size
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
@@ -45,9 +46,14 @@ class NetworkTransport(Transport):
 
     live = True
 
-    def __init__(self, address: str, device: torch.device, bucket_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self, address: str, device: torch.device, bucket_bytes: int, timeout_s: float, backend: str | None = None
+    ) -> None:
+        """backend: gloo or nccl; default: by the device. Over gloo, tensors of a GPU pass through host memory."""
         self.address, self.device, self.bucket_bytes, self.timeout_s = address, device, bucket_bytes, timeout_s
-        self.backend = "nccl" if device.type == "cuda" else "gloo"
+        self.backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+        self.deadline = Deadline(timeout_s)
+        """Of the push under way: from its meeting to its last tensor."""
         self.group: Group | None = None
         self.store: TCPStore | None = None
         self.targets: list[Target] = []
@@ -62,6 +68,7 @@ class NetworkTransport(Transport):
             self.close()
             self.targets = list(targets)
             self.store = serve_store(self.address, self.timeout_s)
+        self.deadline = Deadline(self.timeout_s)
         assert self.store is not None
         return self.address, self.store.port
 
@@ -70,7 +77,9 @@ class NetworkTransport(Transport):
         if self.group is None:
             assert self.store is not None
             size = world_size(targets)
-            self.group = join_group(self.store, 0, size, self.backend, self.device, self.timeout_s, self.address)
+            seconds = self.deadline.left_s()
+            self.group = join_group(self.store, 0, size, self.backend, self.device, seconds, self.address)
+        self.group.deadline = self.deadline
 
     @override
     def send(self, tensors: Tensors, policy_version: int, stage: int) -> int:
@@ -79,7 +88,9 @@ class NetworkTransport(Transport):
 
     @override
     def close(self) -> None:
-        self.group, self.store, self.targets = None, None, []
+        group, self.group, self.store, self.targets = self.group, None, None, []
+        if group is not None:
+            group.close()
 
 
 class DiskTransport(Transport):
