@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from megatron_vcppo.config.load import load_config
+from megatron_vcppo.config.placement import engine_placement
 from megatron_vcppo.config.schema import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.rollout import server
 from megatron_vcppo.rollout.auth import make_secret
+from megatron_vcppo.rollout.node_folder import NodeFolder, remove_stale
 from megatron_vcppo.rollout.process import interface_address
 from megatron_vcppo.rollout.rendezvous import SECRET
 from megatron_vcppo.rollout.supervisor import Limits, Slot, run
@@ -42,15 +44,22 @@ def main() -> int:
         signal.signal(number, lambda *_: stopping.set())
     try:
         config = load_config(args.config, complete=False)  # checked when the run began
-        slots = plan_slots(config, args.model or Path(config.model.hf), args.rendezvous, args.node)
+        shared = None
+        if engine_placement(config) == "trainer_gpus":
+            remove_stale()
+            shared = NodeFolder(args.rendezvous, args.node)
+        slots = plan_slots(config, args.model or Path(config.model.hf), args.rendezvous, args.node, shared)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return run(slots, stopping)
+    return run(slots, stopping, shared)
 
 
-def plan_slots(config: Config, model: Path, folder: Path, node: int) -> list[Slot]:
-    """What to run on this node: engines, their devices, their log files (beside the rendezvous folder)."""
+def plan_slots(config: Config, model: Path, folder: Path, node: int, shared: NodeFolder | None = None) -> list[Slot]:
+    """What to run on this node: engines, their devices, their log files (beside the rendezvous folder).
+
+    shared: whose turn it is on GPUs that the trainer has, too.
+    """
     rollout, engine = config.rollout, config.rollout.engine
     make_secret(folder / SECRET)
     try:
@@ -65,7 +74,10 @@ def plan_slots(config: Config, model: Path, folder: Path, node: int) -> list[Slo
         )
     if not gpus:
         check_head_size(model)
-    limits = Limits(rollout.start_timeout_s, rollout.health_timeout_s, rollout.max_restarts)
+    limits = Limits(
+        *(rollout.start_timeout_s, rollout.health_timeout_s, rollout.max_restarts),
+        turn_timeout_s=rollout.turn_timeout_s,
+    )
 
     def launch(placement: server.Placement, port: int) -> tuple[list[str], dict[str, str]]:
         return (
@@ -78,6 +90,7 @@ def plan_slots(config: Config, model: Path, folder: Path, node: int) -> list[Slo
                 port,
                 bool(gpus),
                 config.run.seed,
+                sleeps=shared is not None,
             ),
             server.environment(os.environ, engine, placement, folder / SECRET, rollout.interface),
         )
@@ -88,7 +101,9 @@ def plan_slots(config: Config, model: Path, folder: Path, node: int) -> list[Slo
         mine = tuple(gpus[index * size : (index + 1) * size])
         placement = server.Placement(mine, share(cpus, index, engine.per_node))
         log_file = folder / f"engine_{node}_{index}.log"
-        slots.append(Slot(node, index, address, folder, log_file, limits, partial(launch, placement)))
+        slots.append(
+            Slot(node, index, address, folder, log_file, limits, partial(launch, placement), shared, engine.sleep_level)
+        )
     return slots
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.placement import engine_nodes
+from megatron_vcppo.config.placement import engine_nodes, engine_placement
 from megatron_vcppo.data.prompts import PromptKeys, load_prompts
 from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.errors import UserError
@@ -21,10 +21,12 @@ from megatron_vcppo.rewards.scorer import Scorer
 from megatron_vcppo.rollout.client import RolloutClient
 from megatron_vcppo.rollout.store import read_rollouts, write_rollouts
 from megatron_vcppo.rollout.wire import Sampling
+from megatron_vcppo.stages.shared_gpus import Model, SharedGpus
 from megatron_vcppo.stages.startup import startup
+from megatron_vcppo.stages.stored_set import needs_engines
 from megatron_vcppo.weight_sync.generation import begin, finish_with_joiners
 from megatron_vcppo.weight_sync.place import make_weight_sync, place_of
-from megatron_vcppo.weight_sync.sync import PushResult
+from megatron_vcppo.weight_sync.sync import PushResult, WeightSync
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
@@ -58,8 +60,15 @@ class Generation(AbstractContextManager["Generation"]):
             )
         self.tokenizer = load_tokenizer(config.model.hf)
         rendezvous = folder / "rendezvous"
-        place = place_of(world.pp_rank, world.pp_size, world.tp_rank, world.dp_rank, world.cp_rank)
-        self.sync = make_weight_sync(config, rendezvous, place, world.device)
+        self.stage = folder.name
+        self.gpus: SharedGpus | None = None
+        """Where the engines have the trainer's GPUs."""
+        if engine_placement(config) == "trainer_gpus":
+            self.gpus = SharedGpus(config, folder, world)
+            self.sync: WeightSync = self.gpus.sync
+        else:
+            place = place_of(world.pp_rank, world.pp_size, world.tp_rank, world.dp_rank, world.cp_rank)
+            self.sync = make_weight_sync(config, rendezvous, place, world.device)
         self.is_leader = world.tp_rank == world.pp_rank == world.cp_rank == 0
         self.scorer: Scorer | None = None
         self.client: RolloutClient | None = None
@@ -83,9 +92,35 @@ class Generation(AbstractContextManager["Generation"]):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.scorer is not None:
             self.scorer.close(finish=kind is None)
+        if self.gpus is not None:
+            self.gpus.close()
+
+    def start_engines(self) -> None:
+        """Before any model is built: engines on the trainer's GPUs start while these are empty, and go to sleep.
+
+        Elsewhere they start meanwhile, and ``wait_for_engines`` waits for them.
+        """
+        if self.gpus is not None and needs_engines(self.config, self.stage):
+            self.gpus.begin()
+            self._wait_for_engines()
+            self.gpus.to_trainer()
 
     def wait_for_engines(self) -> None:
         """Until every engine of every rollout node has answered once."""
+        if self.gpus is None:
+            self._wait_for_engines()
+
+    def share(self, *models: Model | None) -> None:
+        """Models whose memory engines on the trainer's GPUs need for their turn."""
+        if self.gpus is not None:
+            self.gpus.share(*models)
+
+    def trainer_turn(self) -> None:
+        """Engines on the trainer's GPUs sleep until the next push or generation; models may be used again."""
+        if self.gpus is not None:
+            self.gpus.to_trainer()
+
+    def _wait_for_engines(self) -> None:
         count = engine_nodes(self.config) * self.config.rollout.engine.per_node
         self.sync.wait_for_engines(count, self.config.rollout.start_timeout_s)
         startup.done("engines")
@@ -93,6 +128,8 @@ class Generation(AbstractContextManager["Generation"]):
     def push(self, policy_version: int, source: Callable[[], Tensors]) -> PushResult:
         """Give every engine these weights; source: see weight_sync."""
         self.policy_version, self.source = policy_version, source
+        if self.gpus is not None:
+            self.gpus.to_engines()
         result = self.sync.sync(policy_version, source)
         startup.done("push")
         return result
@@ -103,6 +140,9 @@ class Generation(AbstractContextManager["Generation"]):
 
     def begin(self, prompts: list[Prompt], iteration: int, sampling: Sampling, num_samples: int) -> "Begun":
         """Have the engines work on it while this rank does something else; no push until it is finished."""
+        if self.gpus is not None and not self.gpus.engines_have_it:
+            assert self.source is not None, "generation before the first push"
+            self.push(self.policy_version, self.source)
         mine = prompts[self.world.dp_rank :: self.world.dp_size]
         produce = self._producer(mine, iteration, sampling, num_samples) if self.is_leader and mine else None
         return Begun(prompts, self.policy_version, begin(produce))

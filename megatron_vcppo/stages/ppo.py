@@ -46,6 +46,7 @@ def run(config: Config) -> None:
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
     startup.done("groups")
     with Generation(config, folder, world) as generation:
+        generation.start_engines()
         Ppo(config, folder, world, generation).train()
     if world.is_main:
         mark_done(folder, checkpoint=folder / "checkpoints" / f"iter_{config.ppo.iterations:07d}")
@@ -80,6 +81,7 @@ class Ppo:
         self.reference = None
         if settings.loss.kl_coef:
             self.reference = Reference(starting_actor(config, "ppo"), config.rollout.temperature)
+        generation.share(self.actor, self.critic, self.reference)
         self.learners: dict[str, Learner] = {"actor": self.actor}
         if self.critic is not None:
             self.learners["critic"] = self.critic
@@ -181,6 +183,7 @@ class Ppo:
             push = self.push(iteration)
             with self.phase("evaluation"):
                 metrics |= evaluate_engines(config, self.generation, iteration)
+                self.generation.trainer_turn()
         metrics["weight_sync/pause_s"], metrics["weight_sync/mb"] = push.pause_s, push.num_bytes / 1e6
         return metrics, credit.profiles, warning
 
@@ -199,6 +202,7 @@ class Ppo:
             push = self.push(self.iteration)
             with self.phase("generation"):
                 rollouts = self.sampler.take(iteration)
+                self.generation.trainer_turn()
         if self.settings.staleness and iteration < self.settings.iterations:
             self.sampler.begin(iteration + 1)
         return rollouts, push

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from megatron_vcppo.rollout.broadcast import send
 from megatron_vcppo.rollout.group import Deadline, Group, join_group, serve_store
+from megatron_vcppo.rollout.node_folder import NodeFolder, weights_path
 from megatron_vcppo.weight_sync.plan import Target, world_size
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
@@ -23,10 +24,11 @@ class Transport(Protocol):
     backend: str
     """The word that tells an engine how to receive: gloo, nccl or disk."""
     live: bool
-    """Engines receive while the sender sends, not afterwards."""
+    """Engines receive while the sender sends, not afterwards; what is not live stays there until the next push or
+    ``drop``."""
 
-    def folder(self, policy_version: int) -> str:
-        """Where engines find the weights; "" if not in a folder."""
+    def folder(self, policy_version: int, node: int) -> str:
+        """Where the engines of a node find the weights; "" if not in a folder."""
 
     def meet(self, targets: Sequence[Target]) -> tuple[str, int]:
         """Open the meeting point for these engines; returns its address and port."""
@@ -39,6 +41,9 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Forget the engines."""
+
+    def drop(self) -> None:
+        """Forget what was sent."""
 
 
 class NetworkTransport(Transport):
@@ -59,7 +64,7 @@ class NetworkTransport(Transport):
         self.targets: list[Target] = []
 
     @override
-    def folder(self, policy_version: int) -> str:
+    def folder(self, policy_version: int, node: int) -> str:
         return ""
 
     @override
@@ -92,6 +97,10 @@ class NetworkTransport(Transport):
         if group is not None:
             group.close()
 
+    @override
+    def drop(self) -> None:
+        pass
+
 
 class DiskTransport(Transport):
     """safetensors files in ``root/version_N``; every engine reads them. The versions before are removed."""
@@ -102,8 +111,11 @@ class DiskTransport(Transport):
         self.root, self.bucket_bytes = root, bucket_bytes
 
     @override
-    def folder(self, policy_version: int) -> str:
-        return str(self.root / f"version_{policy_version}")
+    def folder(self, policy_version: int, node: int) -> str:
+        return str(self._folder(policy_version))
+
+    def _folder(self, policy_version: int) -> Path:
+        return self.root / f"version_{policy_version}"
 
     @override
     def meet(self, targets: Sequence[Target]) -> tuple[str, int]:
@@ -115,7 +127,7 @@ class DiskTransport(Transport):
 
     @override
     def send(self, tensors: Tensors, policy_version: int, stage: int) -> int:
-        folder = Path(self.folder(policy_version))
+        folder = self._folder(policy_version)
         if stage == 0 and self.root.exists():
             shutil.rmtree(self.root)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -134,6 +146,26 @@ class DiskTransport(Transport):
     @override
     def close(self) -> None:
         pass
+
+    @override
+    def drop(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+class HostTransport(DiskTransport):
+    """The same in the memory of each node: its ranks write, its engines read. For engines on the trainer's GPUs.
+
+    CUDA IPC would spare the copies through host memory. But its handles are good on one GPU only, while an engine's
+    worker there needs shards cut otherwise than the rank's: every rank would gather whole tensors, on every GPU.
+    """
+
+    def __init__(self, own: NodeFolder, rendezvous: Path, bucket_bytes: int) -> None:
+        super().__init__(own.weights, bucket_bytes)
+        self.rendezvous = rendezvous
+
+    @override
+    def folder(self, policy_version: int, node: int) -> str:
+        return str(weights_path(self.rendezvous, node) / f"version_{policy_version}")
 
 
 def _write(shard: dict[str, torch.Tensor], folder: Path, stage: int, count: int) -> None:
