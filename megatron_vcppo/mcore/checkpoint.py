@@ -41,6 +41,7 @@ from megatron_vcppo.mcore.convert.folders import copy_small_files
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.manifest import file_record, read_manifest, sync_folder, verify_manifest, write_manifest
 from megatron_vcppo.mcore.model import PackedGPT
+from megatron_vcppo.mcore.offload import check_resident
 from megatron_vcppo.mcore.watchdog import deadline
 
 PR_SET_PDEATHSIG = 1
@@ -85,6 +86,8 @@ class CheckpointFolder:
     def save(self, iteration: int, components: Mapping[str, Learner], state: Mapping[str, Any]) -> None:
         """Save as ``iter_<iteration>``; with async_save, complete only after a later ``poll`` or ``finish``."""
         started = time.monotonic()
+        for learner in components.values():
+            check_resident(learner.storages())
         self.finish()
         temporary = self.folder / f".iter_{iteration:07d}.tmp"
         if self.runtime.is_main:

@@ -8,14 +8,19 @@ views of, and its grad and param buffers know nothing of models without the dist
 A view of an empty storage must not be used: ``check_resident`` says so before a kernel does.
 """
 
+import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-Storage = torch.UntypedStorage
+Storage: TypeAlias = torch.UntypedStorage
+
+PINNED_BYTES = 1 << 20
+"""Storages of this size are worth locking pages for."""
 
 
 @dataclass
@@ -109,11 +114,15 @@ def _bytes_of(storage: Storage) -> torch.Tensor:
 
 
 def _host_buffer(num_bytes: int) -> torch.Tensor:
-    """Host memory of exactly this size; page-locked for CUDA, where torch's own allocator would round up to a power
-    of two."""
-    buffer = torch.empty(num_bytes, dtype=torch.uint8)
-    if torch.cuda.is_available():
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), num_bytes, 0))
+    """Host memory of this size; a large one is page-locked for CUDA, in pages that it shares with nothing else.
+
+    torch's allocator of page-locked memory would round the size up to a power of two.
+    """
+    if not torch.cuda.is_available() or num_bytes < PINNED_BYTES:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    buffer = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+    if code := int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), num_bytes, 0)):
+        raise RuntimeError(f"cudaHostRegister of {num_bytes} bytes of host memory failed with CUDA error {code}")
     return buffer
 
 

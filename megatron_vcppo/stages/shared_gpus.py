@@ -6,6 +6,7 @@ GPUs, and with weight_sync.offload_weights its weights, too, once they are pushe
 
 import time
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -21,7 +22,7 @@ from megatron_vcppo.rollout.node_folder import TRAINER, Holder, NodeFolder
 from megatron_vcppo.weight_sync.place import make_sleeping_sync, place_of, place_on_node
 from megatron_vcppo.weight_sync.sync import POLL_S
 
-Model = Runner | torch.nn.Module
+Model: TypeAlias = Runner | torch.nn.Module
 
 
 class SharedGpus:

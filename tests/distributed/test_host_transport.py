@@ -52,7 +52,7 @@ def write(hf: Path, rendezvous: Path) -> tuple[bool, Weights, Weights, bool]:
     transport.drop()
     assert os.listdir(folder.path) == ["users"]
     folder.close()
-    return True, *found, other
+    return True, found[0], found[1], other
 
 
 def test_every_node_gets_all_weights_from_its_own_ranks(tmp_path: Path) -> None:

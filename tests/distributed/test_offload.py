@@ -55,6 +55,8 @@ def train(hf: Path, folder: Path, parallel: ParallelConfig, dtype: Dtype, offloa
                 assert storages and not any(storage.nbytes() for storage in storages), part
             with pytest.raises(RuntimeError, match="weights of the model are in host memory"):
                 next(stream_hf(actor.model), None)
+            with pytest.raises(RuntimeError, match="optimizer state of the model are in host memory"):
+                checkpoint_folder(folder, hf).save(i, {"critic": critic}, {})
             rest = live_bytes() - sum(buffer.nbytes for buffer in host.buffers.values())
             sizes.append((on_device - rest, moved + weights))
             assert host.give_back() == moved + weights and not host.parked

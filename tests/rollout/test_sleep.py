@@ -84,7 +84,7 @@ def test_a_new_engine_is_published_asleep_and_cannot_be_used(node, models, sync,
 
 
 def test_it_wakes_in_parts_around_a_push_and_gives_a_fresh_engines_output(node, models, sync, shared) -> None:
-    seen = []
+    seen: list[tuple[str, int]] = []
 
     def after_push() -> None:
         seen.extend((status.state, status.policy_version) for status in states(node))

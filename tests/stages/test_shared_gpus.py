@@ -97,7 +97,8 @@ def test_an_engine_killed_in_the_update_waits_and_one_killed_in_generation_joins
 
     def faults() -> None:
         sys.stdout = sys.stderr = log.open("w", buffering=1)
-        update, begin, hit = ppo_module.update, generation_module.begin, []
+        update, begin = ppo_module.update, generation_module.begin
+        hit: list[str] = []
 
         def kill_then_update(*arguments: Any) -> Any:
             if not hit:
@@ -116,7 +117,8 @@ def test_an_engine_killed_in_the_update_waits_and_one_killed_in_generation_joins
                 threading.Timer(0.3, kill_engine, [node]).start()
             return future
 
-        ppo_module.update, generation_module.begin = kill_then_update, begin_then_kill
+        ppo_module.update = kill_then_update  # type: ignore[assignment]
+        generation_module.begin = begin_then_kill  # type: ignore[assignment]
 
     stage = make_stage(node, task, tmp_path / "run")
     started = len([line for line in node.logs().splitlines() if "starting, pid" in line])
