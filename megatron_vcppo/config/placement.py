@@ -28,6 +28,16 @@ def engine_nodes(config: Config) -> int:
     return cluster.rollout_nodes if engine_placement(config) == "rollout_nodes" else cluster.trainer_nodes
 
 
+def node_holds_replica(config: Config, num_ranks: int) -> bool:
+    """Whether the trainer's ranks of every node hold all weights of the actor between them.
+
+    num_ranks: of the trainer, over all nodes. Megatron puts pipeline stages furthest apart: those of one replica are on
+    one node only if all ranks are.
+    """
+    nodes, parallel = config.cluster.trainer_nodes, config.parallel
+    return nodes == 1 or (parallel.pp == 1 and num_ranks // nodes % parallel.tp == 0)
+
+
 def engine_gpus_per_node(config: Config) -> int:
     """Accelerators that the engines of one node take together."""
     engine = config.rollout.engine

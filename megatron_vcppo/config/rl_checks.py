@@ -31,6 +31,8 @@ def _rollouts(config: Config) -> Iterator[str]:
     longest, room = config.rollout.max_tokens, config.model.max_length
     if longest >= room:
         yield f"rollout.max_tokens {longest} leaves no room for a prompt: it must be below model.max_length {room}"
+    if config.rollout.engine.sleep_level not in (1, 2):
+        yield f"rollout.engine.sleep_level must be 1 or 2, got {config.rollout.engine.sleep_level}"
     if config.rollout.temperature <= 0:
         yield f"rollout.temperature must be over 0, got {config.rollout.temperature}"
 

@@ -22,6 +22,9 @@ class EngineConfig:
     """Share of an accelerator's memory for weights and cache."""
     cpu_cache_gib: int = 1
     """Size of the KV cache of each worker on a machine without accelerators."""
+    sleep_level: int = 2
+    """With cluster.engines_on trainer_gpus: what a sleeping engine does with its weights. 1: they go to host memory; 2:
+    they are discarded, which takes no host memory, and costs nothing more where they are pushed after waking anyway."""
     enforce_eager: bool = False
     """Run without captured graphs: slower on accelerators, starts faster. Always so on CPU."""
     extra_args: list[str] = field(default_factory=list)
@@ -54,6 +57,9 @@ class RolloutConfig:
     """A response that takes longer is taken from its engine and given to another."""
     all_dead_timeout_s: float = 900.0
     """Generation fails when no engine with current weights answered for this long; covers a restart and a push."""
+    turn_timeout_s: float = 43200.0
+    """With cluster.engines_on trainer_gpus: an engine that must start again waits this long at most for the trainer's
+    turn on the GPUs to end; longer than an iteration."""
     max_restarts: int = 10
     """An engine that died this often in one attempt of the job is given up, and the rollout node with it."""
 
@@ -64,7 +70,12 @@ class WeightSyncConfig:
 
     transport: Literal["network", "disk"] = "network"
     """network: broadcast from the trainer's ranks (NCCL on GPUs, gloo on CPU). disk: safetensors in the run folder,
-    for clusters where trainer and rollout nodes share no network but a file system."""
+    for clusters where trainer and rollout nodes share no network but a file system. With cluster.engines_on
+    trainer_gpus, network is the memory of each node (/dev/shm) where its ranks hold a whole replica of the actor, else
+    gloo: NCCL takes no two ranks on one GPU."""
+    offload_weights: bool = False
+    """With cluster.engines_on trainer_gpus: the weights of actor, critic and reference are in host memory while engines
+    generate, as the optimizer's state and the gradients always are."""
     bucket_mib: int = 64
     """Weights travel in buckets of this size; a sending rank holds two of them."""
     pause: Literal["drain", "keep"] = "drain"

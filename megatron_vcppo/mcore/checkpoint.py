@@ -39,6 +39,7 @@ from megatron_vcppo.mcore.convert.folders import copy_small_files
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.manifest import read_manifest, sync_folder, verify_manifest, write_manifest
 from megatron_vcppo.mcore.model import PackedGPT
+from megatron_vcppo.mcore.offload import check_resident
 from megatron_vcppo.mcore.watchdog import deadline
 
 TENSORS_NAME = "tensors.safetensors"
@@ -98,6 +99,8 @@ class CheckpointFolder:
         tensors: CPU tensors of the stage's own state, the same on every rank. A checkpoint of this iteration that is
         there already is replaced once the new one is complete.
         """
+        for learner in components.values():
+            check_resident(learner.storages())
         self.finish()
         started = time.time()
         temporary = self.folder / f".iter_{iteration:07d}.tmp"

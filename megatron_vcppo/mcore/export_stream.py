@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron_vcppo.mcore.hf_load import EMBEDDING, local_parameters
 from megatron_vcppo.mcore.hf_mapping import split, unshard
 from megatron_vcppo.mcore.model import PackedGPT
+from megatron_vcppo.mcore.offload import check_resident, weights
 
 
 def stream_hf(model: PackedGPT, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -18,6 +19,7 @@ def stream_hf(model: PackedGPT, dtype: torch.dtype | None = None) -> Iterator[tu
     nothing. A tensor is gathered when it is asked for and not held. Vocabulary padding is trimmed. A tied embedding
     comes from the first stage only. dtype: converted to it; None leaves it.
     """
+    check_resident({"weights": weights(model)})
     group = parallel_state.get_tensor_model_parallel_group()
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     root = dist.get_global_rank(group, 0)

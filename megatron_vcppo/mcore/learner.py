@@ -23,6 +23,7 @@ from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.context import ContextShard, shard_of
 from megatron_vcppo.mcore.logprobs import vocab_parallel_logprobs
 from megatron_vcppo.mcore.model import ActorModel, CriticModel, PackedGPT
+from megatron_vcppo.mcore.offload import Storage, check_resident, gradients, optimizer_state, weights
 
 Metrics = Mapping[str, tuple[Tensor, Tensor]]
 """name -> (sum, weight): added over micro-batches and ranks, then divided."""
@@ -50,6 +51,10 @@ class Runner:
         self.runtime = runtime.current()
         self.model = model
         self.module: torch.nn.Module = model
+
+    def storages(self) -> dict[str, list[Storage]]:
+        """What the model holds on its device, by part; see ``offload``."""
+        return {"weights": weights(self.model)}
 
     def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch, shard: ContextShard) -> Any:
         """From what the last stage reads out of this rank's tokens to what losses take: outputs of all tokens."""
@@ -95,6 +100,7 @@ class Runner:
     ) -> list[Any]:
         """What the last stage's loss functions returned, in order; empty on other stages."""
         assert microbatches, "every data-parallel replica needs at least one micro-batch"
+        check_resident({"weights": weights(self.model)})
         on_device = [m.to(self.runtime.device) for m in microbatches]
         shards = [shard_of(m, self.runtime.device) for m in microbatches]
         return get_forward_backward_func()(
@@ -185,12 +191,17 @@ class Learner(Runner):
             self._gathered = True
         return self.model
 
+    def storages(self) -> dict[str, list[Storage]]:
+        state = optimizer_state(self.optimizer, self.model)
+        return {**super().storages(), "gradients": gradients(self.ddp), "optimizer state": state}
+
     def train_step(self, microbatches: Sequence[PackedMicrobatch], loss_function: LossFunction) -> StepResult:
         """Forward and backward over this replica's micro-batches, then one optimizer step.
 
         Replicas may have different numbers of micro-batches, at least one each. Losses are already divided by the
         global denominator, so gradients and metrics are sums over replicas, whatever the split.
         """
+        check_resident(self.storages())
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()

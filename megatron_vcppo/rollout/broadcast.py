@@ -1,19 +1,20 @@
 """Tensors from one sender to many receivers over a process group of their own: the byte stream of a weight push.
 
-A group is made beside whatever default group a process has (a trainer's world, an engine's), and only its
-constructor knows gloo from NCCL. A stream is a row of buckets; each is announced by a JSON list of its payloads:
-large tensors as they are, small ones put together.
+A group is made next to whatever default group a process has (a trainer's world, an engine's), by group.py. A stream is
+a row of buckets; each is announced by a JSON list of its payloads: large tensors as they are, small ones put together.
 """
 
-import datetime
+import queue
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import torch
 import torch.distributed as dist
 
-from megatron_vcppo.config.network import listen
+from megatron_vcppo.rollout.group import Group
+from megatron_vcppo.rollout.lane import Lane
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):
@@ -24,70 +25,13 @@ class Piece(msgspec.Struct, frozen=True, array_like=True):
     shape: list[int]
 
 
+Bucket = list[tuple[list[Piece], torch.Tensor]]
+"""Payloads, each with the tensors in it."""
+
 ALIGNMENT = 64
 """Pieces start at multiples of this many bytes, so that every dtype can be viewed in place."""
 ALONE_BYTES = 1 << 20
 """A tensor of this size travels from where it lies; smaller ones are put together first."""
-
-
-@dataclass
-class Group:
-    """One sender (rank 0) and its receivers."""
-
-    process_group: dist.ProcessGroup
-    device: torch.device
-    timeout_s: float
-    store: dist.Store
-    """Held: a process group does not keep its store alive."""
-
-    def broadcast(self, tensor: torch.Tensor) -> dist.Work:
-        """Start sending (rank 0) or filling (the others) a contiguous tensor on this group's device."""
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = 0, 0
-        return self.process_group.broadcast([tensor], options)
-
-    def wait(self, work: dist.Work) -> None:
-        """Wait until the tensor may be used again. Raises RuntimeError after the group's deadline."""
-        if not work.wait(datetime.timedelta(seconds=self.timeout_s)):
-            raise RuntimeError(f"broadcast not finished after {self.timeout_s:g} s")
-        if self.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-
-
-def serve_store(address: str, timeout_s: float) -> dist.TCPStore:
-    """The meeting point of a new group, on a free port of address alone; its ``port`` is told to the receivers."""
-    timeout = datetime.timedelta(seconds=timeout_s)
-    listener = listen(address)
-    port = listener.getsockname()[1]
-    fd = listener.detach()  # the store closes it
-    return dist.TCPStore(
-        address, port, None, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=fd
-    )
-
-
-def reach_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
-    """A receiver's connection to the meeting point."""
-    timeout = datetime.timedelta(seconds=timeout_s)
-    return dist.TCPStore(address, port, None, is_master=False, timeout=timeout, wait_for_workers=False)
-
-
-def join_group(
-    store: dist.TCPStore, rank: int, world_size: int, backend: str, device: torch.device, timeout_s: float, address: str
-) -> Group:
-    """Make the group; returns when all ranks are there. Raises RuntimeError after timeout_s.
-
-    address: this process's address on the network that the weights take (gloo; NCCL is told by its environment).
-    """
-    timeout = datetime.timedelta(seconds=timeout_s)
-    prefixed = dist.PrefixStore("weights", store)
-    if backend == "gloo":
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-        options._timeout = timeout
-        return Group(dist.ProcessGroupGloo(prefixed, rank, world_size, options), torch.device("cpu"), timeout_s, store)
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    return Group(dist.ProcessGroupNCCL(prefixed, rank, world_size, options), device, timeout_s, store)
 
 
 def send(group: Group, tensors: Iterator[tuple[str, torch.Tensor]], bucket_bytes: int) -> int:
@@ -137,7 +81,7 @@ class BucketSender:
         self.small, self.large, self.held_bytes = [], [], 0
 
     def finish(self) -> None:
-        """Send what is left and the end mark (an announcement of size 0)."""
+        """Send what remains and the end mark (an announcement of size 0)."""
         if self.held_bytes:
             self.flush()
         self._wait()
@@ -149,7 +93,7 @@ class BucketSender:
         self.in_flight = []
 
 
-def receive(group: Group) -> Iterator[list[tuple[list[Piece], torch.Tensor]]]:
+def receive(group: Group) -> Iterator[Bucket]:
     """Buckets as they arrive, each payload in memory of its own (uint8, on the group's device), until the end mark."""
     while True:
         size = torch.empty(1, dtype=torch.int64, device=group.device)
@@ -165,7 +109,34 @@ def receive(group: Group) -> Iterator[list[tuple[list[Piece], torch.Tensor]]]:
         yield bucket
 
 
-def unpack(buckets: Iterator[list[tuple[list[Piece], torch.Tensor]]]) -> Iterator[tuple[str, torch.Tensor]]:
+def ahead(buckets: Iterator[Bucket], lane: Lane) -> Iterator[Bucket]:
+    """The same buckets, the next one being received by a thread while the caller copies out of the current one.
+
+    The thread works in the lane: on the caller's device, on a stream apart from the caller's.
+    """
+    done = object()
+    slots: queue.Queue[Any] = queue.Queue(maxsize=1)
+
+    def fetch() -> None:
+        try:
+            with lane.entered():
+                for bucket in buckets:
+                    slots.put(bucket)
+            slots.put(done)
+        except BaseException as error:
+            slots.put(error)
+
+    thread = threading.Thread(target=fetch, name="weights", daemon=True)
+    thread.start()
+    while (item := slots.get()) is not done:
+        if isinstance(item, BaseException):
+            raise item
+        lane.hand_over(payload for _, payload in item)
+        yield item
+    thread.join()
+
+
+def unpack(buckets: Iterator[Bucket]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) pairs from buckets; the tensors are views of the payloads."""
     for bucket in buckets:
         for pieces, payload in bucket:

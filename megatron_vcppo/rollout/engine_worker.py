@@ -8,9 +8,7 @@ with an accelerator call that does not exist on CPU.
 """
 
 import multiprocessing
-import queue
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from megatron_vcppo.rollout.broadcast import Group, join_group, reach_store, receive, unpack
+from megatron_vcppo.rollout.broadcast import ahead, receive, unpack
+from megatron_vcppo.rollout.group import Deadline, Group, join_group, reach_store
 from megatron_vcppo.rollout.process import die_with_parent
 from megatron_vcppo.rollout.wire import Stream, SyncRequest
 
@@ -59,17 +58,23 @@ class Receiver(WeightTransferEngine[Meet, Take]):
         self.request = request = msgspec.convert(init_info.request, SyncRequest)
         parallel = self.parallel_config
         worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
-        known, self.groups = self.groups, {}
-        for stream in request.streams:
-            self.groups[stream] = known.get(stream) or join_group(
-                reach_store(stream.address, stream.port, request.timeout_s),
-                stream.first_rank + worker,
-                stream.world_size,
-                request.backend,
-                self.device,
-                request.timeout_s,
-                request.address,
-            )
+        deadline = Deadline(request.timeout_s)
+        self.leave([stream for stream in self.groups if stream not in request.streams])
+        for stream in request.streams:  # in the order in which they are received
+            group = self.groups.pop(stream, None)
+            if group is None:
+                store = reach_store(stream.address, stream.port, deadline.left_s())
+                group = join_group(
+                    *(store, stream.first_rank + worker, stream.world_size, request.backend),
+                    *(self.device, deadline.left_s(), request.address),
+                )
+            group.deadline = deadline
+            self.groups[stream] = group
+
+    def leave(self, streams: Iterable[Stream]) -> None:
+        """Close the groups of these streams."""
+        for stream in list(streams):
+            self.groups.pop(stream).close()
 
     @override
     def start_weight_update(self) -> None:
@@ -80,7 +85,7 @@ class Receiver(WeightTransferEngine[Meet, Take]):
         try:
             self.receive_weights(self.parse_update_info(update_info))
         except BaseException:
-            self.groups = {}
+            self.leave(self.groups)
             self.finish_weight_update()
             raise
         if self.device.type != "cpu":
@@ -92,7 +97,10 @@ class Receiver(WeightTransferEngine[Meet, Take]):
         if self.request.backend == "disk":
             tensors = read_folder(Path(self.request.folder))
         else:
-            tensors = unpack(ahead(bucket for group in self.groups.values() for bucket in receive(group)))
+            # One lane for all streams: each is the same device's, and the thread receives one after the other.
+            lane = next(iter(self.groups.values())).lane
+            buckets = (bucket for group in self.groups.values() for bucket in receive(group))
+            tensors = unpack(ahead(buckets, lane))
         loaded = self.model.load_weights(tensors)
         missing = {name for name, _ in self.model.named_parameters()} - loaded
         if self.model_config.hf_text_config.tie_word_embeddings:
@@ -110,7 +118,7 @@ class Receiver(WeightTransferEngine[Meet, Take]):
 
     @override
     def shutdown(self) -> None:
-        self.groups = {}
+        self.leave(self.groups)
 
 
 class WorkerExtension:
@@ -123,28 +131,6 @@ def read_folder(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 yield name, file.get_tensor(name)
-
-
-def ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items, the next one being fetched by a thread while the current one is used."""
-    done = object()
-    slots: queue.Queue[Any] = queue.Queue(maxsize=1)
-
-    def fetch() -> None:
-        try:
-            for item in items:
-                slots.put(item)
-            slots.put(done)
-        except BaseException as error:
-            slots.put(error)
-
-    thread = threading.Thread(target=fetch, name="weights", daemon=True)
-    thread.start()
-    while (item := slots.get()) is not done:
-        if isinstance(item, BaseException):
-            raise item
-        yield item
-    thread.join()
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

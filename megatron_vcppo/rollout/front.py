@@ -1,4 +1,4 @@
-"""What stands in front of vLLM's HTTP server, inside its process: the secret's check and this project's three routes.
+"""What stands in front of vLLM's HTTP server, inside its process: the secret's check and this project's routes.
 
 Passed to vLLM with ``--middleware``, so it sees every request first. vLLM's development routes (which run code for
 whoever calls them) stay switched off: pausing and pushing weights go through the engine's own methods here.
@@ -21,20 +21,31 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from megatron_vcppo.rollout.auth import SECRET_FILE_VARIABLE, is_authorized, read_secret
 from megatron_vcppo.rollout.wire import (
+    CACHE,
     CORE_IS_DEAD,
     GENERATE,
+    LOST,
     NO_VERSION,
+    SLEEP,
     STATUS,
     SYNC,
+    WAKE,
+    WEIGHTS,
     GenerateBatch,
     GenerateRequest,
     Response,
     Sampling,
+    SleepRequest,
     Status,
     SyncReport,
     SyncRequest,
+    TurnReport,
+    WakeRequest,
 )
 
+RECEIVE_SHARE = 0.8
+"""Of the time that a push has left after the pause: the workers' deadline, so that one whose worker hangs is told from
+those that waited in vain for what it held up."""
 CORE_DEADLINE_S = 5.0
 """How long the engine's core may take to answer between two steps before the status route calls it hung."""
 
@@ -49,7 +60,15 @@ class Front:
         self.policy_version = NO_VERSION
         self.state = "serving"
         self.running = 0
-        self.routes = {("POST", GENERATE): self._generate, ("POST", SYNC): self._sync, ("GET", STATUS): self._status}
+        self.awake = {WEIGHTS, CACHE}
+        """The parts of its GPU memory that it has."""
+        self.routes = {
+            ("POST", GENERATE): self._generate,
+            ("POST", SYNC): self._sync,
+            ("GET", STATUS): self._status,
+            ("POST", SLEEP): self._sleep,
+            ("POST", WAKE): self._wake,
+        }
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         """Check the secret, then serve one of our routes or hand on to vLLM."""
@@ -67,7 +86,7 @@ class Front:
     async def _status(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
         if engine.errored:
             return await answer(send, CORE_IS_DEAD, b'{"error":"the engine core died"}')
-        if self.state == "serving":  # during a push the core is busy taking weights; its deadline is the push's own
+        if self.state not in ("syncing", "turning"):  # then the core is busy, and what it does has its own deadline
             try:
                 await asyncio.wait_for(engine.get_weight_version(), CORE_DEADLINE_S)
             except Exception as error:
@@ -76,6 +95,8 @@ class Front:
         await answer(send, 200, msgspec.json.encode(Status(self.state, self.policy_version, self.running, num_workers)))
 
     async def _generate(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
+        if len(self.awake) < 2:
+            return await answer(send, 409, msgspec.json.encode({"error": f"the engine is {self.state}"}))
         batch = msgspec.json.decode(body, type=GenerateBatch)
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/jsonl")]})
         tasks = [asyncio.create_task(self._respond(engine, batch.sampling, request)) for request in batch.requests]
@@ -116,29 +137,80 @@ class Front:
 
     async def _sync(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
         request = msgspec.json.decode(body, type=SyncRequest)
+        if WEIGHTS not in self.awake:
+            report = SyncReport(error=f"it is asleep: its weights must wake first (POST {WAKE})")
+            return await answer(send, 200, msgspec.json.encode(report))
         self.state, self.policy_version = "syncing", NO_VERSION
         try:
-            report = await asyncio.wait_for(take_weights(engine, request), request.timeout_s)
-            self.state, self.policy_version = "serving", request.policy_version
+            report = await asyncio.wait_for(take_weights(engine, request, CACHE in self.awake), request.timeout_s)
+            self.state, self.policy_version = self._rested(), request.policy_version
+        except TimeoutError:  # the workers' deadline is earlier: whoever passes this one hangs
+            self.state = "broken"
+            report = SyncReport(error=f"{LOST}: its core did not answer within {request.timeout_s:g} s")
         except Exception as error:
             self.state = "broken"
             report = SyncReport(error=f"{type(error).__name__}: {error}"[:1000])
         await answer(send, 200, msgspec.json.encode(report))
 
+    async def _sleep(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
+        request = msgspec.json.decode(body, type=SleepRequest)
 
-async def take_weights(engine: Any, request: SyncRequest) -> SyncReport:
-    """One push as the engine sees it."""
+        async def sleep() -> None:
+            if not self.awake:
+                return
+            if asleep := {WEIGHTS, CACHE} - self.awake:  # vLLM cannot send the rest alone to sleep
+                await engine.wake_up(sorted(asleep))
+            await engine.sleep(request.level, mode="abort")
+            self.awake = set()
+            if request.level > 1:
+                self.policy_version = NO_VERSION
+
+        await self._turn(sleep(), request.timeout_s, send)
+
+    async def _wake(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
+        request = msgspec.json.decode(body, type=WakeRequest)
+
+        async def wake() -> None:
+            if parts := [part for part in request.parts if part not in self.awake]:
+                await engine.wake_up(parts)
+                self.awake |= set(parts)
+
+        await self._turn(wake(), request.timeout_s, send)
+
+    async def _turn(self, change: Awaitable[None], timeout_s: float, send: Callable) -> None:
+        """Change what the engine has of the GPU's memory."""
+        self.state = "turning"
+        try:
+            await asyncio.wait_for(change, timeout_s)
+            report = TurnReport()
+            self.state = self._rested()
+        except Exception as error:
+            self.state = "broken"
+            text = f"not done after {timeout_s:g} s" if isinstance(error, TimeoutError) else f"{error}"
+            report = TurnReport(f"{type(error).__name__}: {text}"[:1000])
+        await answer(send, 200, msgspec.json.encode(report))
+
+    def _rested(self) -> str:
+        """The state when nothing is under way."""
+        return {0: "asleep", 1: "waking", 2: "serving"}[len(self.awake)]
+
+
+async def take_weights(engine: Any, request: SyncRequest, is_awake: bool) -> SyncReport:
+    """One push as the engine sees it. is_awake: it has its cache, too; else it stays paused, as sleep left it."""
     started = time.monotonic()
-    await engine.pause_generation(mode={"drain": "wait", "keep": "keep"}[request.pause], clear_cache=False)
+    if is_awake:
+        await engine.pause_generation(mode={"drain": "wait", "keep": "keep"}[request.pause], clear_cache=False)
     drained = time.monotonic()
-    update = msgspec.to_builtins(request)
+    left_s = RECEIVE_SHARE * (request.timeout_s - (drained - started))
+    update = msgspec.to_builtins(msgspec.structs.replace(request, timeout_s=left_s))
     await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={"request": update}))
     await engine.start_weight_update()
     await engine.update_weights(WeightTransferUpdateRequest(update_info={}))
     await engine.finish_weight_update(str(request.policy_version))
     received = time.monotonic()
     await engine.reset_prefix_cache(reset_running_requests=request.pause == "keep")
-    await engine.resume_generation()
+    if is_awake:
+        await engine.resume_generation()
     return SyncReport("", drained - started, received - drained, time.monotonic() - drained)
 
 

@@ -9,13 +9,18 @@ from megatron_vcppo.rollout.auth import bearer
 from megatron_vcppo.rollout.rendezvous import Engine
 from megatron_vcppo.rollout.wire import (
     GENERATE,
+    SLEEP,
     STATUS,
     SYNC,
+    WAKE,
     GenerateBatch,
     Response,
+    SleepRequest,
     Status,
     SyncReport,
     SyncRequest,
+    TurnReport,
+    WakeRequest,
 )
 
 LONGEST_LINE_BYTES = 64 * 2**20
@@ -56,3 +61,12 @@ async def sync(session: aiohttp.ClientSession, engine: Engine, request: SyncRequ
     async with session.post(engine.url + SYNC, data=msgspec.json.encode(request), timeout=timeout) as reply:
         reply.raise_for_status()
         return msgspec.json.decode(await reply.read(), type=SyncReport)
+
+
+async def turn(session: aiohttp.ClientSession, engine: Engine, request: SleepRequest | WakeRequest) -> TurnReport:
+    """Let the engine sleep or wake; returns when it has. Raises one of FAILURES."""
+    route = SLEEP if isinstance(request, SleepRequest) else WAKE
+    timeout = aiohttp.ClientTimeout(total=request.timeout_s + 10, sock_connect=CONNECT_TIMEOUT_S)
+    async with session.post(engine.url + route, data=msgspec.json.encode(request), timeout=timeout) as reply:
+        reply.raise_for_status()
+        return msgspec.json.decode(await reply.read(), type=TurnReport)

@@ -23,6 +23,7 @@ from megatron_vcppo.config.schema import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.rollout import server
 from megatron_vcppo.rollout.auth import make_secret
+from megatron_vcppo.rollout.node_folder import NodeFolder, remove_stale
 from megatron_vcppo.rollout.rendezvous import SECRET
 from megatron_vcppo.rollout.supervisor import Limits, Slot, run
 
@@ -46,22 +47,32 @@ def main() -> int:
     try:
         config = load_config(args.config, complete=False)  # checked when the run began
         os.environ.update(node_environment(config.cluster))
-        slots = plan_slots(config, args.model or Path(config.model.hf), args.rendezvous, args.node)
+        shared = None
+        if engine_placement(config) == "trainer_gpus":
+            remove_stale()
+            shared = NodeFolder(args.rendezvous, args.node)
+        slots = plan_slots(config, args.model or Path(config.model.hf), args.rendezvous, args.node, shared)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return run(slots, stopping)
+    return run(slots, stopping, shared)
 
 
-def plan_slots(config: Config, model: Path, folder: Path, node: int) -> list[Slot]:
-    """What to run on this node: engines, their devices, their log files (beside the rendezvous folder)."""
+def plan_slots(config: Config, model: Path, folder: Path, node: int, shared: NodeFolder | None = None) -> list[Slot]:
+    """What to run on this node: engines, their devices, their log files (beside the rendezvous folder).
+
+    shared: whose turn it is on GPUs that the trainer has, too.
+    """
     rollout, engine = config.rollout, config.rollout.engine
     make_secret(folder / SECRET)
     address = node_network(config.cluster).address
     gpus, cpus = engine_gpus(config), sorted(os.sched_getaffinity(0))
     if not gpus:
         check_head_size(model)
-    limits = Limits(rollout.start_timeout_s, rollout.health_timeout_s, rollout.max_restarts)
+    limits = Limits(
+        *(rollout.start_timeout_s, rollout.health_timeout_s, rollout.max_restarts),
+        turn_timeout_s=rollout.turn_timeout_s,
+    )
 
     def launch(placement: server.Placement, port: int) -> tuple[list[str], dict[str, str]]:
         return (
@@ -74,6 +85,7 @@ def plan_slots(config: Config, model: Path, folder: Path, node: int) -> list[Slo
                 port,
                 bool(gpus),
                 config.run.seed,
+                sleeps=shared is not None,
             ),
             server.environment(os.environ, engine, placement, folder / SECRET, address),
         )
@@ -84,7 +96,9 @@ def plan_slots(config: Config, model: Path, folder: Path, node: int) -> list[Slo
         mine = tuple(gpus[index * size : (index + 1) * size])
         placement = server.Placement(mine, share(cpus, index, engine.per_node))
         log_file = folder / f"engine_{node}_{index}.log"
-        slots.append(Slot(node, index, address, folder, log_file, limits, partial(launch, placement)))
+        slots.append(
+            Slot(node, index, address, folder, log_file, limits, partial(launch, placement), shared, engine.sleep_level)
+        )
     return slots
 
 

@@ -41,9 +41,20 @@ class Placement:
 
 
 def command(
-    model: Path, engine: EngineConfig, dtype: str, max_length: int, address: str, port: int, on_gpu: bool, seed: int
+    model: Path,
+    engine: EngineConfig,
+    dtype: str,
+    max_length: int,
+    address: str,
+    port: int,
+    on_gpu: bool,
+    seed: int,
+    sleeps: bool = False,
 ) -> list[str]:
-    """Arguments that start one engine. The secret is not among them: anyone may list a process's arguments."""
+    """Arguments that start one engine. The secret is not among them: anyone may list a process's arguments.
+
+    sleeps: it gives its GPU memory back between turns. Without GPUs vLLM refuses the option, and needs none to be told.
+    """
     options = {
         "--model": str(model),
         "--served-model-name": "policy",
@@ -64,6 +75,8 @@ def command(
         "--uvicorn-log-level": "warning",
     }
     switches = ["--disable-log-stats", "--disable-uvicorn-access-log", "--disable-fastapi-docs"]
+    if sleeps and on_gpu:
+        switches.append("--enable-sleep-mode")
     if engine.enforce_eager or not on_gpu:
         switches.append("--enforce-eager")
     if not on_gpu:

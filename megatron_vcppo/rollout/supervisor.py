@@ -8,15 +8,18 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from megatron_vcppo.rollout import rendezvous, server
 from megatron_vcppo.rollout.auth import bearer, read_secret
+from megatron_vcppo.rollout.node_folder import Hold, NodeFolder
 from megatron_vcppo.rollout.process import free_port
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
-from megatron_vcppo.rollout.wire import CORE_IS_DEAD, STATUS
+from megatron_vcppo.rollout.wire import CORE_IS_DEAD, SLEEP, STATUS, SleepRequest, TurnReport
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +36,8 @@ class Limits:
     health_timeout_s: float
     max_restarts: int
     poll_s: float = 1.0
+    turn_timeout_s: float = 0.0
+    """Where the trainer has the same GPUs: how long its turn may last."""
 
 
 @dataclass
@@ -49,6 +54,14 @@ class Slot:
     log_file: Path
     limits: Limits
     launch: Callable[[int], tuple[list[str], dict[str, str]]]
+    shared: NodeFolder | None = None
+    """Where the trainer has the same GPUs: says whose turn it is."""
+    sleep_level: int = 2
+
+    @property
+    def name(self) -> str:
+        """engine_NODE_INDEX."""
+        return f"engine_{self.node}_{self.index}"
 
     def keep_running(self, stopping: threading.Event) -> None:
         """Start the engine, watch it, start it again; returns when stopping is set, raises if it dies too often.
@@ -57,22 +70,52 @@ class Slot:
         """
         rendezvous.withdraw(self.folder, Engine(self.node, self.index, 0, self.address, 0, 0))  # a killed one's
         for generation in range(self.limits.max_restarts + 1):
+            starting = self.take_turn(stopping)
+            if stopping.is_set():
+                return
             port = free_port(self.address)
             process = server.start(*self.launch(port), self.log_file)
             engine = Engine(self.node, self.index, generation, self.address, port, process.pid)
             log.info("%s: starting, pid %d", engine, process.pid)
             try:
-                reason = self.watch(process, engine, stopping)
+                reason = self.watch(process, engine, stopping, starting)
             finally:
                 rendezvous.withdraw(self.folder, engine)
                 kill_group(process, STOP_GRACE_S)
+                starting.close()
             if stopping.is_set():
                 return
             log.warning("%s: %s; starting it again. Its log: %s", engine, reason, self.log_file)
         raise RuntimeError(f"engine {self.index} of node {self.node} ended {generation + 1} times: {reason}")
 
-    def watch(self, process: subprocess.Popen[bytes], engine: Engine, stopping: threading.Event) -> str:
-        """Publish the engine once it answers; returns why it must be replaced, or "" if stopping was set."""
+    def take_turn(self, stopping: threading.Event) -> Hold | ExitStack:
+        """Wait until this engine may take GPU memory; what is returned says, until it is closed, that it starts.
+
+        The trainer looks for starting engines after it took its turn, so one of the two sees the other. Raises
+        RuntimeError if the trainer's turn does not end.
+        """
+        if self.shared is None:
+            return ExitStack()
+        deadline = time.monotonic() + self.limits.turn_timeout_s
+        while True:
+            starting = self.shared.hold(f"starting_{self.name}")
+            if self.shared.engines_turn or stopping.is_set():
+                return starting
+            starting.close()
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"{self.name} waits to start, and the trainer's turn on the GPUs did not end within "
+                    f"{self.limits.turn_timeout_s:g} s (rollout.turn_timeout_s)"
+                )
+            stopping.wait(self.limits.poll_s)
+
+    def watch(
+        self, process: subprocess.Popen[bytes], engine: Engine, stopping: threading.Event, starting: Hold | ExitStack
+    ) -> str:
+        """Publish the engine once it answers; returns why it must be replaced, or "" if stopping was set.
+
+        On GPUs that the trainer has, too, it is asleep when it is published, and starts no more.
+        """
         started = last_answer = time.monotonic()
         published = False
         while not stopping.wait(self.limits.poll_s):
@@ -85,7 +128,10 @@ class Slot:
             if answer == 200:
                 last_answer = time.monotonic()
                 if not published:
+                    if self.shared is not None and (error := self.put_to_sleep(engine)):
+                        return f"did not go to sleep: {error}"
                     rendezvous.publish(self.folder, engine)
+                    starting.close()
                     published = True
                     log.info("%s: ready after %.1f s", engine, last_answer - started)
             elif not published and now - started > self.limits.start_timeout_s:
@@ -94,15 +140,28 @@ class Slot:
                 return f"no answer to health checks for {self.limits.health_timeout_s:g} s"
         return ""
 
+    def put_to_sleep(self, engine: Engine) -> str:
+        """Let a new engine give its GPU memory back; returns what went wrong, "" if nothing."""
+        timeout_s = self.limits.start_timeout_s
+        body = msgspec.json.encode(SleepRequest(self.sleep_level, timeout_s))
+        status, answer = ask(engine, read_secret(self.folder / SECRET), "POST", SLEEP, body, timeout_s + 10)
+        return msgspec.json.decode(answer, type=TurnReport).error if status == 200 else f"HTTP status {status}"
+
 
 def probe(engine: Engine, secret: str) -> int:
     """The HTTP status of the engine's answer, 200 if its core answers too; 0 if there is none."""
-    connection = http.client.HTTPConnection(engine.address, engine.port, timeout=PROBE_TIMEOUT_S)
+    return ask(engine, secret, "GET", STATUS, b"", PROBE_TIMEOUT_S)[0]
+
+
+def ask(engine: Engine, secret: str, method: str, route: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
+    """HTTP status and body of the engine's answer; 0 if there is none."""
+    connection = http.client.HTTPConnection(engine.address, engine.port, timeout=timeout_s)
     try:
-        connection.request("GET", STATUS, headers=bearer(secret))
-        return connection.getresponse().status
+        connection.request(method, route, body, headers=bearer(secret))
+        answer = connection.getresponse()
+        return answer.status, answer.read()
     except (OSError, http.client.HTTPException):
-        return 0
+        return 0, b""
     finally:
         connection.close()
 
@@ -118,8 +177,11 @@ def kill_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
     process.wait(30)
 
 
-def run(slots: list[Slot], stopping: threading.Event) -> int:
-    """Keep all engines of this node until stopping is set; returns 0 then, 1 if one was given up."""
+def run(slots: list[Slot], stopping: threading.Event, shared: NodeFolder | None = None) -> int:
+    """Keep all engines of this node until stopping is set; returns 0 then, 1 if one was given up.
+
+    shared: what a killed trainer leaves there is removed.
+    """
     failures: list[BaseException] = []
 
     def keep(slot: Slot) -> None:
@@ -136,4 +198,8 @@ def run(slots: list[Slot], stopping: threading.Event) -> int:
     for thread in threads:
         while thread.is_alive():  # a join without a time-out would keep signals from being handled
             thread.join(0.5)
+            if shared is not None:
+                shared.drop_orphans()
+    if shared is not None:
+        shared.close()
     return 1 if failures else 0

@@ -3,9 +3,13 @@
 import msgspec
 
 GENERATE, STATUS, SYNC = "/vcppo/generate", "/vcppo/status", "/vcppo/sync"
+SLEEP, WAKE = "/vcppo/sleep", "/vcppo/wake"
 
 CORE_IS_DEAD = 500
 """HTTP status of the status route when only a restart helps."""
+
+LOST = "lost"
+"""How the error of a push begins when the engine itself is at fault: it is gone or hangs."""
 
 NO_VERSION = -1
 """The policy version of an engine that still holds the weights it started with, or half of a push."""
@@ -53,12 +57,38 @@ class Status(msgspec.Struct, frozen=True):
     """Answer of GET /vcppo/status, given only if the engine's core answers too."""
 
     state: str
-    """"serving", "syncing" (paused, taking weights) or "broken" (a push failed half-way)."""
+    """"serving", "syncing" (paused, taking weights), "broken" (a push, or a change of its memory, failed half-way),
+    "asleep" (without GPU memory), "waking" (with a part of it) or "turning" (on the way between these)."""
     policy_version: int
     running: int
     """Requests in flight."""
     num_workers: int
     """Worker processes that take part in a push: tensor × pipeline × data parallel."""
+
+
+WEIGHTS, CACHE = "weights", "kv_cache"
+"""The parts of an engine's GPU memory that wake one by one, as vLLM names them."""
+
+
+class SleepRequest(msgspec.Struct, frozen=True):
+    """Body of POST /vcppo/sleep: drop what runs and free the GPU's memory. Answered when that is done."""
+
+    level: int
+    """1: weights go to host memory; 2: they are discarded, and must be pushed after waking."""
+    timeout_s: float
+
+
+class WakeRequest(msgspec.Struct, frozen=True):
+    """Body of POST /vcppo/wake: take GPU memory again. Parts that are awake stay so."""
+
+    parts: list[str]
+    timeout_s: float
+
+
+class TurnReport(msgspec.Struct, frozen=True):
+    """Answer to both."""
+
+    error: str = ""
 
 
 class Stream(msgspec.Struct, frozen=True, eq=True):

@@ -33,10 +33,12 @@ def run(config: Config) -> None:
     if config.prompts.test is None:
         raise UserError("stage evaluate: prompts.test is not set; give it held-out problems")
     found = candidates(config)
-    model = build_actor(Architecture.from_hf(config.model.hf), config.model, config.parallel)
-    startup.done("model")
     results: list[dict[str, Any]] = []
     with Generation(config, folder, world) as generation:
+        generation.start_engines()
+        model = build_actor(Architecture.from_hf(config.model.hf), config.model, config.parallel)
+        generation.share(model)
+        startup.done("model")
         prompts = evaluation_prompts(config, generation)
         if world.is_main:
             claim(generation.rollouts, origin_of_evaluation(config, {name: c.folder for name, c in found.items()}), -1)
@@ -51,6 +53,7 @@ def run(config: Config) -> None:
                     generation.push(version, lambda: stream_hf(model))
                     # The same iteration number: every candidate gets the same problems and the same seeds.
                     rollouts = evaluation_rollouts(config, generation, iteration=0, tag=version)
+                    generation.trainer_turn()
                 except Stopped:
                     raise Saved(f"asked to stop: {version} of {len(found)} checkpoints are evaluated") from None
                 generation.store(version, rollouts)

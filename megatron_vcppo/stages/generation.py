@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.placement import engine_nodes
+from megatron_vcppo.config.placement import engine_nodes, engine_placement
 from megatron_vcppo.data.prompts import PromptKeys, load_prompts
 from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.errors import Stopped, UserError
@@ -26,11 +26,13 @@ from megatron_vcppo.rewards.scorer import Scorer
 from megatron_vcppo.rollout.client import RequestId, RolloutClient
 from megatron_vcppo.rollout.store import drop_partial, read_partial, read_rollouts, write_partial, write_rollouts
 from megatron_vcppo.rollout.wire import Sampling
+from megatron_vcppo.stages.shared_gpus import Model, SharedGpus
 from megatron_vcppo.stages.startup import startup
-from megatron_vcppo.stages.stopping import stopping
+from megatron_vcppo.stages.stopping import Saved, stopping
+from megatron_vcppo.stages.stored_set import needs_engines
 from megatron_vcppo.weight_sync.generation import begin, finish_with_joiners
 from megatron_vcppo.weight_sync.place import make_weight_sync, place_of
-from megatron_vcppo.weight_sync.sync import PushResult
+from megatron_vcppo.weight_sync.sync import PushResult, WeightSync
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
@@ -76,8 +78,15 @@ class Generation(AbstractContextManager["Generation"]):
             )
         self.tokenizer = load_tokenizer(config.model.hf)
         rendezvous = folder / "rendezvous"
-        place = place_of(world.pp_rank, world.pp_size, world.tp_rank, world.dp_rank, world.cp_rank)
-        self.sync = make_weight_sync(config, rendezvous, place, world.device)
+        self.stage = folder.name
+        self.gpus: SharedGpus | None = None
+        """Where the engines have the trainer's GPUs."""
+        if engine_placement(config) == "trainer_gpus":
+            self.gpus = SharedGpus(config, folder, world)
+            self.sync: WeightSync = self.gpus.sync
+        else:
+            place = place_of(world.pp_rank, world.pp_size, world.tp_rank, world.dp_rank, world.cp_rank)
+            self.sync = make_weight_sync(config, rendezvous, place, world.device)
         self.is_leader = world.tp_rank == world.pp_rank == world.cp_rank == 0
         self.scorer: Scorer | None = None
         self.client: RolloutClient | None = None
@@ -102,9 +111,38 @@ class Generation(AbstractContextManager["Generation"]):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.scorer is not None:
             self.scorer.close(finish=kind is None)
+        if self.gpus is not None:
+            self.gpus.close()
+
+    def start_engines(self) -> None:
+        """Before any model is built: engines on the trainer's GPUs start while these are empty, and go to sleep.
+
+        Elsewhere they start meanwhile, and ``wait_for_engines`` waits for them. Raises Saved if asked to stop.
+        """
+        if self.gpus is not None and needs_engines(self.config, self.stage):
+            self.gpus.begin()
+            try:
+                self._wait_for_engines()
+            except Stopped:
+                raise Saved("asked to stop: the stage had not begun") from None
+            self.gpus.to_trainer()
 
     def wait_for_engines(self) -> None:
         """Until every engine of every rollout node has answered once. Raises Stopped if any rank was asked to stop."""
+        if self.gpus is None:
+            self._wait_for_engines()
+
+    def share(self, *models: Model | None) -> None:
+        """Models whose memory engines on the trainer's GPUs need for their turn."""
+        if self.gpus is not None:
+            self.gpus.share(*models)
+
+    def trainer_turn(self) -> None:
+        """Engines on the trainer's GPUs sleep until the next push or generation; models may be used again."""
+        if self.gpus is not None:
+            self.gpus.to_trainer()
+
+    def _wait_for_engines(self) -> None:
         count = engine_nodes(self.config) * self.config.rollout.engine.per_node
         self.sync.wait_for_engines(count, self.config.rollout.start_timeout_s, stopping.requested)
         startup.done("engines")
@@ -112,6 +150,8 @@ class Generation(AbstractContextManager["Generation"]):
     def push(self, policy_version: int, source: Callable[[], Tensors]) -> PushResult:
         """Give every engine these weights; source: see weight_sync."""
         self.policy_version, self.source = policy_version, source
+        if self.gpus is not None:
+            self.gpus.to_engines()
         result = self.sync.sync(policy_version, source)
         startup.done("push")
         return result
@@ -133,6 +173,9 @@ class Generation(AbstractContextManager["Generation"]):
 
         They are not asked for responses that an attempt before this one kept.
         """
+        if self.gpus is not None and not self.gpus.engines_have_it:
+            assert self.source is not None, "generation before the first push"
+            self.push(self.policy_version, self.source)
         begun = Begun(prompts, self.policy_version, iteration if tag is None else tag)
         mine = prompts[self.world.dp_rank :: self.world.dp_size]
         if self.is_leader and mine:
@@ -158,13 +201,17 @@ class Generation(AbstractContextManager["Generation"]):
         return sorted(rollouts, key=lambda rollout: (order[rollout.prompt.prompt_id], rollout.sample_index))
 
     def keep_finished(self) -> None:
-        """End what is under way and store what is finished of it, each leader its own share; collective."""
+        """End what is under way and store what is finished of it, each leader its own share; collective.
+
+        Models are whole again afterwards, so that the stage can save them.
+        """
         for begun in self.under_way:
             begun.cancelled.set()
             if finished := begun.finished():
                 write_partial(self.rollouts, begun.tag, finished, self.world.dp_rank, self.world.dp_size)
         self.under_way.clear()
         self.sync.exchange(None)
+        self.trainer_turn()
 
     def forget(self, tag: int) -> None:
         """Drop what was kept under a tag whose rollouts are complete and are not stored; main rank."""

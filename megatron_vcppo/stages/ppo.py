@@ -49,6 +49,7 @@ def run(config: Config) -> None:
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
     startup.done("groups")
     with Generation(config, folder, world) as generation:
+        generation.start_engines()
         ppo = Ppo(config, folder, world, generation)
         try:
             ppo.train()
@@ -87,6 +88,7 @@ class Ppo:
         self.reference = None
         if settings.loss.kl_coef:
             self.reference = Reference(starting_actor(config, "ppo"), config.rollout.temperature)
+        generation.share(self.actor, self.critic, self.reference)
         self.learners: dict[str, Learner] = {"actor": self.actor}
         if self.critic is not None:
             self.learners["critic"] = self.critic
@@ -187,6 +189,7 @@ class Ppo:
             push = self.push(iteration)
             with self.phase("evaluation"):
                 metrics |= evaluate_engines(config, self.generation, iteration)
+                self.generation.trainer_turn()
         metrics["weight_sync/pause_s"], metrics["weight_sync/mb"] = push.pause_s, push.num_bytes / 1e6
         # Last, so that what a stop saves before is the state before the iteration, and how far it is.
         self.iteration, self.place, self.update_under_way = iteration, self.sampler.state_dict(), None
@@ -240,6 +243,7 @@ class Ppo:
             push = self.push(self.iteration)
             with self.phase("generation"):
                 rollouts = self.sampler.take(iteration)
+                self.generation.trainer_turn()
         if self.settings.staleness and iteration < self.settings.iterations:
             self.sampler.begin(iteration + 1)
         return rollouts, push

@@ -38,15 +38,16 @@ def run(config: Config) -> None:
     settings, folder = config.reward_model, stage_folder(config, "reward_model")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
     startup.done("groups")
+    with Generation(config, folder, world) as generation:
+        generation.start_engines()
+        examples = units(labelled(responses(config, generation), settings, config.run.seed), settings)
+    startup.done("rollouts")
     model = Critic(
         starting_critic(config, "reward_model", "sft", None),
         *(config.parallel, settings.optimizer, settings.schedule, settings.steps),
     )
     checkpoints = CheckpointFolder(folder / "checkpoints", config, settings.checkpoint)
     startup.done("model")
-    with Generation(config, folder, world) as generation:
-        examples = units(labelled(responses(config, generation), settings, config.run.seed), settings)
-    startup.done("rollouts")
     order = EpochOrder(len(examples), config.run.seed, "responses of the reward model")
     resumed = checkpoints.resume({"critic": model})
     startup.done("checkpoint")

@@ -68,6 +68,7 @@ class FreshRollouts:
     def next(self, count: int, step: int) -> list[Rollout]:
         if not self.pushed:
             actor = self.load_actor()
+            self.generation.share(actor)
             startup.done("model")
             self.generation.wait_for_engines()
             self.generation.push(0, lambda: stream_hf(actor))
@@ -93,6 +94,7 @@ class StoredRollouts:
         if self.is_main:
             self._check_origin(wanted, config, stage)
         self.rollouts = self._load_or_make(wanted, fresh)
+        fresh.generation.trainer_turn()
         check_fit(self.rollouts, wanted, config)
         self.order = EpochOrder(len(self.rollouts), config.run.seed, str(wanted.folder))
 

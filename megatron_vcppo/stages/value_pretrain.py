@@ -31,13 +31,15 @@ def run(config: Config) -> None:
     settings, folder = config.value_pretrain, stage_folder(config, "value_pretrain")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
     startup.done("groups")
-    critic = Critic(
-        starting_critic(config, "value_pretrain", settings.init, settings.checkpoint_path),
-        *(config.parallel, settings.optimizer, settings.schedule, settings.steps),
-    )
-    checkpoints = CheckpointFolder(folder / "checkpoints", config, settings.checkpoint)
-    startup.done("model")
     with Generation(config, folder, world) as generation:
+        generation.start_engines()
+        critic = Critic(
+            starting_critic(config, "value_pretrain", settings.init, settings.checkpoint_path),
+            *(config.parallel, settings.optimizer, settings.schedule, settings.steps),
+        )
+        generation.share(critic)
+        checkpoints = CheckpointFolder(folder / "checkpoints", config, settings.checkpoint)
+        startup.done("model")
         resumed = checkpoints.resume({"critic": critic})
         startup.done("checkpoint")
         step, history, skips = 0, [], Skips(config.ppo.skip_limit)
@@ -63,6 +65,7 @@ def run(config: Config) -> None:
             started, place = time.monotonic(), source.state_dict()
             try:
                 batch = make_batch(source.next(settings.batch_size, step + 1))
+                generation.trainer_turn()
                 stopping.point()
             except Stopped:  # the next attempt takes the responses that are stored
                 if saved_step != step:

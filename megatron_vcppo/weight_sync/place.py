@@ -10,9 +10,11 @@ import torch.distributed as dist
 
 from megatron_vcppo.config.network import node_network
 from megatron_vcppo.config.schema import Config
+from megatron_vcppo.rollout.node_folder import NodeFolder
 from megatron_vcppo.weight_sync.plan import Place
 from megatron_vcppo.weight_sync.sync import WeightSync
-from megatron_vcppo.weight_sync.transport import DiskTransport, NetworkTransport, Transport
+from megatron_vcppo.weight_sync.transport import DiskTransport, HostTransport, NetworkTransport, Transport
+from megatron_vcppo.weight_sync.turns import SleepingSync
 
 EXCHANGE_MARGIN_S = 120.0
 """What an exchange may take beyond the longest thing that a rank does between two of them."""
@@ -23,6 +25,11 @@ def place_of(pp_rank: int, pp_size: int, tp_rank: int, dp_rank: int, cp_rank: in
     takes_part = dp_rank == 0 and cp_rank == 0
     is_sender = takes_part and tp_rank == 0
     return Place(pp_rank, pp_size, takes_part, is_sender, is_sender and pp_rank == 0)
+
+
+def place_on_node(pp_rank: int, rank: int, local_rank: int, tp_size: int) -> Place:
+    """The place of a rank where every node holds a whole replica and sends it to its own engines."""
+    return Place(pp_rank, 1, local_rank < tp_size, local_rank == 0, rank == 0)
 
 
 def make_exchange(timeout_s: float) -> Callable[[Any], list[Any]]:
@@ -42,13 +49,27 @@ def make_exchange(timeout_s: float) -> Callable[[Any], list[Any]]:
 
 def make_weight_sync(config: Config, rendezvous: Path, place: Place, device: torch.device) -> WeightSync:
     """The pushes of a stage; collective. With transport: disk the weights pass through the rendezvous folder."""
+    exchange = make_exchange(config.weight_sync.timeout_s + EXCHANGE_MARGIN_S)
+    return WeightSync(config.weight_sync, rendezvous, place, exchange, _make_transport(config, rendezvous, device))
+
+
+def make_sleeping_sync(
+    config: Config, rendezvous: Path, place: Place, device: torch.device, node: NodeFolder, uses_memory: bool
+) -> SleepingSync:
+    """The same for engines on the trainer's GPUs. uses_memory: the weights pass through the memory of each node."""
+    exchange = make_exchange(config.weight_sync.timeout_s + EXCHANGE_MARGIN_S)
+    transport: Transport
+    if uses_memory:
+        transport = HostTransport(node, rendezvous, config.weight_sync.bucket_mib * 2**20)
+    else:
+        transport = _make_transport(config, rendezvous, device, backend="gloo")
+    return SleepingSync(config.weight_sync, rendezvous, place, exchange, transport)
+
+
+def _make_transport(config: Config, rendezvous: Path, device: torch.device, backend: str | None = None) -> Transport:
     settings = config.weight_sync
     bucket_bytes = settings.bucket_mib * 2**20
-    transport: Transport
     if settings.transport == "disk":
-        transport = DiskTransport(rendezvous / "weights", bucket_bytes)
-    else:
-        address = node_network(config.cluster).address
-        transport = NetworkTransport(address, device, bucket_bytes, settings.timeout_s)
-    exchange = make_exchange(settings.timeout_s + EXCHANGE_MARGIN_S)
-    return WeightSync(settings, rendezvous, place, exchange, transport)
+        return DiskTransport(rendezvous / "weights", bucket_bytes)
+    address = node_network(config.cluster).address
+    return NetworkTransport(address, device, bucket_bytes, settings.timeout_s, backend)

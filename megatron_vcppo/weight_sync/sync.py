@@ -18,7 +18,7 @@ from megatron_vcppo.errors import Stopped
 from megatron_vcppo.rollout import link, rendezvous
 from megatron_vcppo.rollout.auth import read_secret
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
-from megatron_vcppo.rollout.wire import Stream, SyncReport, SyncRequest
+from megatron_vcppo.rollout.wire import LOST, Stream, SyncReport, SyncRequest
 from megatron_vcppo.weight_sync.plan import Place, Target, streams_of
 from megatron_vcppo.weight_sync.transport import Tensors, Transport
 
@@ -63,6 +63,8 @@ class WeightSync:
         self.config, self.folder, self.place, self.exchange = config, folder, place, exchange
         self.transport = transport
         self.pool = ThreadPoolExecutor(1, "weight_sync")
+        self.held_version: int | None = None
+        """The weights that engines can still fetch, without a pass over the model."""
 
     def wait_for_engines(
         self, count: int, timeout_s: float, stop_requested: Callable[[], bool] = lambda: False
@@ -100,7 +102,7 @@ class WeightSync:
     def update_joiners(self, policy_version: int, source: Source) -> PushResult | None:
         """Push to the engines that answer with another version (restarted ones); None if there are none."""
         joiners = self.answering(but=policy_version)
-        return self.push(policy_version, source, joiners) if joiners else None
+        return self.push(policy_version, source, joiners, again=True) if joiners else None
 
     def answering(self, but: int | None = None) -> list[Target]:
         """The engines that answer now, as the driver sees them; ``but``: without those that hold this version."""
@@ -114,10 +116,8 @@ class WeightSync:
             except link.FAILURES as error:
                 log.info("%s does not answer (%s)", engine, type(error).__name__)
                 return None
-            if (
-                status.state == "syncing" or status.policy_version == but
-            ):  # still in a push that was given up, or current
-                return None
+            if status.state in ("syncing", "turning") or status.policy_version == but:
+                return None  # still in a push, or a turn, that was given up; or current
             return Target(engine, status.num_workers)
 
         known = rendezvous.engines(self.folder)
@@ -127,8 +127,11 @@ class WeightSync:
             answers = await asyncio.gather(*(ask(engine) for engine in known))
         return [target for target in answers if target is not None]
 
-    def push(self, policy_version: int, source: Source, targets: list[Target]) -> PushResult:
-        """One attempt. Raises WeightSyncError on every rank, at the latest config.timeout_s after the start."""
+    def push(self, policy_version: int, source: Source, targets: list[Target], again: bool = False) -> PushResult:
+        """One attempt. Raises WeightSyncError on every rank, at the latest config.timeout_s after the start.
+
+        again: these weights were pushed before; where they are stored, they are not sent once more.
+        """
         if not targets:
             raise WeightSyncError(f"no engine in {self.folder} answers: nothing to push to", [])
         started = time.monotonic()
@@ -137,7 +140,11 @@ class WeightSync:
         reports: Future[dict[Engine, SyncReport]] | None = None
         if self.place.is_driver and self.transport.live:
             reports = self.pool.submit(asyncio.run, self._tell(policy_version, targets, points))
-        errors, num_bytes = self._send_all(policy_version, source, targets)
+        if again and self.held_version == policy_version:
+            errors, num_bytes = [""], 0
+        else:
+            errors, num_bytes = self._send_all(policy_version, source, targets)
+            self.held_version = policy_version if not self.transport.live and not any(errors) else None
         if self.place.is_driver and not self.transport.live and not any(errors):
             reports = self.pool.submit(asyncio.run, self._tell(policy_version, targets, []))
         mine_told = (reports.result(), time.monotonic() - started) if reports else None
@@ -185,7 +192,7 @@ class WeightSync:
         self, policy_version: int, targets: list[Target], points: list[tuple[str, int]]
     ) -> dict[Engine, SyncReport]:
         """Tell every engine to receive; its report, or a report of why there is none."""
-        streams, folder = streams_of(targets, points), self.transport.folder(policy_version)
+        streams = streams_of(targets, points)
 
         async def tell(target: Target, mine: list[Stream]) -> SyncReport:
             request = SyncRequest(
@@ -194,13 +201,13 @@ class WeightSync:
                 self.config.timeout_s,
                 self.transport.backend,
                 mine,
-                folder,
+                self.transport.folder(policy_version, target.engine.node),
                 target.engine.address,
             )
             try:
                 return await link.sync(session, target.engine, request)
             except link.FAILURES as error:
-                return SyncReport(error=f"lost: {type(error).__name__} {error}".strip())
+                return SyncReport(error=f"{LOST}: {type(error).__name__} {error}".strip())
 
         async with link.open_session(read_secret(self.folder / SECRET)) as session:
             answers = await asyncio.gather(*(tell(target, mine) for target, mine in zip(targets, streams, strict=True)))
@@ -209,7 +216,7 @@ class WeightSync:
 
 def _failure(policy_version: int, errors: list[str], failed: dict[Engine, str]) -> WeightSyncError:
     """The engines that vanished are the cause if there are any; the others only noticed."""
-    lost = [engine for engine, error in failed.items() if error.startswith("lost")]
+    lost = [engine for engine, error in failed.items() if error.startswith(LOST)]
     blamed = {engine: error for engine, error in failed.items() if engine in lost} or failed
     causes = [f"{engine}: {error}" for engine, error in blamed.items()] or [error for error in errors if error]
     return WeightSyncError(f"pushing policy version {policy_version} failed: {'; '.join(causes)}", lost)

@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from torch.distributed import TCPStore
 from typing_extensions import override
 
-from megatron_vcppo.rollout.broadcast import Group, join_group, send, serve_store
+from megatron_vcppo.rollout.broadcast import send
+from megatron_vcppo.rollout.group import Deadline, Group, join_group, serve_store
+from megatron_vcppo.rollout.node_folder import NodeFolder, weights_path
 from megatron_vcppo.weight_sync.plan import Target, world_size
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
@@ -22,10 +24,11 @@ class Transport(Protocol):
     backend: str
     """The word that tells an engine how to receive: gloo, nccl or disk."""
     live: bool
-    """Engines receive while the sender sends, not afterwards."""
+    """Engines receive while the sender sends, not afterwards; what is not live stays there until the next push or
+    ``drop``."""
 
-    def folder(self, policy_version: int) -> str:
-        """Where engines find the weights; "" if not in a folder."""
+    def folder(self, policy_version: int, node: int) -> str:
+        """Where the engines of a node find the weights; "" if not in a folder."""
 
     def meet(self, targets: Sequence[Target]) -> tuple[str, int]:
         """Open the meeting point for these engines; returns its address and port."""
@@ -39,21 +42,29 @@ class Transport(Protocol):
     def close(self) -> None:
         """Forget the engines."""
 
+    def drop(self) -> None:
+        """Forget what was sent."""
+
 
 class NetworkTransport(Transport):
     """Broadcast by gloo or NCCL. The group is kept from push to push while the engines are the same."""
 
     live = True
 
-    def __init__(self, address: str, device: torch.device, bucket_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self, address: str, device: torch.device, bucket_bytes: int, timeout_s: float, backend: str | None = None
+    ) -> None:
+        """backend: gloo or nccl; default: by the device. Over gloo, tensors of a GPU pass through host memory."""
         self.address, self.device, self.bucket_bytes, self.timeout_s = address, device, bucket_bytes, timeout_s
-        self.backend = "nccl" if device.type == "cuda" else "gloo"
+        self.backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+        self.deadline = Deadline(timeout_s)
+        """Of the push under way: from its meeting to its last tensor."""
         self.group: Group | None = None
         self.store: TCPStore | None = None
         self.targets: list[Target] = []
 
     @override
-    def folder(self, policy_version: int) -> str:
+    def folder(self, policy_version: int, node: int) -> str:
         return ""
 
     @override
@@ -62,6 +73,7 @@ class NetworkTransport(Transport):
             self.close()
             self.targets = list(targets)
             self.store = serve_store(self.address, self.timeout_s)
+        self.deadline = Deadline(self.timeout_s)
         assert self.store is not None
         return self.address, self.store.port
 
@@ -70,7 +82,9 @@ class NetworkTransport(Transport):
         if self.group is None:
             assert self.store is not None
             size = world_size(targets)
-            self.group = join_group(self.store, 0, size, self.backend, self.device, self.timeout_s, self.address)
+            seconds = self.deadline.left_s()
+            self.group = join_group(self.store, 0, size, self.backend, self.device, seconds, self.address)
+        self.group.deadline = self.deadline
 
     @override
     def send(self, tensors: Tensors, policy_version: int, stage: int) -> int:
@@ -79,7 +93,13 @@ class NetworkTransport(Transport):
 
     @override
     def close(self) -> None:
-        self.group, self.store, self.targets = None, None, []
+        group, self.group, self.store, self.targets = self.group, None, None, []
+        if group is not None:
+            group.close()
+
+    @override
+    def drop(self) -> None:
+        pass
 
 
 class DiskTransport(Transport):
@@ -91,8 +111,11 @@ class DiskTransport(Transport):
         self.root, self.bucket_bytes = root, bucket_bytes
 
     @override
-    def folder(self, policy_version: int) -> str:
-        return str(self.root / f"version_{policy_version}")
+    def folder(self, policy_version: int, node: int) -> str:
+        return str(self._folder(policy_version))
+
+    def _folder(self, policy_version: int) -> Path:
+        return self.root / f"version_{policy_version}"
 
     @override
     def meet(self, targets: Sequence[Target]) -> tuple[str, int]:
@@ -104,7 +127,7 @@ class DiskTransport(Transport):
 
     @override
     def send(self, tensors: Tensors, policy_version: int, stage: int) -> int:
-        folder = Path(self.folder(policy_version))
+        folder = self._folder(policy_version)
         if stage == 0 and self.root.exists():
             shutil.rmtree(self.root)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -123,6 +146,26 @@ class DiskTransport(Transport):
     @override
     def close(self) -> None:
         pass
+
+    @override
+    def drop(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+class HostTransport(DiskTransport):
+    """The same in the memory of each node: its ranks write, its engines read. For engines on the trainer's GPUs.
+
+    CUDA IPC would spare the copies through host memory. But its handles are good on one GPU only, while an engine's
+    worker there needs shards cut otherwise than the rank's: every rank would gather whole tensors, on every GPU.
+    """
+
+    def __init__(self, own: NodeFolder, rendezvous: Path, bucket_bytes: int) -> None:
+        super().__init__(own.weights, bucket_bytes)
+        self.rendezvous = rendezvous
+
+    @override
+    def folder(self, policy_version: int, node: int) -> str:
+        return str(weights_path(self.rendezvous, node) / f"version_{policy_version}")
 
 
 def _write(shard: dict[str, torch.Tensor], folder: Path, stage: int, count: int) -> None:

@@ -15,7 +15,8 @@ from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.export_stream import stream_hf
 from megatron_vcppo.mcore.hf_load import load_hf
 from megatron_vcppo.mcore.model import build_actor
-from megatron_vcppo.rollout.broadcast import join_group, reach_store, receive, send, serve_store
+from megatron_vcppo.rollout.broadcast import receive, send
+from megatron_vcppo.rollout.group import join_group, reach_store, serve_store
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.tiny_models import save_tiny_model
 from tools.benchmarks._measure import peak_bytes

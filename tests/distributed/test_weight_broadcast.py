@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from megatron_vcppo.rollout.broadcast import join_group, reach_store, receive, send, serve_store, unpack
+from megatron_vcppo.rollout.broadcast import receive, send, unpack
+from megatron_vcppo.rollout.group import join_group, reach_store, serve_store
 from megatron_vcppo.rollout.rendezvous import Engine
 from megatron_vcppo.weight_sync.plan import Target, first_ranks, streams_of, world_size
 from tests.helpers.distributed import free_port, run_distributed_test

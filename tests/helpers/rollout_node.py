@@ -34,7 +34,14 @@ START_TIMEOUT_S = 240.0
 class RolloutNode:
     """``python -m megatron_vcppo.rollout.serve`` over one model; a context manager."""
 
-    def __init__(self, folder: Path, model: Path, rollout: dict[str, Any] | None = None, node: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        rollout: dict[str, Any] | None = None,
+        node: int = 0,
+        engines_on: str | None = None,
+    ) -> None:
         self.folder, self.rendezvous = folder, folder / "rendezvous"
         settings = {
             "health_timeout_s": 10.0,
@@ -46,6 +53,7 @@ class RolloutNode:
             "run": {"dir": str(folder)},
             "model": {"hf": str(model), "dtype": "float32", "max_length": MAX_LENGTH},
             "rollout": settings,
+            "cluster": {"engines_on": engines_on},
         }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"config_{node}.yaml").write_text(yaml.safe_dump(config))

@@ -83,3 +83,10 @@ def test_workers_share_the_cpus_of_their_engine() -> None:
     assert server.bind((0, 1), 2) == "0|1"
     assert server.bind((4, 5, 6, 7), 2) == "4,6|5,7"
     assert server.bind((3,), 2) == "3|3"
+
+
+@pytest.mark.parametrize(("on_gpu", "sleeps"), [(False, False), (False, True), (True, False), (True, True)])
+def test_sleep_is_switched_on_where_vllm_has_it(tmp_path, on_gpu: bool, sleeps: bool) -> None:
+    """On CPU vLLM refuses the option, and its engines can be told to sleep without it."""
+    arguments = server.command(tmp_path, EngineConfig(), "float32", 512, "127.0.0.1", 1, on_gpu, 0, sleeps)
+    assert ("--enable-sleep-mode" in arguments) == (on_gpu and sleeps)

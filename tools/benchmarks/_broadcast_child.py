@@ -5,7 +5,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from megatron_vcppo.rollout.broadcast import join_group, reach_store
+from megatron_vcppo.rollout.group import join_group, reach_store
 
 
 def main() -> None:

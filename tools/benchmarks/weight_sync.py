@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from megatron_vcppo.rollout.broadcast import Group, join_group, serve_store
+from megatron_vcppo.rollout.group import Group, join_group, serve_store
 from megatron_vcppo.weight_sync.transport import DiskTransport, NetworkTransport, Transport
 from tests.helpers.rollout_node import RolloutNode, save_policy
 from tools.benchmarks._broadcast_child import acknowledge

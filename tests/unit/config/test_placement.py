@@ -1,10 +1,13 @@
-"""Which nodes and GPUs the trainer and the engines take; what cannot be placed is in tests/slurm/test_recipes.py."""
+"""Which nodes and GPUs the trainer and the engines take, and how weights reach engines on the trainer's GPUs.
+
+What cannot be placed is in tests/slurm/test_recipes.py.
+"""
 
 import pytest
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.checks import trainer_ranks
-from megatron_vcppo.config.placement import engine_nodes, engine_placement, trainer_gpus_per_node
+from megatron_vcppo.config.placement import engine_nodes, engine_placement, node_holds_replica, trainer_gpus_per_node
 
 
 @pytest.fixture
@@ -41,3 +44,23 @@ def test_a_chain_that_does_not_generate_leaves_no_gpu_idle(config: Config) -> No
 def test_without_gpus_ranks_follow_the_parallel_sizes(config: Config) -> None:
     config.cluster.gpus_per_node, config.parallel.pp = 0, 2
     assert trainer_gpus_per_node(config) == 0 and trainer_ranks(config) == 2
+
+
+@pytest.mark.parametrize(
+    ("nodes", "ranks", "tp", "pp", "cp", "whole"),
+    [
+        (1, 8, 2, 2, 1, True),
+        (2, 16, 8, 1, 1, True),
+        (4, 32, 4, 1, 2, True),
+        (2, 16, 8, 2, 1, False),
+        (2, 8, 8, 1, 1, False),
+        (2, 12, 4, 1, 1, False),
+    ],
+)
+def test_a_node_holds_a_replica_without_pipeline_stages_elsewhere(
+    nodes: int, ranks: int, tp: int, pp: int, cp: int, whole: bool
+) -> None:
+    config = Config()
+    config.cluster.trainer_nodes = nodes
+    config.parallel.tp, config.parallel.pp, config.parallel.cp = tp, pp, cp
+    assert node_holds_replica(config, ranks) == whole

@@ -32,6 +32,10 @@ def test_sound_chains_pass() -> None:
 
 
 PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
+    "level of sleep": (
+        {"rollout": {"engine": {"sleep_level": 3}}},
+        "rollout.engine.sleep_level must be 1 or 2, got 3",
+    ),
     "samples of a baseline": (
         {"ppo": {"advantage": {"baseline": "rloo"}}},
         "ppo.advantage.baseline rloo needs rollout.num_samples over 1, got 1",

@@ -1,0 +1,197 @@
+"""The process group of a push: one sender, its receivers, and a deadline on everything that they wait for.
+
+A peer that is lost or hangs costs the push, never a process, and leaves nothing behind that the next push, or other
+work on the GPU, would wait for. gloo gives deadlines to every operation. NCCL does not:
+
+- ``TORCH_NCCL_BLOCKING_WAIT`` around the constructor makes ``wait(timeout)`` poll, abort the communicator and raise.
+  Without it a watchdog thread ends the whole process after a time-out or a lost peer, in the trainer and in every other
+  engine. The variable is read by the constructor, so that the trainer's own groups keep their watchdog.
+- The communicator is made by the first broadcast, in a call (ncclCommInitRank) that ends only when all ranks are there.
+  First all ranks meet in the store, under the deadline; a peer that hangs between that and the call holds the call up
+  in a thread that is abandoned at the deadline. NCCL's own non-blocking start has one deadline per process, read once
+  from the environment.
+- What hangs, hangs on a stream of its own (lane.py).
+
+vLLM's StatelessProcessGroup with PyNcclCommunicator is no way out: it makes its communicator by the same call without
+a deadline, has no time-out or abort in its collectives, and would bring vLLM into the trainer.
+"""
+
+import datetime
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_vcppo.config.network import listen
+from megatron_vcppo.rollout.lane import Lane
+
+T = TypeVar("T")
+
+ABORT_TIMEOUT_S = 10.0
+"""What ending a communicator may take."""
+
+
+class Deadline:
+    """A moment that several waits share. Raises TimeoutError when it is asked for time that is not there."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.moment = seconds, time.monotonic() + seconds
+
+    def left_s(self) -> float:
+        """Seconds until then; at least a little, so that what is there already can be taken."""
+        return max(0.01, self.moment - time.monotonic())
+
+    def left(self) -> datetime.timedelta:
+        """The same for torch."""
+        return datetime.timedelta(seconds=self.left_s())
+
+
+@dataclass
+class Group:
+    """One sender (rank 0) and its receivers."""
+
+    process_group: dist.ProcessGroup
+    lane: Lane
+    """Of the group's device: CPU for gloo."""
+    deadline: Deadline
+    """Of the push under way; a later push sets its own."""
+    store: dist.Store
+    """Held: a process group does not keep its store alive."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors must lie."""
+        return self.lane.device
+
+    def broadcast(self, tensor: torch.Tensor) -> dist.Work:
+        """Start sending (rank 0) or filling (the others) a contiguous tensor on this group's device."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor, options.timeout = 0, 0, self.deadline.left()
+        self.lane.follow()
+        with self.lane.entered():
+            return self.process_group.broadcast([tensor], options)
+
+    def wait(self, work: dist.Work) -> None:
+        """Wait until the tensor may be used again. Raises RuntimeError at the deadline or if a peer is lost."""
+        with self.lane.entered():
+            if not work.wait(self.deadline.left()):
+                raise RuntimeError(f"broadcast not finished {self.deadline.seconds:.3g} s after the push began")
+            self.lane.finish()
+
+    def close(self) -> None:
+        """Leave the group; ends what hangs in it. The peers notice at their next operation."""
+        if self.device.type == "cuda":  # gloo has none of this: its operations end at their deadline
+            run_within(ABORT_TIMEOUT_S, "ending the NCCL communicator", self.process_group.abort)
+
+
+def serve_store(address: str, timeout_s: float) -> dist.TCPStore:
+    """The meeting point of a new group, on a free port of address alone; its ``port`` is told to the receivers."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    listener = listen(address)
+    port = listener.getsockname()[1]
+    fd = listener.detach()  # the store closes it
+    return dist.TCPStore(
+        address, port, None, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=fd
+    )
+
+
+def reach_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
+    """A receiver's connection to the meeting point."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    return dist.TCPStore(address, port, None, is_master=False, timeout=timeout, wait_for_workers=False)
+
+
+def join_group(
+    store: dist.TCPStore, rank: int, world_size: int, backend: str, device: torch.device, timeout_s: float, address: str
+) -> Group:
+    """Make the group; returns when all ranks are there and connected. Raises RuntimeError after timeout_s.
+
+    address: this process's address on the network that the weights take (gloo; NCCL is told by its environment).
+    """
+    deadline = Deadline(timeout_s)
+    meet(store, rank, world_size, deadline)
+    prefixed = dist.PrefixStore("weights", store)
+    lane = Lane(device if backend == "nccl" else torch.device("cpu"))
+    make = {"gloo": _make_gloo, "nccl": _make_nccl}[backend]
+
+    def connect() -> Group:
+        with lane.entered():
+            group = Group(make(prefixed, rank, world_size, deadline, address), lane, deadline, store)
+            group.wait(group.broadcast(torch.zeros(1, device=lane.device)))  # NCCL connects in the first operation
+        return group
+
+    return run_within(deadline.left_s(), f"connecting {world_size} ranks over {backend}", connect)
+
+
+def meet(store: dist.Store, rank: int, world_size: int, deadline: Deadline) -> None:
+    """Wait until every rank has come to the store. Raises RuntimeError on rank 0 with the ranks that are missing."""
+    store.set(f"here/{rank}", "")
+    try:
+        if rank == 0:
+            for peer in range(1, world_size):
+                store.wait([f"here/{peer}"], deadline.left())
+            store.set("all_here", "")
+        else:
+            store.wait(["all_here"], deadline.left())
+    except dist.DistError as error:
+        if rank:
+            raise RuntimeError(f"not all ranks of the push met within {deadline.seconds:.3g} s: {error}") from None
+        missing = [peer for peer in range(1, world_size) if not store.check([f"here/{peer}"])]
+        names = ", ".join(map(str, missing))
+        raise RuntimeError(
+            f"receivers {names} of {world_size - 1} did not connect within {deadline.seconds:.3g} s"
+        ) from None
+
+
+def run_within(seconds: float, what: str, work: Callable[[], T]) -> T:
+    """The result of ``work``, which runs in a thread of its own; raises RuntimeError and abandons it after seconds."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=what, daemon=True).start()
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        if future.done():
+            raise
+        raise RuntimeError(f"{what} is not done after {seconds:.1f} s") from None
+
+
+def _make_gloo(store: dist.Store, rank: int, world_size: int, deadline: Deadline, address: str) -> dist.ProcessGroup:
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    options._timeout = deadline.left()
+    return dist.ProcessGroupGloo(store, rank, world_size, options)
+
+
+def _make_nccl(store: dist.Store, rank: int, world_size: int, deadline: Deadline, address: str) -> dist.ProcessGroup:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = deadline.left()
+    with _variable("TORCH_NCCL_BLOCKING_WAIT", "1"):
+        return dist.ProcessGroupNCCL(store, rank, world_size, options)
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """An environment variable, as long as a constructor needs to read it."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

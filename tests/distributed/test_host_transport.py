@@ -1,0 +1,67 @@
+"""Weights through the memory of two nodes: each node's first tensor-parallel group writes, for its own engines."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.mcore.export_stream import stream_hf
+from megatron_vcppo.mcore.hf_load import load_hf
+from megatron_vcppo.mcore.model import build_actor
+from megatron_vcppo.rollout.node_folder import NodeFolder
+from megatron_vcppo.weight_sync.place import place_on_node
+from megatron_vcppo.weight_sync.transport import HostTransport
+from tests.helpers.distributed import run_distributed_test
+from tests.helpers.tiny_models import save_tiny_model
+
+Weights = dict[str, torch.Tensor]
+
+
+def write(hf: Path, rendezvous: Path) -> tuple[bool, Weights, Weights, bool]:
+    """Four ranks, tp 2 × dp 2, as two nodes of two ranks. Returns what this rank wrote, as its engines find it."""
+    parallel = ParallelConfig(tp=2, dp=2)
+    world = runtime.start(parallel, seed=1, timeout_s=60)
+    model = build_actor(Architecture.from_hf(hf), ModelConfig(hf=str(hf), dtype="float32"), parallel)
+    load_hf(model, hf)
+    node, local_rank = divmod(world.rank, 2)
+    place = place_on_node(world.pp_rank, world.rank, local_rank, world.tp_size)
+    assert place.takes_part and place.num_stages == 1 and place.is_driver == (world.rank == 0)
+    folder = NodeFolder(rendezvous, node)
+    transport = HostTransport(folder, rendezvous, 1 << 14)
+    if not place.is_sender:
+        assert [list(stream_hf(model)) for _ in range(2)] == [[], []]
+        torch.distributed.barrier()
+        torch.distributed.barrier()
+        return False, {}, {}, False
+    found = []
+    for version in (1, 2):
+        sent = transport.send(stream_hf(model), version, 0)
+        own = Path(transport.folder(version, node))
+        files = sorted(own.glob("*.safetensors"))
+        assert len(files) > 3 and sum(file.stat().st_size for file in files) >= sent
+        assert own.stat().st_mode & 0o077 == 0 and own.parent.parent == folder.path
+        found.append({name: tensor for file in files for name, tensor in load_file(file).items()})
+    assert not Path(transport.folder(1, node)).exists(), "the weights before are gone"
+    torch.distributed.barrier()
+    other = Path(transport.folder(2, 1 - node)).exists()
+    torch.distributed.barrier()
+    transport.drop()
+    assert os.listdir(folder.path) == ["users"]
+    folder.close()
+    return True, found[0], found[1], other
+
+
+def test_every_node_gets_all_weights_from_its_own_ranks(tmp_path: Path) -> None:
+    hf = save_tiny_model(tmp_path / "hf")
+    expected = load_file(hf / "model.safetensors")
+    results = run_distributed_test(write, 4, hf, tmp_path)
+    assert [result[0] for result in results] == [True, False, True, False]
+    for _, first, second, other in results[::2]:
+        assert other, "the two nodes have folders of their own"
+        for found in (first, second):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -1,0 +1,112 @@
+"""The folder that trainer and engines of a node share: turns, locks that die with their process, nothing left over."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.rollout.node_folder import TRAINER, USERS, NodeFolder, remove_stale, weights_path
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from megatron_vcppo.rollout.node_folder import NodeFolder
+node = NodeFolder(Path(sys.argv[1]), 0)
+hold = node.hold(sys.argv[2])
+node.weights.mkdir()
+(node.weights / "part").write_bytes(b"x" * 1000)
+node.give_turn("trainer")
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[NodeFolder]:
+    with NodeFolder(tmp_path, 0) as node:
+        yield node
+    assert not node.path.exists()
+
+
+def start_holder(rendezvous: Path, name: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(rendezvous), name], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+
+
+def test_the_turn_of_a_killed_trainer_is_over_and_its_weights_are_removed(node: NodeFolder, tmp_path: Path) -> None:
+    assert node.engines_turn, "nobody has said anything"
+    trainer = start_holder(tmp_path, TRAINER)
+    assert not node.engines_turn and node.is_held(TRAINER)
+    node.drop_orphans()
+    assert node.weights.exists(), "the trainer lives"
+    kill(trainer)
+    assert node.engines_turn
+    node.drop_orphans()
+    assert not node.weights.exists()
+
+
+def test_a_starting_engine_is_seen_as_long_as_its_supervisor_lives(node: NodeFolder, tmp_path: Path) -> None:
+    supervisor = start_holder(tmp_path, "starting_engine_0_1")
+    with node.hold("starting_engine_0_0"):
+        assert node.starting() == ["engine_0_0", "engine_0_1"]
+    kill(supervisor)
+    assert node.starting() == []
+
+
+def test_the_last_user_removes_the_folder_and_the_next_start_what_was_killed(tmp_path: Path) -> None:
+    first, second = NodeFolder(tmp_path, 0), NodeFolder(tmp_path, 0)
+    first.close()
+    assert second.path.exists() and second.is_held(USERS)
+    remove_stale()
+    assert second.path.exists(), "somebody uses it"
+    second.close()
+    assert not second.path.exists()
+    kill(start_holder(tmp_path, TRAINER))
+    assert weights_path(tmp_path, 0).exists()
+    remove_stale()
+    assert not first.path.exists()
+
+
+def test_the_folder_is_private(tmp_path: Path) -> None:
+    node = NodeFolder(tmp_path, 0)
+    assert node.path.stat().st_mode & 0o777 == 0o700
+    node.path.chmod(0o755)
+    with pytest.raises(UserError, match="not a folder of this user alone"):
+        NodeFolder(tmp_path, 0)
+    node.path.chmod(0o700)
+    node.close()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    node.path.symlink_to(elsewhere)
+    try:
+        with pytest.raises(UserError, match="not a folder of this user alone"):
+            NodeFolder(tmp_path, 0)
+    finally:
+        node.path.unlink()
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_numbers(node: NodeFolder) -> None:
+    node.check_space(1 << 20)
+    with pytest.raises(UserError, match=r"GiB are free on .* take 1048576.0 GiB.*weight_sync.transport disk"):
+        node.check_space(1 << 50)
+
+
+def test_nodes_and_stages_have_folders_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert weights_path(tmp_path / "link", 0) == weights_path(tmp_path, 0)
+    assert len({weights_path(tmp_path, 0), weights_path(tmp_path, 1), weights_path(tmp_path / "other", 0)}) == 3
+    assert os.getuid() == NodeFolder(tmp_path, 0).path.stat().st_uid
+    time.sleep(0)
+    remove_stale()
