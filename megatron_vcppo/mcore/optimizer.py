@@ -13,6 +13,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from torch import Tensor
 
 from megatron_vcppo.config.schema import OptimizerConfig, ScheduleConfig
 
@@ -71,21 +72,28 @@ def _number_float32_parameters(optimizer: Any) -> None:
             for order, parameter in enumerate([*wide, *narrow]):
                 optimizer.model_param_group_index_map[parameter] = (index, order)
     elif isinstance(optimizer, Float16OptimizerWithFloat16Params) and any(optimizer.fp32_from_fp32_groups):
-        optimizer.sharded_state_dict = _with_float32_parameters(optimizer, optimizer.sharded_state_dict)
+        # What is loaded is not written into the parameter itself: the model's own weight is loaded into that.
+        optimizer.sharded_state_dict = _with_float32_parameters(
+            optimizer, optimizer.sharded_state_dict, copy_of=lambda p: p.detach().clone()
+        )
         optimizer.load_state_dict = _with_float32_parameters(optimizer, optimizer.load_state_dict)
 
 
-def _with_float32_parameters(optimizer: Any, method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, to which float32 parameters are their own float32 copies: a checkpoint has the copies of all."""
+def _with_float32_parameters(
+    optimizer: Any, method: Callable[..., Any], copy_of: Callable[[Tensor], Tensor] = lambda p: p
+) -> Callable[..., Any]:
+    """The method, to which float32 parameters have float32 copies as the others do: a checkpoint has those of all."""
     names = ("float16_groups", "fp32_from_float16_groups")
 
     def call(*args: Any, **kwargs: Any) -> Any:
         apart = {name: getattr(optimizer, name) for name in names}
         copies, parameters = (chain(*apart[name]) for name in reversed(names))
         model_of = {id(copy): parameter for copy, parameter in zip(copies, parameters, strict=True)}
-        groups = [list(group["params"]) for group in optimizer.optimizer.param_groups]
+        groups = [group["params"] for group in optimizer.optimizer.param_groups]
         optimizer.float16_groups = [[model_of.get(id(p), p) for p in group] for group in groups]
-        optimizer.fp32_from_float16_groups = groups
+        optimizer.fp32_from_float16_groups = [
+            [p if id(p) in model_of else copy_of(p) for p in group] for group in groups
+        ]
         try:
             return method(*args, **kwargs)
         finally:
@@ -98,9 +106,9 @@ def _with_float32_parameters(optimizer: Any, method: Callable[..., Any]) -> Call
 def fit_state(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
     """Change a loaded state so that this optimizer takes it, whichever kind of Adam it was saved from.
 
-    Each kind has settings of its own in the parameter groups. torch's AdamW counts the steps of each parameter, as float tensors; Transformer Engine's and apex's FusedAdam those
-    of each group, as an int. Megatron writes torch's as "common_step" (without the distributed optimizer) or into the
-    groups (with it), and no count before the first step.
+    Each kind has settings of its own in the parameter groups. torch's AdamW counts the steps of each parameter, as
+    float tensors; Transformer Engine's and apex's FusedAdam those of each group, as an int. Megatron writes torch's as
+    "common_step" (without the distributed optimizer) or into the groups (with it), and no count before the first step.
     """
     inner = state.get("optimizer", state)
     counts = {int(group["step"]) for group in inner["param_groups"] if group.get("step") is not None}

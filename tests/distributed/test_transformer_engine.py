@@ -127,7 +127,9 @@ def test_fp8_trains_close_to_bfloat16_and_resumes(te_ranks: Call, tmp_path: Path
     assert not any(length % 16 for length in found["lengths"]) and any(length % 16 for length in plain["lengths"])
     assert found["losses"] == pytest.approx(plain["losses"], rel=0.02)
     assert len({float(x.sum()) for x in found["logprobs"]}) == 4, "every step must show in the next pass"
-    assert (found["resumed"] - found["again"]).abs().max() <= (0.0 if recipe == "current" else 0.2)
+    differences = (found["resumed"] - found["again"]).abs()
+    # "delayed" starts its history again with a resume: other scales, so another rounding.
+    assert differences.max() == 0 if recipe == "current" else 0 < differences.mean() < 0.1
 
 
 def test_fp8_with_blocks_pads_to_their_size(te_ranks: Call, tmp_path: Path) -> None:

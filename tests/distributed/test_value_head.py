@@ -1,5 +1,6 @@
 """The value head is float32 in bfloat16 critics: small steps near 1, checkpoints, heads that were saved in bfloat16."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_a_value_near_one_moves_in_small_steps(tmp_path: Path, num_ranks: int, p
         return errors
 
     for errors in run_distributed_test(body, num_ranks):
-        steps = [before - after for before, after in zip(errors, errors[1:], strict=False)]
+        steps = [before - after for before, after in itertools.pairwise(errors)]
         assert errors[0] > 0.0028 and errors[-1] < 0.0013 and all(0 < step < 0.0002 for step in steps), errors
 
 
