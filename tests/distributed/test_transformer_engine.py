@@ -81,6 +81,23 @@ def test_training_continues_across_layers_and_optimizers(
         assert resumed["history"] == through["history"][2:], "the same optimizer must continue bit-equal"
 
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2-sequence-parallel": {"tp": 2, "sequence_parallel": True, "recompute": "full"},
+    "pp2": {"pp": 2},
+    "dp2-overlap": {"distributed_optimizer": True, "overlap": True},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_training_is_the_same_under_every_layout(te_ranks: Call, tmp_path: Path, layout: dict[str, Any]) -> None:
+    """Over gloo: Transformer Engine's own collectives, and its attributes of parameters as Megatron reads them."""
+    case = Case(save_tiny_model(tmp_path / "hf", "qwen3", num_hidden_layers=2), TE)
+    expected = te_ranks(train, 1, case, tmp_path / "a", range(3))[0]["history"]
+    for found in te_ranks(train, 2, replace(case, parallel=ParallelConfig(**layout)), tmp_path / "b", range(3)):
+        for ours, theirs in zip(found["history"], expected, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-5)
+
+
 def test_gradients_are_added_in_the_matrix_product(te_ranks: Call, tmp_path: Path) -> None:
     case = Case(save_tiny_model(tmp_path / "hf", num_hidden_layers=2), TE)
     in_place = te_ranks(added_in_place, 1, case)[0]
@@ -127,7 +144,9 @@ def test_fp8_trains_close_to_bfloat16_and_resumes(te_ranks: Call, tmp_path: Path
     assert not any(length % 16 for length in found["lengths"]) and any(length % 16 for length in plain["lengths"])
     assert found["losses"] == pytest.approx(plain["losses"], rel=0.02)
     assert len({float(x.sum()) for x in found["logprobs"]}) == 4, "every step must show in the next pass"
-    assert (found["resumed"] - found["again"]).abs().max() <= (0.0 if recipe == "current" else 0.2)
+    differences = (found["resumed"] - found["again"]).abs()
+    # "delayed" starts its history again with a resume: other scales, so another rounding.
+    assert differences.max() == 0 if recipe == "current" else 0 < differences.mean() < 0.1
 
 
 def test_fp8_with_blocks_pads_to_their_size(te_ranks: Call, tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 """The value head is float32 in bfloat16 critics: small steps near 1, checkpoints, heads that were saved in bfloat16."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_vcppo.config.schema import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_model
+from megatron_vcppo.mcore.convert.exporter import export_hf
 from megatron_vcppo.mcore.learner import Critic
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test
@@ -50,7 +53,7 @@ def test_a_value_near_one_moves_in_small_steps(tmp_path: Path, num_ranks: int, p
         return errors
 
     for errors in run_distributed_test(body, num_ranks):
-        steps = [before - after for before, after in zip(errors, errors[1:], strict=False)]
+        steps = [before - after for before, after in itertools.pairwise(errors)]
         assert errors[0] > 0.0028 and errors[-1] < 0.0013 and all(0 < step < 0.0002 for step in steps), errors
 
 
@@ -93,3 +96,15 @@ def test_a_head_that_was_saved_in_bfloat16_loads(tmp_path: Path, distributed: bo
     (weight, copy), (alone, resumed) = (run_distributed_test(body, 1)[0] for body in (save_as_before, load))
     assert not torch.equal(weight, copy)
     assert torch.equal(alone, weight) and torch.equal(resumed, copy)
+
+
+def test_an_export_keeps_the_float32_head(tmp_path: Path) -> None:
+    hf = save_tiny_model(tmp_path / "hf", num_hidden_layers=2)
+    critic = tmp_path / "ck" / "iter_0000001" / "critic"
+    found = run_distributed_test(train, 1, bf16_critic(hf, ParallelConfig()), tmp_path / "ck", range(1), save_at=1)[0]
+    export_hf(critic, tmp_path / "out", verify_logits=False)
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(exported["score.weight"].flatten(), found["saved"]["param of value_head.weight"])
+    assert exported["model.norm.weight"].dtype == torch.bfloat16
+    export_hf(critic, tmp_path / "narrow", torch.bfloat16, verify_logits=False)
+    assert load_file(tmp_path / "narrow" / "model.safetensors")["score.weight"].dtype == torch.bfloat16

@@ -34,7 +34,7 @@ def install() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the shared object that is not there yet
         common = importlib.import_module("transformer_engine.common")
-        common._get_shared_object_file = lambda library: EXTENSION
+        common._get_shared_object_file = lambda library: EXTENSION  # type: ignore[attr-defined]
         importlib.import_module("transformer_engine.pytorch")
     # It took the names that the extension lists; those of functions that ours lacks are made when they are asked for.
     passed_on = importlib.import_module("transformer_engine.pytorch.cpp_extensions")

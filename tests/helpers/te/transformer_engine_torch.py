@@ -239,8 +239,8 @@ def fused_attn_bwd(*args: Any) -> list[Tensor]:
     """[gradients of query, key, value]: the forward pass again, differentiated."""
     scale, (cu_seqlens, _, *inputs, _, grad_output) = args[2], args[17:24]
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        output = _causal_segments(*leaves, cu_seqlens, scale)
+        query, key, value = leaves = [x.detach().requires_grad_() for x in inputs]
+        output = _causal_segments(query, key, value, cu_seqlens, scale)
         return list(torch.autograd.grad(output, leaves, grad_output.view_as(output)))
 
 
