@@ -11,7 +11,7 @@ from megatron_vcppo.mcore.architecture import Architecture
 from tools.benchmarks._checkpoint_rank import LENGTH, measure
 from tools.benchmarks._ranks import architecture_folder, run_ranks
 
-TIMEOUT_S = 900.0
+TIMEOUT_S = 1800.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
