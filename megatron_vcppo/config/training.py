@@ -37,4 +37,4 @@ class CheckpointConfig:
     keep_last: int = 2
     """Complete checkpoints kept per stage; 0 keeps all."""
     async_save: bool = False
-    """Write in a background process while training goes on."""
+    """Write in background threads while training continues."""

@@ -269,7 +269,8 @@ def test_a_writer_that_hangs_is_not_waited_for_without_end(tmp_path: Path, async
 
     def body() -> None:
         actor, _ = start(hf, ParallelConfig(), timeout_s=2.0)
-        checkpoint_writer._HashedFile.write = lambda *_: time.sleep(600)  # a file system that does not answer
+        # A file system that does not answer.
+        checkpoint_writer._HashedFile.write = lambda *_: time.sleep(600)  # type: ignore[method-assign,assignment]
         checkpoints = checkpoint_folder(tmp_path / "ck", hf, async_save=async_save)
         checkpoints.save(1, {"actor": actor}, {})
         checkpoints.finish()
@@ -351,7 +352,7 @@ def test_a_background_save_of_two_components_holds_both_as_they_were(tmp_path: P
 
     def body() -> bool:
         learners = dict(zip(("actor", "critic"), start(hf, ParallelConfig()), strict=True))
-        checkpoint_writer._Writer._write = delayed
+        checkpoint_writer._Writer._write = delayed  # type: ignore[method-assign,assignment]
         checkpoints = checkpoint_folder(tmp_path / "ck", hf, async_save=True)
         checkpoints.save(1, learners, {})
         saved = {name: [p.detach().clone() for p in learner.model.parameters()] for name, learner in learners.items()}

@@ -15,7 +15,7 @@ from megatron_vcppo.config.schema import Dtype, ParallelConfig
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_learner
 from megatron_vcppo.mcore.checkpoint_state import adam_steps, owned_ranges, tensors_to_save
-from megatron_vcppo.mcore.learner import Actor, Critic
+from megatron_vcppo.mcore.learner import Learner
 from tests.distributed.test_checkpoint import start, step
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test
@@ -29,12 +29,12 @@ def distributed(**sizes: Any) -> ParallelConfig:
     return ParallelConfig(distributed_optimizer=True, **sizes)
 
 
-def trained(hf: Path, parallel: ParallelConfig, dtype: Dtype) -> dict[str, Actor | Critic]:
-    learners = dict(zip(("actor", "critic"), start(hf, parallel, dtype), strict=True))
+def trained(hf: Path, parallel: ParallelConfig, dtype: Dtype) -> dict[str, Learner]:
+    actor, critic = start(hf, parallel, dtype)
     for i in range(STEPS):
-        for learner in learners.values():
-            step(learner, parallel, i)
-    return learners
+        step(actor, parallel, i)
+        step(critic, parallel, i)
+    return {"actor": actor, "critic": critic}
 
 
 def save_trained(hf: Path, folder: Path, parallel: ParallelConfig, dtype: Dtype = "float32") -> None:

@@ -47,7 +47,7 @@ def run_distributed_test(
     with tempfile.TemporaryDirectory(prefix="ranks_") as name:
         folder, port = Path(name), free_port()
         ranks = [
-            # not daemons: a rank that saves a checkpoint starts writer processes of its own
+            # not daemons: a rank may start processes of its own
             context.Process(target=_rank_main, args=(fn, rank, world_size, port, folder, args, kwargs))
             for rank in range(world_size)
         ]

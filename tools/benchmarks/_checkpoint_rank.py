@@ -64,9 +64,8 @@ def measure(rank: int, config: Any, folder: Path) -> dict[str, float]:
     _, load_mib = _peak_mib(lambda: load_learner(actor, folder / "iter_0000002" / "actor"))
     waits["load_s"] = time.monotonic() - started
     runtime.stop()
-    if settings.async_save:
-        save_mib -= step_mib
-    return {**waits, "held_mib": held_mib, "save_extra_mib": save_mib, "load_extra_mib": load_mib}
+    memory = {"held_mib": held_mib, "step_extra_mib": step_mib, "save_extra_mib": save_mib, "load_extra_mib": load_mib}
+    return waits | memory
 
 
 def _peak_mib(function: Callable[[], object]) -> tuple[float, float]:

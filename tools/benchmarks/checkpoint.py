@@ -11,7 +11,7 @@ from megatron_vcppo.mcore.architecture import Architecture
 from tools.benchmarks._checkpoint_rank import LENGTH, measure
 from tools.benchmarks._ranks import architecture_folder, run_ranks
 
-TIMEOUT_S = 900.0
+TIMEOUT_S = 1800.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     wait_s: that training waits for the save; complete_s: until the checkpoint is complete, with one training step
     meanwhile if it is asynchronous. held_mib: a rank's memory before the save; save_extra_mib: how far the save raises
-    it, processes that it starts included (asynchronous: beyond what the step takes by itself). load: model and
-    optimizer. per_rank_mib: what a rank has to write, if all write alike.
+    it, processes that it starts and, if it is asynchronous, the training step included; step_extra_mib: how far such a
+    step alone does. load: model and optimizer. per_rank_mib: what a rank has to write, if all write alike.
     """
     for dtype in args.dtypes:
         for dp in args.dp:
