@@ -1,5 +1,6 @@
 """Nodes that only reach each other over their own addresses: what is wrong with a network is refused or named."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,25 @@ def test_an_interface_that_nodes_lack_is_named_with_what_they_have(cluster: DevC
     with pytest.raises(UserError) as error:
         dict(checks(config, Programs(), tmp_path))["file system, Python, network"]()
     assert any(line in str(error.value) for line in lines)
+
+
+@pytest.mark.slow
+def test_without_namespaces_nodes_are_loopback_addresses_by_which_roles_bind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test cluster of an ordinary user: one loopback interface, told apart by the nodes' names."""
+    monkeypatch.setattr(devcluster_net, "possible", lambda: False)
+    root = Path(tempfile.mkdtemp(prefix="vcppo_slurm_"))
+    cluster = DevCluster(root, tied=True)
+    cluster.up(nodes=2)
+    try:
+        for name, value in cluster.environment.items():
+            monkeypatch.setenv(name, value)
+        assert cluster.node_names == ["127.0.0.10", "127.0.0.11"] and cluster.network is None
+        config = cluster_config(tmp_path / "run", ("sft",))
+        config.cluster.rollout_nodes = 0
+        run = write_config(config)
+        jobs = submit(run, config, ["sft"], TINY)
+        assert wait_for_jobs(jobs.values(), 180)[jobs["sft"]].state == "COMPLETED", table(run_status(run, config))
+    finally:
+        cluster.down()
