@@ -37,6 +37,7 @@ def write_recipe(folder: Path, ppo_epochs: int, cluster: dict[str, Any]) -> Path
         "defaults": ["demo/vcppo", *(["cluster/devcluster"] if cluster else [])],
         "run": {"dir": str(folder / "run"), "timeout_s": TIMEOUT_S},
         "model": {"hf": str(task / "base_model")},
+        "parallel": {"pp": 1},
         "prompts": {"train": str(task / "prompts_train.jsonl"), "test": str(task / "prompts_test.jsonl")},
         "stages": ["ppo"],
         "rollout": {"max_tokens": 40},
