@@ -309,10 +309,11 @@ class Ppo:
         if self.reached != self.saved:
             self.save()
         self.checkpoints.finish()
-        where, total = f"at iteration {self.iteration}", self.settings.iterations
-        if self.reached[1]:
-            where = f"within iteration {self.iteration + 1}, after {self.reached[1]} optimizer steps"
-        raise Saved(f"asked to stop: saved {where} of {total}; finished responses are stored")
+        total, (iteration, num_steps) = self.settings.iterations, self.reached
+        where = f"at iteration {iteration} of {total}"
+        if num_steps:
+            where = f"within iteration {iteration + 1} of {total}, after {num_steps} optimizer steps"
+        raise Saved(f"asked to stop: saved {where}; finished responses are stored")
 
     def save_or_stop(self, last: bool) -> None:
         """Save when it is time; raise Stopped if any rank was asked to, UserError after too many skipped updates."""

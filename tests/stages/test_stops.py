@@ -132,6 +132,7 @@ def test_a_stop_within_an_iteration_loses_nothing(node: RolloutNode, task: Path,
     assert again.checkpoint() == stage.checkpoint() and learned(again) == learned(stage)
 
 
+@pytest.mark.slow
 def test_with_staleness_the_batch_begun_ahead_is_kept_too(node: RolloutNode, task: Path, tmp_path: Path) -> None:
     """A stop within the update of iteration 1, while engines work on iteration 2: two replicas keep their shares."""
     layout = {"pp": 1, "dp": 2}
@@ -194,6 +195,7 @@ def test_an_evaluation_and_a_stored_set_keep_finished_responses(node: RolloutNod
         assert_kept(stage, tag, kept)
 
 
+@pytest.mark.slow
 def test_under_other_settings_an_interrupted_update_begins_again(node: RolloutNode, task: Path, tmp_path: Path) -> None:
     """Its optimizer steps are no longer what the position counts, and its rollouts are another configuration's."""
     config = make_config(task, tmp_path / "run", {"ppo": PPO | {"iterations": 1, "critic": {"init": "sft"}}})
