@@ -62,7 +62,7 @@ class NodeFolder(AbstractContextManager["NodeFolder"]):
         return given == "engines" or not self.is_held(TRAINER)
 
     def starting(self) -> list[str]:
-        """Engines that start now: they take GPU memory, and nobody can ask them to sleep yet."""
+        """Engines that start now, or are being ended: they may hold GPU memory, and nobody can ask them to sleep."""
         return sorted(
             path.name.removeprefix("starting_") for path in self.path.glob("starting_*") if self.is_held(path.name)
         )

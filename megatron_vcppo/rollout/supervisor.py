@@ -80,26 +80,29 @@ class Slot:
             try:
                 reason = self.watch(process, engine, stopping, starting)
             finally:
-                rendezvous.withdraw(self.folder, engine)
-                kill_group(process, STOP_GRACE_S)
+                with self.mark():  # until its last process is gone, it may hold GPU memory
+                    rendezvous.withdraw(self.folder, engine)
+                    kill_group(process, STOP_GRACE_S)
                 starting.close()
             if stopping.is_set():
                 return
             log.warning("%s: %s; starting it again. Its log: %s", engine, reason, self.log_file)
         raise RuntimeError(f"engine {self.index} of node {self.node} ended {generation + 1} times: {reason}")
 
+    def mark(self) -> Hold | ExitStack:
+        """Says, until it is closed, that this engine may hold GPU memory and cannot be asked to sleep."""
+        return self.shared.hold(f"starting_{self.name}") if self.shared is not None else ExitStack()
+
     def take_turn(self, stopping: threading.Event) -> Hold | ExitStack:
-        """Wait until this engine may take GPU memory; what is returned says, until it is closed, that it starts.
+        """Wait until this engine may take GPU memory; returns the mark that it starts.
 
         The trainer looks for starting engines after it took its turn, so one of the two sees the other. Raises
         RuntimeError if the trainer's turn does not end.
         """
-        if self.shared is None:
-            return ExitStack()
         deadline = time.monotonic() + self.limits.turn_timeout_s
         while True:
-            starting = self.shared.hold(f"starting_{self.name}")
-            if self.shared.engines_turn or stopping.is_set():
+            starting = self.mark()
+            if self.shared is None or self.shared.engines_turn or stopping.is_set():
                 return starting
             starting.close()
             if time.monotonic() > deadline:

@@ -87,6 +87,7 @@ class SharedGpus:
         self._give_turn("trainer")
         self._wait_for_starting()
         self.sync.put_to_sleep(self.config.rollout.engine.sleep_level)
+        self._wait_for_starting()  # those that were withdrawn meanwhile are being ended
         self.sync.held_version = None
         if self.sync.place.is_sender:
             self.sync.transport.drop()

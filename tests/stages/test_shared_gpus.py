@@ -121,9 +121,9 @@ def test_an_engine_killed_in_the_update_waits_and_one_killed_in_generation_joins
         generation_module.begin = begin_then_kill  # type: ignore[assignment]
 
     stage = make_stage(node, task, tmp_path / "run")
-    started = len([line for line in node.logs().splitlines() if "starting, pid" in line])
+    started = node.log.read_text().count("starting, pid")
     assert set(stage.run(on_rank_0(faults))) == {0}, log.read_text()
-    assert len([line for line in node.logs().splitlines() if "starting, pid" in line]) == started + 2
+    assert node.log.read_text().count("starting, pid") == started + 2
     assert len(read_metrics(stage.folder)) == 4
     assert replay_elsewhere(stage, node, tmp_path / "again").checkpoint() == stage.checkpoint()
 
