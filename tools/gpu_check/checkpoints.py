@@ -100,7 +100,7 @@ class World:
         runtime.stop()
 
     def train(self, folder: Path, distributed: bool, resume: bool) -> Curve:
-        """Train and save, or resume; then two steps: the weights show in one, the state of the optimizer in the next."""
+        """Train and save, or resume; then two steps: the first shows the weights, the second the optimizer's state."""
         from megatron_vcppo.config import Config
         from megatron_vcppo.config.training import CheckpointConfig
         from megatron_vcppo.mcore.checkpoint import CheckpointFolder
