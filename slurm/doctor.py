@@ -12,7 +12,7 @@ from megatron_vcppo.errors import UserError
 from slurm.query import slurm, slurm_message
 from slurm.roles import Programs
 from slurm.run_folder import RunFolder
-from slurm.srun import in_container, probe_command, step
+from slurm.srun import in_container, inside, probe_command, step
 from slurm.submit import executor, request_text
 from slurm.validate import check_scripts, check_slurm_installed
 
@@ -54,7 +54,7 @@ def checks(config: Config, programs: Programs, folder: Path) -> Iterator[tuple[s
         )
 
     def collective() -> str:
-        argv = in_container(config, (programs.python, "-m", "slurm.allreduce_probe", str(folder)))
+        argv = in_container(config, (inside(config, programs).python, "-m", "slurm.allreduce_probe", str(folder)))
         lines = [json.loads(line) for line in test_job(config, folder, argv).splitlines() if line.startswith("{")]
         short = [line for line in lines if line["gpus"] < cluster.gpus_per_node]
         if short:

@@ -1,6 +1,7 @@
 """The roles of a stage as srun steps inside one allocation: pure functions from the layout to command lines."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_vcppo.config import Config
@@ -29,6 +30,14 @@ def in_container(config: Config, command: tuple[str, ...]) -> tuple[str, ...]:
     gpu = ("--nv",) if cluster.gpus_per_node else ()
     mounts = ("--bind", cluster.container_mounts) if cluster.container_mounts else ()
     return ("apptainer", "exec", *gpu, *mounts, cluster.container_image, *command)
+
+
+def inside(config: Config, programs: Programs) -> Programs:
+    """The programs as the roles call them: an image has an interpreter of its own."""
+    cluster = config.cluster
+    if not cluster.container_image or not cluster.container_python:
+        return programs
+    return replace(programs, python=cluster.container_python)
 
 
 def step(config: Config, nodes: list[str], tasks_per_node: int, cpus_per_task: int) -> tuple[str, ...]:
@@ -63,7 +72,7 @@ def srun_units(
     run: RunFolder, config: Config, stage: str, programs: Programs, hosts: list[str], port: int, logs: Path
 ) -> list[Unit]:
     """One step for all trainer ranks on the first nodes; one per rollout node, so that it can be restarted alone."""
-    cluster = config.cluster
+    cluster, programs = config.cluster, inside(config, programs)
     env = role_environment(config) | {f"SLURM_{name}": "" for name in TASK_LAYOUT}
     nodes, ranks_per_node = trainer_layout(config, stage)
     trainers = hosts[:nodes]
@@ -96,6 +105,7 @@ def guarded(programs: Programs, command: tuple[str, ...]) -> tuple[str, ...]:
 
 def probe_command(config: Config, run: RunFolder, programs: Programs, hosts: list[str]) -> tuple[str, ...]:
     """One task per node that names what the node lacks: the run folder, the interpreter, the packages."""
+    programs = inside(config, programs)
     folder, python = shlex.quote(str(run.config)), shlex.quote(programs.python)
     script = f"""
         where=$SLURMD_NODENAME

@@ -19,8 +19,6 @@ step() { # step NAME COMMAND…
     summary+=("$(printf '%-8s %-6s %4d s' "$name" "$verdict" $((SECONDS - started)))")
 }
 step lint ruff check .
-step shell shellcheck tools/*.sh .ci/run
-step docker hadolint tools/containers/Dockerfile
 step format ruff format --check .
 step types mypy
 step tests pytest "$@"

@@ -45,6 +45,8 @@ class ClusterConfig:
     network_interface: str | None = None
     """Interface of gloo and NCCL, such as ib0; left out: they choose."""
     container_image: str | None = None
+    container_python: str | None = None
+    """The interpreter inside container_image. Default: the same path as outside, cluster.python."""
     container_mounts: str | None = None
     container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
     """What starts the roles inside container_image; the controller runs on the host."""

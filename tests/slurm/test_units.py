@@ -17,8 +17,9 @@ from slurm.prepare import profile_files
 from slurm.query import JobState, parse_table, slurm_message
 from slurm.roles import Programs
 from slurm.snapshot import take_snapshot
-from slurm.srun import srun_units, stage_nodes
+from slurm.srun import probe_command, srun_units, stage_nodes
 from slurm.status import pending_note
+from slurm.submit import executor
 from slurm.sweep import points, read_points, text_table, write_points
 from slurm.timing import STOP_S, save_clock, save_margin_s, signal_margin_s
 from slurm.validate import check_inputs, check_layout
@@ -60,6 +61,19 @@ def test_containers_wrap_the_roles(tmp_path: Path) -> None:
     command = srun_units(run, config, "sft", Programs(), ["a"], 1, tmp_path)[0].command
     start = command.index("apptainer")
     assert command[start : start + 5] == ("apptainer", "exec", "--bind", "/data:/data", "image.sqsh")
+
+
+def test_an_image_has_an_interpreter_of_its_own(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    run, programs = write_config(config), Programs(python="/host/python")
+    config.cluster.container_python = "/image/python"
+    assert "/host/python" in srun_units(run, config, "sft", programs, ["a"], 1, tmp_path)[0].command
+    config.cluster.container_image = "image.sqsh"
+    for unit in srun_units(run, config, "ppo", programs, ["a"], 1, tmp_path):
+        assert "/image/python" in unit.command and "/host/python" not in unit.command
+    probe = " ".join(probe_command(config, run, programs, ["a"]))
+    assert "/image/python" in probe and "/host/python" not in probe
+    assert "/host/python" in executor(run, config, "ppo", tmp_path, programs, None).script()
 
 
 def test_the_margin_follows_what_was_measured(tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ def test_the_plan_of_the_training_part() -> None:
 
 @pytest.mark.parametrize(("name", "tflops"), [
     ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA GH200 480GB", 989), ("NVIDIA L4", 121),
-    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362), ("NVIDIA A10G", 70), ("NVIDIA A10", 125), ("NVIDIA GB200", 2250), ("NVIDIA H200 NVL", 835),
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362), ("NVIDIA A10G", 70), ("NVIDIA A10", 125),
+    ("NVIDIA GB200", 2250), ("NVIDIA H200 NVL", 835),
 ])  # fmt: skip
 def test_peaks_go_by_the_card_s_name(name: str, tflops: int) -> None:
     found = train_benchmark.peak_tflops(name)
