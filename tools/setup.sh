@@ -40,10 +40,10 @@ pip_install() { # long output becomes one line a package where nobody watches a 
     fi
 }
 
-build_jobs() { # compilers at a time: one takes up to 3 GB
+build_jobs() { # compilers at a time: one takes up to 2 GB
     local free_gb jobs
     free_gb=$(($(awk '/^MemAvailable/ { print $2 }' /proc/meminfo) / 1000000))
-    jobs=$((free_gb / 3 < $(nproc) ? free_gb / 3 : $(nproc)))
+    jobs=$((free_gb / 2 < $(nproc) ? free_gb / 2 : $(nproc)))
     echo $((jobs > 1 ? jobs : 1))
 }
 
