@@ -24,7 +24,7 @@ def section(name: str) -> list[str]:
 def copied_by_docker() -> dict[str, str]:
     """Source -> place in the image."""
     (home,) = re.findall(r"^WORKDIR (\S+)$", DOCKERFILE, re.MULTILINE)
-    places = {}
+    places: dict[str, str] = {}
     for line in re.findall(r"^COPY (.+)$", DOCKERFILE, re.MULTILINE):
         *sources, target = line.split()
         places |= {source: f"{home}/{source if target == './' else target}" for source in sources}

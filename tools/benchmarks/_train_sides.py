@@ -118,7 +118,7 @@ def megatron_side(work: Work) -> Step:
     from megatron_vcppo.mcore.learner import Actor
     from megatron_vcppo.mcore.model import build_actor
     from megatron_vcppo.records import Sequence
-    from megatron_vcppo.stages.sft import TokenLoss
+    from megatron_vcppo.stages.losses import TokenLoss
 
     parallel = parallel_config(work)
     world = runtime.start(parallel, seed=0, timeout_s=600)

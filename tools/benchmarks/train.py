@@ -159,7 +159,8 @@ def _random_model(args: argparse.Namespace, folder: Path) -> Path:
 
 def _sequences(args: argparse.Namespace, vocab_size: int) -> list[list[int]]:
     generator = np.random.default_rng(0)
-    lengths = np.exp(generator.normal(np.log(args.median_length), args.spread, args.sequences))
+    # Rounding may leave exp(log(4096)) below 4096.
+    lengths = np.exp(generator.normal(np.log(args.median_length), args.spread, args.sequences)) * (1 + 1e-12)
     lengths = lengths.astype(int).clip(SHORTEST, args.max_length)
     return [generator.integers(0, vocab_size, length).tolist() for length in lengths]
 
