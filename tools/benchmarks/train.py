@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 processes[side] = stack.enter_context(_started(side, replace(work, threads=threads), count))
             seconds, answers = _in_turns(processes, args.rounds)
         device, peak = _peak_flops(args)
-        facts = {"device": device, "parameters": arch.parameter_count(), "sequences": len(sequences)}
+        facts: dict[str, Any] = {"device": device, "parameters": arch.parameter_count(), "sequences": len(sequences)}
         facts |= {"tokens": sum(map(len, sequences)), "longest": max(map(len, sequences))}
         for side in args.sides:
             devices = ranks if side == "megatron" and device != "cpu" else 1
@@ -137,7 +137,7 @@ def _ratio(
     }
 
 
-def _sizes(args: argparse.Namespace) -> dict[str, int]:
+def _sizes(args: argparse.Namespace) -> dict[str, Any]:
     """As config.json names them: grouped heads, a feed-forward layer of 2.75 times the hidden size."""
     heads = max(2, args.hidden // args.head_dim)
     return {

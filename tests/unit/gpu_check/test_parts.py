@@ -41,7 +41,7 @@ def test_parity_of_all_families_and_a_wrong_number_is_seen(tmp_path: Path) -> No
 
 
 def test_checkpoints_resume_and_a_difference_is_seen(tmp_path: Path) -> None:
-    arguments = {"model": write_model(tmp_path / "model", "qwen3", "tiny"), "size": "tiny"}
+    arguments: dict[str, Any] = {"model": write_model(tmp_path / "model", "qwen3", "tiny"), "size": "tiny"}
     (written,) = run_distributed_test(checkpoints.write, 1, folder=tmp_path / "saved", **arguments)
     folders = {"here": tmp_path / "saved", "nowhere": tmp_path / "nothing"}
     (resumed,) = run_distributed_test(checkpoints.read, 1, folders=folders, **arguments)
@@ -164,7 +164,7 @@ def test_marked_tests_run_and_are_skipped_without_a_gpu() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_whole_check_on_a_cpu(capsys) -> None:
     """All parts but the engine, which has a test of its own, as children: none breaks, whatever its verdicts."""
     names = [part.name for part in PARTS if part.name != "engine"]
