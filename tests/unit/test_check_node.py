@@ -1,4 +1,7 @@
-"""tools/check_node.sh: what it decides from what a node says of itself. The programs that say it are stand-ins."""
+"""tools/check_node.sh and tools/setup.sh gpu: what they decide from what a node says of itself.
+
+The programs that say it are stand-ins; nothing is installed.
+"""
 
 import os
 import shutil
@@ -140,3 +143,32 @@ def test_setup_gpu_stops_before_anything_is_made_or_lost(node: Path) -> None:
     assert done.returncode == 2 and "setup: error: glibc: 2.28 is older" in done.stderr
     assert (node / ".venv" / "setup.stamp").read_text().startswith("cpu"), "the environment for cpu is still there"
     assert "installing" not in done.stdout
+
+
+PYTHON = """
+case "$*" in
+*get_path*) echo "$NODE/include" ;;
+"-m venv"*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" && cp "$0" "$4/bin/vcppo" ;;
+"-m pip"*) echo "$* | ${PATH%%:*} ${NVTE_BUILD_USE_NVIDIA_WHEELS:-} ${MAX_JOBS:-}" >>"$NODE/pip.log" ;;
+esac
+"""
+"""Takes part in tools/setup.sh without installing anything, and writes down pip's arguments and environment."""
+
+
+def test_the_extension_is_built_with_the_wheels_headers_and_ninja(node: Path) -> None:
+    for name in ("tools/setup.sh", "pyproject.toml"):
+        shutil.copy(ROOT / name, node / name)
+    put(node, "python3.11", PYTHON)
+    put(node, "df", GOOD["df"])
+    env = os.environ | {"PATH": f"{node}/bin:{os.environ['PATH']}", "NODE": str(node), "PYTHON": "python3.11"}
+    env = {name: value for name, value in env.items() if name not in ("MAX_JOBS", "NVTE_BUILD_USE_NVIDIA_WHEELS")}
+    command = ["bash", "tools/setup.sh", "gpu"]
+    done = subprocess.run(command, cwd=node, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    calls = (node / "pip.log").read_text().splitlines()
+    (build,) = [i for i, line in enumerate(calls) if "transformer-engine-torch==" in line]
+    arguments, _, environment = calls[build].partition(" | ")
+    first, wheels, jobs = environment.split()
+    assert "--no-build-isolation" in arguments and wheels == "1" and int(jobs) >= 1
+    assert first == f"{node}/.venv/bin", "ninja lies there"
+    assert any("-r /dev/fd/" in line for line in calls[:build]), "torch and the headers are there before"

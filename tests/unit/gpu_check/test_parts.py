@@ -111,6 +111,12 @@ CASE: dict[str, Any] = {
 }  # fmt: skip
 
 
+def _bench_or_break(cases: dict[str, Any], options: tuple[str, ...]) -> dict[str, Any]:
+    if "--own-layers" in options:
+        raise RuntimeError("rank 0 of megatron ended")
+    return cases["te"]
+
+
 def test_training_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = {"own": CASE, "te": CASE | {"mfu": 0.39, "peak_memory_gib": 70.0}}
     monkeypatch.setattr(training, "te_installed", lambda target: True)
@@ -120,6 +126,10 @@ def test_training_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[2].goal == "≥ 0.4" and rows[3].result == "0.207"
     cases["te"] = CASE | {"mfu": None}
     assert verdicts(training.run("cuda", "full"))[2] == "skipped: no peak known for a card: tools/benchmarks/train.py"
+    del cases["own"]
+    monkeypatch.setattr(training, "bench", lambda text, *options: _bench_or_break(cases, options))
+    assert verdicts(training.run("cuda", "full"))[0] == "FAIL"
+    assert len(training.run("cuda", "full")) == 3, "what breaks with one kind of layers leaves the other its rows"
     monkeypatch.setattr(training, "te_installed", lambda target: False)
     assert verdicts(training.run("cuda", "full"))[-1].startswith("skipped: Transformer Engine")
 
