@@ -40,10 +40,11 @@ def test_exit_codes(verdicts: list[str], code: int) -> None:
 
 
 def test_without_a_gpu_every_part_is_skipped_and_the_exit_code_says_so(tmp_path: Path) -> None:
+    """Called from another folder, with a path in it."""
     output = tmp_path / "rows.json"
-    command = ["bash", "tools/gpu_check.sh", "--json", str(output)]
+    command = ["bash", str(ROOT / "tools" / "gpu_check.sh"), "--json", output.name]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 2, done.stderr
     rows = json.loads(output.read_text())["rows"]
     assert [row["part"] for row in rows] == [part.name for part in PARTS]
