@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.." || exit
 glibc_needed=2.31  # llguidance's wheel; tools/lock_requirements.sh verifies it for the whole lock
 gxx_oldest=11      # PyTorch's headers are C++20
 gxx_newest=16      # crt/host_config.h of the lock's nvidia-cuda-crt
-disk_needed_gb=25  # the environment, and once more the wheels while pip unpacks them
+disk_needed_gb=16  # measured: the environment 9, and the wheels 5 while pip unpacks them
 python=${1:-${PYTHON:-python3}}
 found=()
 failed=0
