@@ -18,7 +18,7 @@ from slurm import doctor_findings as findings
 from slurm.query import slurm, slurm_message
 from slurm.roles import Programs
 from slurm.run_folder import RunFolder
-from slurm.srun import in_container, probe_command, step
+from slurm.srun import in_container, inside, probe_command, step
 from slurm.submit import executor, request_text
 from slurm.validate import check_scripts, check_slurm_installed
 
@@ -60,7 +60,7 @@ def checks(config: Config, programs: Programs, folder: Path) -> Iterator[tuple[s
         return found or f"all {num_nodes(cluster)} see {folder}, have the Python environment and the network"
 
     def probe(module: str, *arguments: str, **layout: int) -> list[dict[str, Any]]:
-        argv = in_container(config, (programs.python, "-m", module, *arguments))
+        argv = in_container(config, (inside(config, programs).python, "-m", module, *arguments))
         output = test_job(config, (*step(config, [], 1, 1), *argv), **layout)
         return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 

@@ -1,6 +1,7 @@
 """The roles of a stage as srun steps inside one allocation: pure functions from the layout to command lines."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_vcppo.config import Config
@@ -40,6 +41,14 @@ def in_container(config: Config, command: tuple[str, ...]) -> tuple[str, ...]:
     gpu = ("--nv",) if cluster.gpus_per_node else ()
     mounts = ("--bind", cluster.container_mounts) if cluster.container_mounts else ()
     return ("apptainer", "exec", *gpu, *mounts, cluster.container_image, *command)
+
+
+def inside(config: Config, programs: Programs) -> Programs:
+    """The programs as the roles call them: an image has an interpreter of its own."""
+    cluster = config.cluster
+    if not cluster.container_image or not cluster.container_python:
+        return programs
+    return replace(programs, python=cluster.container_python)
 
 
 def step(config: Config, nodes: list[str], tasks_per_node: int, cpus_per_task: int) -> tuple[str, ...]:
@@ -86,7 +95,7 @@ def srun_units(
 
     hosts: the job's nodes by name. address, port: where rank 0, on the first of them, serves the ranks' store.
     """
-    cluster = config.cluster
+    cluster, programs = config.cluster, inside(config, programs)
     nodes, ranks_per_node = trainer_layout(config, stage)
     trainers = hosts[:nodes]
     cpus = max(1, cluster.cpus_per_node // ranks_per_node)
@@ -134,6 +143,7 @@ except UserError as error:
 
 def probe_command(config: Config, run: RunFolder, programs: Programs, hosts: list[str]) -> tuple[str, ...]:
     """One task per node that names what the node lacks: run folder, interpreter, packages, network interface."""
+    programs = inside(config, programs)
     folder, python = shlex.quote(str(run.config)), shlex.quote(programs.python)
     cluster = config.cluster
     keys = {name: getattr(cluster, name) for name in ("name", "trainer_nodes", "rollout_nodes", "network_interface")}

@@ -4,10 +4,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 uv=$(command -v uv || true)
 if [ -z "$uv" ]; then
-    scratch=$(mktemp -d)
-    trap 'rm -rf "$scratch"' EXIT
     echo "uv is not installed: using a throw-away copy"
     python3 -m venv "$scratch/venv"
     "$scratch/venv/bin/pip" install --quiet uv
@@ -37,3 +37,11 @@ else
 fi
 lock cpu "${no_media[@]}" "${cpu_torch[@]}"
 lock gpu
+
+# Everything but transformer-engine-torch is a wheel that the oldest supported system takes; check_node.sh names it.
+glibc=$(sed -n 's/^glibc_needed=\([0-9.]*\).*/\1/p' tools/check_node.sh)
+for python in 3.11 3.12; do
+    "$uv" pip install --quiet --dry-run --no-deps --only-binary :all: --target "$scratch/target" --python-version "$python" \
+        --python-platform "x86_64-manylinux_${glibc//./_}" -r <(grep -v '^transformer-engine-torch==' requirements-gpu.lock)
+done
+echo "requirements-gpu.lock: installs on glibc $glibc"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # tools/setup.sh cpu|gpu: makes .venv with everything that requirements-KIND.lock names and this package, editable.
 # Succeeds at once if that is already there; installs again when a requirement or the package's metadata changed.
-# PYTHON=/path/to/python3.12 chooses the interpreter.
+# PYTHON=/path/to/python3.12 chooses the interpreter. gpu: tools/check_node.sh says first what this node lacks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -40,17 +40,25 @@ pip_install() { # long output becomes one line a package where nobody watches a 
     fi
 }
 
+build_jobs() { # compilers at a time: one takes up to 2 GB
+    local free_gb jobs
+    free_gb=$(($(awk '/^MemAvailable/ { print $2 }' /proc/meminfo) / 1000000))
+    jobs=$((free_gb / 2 < $(nproc) ? free_gb / 2 : $(nproc)))
+    echo $((jobs > 1 ? jobs : 1))
+}
+
 exec 9>.venv.lock
 flock --wait 1800 9 || { echo "setup: error: another tools/setup.sh has held .venv.lock for 30 minutes" >&2; exit 2; }
 started=$SECONDS
-if [ -f "$stamp" ] && [ "$(cut -d' ' -f1 "$stamp")" != "$kind" ]; then
-    echo "setup: $venv was made for $(cut -d' ' -f1 "$stamp"); making it anew"
-    rm -rf "$venv"
-fi
-rm -f "$stamp"
-if ! "$venv/bin/python" -c '' 2>/dev/null; then
+made_for=$(cut -d' ' -f1 "$stamp" 2>/dev/null || true)
+python=$venv/bin/python
+if [ "${made_for:-$kind}" != "$kind" ] || ! "$python" -c '' 2>/dev/null; then
     python=$(find_python)
-    echo "setup: making $venv with $("$python" --version)"
+fi
+[ "$kind" = cpu ] || tools/check_node.sh "$python"
+rm -f "$stamp"
+if [ "$python" != "$venv/bin/python" ]; then
+    echo "setup: making $venv${made_for:+, which was for $made_for,} with $("$python" --version)"
     "$python" -m venv --clear "$venv" || { echo "setup: error: $python -m venv failed; Debian: apt install python3-venv" >&2; exit 2; }
 fi
 
@@ -61,10 +69,13 @@ if [ "$kind" = cpu ] && ! "$venv/bin/python" -m pip install --quiet --dry-run --
     torch_source=(--extra-index-url https://download.pytorch.org/whl/cpu)
 fi
 pip_install "${torch_source[@]}" "$torch"
-# Transformer Engine's torch extension is built, or fetched, against the torch and the wheel that are then installed.
+# Transformer Engine's torch extension is built, or fetched, against the torch and the wheels that are then installed:
+# the headers of CUDA, cuDNN and NCCL lie in those, and so does ninja. No CUDA toolkit is needed.
 pip_install -r <(grep -v '^transformer-engine-torch==' "$lock")
 if [ "$kind" = gpu ]; then
-    pip_install --no-build-isolation "$(grep -o '^transformer-engine-torch==[^ ]*' "$lock")"
+    echo "setup: transformer-engine-torch: fetching its ready-made build, else compiling (minutes)"
+    PATH=$PWD/$venv/bin:$PATH NVTE_BUILD_USE_NVIDIA_WHEELS=1 MAX_JOBS=${MAX_JOBS:-$(build_jobs)} \
+        pip_install --no-build-isolation "$(grep -o '^transformer-engine-torch==[^ ]*' "$lock")"
 else
     "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
 fi

@@ -2,7 +2,7 @@
 # tools/test.sh [pytest argument…]: set-up, lint, format, types, tests; goes on after a failure, exit code 1 if any.
 # The default leaves out what is marked slow or gpu; tools/test.sh -m "slow or not slow" runs all but gpu.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 
 kind=$(cut -d' ' -f1 .venv/setup.stamp 2>/dev/null || true)
 tools/setup.sh "${kind:-cpu}" || exit

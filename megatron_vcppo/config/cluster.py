@@ -52,6 +52,8 @@ class ClusterConfig:
     """Folder for compiled kernels (Triton, torch, vLLM, CUDA), on a disk of the node's own; made by every role,
     readable by its user alone. Default: vcppo-cache-UID below $TMPDIR or /tmp."""
     container_image: str | None = None
+    container_python: str | None = None
+    """The interpreter inside container_image. Default: the same path as outside, cluster.python."""
     container_mounts: str | None = None
     container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
     """What starts the roles inside container_image; the controller runs on the host."""

@@ -103,3 +103,18 @@ def bounded(values: Tensor, config: CriticConfig) -> Tensor:
 def sequence_weights(mask: Tensor, config: PolicyLossConfig) -> Tensor:
     """Loss weights [B, T] of the configured aggregation."""
     return token_weights(mask, config.aggregation).to(torch.float32)
+
+
+class TokenLoss:
+    """Mean negative log-probability of the response tokens of a global batch."""
+
+    def __init__(self, num_loss_tokens: float) -> None:
+        """num_loss_tokens: over the whole batch, all replicas."""
+        self.num_loss_tokens = num_loss_tokens
+
+    def __call__(self, outputs: tuple[Tensor, Tensor], microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
+        """outputs: (logprobs [T], entropy [T])."""
+        logprobs, entropy = outputs
+        mask = microbatch.fields["loss_mask"]
+        loss = -torch.where(mask, logprobs, 0.0).sum() / self.num_loss_tokens
+        return loss, {"entropy": (torch.where(mask, entropy.detach(), 0.0).sum(), mask.sum())}

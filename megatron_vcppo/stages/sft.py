@@ -5,13 +5,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.schema import SftConfig
 from megatron_vcppo.data.order import EpochOrder
-from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.data.rollout_batch import Packing
 from megatron_vcppo.data.sft import SftDataset, SftKeys, load_sft_dataset
 from megatron_vcppo.data.tokenizer import load_tokenizer
@@ -19,10 +15,11 @@ from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder
 from megatron_vcppo.mcore.hf_load import load_hf
-from megatron_vcppo.mcore.learner import Actor, Metrics
+from megatron_vcppo.mcore.learner import Actor
 from megatron_vcppo.mcore.model import build_actor
 from megatron_vcppo.report.metrics import MetricsLog
 from megatron_vcppo.report.progress import Progress
+from megatron_vcppo.stages.losses import TokenLoss
 from megatron_vcppo.stages.skips import Skips
 from megatron_vcppo.stages.stage import mark_done, packing_of, stage_folder
 from megatron_vcppo.stages.startup import startup
@@ -115,21 +112,6 @@ def run(config: Config) -> None:
 def steps_of(settings: SftConfig, num_samples: int) -> int:
     """Optimizer steps in all; the last batch is filled from the epoch after."""
     return settings.steps or math.ceil(settings.epochs * num_samples / settings.batch_size)
-
-
-class TokenLoss:
-    """Mean negative log-probability of the response tokens of a global batch."""
-
-    def __init__(self, num_loss_tokens: float) -> None:
-        """num_loss_tokens: over the whole batch, all replicas."""
-        self.num_loss_tokens = num_loss_tokens
-
-    def __call__(self, outputs: tuple[Tensor, Tensor], microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
-        """outputs: (logprobs [T], entropy [T])."""
-        logprobs, entropy = outputs
-        mask = microbatch.fields["loss_mask"]
-        loss = -torch.where(mask, logprobs, 0.0).sum() / self.num_loss_tokens
-        return loss, {"entropy": (torch.where(mask, entropy.detach(), 0.0).sum(), mask.sum())}
 
 
 def validate(actor: Actor, dataset: SftDataset, packing: Packing) -> dict[str, float]:

@@ -21,11 +21,12 @@ from slurm.logs import last_lines
 from slurm.memory import check_memory, plan, plan_of_rank
 from slurm.prepare import profile_files
 from slurm.query import JobState, parse_table, slurm_message
-from slurm.roles import role_environment
+from slurm.roles import Programs, role_environment
 from slurm.run_folder import RunFolder
 from slurm.snapshot import take_snapshot
-from slurm.srun import stage_nodes
+from slurm.srun import probe_command, stage_nodes
 from slurm.status import leaving_note, pending_note
+from slurm.submit import executor
 from slurm.sweep import points, read_points, text_table, write_points
 from slurm.timing import LEAST_S, STOP_S, save_allowance_s, save_clock, save_margin_s, signal_margin_s
 from slurm.validate import check_inputs, check_layout
@@ -103,6 +104,19 @@ def test_containers_wrap_the_roles(tmp_path: Path) -> None:
     command = units_on(run, config, "sft", ["a"])[0].command
     start = command.index("apptainer")
     assert command[start : start + 5] == ("apptainer", "exec", "--bind", "/data:/data", "image.sqsh")
+
+
+def test_an_image_has_an_interpreter_of_its_own(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    run, host = write_config(config), Programs().python
+    config.cluster.container_python = "/image/python"
+    assert host in units_on(run, config, "sft", ["a"])[0].command
+    config.cluster.container_image = "image.sqsh"
+    for unit in units_on(run, config, "ppo", ["a"]):
+        assert "/image/python" in unit.command and host not in unit.command
+    probe = " ".join(probe_command(config, run, Programs(), ["a"]))
+    assert "/image/python" in probe and host not in probe
+    assert host in executor(run, config, "ppo", tmp_path, Programs(), None).script()
 
 
 def log_records(run: RunFolder, records: list[dict[str, float]]) -> None:

@@ -20,7 +20,7 @@ def measure(rank: int, config: Any, stage: str) -> tuple[int, int]:
     from megatron_vcppo.mcore.learner import Actor, Critic
     from megatron_vcppo.mcore.model import build_actor, build_critic
     from megatron_vcppo.records import Sequence
-    from megatron_vcppo.stages.sft import TokenLoss
+    from megatron_vcppo.stages.losses import TokenLoss
     from slurm.memory import models_of
 
     torch.set_num_threads(1)

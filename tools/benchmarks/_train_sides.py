@@ -1,6 +1,7 @@
 """The two sides of the training benchmark: processes that build a model, then do one optimizer step whenever asked."""
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,73 +11,121 @@ from typing import Any
 
 import torch
 
+from megatron_vcppo.mcore.architecture import Architecture
+
 Step = Callable[[], float]
 """One optimizer step over the whole batch; returns its loss."""
 PROMPT_TOKENS = 4
 """Tokens at the beginning of each sequence that carry no loss."""
-LEARNING_RATE = 1e-5
+SIDES = ("megatron", "transformers")
+GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class Work:
     """What both sides train on."""
 
-    hf: Path
+    hf: Path | None
+    """None: Megatron's random initial weights."""
+    arch: Architecture
     sequences: list[list[int]]
-    dtype: str
+    model: dict[str, Any]
+    """Keys of the section ``model``: dtype, and what the Megatron side has besides."""
     threads: int
     """Per process."""
     layout: dict[str, int]
     """tp, pp, dp of the Megatron side."""
     tokens_per_microbatch: int
     recompute: str
+    own_layers: bool
+    """Without Transformer Engine, also where it is installed."""
+    learning_rate: float
     reference_batch: int
     """Sequences that transformers pads to one length."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a process says after a step."""
+
+    loss: float
+    cpu_s: float
+    """Processor seconds of this step."""
+    peak_gib: float | None
+    """The most device memory that tensors took so far; None on a CPU."""
+    planned_gib: float | None
+    """The memory plan's figure for it; None on a CPU and for transformers."""
+
+
 def serve(connection: Connection, side: str, work: Work, environment: dict[str, str]) -> None:
-    """Build a side; then one step for each message, answered by (loss, processor seconds)."""
+    """Build a side; then one step and one answer for each message."""
     os.environ.update(environment)
+    if work.own_layers:
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment] # what Python takes for "not installed"
     torch.set_num_threads(work.threads)
     step = {"megatron": megatron_side, "transformers": transformers_side}[side](work)
+    on_gpu = torch.cuda.is_available()
+    planned = planned_gib(work) if on_gpu and side == "megatron" else None
     connection.send(None)
     while connection.recv():
         began = time.process_time()
         loss = step()
-        if torch.cuda.is_available():
+        peak = None
+        if on_gpu:
             torch.cuda.synchronize()
-        connection.send((loss, time.process_time() - began))
+            peak = round(torch.cuda.max_memory_allocated() / GIB, 2)
+        connection.send(Answer(loss, time.process_time() - began, peak, planned))
+
+
+def planned_gib(work: Work) -> float:
+    """What slurm/memory.py expects of tensors on the fullest rank, without its allowance for CUDA's own memory."""
+    from megatron_vcppo.config import Config
+    from megatron_vcppo.mcore.layers import have_transformer_engine
+    from slurm.memory import plan
+
+    config = Config()
+    config.model.dtype = work.model["dtype"]
+    config.model.max_length = max(map(len, work.sequences))
+    config.parallel = parallel_config(work)
+    # The plan takes fused layers for a mark of a GPU cluster.
+    config.cluster.gpus_per_node = config.parallel.tp * config.parallel.pp if have_transformer_engine() else 0
+    config.cluster.gpus_per_node *= config.parallel.cp * (config.parallel.dp or 1)
+    parts = plan(work.arch, config, "sft")
+    return round(sum(size for part, size in parts.items() if part != "overhead"), 2)
+
+
+def parallel_config(work: Work) -> Any:
+    """The section ``parallel`` of the layout."""
+    from megatron_vcppo.config.schema import ParallelConfig
+
+    layout: dict[str, Any] = dict(work.layout)
+    return ParallelConfig(
+        **layout,
+        sequence_parallel=layout["tp"] > 1,
+        distributed_optimizer=layout["dp"] * layout["cp"] > 1,
+        recompute=work.recompute,  # type: ignore[arg-type]
+        tokens_per_microbatch=work.tokens_per_microbatch,
+    )
 
 
 def megatron_side(work: Work) -> Step:
     """This rank of the actor: packing (part of every step's work), forward, backward, AdamW."""
-    from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+    from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ScheduleConfig
     from megatron_vcppo.data.context import rounding
     from megatron_vcppo.data.rollout_batch import Packing
     from megatron_vcppo.mcore import runtime
-    from megatron_vcppo.mcore.architecture import Architecture
     from megatron_vcppo.mcore.hf_load import load_hf
     from megatron_vcppo.mcore.learner import Actor
     from megatron_vcppo.mcore.model import build_actor
     from megatron_vcppo.records import Sequence
-    from megatron_vcppo.stages.sft import TokenLoss
+    from megatron_vcppo.stages.losses import TokenLoss
 
-    layout: dict[str, Any] = dict(work.layout)
-    parallel = ParallelConfig(
-        **layout,
-        sequence_parallel=work.layout["tp"] > 1,
-        distributed_optimizer=work.layout["dp"] * work.layout["cp"] > 1,
-        recompute=work.recompute,  # type: ignore[arg-type]
-        tokens_per_microbatch=work.tokens_per_microbatch,
-    )
+    parallel = parallel_config(work)
     world = runtime.start(parallel, seed=0, timeout_s=600)
-    model = build_actor(
-        Architecture.from_hf(work.hf),
-        ModelConfig(hf=str(work.hf), dtype=work.dtype),  # type: ignore[arg-type]
-        parallel,
-    )
-    load_hf(model, work.hf)
-    actor = Actor(model, parallel, OptimizerConfig(lr=LEARNING_RATE), ScheduleConfig(), total_steps=1)
+    model = build_actor(work.arch, ModelConfig(hf=str(work.hf), **work.model), parallel)
+    if work.hf is not None:
+        load_hf(model, work.hf)
+    actor = Actor(model, parallel, OptimizerConfig(lr=work.learning_rate), ScheduleConfig(), total_steps=1)
     multiple, segment_multiple = rounding(parallel)
     packing = Packing(parallel.tokens_per_microbatch, multiple, world.dp_rank, world.dp_size, segment_multiple)
     sequences = [
@@ -99,10 +148,11 @@ def transformers_side(work: Work) -> Step:
     from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(work.hf, dtype=getattr(torch, work.dtype)).to(device).train()
+    model = AutoModelForCausalLM.from_pretrained(work.hf, dtype=getattr(torch, work.model["dtype"])).to(device).train()
     if work.recompute == "full":
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    settings: dict[str, Any] = {"lr": work.learning_rate, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), **settings)
     num_loss_tokens = sum(len(ids) - PROMPT_TOKENS for ids in work.sequences)
     size = work.reference_batch
     batches = [work.sequences[i : i + size] for i in range(0, len(work.sequences), size)]

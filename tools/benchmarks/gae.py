@@ -119,7 +119,7 @@ def _largest_error(rewards: Tensor, values: Tensor, mask: Tensor, settings: tupl
     gamma, lam_actor, lam_critic = settings
     options = {"gamma": gamma, "lam_actor": lam_actor, "lam_critic": lam_critic}
     got = decoupled_gae(rewards, values, mask, **options)
-    return max(float((a - b).abs().max()) for a, b in zip(got, gae_reference(rewards, values, mask, **options)))
+    return max(float((a.cpu() - b).abs().max()) for a, b in zip(got, gae_reference(rewards, values, mask, **options)))
 
 
 def _load(peer: str) -> Callable[..., object]:

@@ -1,8 +1,10 @@
-"""Training steps of the Megatron actor beside transformers with padding: valid tokens/s, their ratio, utilisation.
+"""Training steps of the Megatron actor and of transformers with padding: valid tokens/s, their ratio, utilization.
 
-Both sides train on the same sequences of mixed lengths, with the same number of cores, step about in turns; a step is
-packing or padding, forward, backward, clipping and AdamW. Their losses must agree. Utilisation (MFU) is
-model FLOP/s over the device's peak: a table of GPUs (bf16, dense), or on a CPU the speed of a large matrix product.
+Both sides train on the same sequences of mixed lengths, with the same number of cores, in turns; a step is packing or
+padding, forward, backward, clipping and AdamW. Their losses must agree. Utilization (MFU) is model FLOP/s over the
+device's peak: a table of GPUs (bf16, dense), or on a CPU the speed of a large matrix product.
+``--sides megatron`` needs neither transformers nor a file: the weights are Megatron's random ones. On a GPU it also
+compares the peak memory with the plan of slurm/memory.py.
 """
 
 import argparse
@@ -12,35 +14,51 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tools.benchmarks._train_sides import Work, serve
+from megatron_vcppo.mcore.architecture import Architecture
+from tools.benchmarks._train_sides import SIDES, Answer, Work, serve
 
-PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A10": 125}
-"""bf16 without sparsity, by a part of the device's name; the first that fits counts."""
+PEAK_TFLOPS = {
+    "B300": 2250, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835,
+    "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "A30": 165, "A40": 150, "A10G": 70, "A10": 125,
+    "L40S": 362, "L40": 181, "L4": 121, "RTX PRO 6000": 504, "RTX 6000 Ada": 364, "RTX 5090": 210, "RTX 4090": 165,
+}  # fmt: skip
+"""Data-sheet TFLOP/s in bf16 with float32 accumulation, without sparsity, by a part of the device's name; the first
+that fits counts. FP8 runs are compared with the same peak."""
 TIMEOUT_S = 900.0
 SHORTEST = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, batch, layout."""
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--hf", type=Path, help="folder of a Hugging Face model; default: a random one of these sizes")
     parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--sequences", type=int, default=16, help="sequences per step")
     parser.add_argument("--median-length", type=int, default=256, help="of a log-normal distribution, in tokens")
     parser.add_argument("--spread", type=float, default=0.9, help="standard deviation of the lengths' logarithm")
-    parser.add_argument("--max-length", type=int, default=2048, help="longer ones are cut")
+    parser.add_argument("--max-length", type=int, default=2048, help="longer ones are truncated")
     parser.add_argument("--tokens-per-microbatch", type=int, default=2048)
     parser.add_argument("--reference-batch", type=int, default=8, help="sequences that transformers pads together")
     parser.add_argument("--recompute", choices=("none", "full"), default="none")
+    parser.add_argument(
+        "--own-layers", action="store_true", help="not Transformer Engine's, also where it is installed"
+    )
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="further keys of section model, as in fp8=hybrid"
+    )
+    parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--cp", type=int, default=1)
@@ -52,69 +70,97 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One case per side, then their ratio."""
     with tempfile.TemporaryDirectory(prefix="bench_train_") as name:
-        hf = args.hf or _random_model(args, Path(name))
-        from megatron_vcppo.mcore.architecture import Architecture
-
-        arch = Architecture.from_hf(hf)
+        hf = args.hf or (_random_model(args, Path(name)) if "transformers" in args.sides else None)
+        arch = Architecture.from_hf(hf) if hf else Architecture.from_config({"model_type": "qwen2", **_sizes(args)})
         sequences = _sequences(args, arch.vocab_size)
         ranks = args.tp * args.pp * args.cp * args.dp
         layout = {"tp": args.tp, "pp": args.pp, "cp": args.cp, "dp": args.dp}
-        common = {"layout": layout, "tokens_per_microbatch": args.tokens_per_microbatch, "recompute": args.recompute}
-        common |= {"hf": hf, "sequences": sequences, "dtype": args.dtype, "reference_batch": args.reference_batch}
-        with (
-            _started("megatron", Work(threads=max(1, args.cores // ranks), **common), ranks) as ours,
-            _started("transformers", Work(threads=args.cores, **common), 1) as theirs,
-        ):
-            seconds, cpu_seconds, losses = _in_turns({"megatron": ours, "transformers": theirs}, args.rounds)
-        assert abs(losses["megatron"] / losses["transformers"] - 1) < (1e-3 if args.dtype == "float32" else 2e-2), (
-            losses
-        )
-        num_tokens, flops = sum(map(len, sequences)), arch.training_flops(map(len, sequences))
+        model = {"dtype": args.dtype, **dict(pair.split("=", 1) for pair in args.set)}
+        work = Work(
+            hf=hf, arch=arch, sequences=sequences, model=model, threads=max(1, args.cores // ranks), layout=layout,
+            tokens_per_microbatch=args.tokens_per_microbatch, recompute=args.recompute, own_layers=args.own_layers,
+            learning_rate=args.lr, reference_batch=args.reference_batch,
+        )  # fmt: skip
+        with ExitStack() as stack:
+            processes = {}
+            for side in args.sides:
+                threads, count = (work.threads, ranks) if side == "megatron" else (args.cores, 1)
+                processes[side] = stack.enter_context(_started(side, replace(work, threads=threads), count))
+            seconds, answers = _in_turns(processes, args.rounds)
         device, peak = _peak_flops(args)
-        facts = {"device": device, "parameters": arch.parameter_count(), "sequences": len(sequences)}
-        facts |= {"tokens": num_tokens, "longest": max(map(len, sequences))}
-        for side, devices in (("megatron", ranks), ("transformers", 1)):
-            used = peak and peak * (devices if device != "cpu" else 1)
+        facts: dict[str, Any] = {"device": device, "parameters": arch.parameter_count(), "sequences": len(sequences)}
+        facts |= {"tokens": sum(map(len, sequences)), "longest": max(map(len, sequences))}
+        for side in args.sides:
+            devices = ranks if side == "megatron" and device != "cpu" else 1
+            shape = layout if side == "megatron" else {"padded_batch": args.reference_batch}
+            speed = _speed(facts["tokens"], arch.training_flops(map(len, sequences)), seconds[side])
             yield {
-                "case": side,
-                **(layout if side == "megatron" else {"padded_batch": args.reference_batch}),
-                **facts,
-                "step_s": round(min(seconds[side]), 3),
-                "step_median_s": round(statistics.median(seconds[side]), 3),
-                "step_cpu_s": round(min(cpu_seconds[side]), 3),
-                "tokens_per_s": round(num_tokens / min(seconds[side])),
-                "gflops_per_s": round(flops / min(seconds[side]) / 1e9, 1),
-                "mfu": round(flops / min(seconds[side]) / used, 3) if used else None,
+                **{"case": side, **shape, **model, **facts, **speed},
+                "step_cpu_s": round(min(sum(a.cpu_s for a in step) for step in answers[side][1:]), 3),
+                "mfu": round(1e9 * speed["gflops_per_s"] / (peak * devices), 3) if peak else None,
+                "losses": [round(step[0].loss, 4) for step in answers[side]],
+                "peak_memory_gib": _largest([a.peak_gib for step in answers[side] for a in step]),
+                "planned_memory_gib": answers[side][0][0].planned_gib,
             }
-        both = [theirs / ours for ours, theirs in zip(seconds["megatron"], seconds["transformers"], strict=True)]
-        yield {
-            "case": "ratio",
-            "of_best": round(min(seconds["transformers"]) / min(seconds["megatron"]), 2),
-            "median_of_rounds": round(statistics.median(both), 2),
-            "of_cpu_time": round(min(cpu_seconds["transformers"]) / min(cpu_seconds["megatron"]), 2),
-            "loss": losses,
-        }
+        if len(args.sides) == 2:
+            yield _ratio(args, seconds, answers)
+
+
+def _speed(num_tokens: int, flops: int, seconds: list[float]) -> dict[str, float]:
+    return {
+        "step_s": round(min(seconds), 3),
+        "step_median_s": round(statistics.median(seconds), 3),
+        "tokens_per_s": round(num_tokens / min(seconds)),
+        "gflops_per_s": round(flops / min(seconds) / 1e9, 1),
+    }
+
+
+def _largest(sizes: list[float | None]) -> float | None:
+    known = [size for size in sizes if size is not None]
+    return max(known) if known else None
+
+
+def _ratio(
+    args: argparse.Namespace, seconds: dict[str, list[float]], answers: dict[str, list[list[Answer]]]
+) -> dict[str, Any]:
+    """Transformers' time over ours; AssertionError if the losses of the first step differ."""
+    losses = {side: answers[side][0][0].loss for side in SIDES}
+    tolerance = 1e-3 if args.dtype == "float32" else 2e-2
+    assert abs(losses["megatron"] / losses["transformers"] - 1) < tolerance, losses
+    cpu_s = {side: min(sum(a.cpu_s for a in step) for step in answers[side][1:]) for side in SIDES}
+    both = [theirs / ours for ours, theirs in zip(seconds["megatron"], seconds["transformers"], strict=True)]
+    return {
+        "case": "ratio",
+        "of_best": round(min(seconds["transformers"]) / min(seconds["megatron"]), 2),
+        "median_of_rounds": round(statistics.median(both), 2),
+        "of_cpu_time": round(cpu_s["transformers"] / cpu_s["megatron"], 2),
+    }
+
+
+def _sizes(args: argparse.Namespace) -> dict[str, Any]:
+    """As config.json names them: grouped heads, a feed-forward layer of 2.75 times the hidden size."""
+    heads = max(2, args.hidden // args.head_dim)
+    return {
+        "hidden_size": args.hidden,
+        "intermediate_size": args.hidden * 11 // 4 // 16 * 16,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "vocab_size": args.vocab,
+        "max_position_embeddings": args.max_length,
+    }
 
 
 def _random_model(args: argparse.Namespace, folder: Path) -> Path:
     from tests.helpers.tiny_models import save_tiny_model
 
-    heads = max(2, args.hidden // 64)
-    return save_tiny_model(
-        folder / "hf",
-        hidden_size=args.hidden,
-        intermediate_size=args.hidden * 11 // 4 // 16 * 16,
-        num_hidden_layers=args.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-        vocab_size=args.vocab,
-        max_position_embeddings=args.max_length,
-    )
+    return save_tiny_model(folder / "hf", **_sizes(args))
 
 
 def _sequences(args: argparse.Namespace, vocab_size: int) -> list[list[int]]:
     generator = np.random.default_rng(0)
-    lengths = np.exp(generator.normal(np.log(args.median_length), args.spread, args.sequences))
+    # Rounding may leave exp(log(4096)) below 4096.
+    lengths = np.exp(generator.normal(np.log(args.median_length), args.spread, args.sequences)) * (1 + 1e-12)
     lengths = lengths.astype(int).clip(SHORTEST, args.max_length)
     return [generator.integers(0, vocab_size, length).tolist() for length in lengths]
 
@@ -149,23 +195,19 @@ def _started(side: str, work: Work, num_processes: int) -> Iterator[list[Connect
 
 def _in_turns(
     sides: dict[str, list[Connection]], rounds: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, float]]:
-    """Of each side: seconds and processor seconds (all its processes) of every timed step, and the first loss."""
+) -> tuple[dict[str, list[float]], dict[str, list[list[Answer]]]]:
+    """Of each side: seconds of every timed step, and the answers of its processes after every step, warm-up first."""
     seconds: dict[str, list[float]] = {side: [] for side in sides}
-    cpu_seconds: dict[str, list[float]] = {side: [] for side in sides}
-    losses: dict[str, float] = {}
+    answers: dict[str, list[list[Answer]]] = {side: [] for side in sides}
     for number in range(rounds + 1):
         for side, connections in sides.items():
             began = time.perf_counter()
             for connection in connections:
                 connection.send(True)
-            results = _receive(side, connections)
+            answers[side].append(_receive(side, connections))
             if number:
                 seconds[side].append(time.perf_counter() - began)
-                cpu_seconds[side].append(sum(cpu for _, cpu in results))
-            else:
-                losses[side] = round(results[0][0], 4)
-    return seconds, cpu_seconds, losses
+    return seconds, answers
 
 
 def _receive(side: str, connections: list[Connection]) -> list[Any]:
@@ -174,7 +216,10 @@ def _receive(side: str, connections: list[Connection]) -> list[Any]:
     for rank, connection in enumerate(connections):
         if not connection.poll(max(0.0, deadline - time.monotonic())):
             raise TimeoutError(f"rank {rank} of {side} has not answered for {TIMEOUT_S:.0f} s")
-        results.append(connection.recv())
+        try:
+            results.append(connection.recv())
+        except EOFError:
+            raise RuntimeError(f"rank {rank} of {side} ended; its output says why") from None
     return results
 
 
@@ -184,7 +229,7 @@ def _peak_flops(args: argparse.Namespace) -> tuple[str, float | None]:
 
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-        peak = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+        peak = peak_tflops(name)
         return name, peak and peak * 1e12
     torch.set_num_threads(args.cores)
     size = 1536
@@ -195,3 +240,8 @@ def _peak_flops(args: argparse.Namespace) -> tuple[str, float | None]:
         a @ b
         times.append(time.perf_counter() - began)
     return "cpu", 2 * size**3 / min(times)
+
+
+def peak_tflops(name: str) -> float | None:
+    """Of a GPU, by the name that PyTorch gives it; None if the table lacks it."""
+    return next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)

@@ -1,0 +1,5 @@
+"""An import that does not end within a test's deadline."""
+
+import time
+
+time.sleep(60)
