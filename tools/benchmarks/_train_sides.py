@@ -80,7 +80,7 @@ def serve(connection: Connection, side: str, work: Work, environment: dict[str, 
 def planned_gib(work: Work) -> float:
     """What slurm/memory.py expects of tensors on the fullest rank, without its allowance for CUDA's own memory."""
     from megatron_vcppo.config import Config
-    from megatron_vcppo.mcore.layers import have_transformer_engine
+    from megatron_vcppo.mcore.layers import uses_transformer_engine
     from slurm.memory import plan
 
     config = Config()
@@ -88,8 +88,8 @@ def planned_gib(work: Work) -> float:
     config.model.max_length = max(map(len, work.sequences))
     config.parallel = parallel_config(work)
     # The plan takes fused layers for a mark of a GPU cluster.
-    config.cluster.gpus_per_node = config.parallel.tp * config.parallel.pp if have_transformer_engine() else 0
-    config.cluster.gpus_per_node *= config.parallel.cp * (config.parallel.dp or 1)
+    ranks = config.parallel.tp * config.parallel.pp * config.parallel.cp * (config.parallel.dp or 1)
+    config.cluster.gpus_per_node = ranks if uses_transformer_engine(config.model) else 0
     parts = plan(work.arch, config, "sft")
     return round(sum(size for part, size in parts.items() if part != "overhead"), 2)
 
@@ -122,11 +122,12 @@ def megatron_side(work: Work) -> Step:
 
     parallel = parallel_config(work)
     world = runtime.start(parallel, seed=0, timeout_s=600)
-    model = build_actor(work.arch, ModelConfig(hf=str(work.hf), **work.model), parallel)
+    settings = ModelConfig(hf=str(work.hf), **work.model)
+    model = build_actor(work.arch, settings, parallel)
     if work.hf is not None:
         load_hf(model, work.hf)
     actor = Actor(model, parallel, OptimizerConfig(lr=work.learning_rate), ScheduleConfig(), total_steps=1)
-    multiple, segment_multiple = rounding(parallel)
+    multiple, segment_multiple = rounding(parallel, settings)
     packing = Packing(parallel.tokens_per_microbatch, multiple, world.dp_rank, world.dp_size, segment_multiple)
     sequences = [
         Sequence(tuple(ids), {"loss_mask": (False,) * PROMPT_TOKENS + (True,) * (len(ids) - PROMPT_TOKENS)})

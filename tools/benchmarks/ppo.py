@@ -78,7 +78,7 @@ def iteration_case(run_folder: Path) -> dict[str, Any]:
 def packing_case(run_folder: Path, config: Config, parallel: ParallelConfig, dp_size: int) -> dict[str, Any]:
     """Shares out and packs every minibatch of the run's rollouts as an update would on ``dp_size`` replicas."""
     settings, folder = config.ppo, run_folder / "ppo" / "rollouts"
-    multiple, segment_multiple = rounding(parallel)
+    multiple, segment_multiple = rounding(parallel, config.model)
     replicas = [
         Packing(parallel.tokens_per_microbatch, multiple, rank, dp_size, segment_multiple) for rank in range(dp_size)
     ]

@@ -48,9 +48,10 @@ def run(target: str, size: str) -> list[Row]:
 
 def te_installed(target: str) -> bool:
     """Whether models on this device have Transformer Engine's layers."""
-    from megatron_vcppo.mcore.layers import have_transformer_engine
+    from megatron_vcppo.config.schema import ModelConfig
+    from megatron_vcppo.mcore.layers import uses_transformer_engine
 
-    return target == "cuda" and have_transformer_engine()
+    return target == "cuda" and uses_transformer_engine(ModelConfig())
 
 
 def collect(folders: dict[str, Path], dtypes: tuple[Any, ...], size: str) -> dict[str, dict[str, Outputs]]:
