@@ -72,11 +72,11 @@ _REPLACED = [
         (r"\+\s*/?\s*-(?=\s*[\d.\\a-z(])", r"\\pm "),
         (r"\\lor(?![A-Za-z])|\\vee(?![A-Za-z])", " or "),
         (r"\\land(?![A-Za-z])|\\wedge(?![A-Za-z])|^([^&]*[^&\s])\s\\?&\s(?!.*\\end)", r"\1 and "),
-        (r"\^\s*(-?\d*\.\d+)", r"^{\1}"),
         (r"(?<=[)\]}])\s*U\s*(?=[(\[\\{])", r" \\cup "),
         (r"^\s*([A-Za-z])\s+in\s+(?=[(\[\\{])", r"\1\\in "),
         (r"\\(?:to|rightarrow|implies|Rightarrow)(?![A-Za-z])", "="),
         (r"\*\*", "^"),
+        (r"\^\s*(-?\d*\.\d+)", r"^{\1}"),
         (r"(?<=\d)[eE]([+-]?\d{1,4})(?![\d.])", r"\\cdot 10^{\1}"),
         (r"smallmatrix", "matrix"),
     )
