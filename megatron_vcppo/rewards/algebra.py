@@ -230,12 +230,12 @@ def _bits(tree: Tree) -> float:
         return max(map(_bits, tree), default=0.0)
     if not getattr(tree, "args", ()):
         return 4.0
-    if isinstance(tree, sympy.Pow) and isinstance(tree.exp, sympy.Integer):
-        return _bits(tree.base) * min(abs(int(tree.exp)), 2 * _MAX_BITS)
+    if isinstance(tree, sympy.Pow) and isinstance(tree.exp, sympy.Number):
+        return _bits(tree.base) * float(min(abs(tree.exp) + 1, 2 * _MAX_BITS))
     inner = [_bits(arg) for arg in tree.args]
     largest = max(inner)
     if isinstance(tree, sympy.Pow):
-        return inner[0] * 2.0 ** min(inner[1] if not isinstance(tree.exp, sympy.Rational) else 1.0, 64.0)
+        return inner[0] * 2.0 ** min(inner[1], 64.0)
     if isinstance(tree, sympy.factorial | sympy.binomial | sympy.gamma | sympy.exp) or isinstance(tree, AppliedUndef):
         return largest * 2.0 ** min(largest, 64.0)
     if isinstance(tree, sympy.Sum | sympy.Product):

@@ -183,7 +183,8 @@ def _parts(text: str) -> list[Tree]:
     braced = re.fullmatch(r"((?:[A-Za-z]\s*(?:=|\\in)\s*)?)\\\{(.*)\\\}", text)
     if braced and (r"\pm" in text or r"\mp" in text):
         text = braced[2]
-    conditions = split_top(text, r"\s(?:and)\s|\s*\\text\{\s*and\s*\}\s*")
+    and_only = r"\s(?:and)\s|\s*\\text\{\s*and\s*\}\s*"
+    conditions = split_top(text, and_only + (r"|," if r"\ne" in text else ""))
     if len(conditions) > 1 and all(re.search(r"[<>]|\\(?:le|ge|ne)\b", condition) for condition in conditions):
         return [intersection(_read(condition) for condition in conditions)]
     parts = [part for part in split_top(text, _SEPARATORS) if part]

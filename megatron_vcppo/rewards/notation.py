@@ -34,15 +34,15 @@ _CHARACTERS = str.maketrans(
     }
 )  # fmt: skip
 _WRAPPER = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|operatorname\*?|boldsymbol|bm|emph"
-    r"|underline|textcolor\{\w*\})\s*\{([^{}]*)\}"
+    r"\\((?:text(?:bf|it|rm|sf|tt|sc|normal)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|operatorname\*?|boldsymbol|bm|emph"
+    r"|underline|textcolor\{\w*\}))\s*\{([^{}]*)\}"
 )
 _FUNCTIONS = (
-    "sqrt|sinh|cosh|tanh|sin|cos|tan|sec|csc|cot|arcsin|arccos|arctan|ln|log|exp|gcd|lcm|max|min|pi|theta|alpha|beta"
+    "sqrt|sinh|cosh|tanh|sin|cos|tan|sec|csc|cot|arcsin|arccos|arctan|ln|log|exp|pi|theta|alpha|beta"
     "|lambda|infty|cup|cap|pm"
 )
-_FUNCTION_NAME = re.compile(rf"(?:{_FUNCTIONS})")
-_PLAIN_FUNCTION = re.compile(rf"(?<![\\A-Za-z])(?:{_FUNCTIONS})(?![A-Za-z])")
+_FUNCTION_NAME = re.compile(rf"(?:{_FUNCTIONS}|gcd|lcm|max|min)")
+_PLAIN_FUNCTION = re.compile(rf"(?<![\\A-Za-z])(?:(?:{_FUNCTIONS})(?![A-Za-z])|(?:gcd|lcm|max|min)(?=\s*\())")
 _DROPPED = re.compile(
     r"\\(?:left|right|bigg?|Bigg?|bigl|bigr|displaystyle|textstyle|limits|nolimits|rm|bf|it|hfill|phantom\{[^{}]*\})"
     r"(?![A-Za-z])(?:\s*\.(?!\d))?"
@@ -79,6 +79,9 @@ _REPLACED = [
         (r"\^\s*(-?\d*\.\d+)", r"^{\1}"),
         (r"(?<=\d)[eE]([+-]?\d{1,4})(?![\d.])", r"\\cdot 10^{\1}"),
         (r"smallmatrix", "matrix"),
+        (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
+        (r"\\frac\s*\{\s*\\text\{([^{}]*)\}\s*\}\s*\{\s*\\text\{([^{}]*)\}\s*\}", r"\\text{\1/\2}"),
+        (r"^\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\||:)(.*)\\\}$", r"\1"),
     )
 ]
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,^_{])([1-9]\d{0,2})((?:[ _']\d{3})+)(?![\d_'])")
@@ -117,7 +120,7 @@ def tidy(answer: str) -> str:
     text = _DOTTED.sub(lambda match: _fraction(match[1], match[2], match[4]), text)
     text = _REPEATING.sub(_repeating, text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
-    return re.sub(r"\s+", " ", text).strip(" .,;")
+    return re.sub(r"\s+", " ", text).lstrip(" ,;").rstrip(" .,;\\")
 
 
 def join_thousands(text: str) -> str:
@@ -187,12 +190,16 @@ def _delimiters(text: str) -> str:
 
 
 def _unwrapped(match: re.Match[str]) -> str:
-    content = match[1].strip()
+    command, content = match[1], match[2].strip()
     if _FUNCTION_NAME.fullmatch(content):
         return f"\\{content} "
-    if content in ("and", "or") or re.fullmatch(r",? ?(?:and|or)", content):
+    if re.fullmatch(r",? ?(?:and|or)", content):
         return f" {content} "
-    if re.fullmatch(r"\(?[A-Za-z]\)?|[-\d.,\s]+|\\?[%$]|", content):
+    before = match.string[: match.start()].rstrip(" \\,;:~")[-1:]
+    if re.fullmatch(r"[A-Za-z]", content) and command[-2:] in ("xt", "rm", "ox") and content not in "ei":
+        # A letter in a text font behind a value is a unit: 10\text{ m}.
+        return rf"\text{{{content}}}" if before.isdigit() or before in "})" and before else content
+    if re.fullmatch(r"\(?[A-Za-z]\)?|[-\d.,\s()]+|\\?[%$]|", content):
         return content
     if re.fullmatch(r"[0-9A-F]+", content) and match.string[match.end() : match.end() + 1] == "_":
         return content  # digits of a number in another base
