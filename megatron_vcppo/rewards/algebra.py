@@ -36,7 +36,7 @@ _MAX_BRACKETS, _MAX_BRACES = 8, 24
 """Nested brackets take the library seconds each."""
 _MAX_BITS = 1 << 18
 _MAX_NODES = 2000
-_MAX_TERMS = 20_000
+_MAX_TERMS = 3000
 _DIGITS = 40
 _TOLERANCE = sympy.Float("1e-25", _DIGITS)
 _ZERO = sympy.Float("1e-80", _DIGITS)
@@ -112,13 +112,15 @@ def same_list(gold: Sequence[Tree], given: Sequence[Tree]) -> bool:
         if isinstance(other, sympy.FiniteSet):
             return _covers(tuple(other.args), many) and _covers(many, tuple(other.args))
         if (entries := vector(other)) is not None:
-            parts = _by_name(many) or many
-            return len(entries) == len(parts) and all(same(a, b) for a, b in zip(entries, parts, strict=True))
+            return _in_order(entries, by_name(many) or many)
+    if len(gold) > 1 and len(set(gold)) == len(gold):
+        given = list(dict.fromkeys(given))
     if len(gold) == len(given) > 1:
-        gold_named, given_named = _by_name(gold), _by_name(given)
-        if bool(gold_named) != bool(given_named):
-            return all(map(same, gold_named or gold, given_named or given))
-        return _match(gold, given)
+        gold_named, given_named = by_name(gold), by_name(given)
+        if bool(gold_named) == bool(given_named):
+            return _match(gold, given)
+        as_written = [part.rhs for part in gold] if gold_named else []
+        return _in_order(gold_named or gold, given_named or given) or _in_order(as_written, given)
     if all(_is_region(part) for part in (*gold, *given)):
         return _same_set(union(gold), union(given))
     return False
@@ -268,12 +270,10 @@ def _agree(left: Tree, right: Tree) -> bool | None:
     if left.has(AppliedUndef) or right.has(AppliedUndef):
         return None
     names = sorted(left.free_symbols | right.free_symbols, key=str)
-    if len(names) > len(_POINTS[0]):
-        return None
     complex_valued = left.has(sympy.I) or right.has(sympy.I)
     agreed = 0
     for point in _POINTS if names else _POINTS[:1]:
-        values = [_value(tree, dict(zip(names, point, strict=False))) for tree in (left, right)]
+        values = [_value(tree, _at(names, point)) for tree in (left, right)]
         if values[0] is None or values[1] is None:
             continue
         if names and not complex_valued and not all(value.is_real for value in values):
@@ -283,6 +283,11 @@ def _agree(left: Tree, right: Tree) -> bool | None:
             return False
         agreed += 1
     return True if agreed >= (2 if names else 1) else None
+
+
+def _at(names: Sequence[Tree], point: Sequence[Tree]) -> dict[Tree, Tree]:
+    """A value for every name, all of them different."""
+    return {name: point[i % len(point)] + i // len(point) * sympy.Rational(3, 7) for i, name in enumerate(names)}
 
 
 def _value(tree: Tree, values: dict[Tree, Tree]) -> Tree | None:
@@ -325,9 +330,9 @@ def _same_equation(gold: Tree, given: Tree) -> bool:
     names = sorted(differences[0].free_symbols | differences[1].free_symbols, key=str)
     if differences[0].free_symbols != differences[1].free_symbols:
         return False
-    found = [_value(quotient, dict(zip(names, point, strict=False))) for point in _POINTS]
+    found = [_value(quotient, _at(names, point)) for point in _POINTS]
     ratios = [ratio for ratio in found if ratio is not None and ratio != 0]
-    if len(ratios) < 2 or len(names) > len(_POINTS[0]):
+    if len(ratios) < 2:
         return bool(verify(gold, given, timeout_seconds=None))
     return all(abs(ratio - ratios[0]) <= _TOLERANCE * abs(ratios[0]) for ratio in ratios)
 
@@ -380,12 +385,16 @@ def _same_matrix(gold: Tree, given: Tree) -> bool:
     return left.shape == right.shape and all(map(same, left, right))
 
 
-def _by_name(parts: Sequence[Tree]) -> list[Tree]:
+def by_name(parts: Sequence[Tree]) -> list[Tree]:
     """The right sides of x = 1, y = 2 in the order of the names; empty unless all have names that differ."""
     names = [assigned_name(part) for part in parts]
     if "" in names or len({re.sub(r"_.*", "", name) for name in names}) < len(names):
         return []
     return [part.rhs for _, part in sorted(zip(names, parts, strict=True), key=lambda pair: pair[0])]
+
+
+def _in_order(parts: Sequence[Tree], others: Sequence[Tree]) -> bool:
+    return len(parts) == len(others) and all(map(same, parts, others))
 
 
 def _covers(parts: Sequence[Tree], others: Sequence[Tree]) -> bool:

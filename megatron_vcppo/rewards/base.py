@@ -27,12 +27,13 @@ class Verifier(Protocol):
         """Judge one complete response, given as text without special tokens."""
 
 
-_BRACES = re.compile(r"\\(?:boxed|fbox)[ \t\n]{0,8}\{|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(r"\\{1,2}(?:boxed|fbox)[ \t\n]{0,8}\{|\\.|[{}]", re.DOTALL)
 _BETWEEN_BOXES = re.compile(r"(?:[\s,;$]|\\[()\[\],; ]|\\q?quad|\\text\{)*(?:and|or)?(?:[\s,;$}]|\\[()\[\],; ]|\\q?quad)*")
 _MAX_BETWEEN = 60
 _MAX_BOXES = 64
 _STATED = re.compile(r"\banswers?[*_ \t]{0,4}(?:is|are|:|：)[*_]{0,3}(?!\w)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\.[*_$]{0,4}\s+(?=\S)|[!?]\s|\s\(?(?=(?:because|since)\b)")
+_PROSE = re.compile(r"(?:the|there|so|thus|hence|therefore|it|its)\b.*\b(?:is|are|equals)\s", re.IGNORECASE)
 CORRECT = Verdict(1.0, "correct")
 NO_ANSWER = Verdict(-1.0, "no answer")
 
@@ -97,10 +98,11 @@ def last_boxed(text: str) -> str | None:
 
 
 def _sentence(text: str) -> str:
-    """The beginning of a text up to the end of its first formula or sentence, without markdown."""
+    """What the first sentence of a text states, without markdown: "The volume is 12 cm. Done" gives "12 cm"."""
     text = text.lstrip(" \t\r\n*_:：")
     for opening, closing in (("\\[", "\\]"), ("$$", "$$")):
         if text.startswith(opening):
             return text[2:].partition(closing)[0].strip()
-    line = text.partition("\n")[0]
-    return _SENTENCE_END.split(line, maxsplit=1)[0].strip(" *_\t\r").removesuffix(".").strip(" *_")
+    sentence = _SENTENCE_END.split(text.partition("\n")[0], maxsplit=1)[0].strip(" *_\t\r")
+    prose = _PROSE.match(sentence)
+    return sentence[prose.end() if prose else 0 :].removesuffix(".").strip(" *_")

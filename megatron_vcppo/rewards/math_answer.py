@@ -8,16 +8,19 @@ not 1/3. What cannot be read, or would take too much work, equals only the same 
 import re
 from dataclasses import dataclass
 
+import sympy
+
 from megatron_vcppo.records import Prompt
-from megatron_vcppo.rewards.algebra import TooLarge, Tree, intersection, read, same, same_list
+from megatron_vcppo.rewards.algebra import TooLarge, Tree, by_name, intersection, plain, read, same_list
 from megatron_vcppo.rewards.base import CORRECT, NO_ANSWER, Verdict, final_answer, wrong
-from megatron_vcppo.rewards.exact import is_decimal, rational, rationals_equal
+from megatron_vcppo.rewards.exact import is_decimal, rational, rationals_equal, unit_in_last_place
 from megatron_vcppo.rewards.notation import expand_signs, has_degrees, join_thousands, split_top, tidy
 from megatron_vcppo.rewards.units import split_unit, units_agree
 
-_MAX_LENGTH = 10_000
+_MAX_LENGTH = 2000
 _MAX_PARTS = 64
 _SEPARATORS = r",|;|\s(?:and|or)\s|,?\s*\\text\{\s*(?:and|or)\s*\}"
+_DECIMAL_COMMA = re.compile(r"-?(?:\d+,\d{1,2}|0,\d+)")
 _TIME = re.compile(r"(\d{1,2}):(\d{2})\s*(?:\\text\{)?\s*([ap])?\.?\s*(?:m\.?)?\}?", re.IGNORECASE)
 _RATIO = re.compile(r"\s*:\s*|(?<=[\d}])\s+to\s+(?=[\d\\])")
 _BASED = re.compile(r"\(?([0-9A-Z]+)\)?_\{?\(?(\d+)\)?\}?", re.IGNORECASE)
@@ -62,7 +65,7 @@ def answers_equal(given: str, expected: str, percent_as_decimal: bool = False) -
     if left is not None and right is not None:
         return rationals_equal(given, left, expected, right)
     if max(len(given), len(expected)) > _MAX_LENGTH:
-        return False
+        return "".join(given.split()) == "".join(expected.split())
     given, expected = tidy(given), tidy(expected)
     if not given or not expected:
         return False
@@ -85,6 +88,8 @@ def _values_equal(given: str, expected: str, percent_as_decimal: bool) -> bool:
             return True
     if has_degrees(given) != has_degrees(expected) and r"\pi" in given + expected:
         given, expected = (_radians(text) if has_degrees(text) else text for text in (given, expected))
+    if _DECIMAL_COMMA.fullmatch(given) and "." in expected or _DECIMAL_COMMA.fullmatch(expected) and "." in given:
+        given, expected = given.replace(",", "."), expected.replace(",", ".")
     joined = join_thousands(given), join_thousands(expected)
     if _objects_equal(*joined):
         return True
@@ -170,12 +175,12 @@ def _as_objects(given: str, expected: str) -> bool:
 
 def _is_rounding(decimal: str, exact: str) -> bool:
     """Whether a long decimal shows a number that has no finite decimal, to its last digit."""
-    tree = read(exact)
-    value = tree.evalf(len(decimal) + 10) if tree is not None and hasattr(tree, "evalf") else None
-    if value is None or not value.is_Float:
-        return tree is not None and same(tree, read(decimal))
-    shown = rational(str(value))
-    return shown is not None and rationals_equal(decimal, rational(decimal) or shown, "", shown)
+    parts = _parts(exact)
+    value = plain(parts[0]) if len(parts) == 1 else None
+    if not isinstance(value, sympy.Expr) or value.is_Rational or value.free_symbols:
+        return same_list(parts, _parts(decimal))
+    difference = value - sympy.Rational(decimal)
+    return bool(abs(difference.evalf(len(decimal) + 10)) < sympy.Rational(unit_in_last_place(decimal)))
 
 
 def _parts(text: str) -> list[Tree]:
@@ -187,6 +192,10 @@ def _parts(text: str) -> list[Tree]:
     conditions = split_top(text, and_only + (r"|," if r"\ne" in text else ""))
     if len(conditions) > 1 and all(re.search(r"[<>]|\\(?:le|ge|ne)\b", condition) for condition in conditions):
         return [intersection(_read(condition) for condition in conditions)]
+    groups = [group for group in split_top(text, ";") if group]
+    if len(groups) > 1 and any(len(split_top(group, ",")) > 1 for group in groups):  # p = 5, q = 2; p = 7, q = 2
+        members = [_parts(group) for group in groups]
+        return [sympy.Tuple(*(by_name(parts) or parts)) for parts in members]
     parts = [part for part in split_top(text, _SEPARATORS) if part]
     if len(parts) > _MAX_PARTS:
         raise TooLarge(f"a list of {len(parts)}")
