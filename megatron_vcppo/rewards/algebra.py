@@ -68,7 +68,10 @@ def read(text: str) -> Tree | None:
         return None  # these are evaluated while they are read
     try:
         found = parse(
-            rf"\boxed{{{for_library(text)}}}", _CONFIG, fallback_mode="no_fallback", parsing_timeout=None  # type: ignore[arg-type]
+            rf"\boxed{{{for_library(text)}}}",
+            _CONFIG,
+            fallback_mode="no_fallback",
+            parsing_timeout=None,  # type: ignore[arg-type]
         )
         tree = found[0] if found else None
         return None if isinstance(tree, str) else tree
@@ -238,7 +241,7 @@ def _bits(tree: Tree) -> float:
     largest = max(inner)
     if isinstance(tree, sympy.Pow):
         return inner[0] * 2.0 ** min(inner[1], 64.0)
-    if isinstance(tree, sympy.factorial | sympy.binomial | sympy.gamma | sympy.exp) or isinstance(tree, AppliedUndef):
+    if isinstance(tree, (sympy.factorial, sympy.binomial, sympy.gamma, sympy.exp, AppliedUndef)):
         return largest * 2.0 ** min(largest, 64.0)
     if isinstance(tree, sympy.Sum | sympy.Product):
         ranges = [limit[2] - limit[1] for limit in tree.limits]

@@ -28,7 +28,9 @@ class Verifier(Protocol):
 
 
 _BRACES = re.compile(r"\\{1,2}(?:boxed|fbox)[ \t\n]{0,8}\{|\\.|[{}]", re.DOTALL)
-_BETWEEN_BOXES = re.compile(r"(?:[\s,;$]|\\[()\[\],; ]|\\q?quad|\\text\{)*(?:and|or)?(?:[\s,;$}]|\\[()\[\],; ]|\\q?quad)*")
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s,;$]|\\[()\[\],; ]|\\q?quad|\\text\{)*(?:and|or)?(?:[\s,;$}]|\\[()\[\],; ]|\\q?quad)*"
+)
 _MAX_BETWEEN = 60
 _MAX_BOXES = 64
 _STATED = re.compile(r"\banswers?[*_ \t]{0,4}(?:is|are|:|：)[*_]{0,3}(?!\w)", re.IGNORECASE)

@@ -7,11 +7,17 @@ from megatron_vcppo.rewards.base import CORRECT, NO_ANSWER, Verdict, after_think
 from megatron_vcppo.rewards.math_answer import answers_equal
 from megatron_vcppo.rewards.notation import tidy
 
-_OPTION = re.compile(r"(?m)^[ \t>*\-]{0,8}(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])[).:、])[* \t]{0,8}(\S[^\n]{0,2000}?)[ \t]*$")
-_LEADING = re.compile(r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer|letter)s?\s*(?:is|are|:)?\s*)", re.IGNORECASE)
+_OPTION = re.compile(
+    r"(?m)^[ \t>*\-]{0,8}(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])[).:、])[* \t]{0,8}(\S[^\n]{0,2000}?)[ \t]*$"
+)
+_LEADING = re.compile(
+    r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer|letter)s?\s*(?:is|are|:)?\s*)", re.IGNORECASE
+)
 _LETTER = re.compile(r"\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Za-z])(?![A-Za-z'’])")
 _NEXT = re.compile(r"\s*(?:[,;/&+]|and\b|or\b|,\s*and\b|,\s*or\b|\s)\s*", re.IGNORECASE)
-_BEHIND = re.compile(r"\s*(?:[).:\]]\s*.*|[-–—,]\s.*|(?:because|since|as|is|which|with|for)\b.*|\(.*|)", re.DOTALL | re.IGNORECASE)
+_BEHIND = re.compile(
+    r"\s*(?:[).:\]]\s*.*|[-–—,]\s.*|(?:because|since|as|is|which|with|for)\b.*|\(.*|)", re.DOTALL | re.IGNORECASE
+)
 _STATED = re.compile(
     r"\b(?i:answer|option|choice)\b[^.\n]{0,40}?\bis\b\W{0,8}(?:(?i:option|choice|letter)\W{0,3})?"
     r"([A-Z](?![A-Za-z'])[^\n]{0,40})"
@@ -31,7 +37,9 @@ def verify_choice(prompt: Prompt, response_text: str) -> Verdict:
     options = listed_options(prompt.text)
     expected = read_letters(prompt.answer, options)
     if not expected:
-        raise ValueError(f"{prompt.prompt_id}: the answer of a multiple-choice problem must be a letter or an option's text")
+        raise ValueError(
+            f"{prompt.prompt_id}: the answer of a multiple-choice problem must be a letter or an option's text"
+        )
     given = final_answer(response_text)
     letters = read_letters(given, options) if given else ""
     if not letters:
@@ -99,7 +107,7 @@ def _is_article(text: str, place: int) -> bool:
 
 
 def _repeats_option(letters: list[str], behind: str, options: dict[str, str]) -> bool:
-    """"B Paris": the letter and then its option's text."""
+    """ "B Paris": the letter and then its option's text."""
     return len(letters) == 1 and letters[0] in options and _same_text(behind.strip(), tidy(options[letters[0]]))
 
 

@@ -1,4 +1,4 @@
-r"""Rational numbers, compared exactly: most answers are numbers, and math-verify rounds (it takes 1/2^99 for 1/2^98)."""
+"""Rational numbers, compared exactly: most answers are numbers, and math-verify rounds."""
 
 import re
 from fractions import Fraction
@@ -47,7 +47,7 @@ def is_finite_decimal(value: Fraction) -> bool:
     return rest == 1
 
 
-def unit_in_last_place(text: str) -> Fraction:
+def last_place(text: str) -> Fraction:
     """What one more in the last digit of a decimal is worth."""
     return Fraction(1, 10 ** len(text.partition(".")[2]))
 
@@ -61,5 +61,6 @@ def rationals_equal(left_text: str, left: Fraction, right_text: str, right: Frac
         return True
     for text, decimal, exact in ((left_text, left, right), (right_text, right, left)):
         if is_decimal(text) and not is_finite_decimal(exact):
-            return abs(decimal - exact) < unit_in_last_place(text)
+            missing = (abs(exact) - abs(decimal)) / last_place(text)
+            return (decimal < 0) == (exact < 0) and Fraction(-1, 2) <= missing < 1  # rounded or cut off
     return False

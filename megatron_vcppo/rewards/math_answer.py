@@ -13,7 +13,7 @@ import sympy
 from megatron_vcppo.records import Prompt
 from megatron_vcppo.rewards.algebra import TooLarge, Tree, by_name, intersection, plain, read, same_list
 from megatron_vcppo.rewards.base import CORRECT, NO_ANSWER, Verdict, final_answer, wrong
-from megatron_vcppo.rewards.exact import is_decimal, rational, rationals_equal, unit_in_last_place
+from megatron_vcppo.rewards.exact import is_decimal, last_place, rational, rationals_equal
 from megatron_vcppo.rewards.notation import expand_signs, has_degrees, join_thousands, split_top, tidy
 from megatron_vcppo.rewards.units import split_unit, units_agree
 
@@ -26,9 +26,8 @@ _RATIO = re.compile(r"\s*:\s*|(?<=[\d}])\s+to\s+(?=[\d\\])")
 _BASED = re.compile(r"\(?([0-9A-Z]+)\)?_\{?\(?(\d+)\)?\}?", re.IGNORECASE)
 _ARTICLE = re.compile(r"^(?:an?|the|point|line|option|day)\s+(?=\w)")
 _WORDS = re.compile(r"(?=.*[A-Za-z]{2})[A-Za-z][A-Za-z\s'\"\-.,&/]*")
-_NO_SOLUTION = frozenset(
-    "no solution|no solutions|no real solution|no real solutions|empty set|the empty set|no solution exists|"
-    "no solutions exist|none exist|there is no solution|there are no solutions".split("|")
+_NO_SOLUTION = re.compile(
+    r"(?:there (?:is|are) )?no (?:real )?solutions?(?: exists?)?|none exist|(?:the )?empty set|\\emptyset"
 )
 _UNREADABLE = (ValueError, ArithmeticError, TypeError, AttributeError, NotImplementedError, RecursionError, MemoryError)
 
@@ -88,7 +87,7 @@ def _values_equal(given: str, expected: str, percent_as_decimal: bool) -> bool:
             return True
     if has_degrees(given) != has_degrees(expected) and r"\pi" in given + expected:
         given, expected = (_radians(text) if has_degrees(text) else text for text in (given, expected))
-    if _DECIMAL_COMMA.fullmatch(given) and "." in expected or _DECIMAL_COMMA.fullmatch(expected) and "." in given:
+    if any(_DECIMAL_COMMA.fullmatch(one) and "." in other for one, other in ((given, expected), (expected, given))):
         given, expected = given.replace(",", "."), expected.replace(",", ".")
     joined = join_thousands(given), join_thousands(expected)
     if _objects_equal(*joined):
@@ -116,7 +115,7 @@ def _objects_equal(given: str, expected: str) -> bool:
 def _as_words(given: str, expected: str) -> bool | None:
     """Compared as words, whatever their case, if either consists of words; None otherwise."""
     left, right = _words(given), _words(expected)
-    empty = [text in _NO_SOLUTION or text == r"\emptyset" for text in (left or given, right or expected)]
+    empty = [bool(_NO_SOLUTION.fullmatch(text)) for text in (left or given, right or expected)]
     if any(empty):
         return all(empty)
     if left and right:
@@ -129,7 +128,7 @@ def _as_words(given: str, expected: str) -> bool | None:
 def _words(text: str) -> str:
     """Lower-case words without articles, quotes and final dots; "" if the text is not made of words."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"\s+", " ", text).strip(" .\"'`").replace("\"", "")
+    text = re.sub(r"\s+", " ", text).strip(" .\"'`").replace('"', "")
     if not _WORDS.fullmatch(text) or not re.search(r"[aeiouyAEIOUY]", text):
         return ""
     return _ARTICLE.sub("", text.lower())
@@ -179,8 +178,9 @@ def _is_rounding(decimal: str, exact: str) -> bool:
     value = plain(parts[0]) if len(parts) == 1 else None
     if not isinstance(value, sympy.Expr) or value.is_Rational or value.free_symbols:
         return same_list(parts, _parts(decimal))
-    difference = value - sympy.Rational(decimal)
-    return bool(abs(difference.evalf(len(decimal) + 10)) < sympy.Rational(unit_in_last_place(decimal)))
+    shown = sympy.Rational(decimal)
+    missing = ((value - shown) * sympy.sign(shown) / sympy.Rational(last_place(decimal))).evalf(len(decimal) + 10)
+    return bool(missing.is_real and -0.5 <= missing < 1)
 
 
 def _parts(text: str) -> list[Tree]:

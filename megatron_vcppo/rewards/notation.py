@@ -48,7 +48,9 @@ _DROPPED = re.compile(
     r"(?![A-Za-z])(?:\s*\.(?!\d))?"
 )
 _NEGATIVE_SPACE = re.compile(r"\\!\s*")
-_SPACE = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|\\(?:thin|med|thick)?space(?![A-Za-z])|\\enspace|~|\\hspace\{[^{}]*\}")
+_SPACE = re.compile(
+    r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|\\(?:thin|med|thick)?space(?![A-Za-z])|\\enspace|~|\\hspace\{[^{}]*\}"
+)
 _REPLACED = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -181,7 +183,7 @@ def expand_signs(text: str) -> list[str]:
 def _delimiters(text: str) -> str:
     r"""Without what encloses an answer: ``$``, ``\(``, ``\[``, markdown's stars and ticks, quotes. ``\$`` is money."""
     text = re.sub(r"\\[()]|\\\[|(?<!\\)\\\](?!\[)", " ", text)
-    text = text.strip().strip("`\"").strip()
+    text = text.strip().strip('`"').strip()
     text = re.sub(r"^\*{2,3}(.*?)\*{2,3}\.?$", r"\1", text)
     text = re.sub(r"^[*_](?=\S)(.*?)[*_]$", r"\1", text)
     if r"\$" not in text and text.count("$") % 2:
@@ -198,7 +200,7 @@ def _unwrapped(match: re.Match[str]) -> str:
     before = match.string[: match.start()].rstrip(" \\,;:~")[-1:]
     if re.fullmatch(r"[A-Za-z]", content) and command[-2:] in ("xt", "rm", "ox") and content not in "ei":
         # A letter in a text font behind a value is a unit: 10\text{ m}.
-        return rf"\text{{{content}}}" if before.isdigit() or before in "})" and before else content
+        return rf"\text{{{content}}}" if re.fullmatch(r"[\d})]", before) else content
     if re.fullmatch(r"\(?[A-Za-z]\)?|[-\d.,\s()]+|\\?[%$]|", content):
         return content
     if re.fullmatch(r"[0-9A-F]+", content) and match.string[match.end() : match.end() + 1] == "_":

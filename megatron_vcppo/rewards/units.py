@@ -65,17 +65,21 @@ _CANONICAL = {
 _SYMBOLS = "€£¥₹¢"
 _CODES = "USD|EUR|GBP|INR|JPY|CNY|RMB|Rs"
 _PREFIX = re.compile(rf"^([-+]?)\s*(\\\$|US\\\$|[{_SYMBOLS}]|(?:{_CODES})\b\.?)\s*(?=[\d.\\-])")
-_PERCENT = re.compile(r"\s*(?:\\?%|\\text\{\s*(?:\\?%|percent|percentage|pct)\s*\}|(?<![A-Za-z])(?:percent(?:age)?|pct)\b)\.?$")
+_PERCENT = re.compile(
+    r"\s*(?:\\?%|\\text\{\s*(?:\\?%|percent|percentage|pct)\s*\}|(?<![A-Za-z])(?:percent(?:age)?|pct)\b)\.?$"
+)
 _ORDINAL = re.compile(r"(?<=\d)\s*\^?\s*\{?\s*(?:\\text\{\s*)?(?:st|nd|rd|th)\s*\}{0,2}$")
 _ENDS_VALUE = r"(?<=[\d)}\]|!A-Za-z])"
 _TEXT_TAIL = re.compile(
     _ENDS_VALUE + r"\s*\^?\s*((?:\s*[/·]?\s*(?:\\cdot\s*)?\\text\{[^{}]*\}(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?)+)\.?$"
 )
 _PLAIN_TAIL = re.compile(
-    r"(?<=[\d)}])(\s*)((?:\^\\circ\s*[CF]|\\\$|[€£¥₹¢])|[A-Za-z]+(?:[ /.]+[A-Za-z]+)*\.?)(\s*\^\s*(?:\{\s*\d\s*\}|\d))?$"
+    r"(?<=[\d)}])(\s*)((?:\^\\circ\s*[CF]|\\\$|[€£¥₹¢])|[A-Za-z]+(?:[ /.]+[A-Za-z]+)*\.?)"
+    r"(\s*\^\s*(?:\{\s*\d\s*\}|\d))?$"
 )
-_NO_UNITS = frozenset(
-    "and or to in is of not none pi sqrt sin cos tan sec csc cot ln log exp mod if for all any with where when base".split()
+_NO_UNIT = re.compile(
+    r"(?:and|or|to|in|is|of|not|none|pi|sqrt|sin|cos|tan|sec|csc|cot|ln|log|exp|mod|if|for|all|any|with|where|when|base)",
+    re.IGNORECASE,
 )
 
 
@@ -128,7 +132,7 @@ def _is_unit(words: str, spaced: bool) -> bool:
     if not words[0].isalpha():
         return True
     parts = re.split(r"[ /.]+", words.strip("."))
-    if any(part.lower() in _NO_UNITS for part in parts):
+    if any(map(_NO_UNIT.fullmatch, parts)):
         return False
     if canonical(words) != "?":
         return spaced or len(words) > 1
