@@ -276,13 +276,13 @@ def _agree(left: Tree, right: Tree) -> bool | None:
     complex_valued = left.has(sympy.I) or right.has(sympy.I)
     agreed = 0
     for point in _POINTS if names else _POINTS[:1]:
-        values = [_value(tree, _at(names, point)) for tree in (left, right)]
-        if values[0] is None or values[1] is None:
+        one, other = (_value(tree, _at(names, point)) for tree in (left, right))
+        if one is None or other is None:
             continue
-        if names and not complex_valued and not all(value.is_real for value in values):
+        if names and not complex_valued and not (one.is_real and other.is_real):
             continue  # real roots and logarithms have their own domains
-        scale = max(abs(values[0]), abs(values[1]))
-        if scale > _ZERO and abs(values[0] - values[1]) > _TOLERANCE * scale:
+        scale = max(abs(one), abs(other))
+        if scale > _ZERO and abs(one - other) > _TOLERANCE * scale:
             return False
         agreed += 1
     return True if agreed >= (2 if names else 1) else None
