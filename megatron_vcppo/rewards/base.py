@@ -27,6 +27,15 @@ class Verifier(Protocol):
         """Judge one complete response, given as text without special tokens."""
 
 
+_BRACES = re.compile(r"\\{1,2}(?:boxed|fbox)[ \t\n]{0,8}\{|\\.|[{}]", re.DOTALL)
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s,;$]|\\[()\[\],; ]|\\q?quad|\\text\{)*(?:and|or)?(?:[\s,;$}]|\\[()\[\],; ]|\\q?quad)*"
+)
+_MAX_BETWEEN = 60
+_MAX_BOXES = 64
+_STATED = re.compile(r"\banswers?[*_ \t]{0,4}(?:is|are|:|：)[*_]{0,3}(?!\w)", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"\.[*_$]{0,4}\s+(?=\S)|[!?]\s|\s\(?(?=(?:because|since)\b)")
+_PROSE = re.compile(r"(?:the|there|so|thus|hence|therefore|it|its)\b.*\b(?:is|are|equals)\s", re.IGNORECASE)
 CORRECT = Verdict(1.0, "correct")
 NO_ANSWER = Verdict(-1.0, "no answer")
 
@@ -42,24 +51,60 @@ def after_thinking(response_text: str) -> str:
 
 
 def final_answer(response_text: str) -> str | None:
-    r"""What a response gives as its answer: the last ``\boxed{…}``, else what follows the last ``Answer:`` on its line.
+    r"""What a response gives as its answer, or None: the last of the strongest form that it has.
 
-    Looked for behind the thinking first; None if there is neither.
+    ``\boxed{…}``; without one "Answer: …" or "the answer is …", to the end of the sentence; without that, what follows
+    "####". Looked for behind the thinking only; a box that is not closed is none.
     """
     text = after_thinking(response_text)
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed
-    lines = re.findall(r"(?im)^.*\banswer(?: is)?\s*[:：]\s*(.+?)\s*$", text)
-    return lines[-1].strip("*$ ") if lines else None
+    stated = list(_STATED.finditer(text))
+    if stated:
+        return _sentence(text[stated[-1].end() :]) or None
+    _, marked, behind = text.rpartition("####")
+    return (behind.strip().partition("\n")[0].strip() or None) if marked else None
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last complete ``\boxed{…}`` (or ``\fbox{…}``), braces matched; None if there is none."""
-    for match in reversed(list(re.finditer(r"\\f?boxed\s*\{", text))):
-        depth = 1
-        for i in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[match.end() : i].strip()
-    return None
+    r"""The content of the last complete ``\boxed{…}`` or ``\fbox{…}``, braces matched; None if there is none.
+
+    Boxes with only a comma, "and" or "or" between them are one answer: "\boxed{1} and \boxed{2}" gives "1, 2".
+    Takes time linear in the length of the text.
+    """
+    if "boxed" not in text and "fbox" not in text:
+        return None
+    boxes: list[tuple[int, int, int]] = []  # start, start of the content, end
+    opened: list[tuple[int, int] | None] = []  # start of a box and of its content; None for other braces
+    for match in _BRACES.finditer(text):
+        if match[0] == "}":
+            box = opened.pop() if opened else None
+            if box:
+                boxes.append((*box, match.end()))
+        elif match[0] == "{":
+            opened.append(None)
+        elif len(match[0]) > 2:
+            opened.append(match.span())
+    if not boxes:
+        return None
+    boxes.sort(reverse=True)
+    contents: list[str] = []
+    start = 0
+    for earlier, inside, end in boxes[:_MAX_BOXES]:
+        if contents and not (start - end <= _MAX_BETWEEN and _BETWEEN_BOXES.fullmatch(text, end, start)):
+            break
+        contents.insert(0, text[inside : end - 1].strip())
+        start = earlier
+    return ", ".join(contents)
+
+
+def _sentence(text: str) -> str:
+    """What the first sentence of a text states, without markdown: "The volume is 12 cm. Done" gives "12 cm"."""
+    text = text.lstrip(" \t\r\n*_:：")
+    for opening, closing in (("\\[", "\\]"), ("$$", "$$")):
+        if text.startswith(opening):
+            return text[2:].partition(closing)[0].strip()
+    sentence = _SENTENCE_END.split(text.partition("\n")[0], maxsplit=1)[0].strip(" *_\t\r")
+    prose = _PROSE.match(sentence)
+    return sentence[prose.end() if prose else 0 :].removesuffix(".").strip(" *_")

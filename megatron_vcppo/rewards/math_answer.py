@@ -1,113 +1,218 @@
-r"""Mathematical answers: equal as written after cleaning, equal as numbers, or equal as expressions.
+r"""Mathematical answers: numbers are compared exactly, the rest is judged by math-verify and by what it lacks.
 
-Not a computer algebra system: two expressions are equal if they agree at a few fixed points, exactly where all is
-rational and to 1e-9 otherwise (polynomial identity testing). That covers ``\frac{1}{2}`` = ``0.5``,
-``2\sqrt{3}`` = ``\sqrt{12}``, ``(x+1)^2`` = ``x^2+2x+1``; sets, tuples and intervals are compared part by part.
+The order: the same text; the same rational number; words, clock times, ratios and numbers in another base as text;
+lists (commas, "or", ±); then one object against another (algebra.py). A decimal is the number that it shows: 0.333 is
+not 1/3. What cannot be read, or would take too much work, equals only the same text.
 """
 
-import math
 import re
-from fractions import Fraction
+from dataclasses import dataclass
+
+import sympy
 
 from megatron_vcppo.records import Prompt
+from megatron_vcppo.rewards.algebra import by_name, intersection, read, same_list
 from megatron_vcppo.rewards.base import CORRECT, NO_ANSWER, Verdict, final_answer, wrong
-from megatron_vcppo.rewards.expression import NotAnExpression, Number, evaluate, variables
+from megatron_vcppo.rewards.evaluation import TooLarge, Tree, plain
+from megatron_vcppo.rewards.exact import is_decimal, last_place, rational, rationals_equal
+from megatron_vcppo.rewards.notation import expand_signs, has_degrees, join_thousands, split_top, tidy
+from megatron_vcppo.rewards.units import split_unit, units_agree
 
-_WRAPPERS = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
-_DROPPED = re.compile(
-    r"\\\$|\\(?:left|right|displaystyle|,|;|:|!|quad|qquad|\s)|[$~]|\\[%]|%|\^\s*\{?\s*\\circ\s*\}?|°"
+_MAX_LENGTH = 2000
+_MAX_PARTS = 64
+_SEPARATORS = r",|;|\s(?:and|or)\s|,?\s*\\text\{\s*(?:and|or)\s*\}"
+_DECIMAL_COMMA = re.compile(r"-?(?:\d+,\d{1,2}|0,\d+)")
+_TIME = re.compile(r"(\d{1,2}):(\d{2})\s*(?:\\text\{)?\s*([ap])?\.?\s*(?:m\.?)?\}?", re.IGNORECASE)
+_RATIO = re.compile(r"\s*:\s*|(?<=[\d}])\s+to\s+(?=[\d\\])")
+_BASED = re.compile(r"\(?([0-9A-Z]+)\)?_\{?\(?(\d+)\)?\}?", re.IGNORECASE)
+_ARTICLE = re.compile(r"^(?:an?|the|point|line|option|day)\s+(?=\w)")
+_WORDS = re.compile(r"(?=.*[A-Za-z]{2})[A-Za-z][A-Za-z\s'\"\-.,&/]*")
+_NO_SOLUTION = re.compile(
+    r"(?:there (?:is|are) )?no (?:real )?solutions?(?: exists?)?|none exist|(?:the )?empty set|\\emptyset"
 )
-_UNITS = re.compile(
-    r"(?<=[\d}])\s*(?:units?|degrees?|dollars?|cents?|inch(?:es)?|feet|meters?|metres?|cm|km|kg|miles?|hours?|minutes?"
-    r"|seconds?|points?|square|cubic)(?:\s*(?:units?|inch(?:es)?|feet|meters?|cm|\^?\d))*\s*$"
-)
-_POINTS = ((0.7310585, 1.2689414, 2.3978953), (1.9459101, 0.4054651, 3.1415926), (-0.6137056, 2.7080502, 0.5596158))
+_UNREADABLE = (ValueError, ArithmeticError, TypeError, AttributeError, NotImplementedError, RecursionError, MemoryError)
 
 
-def verify_math(prompt: Prompt, response_text: str) -> Verdict:
-    r"""The last ``\boxed{…}`` (or ``Answer: …``) must equal the prompt's answer."""
-    given = final_answer(response_text)
-    if given is None or not given.strip():
-        return NO_ANSWER
-    expected = final_answer(prompt.answer) or prompt.answer
-    return CORRECT if answers_equal(given, expected) else wrong(given[:80])
+@dataclass(frozen=True)
+class MathVerifier:
+    r"""The last ``\boxed{…}`` (or ``Answer: …``) must mean the prompt's answer."""
+
+    percent_as_decimal: bool = False
+    """Whether 50% also equals 0.5. It always equals 50 (the question asked for percent)."""
+
+    def __call__(self, prompt: Prompt, response_text: str) -> Verdict:
+        """Judge one response."""
+        given = final_answer(response_text)
+        if given is None or not given.strip():
+            return NO_ANSWER
+        expected = final_answer(prompt.answer) or prompt.answer
+        return CORRECT if answers_equal(given, expected, self.percent_as_decimal) else wrong(given[:80])
 
 
-def answers_equal(given: str, expected: str) -> bool:
-    """Whether two answers mean the same; symmetric."""
-    given, expected = clean(given), clean(expected)
+verify_math = MathVerifier()
+
+
+def answers_equal(given: str, expected: str, percent_as_decimal: bool = False) -> bool:
+    """Whether two answers mean the same.
+
+    Not quite symmetric: x = 5 is right where 5 is expected and the other way round, but of a list without brackets
+    only the expected answer says whether its order counts.
+    """
+    given, expected = given.strip(), expected.strip()
     if given == expected:
+        return bool(given)
+    left, right = rational(given), rational(expected)
+    if left is not None and right is not None:
+        return rationals_equal(given, left, expected, right)
+    if max(len(given), len(expected)) > _MAX_LENGTH:
+        return "".join(given.split()) == "".join(expected.split())
+    given, expected = tidy(given), tidy(expected)
+    if not given or not expected:
+        return False
+    if given.lower() == expected.lower():
         return True
-    brackets, left = _parts(given)
-    other_brackets, right = _parts(expected)
-    if len(left) != len(right) or brackets != other_brackets:
+    return _values_equal(given, expected, percent_as_decimal)
+
+
+def _values_equal(given: str, expected: str, percent_as_decimal: bool) -> bool:
+    """The answers without their units, if these agree."""
+    (given, given_unit), (expected, expected_unit) = split_unit(given), split_unit(expected)
+    if not units_agree(given_unit, expected_unit):
         return False
-    if len(left) == 1 and not brackets:
-        return _same_value(given, expected)
-    if brackets == "{}":  # a set has no order
-        return all(any(answers_equal(a, b) for b in right) for a in left) and all(
-            any(answers_equal(a, b) for a in left) for b in right
-        )
-    return all(answers_equal(a, b) for a, b in zip(left, right, strict=True))
+    if percent_as_decimal and "percent" in (given_unit, expected_unit) and given_unit != expected_unit:
+        as_decimal = [
+            rf"\frac{{{value}}}{{100}}" if unit == "percent" else value
+            for value, unit in ((given, given_unit), (expected, expected_unit))
+        ]
+        if _objects_equal(*as_decimal):
+            return True
+    if has_degrees(given) != has_degrees(expected) and r"\pi" in given + expected:
+        given, expected = (_radians(text) if has_degrees(text) else text for text in (given, expected))
+    if any(_DECIMAL_COMMA.fullmatch(one) and "." in other for one, other in ((given, expected), (expected, given))):
+        given, expected = given.replace(",", "."), expected.replace(",", ".")
+    joined = join_thousands(given), join_thousands(expected)
+    if _objects_equal(*joined):
+        return True
+    one_joined = (joined[0] != given) != (joined[1] != expected)
+    return one_joined and "," in joined[0] + joined[1] and _objects_equal(given, expected)
 
 
-def clean(answer: str) -> str:
-    r"""Without what does not change the meaning: $, \left, \text{…}, units, thousands separators, "x =", final dots."""
-    answer = answer.strip().rstrip(".").strip()
-    for _ in range(3):
-        answer = _WRAPPERS.sub(r" \1 ", answer)
-    answer = _DROPPED.sub(" ", answer)
-    answer = answer.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").replace(r"\cdot", "*")
-    answer = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", answer)
-    answer = re.sub(r"^\s*[A-Za-z](?:\([A-Za-z]\))?\s*=(?!=)", "", answer)
-    answer = _UNITS.sub("", answer)
-    return re.sub(r"\s+", " ", answer).strip().rstrip(".")
-
-
-def _parts(answer: str) -> tuple[str, list[str]]:
-    r"""Brackets ("()", "[)", "{}", "" for none) and the parts between top-level commas."""
-    plain = answer.replace(r"\{", "⟨").replace(r"\}", "⟩").replace(r"\lbrace", "⟨").replace(r"\rbrace", "⟩")
-    brackets = ""
-    if len(plain) > 1 and plain[0] in "([⟨" and plain[-1] in ")]⟩" and _closes_last(plain):
-        brackets = (plain[0] + plain[-1]).replace("⟨", "{").replace("⟩", "}")
-        plain = plain[1:-1]
-    parts, depth, start = [], 0, 0
-    for i, letter in enumerate(plain):
-        depth += (letter in "([{⟨") - (letter in ")]}⟩")
-        if letter == "," and depth == 0:
-            parts.append(plain[start:i].strip())
-            start = i + 1
-    parts.append(plain[start:].strip())
-    if len(parts) == 1 and brackets == "()":
-        return "", parts  # (5) is 5
-    return brackets, parts
-
-
-def _closes_last(text: str) -> bool:
-    """Whether the first bracket is closed by the last letter: "(1, 2)" but not "(1)(2)"."""
-    depth = 0
-    for i, letter in enumerate(text):
-        depth += (letter in "([⟨") - (letter in ")]⟩")
-        if depth == 0:
-            return i == len(text) - 1
-    return False
-
-
-def _same_value(left: str, right: str) -> bool:
-    names = variables(left)
-    if names != variables(right) or (names and not re.search(r"[\d+\-*/^\\]", left + right)):
-        return False  # words are not products of letters
+def _objects_equal(given: str, expected: str) -> bool:
+    if given.lower() == expected.lower():
+        return bool(given)
+    left, right = rational(given), rational(expected)
+    if left is not None and right is not None:
+        return rationals_equal(given, left, expected, right)
+    for compare in (_as_words, _as_times, _in_bases, _as_ratios):
+        verdict = compare(given, expected)
+        if verdict is not None:
+            return verdict
     try:
-        for point in _POINTS if names else _POINTS[:1]:
-            values = {name: point[i % 3] + i // 3 for i, name in enumerate(sorted(names))}
-            if not _close(evaluate(left, values), evaluate(right, values)):
-                return False
-    except NotAnExpression:
+        return _as_objects(given, expected)
+    except _UNREADABLE:
         return False
-    return True
 
 
-def _close(a: Number, b: Number) -> bool:
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return a == b
-    return math.isclose(float(a), float(b), rel_tol=1e-9, abs_tol=1e-18)
+def _as_words(given: str, expected: str) -> bool | None:
+    """Compared as words, whatever their case, if either consists of words; None otherwise."""
+    left, right = _words(given), _words(expected)
+    empty = [bool(_NO_SOLUTION.fullmatch(text)) for text in (left or given, right or expected)]
+    if any(empty):
+        return all(empty)
+    if left and right:
+        return left == right
+    if left or right:
+        return True if (left or given.lower()) == (right or expected.lower()) else None
+    return None
+
+
+def _words(text: str) -> str:
+    """Lower-case words without articles, quotes and final dots; "" if the text is not made of words."""
+    text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"\s+", " ", text).strip(" .\"'`").replace('"', "")
+    if not _WORDS.fullmatch(text) or not re.search(r"[aeiouyAEIOUY]", text):
+        return ""
+    return _ARTICLE.sub("", text.lower())
+
+
+def _as_times(given: str, expected: str) -> bool | None:
+    left, right = _TIME.fullmatch(given), _TIME.fullmatch(expected)
+    if not left or not right:
+        return None
+    times = [(int(time[1]), time[2], (time[3] or "").lower()) for time in (left, right)]
+    return times[0][:2] == times[1][:2] and (times[0][2] == times[1][2] or "" in (times[0][2], times[1][2]))
+
+
+def _in_bases(given: str, expected: str) -> bool | None:
+    r"""204_5: the same digits, and the same base if both name one."""
+    left, right = _BASED.fullmatch(given), _BASED.fullmatch(expected)
+    if (left or right) and all(match is None or match[1][0].isdigit() for match in (left, right)):
+        digits = [match[1] if match else text for match, text in ((left, given), (right, expected))]
+        bases = {match[2] for match in (left, right) if match}
+        return digits[0].lower() == digits[1].lower() and len(bases) == 1
+    return None
+
+
+def _as_ratios(given: str, expected: str) -> bool | None:
+    """3:4 equals 6:8, "3 to 4" and 3/4; None if neither is a ratio."""
+    left, right = (_RATIO.split(text.rpartition("=")[2].strip()) for text in (given, expected))
+    if len(left) == len(right) == 1:
+        return None
+    if {len(left), len(right)} == {1, 2}:
+        quotients = [rf"\frac{{{parts[0]}}}{{{parts[1]}}}" if len(parts) > 1 else parts[0] for parts in (left, right)]
+        return _objects_equal(*quotients)
+    return len(left) == len(right) and all(
+        _objects_equal(f"({a})({right[0]})", f"({b})({left[0]})") for a, b in zip(left[1:], right[1:], strict=True)
+    )
+
+
+def _as_objects(given: str, expected: str) -> bool:
+    """Lists part by part, single objects as a whole. Raises ValueError where something cannot be read."""
+    if is_decimal(given) != is_decimal(expected):
+        return _is_rounding(given, expected) if is_decimal(given) else _is_rounding(expected, given)
+    return same_list(_parts(expected), _parts(given))
+
+
+def _is_rounding(decimal: str, exact: str) -> bool:
+    """Whether a long decimal shows a number that has no finite decimal, to its last digit."""
+    parts = _parts(exact)
+    value = plain(parts[0]) if len(parts) == 1 else None
+    if not isinstance(value, sympy.Expr) or value.is_Rational or value.free_symbols:
+        return same_list(parts, _parts(decimal))
+    shown = sympy.Rational(decimal)
+    missing = ((value - shown) * sympy.sign(shown) / sympy.Rational(last_place(decimal))).evalf(len(decimal) + 10)
+    return bool(missing.is_real and -0.5 <= missing < 1)
+
+
+def _parts(text: str) -> list[Tree]:
+    """The objects of a list without brackets, or of one with ± in it. Raises ValueError if one cannot be read."""
+    braced = re.fullmatch(r"((?:[A-Za-z]\s*(?:=|\\in)\s*)?)\\\{(.*)\\\}", text)
+    if braced and (r"\pm" in text or r"\mp" in text):
+        text = braced[2]
+    and_only = r"\s(?:and)\s|\s*\\text\{\s*and\s*\}\s*"
+    conditions = split_top(text, and_only + (r"|," if r"\ne" in text else ""))
+    if len(conditions) > 1 and all(re.search(r"[<>]|\\(?:le|ge|ne)\b", condition) for condition in conditions):
+        return [intersection(_read(condition) for condition in conditions)]
+    groups = [group for group in split_top(text, ";") if group]
+    if len(groups) > 1 and any(len(split_top(group, ",")) > 1 for group in groups):  # p = 5, q = 2; p = 7, q = 2
+        members = [_parts(group) for group in groups]
+        return [sympy.Tuple(*(by_name(parts) or parts)) for parts in members]
+    parts = [part for part in split_top(text, _SEPARATORS) if part]
+    if len(parts) > _MAX_PARTS:
+        raise TooLarge(f"a list of {len(parts)}")
+    return [_read(variant) for part in parts for variant in expand_signs(part)]
+
+
+def _read(text: str) -> Tree:
+    nested = re.fullmatch(r"\[\s*(\[.*\])\s*\]", text)
+    if nested:  # a matrix as programs write it
+        rows = r"\\".join(row.strip("[] ").replace(",", "&") for row in split_top(nested[1], ","))
+        text = rf"\begin{{pmatrix}}{rows}\end{{pmatrix}}"
+    tree = read(text)
+    if tree is None:
+        raise ValueError(f"cannot read {text[:80]!r}")
+    return tree
+
+
+def _radians(text: str) -> str:
+    return re.sub(r"^(.*?)\s*\^\s*\{?\s*\\circ\s*\}?$", r"\\frac{(\1)\\pi}{180}", text)

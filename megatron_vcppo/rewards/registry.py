@@ -7,13 +7,14 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.rewards.base import Verifier
 from megatron_vcppo.rewards.choice import verify_choice
 from megatron_vcppo.rewards.code import CodeVerifier
-from megatron_vcppo.rewards.math_answer import verify_math
+from megatron_vcppo.rewards.math_answer import MathVerifier, verify_math
 from megatron_vcppo.rewards.synthetic import verify_synthetic
 from megatron_vcppo.tasks.generate import TASKS
 
 VERIFIERS: dict[str, Verifier] = {
     **dict.fromkeys(TASKS, verify_synthetic),
     "math": verify_math,
+    "math_percent": MathVerifier(percent_as_decimal=True),
     "multiple_choice": verify_choice,
     "code": CodeVerifier(),
 }
