@@ -152,6 +152,7 @@ def test_an_engine_that_is_killed_in_the_trainers_turn_waits_for_its_own(node, m
     assert node.greedy(4, PROMPTS) == node.greedy(4, PROMPTS)
 
 
+@pytest.mark.slow
 def test_a_hung_engine_is_replaced_and_sleep_waits_for_that(node, sync, shared) -> None:
     victim: Engine = node.engines()[1]
     for process in processes_of(victim.pid):

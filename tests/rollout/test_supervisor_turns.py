@@ -1,5 +1,7 @@
-"""When a supervisor starts and ends engines on GPUs that the trainer has, too; the engine here never answers."""
+"""When a supervisor starts and ends engines on GPUs that the trainer has, too."""
 
+import os
+import signal
 import sys
 import threading
 import time
@@ -11,11 +13,29 @@ import pytest
 from megatron_vcppo.rollout import supervisor
 from megatron_vcppo.rollout.auth import make_secret
 from megatron_vcppo.rollout.node_folder import TRAINER, NodeFolder
-from megatron_vcppo.rollout.rendezvous import SECRET
+from megatron_vcppo.rollout.process import alive
+from megatron_vcppo.rollout.rendezvous import SECRET, engines
 from megatron_vcppo.rollout.supervisor import Limits, Slot
 from tests.rollout.test_node import wait_until
 
-MUTE = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+ENGINE = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def do_POST(self):
+        Path(sys.argv[2]).touch()
+        self.do_GET()
+
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+"""What a supervisor sees of an engine: it answers, and goes to sleep."""
 
 
 @pytest.fixture
@@ -28,11 +48,12 @@ def shared(tmp_path: Path) -> Iterator[NodeFolder]:
 
 
 def make_slot(shared: NodeFolder, folder: Path, turn_timeout_s: float) -> Slot:
-    limits = Limits(
-        start_timeout_s=1.0, health_timeout_s=1.0, max_restarts=0, poll_s=0.1, turn_timeout_s=turn_timeout_s
-    )
-    log = folder / "engine.log"
-    return Slot(0, 3, "127.0.0.1", folder, log, limits, lambda port: ([sys.executable, "-c", MUTE], {}), shared)
+    limits = Limits(30.0, 1.0, max_restarts=0, poll_s=0.1, turn_timeout_s=turn_timeout_s)
+
+    def launch(port: int) -> tuple[list[str], dict[str, str]]:
+        return [sys.executable, "-c", ENGINE, str(port), str(folder / "asleep")], {}
+
+    return Slot(0, 3, "127.0.0.1", folder, folder / "engine.log", limits, launch, shared)
 
 
 def test_the_wait_for_a_turn_has_a_deadline_and_says_what_it_waits_for(shared: NodeFolder, tmp_path: Path) -> None:
@@ -46,11 +67,12 @@ def test_the_wait_for_a_turn_has_a_deadline_and_says_what_it_waits_for(shared: N
     make_slot(shared, tmp_path, 60.0).keep_running(stopping)
 
 
-def test_an_engine_is_marked_from_its_start_until_its_last_process_is_gone(
+def test_an_engine_is_marked_while_it_starts_and_while_it_is_ended(
     shared: NodeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No restart is allowed, so one start is all; the wait for the turn counts as none."""
-    monkeypatch.setattr(supervisor, "STOP_GRACE_S", 1.0)
+    """Between the two it is published, asleep, and can be asked. No restart is allowed; the wait counts as none."""
+    monkeypatch.setattr(supervisor, "STOP_GRACE_S", 2.0)
+    monkeypatch.setattr(supervisor, "PROBE_TIMEOUT_S", 1.0)
     errors: list[str] = []
 
     def keep() -> None:
@@ -64,18 +86,14 @@ def test_an_engine_is_marked_from_its_start_until_its_last_process_is_gone(
     time.sleep(1.0)
     assert shared.starting() == [] and not (tmp_path / "engine.log").exists()
     shared.give_turn("engines")
-    wait_until(lambda: (tmp_path / "engine.log").exists(), 10, "the engine starts")
-    shared.give_turn("trainer")
-    while thread.is_alive() and not errors:
-        seen = shared.starting()
-        assert seen == ["engine_0_3"] or not thread.is_alive() or errors or _ends(thread)
-        time.sleep(0.05)
-    thread.join(10)
-    assert errors and "ended 1 times: not ready 1 s after its start" in errors[0]
-    assert shared.starting() == []
-
-
-def _ends(thread: threading.Thread) -> bool:
-    """The mark goes a moment before the thread does."""
-    thread.join(1.0)
-    return not thread.is_alive()
+    wait_until(lambda: shared.starting() == ["engine_0_3"], 20, "the engine starts")
+    wait_until(lambda: engines(tmp_path), 20, "the engine is published")
+    wait_until(lambda: not shared.starting(), 5, "the engine starts no more")
+    assert (tmp_path / "asleep").exists(), "it was published before it slept"
+    (engine,) = engines(tmp_path)
+    os.kill(engine.pid, signal.SIGSTOP)
+    wait_until(lambda: not engines(tmp_path), 30, "the hung engine is withdrawn")
+    assert alive(engine.pid) and shared.starting() == ["engine_0_3"]
+    thread.join(30)
+    assert errors and "ended 1 times: no answer to health checks for 1 s" in errors[0]
+    assert not alive(engine.pid) and shared.starting() == []

@@ -90,6 +90,7 @@ def test_the_numbers_are_those_of_engines_elsewhere(node: RolloutNode, task: Pat
     assert replay_elsewhere(stage, node, tmp_path / "again").checkpoint() == stage.checkpoint()
 
 
+@pytest.mark.slow
 def test_an_engine_killed_in_the_update_waits_and_one_killed_in_generation_joins(
     node: RolloutNode, task: Path, tmp_path: Path
 ) -> None:
