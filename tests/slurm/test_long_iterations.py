@@ -67,13 +67,13 @@ def assert_trained_once(run: RunFolder) -> None:
 
 
 def test_a_stop_after_more_than_the_time_out_keeps_the_iteration(tmp_path: Path) -> None:
-    ppo_epochs = 40
+    ppo_epochs = 60
     config = load_config(write_recipe(tmp_path, ppo_epochs, {}))
     run = write_config(config)
 
     def ask() -> None:
         wait_until(lambda: list(run.stage("ppo").glob("rollouts/iter_*")), "the rollouts of iteration 1", 300)
-        time.sleep(1.25 * TIMEOUT_S)
+        time.sleep(1.1 * TIMEOUT_S)
         os.kill(os.getpid(), signal.SIGUSR2)
 
     asker = threading.Thread(target=ask)
