@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.records import Prompt, Rollout
-from megatron_vcppo.rewards.registry import resolve_verifiers
+from megatron_vcppo.rewards.registry import check_answer, isolation_of_code, resolve_verifiers
 from megatron_vcppo.rewards.scorer import Scorer
 from megatron_vcppo.rollout.client import RolloutClient
 from megatron_vcppo.rollout.store import read_rollouts, write_rollouts
@@ -63,11 +64,11 @@ class Generation(AbstractContextManager["Generation"]):
         self.is_leader = world.tp_rank == world.pp_rank == world.cp_rank == 0
         self.scorer: Scorer | None = None
         self.client: RolloutClient | None = None
-        self.tasks = frozenset(resolve_verifiers(config.prompts.verifiers))
-        """Tasks that can be judged; every rank knows them, because all must read the same prompts."""
+        self.verifiers = resolve_verifiers(config.prompts.verifiers, config.rewards.code)
+        """By the task that can be judged; every rank knows them, because all must read the same prompts."""
         if self.is_leader:
             keys = config.prompts
-            self.scorer = Scorer(keys.verify_workers, keys.verify_timeout_s, keys.verifiers)
+            self.scorer = Scorer(keys.verify_workers, keys.verify_timeout_s, keys.verifiers, config.rewards.code)
             self.client = RolloutClient(
                 rendezvous,
                 config.rollout,
@@ -166,9 +167,13 @@ class Generation(AbstractContextManager["Generation"]):
             self.config.model.max_length - 1,
             keys.bad_samples,
             PromptKeys(keys.prompt_key, keys.answer_key, keys.task_key, keys.task or ""),
-            known_tasks=self.tasks,
+            known_tasks=self.verifiers,
+            check_answer=partial(check_answer, self.verifiers),
         )
+        isolation = isolation_of_code(self.verifiers, {prompt.task for prompt in prompts})
         if self.world.is_main:
             print(report, flush=True)
+            if isolation:
+                print(f"programs of the model are run under isolation: {isolation}", flush=True)
         self._prompts[source] = prompts
         return prompts
