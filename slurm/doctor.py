@@ -65,12 +65,17 @@ def checks(config: Config, programs: Programs, folder: Path) -> Iterator[tuple[s
         slowest = min(line["gib_per_s"] for line in lines)
         return f"{lines[0]['backend']} over {len(lines)} nodes: {slowest} GiB/s, first in {lines[0]['first_s']} s"
 
+    def isolation() -> str:
+        argv = in_container(config, (programs.python, "-m", "megatron_vcppo.rewards.sandbox.choice"))
+        return "; ".join(sorted(test_job(config, folder, argv).splitlines()))
+
     yield "Slurm's commands", commands
     yield "Slurm's controller", controller
     yield "partition", partition
     yield "account, qos, nodes, GPUs", request
     yield "file system and Python", nodes
     yield "GPUs and collectives", collective
+    yield "isolation of programs (rewards.code)", isolation
 
 
 def test_job(config: Config, folder: Path, argv: tuple[str, ...]) -> str:

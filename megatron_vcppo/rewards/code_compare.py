@@ -10,7 +10,7 @@ Checker = Callable[[str, str, str], bool]
 """(input, expected output, printed output) → right or wrong."""
 
 _TOLERANCE = 1e-6
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
 _LONGEST_NUMBER = 1000  # digits; longer ones are compared as text
 
 

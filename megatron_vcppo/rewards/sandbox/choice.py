@@ -49,6 +49,14 @@ def choose(isolation: str = AUTO) -> str:
     )
 
 
+def report() -> str:
+    """What works on this node, in a line for ``vcppo doctor``."""
+    try:
+        return f"{os.uname().nodename}: {choose()}"
+    except UserError as error:
+        return f"{os.uname().nodename}: none ({error})"
+
+
 @functools.cache
 def _problem(isolation: str) -> str:
     """What does not hold; "" if all does."""
@@ -65,3 +73,7 @@ def _problem(isolation: str) -> str:
     if lines[-2:] != ["done", ""]:
         return f"a program does not run there (exit code {outcome.exit_code}{outcome.limit and ', ' + outcome.limit})"
     return f"a program can {', '.join(lines[:-2])}" if lines[:-2] else ""
+
+
+if __name__ == "__main__":
+    print(report())

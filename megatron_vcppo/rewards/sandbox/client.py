@@ -18,7 +18,8 @@ _ENVIRONMENT = {
     "PATH": os.defpath,
     "LANG": "C.UTF-8",
     "PYTHONHASHSEED": "0",
-    # Numerical libraries would start a thread for every core, and reserve memory for each.
+    # Threads would reserve 64 MiB of address space each; numerical libraries would start one for every core.
+    "MALLOC_ARENA_MAX": "2",
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
 }
 
@@ -97,9 +98,7 @@ class Sandbox:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(
-        self, kind: str, contents: list[Any], result: int, time_limit_s: float, file_bytes: int
-    ) -> Outcome:
+    def _run(self, kind: str, contents: list[Any], result: int, time_limit_s: float, file_bytes: int) -> Outcome:
         """contents: of the request's files, None an empty one; result: which of them the program writes."""
         control = self._control or self._start()
         request = {"kind": kind, "time_limit_s": time_limit_s, "memory_bytes": self._memory_bytes,

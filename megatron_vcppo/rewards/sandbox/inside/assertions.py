@@ -156,9 +156,7 @@ class Remote:
         object.__setattr__(self, "_number", number)
 
     def _ask(self, op: str, **arguments: Any) -> Any:
-        return object.__getattribute__(self, "_peer").ask(
-            op, on=object.__getattribute__(self, "_number"), **arguments
-        )
+        return object.__getattribute__(self, "_peer").ask(op, on=object.__getattribute__(self, "_number"), **arguments)
 
     def _apply(self, function: str, *args: Any) -> Any:
         peer = object.__getattribute__(self, "_peer")

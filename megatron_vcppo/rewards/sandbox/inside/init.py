@@ -43,7 +43,7 @@ def main(control: int, settings: dict[str, Any]) -> None:
     names = program.preamble()
     if settings["isolation"] == "namespaces":
         limits = settings["scratch_bytes"], settings["scratch_files"]
-        namespaces.enter(settings["readable"], settings["scratch"], *limits)
+        namespaces.enter(settings["parent"], settings["readable"], settings["scratch"], *limits)
     if settings["isolation"] != "none":
         kernel.drop_privileges()
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # no other process of this user may look into this one

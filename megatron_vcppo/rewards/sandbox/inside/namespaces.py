@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import struct
+from collections.abc import Callable
 
 from megatron_vcppo.rewards.sandbox.inside import kernel
 
@@ -18,12 +19,13 @@ _OLD = "/.old"
 NOBODY = 65534
 
 
-def enter(readable: list[str], scratch: str, scratch_bytes: int, scratch_files: int) -> None:
+def enter(parent: int, readable: list[str], scratch: str, scratch_bytes: int, scratch_files: int) -> None:
     """Become process 1 of new namespaces, as an ordinary user without capabilities; the caller waits for it outside.
 
     readable: files and folders that keep their places, read-only; symbolic links are copied. scratch: an empty folder
     in memory, the only one that can be written, of so many bytes and files; ``/tmp`` leads to it. Whoever kills the
-    process that waits kills this one and all in it. Raises OSError where the system does not allow namespaces.
+    process that waits, which ends with its own parent, kills this one and all in it. Raises OSError where the system
+    does not allow namespaces.
     """
     is_root, user, group = os.getuid() == 0, os.getuid(), os.getgid()
     kernel.unshare(_NEWNS | _NEWUTS | _NEWIPC | _NEWPID | _NEWNET | (0 if is_root else _NEWUSER))
@@ -31,17 +33,21 @@ def enter(readable: list[str], scratch: str, scratch_bytes: int, scratch_files: 
         for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
             with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
                 file.write(text)
-    _become_first_process()
+    kernel.die_with_parent(parent)  # again: the kernel forgets it whenever a process's credentials change
+    outside_lives = _become_first_process()
     owner = NOBODY if is_root else user
     _build_root(readable, scratch, f"size={scratch_bytes},nr_inodes={scratch_files},mode=700,uid={owner}")
     if is_root:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
+    kernel.prctl(kernel.PR_SET_PDEATHSIG, 9)
+    if not outside_lives():
+        os._exit(1)
 
 
-def _become_first_process() -> None:
-    """The caller waits for a child, which returns from here and ends with it."""
+def _become_first_process() -> Callable[[], bool]:
+    """The caller waits for a child, which returns from here; the result tells whether the caller still lives."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child:
@@ -49,13 +55,17 @@ def _become_first_process() -> None:
         _, status = os.waitpid(child, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
     os.close(write_end)
-    kernel.prctl(kernel.PR_SET_PDEATHSIG, 9)
     os.set_blocking(read_end, False)
-    try:
-        if not os.read(read_end, 1):  # the parent's end is closed: it was gone before the line above
-            os._exit(1)
-    except BlockingIOError:
-        os.close(read_end)
+
+    def outside_lives() -> bool:
+        try:
+            return os.read(read_end, 1) != b""
+        except BlockingIOError:  # nothing to read, but somebody holds the other end
+            return True
+        finally:
+            os.close(read_end)
+
+    return outside_lives
 
 
 def _build_root(readable: list[str], scratch: str, options: str) -> None:
