@@ -17,7 +17,7 @@ from megatron_vcppo.rewards.sandbox.choice import choose
 from megatron_vcppo.rewards.sandbox.isolation import bubblewrap_binary, strongest_first
 from tests.helpers.code_judge import Judge, nobody_python
 
-SQUARE = {"asserts": ["assert f(2) == 4", "assert abs(f(3) - 9) < 1e-6", "assert 16 in [f(4)]", "assert f(5)"]}
+SQUARE = ["assert f(2) == 4", "assert abs(f(3) - 9) < 1e-6", "assert 16 in [f(4)]", "assert 0 < f(4) - f(3) == 7"]
 RIGHT = "def f(x):\n    return x * x"
 
 
@@ -27,13 +27,19 @@ def ways() -> list[tuple[str, str]]:
     return [(name, user) for name in names for user in users]
 
 
-@pytest.fixture(scope="module", params=ways(), ids="-".join)
-def judge(request: pytest.FixtureRequest) -> Iterator[Judge]:
-    isolation, user = request.param
+def require(isolation: str) -> None:
+    """Skip where the kernel does not have it; that it does not hold is a failure."""
     try:
         choose(isolation)
     except UserError as error:
+        assert "does not start" in str(error)
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module", params=ways(), ids="-".join)
+def judge(request: pytest.FixtureRequest) -> Iterator[Judge]:
+    isolation, user = request.param
+    require(isolation)
     judge = Judge(isolation, user)
     yield judge
     judge.close()
@@ -75,7 +81,7 @@ FORGED = {
         builtins.AssertionError = KeyError
         def f(x): return 0
     """,
-    "own built-ins": "def abs(x): return 0\ndef f(x): return 4",
+    "own built-ins": "def abs(x): return 0\ndef f(x): return 5",
     "patched json and os": """
         import json, os
         json.dumps = lambda *_, **__: '{"value": {"result": 4, "changed": {}}}'
@@ -106,7 +112,8 @@ FORGED = {
 
 @pytest.mark.parametrize("name", FORGED)
 def test_asserts_cannot_be_skipped(judge: Judge, name: str) -> None:
-    assert judge(dedent(FORGED[name]), SQUARE).startswith("wrong")
+    for statement in SQUARE:
+        assert judge(dedent(FORGED[name]), [statement]).startswith("wrong"), statement
     assert judge(RIGHT, SQUARE) == "correct"
 
 
@@ -158,6 +165,9 @@ OUTSIDE = {
             except OSError: pass
         if not any(found): raise OSError
     """,
+    "its own environment": 'os.environ["SECRET"]',
+    "the memory of its parent": 'open(f"/proc/{{os.getppid()}}/mem", "rb")',
+    "the environment of its parent": 'open(f"/proc/{{os.getppid()}}/environ", "rb").read()',
     "the memory of the judge": 'open("/proc/{pid}/mem", "rb")',
     "a socket": "socket.socket()",
     "a datagram": 'socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", 9))',
@@ -193,7 +203,7 @@ def call(*numbers):
         raise OSError(ctypes.get_errno(), "")
 try:
     {attempt}
-except (OSError, ValueError):
+except (OSError, ValueError, KeyError):
     print("denied")
 else:
     print("through")
@@ -235,7 +245,8 @@ def test_the_attempts_are_real(name: str, users_files: Path, tmp_path_factory: p
     with subprocess.Popen(["sleep", "60"], env={"SECRET": "in the air"}) as other:
         program = attempt(name, users_files, other.pid)
         command, folder = [sys.executable, "-c", program], tmp_path_factory.mktemp("scratch")
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder)
+        env = {**os.environ, "SECRET": "in the air"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder, env=env)
         other.kill()
     for left in ("/usr/vcppo_attack", "/dev/shm/vcppo_attack"):
         Path(left).unlink(missing_ok=True)

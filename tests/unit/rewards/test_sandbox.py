@@ -31,6 +31,7 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     try:
         choose(request.param)
     except UserError as error:
+        assert "does not start" in str(error), "it holds nothing back"
         pytest.skip(str(error))
     with Sandbox(request.param, memory_bytes=1 << 28) as sandbox:
         yield sandbox
