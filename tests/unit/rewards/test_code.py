@@ -54,6 +54,7 @@ def judge(verifier: CodeVerifier, code: str, answer: Any) -> Verdict:
          "def deep(n): return deep(n - 1) + 1 if n else 0\nassert deep(30000) == 30000\n" + ADD, "correct"),
         ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n" + ADD, "correct"),
         ("x: List[int] = deque(Counter('a'))\n" + ADD, "correct"),
+        ("assert pow(2, 10, 1000) == 24 and bisect.bisect_left([1], 1) == bisect_left([1], 1)\n" + ADD, "correct"),
         ("open('notes', 'w').write('7')\n" + ADD, "correct"),
         ("import os\nassert not os.path.exists('notes') and sorted(os.environ)[0] != 'WANDB_API_KEY'\n" + ADD,
          "correct"),

@@ -17,7 +17,13 @@ from megatron_vcppo.rewards.sandbox.choice import choose
 from megatron_vcppo.rewards.sandbox.isolation import bubblewrap_binary, strongest_first
 from tests.helpers.code_judge import Judge, nobody_python
 
-SQUARE = ["assert f(2) == 4", "assert abs(f(3) - 9) < 1e-6", "assert 16 in [f(4)]", "assert 0 < f(4) - f(3) == 7"]
+SQUARE = [
+    "assert isclose(f(2), 4)",
+    "assert f(2) == 4",
+    "assert abs(f(3) - 9) < 1e-6",
+    "assert 16 in [f(4)]",
+    "assert 0 < f(4) - f(3) == 7",
+]
 RIGHT = "def f(x):\n    return x * x"
 
 
@@ -81,7 +87,7 @@ FORGED = {
         builtins.AssertionError = KeyError
         def f(x): return 0
     """,
-    "own built-ins": "def abs(x): return 0\ndef f(x): return 5",
+    "own built-ins": "def abs(x): return 0\ndef isclose(*_): return True\ndef f(x): return 5",
     "patched json and os": """
         import json, os
         json.dumps = lambda *_, **__: '{"value": {"result": 4, "changed": {}}}'

@@ -101,7 +101,19 @@ def test_values_survive_the_way_out() -> None:
     from decimal import Decimal
     from fractions import Fraction
 
-    values = [None, True, -(2**4000), 1.5, float("inf"), "\ud800\0", b"\xff", bytearray(b"x"), (1, (2,)), {3}, [[]]]
+    values: list[object] = [
+        None,
+        True,
+        -(2**4000),
+        1.5,
+        float("inf"),
+        "\ud800\0",
+        b"\xff",
+        bytearray(b"x"),
+        (1, (2,)),
+        {3},
+        [[]],
+    ]
     values += [frozenset({1}), {(1, 2): {"a": [1]}}, 1 + 2j, Fraction(1, 3), Decimal("0.10"), deque([1])]
     for value in values:
         found = decode(encode(value, refuse), refuse, arrays=True)

@@ -16,7 +16,8 @@ from typing import Any
 
 from megatron_vcppo.rewards.sandbox.inside.peer import Gone, Peer
 
-_BUILTIN_NAMES = frozenset(dir(builtins))
+_BUILTIN_NAMES = frozenset(dir(builtins)) | {"isclose", "Counter", "defaultdict", "deque", "Decimal", "Fraction"}
+"""Built-in names, and others that tests compare with and often do not import."""
 _LIBRARIES = sys.stdlib_module_names | {"numpy"}
 _ALIASES = {"np": "numpy"}
 
@@ -72,7 +73,7 @@ def free_names(texts: list[str]) -> tuple[set[str], set[str]]:
 
 def _program_names(peer: Peer, texts: list[str]) -> dict[str, Any]:
     wanted, libraries = free_names(texts)
-    namespace = {}
+    namespace: dict[str, Any] = {}
     for name, found in peer.ask("names", wanted=sorted(wanted)).items():
         if name not in wanted:
             continue

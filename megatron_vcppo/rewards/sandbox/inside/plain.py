@@ -16,6 +16,7 @@ Refer = Callable[[Any], dict[str, Any]]
 Resolve = Callable[[str, Any], Any]
 """The value that such data stands for, given key and content; raises ValueError if there is none."""
 
+_VIEWS: tuple[type, ...] = (range, type({}.keys()), type({}.values()), type({}.items()))
 _PLAIN_BITS = 1024  # larger integers are written in hexadecimal, which takes time in proportion to their length
 
 
@@ -34,9 +35,12 @@ def encode(value: Any, refer: Refer) -> Any:
         return [encode(item, refer) for item in list.__iter__(value)]
     if isinstance(value, dict):
         return {"d": [[encode(key, refer), encode(item, refer)] for key, item in dict.items(value)]}
-    for kind, name in ((tuple, "t"), (set, "s"), (frozenset, "f")):
-        if isinstance(value, kind):
-            return {name: [encode(item, refer) for item in kind.__iter__(value)]}
+    if isinstance(value, tuple):
+        return {"t": [encode(item, refer) for item in tuple.__iter__(value)]}
+    if isinstance(value, set):
+        return {"s": [encode(item, refer) for item in set.__iter__(value)]}
+    if isinstance(value, frozenset):
+        return {"f": [encode(item, refer) for item in frozenset.__iter__(value)]}
     if isinstance(value, bytes | bytearray):
         return {"b" if isinstance(value, bytes) else "y": bytes(value).decode("latin-1")}
     if isinstance(value, complex):
@@ -50,7 +54,7 @@ def encode(value: Any, refer: Refer) -> Any:
 
 def _encode_library(value: Any, refer: Refer) -> Any:
     """Views, ranges and deques as the lists that they stand for; arrays and scalars of numpy, where it is loaded."""
-    if isinstance(value, range | type({}.keys()) | type({}.values()) | type({}.items())):
+    if isinstance(value, _VIEWS):
         return [encode(item, refer) for item in value]
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.kind in "biufc":

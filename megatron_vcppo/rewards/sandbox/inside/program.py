@@ -1,5 +1,6 @@
 """The program's side: it is loaded as a script, for calls of one function, or to serve the tests of another process."""
 
+import builtins
 import json
 import operator
 import os
@@ -12,33 +13,31 @@ from megatron_vcppo.rewards.sandbox.inside import plain
 from megatron_vcppo.rewards.sandbox.inside.peer import Peer
 
 _PREAMBLE = """
-import bisect, collections, copy, datetime, decimal, fractions, functools, heapq, io, itertools, json, math, operator
-import os, random, re, statistics, string, sys, time, typing
-from bisect import bisect, bisect_left, bisect_right, insort, insort_left, insort_right
-from collections import ChainMap, Counter, OrderedDict, defaultdict, deque, namedtuple
-from copy import copy, deepcopy
-from datetime import date, datetime, timedelta
+from bisect import *
+from collections import *
+from copy import deepcopy
+from datetime import date, timedelta
 from decimal import Decimal
 from fractions import Fraction
-from functools import cache, cmp_to_key, lru_cache, partial, reduce, wraps
-from heapq import heapify, heappop, heappush, heappushpop, heapreplace, merge, nlargest, nsmallest
+from functools import *
+from heapq import *
 from io import BytesIO, StringIO
 from itertools import *
 from math import *
 from operator import itemgetter, mul, xor
 from random import choice, randint, shuffle
 from typing import *
+import bisect, collections, copy, datetime, decimal, fractions, functools, heapq, io, itertools, json, math, operator
+import os, random, re, statistics, string, sys, time, typing
 """
 """Imports that data sets of such problems take for granted: programs get the names, and may bind them otherwise."""
 
 
 def preamble() -> dict[str, Any]:
-    """The names of the preamble; imported once, before there is a program."""
+    """The names of the preamble, imported once, before there is a program; none hides a built-in (``math.pow``)."""
     names: dict[str, Any] = {}
     exec(_PREAMBLE, names)
-    # The functions of these modules are used by their bare names, the modules by theirs: bisect.bisect still works.
-    del names["__builtins__"]
-    return names
+    return {name: value for name, value in names.items() if not hasattr(builtins, name) and name != "__builtins__"}
 
 
 def load(source: str, module_name: str, names: dict[str, Any], setup: str = "") -> types.ModuleType:
@@ -53,8 +52,10 @@ def load(source: str, module_name: str, names: dict[str, Any], setup: str = "") 
 
 def run_script(source: str, names: dict[str, Any]) -> None:
     """The program reads standard input, prints, and ends as a script does."""
-    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
-    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
+    for name, descriptor, mode in (("stdin", 0, "r"), ("stdout", 1, "w")):
+        stream = open(descriptor, mode, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     sys.argv = ["solution.py"]
     load(source, "__main__", names)
 

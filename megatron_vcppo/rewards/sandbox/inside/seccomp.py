@@ -130,6 +130,6 @@ def _program(pid: int) -> list[bytes]:
         *case("ioctl", *denied_if(1, [_FIOSETOWN, _SIOCSPGRP, _TIOCSTI])),
     ]
     for numbers in DENIED.values():
-        if numbers[column] is not None:
-            lines += [do(_EQUAL, numbers[column], 0, 1), deny]
+        if (number := numbers[column]) is not None:
+            lines += [do(_EQUAL, number, 0, 1), deny]
     return [*lines, allow]
