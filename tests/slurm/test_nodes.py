@@ -66,6 +66,8 @@ def test_the_doctor_finds_a_good_cluster_good(cluster: DevCluster, tmp_path: Pat
     assert examine(config, Programs(), tmp_path), capsys.readouterr().out
     out = capsys.readouterr().out
     assert "ok    GPUs and collectives: gloo over 3 nodes" in out and "FAIL" not in out
+    isolation = next(line for line in out.splitlines() if line.startswith("ok    isolation of programs"))
+    assert sum(isolation.count(f": {name}") for name in ("bubblewrap", "namespaces", "landlock")) == 3
     assert not list(tmp_path.glob(".vcppo_doctor*"))
 
 

@@ -73,6 +73,18 @@ FORGED = {
             __class__ = int
         def f(x): return Yes()
     """,
+    "claims no type and equals everything": """
+        class Yes:
+            def __eq__(self, other): return True
+            def __lt__(self, other): return True
+            def __gt__(self, other): return True
+            def __sub__(self, other): return self if isinstance(other, Yes) else 0
+            def __abs__(self): return 0
+            def __float__(self): return 4.0
+            def __hash__(self): return hash(16)
+            def __contains__(self, other): return True
+        def f(x): return Yes()
+    """,
     "an int that equals everything": """
         class Yes(int):
             def __eq__(self, other): return True

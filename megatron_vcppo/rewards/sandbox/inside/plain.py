@@ -6,7 +6,7 @@ that names its kind: ``{"t": [1, 2]}`` is a tuple. What is neither is refused, o
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -16,7 +16,7 @@ Refer = Callable[[Any], dict[str, Any]]
 Resolve = Callable[[str, Any], Any]
 """The value that such data stands for, given key and content; raises ValueError if there is none."""
 
-_VIEWS: tuple[type, ...] = (range, type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS: tuple[type[Iterable[Any]], ...] = (range, type({}.keys()), type({}.values()), type({}.items()))
 _PLAIN_BITS = 1024  # larger integers are written in hexadecimal, which takes time in proportion to their length
 
 
