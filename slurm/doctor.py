@@ -74,6 +74,10 @@ def checks(config: Config, programs: Programs, folder: Path) -> Iterator[tuple[s
         layout = {"nodes": engine_nodes(config), "cpus_per_task": cluster.cpus_per_node}
         return findings.engines(probe("slurm.engine_probe", str(config_file), **layout))
 
+    def isolation() -> str:
+        argv = in_container(config, (inside(config, programs).python, "-m", "megatron_vcppo.rewards.sandbox.choice"))
+        return "; ".join(sorted(test_job(config, (*step(config, [], 1, 1), *argv)).splitlines()))
+
     yield "Slurm's commands", commands
     yield "Slurm's controller", controller
     yield "partition", partition
@@ -85,6 +89,7 @@ def checks(config: Config, programs: Programs, folder: Path) -> Iterator[tuple[s
         yield "compiler", lambda: findings.compiler(software())
     yield "collective" if not cluster.gpus_per_node else "GPUs and collective", collective
     yield "engine", engines
+    yield "isolation of programs (rewards.code)", isolation
 
 
 def test_job(

@@ -21,7 +21,7 @@ POSITIVE = {
     "verify_timeout_s", "verify_workers", "per_node", "max_num_seqs", "bucket_mib", "kl_horizon",
     "length_adaptive_alpha", "tis_cap", "huber_delta", "value_clip", "clip_low", "clip_high", "kl_target",
     "start_timeout_s", "health_timeout_s", "request_timeout_s", "all_dead_timeout_s", "cpu_cache_gib", "gpu_memory_gib",
-    "memory_per_node_gb", "link_gb_per_s", "turn_timeout_s",
+    "memory_per_node_gb", "link_gb_per_s", "turn_timeout_s", "memory_mib",
 }  # fmt: skip
 """Last parts of keys whose value, where there is one, must be over zero."""
 NOT_NEGATIVE = {

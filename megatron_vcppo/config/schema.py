@@ -9,6 +9,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 from megatron_vcppo.config.cluster import ClusterConfig
+from megatron_vcppo.config.rewards import RewardsConfig
 from megatron_vcppo.config.rl import (
     EvaluateConfig,
     ExportConfig,
@@ -142,6 +143,7 @@ class Config:
     """The chain, in order."""
     sft: SftConfig = field(default_factory=SftConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)

@@ -1,7 +1,7 @@
 """Prompts for rollouts: read once, handed out in a seeded order that a resume continues exactly."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,8 @@ from megatron_vcppo.data.sources import Sample, read_samples
 from megatron_vcppo.data.tokenizer import encode_texts, prompt_text
 from megatron_vcppo.records import Prompt
 
+CheckAnswer = Callable[[str, str], None]
+"""Given task and answer, raises ValueError if a verifier could not judge by that answer."""
 _BATCH = 1024  # prompts that are tokenised in one call
 
 
@@ -36,16 +38,18 @@ def load_prompts(
     keys: PromptKeys = PromptKeys(),
     known_tasks: Collection[str] = (),
     split: str = "train",
+    check_answer: CheckAnswer | None = None,
 ) -> tuple[list[Prompt], DataReport]:
     """All prompts of a source (see ``read_samples``), in its order, with ids ``file:line``.
 
     A prompt is text or chat messages; an answer that is not text becomes its JSON or number.
     max_length: tokens of a prompt; a longer one cannot be cut without losing the question, so policy truncate skips
-    it like policy skip. known_tasks: if given, any other task makes a sample bad.
+    it like policy skip. known_tasks: if given, any other task makes a sample bad; so does an answer that check_answer
+    refuses.
     Raises UserError for bad samples under policy error, and if no prompt is left.
     """
     report = DataReport(source, policy)
-    prompts = list(_read(read_samples(source, split), tokenizer, max_length, keys, known_tasks, report))
+    prompts = list(_read(read_samples(source, split), tokenizer, max_length, keys, known_tasks, report, check_answer))
     report.finish()
     return prompts, report
 
@@ -90,6 +94,7 @@ def _read(
     keys: PromptKeys,
     known_tasks: Collection[str],
     report: DataReport,
+    check_answer: CheckAnswer | None,
 ) -> Iterator[Prompt]:
     name = Path(report.source).stem
     while batch := list(islice(samples, _BATCH)):
@@ -97,7 +102,7 @@ def _read(
         for sample in batch:
             report.num_samples += 1
             try:
-                rows.append((sample.number, *_parts(tokenizer, sample, keys, known_tasks)))
+                rows.append((sample.number, *_parts(tokenizer, sample, keys, known_tasks, check_answer)))
             except BadSample as problem:
                 report.bad(sample.number, problem)
         encoded = {
@@ -114,7 +119,11 @@ def _read(
 
 
 def _parts(
-    tokenizer: PreTrainedTokenizerBase, sample: Sample, keys: PromptKeys, known_tasks: Collection[str]
+    tokenizer: PreTrainedTokenizerBase,
+    sample: Sample,
+    keys: PromptKeys,
+    known_tasks: Collection[str],
+    check_answer: CheckAnswer | None,
 ) -> tuple[str, bool, str, str]:
     """text, whether special tokens are to be added, answer, task"""
     prompt, answer = require(sample, [keys.prompt, keys.answer])
@@ -125,4 +134,10 @@ def _parts(
     text, special = prompt_text(tokenizer, prompt, keys.prompt)
     if not text.strip():
         raise BadSample("empty prompt", f"{keys.prompt!r} is blank")
-    return text, special, answer if isinstance(answer, str) else json.dumps(answer), str(task)
+    answer = answer if isinstance(answer, str) else json.dumps(answer)
+    if check_answer is not None:
+        try:
+            check_answer(str(task), answer)
+        except ValueError as error:
+            raise BadSample("malformed answer", f"{keys.answer!r}: {error}") from None
+    return text, special, answer, str(task)

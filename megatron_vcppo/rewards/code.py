@@ -1,120 +1,114 @@
-"""Programs: run against tests in a process of their own with limits on time, memory, files and processes.
+"""Programs: run in a sandbox against tests, and judged outside of it by what they print or return.
 
-The limits keep accidents (endless loops, memory, fork bombs) from hurting a run; they are no sandbox against malice.
-The answer is JSON: {"inputs": […], "outputs": […]} compares what the program prints for each input; {"asserts": […]}
-runs the statements after the program.
+The program never sees what is expected. Printed text is compared here; results of calls come as plain data and are
+compared here; asserts are executed in a process that the program cannot reach and sees only plain data of.
 """
 
-import contextlib
 import json
-import os
-import re
-import resource
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_vcppo.records import Prompt
 from megatron_vcppo.rewards.base import CORRECT, NO_ANSWER, Verdict, after_thinking, wrong
+from megatron_vcppo.rewards.code_blocks import find_program
+from megatron_vcppo.rewards.code_compare import CHECKERS, Checker, output_limit
+from megatron_vcppo.rewards.code_tests import AssertTests, CallTests, OutputTests, parse_tests
+from megatron_vcppo.rewards.sandbox.choice import AUTO, choose
+from megatron_vcppo.rewards.sandbox.client import Outcome, Sandbox
+from megatron_vcppo.rewards.sandbox.inside import plain
 
-_BLOCK = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
-_FILE_BYTES = 16 << 20
 
-
-@dataclass(frozen=True)
 class CodeVerifier:
-    """Runs the last code block behind the thinking; the first failing test ends it."""
+    """Judges the program of a response; the first failing test ends it. Use it from one thread."""
 
-    time_limit_s: float = 8.0
-    """For all tests together, below the scorer's own limit."""
-    memory_bytes: int = 2 << 30
+    def __init__(
+        self,
+        time_limit_s: float = 8.0,
+        memory_bytes: int = 2 << 30,
+        isolation: str = AUTO,
+        checkers: Mapping[str, Checker] | None = None,
+    ) -> None:
+        """time_limit_s: for all tests of a program together, below the scorer's own limit. checkers: beside those
+        that are built in."""
+        self._isolation, self._time_limit_s, self._memory_bytes = isolation, time_limit_s, memory_bytes
+        self._checkers = {**CHECKERS, **(checkers or {})}
+        self._sandbox: Sandbox | None = None
 
     def __call__(self, prompt: Prompt, response_text: str) -> Verdict:
         """Correct if every test passes. Raises ValueError if the prompt's answer holds no tests."""
-        blocks = _BLOCK.findall(after_thinking(response_text))
-        if not blocks:
+        tests = parse_tests(prompt.answer, self._checkers)
+        program = find_program(after_thinking(response_text))
+        if program is None:
             return NO_ANSWER
-        deadline = time.monotonic() + self.time_limit_s
-        for number, (program, text, expected) in enumerate(_tests(prompt, blocks[-1]), start=1):
+        self._sandbox = self._sandbox or Sandbox(self.choose_isolation(), self._memory_bytes)
+        if isinstance(tests, OutputTests):
+            problem = self._printed(program, tests)
+        elif isinstance(tests, CallTests):
+            problem = self._returned(program, tests)
+        else:
+            problem = self._asserted(program, tests)
+        return wrong(problem) if problem else CORRECT
+
+    def choose_isolation(self) -> str:
+        """What programs are isolated by on this node. Raises UserError if nothing works that may be used."""
+        return choose(self._isolation)
+
+    def check_answer(self, answer: str) -> None:
+        """Raises ValueError if an answer holds no tests, or malformed ones; for when data are read."""
+        parse_tests(answer, self._checkers)
+
+    def close(self) -> None:
+        """End the sandbox; the next program starts another."""
+        if self._sandbox:
+            self._sandbox.close()
+            self._sandbox = None
+
+    def _printed(self, program: str, tests: OutputTests) -> str:
+        assert self._sandbox
+        checker = self._checkers[tests.checker]
+        deadline = time.monotonic() + self._time_limit_s
+        for number, (text, expected) in enumerate(zip(tests.inputs, tests.outputs), start=1):
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                return wrong(f"test {number}: time limit")
-            problem = self._run(program, text, expected, remaining)
-            if problem:
-                return wrong(f"test {number}: {problem}")
-        return CORRECT
+                return f"test {number}: time limit"
+            outcome = self._sandbox.script(program, text, remaining, output_limit(expected))
+            if problem := _process_problem(outcome):
+                return f"test {number}: {problem}"
+            if not checker(text, expected, outcome.result.decode(errors="replace")):
+                return f"test {number}: wrong output"
+        return ""
 
-    def _run(self, program: str, text: str, expected: str | None, time_limit_s: float) -> str:
-        """Run once; "" if it exits with 0 and prints what is expected (None: anything), else what went wrong."""
-        # Input and output are files: the limit on file size then bounds what a program can print.
-        with (
-            tempfile.TemporaryDirectory(prefix="vcppo_code_") as folder,
-            tempfile.TemporaryFile() as given,
-            tempfile.TemporaryFile() as printed,
-        ):
-            given.write(text.encode())
-            given.seek(0)
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", program],
-                stdin=given,
-                stdout=printed,
-                stderr=subprocess.DEVNULL,
-                cwd=folder,
-                env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"},
-                preexec_fn=lambda: _limit(time_limit_s, self.memory_bytes),
-                process_group=0,
-            )
-            try:
-                process.wait(time_limit_s)
-            except subprocess.TimeoutExpired:
-                return "time limit"
-            finally:
-                _kill_group(process)
-            printed.seek(0)
-            output = printed.read().decode(errors="replace")
-        if process.returncode:
-            return f"exit code {process.returncode}"
-        return "" if expected is None or _same_output(output, expected) else "wrong output"
+    def _returned(self, program: str, tests: CallTests) -> str:
+        assert self._sandbox
+        outcome = self._sandbox.calls(program, tests.fn_name, tests.inputs, self._time_limit_s)
+        lines = outcome.result.split(b"\n")[:-1]
+        for number, expected in enumerate(tests.outputs, start=1):
+            if number > len(lines):
+                return f"test {number}: {_process_problem(outcome) or 'no result'}"
+            if not plain.same(_value(lines[number - 1]), expected):
+                return f"test {number}: wrong result"
+        return ""
+
+    def _asserted(self, program: str, tests: AssertTests) -> str:
+        assert self._sandbox
+        return self._sandbox.tests(program, tests.statements, tests.setup, self._time_limit_s) or ""
 
 
-def _tests(prompt: Prompt, code: str) -> list[tuple[str, str, str | None]]:
-    """(program, standard input, expected output or None) for each test."""
-    answer: Any = json.loads(prompt.answer)
-    if isinstance(answer, dict) and answer.get("asserts"):
-        asserts = answer["asserts"] if isinstance(answer["asserts"], list) else [answer["asserts"]]
-        return [("\n".join([code, *asserts]), "", None)]
-    if isinstance(answer, dict) and answer.get("inputs") and len(answer["inputs"]) == len(answer.get("outputs", [])):
-        return [(code, text, expected) for text, expected in zip(answer["inputs"], answer["outputs"], strict=True)]
-    raise ValueError(f"{prompt.prompt_id}: a code answer must be JSON with asserts, or with inputs and outputs")
+_NO_VALUE = object()
 
 
-def _limit(time_limit_s: float, memory_bytes: int) -> None:
-    """In the child, before the program: what it may use. The alarm outlives exec and ends it if its parent dies."""
-    seconds = int(time_limit_s) + 1
-    for kind, limit in (
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_FSIZE, _FILE_BYTES),
-        (resource.RLIMIT_NOFILE, 64),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(kind, (limit, limit))
-    signal.alarm(seconds + 1)
+def _value(line: bytes) -> Any:
+    """What a program returned; an object that equals nothing if it is no plain data."""
+    try:
+        return plain.decode(json.loads(line), _no_reference)
+    except (ValueError, RecursionError):
+        return _NO_VALUE
 
 
-def _kill_group(process: "subprocess.Popen[bytes]") -> None:
-    """End the program and whatever it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def _no_reference(kind: str, content: Any) -> Any:
+    raise ValueError(f"a value of the unknown kind {kind!r}")
 
 
-def _same_output(output: str, expected: str) -> bool:
-    """Equal line by line, but for blanks at line ends and blank lines at the end."""
-    return [line.rstrip() for line in output.rstrip().split("\n")] == [
-        line.rstrip() for line in expected.rstrip().split("\n")
-    ]
+def _process_problem(outcome: Outcome) -> str:
+    return outcome.limit or (f"exit code {outcome.exit_code}" if outcome.exit_code else "")

@@ -1,8 +1,10 @@
 """Which verifier judges which task."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
+from megatron_vcppo.config.rewards import CodeRewardConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.rewards.base import Verifier
 from megatron_vcppo.rewards.choice import verify_choice
@@ -19,25 +21,57 @@ VERIFIERS: dict[str, Verifier] = {
     "code": CodeVerifier(),
 }
 """Verifier by name; a prompt whose task has one of these names is judged by it."""
+_CODE_SHARE = 0.8  # of the time for an answer: the verifier reports a slow program before it is itself too slow
 
 
-def resolve_verifiers(extra: Mapping[str, str]) -> dict[str, Verifier]:
+def resolve_verifiers(
+    extra: Mapping[str, str], code: CodeRewardConfig | None = None, timeout_s: float = 10.0
+) -> dict[str, Verifier]:
     """All verifiers by task: the built-in ones and the user's.
 
     extra: task → name of a built-in verifier ("gpqa": "multiple_choice") or ``module:function`` of one's own.
-    Raises UserError if one cannot be found.
+    timeout_s: for one answer. Raises UserError if one cannot be found.
     """
-    verifiers = dict(VERIFIERS)
+    code = code or CodeRewardConfig()
+    checkers = {name: _imported(f"rewards.code.checkers.{name}", where) for name, where in code.checkers.items()}
+    built_in = VERIFIERS | {
+        "code": CodeVerifier(_CODE_SHARE * timeout_s, code.memory_mib << 20, code.isolation, checkers)
+    }
+    verifiers = dict(built_in)
     for task, name in extra.items():
-        if name in VERIFIERS:
-            verifiers[task] = VERIFIERS[name]
-            continue
-        module, colon, attribute = name.partition(":")
-        if not colon:
-            known = ", ".join(sorted(VERIFIERS))
+        if name in built_in:
+            verifiers[task] = built_in[name]
+        elif ":" in name:
+            verifiers[task] = _imported(f"prompts.verifiers.{task}", name)
+        else:
+            known = ", ".join(sorted(built_in))
             raise UserError(f"prompts.verifiers.{task}: no verifier {name!r}; use one of {known}, or module:function")
-        try:
-            verifiers[task] = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"prompts.verifiers.{task}: cannot import {name}: {error}") from error
     return verifiers
+
+
+def check_answer(verifiers: Mapping[str, Verifier], task: str, answer: str) -> None:
+    """Raises ValueError if the task's verifier cannot judge by this answer; for when data are read."""
+    verifier = verifiers.get(task)
+    if isinstance(verifier, CodeVerifier):
+        verifier.check_answer(answer)
+
+
+def isolation_of_code(verifiers: Mapping[str, Verifier], tasks: Collection[str]) -> str:
+    """The isolation under which programs are run on this node; "" if none of the tasks has programs.
+
+    Raises UserError if there is none that works and the configuration does not allow to do without.
+    """
+    for task in tasks:
+        if isinstance(verifier := verifiers[task], CodeVerifier):
+            return verifier.choose_isolation()
+    return ""
+
+
+def _imported(key: str, name: str) -> Callable[..., Any]:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise UserError(f"{key}: {name!r} must be module:function")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{key}: cannot import {name}: {error}") from error

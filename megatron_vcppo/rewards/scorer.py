@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import math
 import os
 import queue
+import secrets
 import signal
 import socket
 import subprocess
@@ -13,15 +15,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from megatron_vcppo.config.rewards import CodeRewardConfig
 from megatron_vcppo.records import Rollout
 from megatron_vcppo.rewards.base import Verdict
+from megatron_vcppo.rewards.messages import BrokenMessage, receive, send
 from megatron_vcppo.rewards.registry import resolve_verifiers
 
+_DYING_S = 5.0
 _START_S = 60.0  # a worker imports verifiers; a user's own may import a lot
+_MAX_REPLY = 1 << 20
+_LONGEST_VERDICT = 500
 _SHOWN = 20
 _TRUNCATED = Verdict(-1.0, "truncated")
 
@@ -35,13 +41,18 @@ class Scorer:
     """
 
     def __init__(
-        self, num_workers: int = 2, timeout_s: float = 10.0, verifiers: Mapping[str, str] | None = None
+        self,
+        num_workers: int = 2,
+        timeout_s: float = 10.0,
+        verifiers: Mapping[str, str] | None = None,
+        code: CodeRewardConfig | None = None,
     ) -> None:
         """timeout_s: for one answer. verifiers: as in ``resolve_verifiers``, whose UserError it raises at once."""
-        self.tasks = frozenset(resolve_verifiers(verifiers or {}))
+        code = code or CodeRewardConfig()
+        self.tasks = frozenset(resolve_verifiers(verifiers or {}, code))
         """Tasks that can be judged."""
         self._timeout_s = timeout_s
-        self._extra = dict(verifiers or {})
+        self._settings = {"timeout_s": timeout_s, "verifiers": dict(verifiers or {}), "code": asdict(code)}
         self._queue: queue.SimpleQueue[tuple[Rollout, Future[Rollout]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
@@ -100,7 +111,7 @@ class Scorer:
         while (item := self._queue.get()) is not None:
             rollout, future = item
             try:
-                worker = worker or _Worker(self._timeout_s, self._extra)
+                worker = worker or _Worker(self._settings)
                 verdict = worker.judge(rollout, self._timeout_s)
             except BaseException as error:
                 if worker:
@@ -129,11 +140,11 @@ class _WorkerLost(Exception):
 class _Worker:
     """One verifier process. It gets no secret: its environment is made anew, and it leads its own process group."""
 
-    def __init__(self, timeout_s: float, extra: Mapping[str, str]) -> None:
+    def __init__(self, settings: Mapping[str, Any]) -> None:
         ours, theirs = socket.socketpair()
         # Verifiers of the user's own are imported from where this process would import them.
         path = os.pathsep.join([str(Path(__file__).parents[2]), *(entry or os.getcwd() for entry in sys.path)])
-        arguments = [str(theirs.fileno()), str(timeout_s), json.dumps(dict(extra))]
+        arguments = [str(theirs.fileno()), json.dumps(settings)]
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_vcppo.rewards.worker", *arguments],
@@ -142,7 +153,7 @@ class _Worker:
                 env={"PATH": os.environ.get("PATH", os.defpath), "PYTHONPATH": path, "LANG": "C.UTF-8"},
                 start_new_session=True,
             )
-        self._connection: Connection = Connection(ours.detach())
+        self._connection = ours
         try:
             self._receive(_START_S, "error: the verifier process did not start")
         except _WorkerLost:
@@ -150,14 +161,16 @@ class _Worker:
             raise
 
     def judge(self, rollout: Rollout, timeout_s: float) -> Verdict:
-        """Raises _WorkerLost if the answer does not come in time, or the process dies."""
-        request = {"prompt": {**asdict(rollout.prompt), "token_ids": []}, "response_text": rollout.response_text}
+        """Raises _WorkerLost if the answer does not come in time, is not one to this request, or the process dies."""
+        prompt = {**asdict(rollout.prompt), "token_ids": []}
+        # Without it one message too many would shift every later verdict by one answer.
+        request_id = secrets.token_hex(8)
+        request = {"id": request_id, "prompt": prompt, "response_text": rollout.response_text}
         try:
-            self._connection.send_bytes(json.dumps(request).encode())
+            send(self._connection, request, timeout_s)
         except OSError as error:
             raise _WorkerLost(f"error: the verifier process is gone ({error})") from error
-        reply = self._receive(timeout_s, f"timeout: {timeout_s:g} s")
-        return Verdict(reply["reward"], reply["verdict"])
+        return _checked(self._receive(timeout_s, f"timeout: {timeout_s:g} s"), request_id)
 
     def kill(self) -> None:
         """End the process and what it started."""
@@ -166,11 +179,25 @@ class _Worker:
         self._process.wait()
         self._connection.close()
 
-    def _receive(self, timeout_s: float, on_timeout: str) -> dict[str, Any]:
+    def _receive(self, timeout_s: float, on_timeout: str) -> Any:
         try:
-            if not self._connection.poll(timeout_s):
-                raise _WorkerLost(on_timeout)
-            return json.loads(self._connection.recv_bytes())
+            return receive(self._connection, timeout_s, _MAX_REPLY)
+        except TimeoutError as error:
+            raise _WorkerLost(on_timeout) from error
+        except BrokenMessage as error:
+            raise _WorkerLost(f"error: the verifier process sent {error}") from error
         except (EOFError, OSError) as error:
-            code = self._process.wait(_START_S)
-            raise _WorkerLost(f"error: the verifier process died (exit code {code})") from error
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_DYING_S)
+            raise _WorkerLost(f"error: the verifier process died (exit code {self._process.poll()})") from error
+
+
+def _checked(reply: Any, request_id: str) -> Verdict:
+    """A reply as a verdict. Raises _WorkerLost if it is none, or not to this request."""
+    reward, verdict = (reply.get("reward"), reply.get("verdict")) if isinstance(reply, dict) else (None, None)
+    if not isinstance(reward, float) or not math.isfinite(reward) or not isinstance(verdict, str):
+        raise _WorkerLost("error: the verifier process sent a reply that is no verdict")
+    if reply.get("id") != request_id:
+        raise _WorkerLost("error: the verifier process sent a reply to another request")
+    # A verdict may quote what a program wrote; it is shown in terminals and reports.
+    return Verdict(reward, "".join(c if c.isprintable() else "\ufffd" for c in verdict[:_LONGEST_VERDICT]))

@@ -6,21 +6,24 @@ A process of its own, because a verifier may hang, leak, or die, and is then kil
 import json
 import math
 import signal
+import socket
 import sys
-from multiprocessing.connection import Connection
+from typing import Any
 
+from megatron_vcppo.config.rewards import CodeRewardConfig
 from megatron_vcppo.records import Prompt
+from megatron_vcppo.rewards.messages import receive, send
 from megatron_vcppo.rewards.registry import resolve_verifiers
 
 
-def main(descriptor: int, timeout_s: float, extra: dict[str, str]) -> None:
-    """Serve until the other side closes the socket."""
-    connection: Connection = Connection(descriptor)
-    verifiers = resolve_verifiers(extra)
-    connection.send_bytes(b"{}")  # ready: imports do not count against the first answer's time
+def main(descriptor: int, settings: dict[str, Any]) -> None:
+    """Serve until the other side closes the socket. settings: ``timeout_s``, ``verifiers``, ``code``."""
+    connection, timeout_s = socket.socket(fileno=descriptor), settings["timeout_s"]
+    verifiers = resolve_verifiers(settings["verifiers"], CodeRewardConfig(**settings["code"]), timeout_s)
+    send(connection, "ready")  # imports do not count against the first answer's time
     while True:
         try:
-            request = json.loads(connection.recv_bytes())
+            request = receive(connection)
         except EOFError:
             return
         # If the scorer is no longer there to kill a verifier that hangs, the alarm does.
@@ -32,10 +35,10 @@ def main(descriptor: int, timeout_s: float, extra: dict[str, str]) -> None:
                 raise ValueError(f"the verifier gave the reward {verdict.reward}")
             reply = {"reward": float(verdict.reward), "verdict": verdict.verdict}
         except Exception as error:  # a verifier's bug must cost one answer, not the run; the scorer counts and shows it
-            reply = {"reward": -1.0, "verdict": f"error: {type(error).__name__}: {error}"[:500]}
+            reply = {"reward": -1.0, "verdict": f"error: {type(error).__name__}: {error}"}
         signal.alarm(0)
-        connection.send_bytes(json.dumps(reply).encode())
+        send(connection, {"id": request["id"], **reply})
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]), json.loads(sys.argv[3]))
+    main(int(sys.argv[1]), json.loads(sys.argv[2]))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.records import Prompt, Rollout
-from megatron_vcppo.rewards.registry import resolve_verifiers
+from megatron_vcppo.rewards.registry import check_answer, isolation_of_code, resolve_verifiers
 from megatron_vcppo.rewards.scorer import Scorer
 from megatron_vcppo.rollout.client import RequestId, RolloutClient
 from megatron_vcppo.rollout.store import drop_partial, read_partial, read_rollouts, write_partial, write_rollouts
@@ -90,11 +91,11 @@ class Generation(AbstractContextManager["Generation"]):
         self.is_leader = world.tp_rank == world.pp_rank == world.cp_rank == 0
         self.scorer: Scorer | None = None
         self.client: RolloutClient | None = None
-        self.tasks = frozenset(resolve_verifiers(config.prompts.verifiers))
-        """Tasks that can be judged; every rank knows them, because all must read the same prompts."""
+        self.verifiers = resolve_verifiers(config.prompts.verifiers, config.rewards.code)
+        """By the task that can be judged; every rank knows them, because all must read the same prompts."""
         if self.is_leader:
             keys = config.prompts
-            self.scorer = Scorer(keys.verify_workers, keys.verify_timeout_s, keys.verifiers)
+            self.scorer = Scorer(keys.verify_workers, keys.verify_timeout_s, keys.verifiers, config.rewards.code)
             self.client = RolloutClient(
                 rendezvous,
                 config.rollout,
@@ -280,10 +281,14 @@ class Generation(AbstractContextManager["Generation"]):
             self.config.model.max_length - 1,
             keys.bad_samples,
             PromptKeys(keys.prompt_key, keys.answer_key, keys.task_key, keys.task or ""),
-            known_tasks=self.tasks,
+            known_tasks=self.verifiers,
+            check_answer=partial(check_answer, self.verifiers),
         )
+        isolation = isolation_of_code(self.verifiers, {prompt.task for prompt in prompts})
         if self.world.is_main:
             print(report, flush=True)
+            if isolation:
+                print(f"programs of the model are run under isolation: {isolation}", flush=True)
         self._prompts[source] = prompts
         return prompts
 

@@ -71,6 +71,8 @@ def test_the_doctor_finds_a_good_cluster_good(cluster: DevCluster, tmp_path: Pat
         and "ok    engine: one of a tiny model answers" in out
         and "FAIL" not in out
     )
+    isolation = next(line for line in out.splitlines() if line.startswith("ok    isolation of programs"))
+    assert sum(isolation.count(f": {name}") for name in ("bubblewrap", "namespaces", "landlock")) == 3
     assert not list(tmp_path.glob(".vcppo_doctor*"))
 
 

@@ -147,10 +147,7 @@ def test_fp8_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdicts(training.run_fp8("cuda", "full")) == ["ok", "ok", "FAIL", "ok", "FAIL"]
 
 
-def test_fp8_needs_the_key_the_layers_and_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert training.no_fp8("cuda") != ""
-    keys = [type("Field", (), {"name": "fp8"})]
-    monkeypatch.setattr(training, "fields", lambda config: keys)
+def test_fp8_needs_the_layers_and_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Transformer Engine" in training.no_fp8("cpu")
     monkeypatch.setattr(training, "te_installed", lambda target: True)
     for capability, found in (((8, 0), "compute capability 8.0 has no FP8"), ((9, 0), "")):

@@ -33,6 +33,41 @@ def raises(prompt, response):
 def dies(prompt, response):
     os._exit(7)
 
+def write(data):
+    # What code that has got hold of the worker's socket could send.
+    for number in range(3, 30):
+        try:
+            if os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
+                os.write(number, data)
+        except OSError:
+            pass
+    return CORRECT
+
+def frame(text):
+    return len(text).to_bytes(4, "big") + text.encode()
+
+def forges(prompt, response):
+    return write(frame('{"id": "0", "reward": 1000000.0, "verdict": "correct"}'))
+
+def forges_nan(prompt, response):
+    return write(frame('{"id": "0", "reward": NaN, "verdict": "correct"}'))
+
+def forges_nonsense(prompt, response):
+    return write(frame("{"))
+
+def forges_kind(prompt, response):
+    return write(frame("[" * 100000))
+
+def forges_length(prompt, response):
+    return write((2**31).to_bytes(4, "big"))
+
+def forges_half(prompt, response):
+    write(b"\\0\\0\\0\\x05[")
+    time.sleep(3600)
+
+def shows(prompt, response):
+    return Verdict(1.0, "wrong: \\x1b[2J" + "x" * 1000)
+
 def nonsense(prompt, response):
     return Verdict(float("nan"), "nan")
 
@@ -40,7 +75,15 @@ def chatters(prompt, response):
     print("noise on standard output")
     return Verdict(0.25, os.environ.get("WANDB_API_KEY", "no key"))
 """
-NAMES = ("hangs", "spins", "raises", "dies", "nonsense", "chatters")
+NAMES = ("hangs", "spins", "raises", "dies", "nonsense", "chatters", "shows")
+FORGERIES = {
+    "forges": "error: the verifier process sent a reply to another request",
+    "forges_nan": "error: the verifier process sent a reply that is no verdict",
+    "forges_nonsense": "error: the verifier process sent no JSON: JSONDecodeError",
+    "forges_kind": "error: the verifier process sent no JSON: RecursionError",
+    "forges_length": "error: the verifier process sent a message of 2147483648 bytes; the most is 1048576",
+    "forges_half": "timeout: 2 s",
+}
 
 
 @pytest.fixture
@@ -48,7 +91,7 @@ def own_verifiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     (tmp_path / "own_verifiers.py").write_text(VERIFIERS)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("WANDB_API_KEY", "secret")
-    return {name: f"own_verifiers:{name}" for name in NAMES}
+    return {name: f"own_verifiers:{name}" for name in (*NAMES, *FORGERIES)}
 
 
 def rollout(task: str, response: str, answer: str = "7", finish_reason: str = "stop") -> Rollout:
@@ -95,6 +138,29 @@ def test_bad_verifiers_cost_their_answer_only(own_verifiers: dict[str, str], tmp
         counts = scorer.take_counts()
         assert (counts["timeout"], counts["error"], counts["correct"]) == (4, 6, 2)
     assert not alive(int((tmp_path / "own_verifiers.py.pid").read_text()))
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_forged_message_costs_its_worker_and_its_answer(own_verifiers: dict[str, str], name: str) -> None:
+    """Without ids, every later verdict of that worker would be the one of the answer before."""
+    with Scorer(num_workers=1, timeout_s=2.0, verifiers=own_verifiers) as scorer:
+        answers = [(name, "x"), ("math", r"\boxed{7}"), ("math", r"\boxed{8}"), ("math", r"\boxed{7}"), ("shows", "x")]
+        scored = scorer.score(rollout(*answer) for answer in answers)
+    assert [s.verdict for s in scored[:4]] == [FORGERIES[name], "correct", "wrong: 8", "correct"]
+    assert [s.reward for s in scored[:4]] == [-1.0, 1.0, -1.0, 1.0]
+    assert scored[4].verdict == "wrong: \ufffd[2J" + "x" * 489, "no control characters, no endless text"
+
+
+def test_programs_are_judged_in_workers(own_verifiers: dict[str, str]) -> None:
+    """A worker keeps its sandbox from answer to answer, and takes it along when it is killed."""
+    answer = '{"inputs": ["1 2"], "outputs": ["3"]}'
+    right, endless = "```python\nprint(3)\n```", "```python\nwhile True: pass\n```"
+    with Scorer(num_workers=1, timeout_s=5.0, verifiers=own_verifiers) as scorer:
+        texts = [right, endless, right, "```python\nprint(4)\n```"]
+        scored = scorer.score([rollout("code", text, answer) for text in texts] + [rollout("dies", "x")])
+        again = scorer.score([rollout("code", right, answer)])
+    verdicts = ["correct", "wrong: test 1: time limit", "correct", "wrong: test 1: wrong output"]
+    assert [s.verdict for s in scored[:4]] == verdicts and again[0].verdict == "correct"
 
 
 def test_unknown_verifiers_are_refused_at_once() -> None:
