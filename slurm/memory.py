@@ -103,17 +103,31 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
     return {name: num_bytes / GIB for name, num_bytes in sizes.items()}
 
 
-def check_generation_memory(config: Config, stage: str, parts: dict[str, float], gpu_gib: float) -> None:
-    """UserError if engines on the trainer's GPUs do not fit next to what the trainer keeps there while they generate.
+def check_generation_memory(
+    arch: Architecture, config: Config, stage: str, parts: dict[str, float], gpu_gib: float
+) -> None:
+    """UserError if engines on the trainer's GPUs do not fit next to what the trainer keeps there in their turn.
 
-    Gradients and optimizer state are in host memory by then, and activations are gone.
+    Gradients and optimizer state are in host memory by then, and activations are gone. With
+    weight_sync.offload_weights the trainer's weights stay until the push is over, next to those of the engines, and
+    leave before these take their cache.
     """
-    share, kept = config.rollout.engine.gpu_memory_utilization, parts["weights"] + parts["overhead"]
+    engine, weights, overhead = config.rollout.engine, parts["weights"], parts["overhead"]
+    offloads = config.weight_sync.offload_weights
+    kept = overhead if offloads else weights + overhead
+    share = engine.gpu_memory_utilization
     if share * gpu_gib + kept > gpu_gib:
+        advice = "raise parallel.tp or parallel.pp" + ("" if offloads else ", or set weight_sync.offload_weights")
         raise UserError(
             f"{stage}: engines take {share:g} × {gpu_gib:g} = {share * gpu_gib:.1f} GiB of a GPU and the trainer keeps "
-            f"{kept:.1f} (weights {parts['weights']:.1f}, overhead {parts['overhead']:.1f}), there are {gpu_gib:g}: "
-            f"lower rollout.engine.gpu_memory_utilization to {max(0.0, 1 - kept / gpu_gib):.2f}, or raise "
+            f"{kept:.1f} (weights {kept - overhead:.1f}, overhead {overhead:.1f}), there are {gpu_gib:g}: "
+            f"lower rollout.engine.gpu_memory_utilization to {max(0.0, 1 - kept / gpu_gib):.2f}, or {advice}"
+        )
+    received = arch.parameter_count() * WEIGHT_BYTES[engine.dtype or config.model.dtype] / engine.tp / GIB
+    if received + weights + overhead > gpu_gib:
+        raise UserError(
+            f"{stage}: during a push a GPU holds the engine's weights ({received:.1f} GiB) and the trainer's "
+            f"({weights:.1f}) with {overhead:.1f} of overhead, there are {gpu_gib:g}: raise rollout.engine.tp, "
             "parallel.tp or parallel.pp"
         )
 
@@ -128,7 +142,7 @@ def check_memory(arch: Architecture, config: Config, stages: list[str]) -> dict[
         if limit is None:
             continue
         if stage in ENGINE_STAGES and engine_placement(config) == "trainer_gpus":
-            check_generation_memory(config, stage, parts, limit)
+            check_generation_memory(arch, config, stage, parts, limit)
             limit -= ASLEEP_GIB
         if needs[stage] > limit:
             listed = ", ".join(f"{name} {size:.1f}" for name, size in parts.items())

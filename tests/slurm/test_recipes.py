@@ -49,6 +49,16 @@ def test_every_recipe_fits_every_example(size: str, profile: str, tmp_path: Path
     assert "--gpus-per-node=8" in script and "module load" not in script
 
 
+def test_offloaded_weights_leave_engines_more_memory(tmp_path: Path, capsys) -> None:
+    large = "rollout.engine.gpu_memory_utilization=0.9"
+    assert dry_run(tmp_path, "7b", "example-one-node", large) == 2
+    assert "or set weight_sync.offload_weights" in capsys.readouterr().err
+    assert dry_run(tmp_path, "7b", "example-one-node", large, "weight_sync.offload_weights=true") == 0
+
+
+FOUR_NODES = ["cluster.trainer_nodes=4", "weight_sync.offload_weights=true"]
+
+
 @pytest.mark.parametrize(
     ("size", "profile", "overrides", "message"),
     [
@@ -66,6 +76,11 @@ def test_every_recipe_fits_every_example(size: str, profile: str, tmp_path: Path
         ("7b", "example-h100", ["cluster.engines_on=trainer_gpus"], r"leaves the 4 nodes of cluster.rollout_nodes"),
         ("7b", "example-h100", ["rollout.engine.tp=4"], r"4 engines × tp 4 × dp 1 take 16 GPUs of a node; .* is 8"),
         ("7b", "example-one-node", ["ppo.staleness=1"], r"trainer_gpus does not go with ppo.staleness 1"),
+        (
+            *("32b", "example-one-node"),
+            [*FOUR_NODES, "rollout.engine={tp: 1, per_node: 8}", "cluster.gpu_memory_gib=70"],
+            r"during a push a GPU holds the engine's weights \(61.* there are 70: raise rollout.engine.tp",
+        ),
         (
             *("7b", "example-one-node", ["rollout.engine.gpu_memory_utilization=0.95"]),
             r"engines take 0.95 × 80 = 76.0 GiB of a GPU and the trainer keeps \d+\.\d \(.*_utilization to 0\.\d\d",
