@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from megatron_vcppo.mcore.convert.exporter import export_hf
 from megatron_vcppo.mcore.hf_load import load_hf
 from megatron_vcppo.mcore.learner import Actor, Critic
 from megatron_vcppo.mcore.manifest import verify_manifest
-from megatron_vcppo.mcore.model import build_actor, build_critic
+from megatron_vcppo.mcore.model import CriticModel, build_actor, build_critic
 from tests.distributed.test_actor import make_sequences
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import RanksFailed, run_distributed_test
@@ -39,13 +40,19 @@ SCHEDULE = ScheduleConfig(kind="cosine", warmup_steps=2)
 
 
 def start(
-    hf: Path, parallel: ParallelConfig, dtype: Dtype = "float32", timeout_s: float = 60.0
+    hf: Path,
+    parallel: ParallelConfig,
+    dtype: Dtype = "float32",
+    timeout_s: float = 60.0,
+    prepare: Callable[[CriticModel], None] = lambda critic: None,
 ) -> tuple[Actor, Critic]:
+    """prepare: changes the critic before it gets its optimizer."""
     runtime.start(parallel, seed=3, timeout_s=timeout_s)
     arch, config = Architecture.from_hf(hf), ModelConfig(hf=str(hf), dtype=dtype)
     actor, critic = build_actor(arch, config, parallel), build_critic(arch, config, parallel)
     load_hf(actor, hf)
     load_hf(critic, hf)
+    prepare(critic)
     optimizer = OptimizerConfig(lr=1e-3, weight_decay=0.1)
     return (
         Actor(actor, parallel, optimizer, SCHEDULE, total_steps=6),

@@ -1,7 +1,7 @@
 """What a checkpoint holds does not depend on the layout, the optimizer or the version of the format that wrote it."""
 
 import queue
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,14 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
+from torch.nn import functional
 
 from megatron_vcppo.config.schema import Dtype, ParallelConfig
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_learner
 from megatron_vcppo.mcore.checkpoint_state import adam_steps, owned_ranges, tensors_to_save
 from megatron_vcppo.mcore.learner import Learner
+from megatron_vcppo.mcore.model import CriticModel
 from tests.distributed.test_checkpoint import start, step
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test
@@ -29,8 +31,10 @@ def distributed(**sizes: Any) -> ParallelConfig:
     return ParallelConfig(distributed_optimizer=True, **sizes)
 
 
-def trained(hf: Path, parallel: ParallelConfig, dtype: Dtype) -> dict[str, Learner]:
-    actor, critic = start(hf, parallel, dtype)
+def trained(
+    hf: Path, parallel: ParallelConfig, dtype: Dtype, prepare: Callable[[CriticModel], None] = lambda critic: None
+) -> dict[str, Learner]:
+    actor, critic = start(hf, parallel, dtype, prepare=prepare)
     for i in range(STEPS):
         step(actor, parallel, i)
         step(critic, parallel, i)
@@ -42,9 +46,15 @@ def save_trained(hf: Path, folder: Path, parallel: ParallelConfig, dtype: Dtype 
     checkpoint_folder(folder, hf).save(1, learners, {})
 
 
+def head_in_the_models_type(critic: CriticModel) -> None:
+    """The value head as it was in checkpoints of Megatron's own format."""
+    head = critic.value_head.to(critic.config.params_dtype)
+    head.forward = lambda hidden: functional.linear(hidden, head.weight, head.bias).squeeze(-1)
+
+
 def save_trained_by_megatron(hf: Path, folder: Path, parallel: ParallelConfig, dtype: Dtype) -> None:
     """In the format of before: Megatron's own state of the optimizer, gathered on every data-parallel rank."""
-    for name, learner in trained(hf, parallel, dtype).items():
+    for name, learner in trained(hf, parallel, dtype, head_in_the_models_type).items():
         model = learner.model.sharded_state_dict()
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
         state = learner.optimizer.sharded_state_dict(model, metadata=metadata)
@@ -117,8 +127,12 @@ def test_checkpoints_of_megatrons_own_format_load(tmp_path: Path, parallel: Para
     run_distributed_test(load_and_save, 2, hf, tmp_path / "old", tmp_path / "new", distributed(tp=2), dtype)
     ours = content(tmp_path / "new" / "iter_0000001")
     old = {key.replace(".fp32_param.", ".param."): tensor for key, tensor in content(tmp_path / "old").items()}
-    assert_equal(ours, {key: old[key] for key in ours})
-    assert old.keys() - ours.keys() == {key for key in old if ".param." in key and dtype == "float32"}
+    # A float32 weight is its main parameter.
+    mains = {key for key in old if ".param." in key and (dtype == "float32" or "value_head" in key)}
+    assert_equal(
+        ours, {key: old[key] for key in ours} | {key.replace(f"{STATE}.param.", ""): old[key] for key in mains}
+    )
+    assert old.keys() - ours.keys() == mains
 
 
 def test_another_dtype_takes_the_main_parameters_or_becomes_them(tmp_path: Path) -> None:
@@ -132,8 +146,9 @@ def test_another_dtype_takes_the_main_parameters_or_becomes_them(tmp_path: Path)
     for key, weight in single.items():
         if STATE not in key:
             component, name = key.split(" ")
-            assert torch.equal(weight, half[f"{component} {STATE}.param.{name}"])
-            assert not torch.equal(weight, half[key].float())
+            main = half.get(f"{component} {STATE}.param.{name}", half[key])  # the value head is float32 itself
+            assert torch.equal(weight, main)
+            assert "value_head" in key or not torch.equal(weight, half[key].float())
     run_distributed_test(
         load_and_save, 2, hf, tmp_path / "1" / "iter_0000001", tmp_path / "2", distributed(), "bfloat16"
     )
