@@ -87,7 +87,8 @@ def test_training_continues_bit_by_bit(layout: str, dtype: Dtype, tmp_path: Path
         assert one["history"] == other["history"], f"rank {rank}"
         assert one["files"] == other["files"] and one["files"]
         for freed, counted in one["sizes"]:
-            assert freed == counted > 100_000, "what was counted as moved is not what the device lost"
+            # Some scalars may come and go meanwhile.
+            assert counted > 100_000 and abs(freed - counted) < 1000, "what was moved is not what the device lost"
 
 
 def rss_of_a_move(hf: Path) -> tuple[int, int, int]:

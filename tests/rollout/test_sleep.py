@@ -111,7 +111,8 @@ def test_sleep_ends_what_runs(node, models, sync) -> None:
     client = node.client(max_tokens=200, all_dead_timeout_s=1.0)
 
     async def abandoned() -> None:
-        task = asyncio.create_task(client.generate_async(make_prompts(16), 0, 3, greedy(), 1, lambda _: None))
+        wanted = client.plan(make_prompts(16), 0, 1)
+        task = asyncio.create_task(client.generate_async(wanted, 3, greedy(), lambda _: None, lambda: False))
         await asyncio.sleep(1.0)
         await asyncio.to_thread(sync.put_to_sleep, 2)
         with pytest.raises(RolloutError):

@@ -19,14 +19,17 @@ from megatron_vcppo.config.rollout import WeightSyncConfig
 from megatron_vcppo.report.metrics import read_metrics
 from megatron_vcppo.rollout.node_folder import TRAINER, NodeFolder, weights_path
 from megatron_vcppo.rollout.rendezvous import engines
+from megatron_vcppo.rollout.store import partial_iterations
 from megatron_vcppo.rollout.wire import CACHE, WEIGHTS
 from megatron_vcppo.stages import generation as generation_module
 from megatron_vcppo.stages import ppo as ppo_module
+from megatron_vcppo.stages.stopping import SAVED
 from megatron_vcppo.weight_sync.plan import SINGLE
 from megatron_vcppo.weight_sync.transport import HostTransport
 from megatron_vcppo.weight_sync.turns import SleepingSync
 from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import Stage, make_config, make_task
+from tests.stages.test_stops import ask_to_stop, hold_responses
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -138,6 +141,18 @@ def test_a_killed_trainer_leaves_engines_that_the_next_attempt_uses(
     stage.assert_every_prompt_once(8, 4, stage.config.run.seed)
     assert [engine.pid for engine in node.engines()] == pids
     assert not weights_path(node.rendezvous, 0).exists()
+    assert replay_elsewhere(stage, node, tmp_path / "again").checkpoint() == stage.checkpoint()
+
+
+def test_a_stop_in_the_engines_turn_saves_what_is_in_host_memory(node: RolloutNode, task: Path, tmp_path: Path) -> None:
+    """Within the second iteration's generation, when each of two leaders has one of its four responses."""
+    ppo = {"iterations": 3, "critic": {"init": "random_head"}, "checkpoint": {"save_every": 100}}
+    stage = make_stage(node, task, tmp_path / "run", ppo=ppo)
+    assert set(stage.run(lambda: hold_responses(4 + 1, ask_to_stop))) == {SAVED}
+    assert (stage.folder / "checkpoints" / "iter_0000001").exists()
+    assert 2 in partial_iterations(stage.folder / "rollouts") and not weights_path(node.rendezvous, 0).exists()
+    assert set(stage.run()) == {0}
+    stage.assert_every_prompt_once(8, 3, stage.config.run.seed)
     assert replay_elsewhere(stage, node, tmp_path / "again").checkpoint() == stage.checkpoint()
 
 
