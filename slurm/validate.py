@@ -25,8 +25,8 @@ def check_layout(config: Config) -> None:
         )
     if parallel.tp > ranks_per_node:
         raise UserError(
-            f"parallel.tp = {parallel.tp} would span nodes: only {ranks_per_node} ranks are on each of "
-            f"{cluster.trainer_nodes} trainer nodes"
+            f"parallel.tp {parallel.tp} would span nodes: only {ranks_per_node} ranks are on each of "
+            f"{cluster.trainer_nodes} trainer nodes: lower it to at most {ranks_per_node} (and raise parallel.pp)"
         )
     if not cluster.gpus_per_node and ranks_per_node > cluster.cpus_per_node:
         raise UserError(f"{ranks_per_node} ranks per node but cluster.cpus_per_node is {cluster.cpus_per_node}")
@@ -78,9 +78,10 @@ def check_scripts(requests: Iterable[tuple[str, str]], folder: Path) -> None:
 
 
 def check_run_folder(run: RunFolder) -> None:
-    """UserError if the run folder cannot be written."""
+    """Make the run folder. UserError if it cannot be written."""
     probe = run.path / ".write_test"
     try:
+        run.path.mkdir(parents=True, exist_ok=True)
         probe.write_text("x")
         probe.unlink()
     except OSError as error:

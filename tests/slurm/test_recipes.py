@@ -67,7 +67,7 @@ FOUR_NODES = ["cluster.trainer_nodes=4", "weight_sync.offload_weights=true"]
             r"(reward_model|ppo) needs about \d+ GiB per GPU \(weights 1.*there are 78",
         ),
         ("32b", "example-one-node", [], r"tp 8 × pp 2 × cp 1 × dp must divide 8 ranks; 16 does not"),
-        ("32b", "example-split", [], r"parallel.tp = 8 would span nodes: only 4 ranks are on each of 8 trainer nodes"),
+        ("32b", "example-split", [], r"parallel.tp 8 would span nodes: only 4 ranks are on each of 8 trainer nodes"),
         ("7b", "example-h100", ["cluster.network_interface=lo"], r"lo is a loopback: 4 trainer \+ 4 rollout nodes"),
         ("7b", "example-h100", ["cluster.network_interface=10.0.0.1"], r"address of one node, the job has 4 trainer"),
         ("7b", "example-h100", ["cluster.rollout_nodes=0"], r"4 engines × tp 2 × dp 1 = 8 take 9 GPUs"),

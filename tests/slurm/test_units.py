@@ -215,7 +215,7 @@ def test_layouts_that_cannot_be(tmp_path: Path, key: str, value: object, message
 def test_tensor_parallelism_stays_inside_a_node(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     config.cluster.trainer_ranks, config.cluster.trainer_nodes, config.parallel.tp = 4, 2, 4
-    with pytest.raises(UserError, match=r"parallel.tp = 4 would span nodes: only 2 ranks are on each of 2"):
+    with pytest.raises(UserError, match=r"parallel.tp 4 would span nodes: only 2 ranks are on each of 2"):
         check_layout(config)
 
 
