@@ -15,7 +15,6 @@ from slurm.prepare import write_config
 from slurm.roles import PROGRAMS, Programs, free_port, role_environment, starts_engines, trainer_layout
 from slurm.run_folder import RunFolder
 from slurm.stage import run_stage
-from slurm.validate import check_run_folder
 
 
 def local_units(run: RunFolder, config: Config, stage: str, programs: Programs = PROGRAMS) -> list[Unit]:
@@ -67,7 +66,7 @@ def run_chain(run: RunFolder, config: Config, stages: list[str], programs: Progr
     def say(text: str) -> None:
         print(text, flush=True)
 
-    check_run_folder(run)
+    run.make()
     with run.full_disk_named(), run.locked(), stop_requests() as count:
         write_config(run, config)
         for number, stage in enumerate(stages, 1):

@@ -79,9 +79,9 @@ def check_scripts(requests: Iterable[tuple[str, str]], folder: Path) -> None:
 
 def check_run_folder(run: RunFolder) -> None:
     """Make the run folder. UserError if it cannot be written."""
+    run.make()
     probe = run.path / ".write_test"
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
         probe.write_text("x")
         probe.unlink()
     except OSError as error:

@@ -61,6 +61,13 @@ def test_a_wrong_point_of_a_sweep_is_refused_before_the_first_starts(recipe: str
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_folder_that_cannot_be_made_is_one_line(recipe: str, tmp_path: Path, capsys) -> None:
+    under_a_file = tmp_path / "data.jsonl" / "run"
+    for command in (["run", recipe, "cluster.name=local"], ["submit", recipe, "--dry-run"]):
+        assert main([*command, f"run.dir={under_a_file}"]) == 2
+        assert capsys.readouterr().err == f"vcppo: error: run.dir {under_a_file}: Not a directory\n"
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "cluster").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_copy_of_a_profile_works_from_any_folder(path: Path, recipe: str, tmp_path: Path, capsys) -> None:
     copy = tmp_path / "my-cluster.yaml"
