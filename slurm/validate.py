@@ -46,6 +46,10 @@ def check_inputs(config: Config, stages: list[str]) -> dict[str, float]:
         is_path = source is not None and (source.endswith((".json", ".jsonl")) or source.startswith(("/", ".", "~")))
         if source and is_path and not Path(source).exists():
             raise UserError(f"{key}: {source} does not exist")
+    if set(stages) & set(ENGINE_STAGES) and (config.prompts.verifiers or config.rewards.code.checkers):
+        from megatron_vcppo.rewards.registry import check_names  # imports sympy: half a second
+
+        check_names(config.prompts.verifiers, config.rewards.code)
     arch = Architecture.from_hf(config.model.hf)
     arch.check_parallel(config.parallel.tp, config.parallel.pp)
     return check_memory(arch, config, stages)

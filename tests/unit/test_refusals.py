@@ -68,6 +68,26 @@ def test_a_run_folder_that_cannot_be_made_is_one_line(recipe: str, tmp_path: Pat
         assert capsys.readouterr().err == f"vcppo: error: run.dir {under_a_file}: Not a directory\n"
 
 
+NO_VERIFIER = {
+    "prompts.verifiers.math=math_percents": "prompts.verifiers.math: no verifier 'math_percents'; use one of code, ",
+    "prompts.verifiers={math: 3}": "prompts.verifiers.math: no verifier '3'",
+    "prompts.verifiers.math=mine.judge": "no verifier 'mine.judge'; .* or module:function",
+    "rewards.code.checkers.graph=graph": "rewards.code.checkers.graph: 'graph' must be module:function",
+    "rewards.code.checkers.graph='my module:f'": "'my module:f' must be module:function",
+}
+
+
+@pytest.mark.parametrize("override", NO_VERIFIER)
+def test_a_verifier_that_there_cannot_be_is_refused_before_sft(
+    override: str, recipe: str, tmp_path: Path, capsys
+) -> None:
+    keys = [f"prompts.train={tmp_path}/data.jsonl", "ppo.critic.init=sft"]
+    for command in (["submit", recipe, "--dry-run"], ["run", recipe, "cluster.name=local"]):
+        assert main([*command, *keys, "stages=[sft,ppo]", override]) == 2
+        assert re.search(NO_VERIFIER[override], capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "cluster").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_copy_of_a_profile_works_from_any_folder(path: Path, recipe: str, tmp_path: Path, capsys) -> None:
     copy = tmp_path / "my-cluster.yaml"
