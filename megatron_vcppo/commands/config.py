@@ -1,6 +1,7 @@
 """vcppo config: check a configuration and print it resolved, or explain every key."""
 
 import argparse
+import json
 import textwrap
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def explanation(prefix: str) -> str:
             section = parent
             if parent:
                 lines += ["", f"[{parent}] {' '.join(all_sections()[parent].split())}"]
-        default = "required" if key.default == "???" else f"default {key.default!r}"
+        default = "required" if key.default == "???" else f"default {json.dumps(key.default, ensure_ascii=False)}"
         lines.append(f"  {key.name}: {key.type_text} ({default})")
         lines += textwrap.wrap(key.doc, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     if not lines:

@@ -36,6 +36,7 @@ class RunConfig:
     wandb: Literal["online", "offline", "off"] = "off"
     """Metrics also go to Weights & Biases; offline runs are uploaded later with `wandb sync`."""
     wandb_project: str = "megatron_vcppo"
+    """Project at Weights & Biases."""
     check_numerics: bool = True
     """Stop with the tensor's name when a NaN or infinity reaches a loss."""
     timeout_s: float = 600.0
@@ -113,12 +114,15 @@ class SftConfig:
     validation: str | None = None
     """Held-out samples, read like sft.train; a data set without a split named is read at its split train here too."""
     prompt_key: str = "prompt"
+    """Name of the prompt in the data."""
     response_key: str = "response"
+    """Name of the response in the data."""
     messages_key: str = "messages"
     """Samples that have this key are chats, formatted by the tokenizer's chat template."""
     bad_samples: Literal["error", "skip", "truncate"] = "error"
     """What happens to malformed lines, empty responses, samples over model.max_length."""
     epochs: int = 1
+    """Passes over the data, unless sft.steps is set."""
     steps: int | None = None
     """Optimizer steps; left out, epochs decides."""
     batch_size: int = 32

@@ -39,6 +39,8 @@ def test_explain_covers_every_key_and_its_meaning(capsys: pytest.CaptureFixture[
     assert main(["config", "--explain"]) == 0
     text = capsys.readouterr().out
     assert all(f"  {name}: " in text for name in all_keys())
+    assert not [key.name for key in all_keys().values() if not key.doc], "keys without a text below them"
+    assert "default None" not in text and "cluster.qos: text or null (default null)" in text
     assert "  parallel.tp: a whole number (default 1)\n      Tensor-parallel ranks" in text
     assert main(["config", "--explain", "sft.optimizer"]) == 0
     text = capsys.readouterr().out
