@@ -8,12 +8,10 @@ import yaml
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import dump_config, load_config
-from megatron_vcppo.config.sources import CONFIGS
+from megatron_vcppo.config.sources import local_overrides, profile_files
 from megatron_vcppo.errors import UserError
 from slurm import events
 from slurm.run_folder import RunFolder
-
-LOCAL = "local"
 
 
 def add_chain_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,22 +49,10 @@ def open_run(path: Path) -> tuple[RunFolder, Config]:
     return run, load_config(run.config)
 
 
-def profile_files(cluster: str | None) -> list[Path]:
-    """The file of a --cluster NAME: configs/cluster/NAME.yaml, or a path. UserError names the ones there are."""
-    if cluster is None or cluster == LOCAL:
-        return []
-    path = Path(cluster) if cluster.endswith((".yaml", ".yml")) else CONFIGS / "cluster" / f"{cluster}.yaml"
-    if not path.is_file():
-        known = ", ".join([LOCAL, *sorted(file.stem for file in (CONFIGS / "cluster").glob("*.yaml"))])
-        raise UserError(f"--cluster {cluster}: no such profile; there are: {known} (or give a YAML file)")
-    return [path]
-
-
 def prepare(config_path: Path, overrides: list[str], cluster: str | None = None) -> tuple[RunFolder, Config]:
     """Resolve the configuration and its run folder. Nothing is written: whoever starts stages does that, once nothing
     is refused any more."""
-    here = [f"cluster.name={LOCAL}"] if cluster == LOCAL else []
-    config = load_config(config_path, [*here, *overrides], profiles=profile_files(cluster))
+    config = load_config(config_path, [*local_overrides(cluster), *overrides], profiles=profile_files(cluster))
     config.run.dir = str(Path(config.run.dir).absolute())
     return RunFolder(Path(config.run.dir)), config
 

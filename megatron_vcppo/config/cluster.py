@@ -61,7 +61,7 @@ class ClusterConfig:
     container_python: str | None = None
     """The interpreter inside container_image. Default: the same path as outside, cluster.python."""
     container_mounts: str | None = None
-    """Folders of the node inside the image, such as /shared:/shared. The run, the model and the data must be in them."""
+    """Folders of the node inside the image, such as /shared:/shared; run, model and data must be in them."""
     container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
     """What starts the roles inside container_image; the controller runs on the host."""
     sbatch: dict[str, str] = field(default_factory=dict)

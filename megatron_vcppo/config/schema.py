@@ -89,7 +89,7 @@ class ParallelConfig:
     without it keys and values are gathered, which wants recompute (selective is enough) to save memory.
     """
     dp: int | None = None
-    """Data-parallel replicas; left out, it follows from the number of ranks."""
+    """Data-parallel replicas. Default: what the number of ranks gives."""
     sequence_parallel: bool = False
     """Split the norms' activations along the sequence too; needs tp > 1."""
     distributed_optimizer: bool = False
@@ -124,7 +124,7 @@ class SftConfig:
     epochs: int = 1
     """Passes over the data, unless sft.steps is set."""
     steps: int | None = None
-    """Optimizer steps; left out, epochs decides."""
+    """Optimizer steps. Default: what epochs gives."""
     batch_size: int = 32
     """Sequences per optimizer step, over all ranks."""
     validate_every: int = 100

@@ -25,9 +25,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Start the chains, or show what they gave."""
     from megatron_vcppo.config.load import load_config
+    from megatron_vcppo.config.sources import LOCAL, profile_files
     from megatron_vcppo.errors import UserError
     from slurm.base_run import take_stages
-    from slurm.prepare import LOCAL, prepare, profile_files
+    from slurm.prepare import prepare
     from slurm.run_folder import chosen_stages
     from slurm.sweep import points, results, text_table, write_points
 
