@@ -17,6 +17,7 @@ def check_cluster(config: Config) -> Iterator[str]:
     yield from _check_node_cache(config.cluster.node_cache)
     yield from _check_container(config)
     yield from _check_offload(config)
+    yield from _check_python_path(config)
 
 
 def _check_network(config: Config) -> Iterator[str]:
@@ -63,4 +64,13 @@ def _check_offload(config: Config) -> Iterator[str]:
         yield (
             "weight_sync.offload_weights needs cluster.engines_on trainer_gpus, where engines use the trainer's GPUs; "
             f"got {placement}: set it to false"
+        )
+
+
+def _check_python_path(config: Config) -> Iterator[str]:
+    path = config.cluster.environment.get("PYTHONPATH")
+    if path is not None and config.cluster.name != "local":
+        yield (
+            "cluster.environment.PYTHONPATH would take the place of the submitted code (RUN/code): put "
+            f"'export PYTHONPATH={path}' into cluster.setup: the code then comes before it"
         )

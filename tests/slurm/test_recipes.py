@@ -49,6 +49,10 @@ def test_every_recipe_fits_every_example(size: str, profile: str, tmp_path: Path
     assert "--gpus-per-node=8" in script and "module load" not in script
 
 
+def test_the_7b_recipe_fits_one_node_of_split_gpus(tmp_path: Path, capsys) -> None:
+    assert dry_run(tmp_path, "7b", "example-split", "cluster.trainer_nodes=1") == 0, capsys.readouterr().err
+
+
 def test_offloaded_weights_leave_engines_more_memory(tmp_path: Path, capsys) -> None:
     large = "rollout.engine.gpu_memory_utilization=0.9"
     assert dry_run(tmp_path, "7b", "example-one-node", large) == 2

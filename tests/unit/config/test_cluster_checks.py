@@ -72,3 +72,10 @@ def test_engines_that_leave_the_trainer_no_gpu_are_one_problem(config: Config) -
     config.cluster.rollout_nodes, config.cluster.gpus_per_node, config.parallel.tp = 0, 4, 2
     config.rollout.engine.per_node = 4
     assert error_of(config).startswith("cluster.engines_on trainer_nodes: 1 trainer rank and 4 engines")
+
+
+def test_a_python_path_that_hides_the_submitted_code_is_refused(config: Config) -> None:
+    config.cluster.environment = {"PYTHONPATH": "/shared/mine"}
+    assert "'export PYTHONPATH=/shared/mine' into cluster.setup" in error_of(config)
+    config.cluster.name = "local"
+    check_config(config)
