@@ -8,6 +8,7 @@ import pytest
 from megatron_vcppo.cli import main
 from megatron_vcppo.config.sources import CONFIGS
 from slurm import events
+from slurm.run_folder import RunFolder
 from tests.slurm.support import tiny_model
 
 
@@ -53,6 +54,16 @@ def test_a_dry_run_and_a_refusal_leave_a_run_its_configuration(override: str, re
     assert config.read_text() == before and not events.read(tmp_path / "run")
     if "lr" in override:
         assert "lr: 0.5" in (tmp_path / "run" / "slurm" / "dry_run" / "config.yaml").read_text()
+
+
+def test_a_run_at_work_keeps_its_configuration(recipe: str, tmp_path: Path, capsys) -> None:
+    assert main(["submit", recipe, "--dry-run"]) == 0
+    run = RunFolder(tmp_path / "run")
+    before = run.config.read_text()
+    with run.locked():
+        assert main(["run", recipe, "cluster.name=local", "sft.steps=300"]) == 2
+    assert "another vcppo run or submit is at work in this run" in capsys.readouterr().err
+    assert run.config.read_text() == before
 
 
 def test_a_wrong_point_of_a_sweep_is_refused_before_the_first_starts(recipe: str, tmp_path: Path, capsys) -> None:
