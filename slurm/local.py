@@ -11,6 +11,7 @@ from megatron_vcppo.config.network import node_network
 from megatron_vcppo.config.placement import engine_nodes
 from slurm import events
 from slurm.controller import SAVED_CODE, USER_ERROR_CODE, Unit
+from slurm.prepare import write_config
 from slurm.roles import PROGRAMS, Programs, free_port, role_environment, starts_engines, trainer_layout
 from slurm.run_folder import RunFolder
 from slurm.stage import run_stage
@@ -65,7 +66,9 @@ def run_chain(run: RunFolder, config: Config, stages: list[str], programs: Progr
     def say(text: str) -> None:
         print(text, flush=True)
 
+    run.make()
     with run.full_disk_named(), run.locked(), stop_requests() as count:
+        write_config(run, config)
         for number, stage in enumerate(stages, 1):
             head = f"[{number}/{len(stages)}] {stage}:"
             if run.done(stage):

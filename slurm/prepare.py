@@ -1,17 +1,17 @@
-"""From a configuration file and overrides to a run folder that holds its resolved configuration."""
+"""From a configuration file and overrides to a run and its resolved configuration."""
 
 import argparse
 import os
 from pathlib import Path
 
+import yaml
+
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import dump_config, load_config
-from megatron_vcppo.config.sources import CONFIGS
+from megatron_vcppo.config.sources import local_overrides, profile_files
 from megatron_vcppo.errors import UserError
 from slurm import events
 from slurm.run_folder import RunFolder
-
-LOCAL = "local"
 
 
 def add_chain_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,37 +49,29 @@ def open_run(path: Path) -> tuple[RunFolder, Config]:
     return run, load_config(run.config)
 
 
-def profile_files(cluster: str | None) -> list[Path]:
-    """The file of a --cluster NAME: configs/cluster/NAME.yaml, or a path. UserError names the ones there are."""
-    if cluster is None or cluster == LOCAL:
-        return []
-    path = Path(cluster) if cluster.endswith((".yaml", ".yml")) else CONFIGS / "cluster" / f"{cluster}.yaml"
-    if not path.is_file():
-        known = ", ".join([LOCAL, *sorted(file.stem for file in (CONFIGS / "cluster").glob("*.yaml"))])
-        raise UserError(f"--cluster {cluster}: no such profile; there are: {known} (or give a YAML file)")
-    return [path]
-
-
 def prepare(config_path: Path, overrides: list[str], cluster: str | None = None) -> tuple[RunFolder, Config]:
-    """Resolve the configuration and write it into its run folder; a change from before becomes an event."""
-    here = [f"cluster.name={LOCAL}"] if cluster == LOCAL else []
-    config = load_config(config_path, [*here, *overrides], profiles=profile_files(cluster))
+    """Resolve the configuration and its run folder. Nothing is written: whoever starts stages does that, once nothing
+    is refused any more."""
+    config = load_config(config_path, [*local_overrides(cluster), *overrides], profiles=profile_files(cluster))
     config.run.dir = str(Path(config.run.dir).absolute())
-    run = RunFolder(Path(config.run.dir))
-    write_config(run, config)
-    return run, config
+    return RunFolder(Path(config.run.dir)), config
 
 
 def write_config(run: RunFolder, config: Config) -> None:
-    """Write RUN/config.yaml: temporary name, rename. An unchanged file is left alone."""
+    """Write RUN/config.yaml, which every later job of the run reads; a change from before becomes an event.
+
+    Only for the holder of the run's lock. Temporary name, fsync, rename; a file with the same values is left alone.
+    """
     text = dump_config(config)
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
         before = run.config.read_text(encoding="utf-8") if run.config.exists() else None
-        if before == text:
+        if before is not None and yaml.safe_load(before) == yaml.safe_load(text):
             return
         temporary = run.config.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, run.config)
     except OSError as error:
         raise UserError(f"run.dir {run.path}: {error.strerror}") from None

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -81,6 +82,15 @@ class RunFolder:
         complete = len(list(rollouts.glob("iter_*")))
         partial_bytes = sum(path.stat().st_size for path in rollouts.glob("partial_*"))
         return [-1 if iteration is None else iteration, steps, complete, partial_bytes]
+
+    def make(self) -> None:
+        """Make the folder. UserError if that is not possible, or nothing can be written into it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir {self.path}: {error.strerror}") from None
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            raise UserError(f"run.dir {self.path}: cannot be written: {os.strerror(errno.EACCES)}")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -9,9 +9,11 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.load import dump_config
 from megatron_vcppo.errors import UserError
 from slurm import events
 from slurm.job import StageJob
+from slurm.prepare import write_config
 from slurm.query import JobState, job_states, slurm, slurm_message
 from slurm.roles import PROGRAMS, Programs
 from slurm.run_folder import RunFolder
@@ -100,10 +102,16 @@ def pending_stages(run: RunFolder, stages: list[str]) -> list[str]:
 
 
 def dry_run(run: RunFolder, config: Config, stages: list[str], programs: Programs = PROGRAMS) -> Path:
-    """Write every batch script and the dependency graph to RUN/slurm/dry_run; returns that folder."""
+    """Write every batch script, the dependency graph and the configuration to RUN/slurm/dry_run; returns that folder.
+
+    A RUN/config.yaml that is there stays as it is: jobs of the run may be reading it.
+    """
     check_layout(config)
     needs = check_inputs(config, stages)
     folder = run.path / "slurm" / "dry_run"
+    check_run_folder(run)
+    if not run.config.exists():
+        write_config(run, config)
     folder.mkdir(parents=True, exist_ok=True)
     before, graph = None, []
     for stage in pending_stages(run, stages):
@@ -112,12 +120,16 @@ def dry_run(run: RunFolder, config: Config, stages: list[str], programs: Program
         line = f"{stage}: {stage_nodes(config, stage)} nodes, about {needs[stage]:.0f} GiB per rank"
         graph.append(line + (f", after the success of {before}" if before else ""))
         before = stage
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     (folder / "graph.txt").write_text("\n".join(graph) + "\n", encoding="utf-8")
     return folder
 
 
 def submit(run: RunFolder, config: Config, stages: list[str], programs: Programs = PROGRAMS) -> dict[str, str]:
-    """Queue the stages that are not done; returns their job ids. Nothing stays queued if one is refused."""
+    """Queue the stages that are not done; returns their job ids.
+
+    If anything is refused, nothing stays queued, and the configuration that the run had stays, too.
+    """
     check_slurm_installed()
     check_layout(config)
     check_inputs(config, stages)
@@ -134,6 +146,7 @@ def submit(run: RunFolder, config: Config, stages: list[str], programs: Programs
         scripts = [executor(run, config, stage, code, programs, None).script() for stage in todo]
         asked = [request_text(config, stage) for stage in todo]
         check_scripts(zip(scripts, asked, strict=True), run.path / "slurm")
+        write_config(run, config)
         jobs_of: dict[str, str] = {}
         try:
             before = None

@@ -25,8 +25,8 @@ def check_layout(config: Config) -> None:
         )
     if parallel.tp > ranks_per_node:
         raise UserError(
-            f"parallel.tp = {parallel.tp} would span nodes: only {ranks_per_node} ranks are on each of "
-            f"{cluster.trainer_nodes} trainer nodes"
+            f"parallel.tp {parallel.tp} would span nodes: only {ranks_per_node} ranks are on each of "
+            f"{cluster.trainer_nodes} trainer nodes: lower it to at most {ranks_per_node} (and raise parallel.pp)"
         )
     if not cluster.gpus_per_node and ranks_per_node > cluster.cpus_per_node:
         raise UserError(f"{ranks_per_node} ranks per node but cluster.cpus_per_node is {cluster.cpus_per_node}")
@@ -46,6 +46,10 @@ def check_inputs(config: Config, stages: list[str]) -> dict[str, float]:
         is_path = source is not None and (source.endswith((".json", ".jsonl")) or source.startswith(("/", ".", "~")))
         if source and is_path and not Path(source).exists():
             raise UserError(f"{key}: {source} does not exist")
+    if set(stages) & set(ENGINE_STAGES) and (config.prompts.verifiers or config.rewards.code.checkers):
+        from megatron_vcppo.rewards.registry import check_names  # imports sympy: half a second
+
+        check_names(config.prompts.verifiers, config.rewards.code)
     arch = Architecture.from_hf(config.model.hf)
     arch.check_parallel(config.parallel.tp, config.parallel.pp)
     return check_memory(arch, config, stages)
@@ -78,7 +82,8 @@ def check_scripts(requests: Iterable[tuple[str, str]], folder: Path) -> None:
 
 
 def check_run_folder(run: RunFolder) -> None:
-    """UserError if the run folder cannot be written."""
+    """Make the run folder. UserError if it cannot be written."""
+    run.make()
     probe = run.path / ".write_test"
     try:
         probe.write_text("x")

@@ -74,7 +74,9 @@ check_compiler() {
 check_python_headers() {
     local include
     include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))' 2>/dev/null)
-    if [ ! -f "$include/Python.h" ]; then
+    if [ -z "$include" ]; then
+        fail Python "'$python' is no Python interpreter: give the path of Python 3.11 or 3.12, or set PYTHON"
+    elif [ ! -f "$include/Python.h" ]; then
         fail "Python headers" "no $include/Python.h: install python3-dev (RHEL: python3.12-devel) or set PYTHON"
     fi
     found+=("Python headers of $python")

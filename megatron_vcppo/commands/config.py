@@ -1,6 +1,7 @@
 """vcppo config: check a configuration and print it resolved, or explain every key."""
 
 import argparse
+import json
 import textwrap
 from pathlib import Path
 
@@ -10,10 +11,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "config",
         description="Check a configuration and print it resolved: defaults, then the file and what it includes, then "
-        "key=value. Starts nothing and needs no GPU: safe on a login node.",
+        "the cluster's profile, then key=value. Starts nothing and needs no GPU: safe on a login node.",
     )
     parser.add_argument("config", type=Path, nargs="?", help="configuration file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to override")
+    parser.add_argument("--cluster", metavar="NAME", help="profile in configs/cluster/, a YAML file, or local")
     parser.add_argument("--explain", nargs="?", const="", metavar="PREFIX", help="print the keys (below PREFIX)")
     parser.set_defaults(run=run)
 
@@ -21,6 +23,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Print the resolved YAML, or the keys."""
     from megatron_vcppo.config.load import dump_config, load_config
+    from megatron_vcppo.config.sources import local_overrides, profile_files
     from megatron_vcppo.errors import UserError
 
     if args.explain is not None:
@@ -28,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.config is None:
         raise UserError("vcppo config needs a configuration file, such as configs/demo/sft.yaml, or --explain")
-    print(dump_config(load_config(args.config, args.overrides)), end="")
+    overrides = [*local_overrides(args.cluster), *args.overrides]
+    print(dump_config(load_config(args.config, overrides, profiles=profile_files(args.cluster))), end="")
     return 0
 
 
@@ -47,7 +51,7 @@ def explanation(prefix: str) -> str:
             section = parent
             if parent:
                 lines += ["", f"[{parent}] {' '.join(all_sections()[parent].split())}"]
-        default = "required" if key.default == "???" else f"default {key.default!r}"
+        default = "required" if key.default == "???" else f"default {json.dumps(key.default, ensure_ascii=False)}"
         lines.append(f"  {key.name}: {key.type_text} ({default})")
         lines += textwrap.wrap(key.doc, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     if not lines:

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from megatron_vcppo.config.network import is_address, is_loopback, num_nodes
+from megatron_vcppo.config.cluster_checks import check_cluster
 from megatron_vcppo.config.placement import check_placement, trainer_gpus_per_node
 from megatron_vcppo.config.rl_checks import check_rl
 from megatron_vcppo.config.schema import Config
@@ -105,6 +105,8 @@ def _check_layout(config: Config) -> Iterator[str]:
     parallel, nodes = config.parallel, config.cluster.trainer_nodes
     if min(parallel.tp, parallel.pp, parallel.cp, nodes, parallel.dp or 1) < 1:
         return  # the ranges say it
+    if config.cluster.trainer_ranks is None and trainer_gpus_per_node(config) < bool(config.cluster.gpus_per_node):
+        return  # the placement says it
     sizes = f"tp {parallel.tp} × pp {parallel.pp} × cp {parallel.cp}"
     model_ranks, ranks = parallel.tp * parallel.pp * parallel.cp, _num_ranks(config)
     if ranks % model_ranks:
@@ -159,23 +161,11 @@ def _check_secrets(config: Config) -> Iterator[str]:
             )
 
 
-def _check_network(config: Config) -> Iterator[str]:
-    cluster, name = config.cluster, config.cluster.network_interface
-    if name is None or cluster.name == "local" or num_nodes(cluster) == 1:
-        return
-    nodes = f"{cluster.trainer_nodes} trainer + {cluster.rollout_nodes} rollout nodes"
-    advice = "name the interface that they share, such as ib0, or set null for that of the default route"
-    if is_loopback(name):
-        yield f"cluster.network_interface {name} is a loopback: {nodes} cannot reach each other over it; {advice}"
-    elif is_address(name):
-        yield f"cluster.network_interface {name} is the address of one node, the job has {nodes}; {advice}"
-
-
 CHECKS: list[Callable[[Config], Iterator[str]]] = [
     _check_ranges,
     _check_layout,
     check_placement,
-    _check_network,
+    check_cluster,
     _check_stages,
     _check_fp8,
     _check_schedule,

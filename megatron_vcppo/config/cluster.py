@@ -11,8 +11,11 @@ class ClusterConfig:
     name: str = "local"
     """local: the roles are processes on this machine; any other name: jobs of the Slurm that sbatch reaches."""
     partition: str | None = None
+    """Slurm's partition; null: the cluster's default, as for account and qos."""
     account: str | None = None
+    """Slurm's account."""
     qos: str | None = None
+    """Slurm's quality of service."""
     trainer_nodes: int = 1
     """Nodes that hold the trainer's ranks."""
     rollout_nodes: int = 0
@@ -23,13 +26,15 @@ class ClusterConfig:
     sleep while the trainer works, and the trainer's state is in host memory while they generate. Default:
     rollout_nodes if there are any, else trainer_nodes."""
     trainer_ranks: int | None = None
-    """Ranks of the trainer over all its nodes; left out: one per GPU, and without GPUs tp × pp × cp × dp."""
+    """Ranks of the trainer over all its nodes. Default: one per GPU, and without GPUs tp × pp × cp × dp."""
     gpus_per_node: int = 0
+    """GPUs of each node; 0: CPU only."""
     gpu_memory_gib: float | None = None
     """Memory of one GPU; given, the memory plan is checked before anything is queued."""
     cpus_per_node: int = 1
+    """CPUs that a job requests of each node."""
     memory_per_node_gb: float | None = None
-    """Main memory asked for per node; left out: the cluster's default."""
+    """Main memory requested per node. Default: the cluster's default."""
     time_limit_minutes: int = 60
     """Time limit of one job; a stage that needs longer is requeued as often as it takes."""
     stage_time_limit_minutes: dict[str, int] = field(default_factory=dict)
@@ -39,7 +44,7 @@ class ClusterConfig:
     setup: list[str] = field(default_factory=list)
     """Shell lines at the head of the batch script: module load …, source …/activate."""
     python: str | None = None
-    """The interpreter on the nodes; left out: the one that submits."""
+    """The interpreter on the nodes. Default: the one that submits."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables for every role."""
     network_interface: str | None = None
@@ -52,9 +57,11 @@ class ClusterConfig:
     """Folder for compiled kernels (Triton, torch, vLLM, CUDA), on a disk of the node's own; made by every role,
     readable by its user alone. Default: vcppo-cache-UID below $TMPDIR or /tmp."""
     container_image: str | None = None
+    """Image in which the roles run (tools/containers); null: they run on the nodes' own system."""
     container_python: str | None = None
     """The interpreter inside container_image. Default: the same path as outside, cluster.python."""
     container_mounts: str | None = None
+    """Folders of the node inside the image, such as /shared:/shared; run, model and data must be in them."""
     container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
     """What starts the roles inside container_image; the controller runs on the host."""
     sbatch: dict[str, str] = field(default_factory=dict)

@@ -83,8 +83,9 @@ def _check_gpus(config: Config, engines: str) -> Iterator[str]:
     elif engine_placement(config) == "trainer_nodes":
         ranks = -(-(cluster.trainer_ranks or 1) // max(1, cluster.trainer_nodes))
         if ranks + taken > gpus:
+            trainer = "1 trainer rank" if ranks == 1 else f"{ranks} trainer ranks"
             yield (
-                f"cluster.engines_on trainer_nodes: {ranks} trainer ranks and {engines} = {taken} take {ranks + taken} "
+                f"cluster.engines_on trainer_nodes: {trainer} and {engines} = {taken} take {ranks + taken} "
                 f"GPUs of a node; cluster.gpus_per_node is {gpus}: fewer engines, other nodes for them "
                 "(cluster.rollout_nodes) or the same GPUs (cluster.engines_on: trainer_gpus)"
             )

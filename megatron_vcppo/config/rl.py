@@ -17,8 +17,11 @@ class PromptsConfig:
     test: str | None = None
     """Held-out problems for evaluation."""
     prompt_key: str = "prompt"
+    """Name of the prompt in the data."""
     answer_key: str = "answer"
+    """Name of the answer in the data."""
     task_key: str = "task"
+    """Name of the task in the data."""
     task: str | None = None
     """Verifier of problems that name no task themselves."""
     bad_samples: Literal["error", "skip", "truncate"] = "error"
@@ -40,12 +43,14 @@ class RewardModelConfig:
     num_prompts: int = 1024
     """Problems whose responses are sampled and verified for training."""
     loss: Literal["bce", "mse", "pairwise"] = "bce"
+    """bce: cross-entropy. mse: squared error. pairwise: a right response over a wrong one of the same prompt."""
     label_smoothing: float = 0.0
     """Moves the labels of bce away from 0 and 1, which bounds the scores."""
     cut_share: float = 0.0
     """Share of responses cut at a random token and labelled wrong: how strongly incomplete answers are rejected, and
     with it the initialisation bias of a critic made from this model."""
     steps: int = 100
+    """Optimizer steps."""
     batch_size: int = 64
     """Responses per step; with pairwise loss half as many pairs of a right and a wrong one."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
@@ -65,10 +70,11 @@ class ValuePretrainConfig:
     rollouts: Literal["fresh", "stored"] = "fresh"
     """fresh: every step trains once on new rollouts. stored: one set is generated, kept, and used for all steps."""
     stored_path: str | None = None
-    """Folder of a stored set: taken if it is there, else made; left out: RUN/value_pretrain/rollouts."""
+    """Folder of a stored set: taken if it is there, else made; default: RUN/value_pretrain/rollouts."""
     stored_rollouts: int = 4096
+    """Rollouts in a stored set."""
     steps: int = 100
-    """Optimizer steps at most, and exactly so many without a stopping rule."""
+    """Optimizer steps at most, and exactly as many without a stopping rule."""
     batch_size: int = 512
     """Rollouts per step."""
     stop_when_stable: bool = False
@@ -88,6 +94,7 @@ class AdvantageConfig:
     """From rewards and values to advantages and critic targets."""
 
     gamma: float = 1.0
+    """Discount per token."""
     lam_actor: float = 0.95
     """λ of the advantages (VC-PPO recommends 0.95 to below 1)."""
     lam_critic: float = 1.0
@@ -101,7 +108,7 @@ class AdvantageConfig:
     explained_variance_gate: bool = False
     """EVPO: use the batch mean instead of the critic while its explained variance is not above 0."""
     overlong_penalty_tokens: int = 0
-    """DAPO's soft punishment: the last so many tokens before rollout.max_tokens lower the reward, linearly to -1."""
+    """DAPO's soft punishment: the last N tokens before rollout.max_tokens lower the reward, linearly to -1."""
     overlong_filter: bool = False
     """Leave responses out of the losses that were cut at rollout.max_tokens."""
 
@@ -111,22 +118,28 @@ class PolicyLossConfig:
     """The clipped surrogate and what may be added."""
 
     clip_low: float = 0.2
+    """The ratio is clipped to 1 - clip_low … 1 + clip_high."""
     clip_high: float = 0.2
     """VAPO and DAPO: 0.28."""
     dual_clip: float | None = None
     """Bounds the loss of negative advantages at this many times the advantage; over 1."""
     aggregation: Literal["token", "sequence", "constant_length"] = "token"
+    """token: every token counts the same. sequence: every response, as the mean over its tokens. constant_length:
+    tokens, divided by responses × rollout.max_tokens."""
     tis_cap: float | None = None
     """Truncated importance sampling between the trainer's and the engines' log-probs, capped here."""
     entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
     positive_lm_coef: float = 0.0
     """VAPO: weight of the language-model loss on correct responses; 0.1 in the paper."""
     kl_coef: float = 0.0
     """Weight of the KL divergence from the actor that the stage starts from; 0 as in the paper: no reference model."""
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    """Estimate per token, d being the log-ratio: k1 = d, for rewards only; k2 = d²/2; k3 = exp(-d) - 1 + d."""
     kl_in: Literal["reward", "loss"] = "loss"
+    """Whether the KL term lowers each token's reward or is added to the loss."""
     kl_target: float | None = None
-    """Adapt kl_coef towards this divergence (nats per token); left out: fixed."""
+    """Adapt kl_coef towards this divergence (nats per token); default: fixed."""
     kl_horizon: float = 10000.0
     """Rollouts over which the adaptive coefficient moves."""
 
@@ -136,14 +149,17 @@ class CriticConfig:
     """How the critic is trained in PPO."""
 
     init: Literal["value_pretrain", "reward_model", "sft", "random_head", "checkpoint"] = "value_pretrain"
+    """The stage whose model the critic starts from, or as in value_pretrain.init."""
     checkpoint_path: str | None = None
     """With init: checkpoint."""
     updates_per_actor_update: int = 1
     """Passes over each minibatch."""
     value_clip: float | None = None
+    """Clip the change of each value to this, as PPO's code does; null: no clipping."""
     huber_delta: float | None = None
+    """Errors of the critic beyond this count linearly; null: squared error."""
     bounds: list[float] | None = None
-    """[low, high]: map values smoothly into the range of rewards; left out: unbounded."""
+    """[low, high]: map values smoothly into the range of rewards; default: unbounded."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-6))
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
@@ -159,8 +175,9 @@ class PpoConfig:
     minibatches: int = 1
     """Optimizer steps per pass over the batch."""
     ppo_epochs: int = 1
+    """Passes over each batch."""
     critic_only_iterations: int = 0
-    """First iterations in which only the critic learns: exactly so many."""
+    """First iterations in which only the critic learns."""
     staleness: Literal[0, 1] = 0
     """1: the next batch is generated, by the actor before this update, while this one is trained on."""
     dynamic_sampling: bool = False
@@ -189,11 +206,13 @@ class EvaluateConfig:
     k: list[int] = field(default_factory=lambda: [1])
     """pass@k is estimated for each; none above num_samples."""
     num_prompts: int | None = None
-    """The first so many problems; left out: all."""
+    """The first N problems; default: all."""
     temperature: float = 1.0
+    """Sampling temperature of the evaluation."""
     top_p: float = 1.0
+    """Nucleus of the evaluation's sampling; 1: all tokens."""
     checkpoints: dict[str, str] = field(default_factory=dict)
-    """name: Hugging Face folder, to be compared; left out: what the chain's stages left."""
+    """name: Hugging Face folder, to be compared; default: what the chain's stages left."""
 
 
 @dataclass
@@ -201,9 +220,9 @@ class ExportConfig:
     """The last actor in Hugging Face format, checked."""
 
     out: str | None = None
-    """Folder; left out: RUN/export/hf."""
+    """Folder; default: RUN/export/hf."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Left out: as in model.hf."""
+    """Default: as in model.hf."""
     verify_logits: bool = True
     """Compare the logits of a short prompt with the Megatron model's."""
     critic: bool = False

@@ -15,7 +15,7 @@ class EngineConfig:
     dp: int = 1
     """Data-parallel replicas inside an engine (one HTTP server in front of them)."""
     dtype: str | None = None
-    """Parameters and activations; left out: model.dtype."""
+    """Parameters and activations; default: model.dtype."""
     max_num_seqs: int = 256
     """Responses that an engine works on at once."""
     gpu_memory_utilization: float = 0.9
@@ -37,6 +37,7 @@ class RolloutConfig:
 
     engine: EngineConfig = field(default_factory=EngineConfig)
     temperature: float = 1.0
+    """Sampling temperature; log-probs are taken at it."""
     max_tokens: int = 1024
     """Longest response in tokens; prompt and response together never exceed model.max_length."""
     stop: list[str] = field(default_factory=list)
@@ -48,7 +49,7 @@ class RolloutConfig:
     top_k: int = 0
     """Keep 0 in training, for the same reason."""
     ignore_eos: bool = False
-    """Go on past the end token, so that every training response has max_tokens: for measuring speed."""
+    """Continue past the end token, so that every training response has max_tokens: for measuring speed."""
     start_timeout_s: float = 600.0
     """An engine that does not answer this long after its start is killed and started again."""
     health_timeout_s: float = 30.0
@@ -79,6 +80,6 @@ class WeightSyncConfig:
     bucket_mib: int = 64
     """Weights travel in buckets of this size; a sending rank holds two of them."""
     pause: Literal["drain", "keep"] = "drain"
-    """drain: engines finish what runs before they take weights. keep: they freeze it and go on under new weights."""
+    """drain: engines finish what runs before they take weights. keep: they freeze it and continue under new weights."""
     timeout_s: float = 600.0
     """Deadline of a push, from the pause to the last tensor in place."""

@@ -36,6 +36,7 @@ class RunConfig:
     wandb: Literal["online", "offline", "off"] = "off"
     """Metrics also go to Weights & Biases; offline runs are uploaded later with `wandb sync`."""
     wandb_project: str = "megatron_vcppo"
+    """Project at Weights & Biases."""
     check_numerics: bool = True
     """Stop with the tensor's name when a NaN or infinity reaches a loss."""
     timeout_s: float = 600.0
@@ -88,7 +89,7 @@ class ParallelConfig:
     without it keys and values are gathered, which wants recompute (selective is enough) to save memory.
     """
     dp: int | None = None
-    """Data-parallel replicas; left out, it follows from the number of ranks."""
+    """Data-parallel replicas. Default: what the number of ranks gives."""
     sequence_parallel: bool = False
     """Split the norms' activations along the sequence too; needs tp > 1."""
     distributed_optimizer: bool = False
@@ -113,14 +114,17 @@ class SftConfig:
     validation: str | None = None
     """Held-out samples, read like sft.train; a data set without a split named is read at its split train here too."""
     prompt_key: str = "prompt"
+    """Name of the prompt in the data."""
     response_key: str = "response"
+    """Name of the response in the data."""
     messages_key: str = "messages"
     """Samples that have this key are chats, formatted by the tokenizer's chat template."""
     bad_samples: Literal["error", "skip", "truncate"] = "error"
     """What happens to malformed lines, empty responses, samples over model.max_length."""
     epochs: int = 1
+    """Passes over the data, unless sft.steps is set."""
     steps: int | None = None
-    """Optimizer steps; left out, epochs decides."""
+    """Optimizer steps. Default: what epochs gives."""
     batch_size: int = 32
     """Sequences per optimizer step, over all ranks."""
     validate_every: int = 100

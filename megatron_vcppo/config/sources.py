@@ -16,6 +16,8 @@ from megatron_vcppo.errors import UserError
 CONFIGS = Path(__file__).parents[2] / "configs"
 """The shipped files; includes are looked for beside the including file first, then here."""
 INCLUDES = "defaults"
+LOCAL = "local"
+"""The cluster that is this machine."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,22 @@ def file_sources(path: Path, including: tuple[Path, ...] = ()) -> list[Source]:
         included = _find_include(include, path, source.where(INCLUDES))
         sources += file_sources(included, (*including, resolved))
     return [*sources, source]
+
+
+def profile_files(cluster: str | None) -> list[Path]:
+    """The file of a --cluster NAME: configs/cluster/NAME.yaml, or a path. UserError names the ones there are."""
+    if cluster is None or cluster == LOCAL:
+        return []
+    path = Path(cluster) if cluster.endswith((".yaml", ".yml")) else CONFIGS / "cluster" / f"{cluster}.yaml"
+    if not path.is_file():
+        known = ", ".join([LOCAL, *sorted(file.stem for file in (CONFIGS / "cluster").glob("*.yaml"))])
+        raise UserError(f"--cluster {cluster}: no such profile; there are: {known} (or give a YAML file)")
+    return [path]
+
+
+def local_overrides(cluster: str | None) -> list[str]:
+    """The overrides that --cluster NAME stands for: none but for local, which has no profile."""
+    return [f"cluster.name={LOCAL}"] if cluster == LOCAL else []
 
 
 def command_line_source(overrides: Sequence[str]) -> Source:

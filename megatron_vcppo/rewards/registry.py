@@ -1,6 +1,7 @@
 """Which verifier judges which task."""
 
 import importlib
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ VERIFIERS: dict[str, Verifier] = {
     "code": CodeVerifier(),
 }
 """Verifier by name; a prompt whose task has one of these names is judged by it."""
+_REFERENCE = re.compile(r"\w+(\.\w+)*:\w+")
 _CODE_SHARE = 0.8  # of the time for an answer: the verifier reports a slow program before it is itself too slow
 
 
@@ -33,20 +35,26 @@ def resolve_verifiers(
     timeout_s: for one answer. Raises UserError if one cannot be found.
     """
     code = code or CodeRewardConfig()
+    check_names(extra, code)
     checkers = {name: _imported(f"rewards.code.checkers.{name}", where) for name, where in code.checkers.items()}
     built_in = VERIFIERS | {
         "code": CodeVerifier(_CODE_SHARE * timeout_s, code.memory_mib << 20, code.isolation, checkers)
     }
     verifiers = dict(built_in)
     for task, name in extra.items():
-        if name in built_in:
-            verifiers[task] = built_in[name]
-        elif ":" in name:
-            verifiers[task] = _imported(f"prompts.verifiers.{task}", name)
-        else:
-            known = ", ".join(sorted(built_in))
-            raise UserError(f"prompts.verifiers.{task}: no verifier {name!r}; use one of {known}, or module:function")
+        verifiers[task] = built_in[name] if name in built_in else _imported(f"prompts.verifiers.{task}", name)
     return verifiers
+
+
+def check_names(extra: Mapping[str, str], code: CodeRewardConfig) -> None:
+    """UserError for what is neither a built-in verifier nor ``module:function``; nothing is imported."""
+    for task, name in extra.items():
+        if name not in VERIFIERS and not _REFERENCE.fullmatch(name):
+            known = ", ".join(sorted(VERIFIERS))
+            raise UserError(f"prompts.verifiers.{task}: no verifier {name!r}; use one of {known}, or module:function")
+    for checker, name in code.checkers.items():
+        if not _REFERENCE.fullmatch(name):
+            raise UserError(f"rewards.code.checkers.{checker}: {name!r} must be module:function")
 
 
 def check_answer(verifiers: Mapping[str, Verifier], task: str, answer: str) -> None:
@@ -68,9 +76,7 @@ def isolation_of_code(verifiers: Mapping[str, Verifier], tasks: Collection[str])
 
 
 def _imported(key: str, name: str) -> Callable[..., Any]:
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise UserError(f"{key}: {name!r} must be module:function")
+    module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

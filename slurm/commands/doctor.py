@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from slurm.prepare import LOCAL, profile_files
+from megatron_vcppo.config.sources import LOCAL, profile_files
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

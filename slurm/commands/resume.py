@@ -2,8 +2,9 @@
 
 import argparse
 
+from megatron_vcppo.config.sources import LOCAL
 from slurm.commands.submit import print_jobs
-from slurm.prepare import LOCAL, add_run_argument, add_stage_arguments, open_run, prepare
+from slurm.prepare import add_run_argument, add_stage_arguments, open_run, prepare
 from slurm.run_folder import chosen_stages
 
 

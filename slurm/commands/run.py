@@ -17,7 +17,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Resolve and check the configuration, write it into the run folder, run what is not done."""
+    """Resolve and check the configuration, run what is not done."""
     folder, config = prepare(args.config, args.overrides)
     stages = chosen_stages(list(config.stages), args.first, args.last, args.only)
     check_inputs(config, [stage for stage in stages if not folder.marked_done(stage)])

@@ -2,8 +2,9 @@
 
 import argparse
 
+from megatron_vcppo.config.sources import LOCAL
 from slurm.base_run import take_stages
-from slurm.prepare import LOCAL, add_chain_arguments, prepare
+from slurm.prepare import add_chain_arguments, prepare
 from slurm.run_folder import chosen_stages
 
 

@@ -25,9 +25,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Start the chains, or show what they gave."""
     from megatron_vcppo.config.load import load_config
+    from megatron_vcppo.config.sources import LOCAL, profile_files
     from megatron_vcppo.errors import UserError
     from slurm.base_run import take_stages
-    from slurm.prepare import LOCAL, prepare, profile_files
+    from slurm.prepare import prepare
     from slurm.run_folder import chosen_stages
     from slurm.sweep import points, results, text_table, write_points
 
@@ -38,11 +39,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("vcppo sweep needs a configuration file and key=[a, b], or --results FOLDER")
     made, fixed = points(args.overrides)
     parent = Path(load_config(args.config, fixed, profiles=profile_files(args.cluster)).run.dir).absolute()
+    overrides = [[*fixed, *point.overrides, f"run.dir={parent / point.name}"] for point in made]
+    prepared = [prepare(args.config, values, args.cluster) for values in overrides]  # all, before the first is queued
     write_points(parent, made)
     code = 0
-    for point in made:
-        overrides = [*fixed, *point.overrides, f"run.dir={parent / point.name}"]
-        folder, config = prepare(args.config, overrides, args.cluster)
+    for point, (folder, config) in zip(made, prepared, strict=True):
         stages = chosen_stages(list(config.stages), args.first, None, None)
         if args.base:
             take_stages(folder, config, args.base, args.first)

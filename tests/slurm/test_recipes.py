@@ -49,6 +49,10 @@ def test_every_recipe_fits_every_example(size: str, profile: str, tmp_path: Path
     assert "--gpus-per-node=8" in script and "module load" not in script
 
 
+def test_the_7b_recipe_fits_one_node_of_split_gpus(tmp_path: Path, capsys) -> None:
+    assert dry_run(tmp_path, "7b", "example-split", "cluster.trainer_nodes=1") == 0, capsys.readouterr().err
+
+
 def test_offloaded_weights_leave_engines_more_memory(tmp_path: Path, capsys) -> None:
     large = "rollout.engine.gpu_memory_utilization=0.9"
     assert dry_run(tmp_path, "7b", "example-one-node", large) == 2
@@ -67,7 +71,7 @@ FOUR_NODES = ["cluster.trainer_nodes=4", "weight_sync.offload_weights=true"]
             r"(reward_model|ppo) needs about \d+ GiB per GPU \(weights 1.*there are 78",
         ),
         ("32b", "example-one-node", [], r"tp 8 × pp 2 × cp 1 × dp must divide 8 ranks; 16 does not"),
-        ("32b", "example-split", [], r"parallel.tp = 8 would span nodes: only 4 ranks are on each of 8 trainer nodes"),
+        ("32b", "example-split", [], r"parallel.tp 8 would span nodes: only 4 ranks are on each of 8 trainer nodes"),
         ("7b", "example-h100", ["cluster.network_interface=lo"], r"lo is a loopback: 4 trainer \+ 4 rollout nodes"),
         ("7b", "example-h100", ["cluster.network_interface=10.0.0.1"], r"address of one node, the job has 4 trainer"),
         ("7b", "example-h100", ["cluster.rollout_nodes=0"], r"4 engines × tp 2 × dp 1 = 8 take 9 GPUs"),

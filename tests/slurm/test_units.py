@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_vcppo.config.load import load_config
-from megatron_vcppo.config.sources import CONFIGS
+from megatron_vcppo.config.sources import CONFIGS, profile_files
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.records import Prompt, Rollout
@@ -19,7 +19,6 @@ from slurm.controller import reported_code
 from slurm.job import futile_starts, progress
 from slurm.logs import last_lines
 from slurm.memory import check_memory, plan, plan_of_rank
-from slurm.prepare import profile_files
 from slurm.query import JobState, parse_table, slurm_message
 from slurm.roles import Programs, role_environment
 from slurm.run_folder import RunFolder
@@ -215,7 +214,7 @@ def test_layouts_that_cannot_be(tmp_path: Path, key: str, value: object, message
 def test_tensor_parallelism_stays_inside_a_node(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     config.cluster.trainer_ranks, config.cluster.trainer_nodes, config.parallel.tp = 4, 2, 4
-    with pytest.raises(UserError, match=r"parallel.tp = 4 would span nodes: only 2 ranks are on each of 2"):
+    with pytest.raises(UserError, match=r"parallel.tp 4 would span nodes: only 2 ranks are on each of 2"):
         check_layout(config)
 
 

@@ -129,6 +129,13 @@ def test_the_interpreter_s_own_headers_count(node: Path) -> None:
     assert check(node, "python3.12").returncode == 0
 
 
+def test_what_is_no_interpreter_is_named(node: Path) -> None:
+    result = check(node, "gpu")
+    assert result.returncode == 2
+    assert "setup: error: Python: 'gpu' is no Python interpreter: give the path of Python 3.11" in result.stderr
+    assert "Python.h" not in result.stderr
+
+
 def test_setup_gpu_stops_before_anything_is_made_or_lost(node: Path) -> None:
     for name in ("tools/setup.sh", "requirements-gpu.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, node / name)

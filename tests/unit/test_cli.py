@@ -9,6 +9,7 @@ import yaml
 
 from megatron_vcppo.cli import COMMANDS, build_parser, main
 from megatron_vcppo.config.keys import all_keys
+from megatron_vcppo.config.sources import CONFIGS
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs/demo/sft.yaml")
@@ -35,10 +36,21 @@ def test_config_prints_what_a_run_would_use(capsys: pytest.CaptureFixture[str]) 
     assert printed["parallel"]["tp"] == 2
 
 
+def test_config_takes_the_cluster_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, keys = str(CONFIGS / "recipes" / "sft.yaml"), ["run.dir=x", "model.hf=x", "sft.train=x.jsonl"]
+    assert main(["config", recipe, *keys, "cluster.trainer_nodes=2", "--cluster", "example-h100"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["cluster"]
+    assert (printed["name"], printed["gpus_per_node"], printed["trainer_nodes"]) == ("example-h100", 8, 2)
+    assert main(["config", recipe, *keys, "--cluster", "example"]) == 2
+    assert "--cluster example: no such profile; there are: local, devcluster," in capsys.readouterr().err
+
+
 def test_explain_covers_every_key_and_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "--explain"]) == 0
     text = capsys.readouterr().out
     assert all(f"  {name}: " in text for name in all_keys())
+    assert not [key.name for key in all_keys().values() if not key.doc], "keys without a text below them"
+    assert "default None" not in text and "cluster.qos: text or null (default null)" in text
     assert "  parallel.tp: a whole number (default 1)\n      Tensor-parallel ranks" in text
     assert main(["config", "--explain", "sft.optimizer"]) == 0
     text = capsys.readouterr().out
