@@ -1,5 +1,6 @@
 """What Slurm says about jobs: squeue for live ones, sacct or, where there is no accounting, scontrol for ended ones."""
 
+import re
 import shutil
 import subprocess
 import time
@@ -116,6 +117,12 @@ def parse_table(text: str) -> dict[str, JobState]:
         job, state, *rest = line.split("|")
         states[job] = JobState(job, state.split()[0].rstrip("+"), *rest)
     return states
+
+
+def first_node(nodes: str) -> str:
+    """The first of a list of nodes as Slurm writes it: "gpu[003-005,9],big1" -> "gpu003"."""
+    head, bracket, tail = nodes.partition("[")
+    return head + re.split(r"[-,\]]", tail)[0] if bracket and "," not in head else nodes.split(",")[0]
 
 
 def show_job(job_id: str) -> dict[str, str] | None:

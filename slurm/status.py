@@ -8,7 +8,7 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from slurm import events
 from slurm.logs import last_lines
-from slurm.query import JobState, job_states
+from slurm.query import JobState, first_node, job_states
 from slurm.run_folder import RunFolder
 from slurm.submit import submitted_jobs
 from slurm.timing import iteration_seconds
@@ -127,7 +127,7 @@ def add_ending(status: StageStatus, run: RunFolder, mine: list[dict[str, Any]], 
             status.state = "failed"
             status.note = (
                 f"Slurm says {slurm_state.state} {slurm_state.reason}; its controller never started on "
-                f"{slurm_state.nodes or 'any node'}: "
+                f"{first_node(slurm_state.nodes) or 'any node'}: "
                 + (said[0] if said else f"is {run.path} on a shared file system?")
                 + f"; vcppo doctor checks the nodes; then {go_on}"
             )

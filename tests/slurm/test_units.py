@@ -19,7 +19,7 @@ from slurm.controller import reported_code
 from slurm.job import futile_starts, progress
 from slurm.logs import last_lines
 from slurm.memory import check_memory, plan, plan_of_rank
-from slurm.query import JobState, parse_table, slurm_message
+from slurm.query import JobState, first_node, parse_table, slurm_message
 from slurm.roles import Programs, role_environment
 from slurm.run_folder import RunFolder
 from slurm.snapshot import take_snapshot
@@ -349,3 +349,18 @@ def test_last_lines_of_a_long_file(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text("x" * 100_000 + "\none\n\ntwo\n")
     assert last_lines(path, 2) == ["one", "two"] and last_lines(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node[0-1]", "node0"),
+        ("gpu[003-005,9],big1", "gpu003"),
+        ("a,b[1-2]", "a"),
+        ("rack[7]", "rack7"),
+        ("one", "one"),
+        ("", ""),
+    ],
+)
+def test_the_first_of_slurms_node_list(nodes: str, first: str) -> None:
+    assert first_node(nodes) == first
