@@ -98,6 +98,15 @@ def optimizer_state(optimizer: MegatronOptimizer, module: torch.nn.Module) -> li
     return [s for s in _unique(tensors) if s._cdata not in known and all(s.device == w.device for w in own[:1])]
 
 
+def drop_fp8_copies(module: torch.nn.Module) -> None:
+    """Free the 8-bit weights that Transformer Engine's layers keep from pass to pass; the next pass makes them again.
+
+    They are as large as the weights where backward passes need them transposed, too.
+    """
+    for part in module.modules():
+        getattr(part, "_fp8_workspaces", {}).clear()
+
+
 def check_resident(parts: Mapping[str, list[Storage]]) -> None:
     """Raise RuntimeError if any of these is in host memory; parts: ``Runner.storages``."""
     if away := [part for part, storages in parts.items() if any(storage.nbytes() == 0 for storage in storages)]:

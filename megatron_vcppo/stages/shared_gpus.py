@@ -17,7 +17,7 @@ from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.learner import Runner
 from megatron_vcppo.mcore.model import torch_dtype
-from megatron_vcppo.mcore.offload import HostMemory, weights
+from megatron_vcppo.mcore.offload import HostMemory, drop_fp8_copies, weights
 from megatron_vcppo.rollout.node_folder import TRAINER, Holder, NodeFolder
 from megatron_vcppo.weight_sync.place import make_sleeping_sync, place_of, place_on_node
 from megatron_vcppo.weight_sync.sync import POLL_S
@@ -71,6 +71,7 @@ class SharedGpus:
         if self.engines_have_it:
             return
         for model in self.models:
+            drop_fp8_copies(model.model if isinstance(model, Runner) else model)
             parts = model.storages() if isinstance(model, Runner) else {}
             self.host.take(parts.get("optimizer state", []))
             self.host.take(parts.get("gradients", []), keep=False)
