@@ -55,15 +55,17 @@ class HostMemory:
             torch.cuda.empty_cache()  # another process takes it
         return sum(parked.num_bytes for parked in taken)
 
-    def give_back(self) -> int:
-        """Fill every storage again; returns the bytes."""
-        returned = list(self.parked.values())
+    def give_back(self, storages: Iterable[Storage] | None = None) -> int:
+        """Fill these storages again, or every one; returns the bytes."""
+        wanted = self.parked.keys() if storages is None else {storage._cdata for storage in storages}
+        returned = [parked for key, parked in self.parked.items() if key in wanted]
         for parked in returned:
             parked.storage.resize_(parked.num_bytes)
             view = _bytes_of(parked.storage)
             view.zero_() if parked.host is None else view.copy_(parked.host, non_blocking=True)
         _synchronize()
-        self.parked = {}
+        for parked in returned:
+            del self.parked[parked.storage._cdata]
         return sum(parked.num_bytes for parked in returned)
 
     def _copy(self, storage: Storage) -> torch.Tensor:

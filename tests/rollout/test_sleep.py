@@ -158,7 +158,8 @@ def test_an_engine_lost_before_it_has_its_cache_costs_no_second_pass_over_the_we
     node, models, sync, shared
 ) -> None:
     """The trainer's weights may have left the GPU by then (weight_sync.offload_weights)."""
-    victim, passes = node.engines()[0], []
+    victim = node.engines()[0]
+    passes: list[int] = []
 
     def once() -> Tensors:
         passes.append(len(passes))
