@@ -128,7 +128,7 @@ def test_an_engine_killed_in_the_update_waits_and_one_killed_in_generation_joins
                 hit.append("weights away")
             give_turn(gpus, holder)
 
-        SharedGpus._give_turn = look_at_the_weights  # type: ignore[method-assign]
+        SharedGpus._give_turn = look_at_the_weights  # type: ignore[assignment,method-assign]
         ppo_module.update = kill_then_update  # type: ignore[assignment]
         generation_module.begin = begin_then_kill  # type: ignore[assignment]
 
