@@ -100,6 +100,10 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
         "logits": logits * size,
         "overhead": OVERHEAD_GIB * GIB,
     }
+    if config.model.fp8 != "off":  # of layers that run; those of trained models as they are and transposed
+        run = 2 * len(trained) + (len(frozen) if stage == "ppo" else 0)
+        vocabulary = arch.vocab_size * arch.hidden_size * (1 if arch.tied else 2)
+        sizes["8-bit weights"] = run * (arch.parameter_count() - vocabulary) / parallel.pp / parallel.tp
     return {name: num_bytes / GIB for name, num_bytes in sizes.items()}
 
 
@@ -108,7 +112,7 @@ def check_generation_memory(
 ) -> None:
     """UserError if engines on the trainer's GPUs do not fit next to what the trainer keeps there in their turn.
 
-    Gradients and optimizer state are in host memory by then, and activations are gone. With
+    Gradients and optimizer state are in host memory by then; activations and 8-bit weights are gone. With
     weight_sync.offload_weights the trainer's weights stay until the push is over, next to those of the engines, and
     leave before these take their cache.
     """

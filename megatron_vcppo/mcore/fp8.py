@@ -42,7 +42,11 @@ def fp8_settings(arch: Architecture, model: ModelConfig, parallel: ParallelConfi
             f"model.fp8 needs widths that are multiples of {_WIDTH} on each rank, with tp {parallel.tp} there are: "
             + ", ".join(odd)
         )
-    history = {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"} if model.fp8_recipe == "delayed" else {}
+    history: dict[str, Any] = {}
+    if model.fp8_recipe == "delayed":
+        # Scales are agreed on after every pass: over the ranks of a replica only, for other replicas may have other
+        # numbers of micro-batches, and each rank would wait for passes that the others do not make.
+        history = {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max", "tp_only_amax_red": True}
     return {"fp8": model.fp8, "fp8_recipe": _RECIPES[model.fp8_recipe], **history}
 
 

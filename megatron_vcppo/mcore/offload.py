@@ -55,15 +55,17 @@ class HostMemory:
             torch.cuda.empty_cache()  # another process takes it
         return sum(parked.num_bytes for parked in taken)
 
-    def give_back(self) -> int:
-        """Fill every storage again; returns the bytes."""
-        returned = list(self.parked.values())
+    def give_back(self, storages: Iterable[Storage] | None = None) -> int:
+        """Fill these storages again, or every one; returns the bytes."""
+        wanted = self.parked.keys() if storages is None else {storage._cdata for storage in storages}
+        returned = [parked for key, parked in self.parked.items() if key in wanted]
         for parked in returned:
             parked.storage.resize_(parked.num_bytes)
             view = _bytes_of(parked.storage)
             view.zero_() if parked.host is None else view.copy_(parked.host, non_blocking=True)
         _synchronize()
-        self.parked = {}
+        for parked in returned:
+            del self.parked[parked.storage._cdata]
         return sum(parked.num_bytes for parked in returned)
 
     def _copy(self, storage: Storage) -> torch.Tensor:
@@ -96,6 +98,15 @@ def optimizer_state(optimizer: MegatronOptimizer, module: torch.nn.Module) -> li
     own = weights(module)
     known = {storage._cdata for storage in own}
     return [s for s in _unique(tensors) if s._cdata not in known and all(s.device == w.device for w in own[:1])]
+
+
+def drop_fp8_copies(module: torch.nn.Module) -> None:
+    """Free the 8-bit weights that Transformer Engine's layers keep from pass to pass; the next pass makes them again.
+
+    They are as large as the weights where backward passes need them transposed, too.
+    """
+    for part in module.modules():
+        getattr(part, "_fp8_workspaces", {}).clear()
 
 
 def check_resident(parts: Mapping[str, list[Storage]]) -> None:

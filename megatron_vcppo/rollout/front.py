@@ -62,6 +62,8 @@ class Front:
         self.running = 0
         self.awake = {WEIGHTS, CACHE}
         """The parts of its GPU memory that it has."""
+        self.stuck = ""
+        """Why a change of its GPU memory failed: nobody knows what it holds then, and only a restart helps."""
         self.routes = {
             ("POST", GENERATE): self._generate,
             ("POST", SYNC): self._sync,
@@ -86,6 +88,8 @@ class Front:
     async def _status(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
         if engine.errored:
             return await answer(send, CORE_IS_DEAD, b'{"error":"the engine core died"}')
+        if self.stuck:
+            return await answer(send, CORE_IS_DEAD, msgspec.json.encode({"error": self.stuck}))
         if self.state not in ("syncing", "turning"):  # then the core is busy, and what it does has its own deadline
             try:
                 await asyncio.wait_for(engine.get_weight_version(), CORE_DEADLINE_S)
@@ -165,7 +169,7 @@ class Front:
             if request.level > 1:
                 self.policy_version = NO_VERSION
 
-        await self._turn(sleep(), request.timeout_s, send)
+        await self._turn(sleep, request.timeout_s, send)
 
     async def _wake(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
         request = msgspec.json.decode(body, type=WakeRequest)
@@ -175,19 +179,20 @@ class Front:
                 await engine.wake_up(parts)
                 self.awake |= set(parts)
 
-        await self._turn(wake(), request.timeout_s, send)
+        await self._turn(wake, request.timeout_s, send)
 
-    async def _turn(self, change: Awaitable[None], timeout_s: float, send: Callable) -> None:
-        """Change what the engine has of the GPU's memory."""
-        self.state = "turning"
+    async def _turn(self, change: Callable[[], Awaitable[None]], timeout_s: float, send: Callable) -> None:
+        """Change what the engine has of the GPU's memory, unless a change before this one failed."""
+        self.state = "broken" if self.stuck else "turning"
         try:
-            await asyncio.wait_for(change, timeout_s)
-            report = TurnReport()
-            self.state = self._rested()
+            if not self.stuck:
+                await asyncio.wait_for(change(), timeout_s)
+                self.state = self._rested()
         except Exception as error:
             self.state = "broken"
             text = f"not done after {timeout_s:g} s" if isinstance(error, TimeoutError) else f"{error}"
-            report = TurnReport(f"{type(error).__name__}: {text}"[:1000])
+            self.stuck = f"{type(error).__name__}: {text}"[:1000]
+        report = TurnReport(self.stuck)
         await answer(send, 200, msgspec.json.encode(report))
 
     def _rested(self) -> str:

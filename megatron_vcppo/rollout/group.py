@@ -17,6 +17,7 @@ a deadline, has no time-out or abort in its collectives, and would bring vLLM in
 """
 
 import datetime
+import logging
 import os
 import threading
 import time
@@ -33,6 +34,8 @@ from megatron_vcppo.config.network import listen
 from megatron_vcppo.rollout.lane import Lane
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 ABORT_TIMEOUT_S = 10.0
 """What ending a communicator may take."""
@@ -86,9 +89,15 @@ class Group:
             self.lane.finish()
 
     def close(self) -> None:
-        """Leave the group; ends what hangs in it. The peers notice at their next operation."""
+        """Leave the group; ends what hangs in it. The peers notice at their next operation. Raises nothing.
+
+        A communicator that does not end is left to its thread: whoever closes a group has an error to report already.
+        """
         if self.device.type == "cuda":  # gloo has none of this: its operations end at their deadline
-            run_within(ABORT_TIMEOUT_S, "ending the NCCL communicator", self.process_group.abort)
+            try:
+                run_within(ABORT_TIMEOUT_S, "ending the NCCL communicator", self.process_group.abort)
+            except Exception as error:
+                log.warning("%s", error)
 
 
 def serve_store(address: str, timeout_s: float) -> dist.TCPStore:

@@ -127,7 +127,7 @@ class Slot:
             now = time.monotonic()
             answer = probe(engine, read_secret(self.folder / SECRET))
             if answer == CORE_IS_DEAD:
-                return "its core died"
+                return "its core died, or a change of its GPU memory failed"
             if answer == 200:
                 last_answer = time.monotonic()
                 if not published:

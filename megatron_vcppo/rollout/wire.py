@@ -6,7 +6,7 @@ GENERATE, STATUS, SYNC = "/vcppo/generate", "/vcppo/status", "/vcppo/sync"
 SLEEP, WAKE = "/vcppo/sleep", "/vcppo/wake"
 
 CORE_IS_DEAD = 500
-"""HTTP status of the status route when only a restart helps."""
+"""HTTP status of the status route when only a restart helps: the core is gone, or went to sleep or woke half-way."""
 
 LOST = "lost"
 """How the error of a push begins when the engine itself is at fault: it is gone or hangs."""
@@ -57,7 +57,7 @@ class Status(msgspec.Struct, frozen=True):
     """Answer of GET /vcppo/status, given only if the engine's core answers too."""
 
     state: str
-    """"serving", "syncing" (paused, taking weights), "broken" (a push, or a change of its memory, failed half-way),
+    """"serving", "syncing" (paused, taking weights), "broken" (a push failed half-way),
     "asleep" (without GPU memory), "waking" (with a part of it) or "turning" (on the way between these)."""
     policy_version: int
     running: int

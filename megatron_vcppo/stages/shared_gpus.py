@@ -4,6 +4,7 @@ The engines' turn lasts from a push to ``to_trainer``. Before it the trainer's o
 GPUs, and with weight_sync.offload_weights its weights, too, once they are pushed.
 """
 
+import logging
 import time
 from pathlib import Path
 from typing import TypeAlias
@@ -11,16 +12,18 @@ from typing import TypeAlias
 import torch
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.placement import node_holds_replica
+from megatron_vcppo.config.placement import engine_nodes, node_holds_replica
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.learner import Runner
 from megatron_vcppo.mcore.model import torch_dtype
-from megatron_vcppo.mcore.offload import HostMemory, weights
+from megatron_vcppo.mcore.offload import HostMemory, Storage, drop_fp8_copies, weights
 from megatron_vcppo.rollout.node_folder import TRAINER, Holder, NodeFolder
 from megatron_vcppo.weight_sync.place import make_sleeping_sync, place_of, place_on_node
-from megatron_vcppo.weight_sync.sync import POLL_S
+from megatron_vcppo.weight_sync.sync import POLL_S, WeightSyncError
+
+log = logging.getLogger(__name__)
 
 Model: TypeAlias = Runner | torch.nn.Module
 
@@ -55,6 +58,7 @@ class SharedGpus:
         self.host = HostMemory()
         self.models: list[Model] = []
         self.engines_have_it = True
+        self.num_engines = engine_nodes(config) * config.rollout.engine.per_node
 
     def share(self, *models: Model | None) -> None:
         """What is to leave the GPUs when the engines come."""
@@ -67,15 +71,29 @@ class SharedGpus:
         self._give_turn("engines")
 
     def to_engines(self) -> None:
-        """The trainer's state leaves the GPUs; the engines wake with the next push."""
+        """The trainer's state leaves the GPUs; the engines wake with the next push.
+
+        Where the trainer's weights leave, too, an engine may have no room to start before that: one that waits for this
+        turn to start is let start first, and is waited for, while the weights are away until the push.
+        """
         if self.engines_have_it:
             return
         for model in self.models:
+            drop_fp8_copies(model.model if isinstance(model, Runner) else model)
             parts = model.storages() if isinstance(model, Runner) else {}
             self.host.take(parts.get("optimizer state", []))
             self.host.take(parts.get("gradients", []), keep=False)
+        first = self.config.weight_sync.offload_weights and len(self.sync.answering()) < self.num_engines
+        if first:
+            self.host.take(self._weights())
         self._give_turn("engines")
         self.engines_have_it = True
+        if first:
+            try:
+                self.sync.wait_for_engines(self.num_engines, self.config.rollout.start_timeout_s)
+            except WeightSyncError as error:
+                log.warning("%s; the push goes to those that are", error)
+            self.host.give_back(self._weights())
 
     def to_trainer(self) -> None:
         """The engines sleep, and the trainer's state comes back. An engine that starts now is waited for.
@@ -101,9 +119,12 @@ class SharedGpus:
 
     def _weights_leave(self) -> None:
         if self.config.weight_sync.offload_weights:
-            for model in self.models:
-                self.host.take(weights(model.model if isinstance(model, Runner) else model))
+            self.host.take(self._weights())
         self.sync.exchange(None)  # engines take their cache when the last rank is done
+
+    def _weights(self) -> list[Storage]:
+        models = [model.model if isinstance(model, Runner) else model for model in self.models]
+        return [storage for model in models for storage in weights(model)]
 
     def _give_turn(self, holder: Holder) -> None:
         """All ranks have got here when it returns, and every node knows."""

@@ -18,6 +18,9 @@ from megatron_vcppo.weight_sync.turns import SleepingSync
 
 EXCHANGE_MARGIN_S = 120.0
 """What an exchange may take beyond the longest thing that a rank does between two of them."""
+SENDER_SHARE = 0.8
+"""Of run.timeout_s, when a sender gives up at the latest: the tensor-parallel ranks that gather for it wait for it in
+NCCL, whose watchdog ends them after run.timeout_s. An engine that hangs would take the trainer along."""
 
 
 def place_of(pp_rank: int, pp_size: int, tp_rank: int, dp_rank: int, cp_rank: int = 0) -> Place:
@@ -72,4 +75,5 @@ def _make_transport(config: Config, rendezvous: Path, device: torch.device, back
     if settings.transport == "disk":
         return DiskTransport(rendezvous / "weights", bucket_bytes)
     address = node_network(config.cluster).address
-    return NetworkTransport(address, device, bucket_bytes, settings.timeout_s, backend)
+    timeout_s = min(settings.timeout_s, SENDER_SHARE * config.run.timeout_s)
+    return NetworkTransport(address, device, bucket_bytes, timeout_s, backend)

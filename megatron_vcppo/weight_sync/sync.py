@@ -92,7 +92,9 @@ class WeightSync:
         """
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return self.push(policy_version, source, self.wait_for_engines(1, self.config.timeout_s))
+                targets = self.wait_for_engines(1, self.config.timeout_s)
+                # What was stored before the failure is not read from the model again, which may have left by now.
+                return self.push(policy_version, source, targets, again=attempt > 1)
             except WeightSyncError as error:
                 if attempt == ATTEMPTS or not error.lost:
                     raise

@@ -20,6 +20,7 @@ from tests.helpers.te.scenarios import (
     error_of_loading,
     fp8_config,
     fp8_run,
+    fp8_step_of_unequal_replicas,
     outputs_and_gradients,
     train,
 )
@@ -142,11 +143,23 @@ def test_fp8_trains_close_to_bfloat16_and_resumes(te_ranks: Call, tmp_path: Path
     }
     assert found["dtypes"] == {"torch.bfloat16"} and found["keys"] == plain["keys"]
     assert not any(length % 16 for length in found["lengths"]) and any(length % 16 for length in plain["lengths"])
+    assert found["copies"] == [8, 0] and plain["copies"] == [0, 0], "engines on the same GPU need their memory"
+    assert torch.equal(found["without copies"], found["logprobs"][-1])
     assert found["losses"] == pytest.approx(plain["losses"], rel=0.02)
     assert len({float(x.sum()) for x in found["logprobs"]}) == 4, "every step must show in the next pass"
     differences = (found["resumed"] - found["again"]).abs()
     # "delayed" starts its history again with a resume: other scales, so another rounding.
     assert differences.max() == 0 if recipe == "current" else 0 < differences.mean() < 0.1
+
+
+def test_fp8_with_delayed_scales_takes_replicas_with_different_numbers_of_microbatches(
+    te_ranks: Call, tmp_path: Path
+) -> None:
+    """Scales are shared by the ranks of a replica only: others would wait for each other's micro-batches."""
+    model = {**TE, "dtype": "bfloat16", "fp8": "hybrid", "fp8_recipe": "delayed"}
+    case = Case(save_tiny_model(tmp_path / "hf", num_hidden_layers=2), model)
+    (longer, applied), (shorter, also) = te_ranks(fp8_step_of_unequal_replicas, 2, case)
+    assert longer > shorter == 1 and applied and also
 
 
 def test_fp8_with_blocks_pads_to_their_size(te_ranks: Call, tmp_path: Path) -> None:

@@ -5,16 +5,20 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_vcppo.config import Config
 from megatron_vcppo.rollout import group as group_module
 from megatron_vcppo.rollout.broadcast import ahead, receive, send, unpack
 from megatron_vcppo.rollout.group import Group, join_group, reach_store, run_within
 from megatron_vcppo.rollout.lane import Lane
 from megatron_vcppo.rollout.rendezvous import Engine
+from megatron_vcppo.weight_sync import place
 from megatron_vcppo.weight_sync.plan import Target
 from megatron_vcppo.weight_sync.transport import NetworkTransport
 from tests.helpers.distributed import free_port, run_distributed_test
@@ -112,6 +116,27 @@ def test_what_hangs_in_a_thread_is_abandoned_and_named() -> None:
     with pytest.raises(TimeoutError, match="of the work"):
         run_within(5, "x", lambda: (_ for _ in ()).throw(TimeoutError("of the work")))
     never.set()
+
+
+def test_a_communicator_that_does_not_end_is_abandoned_without_an_error(monkeypatch, caplog) -> None:
+    """A sender that closes a group after a failed push must live; a receiver must finish its reload."""
+    never = threading.Event()
+    monkeypatch.setattr(group_module, "ABORT_TIMEOUT_S", 0.1)
+    lane = SimpleNamespace(device=torch.device("cuda", 0))
+    hanging: Any = SimpleNamespace(abort=never.wait)
+    Group(hanging, lane, group_module.Deadline(1.0), torch.distributed.HashStore()).close()  # type: ignore[arg-type]
+    never.set()
+    assert "ending the NCCL communicator is not done after 0.1 s" in caplog.text
+
+
+def test_a_sender_gives_up_before_the_watchdog_of_the_ranks_that_wait_for_it(tmp_path: Path) -> None:
+    config = Config()
+    assert config.weight_sync.timeout_s == config.run.timeout_s == 600
+    transport = place._make_transport(config, tmp_path, CPU)
+    assert isinstance(transport, NetworkTransport) and transport.timeout_s == 480
+    config.weight_sync.timeout_s = 60
+    shorter = place._make_transport(config, tmp_path, CPU)
+    assert isinstance(shorter, NetworkTransport) and shorter.timeout_s == 60
 
 
 def slow(port: int) -> tuple[str, float]:

@@ -18,12 +18,13 @@ from megatron_vcppo.rollout import link, wire
 from megatron_vcppo.rollout.auth import read_secret
 from megatron_vcppo.rollout.client import RolloutError
 from megatron_vcppo.rollout.node_folder import TRAINER, Hold, NodeFolder
+from megatron_vcppo.rollout.process import alive
 from megatron_vcppo.rollout.rendezvous import Engine
 from megatron_vcppo.rollout.sampling import greedy
 from megatron_vcppo.rollout.wire import CACHE, WEIGHTS, Status
 from megatron_vcppo.weight_sync.plan import SINGLE
 from megatron_vcppo.weight_sync.sync import WeightSync, WeightSyncError
-from megatron_vcppo.weight_sync.transport import HostTransport
+from megatron_vcppo.weight_sync.transport import HostTransport, Tensors
 from megatron_vcppo.weight_sync.turns import SleepingSync
 from tests.helpers.rollout_node import RolloutNode, make_prompts, save_policy, weights_of
 from tests.rollout.test_node import processes_of, wait_for_successor, wait_until
@@ -151,6 +152,31 @@ def test_an_engine_that_is_killed_in_the_trainers_turn_waits_for_its_own(node, m
     assert joined is not None and [engine.name for engine in joined.engines] == [victim.name]
     assert [(status.state, status.policy_version) for status in states(node)] == [("serving", 4)] * 2
     assert node.greedy(4, PROMPTS) == node.greedy(4, PROMPTS)
+
+
+@pytest.mark.slow
+def test_an_engine_lost_before_it_has_its_cache_costs_no_second_pass_over_the_weights(
+    node, models, sync, shared
+) -> None:
+    """The trainer's weights may have left the GPU by then (weight_sync.offload_weights)."""
+    victim = node.engines()[0]
+    passes: list[int] = []
+
+    def once() -> Tensors:
+        passes.append(len(passes))
+        assert len(passes) == 1, "the weights are in host memory"
+        return weights_of(models[0])()
+
+    def kill_the_victim_once() -> None:
+        if victim in node.engines():
+            os.kill(victim.pid, signal.SIGKILL)
+            wait_until(lambda: not alive(victim.pid), 10, f"{victim.name} is dead")
+
+    sync.put_to_sleep(2)
+    sync.after_push = kill_the_victim_once
+    pushed = sync.sync(5, once)
+    assert [engine.name for engine in pushed.engines] == ["engine_0_1"] and len(passes) == 1
+    wait_for_successor(node, victim)
 
 
 @pytest.mark.slow

@@ -246,6 +246,12 @@ def test_the_memory_plan_against_a_count_by_hand(tmp_path: Path) -> None:
     pushed = plan(arch, config, "value_pretrain")
     assert pushed["weights"] * 2**30 == (2 * actor - vocabulary) * 2, "a critic, and the actor that generates"
     assert pushed["gradients"] * 2**30 == (actor - vocabulary) * 4 and not pushed["logits"]
+    layers = actor - 2 * vocabulary
+    config.model.fp8, config.ppo.loss.kl_coef = "hybrid", 0.1
+    for stage, copies in (("ppo", 5), ("value_pretrain", 2), ("evaluate", 0)):
+        assert plan(arch, config, stage)["8-bit weights"] * 2**30 == pytest.approx(copies * layers), stage
+    config.model.fp8, config.ppo.loss.kl_coef = "off", 0.0
+    assert plan(arch, config, "ppo") == parts
     config.parallel.recompute = "full"
     recomputed = plan(arch, config, "ppo")
     assert recomputed["activations"] * 2**30 == 1024 * 2 * (2 * 64 + layer - 2 * 256), "a layer, once logits are gone"

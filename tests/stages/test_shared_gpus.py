@@ -23,6 +23,7 @@ from megatron_vcppo.rollout.store import partial_iterations
 from megatron_vcppo.rollout.wire import CACHE, WEIGHTS
 from megatron_vcppo.stages import generation as generation_module
 from megatron_vcppo.stages import ppo as ppo_module
+from megatron_vcppo.stages.shared_gpus import SharedGpus
 from megatron_vcppo.stages.stopping import SAVED
 from megatron_vcppo.weight_sync.plan import SINGLE
 from megatron_vcppo.weight_sync.transport import HostTransport
@@ -116,11 +117,21 @@ def test_an_engine_killed_in_the_update_waits_and_one_killed_in_generation_joins
 
         def begin_then_kill(produce: Any) -> Any:
             future = begin(produce)
-            if hit == ["update"]:
+            if hit == ["update", "weights away"]:
+                assert len(engines(node.rendezvous)) == 1, "it was waited for"
                 hit.append("generation")
                 threading.Timer(0.3, kill_engine, [node]).start()
             return future
 
+        give_turn = SharedGpus._give_turn
+
+        def look_at_the_weights(gpus: SharedGpus, holder: Any) -> None:
+            if hit == ["update"] and holder == "engines":
+                assert not any(storage.nbytes() for storage in gpus._weights()), "the engine needs their room to start"
+                hit.append("weights away")
+            give_turn(gpus, holder)
+
+        SharedGpus._give_turn = look_at_the_weights  # type: ignore[assignment,method-assign]
         ppo_module.update = kill_then_update  # type: ignore[assignment]
         generation_module.begin = begin_then_kill  # type: ignore[assignment]
 

@@ -20,6 +20,7 @@ from megatron_vcppo.mcore.hf_load import load_hf
 from megatron_vcppo.mcore.hf_mapping import canonical_name
 from megatron_vcppo.mcore.learner import Actor, Critic, Learner
 from megatron_vcppo.mcore.model import build_actor, build_critic, transformer_config
+from megatron_vcppo.mcore.offload import drop_fp8_copies
 from tests.distributed.test_actor import make_sequences
 from tests.helpers.checkpoints import checkpoint_folder
 
@@ -161,6 +162,11 @@ def fp8_run(case: Case, checkpoints: Path) -> dict[str, Any]:
         found["losses"].append(train_step(actor, case, seed)[0])
         found["logprobs"].append(torch.cat(actor.logprobs(fixed)))
     found["dtypes"] = {str(p.dtype) for p in actor.model.parameters()}
+    copies = [m._fp8_workspaces for m in actor.model.modules() if hasattr(m, "_fp8_workspaces")]
+    found["copies"] = [sum(map(len, copies))]
+    drop_fp8_copies(actor.model)
+    found["copies"].append(sum(map(len, copies)))
+    found["without copies"] = torch.cat(actor.logprobs(fixed))
     found["quantized"] = sum(m.fp8 for m in actor.model.modules() if hasattr(m, "fuse_wgrad_accumulation"))
     found["keys"] = list(actor.model.sharded_state_dict())
     checkpoint_folder(checkpoints, case.hf).save(1, {"actor": actor}, {})
@@ -170,6 +176,20 @@ def fp8_run(case: Case, checkpoints: Path) -> dict[str, Any]:
     found["resumed"] = torch.cat(resumed.logprobs(fixed))
     found["again"] = torch.cat(actor.logprobs(fixed))
     return found
+
+
+def fp8_step_of_unequal_replicas(case: Case) -> tuple[int, bool]:
+    """One step in which the second of two replicas has one micro-batch: (this replica's micro-batches, applied)."""
+    runtime.start(case.parallel, seed=3, timeout_s=60)
+    learner = make_learner(case)
+    world = learner.runtime
+    microbatches = packed(case, 7)[: None if world.dp_rank == 0 else 1]
+
+    def loss(outputs: Any, microbatch: PackedMicrobatch) -> tuple[Tensor, dict]:
+        return -(outputs[0] * microbatch.fields["loss_mask"].float()).sum() / 100, {}
+
+    result = learner.train_step(microbatches, loss)
+    return len(microbatches), result.applied
 
 
 def fp8_config(case: Case) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""The routes in front of an engine, where a real engine on CPU cannot fail: a change of its GPU memory."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from megatron_vcppo.rollout.auth import SECRET_FILE_VARIABLE, make_secret, read_secret
+from megatron_vcppo.rollout.front import Front
+from megatron_vcppo.rollout.wire import CORE_IS_DEAD, SLEEP, STATUS, WAKE, SleepRequest, TurnReport, WakeRequest
+
+OUT_OF_MEMORY = "CUDA Error: out of memory at cumem_allocator.cpp"
+
+
+class FullGpu:
+    """An engine that finds no memory for its cache when it wakes; what was asked of it is in ``calls``."""
+
+    errored = False
+    vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(world_size_across_dp=1))
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    async def get_weight_version(self) -> str:
+        return ""
+
+    async def sleep(self, level: int, mode: str) -> None:
+        self.calls.append(f"sleep {level}")
+
+    async def wake_up(self, parts: list[str]) -> None:
+        self.calls.append(f"wake {parts}")
+        if "kv_cache" in parts:
+            raise RuntimeError(OUT_OF_MEMORY)
+
+
+def test_an_engine_that_could_not_wake_is_to_be_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it holds is unknown: it reports no sleep that it may not have, and its supervisor ends it."""
+    make_secret(tmp_path / "secret")
+    monkeypatch.setenv(SECRET_FILE_VARIABLE, str(tmp_path / "secret"))
+    front, engine = Front(None), FullGpu()  # type: ignore[arg-type]
+    headers = [(b"authorization", f"Bearer {read_secret(tmp_path / 'secret')}".encode())]
+
+    def ask(method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+        sent: list[dict] = []
+
+        async def receive() -> dict:
+            return {"type": "http.request", "body": msgspec.json.encode(body)}
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        app = SimpleNamespace(state=SimpleNamespace(engine_client=engine))
+        scope = {"type": "http", "method": method, "path": path, "headers": headers, "app": app}
+        asyncio.run(front(scope, receive, send))
+        return sent[0]["status"], sent[1]["body"]
+
+    def turn(path: str, body: Any) -> str:
+        status, answer = ask("POST", path, body)
+        assert status == 200
+        return msgspec.json.decode(answer, type=TurnReport).error
+
+    assert turn(SLEEP, SleepRequest(2, 5.0)) == turn(WAKE, WakeRequest(["weights"], 5.0)) == ""
+    assert ask("GET", STATUS)[0] == 200
+    assert turn(WAKE, WakeRequest(["kv_cache"], 5.0)) == f"RuntimeError: {OUT_OF_MEMORY}"
+    asked = list(engine.calls)
+    status, answer = ask("GET", STATUS)
+    assert status == CORE_IS_DEAD and OUT_OF_MEMORY in answer.decode()
+    assert turn(SLEEP, SleepRequest(2, 5.0)) == f"RuntimeError: {OUT_OF_MEMORY}"
+    assert engine.calls == asked == ["sleep 2", "wake ['weights']", "wake ['kv_cache']"]
