@@ -21,7 +21,7 @@ from megatron_vcppo.rollout.node_folder import TRAINER, Hold, NodeFolder
 from megatron_vcppo.rollout.process import alive
 from megatron_vcppo.rollout.rendezvous import Engine
 from megatron_vcppo.rollout.sampling import greedy
-from megatron_vcppo.rollout.wire import CACHE, WEIGHTS, Status
+from megatron_vcppo.rollout.wire import CACHE, WEIGHTS, Sampling, Status
 from megatron_vcppo.weight_sync.plan import SINGLE
 from megatron_vcppo.weight_sync.sync import WeightSync, WeightSyncError
 from megatron_vcppo.weight_sync.transport import HostTransport, Tensors
@@ -112,8 +112,9 @@ def test_sleep_ends_what_runs(node, models, sync) -> None:
     client = node.client(max_tokens=200, all_dead_timeout_s=1.0)
 
     async def abandoned() -> None:
-        wanted = client.plan(make_prompts(16), 0, 1)
-        task = asyncio.create_task(client.generate_async(wanted, 3, greedy(), lambda _: None, lambda: False))
+        wanted = client.plan(make_prompts(800), 0, 1)  # many seconds' work
+        sampling = Sampling(temperature=0.0, ignore_eos=True)
+        task = asyncio.create_task(client.generate_async(wanted, 3, sampling, lambda _: None, lambda: False))
         await asyncio.sleep(1.0)
         await asyncio.to_thread(sync.put_to_sleep, 2)
         with pytest.raises(RolloutError):
