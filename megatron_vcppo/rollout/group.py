@@ -19,6 +19,7 @@ a deadline, has no time-out or abort in its collectives, and would bring vLLM in
 import datetime
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -112,8 +113,16 @@ def serve_store(address: str, timeout_s: float) -> dist.TCPStore:
 
 
 def reach_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
-    """A receiver's connection to the meeting point."""
+    """A receiver's connection to the meeting point, which is served before receivers are told of it.
+
+    Raises RuntimeError at once if nobody listens there: the sender is gone. TCPStore alone would try again until
+    timeout_s, and so long the engine would be of no use to the next attempt.
+    """
     timeout = datetime.timedelta(seconds=timeout_s)
+    try:
+        socket.create_connection((address, port), timeout_s).close()
+    except OSError as error:
+        raise RuntimeError(f"the sender of the push, at {address}:{port}, is gone: {error}") from None
     return dist.TCPStore(address, port, None, is_master=False, timeout=timeout, wait_for_workers=False)
 
 

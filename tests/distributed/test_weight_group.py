@@ -107,6 +107,13 @@ def test_a_faulty_receiver_costs_the_push_and_the_next_one_works(fault: str) -> 
         assert "receivers 2 of 2 did not connect within 2 s" in error
 
 
+def test_a_sender_that_was_killed_before_a_receiver_came_is_not_waited_for() -> None:
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"the sender of the push, at 127.0.0.1:\d+, is gone"):
+        reach_store("127.0.0.1", free_port(), 60.0)
+    assert time.monotonic() - started < 20
+
+
 def test_what_hangs_in_a_thread_is_abandoned_and_named() -> None:
     never = threading.Event()
     started = time.monotonic()
