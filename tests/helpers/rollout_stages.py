@@ -46,6 +46,8 @@ def make_config(task: Path, run: Path, sections: dict[str, Any]) -> Config:
         "sft": {"train": ""},
         "prompts": {"train": str(task / "prompts_train.jsonl"), "test": str(task / "prompts_test.jsonl")},
         "rollout": {"max_tokens": 24},
+        # The node outlives the trainer here: so long an engine may wait for one that was killed in a push.
+        "weight_sync": {"timeout_s": 60},
         "value_pretrain": {
             **{"init": "sft", "steps": 6, "batch_size": 8, "checkpoint": {"save_every": 2}},
             **{"optimizer": {"lr": 1e-3}},

@@ -11,7 +11,7 @@ from megatron_vcppo.rollout.store import read_rollouts
 from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import Stage, make_config, make_task
 
-SECONDS = 6.0
+SECONDS = 4.0
 """A kill comes within this time of the start of an attempt, which takes a little longer."""
 
 
