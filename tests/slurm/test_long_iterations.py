@@ -97,8 +97,10 @@ def test_a_job_with_iterations_longer_than_its_margin_ends_by_requeues(cluster: 
     states = wait_for_jobs(submitted_jobs(run).values(), 2100)
     text = table(run_status(run, config))
     assert {state.state for state in states.values()} == {"COMPLETED"}, text
-    *stopped, last = attempts_of(run)
-    assert stopped and {end["code"] for end in stopped} == {SAVED} and last["code"] == 0, attempts_of(run)
+    ends = attempts_of(run)
+    # The last one may be asked to stop when its work is done: then the next start finds the stage done.
+    stopped = [end for end in ends if end["code"] == SAVED]
+    assert stopped and {end["code"] for end in ends[:-1]} == {SAVED} and ends[-1]["code"] in (0, SAVED), ends
     assert len(events.of_stage(run.path, "requeue", "ppo")) == len(stopped)
     reached = [event["progress"] for event in events.of_stage(run.path, "job", "ppo")]
     assert reached == sorted(reached) and len({tuple(progress) for progress in reached}) == len(reached), reached
