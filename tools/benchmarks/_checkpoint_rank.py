@@ -28,7 +28,7 @@ def measure(rank: int, config: Any, folder: Path) -> dict[str, float]:
     from megatron_vcppo.mcore.learner import Actor
     from megatron_vcppo.mcore.model import build_actor
     from megatron_vcppo.records import Sequence
-    from megatron_vcppo.stages.sft import TokenLoss
+    from megatron_vcppo.stages.losses import TokenLoss
 
     torch.set_num_threads(1)
     parallel = config.parallel
