@@ -130,7 +130,8 @@ def on_main(work: Callable[[Callable[[], None]], None], what: str) -> None:
     rank raises, its process ends, and the others are ended by whoever started them, or by their deadline.
     """
     store = dist.distributed_c10d._get_default_store()
-    key = f"on_main/{next(_on_main_calls)}"
+    key, num_others = f"on_main/{next(_on_main_calls)}", dist.get_world_size() - 1
+    deadline = datetime.timedelta(seconds=_timeout_s)
     if dist.get_rank() == 0:
         last_beat = 0.0
 
@@ -142,11 +143,15 @@ def on_main(work: Callable[[Callable[[], None]], None], what: str) -> None:
 
         work(beat)
         store.set(key, "done")
+        if num_others:  # the store lives in this process: it may not end before the others have their answer
+            store.wait([f"{key}/seen_by_all"], deadline)
         return
     seen = -1
     while True:
         try:
-            store.wait([key], datetime.timedelta(seconds=_timeout_s))
+            store.wait([key], deadline)
+            if store.add(f"{key}/seen", 1) == num_others:
+                store.set(f"{key}/seen_by_all", "")
             return
         except dist.DistStoreError:
             beats = store.add(f"{key}/beats", 0)

@@ -42,6 +42,19 @@ def test_ranks_wait_for_a_main_rank_that_gets_on() -> None:
     assert min(wait_for_main(beats=True, timeout_s=2.0)) > 5
 
 
+def _exit_of_the_main_rank() -> None:
+    runtime.start(ParallelConfig(), seed=0, timeout_s=30)
+    if os.environ["RANK"] != "0":
+        time.sleep(0.5)  # not yet waiting when the main rank is done
+    runtime.on_main(lambda beat: None, "nothing")
+
+
+def test_the_main_rank_leaves_after_the_others_have_heard_that_it_is_done() -> None:
+    """The store that they ask lives in its process."""
+    for _ in range(3):
+        run_distributed_test(_exit_of_the_main_rank, 3)
+
+
 def test_a_main_rank_that_does_not_get_on_is_named() -> None:
     with pytest.raises(RanksFailed, match=r"TimeoutError: counting on rank 0 has made no progress for 0\.8 s"):
         wait_for_main(beats=False)
