@@ -48,7 +48,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TrainSequence:
     """One training sequence before packing: token ids and per-token fields of the same length.
 
     ``fields`` maps a name to one number per token ("loss_mask", "advantages", …), a tuple or an array; position t

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.network import listen, node_network
-from megatron_vcppo.config.node import node_environment
-from slurm.link_rate import link_rate
+from megatron_vcppo.config.node_environment import node_environment
+from megatron_vcppo.slurm.link_rate import link_rate
 
 GPU_BYTES, CPU_BYTES = 1 << 30, 1 << 24
 """Of the tensor of each rank: on GPUs as large as the gradients of a big layer group, else little work for a CPU."""
@@ -20,7 +20,7 @@ POLL_S = 0.05
 
 
 def main() -> int:
-    """``python -m slurm.allreduce_probe CONFIG``, beside which all tasks can write; one JSON line per task."""
+    """``python -m megatron_vcppo.slurm.allreduce_probe CONFIG``, readable by all tasks; a JSON line per task."""
     config_file = Path(sys.argv[1])
     cluster = load_config(config_file, complete=False).cluster
     os.environ.update(node_environment(cluster))  # before torch is imported

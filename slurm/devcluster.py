@@ -23,9 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_vcppo.errors import UserError
-from slurm import devcluster_net
-from slurm.devcluster_conf import ACCOUNT, FIRST_NODE, Layout, gres_conf, slurm_conf, slurmdbd_conf
-from slurm.guard import descendants, die_with_parent
+from megatron_vcppo.launch.guard import descendants, die_with_parent
+from megatron_vcppo.slurm import devcluster_net
+from megatron_vcppo.slurm.devcluster_conf import ACCOUNT, FIRST_NODE, Layout, gres_conf, slurm_conf, slurmdbd_conf
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 NEEDED_FOR_ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb", "mariadb-install-db", "sacctmgr")

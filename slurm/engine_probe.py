@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_vcppo.config.load import dump_config, load_config
 from megatron_vcppo.config.rollout import EngineConfig
 from megatron_vcppo.rollout import rendezvous
-from slurm.logs import last_lines
+from megatron_vcppo.run.log_files import last_lines
 
 TIMEOUT_S = 420.0
 POLL_S = 0.2
@@ -21,7 +21,7 @@ HEAD_SIZE = 64
 
 
 def main() -> int:
-    """``python -m slurm.engine_probe CONFIG``; one JSON line: the node, and seconds until the engine answered."""
+    """``python -m megatron_vcppo.slurm.engine_probe CONFIG``; one JSON line: node and seconds to the first answer."""
     from megatron_vcppo.tasks.base_model import write_base_model
 
     config = load_config(sys.argv[1], complete=False)
@@ -44,7 +44,7 @@ def start(folder: Path) -> tuple[float, str]:
     place.mkdir(mode=0o700)
     started = time.monotonic()
     with log.open("wb") as output:
-        command = (sys.executable, "-m", "megatron_vcppo.rollout.serve", *arguments)
+        command = (sys.executable, "-m", "megatron_vcppo.rollout.node", *arguments)
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     try:
         while not rendezvous.engines(place):

@@ -15,17 +15,17 @@ import submitit
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.network import node_network
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.stages.startup import process_age_s
-from megatron_vcppo.stages.stored_set import rollouts_folder
-from slurm import events
-from slurm.controller import SAVED_CODE, USER_ERROR_CODE
-from slurm.prepare import open_run
-from slurm.query import ENDED, patiently, show_job, slurm, slurm_message
-from slurm.roles import Programs, free_port
-from slurm.run_folder import RunFolder
-from slurm.srun import STEP_ENVIRONMENT, probe_command, srun_units, stage_nodes
-from slurm.stage import run_stage
-from slurm.timing import job_end_time, save_clock
+from megatron_vcppo.launch.attempts import run_stage
+from megatron_vcppo.launch.controller import SAVED, USER_ERROR_CODE
+from megatron_vcppo.launch.prepare import open_run
+from megatron_vcppo.launch.role_commands import RoleCommands, free_port
+from megatron_vcppo.launch.save_timing import save_clock
+from megatron_vcppo.run import events
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.startup import process_age_s
+from megatron_vcppo.run.stored_set import rollouts_folder
+from megatron_vcppo.slurm.slurm_cli import ENDED, job_end_time, patiently, show_job, slurm, slurm_message
+from megatron_vcppo.slurm.srun import STEP_ENVIRONMENT, probe_command, srun_processes, stage_nodes
 
 PROBE_TIMEOUT_S = 120.0
 LOST_TIMEOUT_S = 20.0
@@ -46,7 +46,7 @@ class StageJob:
 
     run: Path
     stage: str
-    programs: Programs
+    programs: RoleCommands
 
     def __call__(self) -> None:
         """Run the stage. Leaves with the trainer's exit code if that is not 0: it is the job's."""
@@ -70,7 +70,7 @@ class StageJob:
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         start = {"nodes": hosts, "restarts": restarts, "progress": progress(run, config, self.stage)}
         start["age_s"] = round(process_age_s(), 2)
-        code = Path(__file__).parents[1].name
+        code = Path(__file__).parents[2].name
         events.append(self.run, "job", stage=self.stage, job=job_id(), code=code, **start)
         say(f"{self.stage}: job {job_id()} on {', '.join(hosts)}, start {restarts + 1}")
         if run.done(self.stage):
@@ -88,7 +88,7 @@ class StageJob:
             run,
             config,
             self.stage,
-            lambda logs: srun_units(
+            lambda logs: srun_processes(
                 run=run,
                 config=config,
                 stage=self.stage,
@@ -108,7 +108,7 @@ class StageJob:
             say(f"{self.stage}: done")
         elif not signals["end"] and outcome.code != USER_ERROR_CODE:
             cut_short = signals["save"] or due()  # asked to save, but killed or too slow: the checkpoint before counts
-            if outcome.code == SAVED_CODE or outcome.node_lost or cut_short:
+            if outcome.code == SAVED or outcome.node_lost or cut_short:
                 return requeue(run, config, self.stage)
         return outcome.code
 
@@ -134,7 +134,7 @@ def note_signals() -> dict[str, bool]:
     return signals
 
 
-def probe(run: RunFolder, config: Config, programs: Programs, hosts: list[str], timeout_s: float) -> None:
+def probe(run: RunFolder, config: Config, programs: RoleCommands, hosts: list[str], timeout_s: float) -> None:
     """UserError naming the first node that does not see the run folder or lacks the Python environment.
 
     NodeLost if the nodes do not all answer in time.
@@ -153,7 +153,7 @@ def probe(run: RunFolder, config: Config, programs: Programs, hosts: list[str], 
         raise NodeLost(slurm_message(done.stderr) or f"a test step left with exit code {done.returncode}")
 
 
-def lost_nodes(run: RunFolder, config: Config, programs: Programs, hosts: list[str]) -> bool:
+def lost_nodes(run: RunFolder, config: Config, programs: RoleCommands, hosts: list[str]) -> bool:
     """True if the allocation's nodes no longer all answer: then the job needs others.
 
     Without Slurm's controller no step starts anywhere: it is waited for first.
@@ -194,19 +194,19 @@ def requeue(run: RunFolder, config: Config, stage: str) -> int:
             "is the time limit too short?"
         )
         events.append(run.path, "gave_up", stage=stage, job=job_id())
-        return SAVED_CODE
+        return SAVED
     try:
         state = (patiently(lambda: show_job(job_id())) or {}).get("JobState", "")
         if state in ("COMPLETING", "PENDING", *ENDED):
             # cancelled, or Slurm requeues it or, restarted from an older state, has it in the queue still
             say(f"{stage}: Slurm has ended this start of the job ({state}): not requeued from here")
-            return SAVED_CODE
+            return SAVED
         events.append(run.path, "requeue", stage=stage, job=job_id(), checkpoint=run.checkpoint_iteration(stage))
         say(f"{stage}: back into the queue")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         patiently(lambda: slurm("scontrol", "requeue", job_id()))
     except UserError as error:
         say(f"{stage}: could not be requeued ({error}); go on with: vcppo resume {run.path}")
-        return SAVED_CODE
+        return SAVED
     time.sleep(REQUEUE_TIMEOUT_S)
-    return SAVED_CODE
+    return SAVED

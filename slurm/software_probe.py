@@ -14,7 +14,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def main() -> int:
-    """``python -m slurm.software_probe``."""
+    """``python -m megatron_vcppo.slurm.software_probe``."""
     found: dict[str, str | bool] = {"node": os.environ.get("SLURMD_NODENAME", "")}
     found["compiler"] = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++") or ""
     found["python_header"] = (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement
-from slurm.controller import GUARD_ARGUMENTS, Unit
-from slurm.guard import ALONE
-from slurm.roles import Programs, role_environment, starts_engines, trainer_layout
-from slurm.run_folder import RunFolder
+from megatron_vcppo.launch.controller import GUARD_ARGUMENTS, RoleProcess
+from megatron_vcppo.launch.guard import ALONE
+from megatron_vcppo.launch.role_commands import RoleCommands, role_environment, starts_engines, trainer_layout
+from megatron_vcppo.run.folder import RunFolder
 
 JOB_LAYOUT = (
     *("NTASKS", "NPROCS", "NTASKS_PER_NODE", "TASKS_PER_NODE", "NTASKS_PER_SOCKET", "NTASKS_PER_CORE"),
@@ -43,7 +43,7 @@ def in_container(config: Config, command: tuple[str, ...]) -> tuple[str, ...]:
     return ("apptainer", "exec", *gpu, *mounts, cluster.container_image, *command)
 
 
-def inside(config: Config, programs: Programs) -> Programs:
+def inside(config: Config, programs: RoleCommands) -> RoleCommands:
     """The programs as the roles call them: an image has an interpreter of its own."""
     cluster = config.cluster
     if not cluster.container_image or not cluster.container_python:
@@ -80,17 +80,17 @@ def step(config: Config, nodes: list[str], tasks_per_node: int, cpus_per_task: i
     return tuple(argv)
 
 
-def srun_units(
+def srun_processes(
     *,
     run: RunFolder,
     config: Config,
     stage: str,
-    programs: Programs,
+    programs: RoleCommands,
     hosts: list[str],
     address: str,
     port: int,
     logs: Path,
-) -> list[Unit]:
+) -> list[RoleProcess]:
     """One step for all trainer ranks on the first nodes; one per node with engines, so that it can be restarted alone.
 
     hosts: the job's nodes by name. address, port: where rank 0, on the first of them, serves the ranks' store.
@@ -108,7 +108,7 @@ def srun_units(
     )
     env = STEP_ENVIRONMENT | role_environment(config, "trainer")
     place = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-    units = [Unit("trainer", 0, command, env | place, "srun_trainer.log", shown_log="trainer_0.log", step=True)]
+    units = [RoleProcess("trainer", 0, command, env | place, "srun_trainer.log", shown_log="trainer_0.log", step=True)]
     if starts_engines(config, stage):
         env = STEP_ENVIRONMENT | role_environment(config, "rollout")
         own_nodes = engine_placement(config) == "rollout_nodes"
@@ -119,11 +119,11 @@ def srun_units(
                 *in_container(config, guarded(programs, programs.rollout_command(run, stage, node))),
             )
             log = f"srun_rollout_{node}.log"
-            units.append(Unit("rollout", node, command, env, log, restarts=cluster.rollout_restarts, step=True))
+            units.append(RoleProcess("rollout", node, command, env, log, restarts=cluster.rollout_restarts, step=True))
     return units
 
 
-def guarded(programs: Programs, command: tuple[str, ...]) -> tuple[str, ...]:
+def guarded(programs: RoleCommands, command: tuple[str, ...]) -> tuple[str, ...]:
     """The command under a guard on its node, so that a killed role leaves no worker of its own behind."""
     return (programs.python, *GUARD_ARGUMENTS, ALONE, *command)
 
@@ -141,7 +141,7 @@ except UserError as error:
 """
 
 
-def probe_command(config: Config, run: RunFolder, programs: Programs, hosts: list[str]) -> tuple[str, ...]:
+def probe_command(config: Config, run: RunFolder, programs: RoleCommands, hosts: list[str]) -> tuple[str, ...]:
     """One task per node that names what the node lacks: run folder, interpreter, packages, network interface."""
     programs = inside(config, programs)
     folder, python = shlex.quote(str(run.config)), shlex.quote(programs.python)

@@ -5,4 +5,4 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 python=$here/.venv/bin/python
 [ -x "$python" ] || python=python3
 cd "$here"
-exec "$python" -m slurm.devcluster "$@"
+exec "$python" -m megatron_vcppo.slurm.devcluster "$@"

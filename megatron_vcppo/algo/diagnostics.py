@@ -18,7 +18,7 @@ from megatron_vcppo.algo.metrics import (
     standard_deviation,
     total_metric,
 )
-from megatron_vcppo.algo.profiles import (
+from megatron_vcppo.algo.position_profiles import (
     position_profile,
     relative_position,
     relative_profile,

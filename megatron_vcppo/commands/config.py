@@ -23,7 +23,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Print the resolved YAML, or the keys."""
     from megatron_vcppo.config.load import dump_config, load_config
-    from megatron_vcppo.config.sources import local_overrides, profile_files
+    from megatron_vcppo.config.value_sources import local_overrides, profile_files
     from megatron_vcppo.errors import UserError
 
     if args.explain is not None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_vcppo.mcore.convert.copying import Progress
+from megatron_vcppo.hf.convert.copying import Progress
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from megatron_vcppo.mcore.convert.importer import import_hf
+    from megatron_vcppo.hf.convert.importer import import_hf
 
     with _progress("import") as progress:
         arch = import_hf(args.hf, args.out, args.tp, args.pp, progress)
@@ -53,7 +53,7 @@ def _import(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     import torch
 
-    from megatron_vcppo.mcore.convert.exporter import export_hf
+    from megatron_vcppo.hf.convert.exporter import export_hf
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     with _progress("export") as progress:  # the logits come after the last byte

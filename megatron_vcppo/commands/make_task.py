@@ -86,8 +86,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _write_data(args: argparse.Namespace, folder: Path) -> dict[str, int]:
     """The four JSONL files; tasks are interleaved row by row. Returns file → rows."""
-    from megatron_vcppo.tasks.base import Style
     from megatron_vcppo.tasks.generate import demonstration_rows, get_task, prompt_rows
+    from megatron_vcppo.tasks.task import Style
 
     tasks = [get_task(name) for name in args.task]
     steps = {task.name: tuple(args.steps or task.default_steps) for task in tasks}

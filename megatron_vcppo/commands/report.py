@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
 
 def read_runs(folders: Sequence[Path]) -> "list[RunData]":
     """The runs, each with a name and a colour of its own. UserError if a folder is no run or is named twice."""
-    from megatron_vcppo.mcore.manifest import MANIFEST_NAME
     from megatron_vcppo.report.run_data import COLOURS, read_config, read_run
+    from megatron_vcppo.run.manifest import MANIFEST_NAME
 
     for folder in folders:
         read_config(folder)  # every mistake in the call before any work
@@ -65,7 +65,7 @@ def read_runs(folders: Sequence[Path]) -> "list[RunData]":
 
 def samples_of(folder: Path) -> "list[Samples]":
     """From the first and the last complete iteration that PPO stored; before PPO, the last of an earlier stage."""
-    from megatron_vcppo.rollout.store import stored_iterations
+    from megatron_vcppo.run.rollout_store import stored_iterations
 
     ppo = folder / "ppo" / "rollouts"
     known = stored_iterations(ppo)
@@ -80,7 +80,7 @@ def samples_of(folder: Path) -> "list[Samples]":
 def first_complete(rollouts: Path, stage: str, iterations: Sequence[int]) -> "Samples | None":
     """Of the first of these iterations that can be read: the newest one of a running stage may still be written."""
     from megatron_vcppo.report.samples import choose
-    from megatron_vcppo.rollout.store import iterate_rollouts
+    from megatron_vcppo.run.rollout_store import iterate_rollouts
 
     for iteration in iterations:
         try:

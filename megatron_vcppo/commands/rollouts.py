@@ -23,7 +23,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Print the rollouts."""
-    from megatron_vcppo.rollout.store import read_rollouts, stored_iterations
+    from megatron_vcppo.run.rollout_store import read_rollouts, stored_iterations
 
     folder = find_folder(args.run_dir, args.stage)
     known = stored_iterations(folder)

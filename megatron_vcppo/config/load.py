@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_vcppo.config.checks import check_config
 from megatron_vcppo.config.keys import all_keys, all_sections, nearest_key
 from megatron_vcppo.config.schema import Config
-from megatron_vcppo.config.sources import Source, command_line_source, file_sources
+from megatron_vcppo.config.value_sources import Source, command_line_source, file_sources
 from megatron_vcppo.errors import UserError
 
 T = TypeVar("T")

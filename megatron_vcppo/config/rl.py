@@ -28,7 +28,7 @@ class PromptsConfig:
     """What happens to malformed problems, and to prompts that leave no room for a response."""
     verifiers: dict[str, str] = field(default_factory=dict)
     """task: verifier, beside the built-in ones: the name of one of those, or module:function of your own, which is
-    given the Prompt and the response's text and returns a Verdict (megatron_vcppo/rewards/base.py).
+    given the Prompt and the response's text and returns a Verdict (megatron_vcppo/rewards/verifier.py).
     {math: math_percent} accepts 0.5 where 50% is expected and the other way round."""
     verify_timeout_s: float = 10.0
     """A verifier that takes longer on one answer is stopped; the answer counts as wrong and is reported."""

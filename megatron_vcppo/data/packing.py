@@ -7,14 +7,14 @@ segment, so every per-token field is moved one place to the left inside its segm
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_vcppo.records import Sequence
+from megatron_vcppo.records import TrainSequence
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ class PackedMicrobatch:
 
 
 def pack(
-    sequences: Items[Sequence],
-    sequence_index: Items[int],
+    sequences: Sequence[TrainSequence],
+    sequence_index: Sequence[int],
     multiple: int = 1,
     segment_multiple: int = 1,
-    field_names: Items[str] = (),
+    field_names: Sequence[str] = (),
 ) -> PackedMicrobatch:
     """Concatenate ``sequences[i] for i in sequence_index``; all have the same fields.
 
@@ -124,7 +124,7 @@ def pack(
 
 
 def pack_all(
-    sequences: Items[Sequence], tokens_per_microbatch: int, multiple: int = 1, segment_multiple: int = 1
+    sequences: Sequence[TrainSequence], tokens_per_microbatch: int, multiple: int = 1, segment_multiple: int = 1
 ) -> list[PackedMicrobatch]:
     """Every sequence once, in as few micro-batches of the token budget as were found; arguments as in ``pack``."""
     spans = [round_up(len(sequence), segment_multiple) for sequence in sequences]
@@ -132,7 +132,7 @@ def pack_all(
     return [pack(sequences, indices, multiple, segment_multiple) for indices in bins]
 
 
-def unpack_all(microbatches: Items[PackedMicrobatch], values: Items[Tensor]) -> list[list[float]]:
+def unpack_all(microbatches: Sequence[PackedMicrobatch], values: Sequence[Tensor]) -> list[list[float]]:
     """``PackedMicrobatch.unpack`` over the result of ``pack_all``: one list per sequence, in the original order."""
     rows: dict[int, list[float]] = {}
     for microbatch, output in zip(microbatches, values, strict=True):
@@ -140,7 +140,7 @@ def unpack_all(microbatches: Items[PackedMicrobatch], values: Items[Tensor]) -> 
     return [rows[i] for i in range(len(rows))]
 
 
-def pack_into_microbatches(lengths: Items[int], tokens_per_microbatch: int) -> list[list[int]]:
+def pack_into_microbatches(lengths: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:
     """Bins of sequence indices whose lengths sum to at most the budget: best-fit decreasing, deterministic.
 
     A sequence longer than the budget gets a bin of its own. Indices rise within a bin; bins are ordered by their
@@ -162,7 +162,7 @@ def pack_into_microbatches(lengths: Items[int], tokens_per_microbatch: int) -> l
     return sorted(sorted(indices) for indices in bins)
 
 
-def balance(lengths: Items[int], num_ranks: int, quadratic: float = 0.0) -> list[list[int]]:
+def balance(lengths: Sequence[int], num_ranks: int, quadratic: float = 0.0) -> list[list[int]]:
     """Share sequences out over ranks so that the largest cost is small: greedy, then pairwise exchange.
 
     The cost of a length l is l + quadratic · l² (tokens; the second term is attention's, relative to the rest).

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_vcppo.data.order import EpochOrder
-from megatron_vcppo.data.report import BadSample, DataReport, require
-from megatron_vcppo.data.sources import Sample, read_samples
+from megatron_vcppo.data.bad_samples import BadSample, DataReport, require
+from megatron_vcppo.data.epoch_order import EpochOrder
+from megatron_vcppo.data.readers import Sample, read_samples
 from megatron_vcppo.data.tokenizer import encode_texts, prompt_text
 from megatron_vcppo.records import Prompt
 

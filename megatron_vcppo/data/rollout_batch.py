@@ -1,7 +1,6 @@
 """Rollouts as tensors [B, T] over response tokens for the algorithm, and as whole sequences for the models."""
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Items
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack, pack_all
-from megatron_vcppo.records import Rollout, Sequence
+from megatron_vcppo.records import Rollout, TrainSequence
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class RolloutBatch:
         """Response tokens: int64 [B]."""
         return self.response_mask.sum(dim=1)
 
-    def to_rows(self, rows: Items[Items[float]], indices: Items[int]) -> Tensor:
+    def to_rows(self, rows: Sequence[Sequence[float]], indices: Sequence[int]) -> Tensor:
         """Model outputs per whole sequence (see ``PackedMicrobatch.unpack``) as float32 [B, T]; other rows are 0."""
         out = torch.zeros(self.response_mask.shape)
         for row, index in zip(rows, indices, strict=True):
@@ -48,7 +47,7 @@ class RolloutBatch:
             out[index, : len(response)] = response
         return out
 
-    def sequences(self, indices: Items[int], fields: Mapping[str, Tensor]) -> list[Sequence]:
+    def sequences(self, indices: Sequence[int], fields: Mapping[str, Tensor]) -> list[TrainSequence]:
         """Prompt + response of the chosen rollouts; ``fields`` [B, T] become per-token fields, 0 on the prompt."""
         arrays = {name: tensor.cpu().numpy() for name, tensor in fields.items()}
         result = []
@@ -59,11 +58,11 @@ class RolloutBatch:
             for name, array in arrays.items():
                 padded[name] = np.zeros(num_prompt + num_response, dtype=array.dtype)
                 padded[name][num_prompt:] = array[index, :num_response]
-            result.append(Sequence((*rollout.prompt.token_ids, *rollout.response_ids), padded))
+            result.append(TrainSequence((*rollout.prompt.token_ids, *rollout.response_ids), padded))
         return result
 
 
-def make_batch(rollouts: Items[Rollout]) -> RolloutBatch:
+def make_batch(rollouts: Sequence[Rollout]) -> RolloutBatch:
     """Tensors of scored rollouts; the order of the rollouts is kept."""
     longest = max(len(rollout.response_ids) for rollout in rollouts)
     mask = torch.zeros(len(rollouts), longest, dtype=torch.bool)
@@ -86,7 +85,7 @@ def make_batch(rollouts: Items[Rollout]) -> RolloutBatch:
 
 
 @dataclass(frozen=True)
-class Packing:
+class Packer:
     """How sequences become this replica's micro-batches."""
 
     tokens_per_microbatch: int
@@ -97,16 +96,16 @@ class Packing:
     segment_multiple: int = 1
     """Each sequence's length is, too."""
 
-    def share(self, lengths: Items[int]) -> list[int]:
+    def share(self, lengths: Sequence[int]) -> list[int]:
         """Indices of the sequences that this data-parallel replica works on."""
         return balance(lengths, self.dp_size)[self.dp_rank]
 
-    def imbalance(self, lengths: Items[int]) -> float:
+    def imbalance(self, lengths: Sequence[int]) -> float:
         """Tokens of the fullest replica over the mean; 1 is even."""
         loads = [sum(lengths[i] for i in share) for share in balance(lengths, self.dp_size)]
         return max(loads) * len(loads) / sum(loads)
 
-    def pack(self, sequences: Items[Sequence], field_names: Items[str] = ()) -> list[PackedMicrobatch]:
+    def pack(self, sequences: Sequence[TrainSequence], field_names: Sequence[str] = ()) -> list[PackedMicrobatch]:
         """This replica's sequences as micro-batches; one of padding alone if it has none."""
         if not sequences:
             return [pack([], [], self.multiple, self.segment_multiple, field_names)]

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from megatron_vcppo.data.report import BadSample
+from megatron_vcppo.data.bad_samples import BadSample
 from megatron_vcppo.errors import UserError
 
 Messages = list[dict[str, Any]]

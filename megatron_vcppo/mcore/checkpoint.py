@@ -32,15 +32,15 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import config_hash
 from megatron_vcppo.config.training import CheckpointConfig
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.convert.folders import copy_small_files
 from megatron_vcppo.mcore import checkpoint_state, runtime
-from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.checkpoint_writer import ComponentSave
-from megatron_vcppo.mcore.convert.folders import copy_small_files
 from megatron_vcppo.mcore.learner import Learner
-from megatron_vcppo.mcore.manifest import read_manifest, sync_folder, verify_manifest, write_manifest
 from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.offload import check_resident
-from megatron_vcppo.mcore.watchdog import deadline
+from megatron_vcppo.run.manifest import read_manifest, sync_folder, verify_manifest, write_manifest
+from megatron_vcppo.run.watchdog import deadline
 
 TENSORS_NAME = "tensors.safetensors"
 ASIDE = ".replaced"

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat, _Storag
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_vcppo.mcore.manifest import BLOCK_BYTES
+from megatron_vcppo.run.manifest import BLOCK_BYTES
 
 FILES_PER_RANK = 2
 """Each is written by a thread."""

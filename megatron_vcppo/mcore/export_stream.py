@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_vcppo.mcore.hf_load import EMBEDDING, local_parameters
-from megatron_vcppo.mcore.hf_mapping import split, unshard
+from megatron_vcppo.hf.mapping import split, unshard
+from megatron_vcppo.mcore.hf_weights_io import EMBEDDING, local_parameters
 from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.offload import check_resident, weights
 

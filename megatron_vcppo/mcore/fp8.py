@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore.layers import uses_transformer_engine
 
 _RECIPES = {"delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise"}

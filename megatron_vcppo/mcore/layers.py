@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_vcppo.config.schema import ModelConfig
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.mcore.context import PackedParams
+from megatron_vcppo.mcore.context_parallel import PackedParams
 
 
 def uses_transformer_engine(model: ModelConfig) -> bool:

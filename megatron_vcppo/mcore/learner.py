@@ -20,7 +20,7 @@ from megatron_vcppo.config.schema import OptimizerConfig, ParallelConfig, Schedu
 from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.mcore import optimizer as optim
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.context import ContextShard, shard_of
+from megatron_vcppo.mcore.context_parallel import ContextShard, shard_of
 from megatron_vcppo.mcore.logprobs import vocab_parallel_logprobs
 from megatron_vcppo.mcore.model import ActorModel, CriticModel, PackedGPT
 from megatron_vcppo.mcore.offload import Storage, check_resident, gradients, optimizer_state, weights

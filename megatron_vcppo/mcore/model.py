@@ -15,12 +15,12 @@ from torch import Tensor
 from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
 from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.mcore.architecture import Architecture
-from megatron_vcppo.mcore.context import WHOLE, ContextShard, PackedParams
+from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.mapping import padded_vocab_size
+from megatron_vcppo.hf.rope import inverse_frequencies
+from megatron_vcppo.mcore.context_parallel import WHOLE, ContextShard, PackedParams
 from megatron_vcppo.mcore.fp8 import fp8_settings
-from megatron_vcppo.mcore.hf_mapping import padded_vocab_size
 from megatron_vcppo.mcore.layers import block_spec, uses_transformer_engine
-from megatron_vcppo.mcore.rope import inverse_frequencies
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from megatron_vcppo.algo.diagnose import Finding, diagnose
+from megatron_vcppo.algo.failure_signatures import Finding, diagnose
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.report.metrics import read_history, read_records
 from megatron_vcppo.report.samples import Samples
-from megatron_vcppo.rewards.base import NO_ANSWER
+from megatron_vcppo.rewards.verifier import NO_ANSWER
+from megatron_vcppo.run.metrics_log import read_history, read_records
 
 CONFIG_NAME = "config.yaml"
 COLOURS = ("#2563eb", "#d9480f", "#2b8a3e", "#7048e8", "#0c8599", "#c2255c", "#5c940d", "#495057")

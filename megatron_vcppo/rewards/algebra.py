@@ -18,7 +18,16 @@ from math_verify.grader import is_assignment_relation
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
-from megatron_vcppo.rewards.evaluation import POINTS, TOLERANCE, TooLarge, Tree, agree, at_point, plain, value_of
+from megatron_vcppo.rewards.evaluate_expression import (
+    POINTS,
+    TOLERANCE,
+    TooLarge,
+    Tree,
+    agree,
+    at_point,
+    plain,
+    value_of,
+)
 from megatron_vcppo.rewards.notation import for_library
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-outs (SIGALRM) are off

@@ -3,9 +3,9 @@ r"""Multiple choice: the one letter that the response settles on, or the text of
 import re
 
 from megatron_vcppo.records import Prompt
-from megatron_vcppo.rewards.base import CORRECT, NO_ANSWER, Verdict, after_thinking, final_answer, wrong
 from megatron_vcppo.rewards.math_answer import answers_equal
 from megatron_vcppo.rewards.notation import tidy
+from megatron_vcppo.rewards.verifier import CORRECT, NO_ANSWER, Verdict, after_thinking, final_answer, wrong
 
 _OPTION = re.compile(
     r"(?m)^[ \t>*\-]{0,8}(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])[).:、])[* \t]{0,8}(\S[^\n]{0,2000}?)[ \t]*$"

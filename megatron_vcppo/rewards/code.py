@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_vcppo.records import Prompt
-from megatron_vcppo.rewards.base import CORRECT, NO_ANSWER, Verdict, after_thinking, wrong
 from megatron_vcppo.rewards.code_blocks import find_program
 from megatron_vcppo.rewards.code_compare import CHECKERS, Checker, output_limit
 from megatron_vcppo.rewards.code_tests import AssertTests, CallTests, OutputTests, parse_tests
-from megatron_vcppo.rewards.sandbox.choice import AUTO, choose
-from megatron_vcppo.rewards.sandbox.client import Outcome, Sandbox
 from megatron_vcppo.rewards.sandbox.inside import plain
+from megatron_vcppo.rewards.sandbox.isolation_choice import AUTO, choose
+from megatron_vcppo.rewards.sandbox.sandbox import Outcome, Sandbox
+from megatron_vcppo.rewards.verifier import CORRECT, NO_ANSWER, Verdict, after_thinking, wrong
 
 
 class CodeVerifier:

@@ -7,11 +7,11 @@ from typing import Any
 
 from megatron_vcppo.config.rewards import CodeRewardConfig
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.rewards.base import Verifier
 from megatron_vcppo.rewards.choice import verify_choice
 from megatron_vcppo.rewards.code import CodeVerifier
 from megatron_vcppo.rewards.math_answer import MathVerifier, verify_math
 from megatron_vcppo.rewards.synthetic import verify_synthetic
+from megatron_vcppo.rewards.verifier import Verifier
 from megatron_vcppo.tasks.generate import TASKS
 
 VERIFIERS: dict[str, Verifier] = {

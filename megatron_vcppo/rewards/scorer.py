@@ -20,9 +20,9 @@ from typing import Any
 
 from megatron_vcppo.config.rewards import CodeRewardConfig
 from megatron_vcppo.records import Rollout
-from megatron_vcppo.rewards.base import Verdict
-from megatron_vcppo.rewards.messages import BrokenMessage, receive, send
 from megatron_vcppo.rewards.registry import resolve_verifiers
+from megatron_vcppo.rewards.verifier import Verdict
+from megatron_vcppo.rewards.worker_messages import BrokenMessage, receive, send
 
 _DYING_S = 5.0
 _START_S = 60.0  # a worker imports verifiers; a user's own may import a lot

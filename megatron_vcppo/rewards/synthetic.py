@@ -1,9 +1,9 @@
 """Exact verifiers of the synthetic tasks."""
 
 from megatron_vcppo.records import Prompt
-from megatron_vcppo.rewards.base import CORRECT, NO_ANSWER, Verdict, wrong
-from megatron_vcppo.tasks.base import read_answer
+from megatron_vcppo.rewards.verifier import CORRECT, NO_ANSWER, Verdict, wrong
 from megatron_vcppo.tasks.generate import get_task
+from megatron_vcppo.tasks.task import read_answer
 from megatron_vcppo.tasks.vocabulary import BOS
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from megatron_vcppo.config.rewards import CodeRewardConfig
 from megatron_vcppo.records import Prompt
-from megatron_vcppo.rewards.messages import receive, send
 from megatron_vcppo.rewards.registry import resolve_verifiers
+from megatron_vcppo.rewards.worker_messages import receive, send
 
 
 def main(descriptor: int, settings: dict[str, Any]) -> None:

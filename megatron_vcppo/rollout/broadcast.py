@@ -17,7 +17,7 @@ from megatron_vcppo.rollout.group import Group
 from megatron_vcppo.rollout.lane import Lane
 
 
-class Piece(msgspec.Struct, frozen=True, array_like=True):
+class TensorHeader(msgspec.Struct, frozen=True, array_like=True):
     """One tensor in a payload."""
 
     name: str
@@ -25,7 +25,7 @@ class Piece(msgspec.Struct, frozen=True, array_like=True):
     shape: list[int]
 
 
-Bucket = list[tuple[list[Piece], torch.Tensor]]
+Bucket = list[tuple[list[TensorHeader], torch.Tensor]]
 """Payloads, each with the tensors in it."""
 
 ALIGNMENT = 64
@@ -52,14 +52,14 @@ class BucketSender:
 
     def __init__(self, group: Group, bucket_bytes: int) -> None:
         self.group, self.bucket_bytes = group, bucket_bytes
-        self.small: list[tuple[Piece, torch.Tensor]] = []
-        self.large: list[tuple[Piece, torch.Tensor]] = []
+        self.small: list[tuple[TensorHeader, torch.Tensor]] = []
+        self.large: list[tuple[TensorHeader, torch.Tensor]] = []
         self.held_bytes = self.sent_bytes = 0
         self.in_flight: list[tuple[dist.Work, torch.Tensor]] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Put a tensor into the bucket; a full bucket leaves."""
-        piece = Piece(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+        piece = TensorHeader(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
         flat = tensor.detach().to(self.group.device).contiguous().reshape(-1).view(torch.uint8)
         (self.large if flat.numel() >= ALONE_BYTES else self.small).append((piece, flat))
         self.held_bytes += flat.numel()
@@ -102,7 +102,7 @@ def receive(group: Group) -> Iterator[Bucket]:
             return
         header = torch.empty(int(size.item()), dtype=torch.uint8, device=group.device)
         group.wait(group.broadcast(header))
-        announced = msgspec.json.decode(header.cpu().numpy().tobytes(), type=list[tuple[list[Piece], int]])
+        announced = msgspec.json.decode(header.cpu().numpy().tobytes(), type=list[tuple[list[TensorHeader], int]])
         bucket = [(pieces, torch.empty(n, dtype=torch.uint8, device=group.device)) for pieces, n in announced]
         for work in [group.broadcast(payload) for _, payload in bucket]:
             group.wait(work)

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from megatron_vcppo.config.rollout import RolloutConfig
 from megatron_vcppo.records import Prompt, Rollout
-from megatron_vcppo.rollout import link
+from megatron_vcppo.rollout import engine_http
 from megatron_vcppo.rollout.auth import read_secret
 from megatron_vcppo.rollout.fleet import Fleet, Member
+from megatron_vcppo.rollout.messages import GenerateBatch, GenerateRequest, Response, Sampling
 from megatron_vcppo.rollout.rendezvous import SECRET
-from megatron_vcppo.rollout.sampling import sample_seed
-from megatron_vcppo.rollout.wire import GenerateBatch, GenerateRequest, Response, Sampling
+from megatron_vcppo.rollout.seeds import sample_seed
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class RolloutError(RuntimeError):
 
 
 @dataclass
-class Wanted:
+class PendingRequest:
     """One response that is still to come."""
 
     prompt: Prompt
@@ -93,22 +93,22 @@ class RolloutClient:
 
     async def generate_async(
         self,
-        wanted: list[Wanted],
+        wanted: list[PendingRequest],
         policy_version: int,
         sampling: Sampling,
         on_rollout: Callable[[Rollout], None],
         cancelled: Callable[[], bool],
     ) -> list[Rollout]:
         """See generate."""
-        async with link.open_session(read_secret(self.rendezvous / SECRET)) as session:
+        async with engine_http.open_session(read_secret(self.rendezvous / SECRET)) as session:
             fleet = Fleet(self.rendezvous, session, policy_version, self.config.health_timeout_s)
             return await _Generation(self, session, fleet, sampling, wanted, on_rollout, cancelled).run()
 
     def plan(
         self, prompts: Sequence[Prompt], iteration: int, num_samples: int, known: Collection[RequestId] = ()
-    ) -> list[Wanted]:
+    ) -> list[PendingRequest]:
         """The requests of an iteration without the ``known`` ones; the same prompts always give the same seeds."""
-        wanted: list[Wanted] = []
+        wanted: list[PendingRequest] = []
         for prompt in prompts:
             room = min(self.config.max_tokens, self.max_length - len(prompt.token_ids))
             if room < 1:
@@ -121,7 +121,7 @@ class RolloutClient:
                 if (prompt.prompt_id, sample, seed) in known:
                     continue
                 request = GenerateRequest(len(wanted), list(prompt.token_ids), room, seed)
-                wanted.append(Wanted(prompt, sample, request))
+                wanted.append(PendingRequest(prompt, sample, request))
         return wanted
 
 
@@ -134,7 +134,7 @@ class _Generation:
         session: aiohttp.ClientSession,
         fleet: Fleet,
         sampling: Sampling,
-        wanted: list[Wanted],
+        wanted: list[PendingRequest],
         on_rollout: Callable[[Rollout], None],
         cancelled: Callable[[], bool],
     ) -> None:
@@ -182,7 +182,7 @@ class _Generation:
 
     def dispatch(self) -> None:
         """Give what waits to the engines with the fewest tokens in flight, in one call per engine."""
-        given: dict[int, tuple[Member, list[Wanted]]] = {}
+        given: dict[int, tuple[Member, list[PendingRequest]]] = {}
         while self.waiting:
             free = [m for m in self.fleet.usable if m.requests_in_flight < self.config.engine.max_num_seqs]
             if not free:
@@ -197,19 +197,21 @@ class _Generation:
             member.calls.add(call)
             call.add_done_callback(member.calls.discard)
 
-    async def call(self, member: Member, items: list[Wanted]) -> None:
+    async def call(self, member: Member, items: list[PendingRequest]) -> None:
         """Have one engine answer some requests; those that it does not answer wait again."""
         left = {item.request.key: item for item in items}
         batch = GenerateBatch(self.sampling, [item.request for item in items])
         try:
-            async for response in link.generate(self.session, member.engine, batch, self.config.request_timeout_s):
+            async for response in engine_http.generate(
+                self.session, member.engine, batch, self.config.request_timeout_s
+            ):
                 item = left.pop(response.key)
                 self.release(member, [item])
                 self.take(item, response, member)
                 self.fleet.changed.set()
             if left:
                 raise aiohttp.ClientPayloadError(f"the answer lacked {len(left)} of {len(items)} responses")
-        except link.FAILURES as error:
+        except engine_http.FAILURES as error:
             log.warning(
                 "%s failed (%s: %s); %d requests go to other engines",
                 member.engine,
@@ -226,7 +228,7 @@ class _Generation:
             self.waiting.extendleft(reversed(left.values()))
             self.fleet.changed.set()
 
-    def check_losses(self, lost: Iterable[Wanted], member: Member) -> None:
+    def check_losses(self, lost: Iterable[PendingRequest], member: Member) -> None:
         """End generation if a request was with too many engines that failed: it may be what fails them."""
         for item in lost:
             item.num_losses += 1
@@ -236,7 +238,7 @@ class _Generation:
                     f"engines that failed, last {member.engine}: {member.trouble}"
                 )
 
-    def take(self, item: Wanted, response: Response, member: Member) -> None:
+    def take(self, item: PendingRequest, response: Response, member: Member) -> None:
         """Count a response; one that an engine refused waits again, or ends generation if it was refused too often."""
         if response.error:
             item.errors.append(f"{member.engine}: {response.error}")
@@ -262,7 +264,7 @@ class _Generation:
         self.on_rollout(rollout)
 
     @staticmethod
-    def release(member: Member, items: Iterable[Wanted]) -> None:
+    def release(member: Member, items: Iterable[PendingRequest]) -> None:
         """These requests are with the engine no more."""
         for item in items:
             member.requests_in_flight -= 1

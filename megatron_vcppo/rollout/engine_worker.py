@@ -24,36 +24,36 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from megatron_vcppo.rollout.broadcast import ahead, receive, unpack
 from megatron_vcppo.rollout.group import Deadline, Group, join_group, reach_store
-from megatron_vcppo.rollout.process import die_with_parent
-from megatron_vcppo.rollout.wire import Stream, SyncRequest
+from megatron_vcppo.rollout.messages import GroupAddress, SyncRequest
+from megatron_vcppo.run.processes import die_with_parent
 
 BACKEND = "vcppo"
 
 
 @dataclass
-class Meet(WeightTransferInitInfo):
+class InitInfo(WeightTransferInitInfo):
     """The push that is about to start: a wire.SyncRequest as plain types."""
 
     request: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
-class Take(WeightTransferUpdateInfo):
+class UpdateInfo(WeightTransferUpdateInfo):
     """Nothing: the streams describe themselves."""
 
 
-class Receiver(WeightTransferEngine[Meet, Take]):
+class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     """One worker's end of a push. Each update is the whole model: all streams, or all files of the folder."""
 
-    init_info_cls = Meet
-    update_info_cls = Take
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.groups: dict[Stream, Group] = {}
+        self.groups: dict[GroupAddress, Group] = {}
         self.request: SyncRequest | None = None
 
-    def init_transfer_engine(self, init_info: Meet) -> None:
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Join the group of each stream, unless it is the one of the push before."""
         self.request = request = msgspec.convert(init_info.request, SyncRequest)
         parallel = self.parallel_config
@@ -71,7 +71,7 @@ class Receiver(WeightTransferEngine[Meet, Take]):
             group.deadline = deadline
             self.groups[stream] = group
 
-    def leave(self, streams: Iterable[Stream]) -> None:
+    def leave(self, streams: Iterable[GroupAddress]) -> None:
         """Close the groups of these streams."""
         for stream in list(streams):
             self.groups.pop(stream).close()
@@ -92,7 +92,7 @@ class Receiver(WeightTransferEngine[Meet, Take]):
             torch.accelerator.synchronize()
 
     @override
-    def receive_weights(self, update_info: Take) -> None:
+    def receive_weights(self, update_info: UpdateInfo) -> None:
         assert self.request is not None
         if self.request.backend == "disk":
             tensors = read_folder(Path(self.request.folder))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import aiohttp
 
-from megatron_vcppo.rollout import link, rendezvous
+from megatron_vcppo.rollout import engine_http, rendezvous
 from megatron_vcppo.rollout.rendezvous import Engine
 
 PROBE_TIMEOUT_S = 10.0
@@ -76,8 +76,8 @@ class Fleet:
     async def _ask(self, member: Member) -> None:
         was_usable = member.usable
         try:
-            status = await link.status(self.session, member.engine, min(PROBE_TIMEOUT_S, self.health_timeout_s))
-        except link.FAILURES as error:
+            status = await engine_http.status(self.session, member.engine, min(PROBE_TIMEOUT_S, self.health_timeout_s))
+        except engine_http.FAILURES as error:
             member.trouble = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             silent_s = time.monotonic() - member.last_answer
             if was_usable and silent_s > self.health_timeout_s:

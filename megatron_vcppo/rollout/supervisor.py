@@ -14,12 +14,12 @@ from pathlib import Path
 
 import msgspec
 
-from megatron_vcppo.rollout import rendezvous, server
+from megatron_vcppo.rollout import engine_command, rendezvous
 from megatron_vcppo.rollout.auth import bearer, read_secret
+from megatron_vcppo.rollout.messages import CORE_IS_DEAD, SLEEP, STATUS, SleepRequest, TurnReport
 from megatron_vcppo.rollout.node_folder import Hold, NodeFolder
-from megatron_vcppo.rollout.process import free_port
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
-from megatron_vcppo.rollout.wire import CORE_IS_DEAD, SLEEP, STATUS, SleepRequest, TurnReport
+from megatron_vcppo.run.processes import free_port
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Slot:
             if stopping.is_set():
                 return
             port = free_port(self.address)
-            process = server.start(*self.launch(port), self.log_file)
+            process = engine_command.start(*self.launch(port), self.log_file)
             engine = Engine(self.node, self.index, generation, self.address, port, process.pid)
             log.info("%s: starting, pid %d", engine, process.pid)
             try:

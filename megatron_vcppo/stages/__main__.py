@@ -13,9 +13,9 @@ def main() -> int:
     import os
 
     from megatron_vcppo.config.load import load_config
-    from megatron_vcppo.config.node import node_environment
+    from megatron_vcppo.config.node_environment import node_environment
     from megatron_vcppo.errors import UserError
-    from megatron_vcppo.stages.startup import startup
+    from megatron_vcppo.run.startup import startup
     from megatron_vcppo.stages.stopping import SAVED, Saved, stopping
 
     parser = argparse.ArgumentParser(prog="python -m megatron_vcppo.stages", description=__doc__)

@@ -8,17 +8,17 @@ from typing import Any
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import Stopped, UserError
+from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.export_stream import stream_hf
-from megatron_vcppo.mcore.hf_load import load_hf
+from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.model import ActorModel, build_actor
-from megatron_vcppo.stages.evaluation import evaluation_prompts, evaluation_rollouts, scores
-from megatron_vcppo.stages.generation import Generation
-from megatron_vcppo.stages.origin import claim, origin_of_evaluation
+from megatron_vcppo.run.startup import startup
+from megatron_vcppo.stages.held_out import evaluation_prompts, evaluation_rollouts, scores
+from megatron_vcppo.stages.provenance import claim, origin_of_evaluation
+from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.stages.stage import ACTOR_STAGES, last_checkpoint, mark_done, stage_folder
-from megatron_vcppo.stages.startup import startup
 from megatron_vcppo.stages.stopping import Saved, stopping
 
 
@@ -34,7 +34,7 @@ def run(config: Config) -> None:
         raise UserError("stage evaluate: prompts.test is not set; give it held-out problems")
     found = candidates(config)
     results: list[dict[str, Any]] = []
-    with Generation(config, folder, world) as generation:
+    with RolloutSession(config, folder, world) as generation:
         generation.start_engines()
         model = build_actor(Architecture.from_hf(config.model.hf), config.model, config.parallel)
         generation.share(model)

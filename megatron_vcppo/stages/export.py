@@ -6,10 +6,10 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.mcore.convert.exporter import export_hf
-from megatron_vcppo.mcore.convert.folders import unfinished
+from megatron_vcppo.hf.convert.exporter import export_hf
+from megatron_vcppo.hf.convert.folders import unfinished
 from megatron_vcppo.mcore.model import torch_dtype
-from megatron_vcppo.report.progress import Progress
+from megatron_vcppo.run.progress import Progress
 from megatron_vcppo.stages.stage import actor_before, last_checkpoint, mark_done, stage_folder
 
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from megatron_vcppo.algo.diagnose import warnings_of
+from megatron_vcppo.algo.failure_signatures import warnings_of
 from megatron_vcppo.algo.kl import next_kl_coef
 from megatron_vcppo.algo.masked import check_finite
 from megatron_vcppo.config import Config
@@ -22,24 +22,24 @@ from megatron_vcppo.mcore.checkpoint import CheckpointFolder, complete_checkpoin
 from megatron_vcppo.mcore.export_stream import stream_hf
 from megatron_vcppo.mcore.learner import Actor, Critic, Learner, Reference
 from megatron_vcppo.records import Rollout
-from megatron_vcppo.report.metrics import MetricsLog, cut_back, read_history
-from megatron_vcppo.report.progress import Progress
 from megatron_vcppo.report.run_data import worst_reward
-from megatron_vcppo.rollout.sampling import training_sampling
-from megatron_vcppo.stages.credit import END_OF_THINKING, assign_credit
-from megatron_vcppo.stages.evaluation import evaluate_engines
-from megatron_vcppo.stages.generation import Generation
-from megatron_vcppo.stages.losses import bounded
-from megatron_vcppo.stages.models import continue_pretraining, starting_actor, starting_critic
-from megatron_vcppo.stages.origin import claim, origin_of
-from megatron_vcppo.stages.sampling import Sampler
-from megatron_vcppo.stages.skips import Skips
-from megatron_vcppo.stages.stage import mark_done, packing_of, stage_folder
-from megatron_vcppo.stages.startup import startup
+from megatron_vcppo.rollout.seeds import training_sampling
+from megatron_vcppo.run.metrics_log import MetricsLog, cut_back, read_history
+from megatron_vcppo.run.progress import Progress
+from megatron_vcppo.run.startup import startup
+from megatron_vcppo.stages.advantage_batch import END_OF_THINKING, compute_advantages
+from megatron_vcppo.stages.held_out import evaluate_engines
+from megatron_vcppo.stages.initial_models import continue_pretraining, starting_actor, starting_critic
+from megatron_vcppo.stages.nonfinite import NonfiniteUpdates
+from megatron_vcppo.stages.prompt_sampler import PromptSampler
+from megatron_vcppo.stages.provenance import claim, origin_of
+from megatron_vcppo.stages.rollout_session import RolloutSession
+from megatron_vcppo.stages.stage import mark_done, packer_of, stage_folder
 from megatron_vcppo.stages.stopping import Saved, stopping
 from megatron_vcppo.stages.token_outputs import token_outputs
+from megatron_vcppo.stages.training_losses import bounded
 from megatron_vcppo.stages.unfinished import Unfinished
-from megatron_vcppo.stages.updates import Report, update
+from megatron_vcppo.stages.updates import UpdateMetrics, update
 from megatron_vcppo.weight_sync.sync import PushResult
 
 
@@ -48,7 +48,7 @@ def run(config: Config) -> None:
     folder = stage_folder(config, "ppo")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
     startup.done("groups")
-    with Generation(config, folder, world) as generation:
+    with RolloutSession(config, folder, world) as generation:
         generation.start_engines()
         ppo = Ppo(config, folder, world, generation)
         try:
@@ -63,10 +63,10 @@ def run(config: Config) -> None:
 class Ppo:
     """The state of the stage, and the iteration that changes it."""
 
-    def __init__(self, config: Config, folder: Path, world: runtime.Runtime, generation: Generation) -> None:
+    def __init__(self, config: Config, folder: Path, world: runtime.Runtime, generation: RolloutSession) -> None:
         settings = config.ppo
         self.config, self.settings, self.folder, self.world = config, settings, folder, world
-        self.generation, self.packing = generation, packing_of(config, world)
+        self.generation, self.packing = generation, packer_of(config, world)
         steps_per_iteration = settings.ppo_epochs * settings.minibatches
         actor_steps = max(0, settings.iterations - settings.critic_only_iterations) * steps_per_iteration
         model = starting_actor(config, "ppo")
@@ -95,11 +95,11 @@ class Ppo:
 
         startup.done("model")
         self.stream = PromptStream(generation.prompts(config.prompts.train), config.run.seed)
-        self.sampler = Sampler(config, generation, self.stream, training_sampling(config.rollout))
+        self.sampler = PromptSampler(config, generation, self.stream, training_sampling(config.rollout))
         startup.done("data")
-        self.kl_coef, self.skips, self.iteration = settings.loss.kl_coef, Skips(settings.skip_limit), 0
+        self.kl_coef, self.skips, self.iteration = settings.loss.kl_coef, NonfiniteUpdates(settings.skip_limit), 0
         self.checkpoints = CheckpointFolder(folder / "checkpoints", config, settings.checkpoint)
-        self.update_under_way: tuple[RolloutBatch, dict[str, Tensor], Report] | None = None
+        self.update_under_way: tuple[RolloutBatch, dict[str, Tensor], UpdateMetrics] | None = None
         self.unfinished: Unfinished | None = None
         """Of the checkpoint, until its iteration is taken up."""
         resumed = self.checkpoints.resume(self.learners)
@@ -164,7 +164,7 @@ class Ppo:
         batch = make_batch(rollouts)
         fields, report = self.outputs_and_report(batch)
         with self.phase("advantages"):
-            credit = assign_credit(
+            credit = compute_advantages(
                 batch,
                 fields.get("values"),
                 fields["old_logprobs"],
@@ -196,14 +196,14 @@ class Ppo:
         self.adapt_kl(metrics, len(batch))
         return metrics, credit.profiles, self.skips.count(report.skipped)
 
-    def outputs_and_report(self, batch: RolloutBatch) -> tuple[dict[str, Tensor], Report]:
+    def outputs_and_report(self, batch: RolloutBatch) -> tuple[dict[str, Tensor], UpdateMetrics]:
         """What the losses need from before the update, by name [B, T], and the report of the update so far.
 
         Both are the checkpoint's if it was saved within the update of these rollouts.
         """
         unfinished, self.unfinished = self.unfinished, None
         if unfinished is not None and unfinished.fits(batch, self.config):
-            return unfinished.fields(batch), Report.from_state(unfinished.report)
+            return unfinished.fields(batch), UpdateMetrics.from_state(unfinished.report)
         if unfinished is not None and self.world.is_main:
             print(
                 f"note: iteration {self.iteration + 1} was interrupted after {unfinished.num_steps} optimizer steps on "
@@ -226,7 +226,7 @@ class Ppo:
                 fields["values"] = bounded(values, self.settings.critic)
         if self.config.run.check_numerics:
             self.check_outputs(batch.response_mask, fields)
-        return fields, Report()
+        return fields, UpdateMetrics()
 
     def rollouts_and_push(self, iteration: int) -> tuple[list[Rollout], PushResult]:
         """The batch of this iteration, and the actor's weights in the engines.

@@ -10,26 +10,26 @@ import time
 import numpy as np
 from torch import Tensor
 
-from megatron_vcppo.algo.losses.reward_model import pairwise_loss, pointwise_loss
+from megatron_vcppo.algo.losses.pointwise_pairwise import pairwise_loss, pointwise_loss
 from megatron_vcppo.algo.metrics import Metrics
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.rl import RewardModelConfig
-from megatron_vcppo.data.order import EpochOrder
+from megatron_vcppo.data.epoch_order import EpochOrder
 from megatron_vcppo.data.packing import PackedMicrobatch, pack, pack_into_microbatches, round_up
-from megatron_vcppo.data.rollout_batch import Packing
+from megatron_vcppo.data.rollout_batch import Packer
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder
 from megatron_vcppo.mcore.learner import Critic
-from megatron_vcppo.records import Rollout, Sequence
-from megatron_vcppo.report.metrics import MetricsLog
-from megatron_vcppo.report.progress import Progress
-from megatron_vcppo.stages.generation import Generation
-from megatron_vcppo.stages.models import starting_critic
+from megatron_vcppo.records import Rollout, TrainSequence
+from megatron_vcppo.run.metrics_log import MetricsLog
+from megatron_vcppo.run.progress import Progress
+from megatron_vcppo.run.startup import startup
+from megatron_vcppo.stages.initial_models import starting_critic
+from megatron_vcppo.stages.nonfinite import NonfiniteUpdates
+from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.stages.rollout_source import rollout_source
-from megatron_vcppo.stages.skips import Skips
-from megatron_vcppo.stages.stage import mark_done, packing_of, stage_folder
-from megatron_vcppo.stages.startup import startup
+from megatron_vcppo.stages.stage import mark_done, packer_of, stage_folder
 from megatron_vcppo.stages.stopping import Saved, stopping
 
 
@@ -38,7 +38,7 @@ def run(config: Config) -> None:
     settings, folder = config.reward_model, stage_folder(config, "reward_model")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
     startup.done("groups")
-    with Generation(config, folder, world) as generation:
+    with RolloutSession(config, folder, world) as generation:
         generation.start_engines()
         examples = units(labelled(responses(config, generation), settings, config.run.seed), settings)
     startup.done("rollouts")
@@ -51,7 +51,7 @@ def run(config: Config) -> None:
     order = EpochOrder(len(examples), config.run.seed, "responses of the reward model")
     resumed = checkpoints.resume({"critic": model})
     startup.done("checkpoint")
-    step, skips = 0, Skips(config.ppo.skip_limit)
+    step, skips = 0, NonfiniteUpdates(config.ppo.skip_limit)
     if resumed is not None:
         step = resumed.iteration
         order.load_state_dict(resumed.state["order"])
@@ -62,7 +62,7 @@ def run(config: Config) -> None:
         started = time.monotonic()
         batch = [examples[index] for _, index in order.next(units_per_step(settings))]
         step += 1
-        result = model.train_step(*step_of(batch, packing_of(config, world), settings))
+        result = model.train_step(*step_of(batch, packer_of(config, world), settings))
         warning = skips.count({"reward model": [not result.applied]})
         if log is not None and progress is not None:
             metrics = {f"reward_model/{name}": value for name, value in result.metrics.items()}
@@ -94,13 +94,13 @@ def run(config: Config) -> None:
     runtime.stop()
 
 
-def responses(config: Config, generation: Generation) -> list[Rollout]:
+def responses(config: Config, generation: RolloutSession) -> list[Rollout]:
     """Verified responses of the SFT actor, generated once and kept in RUN/reward_model/rollouts."""
     total = config.reward_model.num_prompts * config.rollout.num_samples
     return rollout_source(config, generation, "reward_model", 0).next(total, 0)
 
 
-def labelled(rollouts: list[Rollout], settings: RewardModelConfig, seed: int) -> list[tuple[Sequence, bool]]:
+def labelled(rollouts: list[Rollout], settings: RewardModelConfig, seed: int) -> list[tuple[TrainSequence, bool]]:
     """(sequence, good) of each response; a share is cut at a random token and labelled bad.
 
     The score is read where the response ends. One more token, which the model's causal output there cannot see, takes
@@ -114,11 +114,11 @@ def labelled(rollouts: list[Rollout], settings: RewardModelConfig, seed: int) ->
             response, good = response[: int(generator.integers(1, len(response)))], False
         ids = (*rollout.prompt.token_ids, *response, 0)
         zeros = (0.0,) * (len(ids) - 1)
-        examples.append((Sequence(ids, {"last_mask": (*zeros, 1.0), "label": (*zeros, float(good))}), good))
+        examples.append((TrainSequence(ids, {"last_mask": (*zeros, 1.0), "label": (*zeros, float(good))}), good))
     return examples
 
 
-def units(examples: list[tuple[Sequence, bool]], settings: RewardModelConfig) -> list[tuple[Sequence, ...]]:
+def units(examples: list[tuple[TrainSequence, bool]], settings: RewardModelConfig) -> list[tuple[TrainSequence, ...]]:
     """What is drawn and shared out as one: a response, or a (good, bad) pair of responses.
 
     Every response is in a pair; of the rarer kind each is in several. Raises UserError if one kind is missing.
@@ -138,7 +138,7 @@ def units_per_step(settings: RewardModelConfig) -> int:
 
 
 def step_of(
-    batch: list[tuple[Sequence, ...]], packing: Packing, settings: RewardModelConfig
+    batch: list[tuple[TrainSequence, ...]], packing: Packer, settings: RewardModelConfig
 ) -> tuple[list[PackedMicrobatch], "PointwiseLoss | PairwiseLoss"]:
     """This replica's micro-batches and the loss of one step; the responses of a pair lie side by side."""
     names = ["last_mask", "label"]

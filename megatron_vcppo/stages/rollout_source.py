@@ -4,22 +4,22 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.data.order import EpochOrder
+from megatron_vcppo.data.epoch_order import EpochOrder
 from megatron_vcppo.data.prompts import PromptStream
 from megatron_vcppo.errors import Stopped, UserError
-from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore.export_stream import stream_hf
 from megatron_vcppo.mcore.model import ActorModel
 from megatron_vcppo.records import Rollout
-from megatron_vcppo.rollout.sampling import training_sampling
-from megatron_vcppo.rollout.store import read_rollouts, stored_iterations
-from megatron_vcppo.stages.generation import Generation
-from megatron_vcppo.stages.models import starting_actor
-from megatron_vcppo.stages.origin import claim, differences, origin_of
-from megatron_vcppo.stages.sampling import Sampler
-from megatron_vcppo.stages.startup import startup
+from megatron_vcppo.rollout.seeds import training_sampling
+from megatron_vcppo.run.rollout_store import read_rollouts, stored_iterations
+from megatron_vcppo.run.startup import startup
+from megatron_vcppo.run.stored_set import StoredSet, stored_set
+from megatron_vcppo.stages.initial_models import starting_actor
+from megatron_vcppo.stages.prompt_sampler import PromptSampler
+from megatron_vcppo.stages.provenance import claim, differences, origin_of
+from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.stages.stopping import Saved, stopping
-from megatron_vcppo.stages.stored_set import StoredSet, stored_set
 
 
 class RolloutSource(Protocol):
@@ -38,7 +38,7 @@ class RolloutSource(Protocol):
         """Go on where ``state`` was taken."""
 
 
-def rollout_source(config: Config, generation: Generation, stage: str, reached: int) -> RolloutSource:
+def rollout_source(config: Config, generation: RolloutSession, stage: str, reached: int) -> RolloutSource:
     """Rollouts of the policy that the stage starts from: fresh ones for every step, or its stored set.
 
     reached: the step from which the stage goes on; stored rollouts after it that another policy made are dropped.
@@ -58,10 +58,10 @@ class FreshRollouts:
     """Generates for every step. The actor is loaded and its weights are pushed before the first generation."""
 
     def __init__(
-        self, config: Config, generation: Generation, stream: PromptStream, load_actor: Callable[[], ActorModel]
+        self, config: Config, generation: RolloutSession, stream: PromptStream, load_actor: Callable[[], ActorModel]
     ) -> None:
         self.generation, self.stream, self.load_actor = generation, stream, load_actor
-        self.sampler = Sampler(config, generation, stream, training_sampling(config.rollout))
+        self.sampler = PromptSampler(config, generation, stream, training_sampling(config.rollout))
         self.num_samples = config.rollout.num_samples
         self.pushed = False
 

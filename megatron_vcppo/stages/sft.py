@@ -7,23 +7,23 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.schema import SftConfig
-from megatron_vcppo.data.order import EpochOrder
-from megatron_vcppo.data.rollout_batch import Packing
-from megatron_vcppo.data.sft import SftDataset, SftKeys, load_sft_dataset
+from megatron_vcppo.data.epoch_order import EpochOrder
+from megatron_vcppo.data.rollout_batch import Packer
+from megatron_vcppo.data.sft_dataset import SftDataset, SftKeys, load_sft_dataset
 from megatron_vcppo.data.tokenizer import load_tokenizer
+from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder
-from megatron_vcppo.mcore.hf_load import load_hf
+from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.learner import Actor
 from megatron_vcppo.mcore.model import build_actor
-from megatron_vcppo.report.metrics import MetricsLog
-from megatron_vcppo.report.progress import Progress
-from megatron_vcppo.stages.losses import TokenLoss
-from megatron_vcppo.stages.skips import Skips
-from megatron_vcppo.stages.stage import mark_done, packing_of, stage_folder
-from megatron_vcppo.stages.startup import startup
+from megatron_vcppo.run.metrics_log import MetricsLog
+from megatron_vcppo.run.progress import Progress
+from megatron_vcppo.run.startup import startup
+from megatron_vcppo.stages.nonfinite import NonfiniteUpdates
+from megatron_vcppo.stages.stage import mark_done, packer_of, stage_folder
 from megatron_vcppo.stages.stopping import Saved, stopping
+from megatron_vcppo.stages.training_losses import TokenLoss
 
 
 def run(config: Config) -> None:
@@ -51,7 +51,7 @@ def run(config: Config) -> None:
     startup.done("model")
     resumed = checkpoints.resume({"actor": actor})
     startup.done("checkpoint")
-    step, skips = 0, Skips(config.ppo.skip_limit)
+    step, skips = 0, NonfiniteUpdates(config.ppo.skip_limit)
     if resumed is not None:
         step = resumed.iteration
         order.load_state_dict(resumed.state["order"])
@@ -59,7 +59,7 @@ def run(config: Config) -> None:
     log = MetricsLog(folder, config, "sft", step, total_steps) if world.is_main else None
     progress = Progress("sft", total_steps, start=step, unit="tok") if world.is_main else None
 
-    packing = packing_of(config, world)
+    packing = packer_of(config, world)
     while step < total_steps:
         started = time.monotonic()
         batch = [train[index] for _, index in order.next(settings.batch_size)]
@@ -114,7 +114,7 @@ def steps_of(settings: SftConfig, num_samples: int) -> int:
     return settings.steps or math.ceil(settings.epochs * num_samples / settings.batch_size)
 
 
-def validate(actor: Actor, dataset: SftDataset, packing: Packing) -> dict[str, float]:
+def validate(actor: Actor, dataset: SftDataset, packing: Packer) -> dict[str, float]:
     """Loss over the whole validation set; the same on every rank."""
     mine = [dataset[index] for index in packing.share(dataset.lengths.tolist())]
     return actor.evaluate(packing.pack(mine, ["loss_mask"]), TokenLoss(dataset.num_loss_tokens))

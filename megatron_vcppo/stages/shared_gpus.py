@@ -14,13 +14,13 @@ import torch
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import engine_nodes, node_holds_replica
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.learner import Runner
 from megatron_vcppo.mcore.model import torch_dtype
 from megatron_vcppo.mcore.offload import HostMemory, Storage, drop_fp8_copies, weights
 from megatron_vcppo.rollout.node_folder import TRAINER, Holder, NodeFolder
-from megatron_vcppo.weight_sync.place import make_sleeping_sync, place_of, place_on_node
+from megatron_vcppo.weight_sync.rank_role import make_sleeping_sync, place_on_node, role_of
 from megatron_vcppo.weight_sync.sync import POLL_S, WeightSyncError
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class SharedGpus:
         if uses_memory and num_nodes > 1:
             place = place_on_node(world.pp_rank, world.rank, local_rank, world.tp_size)
         else:
-            place = place_of(world.pp_rank, world.pp_size, world.tp_rank, world.dp_rank, world.cp_rank)
+            place = role_of(world.pp_rank, world.pp_size, world.tp_rank, world.dp_rank, world.cp_rank)
         self.sync = make_sleeping_sync(config, rendezvous, place, world.device, self.node, uses_memory)
         self.sync.after_push = self._weights_leave
         if uses_memory and self.is_local_main:

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.data.context import rounding
-from megatron_vcppo.data.rollout_batch import Packing
+from megatron_vcppo.data.context_split import rounding
+from megatron_vcppo.data.rollout_batch import Packer
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.mcore.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from megatron_vcppo.mcore.runtime import Runtime
+from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest, write_manifest
 
 ACTOR_STAGES = ("sft", "ppo")
 """Stages that leave an actor for the next ones."""
@@ -20,11 +20,11 @@ def stage_folder(config: Config, stage: str) -> Path:
     return folder
 
 
-def packing_of(config: Config, world: Runtime) -> Packing:
+def packer_of(config: Config, world: Runtime) -> Packer:
     """How this rank's replica packs its share of a batch."""
     parallel = config.parallel
     multiple, segment_multiple = rounding(parallel, config.model)
-    return Packing(parallel.tokens_per_microbatch, multiple, world.dp_rank, world.dp_size, segment_multiple)
+    return Packer(parallel.tokens_per_microbatch, multiple, world.dp_rank, world.dp_size, segment_multiple)
 
 
 def mark_done(folder: Path, checkpoint: Path | None = None, outputs: tuple[str, ...] = ()) -> None:

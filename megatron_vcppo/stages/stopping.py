@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from megatron_vcppo.errors import Stopped
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.report.metrics import LONGEST_PIECE, SAVE_TIME
+from megatron_vcppo.run.metrics_log import LONGEST_PIECE, SAVE_TIME
 
 SAVED = 75
 """Exit code of a rank that was asked to stop and has saved: run the stage again (EX_TEMPFAIL of sysexits.h)."""

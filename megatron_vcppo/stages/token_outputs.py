@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from megatron_vcppo.data.packing import PackedMicrobatch, unpack_all
-from megatron_vcppo.data.rollout_batch import Packing, RolloutBatch
+from megatron_vcppo.data.rollout_batch import Packer, RolloutBatch
 from megatron_vcppo.mcore import runtime
 
 
 def token_outputs(
-    batch: RolloutBatch, packing: Packing, run: Callable[[Sequence[PackedMicrobatch]], list[Tensor]]
+    batch: RolloutBatch, packing: Packer, run: Callable[[Sequence[PackedMicrobatch]], list[Tensor]]
 ) -> Tensor:
     """float32 [B, T]: log-probs or values of every response token; collective.
 

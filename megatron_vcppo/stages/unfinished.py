@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.rollout_batch import RolloutBatch
-from megatron_vcppo.stages.updates import Report
+from megatron_vcppo.stages.updates import UpdateMetrics
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Unfinished:
     """Model outputs by name: float32 [valid tokens of the batch]."""
 
     @classmethod
-    def of(cls, batch: RolloutBatch, fields: Mapping[str, Tensor], report: Report, config: Config) -> "Unfinished":
+    def of(
+        cls, batch: RolloutBatch, fields: Mapping[str, Tensor], report: UpdateMetrics, config: Config
+    ) -> "Unfinished":
         """fields: [B, T]; what the rollouts hold themselves is left to them."""
         outputs = {name: tensor[batch.response_mask] for name, tensor in fields.items() if name != "rollout_logprobs"}
         return cls(identity_of(batch, config), report.state_dict(), outputs)

@@ -11,14 +11,14 @@ from torch import Tensor
 from megatron_vcppo.algo.losses.aggregation import loss_denominator
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.packing import PackedMicrobatch
-from megatron_vcppo.data.rollout_batch import Packing, RolloutBatch
+from megatron_vcppo.data.rollout_batch import Packer, RolloutBatch
 from megatron_vcppo.mcore.learner import Actor, Critic, StepResult
-from megatron_vcppo.stages.credit import Credit
-from megatron_vcppo.stages.losses import ActorLoss, CriticLoss, sequence_weights
+from megatron_vcppo.stages.advantage_batch import AdvantageBatch
+from megatron_vcppo.stages.training_losses import ActorLoss, CriticLoss, sequence_weights
 
 
 @dataclass
-class Report:
+class UpdateMetrics:
     """What the updates of one iteration did: means over optimizer steps, and what was skipped.
 
     It also says how far they are: the next optimizer step of each model is the one after those counted here.
@@ -58,7 +58,7 @@ class Report:
         return numbers | {"sums": dict(self.sums), "counts": dict(self.counts), "skipped": skipped}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "Report":
+    def from_state(cls, state: Mapping[str, Any]) -> "UpdateMetrics":
         """Continues where ``state_dict`` was taken."""
         report = cls(num_tokens=state["num_tokens"], num_padding=state["num_padding"], imbalance=[*state["imbalance"]])
         report.sums.update(state["sums"])
@@ -90,13 +90,13 @@ def update(
     actor: Actor | None,
     critic: Critic | None,
     batch: RolloutBatch,
-    credit: Credit,
+    credit: AdvantageBatch,
     fields: Mapping[str, Tensor],
-    packing: Packing,
+    packing: Packer,
     config: Config,
     iteration: int,
     kl_coef: float,
-    report: Report,
+    report: UpdateMetrics,
     before_step: Callable[[], None] = lambda: None,
 ) -> None:
     """All passes over the batch: for each minibatch the critic's updates, then the actor's; collective.

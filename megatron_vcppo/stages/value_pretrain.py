@@ -8,22 +8,22 @@ from megatron_vcppo.algo.metrics import explained_variance
 from megatron_vcppo.algo.token_rewards import token_rewards
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.rl import CriticConfig, ValuePretrainConfig
-from megatron_vcppo.data.rollout_batch import Packing, RolloutBatch, make_batch
+from megatron_vcppo.data.rollout_batch import Packer, RolloutBatch, make_batch
 from megatron_vcppo.errors import Stopped
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder
 from megatron_vcppo.mcore.learner import Critic, StepResult
-from megatron_vcppo.report.metrics import MetricsLog
-from megatron_vcppo.report.progress import Progress
-from megatron_vcppo.stages.credit import episode_rewards, reward_statistics, trained_mask
-from megatron_vcppo.stages.generation import Generation
-from megatron_vcppo.stages.losses import CriticLoss
-from megatron_vcppo.stages.models import starting_critic
+from megatron_vcppo.run.metrics_log import MetricsLog
+from megatron_vcppo.run.progress import Progress
+from megatron_vcppo.run.startup import startup
+from megatron_vcppo.stages.advantage_batch import episode_rewards, reward_statistics, trained_mask
+from megatron_vcppo.stages.initial_models import starting_critic
+from megatron_vcppo.stages.nonfinite import NonfiniteUpdates
+from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.stages.rollout_source import rollout_source
-from megatron_vcppo.stages.skips import Skips
-from megatron_vcppo.stages.stage import mark_done, packing_of, stage_folder
-from megatron_vcppo.stages.startup import startup
+from megatron_vcppo.stages.stage import mark_done, packer_of, stage_folder
 from megatron_vcppo.stages.stopping import Saved, stopping
+from megatron_vcppo.stages.training_losses import CriticLoss
 
 
 def run(config: Config) -> None:
@@ -31,7 +31,7 @@ def run(config: Config) -> None:
     settings, folder = config.value_pretrain, stage_folder(config, "value_pretrain")
     world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
     startup.done("groups")
-    with Generation(config, folder, world) as generation:
+    with RolloutSession(config, folder, world) as generation:
         generation.start_engines()
         critic = Critic(
             starting_critic(config, "value_pretrain", settings.init, settings.checkpoint_path),
@@ -42,7 +42,7 @@ def run(config: Config) -> None:
         startup.done("model")
         resumed = checkpoints.resume({"critic": critic})
         startup.done("checkpoint")
-        step, history, skips = 0, [], Skips(config.ppo.skip_limit)
+        step, history, skips = 0, [], NonfiniteUpdates(config.ppo.skip_limit)
         if resumed is not None:
             step, history = resumed.iteration, resumed.state["history"]
             skips.in_a_row = resumed.state["skipped_in_a_row"]
@@ -72,7 +72,7 @@ def run(config: Config) -> None:
                     save(place)
                 checkpoints.finish()
                 raise Saved(f"asked to stop: saved at step {step}, with responses for the next one") from None
-            result = learn_returns(critic, batch, packing_of(config, world), config)
+            result = learn_returns(critic, batch, packer_of(config, world), config)
             step += 1
             warning = skips.count({"critic": [not result.applied]})
             metrics = {f"critic/{name}": value for name, value in result.metrics.items()}
@@ -107,7 +107,7 @@ def run(config: Config) -> None:
     runtime.stop()
 
 
-def learn_returns(critic: Critic, batch: RolloutBatch, packing: Packing, config: Config) -> StepResult:
+def learn_returns(critic: Critic, batch: RolloutBatch, packing: Packer, config: Config) -> StepResult:
     """One optimizer step on ½(V - R)² with Monte-Carlo returns; the metrics are those of V before the step."""
     rewards = token_rewards(episode_rewards(batch, config), batch.response_mask)
     gamma, values = config.ppo.advantage.gamma, rewards * 0

@@ -6,9 +6,9 @@ from itertools import islice
 from random import Random
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.tasks.base import DEFAULT_STYLE, Problem, Style, Task
 from megatron_vcppo.tasks.chain import LIST_OPERATIONS, RUNNING_SUM
 from megatron_vcppo.tasks.search import SEARCH
+from megatron_vcppo.tasks.task import DEFAULT_STYLE, Problem, Style, Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (RUNNING_SUM, LIST_OPERATIONS, SEARCH)}
 """Every synthetic task by its name, which is what a prompt's ``task`` says."""

@@ -8,7 +8,7 @@ The answer is a list of moves; any list that gets there within the limit is righ
 from dataclasses import dataclass, field
 from random import Random
 
-from megatron_vcppo.tasks.base import Problem, Style, write_response
+from megatron_vcppo.tasks.task import Problem, Style, write_response
 from megatron_vcppo.tasks.vocabulary import ASK, CHECK, SEARCH_OPS, SUM_OPS
 
 _MOVES = (*(move for move in SUM_OPS if move not in ("+0", "-0")), *SEARCH_OPS)

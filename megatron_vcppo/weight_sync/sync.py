@@ -15,11 +15,11 @@ from typing import Any
 
 from megatron_vcppo.config.rollout import WeightSyncConfig
 from megatron_vcppo.errors import Stopped
-from megatron_vcppo.rollout import link, rendezvous
+from megatron_vcppo.rollout import engine_http, rendezvous
 from megatron_vcppo.rollout.auth import read_secret
+from megatron_vcppo.rollout.messages import LOST, GroupAddress, SyncReport, SyncRequest
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
-from megatron_vcppo.rollout.wire import LOST, Stream, SyncReport, SyncRequest
-from megatron_vcppo.weight_sync.plan import Place, Target, streams_of
+from megatron_vcppo.weight_sync.push_plan import SyncRole, Target, streams_of
 from megatron_vcppo.weight_sync.transport import Tensors, Transport
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class WeightSync:
     """One trainer rank's part in all pushes of a stage."""
 
     def __init__(
-        self, config: WeightSyncConfig, folder: Path, place: Place, exchange: Exchange, transport: Transport
+        self, config: WeightSyncConfig, folder: Path, place: SyncRole, exchange: Exchange, transport: Transport
     ) -> None:
         self.config, self.folder, self.place, self.exchange = config, folder, place, exchange
         self.transport = transport
@@ -114,8 +114,8 @@ class WeightSync:
     async def _ask(self, but: int | None) -> list[Target]:
         async def ask(engine: Engine) -> Target | None:
             try:
-                status = await link.status(session, engine, STATUS_TIMEOUT_S)
-            except link.FAILURES as error:
+                status = await engine_http.status(session, engine, STATUS_TIMEOUT_S)
+            except engine_http.FAILURES as error:
                 log.info("%s does not answer (%s)", engine, type(error).__name__)
                 return None
             if status.state in ("syncing", "turning") or status.policy_version == but:
@@ -125,7 +125,7 @@ class WeightSync:
         known = rendezvous.engines(self.folder)
         if not known:  # nor is there a secret, before the first supervisor has started
             return []
-        async with link.open_session(read_secret(self.folder / SECRET)) as session:
+        async with engine_http.open_session(read_secret(self.folder / SECRET)) as session:
             answers = await asyncio.gather(*(ask(engine) for engine in known))
         return [target for target in answers if target is not None]
 
@@ -196,7 +196,7 @@ class WeightSync:
         """Tell every engine to receive; its report, or a report of why there is none."""
         streams = streams_of(targets, points)
 
-        async def tell(target: Target, mine: list[Stream]) -> SyncReport:
+        async def tell(target: Target, mine: list[GroupAddress]) -> SyncReport:
             request = SyncRequest(
                 policy_version,
                 self.config.pause,
@@ -207,11 +207,11 @@ class WeightSync:
                 target.engine.address,
             )
             try:
-                return await link.sync(session, target.engine, request)
-            except link.FAILURES as error:
+                return await engine_http.sync(session, target.engine, request)
+            except engine_http.FAILURES as error:
                 return SyncReport(error=f"{LOST}: {type(error).__name__} {error}".strip())
 
-        async with link.open_session(read_secret(self.folder / SECRET)) as session:
+        async with engine_http.open_session(read_secret(self.folder / SECRET)) as session:
             answers = await asyncio.gather(*(tell(target, mine) for target, mine in zip(targets, streams, strict=True)))
         return {target.engine: answer for target, answer in zip(targets, answers, strict=True)}
 

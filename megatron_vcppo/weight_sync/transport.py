@@ -13,7 +13,7 @@ from typing_extensions import override
 from megatron_vcppo.rollout.broadcast import send
 from megatron_vcppo.rollout.group import Deadline, Group, join_group, serve_store
 from megatron_vcppo.rollout.node_folder import NodeFolder, weights_path
-from megatron_vcppo.weight_sync.plan import Target, world_size
+from megatron_vcppo.weight_sync.push_plan import Target, world_size
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing_extensions import override
 
 from megatron_vcppo.config.rollout import WeightSyncConfig
-from megatron_vcppo.rollout import link, rendezvous
+from megatron_vcppo.rollout import engine_http, rendezvous
 from megatron_vcppo.rollout.auth import read_secret
+from megatron_vcppo.rollout.messages import CACHE, WEIGHTS, SleepRequest, WakeRequest
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
-from megatron_vcppo.rollout.wire import CACHE, WEIGHTS, SleepRequest, WakeRequest
-from megatron_vcppo.weight_sync.plan import Place, Target
+from megatron_vcppo.weight_sync.push_plan import SyncRole, Target
 from megatron_vcppo.weight_sync.sync import POLL_S, Exchange, PushResult, Source, WeightSync, WeightSyncError
 from megatron_vcppo.weight_sync.transport import Transport
 
@@ -29,7 +29,7 @@ class SleepingSync(WeightSync):
     """``WeightSync`` whose engines are awake from a push to ``put_to_sleep``."""
 
     def __init__(
-        self, config: WeightSyncConfig, folder: Path, place: Place, exchange: Exchange, transport: Transport
+        self, config: WeightSyncConfig, folder: Path, place: SyncRole, exchange: Exchange, transport: Transport
     ) -> None:
         super().__init__(config, folder, place, exchange, transport)
         self.after_push: Callable[[], None] = lambda: None
@@ -73,11 +73,11 @@ class SleepingSync(WeightSync):
     async def _ask_turn(self, engines: Sequence[Engine], request: SleepRequest | WakeRequest) -> dict[Engine, str]:
         async def ask(engine: Engine) -> str:
             try:
-                return (await link.turn(session, engine, request)).error
-            except link.FAILURES as error:
+                return (await engine_http.turn(session, engine, request)).error
+            except engine_http.FAILURES as error:
                 return f"{type(error).__name__} {error}".strip()
 
-        async with link.open_session(read_secret(self.folder / SECRET)) as session:
+        async with engine_http.open_session(read_secret(self.folder / SECRET)) as session:
             errors = await asyncio.gather(*(ask(engine) for engine in engines))
         return {engine: error for engine, error in zip(engines, errors, strict=True) if error}
 

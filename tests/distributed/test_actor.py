@@ -9,14 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_vcppo.config.schema import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_vcppo.data.context import rounding
+from megatron_vcppo.data.context_split import rounding
 from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all, unpack_all
+from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.architecture import Architecture
-from megatron_vcppo.mcore.hf_load import load_hf
+from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.learner import Actor
 from megatron_vcppo.mcore.model import build_actor
-from megatron_vcppo.records import Sequence
+from megatron_vcppo.records import TrainSequence
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.tiny_models import VOCAB_SIZE, save_tiny_model
 
@@ -24,17 +24,17 @@ OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1)
 TOKENS_PER_MICROBATCH = 160
 
 
-def make_sequences(seed: int, count: int = 12) -> list[Sequence]:
+def make_sequences(seed: int, count: int = 12) -> list[TrainSequence]:
     generator = torch.Generator().manual_seed(seed)
     sequences = []
     for _ in range(count):
         length = int(torch.randint(5, 60, (), generator=generator))
         ids = torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist()
-        sequences.append(Sequence(tuple(ids), {"loss_mask": (0.0,) * 3 + (1.0,) * (length - 3)}))
+        sequences.append(TrainSequence(tuple(ids), {"loss_mask": (0.0,) * 3 + (1.0,) * (length - 3)}))
     return sequences
 
 
-def packed(sequences: list[Sequence], parallel: ParallelConfig) -> list[PackedMicrobatch]:
+def packed(sequences: list[TrainSequence], parallel: ParallelConfig) -> list[PackedMicrobatch]:
     return pack_all(sequences, TOKENS_PER_MICROBATCH, *rounding(parallel))
 
 
@@ -71,7 +71,7 @@ def train(folder: Path, parallel: ParallelConfig, steps: int, dtype: Dtype = "fl
     return history
 
 
-def reference_logprobs(folder: Path, sequences: list[Sequence]) -> list[torch.Tensor]:
+def reference_logprobs(folder: Path, sequences: list[TrainSequence]) -> list[torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = []
     with torch.no_grad():

@@ -19,17 +19,17 @@ from torch.distributed.checkpoint import CheckpointException
 from transformers import AutoModelForTokenClassification
 
 from megatron_vcppo.config.schema import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_vcppo.data.context import rounding
+from megatron_vcppo.data.context_split import rounding
 from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all, unpack_all
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.convert.exporter import export_hf
 from megatron_vcppo.mcore import checkpoint_writer, runtime
-from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.checkpoint import complete_checkpoints, load_model
-from megatron_vcppo.mcore.convert.exporter import export_hf
-from megatron_vcppo.mcore.hf_load import load_hf
+from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.learner import Actor, Critic
-from megatron_vcppo.mcore.manifest import verify_manifest
 from megatron_vcppo.mcore.model import CriticModel, build_actor, build_critic
+from megatron_vcppo.run.manifest import verify_manifest
 from tests.distributed.test_actor import make_sequences
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import RanksFailed, run_distributed_test

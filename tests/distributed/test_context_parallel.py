@@ -9,17 +9,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vcppo.config.rl import RewardModelConfig
 from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_vcppo.data.context import rounding
+from megatron_vcppo.data.context_split import rounding
 from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack, pack_all, unpack_all
-from megatron_vcppo.data.rollout_batch import Packing
+from megatron_vcppo.data.rollout_batch import Packer
+from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.architecture import Architecture
-from megatron_vcppo.mcore.context import WHOLE, PackedParams, shard_of
-from megatron_vcppo.mcore.hf_load import load_hf
+from megatron_vcppo.mcore.context_parallel import WHOLE, PackedParams, shard_of
+from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.layers import PackedAttention
 from megatron_vcppo.mcore.learner import Actor, Critic
 from megatron_vcppo.mcore.model import build_actor, build_critic
-from megatron_vcppo.records import Sequence
+from megatron_vcppo.records import TrainSequence
 from megatron_vcppo.stages.reward_model import step_of, units
 from tests.distributed import test_checkpoint
 from tests.distributed.test_actor import make_sequences
@@ -38,7 +38,7 @@ def attend(heads: tuple[int, int], cp_size: int) -> dict[str, torch.Tensor]:
     num_heads, num_kv_heads = heads
     config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=num_heads)
     # The same segments for every size: multiples of 2 · 2 and 2 · 3, and a dummy.
-    packed = pack([Sequence((1,) * n) for n in (5, 40, 23)], [0, 1, 2], 24, 12)
+    packed = pack([TrainSequence((1,) * n) for n in (5, 40, 23)], [0, 1, 2], 24, 12)
     generator = torch.Generator().manual_seed(0)
     tokens = packed.num_tokens
     shapes = {"query": (tokens, num_heads, 8), "key": (tokens, num_kv_heads, 8), "value": (tokens, num_kv_heads, 8)}
@@ -75,7 +75,7 @@ def train(folder: Path, parallel: ParallelConfig) -> dict[str, list[float]]:
     assert learners["actor"].runtime.cp_size == parallel.cp
     history: dict[str, list[float]] = {}
 
-    def packed(sequences: list[Sequence]) -> list[PackedMicrobatch]:
+    def packed(sequences: list[TrainSequence]) -> list[PackedMicrobatch]:
         return pack_all(sequences, 160, *rounding(parallel))
 
     def record(moment: str) -> None:
@@ -161,12 +161,12 @@ def test_a_reward_models_step_is_the_same(tmp_path: Path, settings: RewardModelC
         good = number % 3 > 0
         zeros = (0.0,) * (len(sequence) - 1)
         fields = {"last_mask": (*zeros, 1.0), "label": (*zeros, float(good))}
-        examples.append((Sequence(sequence.token_ids, fields), good))
+        examples.append((TrainSequence(sequence.token_ids, fields), good))
 
     def body(parallel: ParallelConfig) -> tuple[dict[str, float], float]:
         _, critic = test_checkpoint.start(folder, parallel)
         multiple, segment_multiple = rounding(parallel)
-        packing = Packing(160, multiple, critic.runtime.dp_rank, critic.runtime.dp_size, segment_multiple)
+        packing = Packer(160, multiple, critic.runtime.dp_rank, critic.runtime.dp_size, segment_multiple)
         result = critic.train_step(*step_of(units(examples, settings), packing, settings))
         return result.metrics, result.grad_norm
 
@@ -206,7 +206,7 @@ def test_gradients_of_outputs_that_no_loss_reads_are_skipped() -> None:
 
     def body() -> tuple[list[float], bool]:
         runtime.start(ParallelConfig(cp=2), seed=1, timeout_s=60)
-        shard = shard_of(pack([Sequence((1,) * 8)], [0], 4, 4), CPU)
+        shard = shard_of(pack([TrainSequence((1,) * 8)], [0], 4, 4), CPU)
         read, unread = ((torch.arange(4.0) + 10 * shard.rank).requires_grad_() for _ in range(2))
         whole, _ = shard.gather_outputs(read, Watch.apply(unread))
         (whole * torch.arange(8.0)).sum().backward()

@@ -9,13 +9,12 @@ from safetensors.torch import load_file
 
 from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.convert.exporter import export_hf
+from megatron_vcppo.hf.convert.importer import import_hf
+from megatron_vcppo.mcore import export_logits, runtime
 from megatron_vcppo.mcore.checkpoint import load_model
-from megatron_vcppo.mcore.convert import logits
-from megatron_vcppo.mcore.convert.exporter import export_hf
-from megatron_vcppo.mcore.convert.importer import import_hf
-from megatron_vcppo.mcore.convert.verify import TOLERANCE, compare_logits
+from megatron_vcppo.mcore.export_check import TOLERANCE, compare_logits
 from megatron_vcppo.mcore.learner import Actor
 from megatron_vcppo.mcore.model import build_actor
 from megatron_vcppo.stages.stage import mark_done
@@ -66,7 +65,7 @@ def test_an_import_for_one_layout_loads_in_another(tmp_path):
 
 def megatron_logits(checkpoint: Path, exported: Path, dtype: torch.dtype | None) -> torch.Tensor:
     runtime.start(ParallelConfig(), seed=1, timeout_s=60)
-    result = logits.megatron_logits(checkpoint, Architecture.from_hf(exported), "actor", TOKEN_IDS, dtype)
+    result = export_logits.megatron_logits(checkpoint, Architecture.from_hf(exported), "actor", TOKEN_IDS, dtype)
     runtime.stop()
     return result
 
@@ -77,7 +76,7 @@ def test_logits_agree_with_transformers(tmp_path, family, tied, dtype):
     import_hf(save_tiny_model(tmp_path / "hf", family, tied), tmp_path / "imported", 2, 2)
     export_hf(tmp_path / "imported", tmp_path / "out", dtype, verify_logits=False)
     ours = run_distributed_test(megatron_logits, 1, tmp_path / "imported", tmp_path / "out", dtype)[0]
-    theirs = logits.hf_logits(tmp_path / "out", "actor", TOKEN_IDS)
+    theirs = export_logits.hf_logits(tmp_path / "out", "actor", TOKEN_IDS)
     assert ours.shape == theirs.shape == (len(TOKEN_IDS), 66)
     assert theirs.abs().max() > 0.1
     assert (ours - theirs).abs().max() <= TOLERANCE
@@ -98,5 +97,5 @@ def test_the_logits_check_passes_a_good_export_and_stops_a_wrong_one(tmp_path):
 
 def test_too_little_memory_skips_the_logits_and_says_so(tmp_path, monkeypatch):
     arch = Architecture.from_hf(save_tiny_model(tmp_path))
-    monkeypatch.setattr("megatron_vcppo.mcore.convert.verify._BASE_BYTES", 1 << 60)
+    monkeypatch.setattr("megatron_vcppo.mcore.export_check._BASE_BYTES", 1 << 60)
     assert compare_logits(tmp_path, tmp_path, arch).startswith("logits not compared: that takes about")

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.architecture import Architecture
-from megatron_vcppo.mcore.hf_load import load_hf
+from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.model import build_actor, build_critic
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.tiny_models import save_tiny_model

@@ -17,12 +17,12 @@ from megatron_vcppo.mcore import checkpoint as checkpoint_module
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder, complete_checkpoints
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.records import Rollout
-from megatron_vcppo.stages.credit import assign_credit
-from megatron_vcppo.stages.losses import bounded
-from megatron_vcppo.stages.stage import packing_of
+from megatron_vcppo.stages.advantage_batch import compute_advantages
+from megatron_vcppo.stages.stage import packer_of
 from megatron_vcppo.stages.token_outputs import token_outputs
+from megatron_vcppo.stages.training_losses import bounded
 from megatron_vcppo.stages.unfinished import Unfinished
-from megatron_vcppo.stages.updates import Report, update
+from megatron_vcppo.stages.updates import UpdateMetrics, update
 from tests.distributed.test_ppo_update import build, make_config, make_rollouts, save_models
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import RanksFailed, run_distributed_test
@@ -44,10 +44,10 @@ def train_up_to(config: Config, rollouts: list[Rollout], folder: Path, num_steps
     assert critic is not None and reference is not None
     checkpoints = CheckpointFolder(folder, config, CheckpointConfig())
     learners: dict[str, Learner] = {"actor": actor, "critic": critic}
-    batch, packing = make_batch(rollouts), packing_of(config, world)
+    batch, packing = make_batch(rollouts), packer_of(config, world)
     resumed = checkpoints.resume(learners)
     if resumed is None:
-        report = Report()
+        report = UpdateMetrics()
         fields = {
             "old_logprobs": token_outputs(batch, packing, actor.logprobs),
             "rollout_logprobs": batch.rollout_logprobs,
@@ -57,8 +57,8 @@ def train_up_to(config: Config, rollouts: list[Rollout], folder: Path, num_steps
     else:
         unfinished = Unfinished.from_checkpoint(resumed.state["unfinished"], resumed.tensors)
         assert unfinished.fits(batch, config) and not unfinished.fits(make_batch(rollouts[::-1]), config)
-        report, fields = Report.from_state(unfinished.report), unfinished.fields(batch)
-    credit = assign_credit(
+        report, fields = UpdateMetrics.from_state(unfinished.report), unfinished.fields(batch)
+    credit = compute_advantages(
         batch, fields["values"], fields["old_logprobs"], fields["ref_logprobs"], config, config.ppo.loss.kl_coef, None
     )
 

@@ -13,7 +13,7 @@ from megatron_vcppo.config.schema import Dtype, ParallelConfig
 from megatron_vcppo.mcore import offload
 from megatron_vcppo.mcore.export_stream import stream_hf
 from megatron_vcppo.mcore.learner import Reference
-from megatron_vcppo.mcore.manifest import read_manifest
+from megatron_vcppo.run.manifest import read_manifest
 from tests.distributed.test_checkpoint import start, step
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test

@@ -10,17 +10,17 @@ from omegaconf import OmegaConf
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.rollout_batch import make_batch
+from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.architecture import Architecture
-from megatron_vcppo.mcore.hf_load import load_hf
+from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.learner import Actor, Critic, Reference
 from megatron_vcppo.mcore.model import ActorModel, build_actor, build_critic
 from megatron_vcppo.records import Prompt, Rollout
-from megatron_vcppo.stages.credit import assign_credit
-from megatron_vcppo.stages.losses import bounded
-from megatron_vcppo.stages.stage import packing_of
+from megatron_vcppo.stages.advantage_batch import compute_advantages
+from megatron_vcppo.stages.stage import packer_of
 from megatron_vcppo.stages.token_outputs import token_outputs
-from megatron_vcppo.stages.updates import Report, update
+from megatron_vcppo.stages.training_losses import bounded
+from megatron_vcppo.stages.updates import UpdateMetrics, update
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.ppo_reference import reference_update
 from tests.helpers.tiny_models import VOCAB_SIZE, save_tiny_model
@@ -107,7 +107,7 @@ def train(config: Config, rollouts: list[Rollout]) -> dict[str, Any]:
     """What ``reference_update`` returns, on one rank of any layout; every [B, T] as its valid tokens."""
     world, actor, critic, reference = build(config)
     ppo = config.ppo
-    batch, packing = make_batch(rollouts), packing_of(config, world)
+    batch, packing = make_batch(rollouts), packer_of(config, world)
     fields = {
         "old_logprobs": token_outputs(batch, packing, actor.logprobs),
         "rollout_logprobs": batch.rollout_logprobs,
@@ -117,11 +117,11 @@ def train(config: Config, rollouts: list[Rollout]) -> dict[str, Any]:
     if critic is not None:
         fields["values"] = bounded(token_outputs(batch, packing, critic.values), ppo.critic)
     values = fields.get("values")
-    credit = assign_credit(
+    credit = compute_advantages(
         batch, values, fields["old_logprobs"], fields.get("ref_logprobs"), config, ppo.loss.kl_coef, None
     )
     kl_coef = ppo.loss.kl_coef if ppo.loss.kl_in == "loss" else 0.0
-    report = Report()
+    report = UpdateMetrics()
     update(actor, critic, batch, credit, fields, packing, config, 1, kl_coef, report)
     assert not any(any(skipped) for skipped in report.skipped.values())
     after = {"logprobs_after": token_outputs(batch, packing, actor.logprobs)}

@@ -11,9 +11,9 @@ import pytest
 
 from megatron_vcppo.config.network import listen
 from megatron_vcppo.config.schema import ParallelConfig
+from megatron_vcppo.launch.controller import PORT_TAKEN
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.ranks_store import ranks_store
-from slurm.controller import PORT_TAKEN
 from tests.helpers.distributed import RanksFailed, run_distributed_test
 
 

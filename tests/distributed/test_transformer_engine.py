@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_vcppo.config.schema import ParallelConfig
-from megatron_vcppo.mcore.convert.exporter import export_hf
+from megatron_vcppo.hf.convert.exporter import export_hf
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.te.process import Call
 from tests.helpers.te.scenarios import (

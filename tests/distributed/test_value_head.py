@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_vcppo.config.schema import OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.hf.convert.exporter import export_hf
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_model
-from megatron_vcppo.mcore.convert.exporter import export_hf
 from megatron_vcppo.mcore.learner import Critic
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test

@@ -10,7 +10,7 @@ import torch
 from megatron_vcppo.rollout.broadcast import receive, send, unpack
 from megatron_vcppo.rollout.group import join_group, reach_store, serve_store
 from megatron_vcppo.rollout.rendezvous import Engine
-from megatron_vcppo.weight_sync.plan import Target, first_ranks, streams_of, world_size
+from megatron_vcppo.weight_sync.push_plan import Target, first_ranks, streams_of, world_size
 from tests.helpers.distributed import free_port, run_distributed_test
 
 CPU = torch.device("cpu")

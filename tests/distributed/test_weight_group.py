@@ -18,8 +18,8 @@ from megatron_vcppo.rollout.broadcast import ahead, receive, send, unpack
 from megatron_vcppo.rollout.group import Group, join_group, reach_store, run_within
 from megatron_vcppo.rollout.lane import Lane
 from megatron_vcppo.rollout.rendezvous import Engine
-from megatron_vcppo.weight_sync import place
-from megatron_vcppo.weight_sync.plan import Target
+from megatron_vcppo.weight_sync import rank_role
+from megatron_vcppo.weight_sync.push_plan import Target
 from megatron_vcppo.weight_sync.transport import NetworkTransport
 from tests.helpers.distributed import free_port, run_distributed_test
 
@@ -139,10 +139,10 @@ def test_a_communicator_that_does_not_end_is_abandoned_without_an_error(monkeypa
 def test_a_sender_gives_up_before_the_watchdog_of_the_ranks_that_wait_for_it(tmp_path: Path) -> None:
     config = Config()
     assert config.weight_sync.timeout_s == config.run.timeout_s == 600
-    transport = place._make_transport(config, tmp_path, CPU)
+    transport = rank_role._make_transport(config, tmp_path, CPU)
     assert isinstance(transport, NetworkTransport) and transport.timeout_s == 480
     config.weight_sync.timeout_s = 60
-    shorter = place._make_transport(config, tmp_path, CPU)
+    shorter = rank_role._make_transport(config, tmp_path, CPU)
     assert isinstance(shorter, NetworkTransport) and shorter.timeout_s == 60
 
 

@@ -13,16 +13,16 @@ import torch
 
 from megatron_vcppo.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.data.packing import pack_all, unpack_all
+from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.export_stream import stream_hf
-from megatron_vcppo.mcore.hf_load import load_hf
+from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.learner import Actor
 from megatron_vcppo.mcore.model import build_actor
-from megatron_vcppo.records import Rollout, Sequence
-from megatron_vcppo.rollout import wire
-from megatron_vcppo.rollout.wire import Sampling
-from megatron_vcppo.weight_sync.place import make_weight_sync, place_of
+from megatron_vcppo.records import Rollout, TrainSequence
+from megatron_vcppo.rollout import messages
+from megatron_vcppo.rollout.messages import Sampling
+from megatron_vcppo.weight_sync.rank_role import make_weight_sync, role_of
 from megatron_vcppo.weight_sync.sync import PushResult
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.rollout_node import RolloutNode, make_prompts, save_policy
@@ -40,7 +40,7 @@ def push(folders: list[Path], versions: list[int], rendezvous: Path, tp: int, pp
     me = runtime.start(parallel, seed=1, timeout_s=60)
     config = Config()
     config.weight_sync.timeout_s, config.weight_sync.bucket_mib = 60.0, 1
-    place = place_of(me.pp_rank, me.pp_size, me.tp_rank, me.dp_rank)
+    place = role_of(me.pp_rank, me.pp_size, me.tp_rank, me.dp_rank)
     sync = make_weight_sync(config, rendezvous, place, torch.device("cpu"))
     results = []
     model = build_actor(Architecture.from_hf(folders[0]), ModelConfig(hf=str(folders[0]), dtype="float32"), parallel)
@@ -50,7 +50,7 @@ def push(folders: list[Path], versions: list[int], rendezvous: Path, tp: int, pp
     return results
 
 
-def logprobs(folder: Path, sequences: list[Sequence], tp: int, pp: int) -> list[list[float]]:
+def logprobs(folder: Path, sequences: list[TrainSequence], tp: int, pp: int) -> list[list[float]]:
     """One rank: Megatron's log-probs of every token but the first."""
     parallel = ParallelConfig(tp=tp, pp=pp)
     runtime.start(parallel, seed=1, timeout_s=60)
@@ -63,7 +63,7 @@ def logprobs(folder: Path, sequences: list[Sequence], tp: int, pp: int) -> list[
 
 def check_logprob_gap(folder: Path, rollouts: list[Rollout]) -> None:
     """vLLM's log-probs of sampled responses are Megatron's, within 1e-3 per token."""
-    sequences = [Sequence(rollout.prompt.token_ids + rollout.response_ids) for rollout in rollouts]
+    sequences = [TrainSequence(rollout.prompt.token_ids + rollout.response_ids) for rollout in rollouts]
     rows = run_distributed_test(logprobs, 4, folder, sequences, 2, 2)[-1]
     for rollout, row in zip(rollouts, rows):
         trained = torch.tensor(row[len(row) - len(rollout.response_ids) :])
@@ -95,7 +95,7 @@ def test_greedy_output_after_a_push_is_a_fresh_engines(tmp_path, family, tied, e
     other = save_policy(tmp_path / "other", family, tied, seed=2)
     with RolloutNode(tmp_path / "node", target, {"engine": engine}) as node:
         node.wait(1)
-        fresh = node.greedy(wire.NO_VERSION, PROMPTS)
+        fresh = node.greedy(messages.NO_VERSION, PROMPTS)
         run_distributed_test(push, 1, [other], [1], node.rendezvous, 1, 1)
         assert node.greedy(1, PROMPTS) != fresh
         for version, (tp, pp) in enumerate(LAYOUTS, start=2):

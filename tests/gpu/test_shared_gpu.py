@@ -46,7 +46,7 @@ def test_a_sleeping_engine_frees_its_memory_and_wakes_with_pushed_weights(tmp_pa
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("needs vLLM")
     from megatron_vcppo.rollout.node_folder import NodeFolder
-    from megatron_vcppo.weight_sync.plan import SINGLE
+    from megatron_vcppo.weight_sync.push_plan import SINGLE
     from megatron_vcppo.weight_sync.transport import HostTransport
     from megatron_vcppo.weight_sync.turns import SleepingSync
     from tests.helpers.rollout_node import RolloutNode, make_prompts, save_policy, weights_of

@@ -11,9 +11,9 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import dump_config
 from megatron_vcppo.data.rollout_batch import make_batch
 from megatron_vcppo.records import Prompt, Rollout
-from megatron_vcppo.report.metrics import MetricsLog
-from megatron_vcppo.rollout.store import write_rollouts
-from megatron_vcppo.stages.credit import assign_credit
+from megatron_vcppo.run.metrics_log import MetricsLog
+from megatron_vcppo.run.rollout_store import write_rollouts
+from megatron_vcppo.stages.advantage_batch import compute_advantages
 
 END_OF_THINKING = 5
 MAX_TOKENS = 128
@@ -86,5 +86,5 @@ def credit_of(
     if config.ppo.advantage.baseline == "critic":
         values = (0.5 * batch.rewards[:, None] if level is None else level) + noise
     old_logprobs = batch.rollout_logprobs + 0.01 * noise
-    credit = assign_credit(batch, values, old_logprobs, None, config, 0.0, END_OF_THINKING)
+    credit = compute_advantages(batch, values, old_logprobs, None, config, 0.0, END_OF_THINKING)
     return credit.metrics, credit.profiles

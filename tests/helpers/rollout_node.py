@@ -17,12 +17,12 @@ from megatron_vcppo.config.rollout import EngineConfig, RolloutConfig, WeightSyn
 from megatron_vcppo.records import Prompt
 from megatron_vcppo.rollout import rendezvous
 from megatron_vcppo.rollout.client import RolloutClient
-from megatron_vcppo.rollout.process import alive, die_with_parent, without_trainer
 from megatron_vcppo.rollout.rendezvous import Engine
-from megatron_vcppo.rollout.sampling import greedy
+from megatron_vcppo.rollout.seeds import greedy
+from megatron_vcppo.run.processes import alive, die_with_parent, without_trainer
 from megatron_vcppo.tasks.vocabulary import WORDS
 from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
-from megatron_vcppo.weight_sync.plan import SINGLE
+from megatron_vcppo.weight_sync.push_plan import SINGLE
 from megatron_vcppo.weight_sync.sync import Source, WeightSync
 from megatron_vcppo.weight_sync.transport import NetworkTransport, Transport
 from tests.helpers.tiny_models import save_tiny_model
@@ -32,7 +32,7 @@ START_TIMEOUT_S = 240.0
 
 
 class RolloutNode:
-    """``python -m megatron_vcppo.rollout.serve`` over one model; a context manager."""
+    """``python -m megatron_vcppo.rollout.node`` over one model; a context manager."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class RolloutNode:
         self.command = [
             sys.executable,
             "-m",
-            "megatron_vcppo.rollout.serve",
+            "megatron_vcppo.rollout.node",
             "--config",
             str(folder / f"config_{node}.yaml"),
             "--rendezvous",

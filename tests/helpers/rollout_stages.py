@@ -18,9 +18,9 @@ from megatron_vcppo.cli import main as vcppo
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.prompts import PromptStream, load_prompts
 from megatron_vcppo.data.tokenizer import load_tokenizer
-from megatron_vcppo.mcore.manifest import MANIFEST_NAME, read_manifest
-from megatron_vcppo.report.metrics import read_metrics
-from megatron_vcppo.rollout.store import read_rollouts
+from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest
+from megatron_vcppo.run.metrics_log import read_metrics
+from megatron_vcppo.run.rollout_store import read_rollouts
 from megatron_vcppo.stages.__main__ import main as run_rank
 from tests.helpers.distributed import RanksFailed, run_distributed_test
 from tests.helpers.rollout_node import RolloutNode

@@ -9,9 +9,9 @@ import pytest
 
 from megatron_vcppo.config.rollout import EngineConfig
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.rollout import server
+from megatron_vcppo.rollout import engine_command
 from megatron_vcppo.rollout.auth import is_authorized, make_secret, read_secret
-from megatron_vcppo.rollout.process import without_trainer
+from megatron_vcppo.run.processes import without_trainer
 
 
 def test_the_first_process_makes_the_secret_and_all_read_the_same(tmp_path) -> None:
@@ -59,8 +59,8 @@ def test_an_engine_is_not_told_that_it_is_a_rank(tmp_path) -> None:
                "OMP_NUM_THREADS": "1"}  # fmt: skip
     kept = {"PATH": "/bin", "HOME": "/root", "CUDA_HOME": "/cuda"}
     assert without_trainer({**trainer, **kept}) == kept
-    variables = server.environment(
-        {**trainer, **kept}, EngineConfig(), server.Placement(cpus=(0, 1)), tmp_path / "s", "127.0.0.1"
+    variables = engine_command.environment(
+        {**trainer, **kept}, EngineConfig(), engine_command.Placement(cpus=(0, 1)), tmp_path / "s", "127.0.0.1"
     )
     assert not set(trainer) - {"OMP_NUM_THREADS"} & set(variables)
     assert variables["OMP_NUM_THREADS"] != trainer["OMP_NUM_THREADS"]
@@ -68,25 +68,29 @@ def test_an_engine_is_not_told_that_it_is_a_rank(tmp_path) -> None:
 
 def test_the_secret_is_on_no_command_line(tmp_path) -> None:
     make_secret(tmp_path / "secret")
-    arguments = server.command(tmp_path, EngineConfig(), "float32", 512, "127.0.0.1", 1, on_gpu=False, seed=0)
-    variables = server.environment(os.environ, EngineConfig(), server.Placement(), tmp_path / "secret", "127.0.0.1")
+    arguments = engine_command.command(tmp_path, EngineConfig(), "float32", 512, "127.0.0.1", 1, on_gpu=False, seed=0)
+    variables = engine_command.environment(
+        os.environ, EngineConfig(), engine_command.Placement(), tmp_path / "secret", "127.0.0.1"
+    )
     secret = read_secret(tmp_path / "secret")
     assert secret not in " ".join(arguments) and secret not in variables.values()
 
 
 def test_development_routes_stay_off(tmp_path) -> None:
-    variables = server.environment({}, EngineConfig(), server.Placement(), tmp_path / "secret", "127.0.0.1")
+    variables = engine_command.environment(
+        {}, EngineConfig(), engine_command.Placement(), tmp_path / "secret", "127.0.0.1"
+    )
     assert "VLLM_SERVER_DEV_MODE" not in variables
 
 
 def test_workers_share_the_cpus_of_their_engine() -> None:
-    assert server.bind((0, 1), 2) == "0|1"
-    assert server.bind((4, 5, 6, 7), 2) == "4,6|5,7"
-    assert server.bind((3,), 2) == "3|3"
+    assert engine_command.bind((0, 1), 2) == "0|1"
+    assert engine_command.bind((4, 5, 6, 7), 2) == "4,6|5,7"
+    assert engine_command.bind((3,), 2) == "3|3"
 
 
 @pytest.mark.parametrize(("on_gpu", "sleeps"), [(False, False), (False, True), (True, False), (True, True)])
 def test_sleep_is_switched_on_where_vllm_has_it(tmp_path, on_gpu: bool, sleeps: bool) -> None:
     """On CPU vLLM refuses the option, and its engines can be told to sleep without it."""
-    arguments = server.command(tmp_path, EngineConfig(), "float32", 512, "127.0.0.1", 1, on_gpu, 0, sleeps)
+    arguments = engine_command.command(tmp_path, EngineConfig(), "float32", 512, "127.0.0.1", 1, on_gpu, 0, sleeps)
     assert ("--enable-sleep-mode" in arguments) == (on_gpu and sleeps)

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from megatron_vcppo.rollout.auth import SECRET_FILE_VARIABLE, make_secret, read_secret
-from megatron_vcppo.rollout.front import Front
-from megatron_vcppo.rollout.wire import CORE_IS_DEAD, SLEEP, STATUS, WAKE, SleepRequest, TurnReport, WakeRequest
+from megatron_vcppo.rollout.messages import CORE_IS_DEAD, SLEEP, STATUS, WAKE, SleepRequest, TurnReport, WakeRequest
+from megatron_vcppo.rollout.middleware import Middleware
 
 OUT_OF_MEMORY = "CUDA Error: out of memory at cumem_allocator.cpp"
 
@@ -40,7 +40,7 @@ def test_an_engine_that_could_not_wake_is_to_be_started_again(tmp_path: Path, mo
     """What it holds is unknown: it reports no sleep that it may not have, and its supervisor ends it."""
     make_secret(tmp_path / "secret")
     monkeypatch.setenv(SECRET_FILE_VARIABLE, str(tmp_path / "secret"))
-    front, engine = Front(None), FullGpu()  # type: ignore[arg-type]
+    front, engine = Middleware(None), FullGpu()  # type: ignore[arg-type]
     headers = [(b"authorization", f"Bearer {read_secret(tmp_path / 'secret')}".encode())]
 
     def ask(method: str, path: str, body: Any = None) -> tuple[int, bytes]:

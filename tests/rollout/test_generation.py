@@ -11,8 +11,8 @@ import torch
 
 from megatron_vcppo.config.rollout import WeightSyncConfig
 from megatron_vcppo.errors import Stopped
-from megatron_vcppo.weight_sync import generation
-from megatron_vcppo.weight_sync.plan import SINGLE
+from megatron_vcppo.weight_sync import joiners
+from megatron_vcppo.weight_sync.push_plan import SINGLE
 from megatron_vcppo.weight_sync.sync import WeightSync
 from megatron_vcppo.weight_sync.transport import NetworkTransport
 
@@ -23,7 +23,7 @@ def make_sync(folder: Path, exchange: Callable[[Any], list[Any]] = lambda value:
 
 
 def test_the_wait_ends_with_the_last_response_and_not_at_the_next_look_at_the_engines(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(generation, "TICK_S", 60.0)
+    monkeypatch.setattr(joiners, "TICK_S", 60.0)
     sync = make_sync(tmp_path)
     started = time.monotonic()
 
@@ -31,8 +31,8 @@ def test_the_wait_ends_with_the_last_response_and_not_at_the_next_look_at_the_en
         time.sleep(0.2)
         return "responses"
 
-    begun = generation.begin(produce)
-    assert generation.finish_with_joiners(sync, 0, lambda: iter(()), begun) == "responses"
+    begun = joiners.begin(produce)
+    assert joiners.finish_with_joiners(sync, 0, lambda: iter(()), begun) == "responses"
     assert 0.2 <= time.monotonic() - started < 30
 
 
@@ -41,11 +41,11 @@ def test_a_stop_on_any_rank_ends_the_wait_on_all_but_not_when_all_are_done(tmp_p
         return [value, ("", True)] if isinstance(value, tuple) else [value]
 
     sync, release = make_sync(tmp_path, with_a_rank_that_stops), threading.Event()
-    begun = generation.begin(lambda: release.wait(60))
+    begun = joiners.begin(lambda: release.wait(60))
     with pytest.raises(Stopped):
-        generation.finish_with_joiners(sync, 0, lambda: iter(()), begun)
+        joiners.finish_with_joiners(sync, 0, lambda: iter(()), begun)
     release.set()
     assert begun is not None and begun.result(60)
-    assert generation.finish_with_joiners(sync, 0, lambda: iter(()), begun), "what is complete is taken"
+    assert joiners.finish_with_joiners(sync, 0, lambda: iter(()), begun), "what is complete is taken"
     with pytest.raises(Stopped):
         sync.wait_for_engines(1, 60.0)

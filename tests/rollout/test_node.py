@@ -19,14 +19,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_vcppo.records import Rollout
-from megatron_vcppo.rollout import link, wire
+from megatron_vcppo.rollout import engine_http, messages
 from megatron_vcppo.rollout.auth import bearer, read_secret
 from megatron_vcppo.rollout.client import RolloutError
-from megatron_vcppo.rollout.process import alive
+from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.rollout.rendezvous import Engine
-from megatron_vcppo.rollout.sampling import greedy
-from megatron_vcppo.rollout.wire import Sampling
-from megatron_vcppo.weight_sync.generation import begin, finish_with_joiners
+from megatron_vcppo.rollout.seeds import greedy
+from megatron_vcppo.run.processes import alive
+from megatron_vcppo.weight_sync.joiners import begin, finish_with_joiners
 from megatron_vcppo.weight_sync.sync import WeightSyncError
 from megatron_vcppo.weight_sync.transport import DiskTransport
 from tests.helpers.rollout_node import RolloutNode, make_prompts, save_policy, weights_of
@@ -40,7 +40,8 @@ ROUTES = [
     ("POST", "/v1/responses"), ("POST", "/v1/messages"), ("POST", "/tokenize"), ("POST", "/detokenize"),
     ("POST", "/ping"), ("POST", "/invocations"), ("POST", "/scale_elastic_ep"), ("POST", "/pause"),
     ("POST", "/collective_rpc"), ("POST", "/update_weights"), ("POST", "/inference/v1/generate"),
-    ("POST", wire.GENERATE), ("POST", wire.SYNC), ("GET", wire.STATUS), ("OPTIONS", "/v1/models"), ("PUT", "/nothing"),
+    ("POST", messages.GENERATE), ("POST", messages.SYNC), ("GET", messages.STATUS),
+    ("OPTIONS", "/v1/models"), ("PUT", "/nothing"),
 ]  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def test_nothing_listens_beyond_the_interface(node) -> None:
 def test_greedy_output_and_logprobs_are_those_of_transformers_after_a_push(node, models, tmp_path) -> None:
     """Both transports; the engines were started from the other model."""
     model = AutoModelForCausalLM.from_pretrained(models[1], dtype=torch.float32).eval()
-    before = node.greedy(wire.NO_VERSION, PROMPTS)
+    before = node.greedy(messages.NO_VERSION, PROMPTS)
     for version, transport in ((101, None), (102, DiskTransport(tmp_path / "weights", 1 << 14))):
         result = node.weight_sync(transport=transport).sync(version, weights_of(models[1]))
         assert len(result.engines) == 2 and result.policy_version == version
@@ -197,8 +198,8 @@ def test_running_responses_survive_a_push_that_keeps_them(node, models) -> None:
 
 
 async def count_running(node: RolloutNode) -> list[int]:
-    async with link.open_session(read_secret(node.rendezvous / "secret")) as session:
-        return [(await link.status(session, engine, 10.0)).running for engine in node.engines()]
+    async with engine_http.open_session(read_secret(node.rendezvous / "secret")) as session:
+        return [(await engine_http.status(session, engine, 10.0)).running for engine in node.engines()]
 
 
 def test_an_engine_killed_in_mid_generation_loses_nothing_and_comes_back(node, models) -> None:

@@ -11,8 +11,8 @@ from megatron_vcppo.config.rollout import RolloutConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.rollout.client import RolloutClient
-from megatron_vcppo.rollout.sampling import sample_seed, training_sampling
-from megatron_vcppo.rollout.store import (
+from megatron_vcppo.rollout.seeds import sample_seed, training_sampling
+from megatron_vcppo.run.rollout_store import (
     drop_partial,
     partial_iterations,
     read_partial,

@@ -4,8 +4,8 @@ import pytest
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.rollout import server
-from megatron_vcppo.rollout.serve import engine_gpus, visible_gpus
+from megatron_vcppo.rollout import engine_command
+from megatron_vcppo.rollout.node import engine_gpus, visible_gpus
 
 UUIDS = [f"GPU-8f6{n}0c2e-1111-2222-3333-444455556666" for n in range(4)]
 MIGS = [f"MIG-{n}c8a9bb2-1111-2222-3333-444455556666" for n in range(4)]
@@ -38,8 +38,8 @@ def test_engines_on_trainer_nodes_take_the_last_gpus(
     config = Config()
     config.rollout.engine.per_node, config.cluster.rollout_nodes = 2, 0
     assert engine_gpus(config) == names[2:]
-    placement = server.Placement(tuple(engine_gpus(config)[1:]))
-    variables = server.environment({}, config.rollout.engine, placement, tmp_path / "secret", "10.0.0.1")
+    placement = engine_command.Placement(tuple(engine_gpus(config)[1:]))
+    variables = engine_command.environment({}, config.rollout.engine, placement, tmp_path / "secret", "10.0.0.1")
     assert variables["CUDA_VISIBLE_DEVICES"] == names[3] and variables["VLLM_HOST_IP"] == "10.0.0.1"
     for engines_on, rollout_nodes in (("trainer_gpus", 0), ("rollout_nodes", 1)):
         config.cluster.engines_on, config.cluster.rollout_nodes = engines_on, rollout_nodes  # type: ignore[assignment]

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.config.rollout import WeightSyncConfig
-from megatron_vcppo.rollout import link, wire
+from megatron_vcppo.rollout import engine_http, messages
 from megatron_vcppo.rollout.auth import read_secret
 from megatron_vcppo.rollout.client import RolloutError
+from megatron_vcppo.rollout.messages import CACHE, WEIGHTS, Sampling, Status
 from megatron_vcppo.rollout.node_folder import TRAINER, Hold, NodeFolder
-from megatron_vcppo.rollout.process import alive
 from megatron_vcppo.rollout.rendezvous import Engine
-from megatron_vcppo.rollout.sampling import greedy
-from megatron_vcppo.rollout.wire import CACHE, WEIGHTS, Sampling, Status
-from megatron_vcppo.weight_sync.plan import SINGLE
+from megatron_vcppo.rollout.seeds import greedy
+from megatron_vcppo.run.processes import alive
+from megatron_vcppo.weight_sync.push_plan import SINGLE
 from megatron_vcppo.weight_sync.sync import WeightSync, WeightSyncError
 from megatron_vcppo.weight_sync.transport import HostTransport, Tensors
 from megatron_vcppo.weight_sync.turns import SleepingSync
@@ -68,8 +68,8 @@ def sync(node: RolloutNode, shared: NodeFolder, trainer: Hold) -> SleepingSync:
 
 def states(node: RolloutNode) -> list[Status]:
     async def ask() -> list[Status]:
-        async with link.open_session(read_secret(node.rendezvous / "secret")) as session:
-            return [await link.status(session, engine, 10.0) for engine in node.engines()]
+        async with engine_http.open_session(read_secret(node.rendezvous / "secret")) as session:
+            return [await engine_http.status(session, engine, 10.0) for engine in node.engines()]
 
     return asyncio.run(ask())
 
@@ -78,7 +78,7 @@ def test_a_new_engine_is_published_asleep_and_cannot_be_used(node, models, sync,
     assert shared.starting() == []
     assert [status.state for status in states(node)] == ["asleep"] * 2
     with pytest.raises(RolloutError, match="asleep, policy version -1"):
-        node.client(all_dead_timeout_s=2.0).generate(PROMPTS, 0, wire.NO_VERSION, greedy(), 1)
+        node.client(all_dead_timeout_s=2.0).generate(PROMPTS, 0, messages.NO_VERSION, greedy(), 1)
     with pytest.raises(WeightSyncError, match=r"engine_0_0 at .*asleep: its weights must wake first"):
         WeightSync.push(sync, 1, weights_of(models[0]), sync.answering())
     assert [status.state for status in states(node)] == ["asleep"] * 2
@@ -97,7 +97,7 @@ def test_it_wakes_in_parts_around_a_push_and_gives_a_fresh_engines_output(node, 
     assert [status.state for status in states(node)] == ["serving"] * 2
     before = node.greedy(1, PROMPTS)
     sync.put_to_sleep(2)
-    assert [(status.state, status.policy_version) for status in states(node)] == [("asleep", wire.NO_VERSION)] * 2
+    assert [(status.state, status.policy_version) for status in states(node)] == [("asleep", messages.NO_VERSION)] * 2
     sync.put_to_sleep(2)
     sync.sync(2, weights_of(models[1]))
     assert node.greedy(2, PROMPTS) != before

@@ -13,9 +13,9 @@ import pytest
 from megatron_vcppo.rollout import supervisor
 from megatron_vcppo.rollout.auth import make_secret
 from megatron_vcppo.rollout.node_folder import TRAINER, NodeFolder
-from megatron_vcppo.rollout.process import alive
 from megatron_vcppo.rollout.rendezvous import SECRET, engines
 from megatron_vcppo.rollout.supervisor import Limits, Slot
+from megatron_vcppo.run.processes import alive
 from tests.rollout.test_node import wait_until
 
 ENGINE = """

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.config import Config
-from slurm.devcluster import DevCluster, missing_programs
-from slurm.roles import Programs
-from slurm.run_folder import RunFolder
+from megatron_vcppo.launch.role_commands import RoleCommands
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.slurm.devcluster import DevCluster, missing_programs
 from tests.slurm.support import processes_with, tiny_config, wait_until, write_config
 
-TINY = Programs(trainer="tests.slurm.tiny_stage", rollout="tests.slurm.tiny_rollout")
+TINY = RoleCommands(trainer="tests.slurm.tiny_stage", rollout="tests.slurm.tiny_rollout")
 
 
 @pytest.fixture

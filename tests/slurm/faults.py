@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vcppo.config import Config
-from slurm import events
-from slurm.devcluster import DevCluster
-from slurm.query import job_states
-from slurm.run_folder import RunFolder
-from slurm.status import run_status, table
-from slurm.submit import submit, submitted_jobs
+from megatron_vcppo.run import events
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.slurm.chain_status import run_status, table
+from megatron_vcppo.slurm.devcluster import DevCluster
+from megatron_vcppo.slurm.slurm_cli import job_states
+from megatron_vcppo.slurm.submission import submit, submitted_jobs
 from tests.slurm.conftest import TINY
 from tests.slurm.support import cluster_config, processes_with, result, wait_for_jobs, wait_until, write_config
 

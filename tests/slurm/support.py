@@ -9,11 +9,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from megatron_vcppo.config import Config
-from slurm.controller import Unit
-from slurm.query import JobState, job_states
-from slurm.roles import Programs
-from slurm.run_folder import RunFolder
-from slurm.srun import srun_units
+from megatron_vcppo.launch.controller import RoleProcess
+from megatron_vcppo.launch.role_commands import RoleCommands
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.slurm.slurm_cli import JobState, job_states
+from megatron_vcppo.slurm.srun import srun_processes
 
 
 def tiny_config(folder: Path, stages: tuple[str, ...] = ("sft",), ranks: int = 2, steps: int = 6) -> Config:
@@ -79,13 +79,13 @@ def cluster_config(folder: Path, stages: tuple[str, ...], steps: int = 6) -> Con
     return config
 
 
-def units_on(run: RunFolder, config: Config, stage: str, hosts: list[str]) -> list[Unit]:
+def units_on(run: RunFolder, config: Config, stage: str, hosts: list[str]) -> list[RoleProcess]:
     """A stage's steps on these nodes."""
-    return srun_units(
+    return srun_processes(
         run=run,
         config=config,
         stage=stage,
-        programs=Programs(),
+        programs=RoleCommands(),
         hosts=hosts,
         address="10.0.0.1",
         port=29500,

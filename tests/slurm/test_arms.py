@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vcppo.commands.sweep import results
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.mcore.manifest import write_manifest
-from megatron_vcppo.stages.stored_set import stored_set
-from slurm.base_run import take_stages
-from slurm.local import local_units
-from slurm.run_folder import RunFolder
-from slurm.srun import stage_nodes
-from slurm.sweep import points, results, write_points
+from megatron_vcppo.launch.inherit import take_stages
+from megatron_vcppo.launch.local_chain import local_processes
+from megatron_vcppo.launch.sweep_points import points, write_points
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.manifest import write_manifest
+from megatron_vcppo.run.stored_set import stored_set
+from megatron_vcppo.slurm.srun import stage_nodes
 from tests.slurm.support import tiny_config, tiny_model, units_on, write_config
 
 
@@ -24,8 +25,8 @@ def test_an_export_is_one_process_on_one_node(tmp_path: Path) -> None:
     assert (stage_nodes(config, "sft"), stage_nodes(config, "export")) == (2, 1)
     (unit,) = units_on(run, config, "export", ["a"])
     assert {"--nodelist=a", "--ntasks=1", "--cpus-per-task=64"} <= set(unit.command)
-    (unit,) = local_units(run, config, "export")
-    assert unit.env["WORLD_SIZE"] == "1" and len(local_units(run, config, "sft")) == 16
+    (unit,) = local_processes(run, config, "export")
+    assert unit.env["WORLD_SIZE"] == "1" and len(local_processes(run, config, "sft")) == 16
 
 
 def test_no_engines_start_where_the_set_of_rollouts_is_complete(tmp_path: Path) -> None:
@@ -34,7 +35,7 @@ def test_no_engines_start_where_the_set_of_rollouts_is_complete(tmp_path: Path) 
     run = write_config(config)
 
     def roles() -> list[str]:
-        here = local_units(run, config, "value_pretrain")
+        here = local_processes(run, config, "value_pretrain")
         there = units_on(run, config, "value_pretrain", ["a"])
         assert {unit.role for unit in here} == {unit.role for unit in there}
         return [unit.role for unit in here]

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-import slurm.local
+import megatron_vcppo.launch.local_chain
 from megatron_vcppo.cli import main
 from megatron_vcppo.config import Config
-from slurm import events
-from slurm.devcluster import DevCluster, missing_programs
-from slurm.devcluster_conf import ACCOUNT
-from slurm.local import run_chain
-from slurm.roles import Programs, free_port
-from slurm.run_folder import RunFolder
-from slurm.status import run_status, table
-from slurm.submit import submit
+from megatron_vcppo.launch.local_chain import run_chain
+from megatron_vcppo.launch.role_commands import RoleCommands, free_port
+from megatron_vcppo.run import events
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.slurm.chain_status import run_status, table
+from megatron_vcppo.slurm.devcluster import DevCluster, missing_programs
+from megatron_vcppo.slurm.devcluster_conf import ACCOUNT
+from megatron_vcppo.slurm.submission import submit
 from tests.slurm.conftest import TINY
 from tests.slurm.support import cluster_config, result, wait_for_jobs, write_config
 
@@ -107,7 +107,7 @@ def test_a_node_whose_python_lacks_the_packages(cluster: DevCluster, tmp_path: P
     python.chmod(0o755)
     config = cluster_config(tmp_path / "run", ("sft", "ppo"))
     run = write_config(config)
-    jobs = submit(run, config, list(config.stages), Programs(TINY.trainer, TINY.rollout, str(python)))
+    jobs = submit(run, config, list(config.stages), RoleCommands(TINY.trainer, TINY.rollout, str(python)))
     states = wait_for_jobs(jobs.values(), 60)
     assert [states[job].state for job in jobs.values()] == ["FAILED", "CANCELLED"]
     text = table(run_status(run, config))
@@ -124,13 +124,13 @@ def test_a_port_taken_meanwhile_costs_an_attempt_and_one_taken_for_good_is_named
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         taken = listener.getsockname()[1]
-        monkeypatch.setattr(slurm.local, "free_port", lambda address: taken)
+        monkeypatch.setattr(megatron_vcppo.launch.local_chain, "free_port", lambda address: taken)
         assert run_chain(run, config, ["sft"], TINY) == 1
         said = f"sft: trainer 0 left with exit code 1: port {taken} of 127.0.0.1 is taken"
         assert said in capsys.readouterr().out
         assert said.removeprefix("sft: ") in table(run_status(run, config))
         assert len(run.attempts("sft")) == 1 + config.cluster.crash_retries
         ports = iter([taken, free_port("127.0.0.1")])
-        monkeypatch.setattr(slurm.local, "free_port", lambda address: next(ports))
+        monkeypatch.setattr(megatron_vcppo.launch.local_chain, "free_port", lambda address: next(ports))
         assert run_chain(run, config, ["sft"], TINY) == 0
     assert result(run)["trained"] == [1, 2, 3, 4, 5, 6]

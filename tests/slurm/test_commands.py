@@ -9,10 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_vcppo.cli import main
-from slurm.devcluster import DevCluster
-from slurm.prepare import open_run
-from slurm.query import Unreachable, job_states, patiently
-from slurm.submit import submitted_jobs
+from megatron_vcppo.launch.prepare import open_run
+from megatron_vcppo.slurm.devcluster import DevCluster
+from megatron_vcppo.slurm.slurm_cli import Unreachable, job_states, patiently
+from megatron_vcppo.slurm.submission import submitted_jobs
 from tests.slurm.conftest import TINY
 from tests.slurm.support import cluster_config, result, wait_for_jobs, wait_until
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 @pytest.fixture(autouse=True)
 def tiny_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands start the tiny stage in place of the real ones."""
-    monkeypatch.setattr("slurm.submit.resolve_python", lambda config: TINY)
+    monkeypatch.setattr("megatron_vcppo.slurm.submission.resolve_python", lambda config: TINY)
 
 
 def config_file(folder: Path, stages: tuple[str, ...], steps: int = 6, seconds: float = 0.05) -> Path:

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from slurm.controller import SAVED_CODE, Unit, first_death, supervise
-from slurm.roles import role_environment
+from megatron_vcppo.launch.controller import SAVED, RoleProcess, first_death, supervise
+from megatron_vcppo.launch.role_commands import role_environment
 from tests.slurm.support import processes_with, tiny_config, wait_until
 
 
-def python(role: str, index: int, code: str, **kwargs) -> Unit:
+def python(role: str, index: int, code: str, **kwargs) -> RoleProcess:
     command = (sys.executable, "-S", "-c", textwrap.dedent(code))
-    return Unit(role, index, command, {}, f"{role}_{index}.log", **kwargs)
+    return RoleProcess(role, index, command, {}, f"{role}_{index}.log", **kwargs)
 
 
-def sleeper(tag: str, role: str = "trainer", index: int = 1) -> Unit:
-    return Unit(role, index, ("sleep", tag), {}, f"{role}_{index}.log", end_signal=signal.SIGKILL)
+def sleeper(tag: str, role: str = "trainer", index: int = 1) -> RoleProcess:
+    return RoleProcess(role, index, ("sleep", tag), {}, f"{role}_{index}.log", end_signal=signal.SIGKILL)
 
 
 def alive(pid: int) -> bool:
@@ -52,7 +52,7 @@ def test_a_port_that_was_taken_meanwhile_is_worth_another_attempt(tmp_path: Path
 
 
 def test_a_missing_program_is_named(tmp_path: Path) -> None:
-    outcome = supervise([Unit("trainer", 0, ("/no/such/program",), {}, "trainer_0.log")], tmp_path)
+    outcome = supervise([RoleProcess("trainer", 0, ("/no/such/program",), {}, "trainer_0.log")], tmp_path)
     assert outcome.code == 127 and "/no/such/program: No such file" in outcome.details[0]
 
 
@@ -67,7 +67,7 @@ def test_one_dead_rank_ends_the_group_and_is_named(tmp_path: Path) -> None:
 
 
 def test_a_kill_is_named_before_the_errors_that_follow_from_it() -> None:
-    units = [Unit("trainer", n, ("x",), {}, "x") for n in range(3)]
+    units = [RoleProcess("trainer", n, ("x",), {}, "x") for n in range(3)]
     assert first_death([(units[0], 1), (units[2], 137), (units[1], 75)]) == (units[2], 137)
     assert first_death([(units[0], 75), (units[1], 1)]) == (units[1], 1)
 
@@ -86,7 +86,7 @@ def test_nothing_is_left_when_the_controller_is_killed(tmp_path: Path) -> None:
     code = f"""
         import sys; sys.path.insert(0, {os.getcwd()!r})
         from pathlib import Path
-        from slurm.controller import Unit, supervise
+        from megatron_vcppo.launch.controller import Unit, supervise
         detached = "setsid sleep 7003.5 & sleep 7003.6"
         supervise([Unit("trainer", 0, ("sh", "-c", detached), {{}}, "a.log")], Path({str(tmp_path)!r}))
     """
@@ -113,12 +113,12 @@ def test_a_save_request_reaches_every_rank_and_gives_75(tmp_path: Path) -> None:
 
     threading.Thread(target=watch_logs, daemon=True).start()
     outcome = supervise([python("trainer", n, code) for n in range(2)], tmp_path, save_requested=ready.is_set)
-    assert outcome.code == SAVED_CODE
+    assert outcome.code == SAVED
 
 
 def test_a_rank_interrupted_while_it_starts_counts_as_saved(tmp_path: Path) -> None:
     outcome = supervise([sleeper("7004.5", index=0)], tmp_path, save_requested=lambda: True)
-    assert outcome.code == SAVED_CODE
+    assert outcome.code == SAVED
 
 
 def test_a_save_that_never_comes_is_bounded(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_rank_zero_is_shown_on_the_terminal(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_events_survive_a_torn_line(tmp_path: Path) -> None:
-    from slurm import events
+    from megatron_vcppo.run import events
 
     events.append(tmp_path, "one", stage="sft")
     with (tmp_path / events.EVENTS_NAME).open("a") as file:
@@ -183,5 +183,5 @@ def test_an_empty_variable_is_removed(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     env = role_environment(tiny_config(tmp_path / "run"), "trainer")
     command = (sys.executable, "-c", "import sys; print(sys.dont_write_bytecode)")
-    assert supervise([Unit("trainer", 0, command, env, "trainer_0.log")], tmp_path / "logs").code == 0
+    assert supervise([RoleProcess("trainer", 0, command, env, "trainer_0.log")], tmp_path / "logs").code == 0
     assert (tmp_path / "logs" / "trainer_0.log").read_text() == "False\n"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.errors import UserError
-from slurm import devcluster_net
-from slurm.devcluster import DevCluster, free_ports, missing_programs
+from megatron_vcppo.slurm import devcluster_net
+from megatron_vcppo.slurm.devcluster import DevCluster, free_ports, missing_programs
 from tests.slurm.support import processes_with, wait_until
 
 
@@ -48,7 +48,7 @@ def test_the_script_brings_it_up_and_down() -> None:
     if missing := missing_programs():
         pytest.skip(f"not installed: {', '.join(missing)}")
     root = Path(tempfile.mkdtemp(prefix="vcppo_slurm_"))
-    call = [sys.executable, "-m", "slurm.devcluster"]
+    call = [sys.executable, "-m", "megatron_vcppo.slurm.devcluster"]
     at = ["--root", str(root / "c")]
     root.chmod(0o755)
     try:

@@ -11,9 +11,9 @@ import pytest
 
 from megatron_vcppo.config.cluster import ClusterConfig
 from megatron_vcppo.errors import UserError
-from slurm import doctor_findings as findings
-from slurm.link_rate import link_rate
-from slurm.software_probe import driver_version
+from megatron_vcppo.slurm import doctor_findings
+from megatron_vcppo.slurm.link_rate import link_rate
+from megatron_vcppo.slurm.software_probe import driver_version
 
 GOOD = {
     **{"node": "gpu1", "compiler": "/usr/bin/g++", "python_header": True, "driver": "580.65.06", "cuda": "13.0"},
@@ -22,9 +22,9 @@ GOOD = {
 
 
 def test_a_good_node_is_described() -> None:
-    assert findings.driver([GOOD]) == "580.65.06, CUDA 13.0"
-    assert findings.transformer_engine([GOOD, GOOD | {"node": "gpu2"}]) == "2.20.2 on 2 nodes"
-    assert findings.compiler([GOOD]) == "/usr/bin/g++, Python.h"
+    assert doctor_findings.driver([GOOD]) == "580.65.06, CUDA 13.0"
+    assert doctor_findings.transformer_engine([GOOD, GOOD | {"node": "gpu2"}]) == "2.20.2 on 2 nodes"
+    assert doctor_findings.compiler([GOOD]) == "/usr/bin/g++, Python.h"
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_a_good_node_is_described() -> None:
 )
 def test_a_node_that_lacks_something_is_named(check: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        getattr(findings, check)([GOOD, GOOD | {"node": "gpu2"} | change])
+        getattr(doctor_findings, check)([GOOD, GOOD | {"node": "gpu2"} | change])
 
 
 def tasks(rate: float, gpus: int = 8, **more: Any) -> list[dict[str, Any]]:
@@ -55,18 +55,18 @@ def tasks(rate: float, gpus: int = 8, **more: Any) -> list[dict[str, Any]]:
 def test_the_collective_is_compared_with_the_links() -> None:
     cluster = ClusterConfig(name="big", trainer_nodes=2, gpus_per_node=8)
     text = "nccl over 16 GPUs of 2 nodes on ib0: 350 GB/s of bus bandwidth, the links carry 400 (8 InfiniBand ports, "
-    assert findings.collective(tasks(350), cluster) == f"{text}3200 Gb/s together), first in 2.5 s"
+    assert doctor_findings.collective(tasks(350), cluster) == f"{text}3200 Gb/s together), first in 2.5 s"
     with pytest.raises(UserError, match=r"11\.5 GB/s of bus bandwidth, the links carry 400 .*: under 30%; NCCL_DEBUG"):
-        findings.collective([*tasks(350)[1:], *tasks(11.5)[:1]], cluster)
+        doctor_findings.collective([*tasks(350)[1:], *tasks(11.5)[:1]], cluster)
     with pytest.raises(UserError, match=r"gpu0: torch sees 1 GPUs, cluster\.gpus_per_node is 8"):
-        findings.collective(tasks(350, gpus=1), cluster)
+        doctor_findings.collective(tasks(350, gpus=1), cluster)
     cluster.link_gb_per_s = 30
-    assert "the links carry 30 (cluster.link_gb_per_s)" in findings.collective(tasks(11.5), cluster)
+    assert "the links carry 30 (cluster.link_gb_per_s)" in doctor_findings.collective(tasks(11.5), cluster)
 
 
 def test_on_cpu_nothing_is_expected_of_the_links() -> None:
     cluster = ClusterConfig(name="small", trainer_nodes=2)
-    text = findings.collective(tasks(0.1, gpus=0, backend="gloo", interface="eth0"), cluster)
+    text = doctor_findings.collective(tasks(0.1, gpus=0, backend="gloo", interface="eth0"), cluster)
     assert text == "gloo over 2 nodes on eth0: 0.1 GB/s of bus bandwidth, first in 2.5 s"
 
 
@@ -87,10 +87,10 @@ def test_the_links_rate_is_read_from_the_kernel(tmp_path: Path) -> None:
 
 
 def test_the_software_probe_says_what_this_machine_has() -> None:
-    argv = [sys.executable, "-m", "slurm.software_probe"]
+    argv = [sys.executable, "-m", "megatron_vcppo.slurm.software_probe"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=os.environ | {"SLURMD_NODENAME": "me"})
     found = json.loads(done.stdout)
     assert found["node"] == "me" and set(found) == set(GOOD)
     if not driver_version():
         with pytest.raises(UserError, match=r"me: (torch there is built without CUDA|no NVIDIA driver)"):
-            findings.driver([found])
+            doctor_findings.driver([found])

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from slurm import events
-from slurm.devcluster import DevCluster
+from megatron_vcppo.run import events
+from megatron_vcppo.slurm.devcluster import DevCluster
 from tests.slurm.faults import FAULTS, LONG, suffer
 
 SHORT = [name for name, fault in FAULTS.items() if fault.stages != LONG.stages]

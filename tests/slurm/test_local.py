@@ -12,10 +12,10 @@ import pytest
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
-from slurm import events
-from slurm.local import run_chain
-from slurm.run_folder import RunFolder, chosen_stages
-from slurm.status import run_status, table
+from megatron_vcppo.launch.local_chain import run_chain
+from megatron_vcppo.run import events
+from megatron_vcppo.run.folder import RunFolder, chosen_stages
+from megatron_vcppo.slurm.chain_status import run_status, table
 from tests.slurm.conftest import TINY
 from tests.slurm.support import processes_with, result, tiny_config, wait_until, write_config
 
@@ -77,8 +77,8 @@ def test_term_saves_and_the_next_call_goes_on(tmp_path: Path) -> None:
         from omegaconf import OmegaConf
         from pathlib import Path
         from megatron_vcppo.config import Config
-        from slurm.local import run_chain
-        from slurm.run_folder import RunFolder
+        from megatron_vcppo.launch.local_chain import run_chain
+        from megatron_vcppo.run.folder import RunFolder
         from tests.slurm.conftest import TINY
         run = RunFolder(Path({str(run.path)!r}))
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(run.config)))

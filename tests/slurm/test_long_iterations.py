@@ -12,14 +12,14 @@ import pytest
 
 from megatron_vcppo.cli import main
 from megatron_vcppo.config.load import load_config
+from megatron_vcppo.launch.local_chain import run_chain
+from megatron_vcppo.launch.prepare import open_run
+from megatron_vcppo.run import events
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.slurm.chain_status import run_status, table
+from megatron_vcppo.slurm.devcluster import DevCluster
+from megatron_vcppo.slurm.submission import submitted_jobs
 from megatron_vcppo.stages.stopping import SAVED
-from slurm import events
-from slurm.devcluster import DevCluster
-from slurm.local import run_chain
-from slurm.prepare import open_run
-from slurm.run_folder import RunFolder
-from slurm.status import run_status, table
-from slurm.submit import submitted_jobs
 from tests.slurm.support import wait_for_jobs, wait_until, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]

@@ -7,12 +7,13 @@ import pytest
 
 from megatron_vcppo.cli import main
 from megatron_vcppo.errors import UserError
-from slurm import devcluster_net, events
-from slurm.devcluster import DevCluster
-from slurm.doctor import checks
-from slurm.roles import Programs
-from slurm.status import run_status, table
-from slurm.submit import submit
+from megatron_vcppo.launch.role_commands import RoleCommands
+from megatron_vcppo.run import events
+from megatron_vcppo.slurm import devcluster_net
+from megatron_vcppo.slurm.chain_status import run_status, table
+from megatron_vcppo.slurm.devcluster import DevCluster
+from megatron_vcppo.slurm.doctor_checks import checks
+from megatron_vcppo.slurm.submission import submit
 from tests.slurm.conftest import TINY
 from tests.slurm.support import cluster_config, wait_for_jobs, write_config
 
@@ -54,7 +55,7 @@ def test_an_interface_that_nodes_lack_is_named_with_what_they_have(cluster: DevC
     assert any(line in table(run_status(run, config)) for line in lines)
     assert not run.attempts("sft"), "found before the stage started"
     with pytest.raises(UserError) as error:
-        dict(checks(config, Programs(), tmp_path))["file system, Python, network"]()
+        dict(checks(config, RoleCommands(), tmp_path))["file system, Python, network"]()
     assert any(line in str(error.value) for line in lines)
 
 

@@ -9,11 +9,11 @@ import pytest
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
-from slurm.devcluster import DevCluster
-from slurm.doctor import checks, examine
-from slurm.roles import Programs
-from slurm.status import run_status, table
-from slurm.submit import submit
+from megatron_vcppo.launch.role_commands import RoleCommands
+from megatron_vcppo.slurm.chain_status import run_status, table
+from megatron_vcppo.slurm.devcluster import DevCluster
+from megatron_vcppo.slurm.doctor_checks import checks, examine
+from megatron_vcppo.slurm.submission import submit
 from tests.slurm.conftest import TINY
 from tests.slurm.support import cluster_config, wait_for_jobs, write_config
 
@@ -56,7 +56,7 @@ def test_a_node_without_the_python_environment(cluster: DevCluster, half_blind: 
     python.chmod(0o755)
     config = cluster_config(tmp_path / "run", ("sft",))
     run = write_config(config)
-    jobs = submit(run, config, ["sft"], Programs(TINY.trainer, TINY.rollout, str(python)))
+    jobs = submit(run, config, ["sft"], RoleCommands(TINY.trainer, TINY.rollout, str(python)))
     wait_for_jobs(jobs.values(), 60)
     assert f"{cluster.node_names[1]}: has no interpreter {python}: see cluster.python" in table(run_status(run, config))
 
@@ -64,7 +64,7 @@ def test_a_node_without_the_python_environment(cluster: DevCluster, half_blind: 
 @pytest.mark.slow
 def test_the_doctor_finds_a_good_cluster_good(cluster: DevCluster, tmp_path: Path, capsys) -> None:
     config = cluster_config(tmp_path / "run", ("sft",))
-    assert examine(config, Programs(), tmp_path), capsys.readouterr().out
+    assert examine(config, RoleCommands(), tmp_path), capsys.readouterr().out
     out = capsys.readouterr().out
     assert (
         "ok    collective: gloo over 3 nodes on " in out
@@ -94,5 +94,5 @@ def test_the_doctor_finds_the_blind_node(cluster: DevCluster, half_blind: Path) 
 def failure_of(name: str, config: Config, folder: Path) -> str:
     """What one of the doctor's checks complains about."""
     with pytest.raises(UserError) as error:
-        dict(checks(config, Programs(), folder))[name]()
+        dict(checks(config, RoleCommands(), folder))[name]()
     return str(error.value)

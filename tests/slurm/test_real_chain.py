@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.cli import main
-from slurm import events
-from slurm.devcluster import DevCluster
-from slurm.prepare import open_run
-from slurm.status import run_status, table
-from slurm.submit import submitted_jobs
+from megatron_vcppo.launch.prepare import open_run
+from megatron_vcppo.run import events
+from megatron_vcppo.slurm.chain_status import run_status, table
+from megatron_vcppo.slurm.devcluster import DevCluster
+from megatron_vcppo.slurm.submission import submitted_jobs
 from tests.slurm.faults import kill_processes, wait_for_checkpoint
 from tests.slurm.support import wait_for_jobs
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.cli import main
-from megatron_vcppo.config.sources import CONFIGS
+from megatron_vcppo.config.value_sources import CONFIGS
 
 PROFILES = sorted(path.stem for path in (CONFIGS / "cluster").glob("example-*.yaml"))
 QWEN = {"model_type": "qwen2", "vocab_size": 152064, "max_position_embeddings": 32768, "tie_word_embeddings": False}

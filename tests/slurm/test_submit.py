@@ -3,11 +3,11 @@
 import pytest
 
 from megatron_vcppo.errors import UserError
-from slurm import events
-from slurm.devcluster import DevCluster
-from slurm.query import job_states
-from slurm.status import run_status, table
-from slurm.submit import cancel_jobs, dry_run, submit
+from megatron_vcppo.run import events
+from megatron_vcppo.slurm.chain_status import run_status, table
+from megatron_vcppo.slurm.devcluster import DevCluster
+from megatron_vcppo.slurm.slurm_cli import job_states
+from megatron_vcppo.slurm.submission import cancel_jobs, dry_run, submit
 from tests.slurm.conftest import TINY
 from tests.slurm.support import cluster_config, result, wait_for_jobs, wait_until, write_config
 

@@ -8,27 +8,35 @@ from typing import Any
 
 import pytest
 
+from megatron_vcppo.commands.sweep import text_table
 from megatron_vcppo.config.load import load_config
-from megatron_vcppo.config.sources import CONFIGS, profile_files
+from megatron_vcppo.config.value_sources import CONFIGS, profile_files
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.launch.checks import check_inputs, check_layout
+from megatron_vcppo.launch.controller import reported_code
+from megatron_vcppo.launch.memory_plan import check_memory, plan, plan_of_rank
+from megatron_vcppo.launch.role_commands import RoleCommands, role_environment
+from megatron_vcppo.launch.save_timing import (
+    LEAST_S,
+    STOP_S,
+    save_allowance_s,
+    save_clock,
+    save_margin_s,
+    signal_margin_s,
+)
+from megatron_vcppo.launch.snapshot import take_snapshot
+from megatron_vcppo.launch.sweep_points import points, read_points, write_points
 from megatron_vcppo.records import Prompt, Rollout
-from megatron_vcppo.rollout.store import write_partial, write_rollouts
-from slurm import events
-from slurm.controller import reported_code
-from slurm.job import futile_starts, progress
-from slurm.logs import last_lines
-from slurm.memory import check_memory, plan, plan_of_rank
-from slurm.query import JobState, first_node, parse_table, slurm_message
-from slurm.roles import Programs, role_environment
-from slurm.run_folder import RunFolder
-from slurm.snapshot import take_snapshot
-from slurm.srun import probe_command, stage_nodes
-from slurm.status import leaving_note, pending_note
-from slurm.submit import executor
-from slurm.sweep import points, read_points, text_table, write_points
-from slurm.timing import LEAST_S, STOP_S, save_allowance_s, save_clock, save_margin_s, signal_margin_s
-from slurm.validate import check_inputs, check_layout
+from megatron_vcppo.run import events
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.log_files import last_lines
+from megatron_vcppo.run.rollout_store import write_partial, write_rollouts
+from megatron_vcppo.slurm.chain_status import leaving_note, pending_note
+from megatron_vcppo.slurm.job import futile_starts, progress
+from megatron_vcppo.slurm.slurm_cli import JobState, first_node, parse_table, slurm_message
+from megatron_vcppo.slurm.srun import probe_command, stage_nodes
+from megatron_vcppo.slurm.submission import executor
 from tests.slurm.support import tiny_config, tiny_model, units_on, write_config
 
 
@@ -107,15 +115,15 @@ def test_containers_wrap_the_roles(tmp_path: Path) -> None:
 
 def test_an_image_has_an_interpreter_of_its_own(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
-    run, host = write_config(config), Programs().python
+    run, host = write_config(config), RoleCommands().python
     config.cluster.container_python = "/image/python"
     assert host in units_on(run, config, "sft", ["a"])[0].command
     config.cluster.container_image = "image.sqsh"
     for unit in units_on(run, config, "ppo", ["a"]):
         assert "/image/python" in unit.command and host not in unit.command
-    probe = " ".join(probe_command(config, run, Programs(), ["a"]))
+    probe = " ".join(probe_command(config, run, RoleCommands(), ["a"]))
     assert "/image/python" in probe and host not in probe
-    assert host in executor(run, config, "ppo", tmp_path, Programs(), None).script()
+    assert host in executor(run, config, "ppo", tmp_path, RoleCommands(), None).script()
 
 
 def log_records(run: RunFolder, records: list[dict[str, float]]) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcppo.mcore.architecture import Architecture
-from megatron_vcppo.mcore.manifest import write_manifest
-from megatron_vcppo.report.metrics import read_metrics
-from megatron_vcppo.rollout.store import read_rollouts, stored_iterations
+from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.run.manifest import write_manifest
+from megatron_vcppo.run.metrics_log import read_metrics
+from megatron_vcppo.run.rollout_store import read_rollouts, stored_iterations
 from tests.helpers.distributed import RanksFailed
 from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import Stage, make_config, make_task

@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_vcppo.cli import main as vcppo
-from megatron_vcppo.report.metrics import read_metrics
-from slurm import events
+from megatron_vcppo.run import events
+from megatron_vcppo.run.metrics_log import read_metrics
 from tests.slurm.support import processes_with, wait_until
 
 STAGES = ["sft", "reward_model", "value_pretrain", "ppo", "export", "evaluate"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcppo.report.metrics import read_metrics
+from megatron_vcppo.run.metrics_log import read_metrics
 from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import Stage, make_config, make_task
 

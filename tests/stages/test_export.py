@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.mcore.convert.importer import import_hf
-from megatron_vcppo.mcore.manifest import verify_manifest, write_manifest
+from megatron_vcppo.hf.convert.importer import import_hf
+from megatron_vcppo.run.manifest import verify_manifest, write_manifest
 from megatron_vcppo.stages import export
 from megatron_vcppo.stages.stage import mark_done
 from tests.helpers.tiny_models import save_tiny_model

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_vcppo.report.metrics import read_metrics
-from megatron_vcppo.rollout.store import read_rollouts
+from megatron_vcppo.run.metrics_log import read_metrics
+from megatron_vcppo.run.rollout_store import read_rollouts
 from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import Stage, make_config, make_task
 

@@ -22,12 +22,12 @@ from megatron_vcppo.cli import main as vcppo
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.schema import ParallelConfig
 from megatron_vcppo.config.training import ScheduleConfig
+from megatron_vcppo.hf.convert.exporter import export_hf
+from megatron_vcppo.launch.local_chain import run_chain
 from megatron_vcppo.mcore.checkpoint import complete_checkpoints
-from megatron_vcppo.mcore.convert.exporter import export_hf
-from megatron_vcppo.report.metrics import MetricsLog, read_metrics
+from megatron_vcppo.run.metrics_log import MetricsLog, read_metrics
 from megatron_vcppo.stages.__main__ import main as run_rank
 from megatron_vcppo.stages.stopping import SAVED
-from slurm.local import run_chain
 from tests.helpers.distributed import RanksFailed, run_distributed_test
 from tests.slurm.support import wait_until, write_config
 

@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 
 from megatron_vcppo.config.rollout import WeightSyncConfig
-from megatron_vcppo.report.metrics import read_metrics
+from megatron_vcppo.rollout.messages import CACHE, WEIGHTS
 from megatron_vcppo.rollout.node_folder import TRAINER, NodeFolder, weights_path
 from megatron_vcppo.rollout.rendezvous import engines
-from megatron_vcppo.rollout.store import partial_iterations
-from megatron_vcppo.rollout.wire import CACHE, WEIGHTS
-from megatron_vcppo.stages import generation as generation_module
+from megatron_vcppo.run.metrics_log import read_metrics
+from megatron_vcppo.run.rollout_store import partial_iterations
 from megatron_vcppo.stages import ppo as ppo_module
+from megatron_vcppo.stages import rollout_session
 from megatron_vcppo.stages.shared_gpus import SharedGpus
 from megatron_vcppo.stages.stopping import SAVED
-from megatron_vcppo.weight_sync.plan import SINGLE
+from megatron_vcppo.weight_sync.push_plan import SINGLE
 from megatron_vcppo.weight_sync.transport import HostTransport
 from megatron_vcppo.weight_sync.turns import SleepingSync
 from tests.helpers.rollout_node import RolloutNode
@@ -102,7 +102,7 @@ def test_an_engine_killed_in_the_update_waits_and_one_killed_in_generation_joins
 
     def faults() -> None:
         sys.stdout = sys.stderr = log.open("w", buffering=1)
-        update, begin = ppo_module.update, generation_module.begin
+        update, begin = ppo_module.update, rollout_session.begin
         hit: list[str] = []
 
         def kill_then_update(*arguments: Any) -> Any:
@@ -133,7 +133,7 @@ def test_an_engine_killed_in_the_update_waits_and_one_killed_in_generation_joins
 
         SharedGpus._give_turn = look_at_the_weights  # type: ignore[assignment,method-assign]
         ppo_module.update = kill_then_update  # type: ignore[assignment]
-        generation_module.begin = begin_then_kill  # type: ignore[assignment]
+        rollout_session.begin = begin_then_kill  # type: ignore[assignment]
 
     stage = make_stage(node, task, tmp_path / "run")
     started = node.log.read_text().count("starting, pid")

@@ -14,9 +14,9 @@ import pytest
 
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.records import Rollout
-from megatron_vcppo.report.metrics import read_metrics
-from megatron_vcppo.rollout import link
-from megatron_vcppo.rollout.store import partial_iterations, read_partial, read_rollouts, stored_iterations
+from megatron_vcppo.rollout import engine_http
+from megatron_vcppo.run.metrics_log import read_metrics
+from megatron_vcppo.run.rollout_store import partial_iterations, read_partial, read_rollouts, stored_iterations
 from megatron_vcppo.stages import ppo as ppo_module
 from megatron_vcppo.stages.stopping import SAVED
 from tests.helpers.rollout_node import RolloutNode
@@ -50,7 +50,7 @@ def ask_to_stop(rank: int = 0) -> None:
 
 def hold_responses(after: int, then: Callable[[], None] = lambda: None) -> Callable[[], bool]:
     """In this process: the engines answer no more after so many responses. Returns whether they have come to that."""
-    generate, seen, held = link.generate, 0, False
+    generate, seen, held = engine_http.generate, 0, False
 
     async def answer(*arguments: Any) -> AsyncIterator[Any]:
         nonlocal seen, held
@@ -62,7 +62,7 @@ def hold_responses(after: int, then: Callable[[], None] = lambda: None) -> Calla
             seen += 1
             yield response
 
-    link.generate = answer  # type: ignore[assignment]
+    engine_http.generate = answer  # type: ignore[assignment]
     return lambda: held
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from megatron_vcppo.cli import COMMANDS, build_parser, main
 from megatron_vcppo.config.keys import all_keys
-from megatron_vcppo.config.sources import CONFIGS
+from megatron_vcppo.config.value_sources import CONFIGS
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs/demo/sft.yaml")

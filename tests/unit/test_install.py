@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,25 @@ def test_locks_are_those_of_the_requirements(kind: str) -> None:
 def test_no_file_names_a_package_index() -> None:
     for path in [*ROOT.glob("requirements*"), ROOT / "pyproject.toml"]:
         assert "index" not in path.read_text() and "://" not in path.read_text(), path
+
+
+def test_slurm_is_installed_under_the_packages_name_alone(tmp_path) -> None:
+    """A wheel made of this checkout; a top-level ``slurm`` would shadow whatever else has that name."""
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), "."]
+    subprocess.run(build, cwd=copy_of_the_sources(tmp_path / "sources"), check=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "megatron_vcppo/slurm/job.py" in names
+    assert {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")} == {"megatron_vcppo"}
+
+
+def copy_of_the_sources(folder: Path) -> Path:
+    """What a build reads; it writes into its own folder."""
+    folder.mkdir()
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE", "megatron_vcppo", "slurm"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    return folder

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.cli import main
-from megatron_vcppo.config.sources import CONFIGS
-from slurm import events
-from slurm.run_folder import RunFolder
+from megatron_vcppo.config.value_sources import CONFIGS
+from megatron_vcppo.run import events
+from megatron_vcppo.run.folder import RunFolder
 from tests.slurm.support import tiny_model
 
 

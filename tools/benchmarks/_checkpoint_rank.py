@@ -21,22 +21,22 @@ def measure(rank: int, config: Any, folder: Path) -> dict[str, float]:
 
     from megatron_vcppo.config.schema import OptimizerConfig, ScheduleConfig
     from megatron_vcppo.config.training import CheckpointConfig
-    from megatron_vcppo.data.rollout_batch import Packing
+    from megatron_vcppo.data.rollout_batch import Packer
+    from megatron_vcppo.hf.architecture import Architecture
     from megatron_vcppo.mcore import runtime
-    from megatron_vcppo.mcore.architecture import Architecture
     from megatron_vcppo.mcore.checkpoint import CheckpointFolder, load_learner
     from megatron_vcppo.mcore.learner import Actor
     from megatron_vcppo.mcore.model import build_actor
-    from megatron_vcppo.records import Sequence
-    from megatron_vcppo.stages.losses import TokenLoss
+    from megatron_vcppo.records import TrainSequence
+    from megatron_vcppo.stages.training_losses import TokenLoss
 
     torch.set_num_threads(1)
     parallel = config.parallel
     world = runtime.start(parallel, seed=0, timeout_s=600)
     arch = Architecture.from_hf(config.model.hf)
     ids = torch.randint(arch.vocab_size, (world.dp_size, LENGTH)).tolist()
-    batch = [Sequence(tuple(row), {"loss_mask": (False,) + (True,) * (LENGTH - 1)}) for row in ids]
-    microbatches = Packing(LENGTH, parallel.tp, world.dp_rank, world.dp_size).pack(batch, ["loss_mask"])
+    batch = [TrainSequence(tuple(row), {"loss_mask": (False,) + (True,) * (LENGTH - 1)}) for row in ids]
+    microbatches = Packer(LENGTH, parallel.tp, world.dp_rank, world.dp_size).pack(batch, ["loss_mask"])
     actor = Actor(build_actor(arch, config.model, parallel), parallel, OptimizerConfig(), ScheduleConfig(), 100)
 
     def step() -> None:

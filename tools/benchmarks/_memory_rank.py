@@ -14,23 +14,23 @@ def measure(rank: int, config: Any, stage: str) -> tuple[int, int]:
     import torch
 
     from megatron_vcppo.config.schema import OptimizerConfig, ScheduleConfig
-    from megatron_vcppo.data.rollout_batch import Packing
+    from megatron_vcppo.data.rollout_batch import Packer
+    from megatron_vcppo.hf.architecture import Architecture
+    from megatron_vcppo.launch.memory_plan import models_of
     from megatron_vcppo.mcore import runtime
-    from megatron_vcppo.mcore.architecture import Architecture
     from megatron_vcppo.mcore.learner import Actor, Critic
     from megatron_vcppo.mcore.model import build_actor, build_critic
-    from megatron_vcppo.records import Sequence
-    from megatron_vcppo.stages.losses import TokenLoss
-    from slurm.memory import models_of
+    from megatron_vcppo.records import TrainSequence
+    from megatron_vcppo.stages.training_losses import TokenLoss
 
     torch.set_num_threads(1)
     parallel = config.parallel
     world = runtime.start(parallel, seed=0, timeout_s=300)
     arch = Architecture.from_hf(config.model.hf)
-    packing = Packing(parallel.tokens_per_microbatch, parallel.tp, world.dp_rank, world.dp_size)
+    packing = Packer(parallel.tokens_per_microbatch, parallel.tp, world.dp_rank, world.dp_size)
     length = parallel.tokens_per_microbatch // 2
     ids = torch.randint(arch.vocab_size, (2 * MICROBATCHES, length)).tolist()
-    batch = [Sequence(tuple(row), {"loss_mask": (False,) + (True,) * (length - 1)}) for row in ids]
+    batch = [TrainSequence(tuple(row), {"loss_mask": (False,) + (True,) * (length - 1)}) for row in ids]
     microbatches = packing.pack(batch, ["loss_mask"])
     assert len(microbatches) == MICROBATCHES, "micro-batches are full"
 

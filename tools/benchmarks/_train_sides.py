@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.hf.architecture import Architecture
 
 Step = Callable[[], float]
 """One optimizer step over the whole batch; returns its loss."""
@@ -78,10 +78,10 @@ def serve(connection: Connection, side: str, work: Work, environment: dict[str, 
 
 
 def planned_gib(work: Work) -> float:
-    """What slurm/memory.py expects of tensors on the fullest rank, without its allowance for CUDA's own memory."""
+    """What launch/memory_plan.py expects of tensors on the fullest rank, less its allowance for CUDA's memory."""
     from megatron_vcppo.config import Config
+    from megatron_vcppo.launch.memory_plan import plan
     from megatron_vcppo.mcore.layers import uses_transformer_engine
-    from slurm.memory import plan
 
     config = Config()
     config.model.dtype = work.model["dtype"]
@@ -111,14 +111,14 @@ def parallel_config(work: Work) -> Any:
 def megatron_side(work: Work) -> Step:
     """This rank of the actor: packing (part of every step's work), forward, backward, AdamW."""
     from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ScheduleConfig
-    from megatron_vcppo.data.context import rounding
-    from megatron_vcppo.data.rollout_batch import Packing
+    from megatron_vcppo.data.context_split import rounding
+    from megatron_vcppo.data.rollout_batch import Packer
     from megatron_vcppo.mcore import runtime
-    from megatron_vcppo.mcore.hf_load import load_hf
+    from megatron_vcppo.mcore.hf_weights_io import load_hf
     from megatron_vcppo.mcore.learner import Actor
     from megatron_vcppo.mcore.model import build_actor
-    from megatron_vcppo.records import Sequence
-    from megatron_vcppo.stages.losses import TokenLoss
+    from megatron_vcppo.records import TrainSequence
+    from megatron_vcppo.stages.training_losses import TokenLoss
 
     parallel = parallel_config(work)
     world = runtime.start(parallel, seed=0, timeout_s=600)
@@ -128,9 +128,9 @@ def megatron_side(work: Work) -> Step:
         load_hf(model, work.hf)
     actor = Actor(model, parallel, OptimizerConfig(lr=work.learning_rate), ScheduleConfig(), total_steps=1)
     multiple, segment_multiple = rounding(parallel, settings)
-    packing = Packing(parallel.tokens_per_microbatch, multiple, world.dp_rank, world.dp_size, segment_multiple)
+    packing = Packer(parallel.tokens_per_microbatch, multiple, world.dp_rank, world.dp_size, segment_multiple)
     sequences = [
-        Sequence(tuple(ids), {"loss_mask": (False,) * PROMPT_TOKENS + (True,) * (len(ids) - PROMPT_TOKENS)})
+        TrainSequence(tuple(ids), {"loss_mask": (False,) * PROMPT_TOKENS + (True,) * (len(ids) - PROMPT_TOKENS)})
         for ids in work.sequences
     ]
     num_loss_tokens = sum(len(ids) - PROMPT_TOKENS for ids in work.sequences)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.hf.architecture import Architecture
 from tools.benchmarks._checkpoint_rank import LENGTH, measure
 from tools.benchmarks._ranks import architecture_folder, run_ranks
 

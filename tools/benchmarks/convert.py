@@ -67,9 +67,9 @@ def _write_model(folder: Path, gigabytes: float, pp: int) -> tuple[int, int]:
     import numpy as np
     import torch
 
-    from megatron_vcppo.mcore.architecture import Architecture
-    from megatron_vcppo.mcore.convert.safetensors_files import plan_files
-    from megatron_vcppo.mcore.hf_mapping import hf_shapes, parameters
+    from megatron_vcppo.hf.architecture import Architecture
+    from megatron_vcppo.hf.mapping import hf_shapes, parameters
+    from megatron_vcppo.hf.safetensors_files import plan_files
 
     config = {
         "model_type": "llama",
@@ -119,8 +119,8 @@ def _measure(function: Callable[..., None], arguments: tuple[Any, ...]) -> tuple
 
 def _child(sender: Any, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     # Imports are not what is measured.
-    import megatron_vcppo.mcore.convert.exporter
-    import megatron_vcppo.mcore.convert.importer  # noqa: F401
+    import megatron_vcppo.hf.convert.exporter
+    import megatron_vcppo.hf.convert.importer  # noqa: F401
     from tools.benchmarks._measure import peak_bytes
 
     seconds = 0.0
@@ -144,12 +144,12 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _import(source: Path, target: Path, tp: int, pp: int) -> None:
-    from megatron_vcppo.mcore.convert.importer import import_hf
+    from megatron_vcppo.hf.convert.importer import import_hf
 
     import_hf(source, target, tp, pp)
 
 
 def _export(source: Path, target: Path) -> None:
-    from megatron_vcppo.mcore.convert.exporter import export_hf
+    from megatron_vcppo.hf.convert.exporter import export_hf
 
     export_hf(source, target, verify_logits=False)

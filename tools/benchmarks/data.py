@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from megatron_vcppo.data.packing import balance, pack_all, pack_into_microbatches
-from megatron_vcppo.data.sft import load_sft_dataset
-from megatron_vcppo.records import Prompt, Rollout, Sequence
+from megatron_vcppo.data.sft_dataset import load_sft_dataset
+from megatron_vcppo.records import Prompt, Rollout, TrainSequence
 from megatron_vcppo.rewards.scorer import Scorer
 from megatron_vcppo.tasks.generate import TASKS, demonstration_rows
 from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
@@ -52,7 +52,7 @@ def _bins(lengths: list[int], repeats: int) -> Iterator[dict[str, Any]]:
 
 def _tensors(lengths: list[int], repeats: int) -> Iterator[dict[str, Any]]:
     names = ("loss_mask", "advantages", "old_logprobs", "returns")
-    sequences = [Sequence(tuple(range(n)), dict.fromkeys(names, (0.0,) * n)) for n in lengths]
+    sequences = [TrainSequence(tuple(range(n)), dict.fromkeys(names, (0.0,) * n)) for n in lengths]
     microbatches = pack_all(sequences, 8192, multiple=8)
     timing = time_together({"pack": lambda: pack_all(sequences, 8192, multiple=8)}, repeats)["pack"]
     yield {"case": "pack_all", "tokens": sum(lengths), "fields": len(names), "microbatches": len(microbatches),

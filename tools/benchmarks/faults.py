@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slurm.devcluster import DevCluster
-from slurm.sweep import text_table
+from megatron_vcppo.commands.sweep import text_table
+from megatron_vcppo.slurm.devcluster import DevCluster
 from tests.slurm.faults import FAULTS, suffer
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_vcppo.stages.startup import read_startups
-from slurm import events
-from slurm.run_folder import RunFolder
+from megatron_vcppo.run import events
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.startup import read_startups
 
 READY = re.compile(r"ready after ([\d.]+) s")
 

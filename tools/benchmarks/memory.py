@@ -1,4 +1,4 @@
-"""The memory plan (slurm/memory.py) beside what real ranks of several layouts hold, in float32 on the CPU."""
+"""The memory plan (launch/memory_plan.py) beside what real ranks of several layouts hold, in float32 on the CPU."""
 
 import argparse
 import tempfile
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.mcore.architecture import Architecture
-from slurm.memory import GIB, plan
+from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.launch.memory_plan import GIB, plan
 from tools.benchmarks._memory_rank import measure
 from tools.benchmarks._ranks import architecture_folder, run_ranks
 

@@ -14,10 +14,10 @@ from typing import Any
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.schema import ParallelConfig
-from megatron_vcppo.data.context import rounding
-from megatron_vcppo.data.rollout_batch import Packing, make_batch
-from megatron_vcppo.report.metrics import read_metrics
-from megatron_vcppo.rollout.store import read_rollouts, stored_iterations
+from megatron_vcppo.data.context_split import rounding
+from megatron_vcppo.data.rollout_batch import Packer, make_batch
+from megatron_vcppo.run.metrics_log import read_metrics
+from megatron_vcppo.run.rollout_store import read_rollouts, stored_iterations
 from megatron_vcppo.stages.updates import minibatches
 
 WORK = ("generation", "logprobs", "values", "update", "evaluation")
@@ -80,7 +80,7 @@ def packing_case(run_folder: Path, config: Config, parallel: ParallelConfig, dp_
     settings, folder = config.ppo, run_folder / "ppo" / "rollouts"
     multiple, segment_multiple = rounding(parallel, config.model)
     replicas = [
-        Packing(parallel.tokens_per_microbatch, multiple, rank, dp_size, segment_multiple) for rank in range(dp_size)
+        Packer(parallel.tokens_per_microbatch, multiple, rank, dp_size, segment_multiple) for rank in range(dp_size)
     ]
     num_tokens = num_padding = num_microbatches = 0
     imbalance = []

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_vcppo.report.metrics import read_metrics
+from megatron_vcppo.run.metrics_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "requirements-cpu.lock"

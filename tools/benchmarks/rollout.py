@@ -20,12 +20,12 @@ from typing import Any
 import psutil
 
 from megatron_vcppo.records import Prompt
-from megatron_vcppo.rollout import link, wire
+from megatron_vcppo.rollout import engine_http, messages
 from megatron_vcppo.rollout.auth import read_secret
 from megatron_vcppo.rollout.client import RolloutClient
-from megatron_vcppo.rollout.process import without_trainer
-from megatron_vcppo.rollout.server import Placement, environment
-from megatron_vcppo.rollout.wire import Sampling
+from megatron_vcppo.rollout.engine_command import Placement, environment
+from megatron_vcppo.rollout.messages import Sampling
+from megatron_vcppo.run.processes import without_trainer
 from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
 from tests.helpers.rollout_node import MAX_LENGTH, RolloutNode, make_prompts, save_policy
 
@@ -103,7 +103,7 @@ def through_server(node: RolloutNode, client: RolloutClient, prompts: list[Promp
 
     before = {part: cpu_s(part) for part in parts}
     began, cpu_began = time.perf_counter(), time.process_time()
-    rollouts = client.generate(prompts, 0, wire.NO_VERSION, Sampling(ignore_eos=True), 1)
+    rollouts = client.generate(prompts, 0, messages.NO_VERSION, Sampling(ignore_eos=True), 1)
     seconds = time.perf_counter() - began
     assert all(len(rollout.response_ids) == client.config.max_tokens for rollout in rollouts)
     used = {part: cpu_s(part) - before[part] for part in parts}
@@ -114,7 +114,7 @@ def vllm_route(node: RolloutNode, prompts: list[Prompt], new_tokens: int) -> flo
     """Seconds of the same work through vLLM's own OpenAI route, one call per request, with token ids and log-probs."""
 
     async def generate() -> None:
-        async with link.open_session(read_secret(node.rendezvous / "secret")) as session:
+        async with engine_http.open_session(read_secret(node.rendezvous / "secret")) as session:
 
             async def one(index: int, prompt: Prompt) -> None:
                 body = {"model": "policy", "prompt": list(prompt.token_ids), "max_tokens": new_tokens, "seed": index,

@@ -10,9 +10,9 @@ from typing import Any
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Prompt
 from megatron_vcppo.rewards.code import CodeVerifier
-from megatron_vcppo.rewards.sandbox.choice import choose
-from megatron_vcppo.rewards.sandbox.client import Sandbox
 from megatron_vcppo.rewards.sandbox.isolation import NONE, strongest_first
+from megatron_vcppo.rewards.sandbox.isolation_choice import choose
+from megatron_vcppo.rewards.sandbox.sandbox import Sandbox
 from tools.benchmarks._measure import time_together
 
 PRINTS = "print(sum(map(int, input().split())))"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slurm.devcluster import DevCluster
+from megatron_vcppo.slurm.devcluster import DevCluster
 from tests.slurm.support import tiny_model
 
 STAGES = ("sft", "reward_model", "value_pretrain", "ppo", "evaluate", "export")

@@ -4,7 +4,7 @@ Both sides train on the same sequences of mixed lengths, with the same number of
 padding, forward, backward, clipping and AdamW. Their losses must agree. Utilization (MFU) is model FLOP/s over the
 device's peak: a table of GPUs (bf16, dense), or on a CPU the speed of a large matrix product.
 ``--sides megatron`` needs neither transformers nor a file: the weights are Megatron's random ones. On a GPU it also
-compares the peak memory with the plan of slurm/memory.py.
+compares the peak memory with the plan of launch/memory_plan.py.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vcppo.mcore.architecture import Architecture
+from megatron_vcppo.hf.architecture import Architecture
 from tools.benchmarks._train_sides import SIDES, Answer, Work, serve
 
 PEAK_TFLOPS = {

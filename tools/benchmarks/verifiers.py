@@ -10,9 +10,9 @@ from math_verify.parser import extract_latex, parse_latex_cached
 
 from megatron_vcppo.records import Prompt
 from megatron_vcppo.rewards.algebra import read
-from megatron_vcppo.rewards.base import Verifier
 from megatron_vcppo.rewards.choice import verify_choice
 from megatron_vcppo.rewards.math_answer import verify_math
+from megatron_vcppo.rewards.verifier import Verifier
 
 _PAIRS = {
     "exact": [("42", "42.0"), (r"\frac{14}{4}", "3.5"), ("1/3", r"\frac{2}{6}"), ("-7", "7"), ("0.125", "1/8")],

@@ -104,7 +104,7 @@ class World:
         from megatron_vcppo.config import Config
         from megatron_vcppo.config.training import CheckpointConfig
         from megatron_vcppo.mcore.checkpoint import CheckpointFolder
-        from megatron_vcppo.stages.losses import TokenLoss
+        from megatron_vcppo.stages.training_losses import TokenLoss
         from tools.gpu_check import tiny
 
         config = Config()

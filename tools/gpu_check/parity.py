@@ -68,8 +68,8 @@ def collect(folders: dict[str, Path], dtypes: tuple[Any, ...], size: str) -> dic
 
 def outputs(folder: Path, dtype: Any, size: str) -> Outputs:
     """Everything that is compared, of one model."""
-    from megatron_vcppo.mcore.hf_load import local_parameters
-    from megatron_vcppo.stages.losses import TokenLoss
+    from megatron_vcppo.mcore.hf_weights_io import local_parameters
+    from megatron_vcppo.stages.training_losses import TokenLoss
     from tools.gpu_check import tiny
 
     actor, critic = (tiny.learner(kind, folder, dtype) for kind in ("actor", "critic"))

@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_vcppo.config.schema import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_vcppo.data.context import rounding
+from megatron_vcppo.data.context_split import rounding
 from megatron_vcppo.data.packing import PackedMicrobatch, pack_all
-from megatron_vcppo.mcore.architecture import Architecture
-from megatron_vcppo.mcore.hf_load import load_hf
-from megatron_vcppo.mcore.hf_mapping import hf_shapes, parameters
+from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.mapping import hf_shapes, parameters
+from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.learner import Actor, Critic
 from megatron_vcppo.mcore.model import build_actor, build_critic
-from megatron_vcppo.records import Sequence
+from megatron_vcppo.records import TrainSequence
 
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64, "rope_theta": 10000.0}  # fmt: skip
@@ -54,7 +54,7 @@ def microbatches(arch: Architecture, seed: int, size: str) -> list[PackedMicroba
     for _ in range(count):
         length = int(torch.randint(8, longest, (), generator=generator))
         ids = torch.randint(0, arch.vocab_size, (length,), generator=generator).tolist()
-        sequences.append(Sequence(tuple(ids), {"loss_mask": (False,) * 4 + (True,) * (length - 4)}))
+        sequences.append(TrainSequence(tuple(ids), {"loss_mask": (False,) * 4 + (True,) * (length - 4)}))
     return pack_all(sequences, 2 * longest, *rounding(ParallelConfig()))
 
 

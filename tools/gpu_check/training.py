@@ -48,7 +48,7 @@ def run(target: str, size: str) -> list[Row]:
 
 
 def memory_row(kind: str, case: dict[str, Any]) -> Row:
-    """Peak of tensors over the plan of slurm/memory.py."""
+    """Peak of tensors over the plan of launch/memory_plan.py."""
     peak, planned = case["peak_memory_gib"], case["planned_memory_gib"]
     if peak is None:
         return skipped(f"{kind} layers: peak memory over the plan", "not measured on a CPU")

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from megatron_vcppo.config.schema import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_vcppo.data.context import rounding
+from megatron_vcppo.data.context_split import rounding
 from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.mapping import canonical_name
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.architecture import Architecture
 from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.export_stream import stream_hf
-from megatron_vcppo.mcore.hf_load import load_hf
-from megatron_vcppo.mcore.hf_mapping import canonical_name
+from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.learner import Actor, Critic, Learner
 from megatron_vcppo.mcore.model import build_actor, build_critic, transformer_config
 from megatron_vcppo.mcore.offload import drop_fp8_copies

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vcppo.algo.diagnose import SIGNATURES, diagnose, warnings_of
+from megatron_vcppo.algo.failure_signatures import SIGNATURES, diagnose, warnings_of
 
 
 def _history(**series: list[Any]) -> list[dict[str, float]]:

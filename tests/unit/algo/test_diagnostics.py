@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_vcppo.algo import metrics as m
 from megatron_vcppo.algo.diagnostics import batch_diagnostics, length_statistics, summarize
-from megatron_vcppo.algo.profiles import (
+from megatron_vcppo.algo.position_profiles import (
     position_profile,
     relative_position,
     relative_profile,

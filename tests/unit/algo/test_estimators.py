@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from megatron_vcppo.algo.estimators import avg_at_k, pass_at_k
+from megatron_vcppo.algo.pass_at_k import avg_at_k, pass_at_k
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 7])

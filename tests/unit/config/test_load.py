@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_vcppo.config.keys import all_keys, nearest_key
 from megatron_vcppo.config.load import config_hash, dump_config, load_config
-from megatron_vcppo.config.sources import CONFIGS
+from megatron_vcppo.config.value_sources import CONFIGS
 from megatron_vcppo.errors import UserError
 
 PARTS = ("models", "cluster", "recipes")

@@ -11,7 +11,7 @@ from megatron_vcppo.config import network
 from megatron_vcppo.config.cluster import ClusterConfig
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.network import NodeNetwork, default_route_interface, listen, node_network
-from megatron_vcppo.config.node import CACHES, node_environment, private_folder
+from megatron_vcppo.config.node_environment import CACHES, node_environment, private_folder
 from megatron_vcppo.errors import UserError
 
 NODE = {"lo": "127.0.0.1", "eth0": "10.1.0.7", "ib0": "10.2.0.7"}

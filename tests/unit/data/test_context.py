@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
-from megatron_vcppo.data.context import rank_order, rounding
+from megatron_vcppo.data.context_split import rank_order, rounding
 from megatron_vcppo.data.packing import pack
-from megatron_vcppo.records import Sequence
+from megatron_vcppo.records import TrainSequence
 
 
 def test_example_of_the_docstring() -> None:
@@ -33,7 +33,7 @@ def test_the_layout_is_transformer_engines() -> None:
 @settings(max_examples=100, deadline=None)
 def test_ranks_share_every_token_once_and_all_work_alike(lengths: list[int], cp: int, tp: int, split: bool) -> None:
     multiple, segment_multiple = rounding(ParallelConfig(cp=cp, tp=tp, sequence_parallel=split))
-    packed = pack([Sequence((1,) * n) for n in lengths], range(len(lengths)), multiple, segment_multiple)
+    packed = pack([TrainSequence((1,) * n) for n in lengths], range(len(lengths)), multiple, segment_multiple)
     order = rank_order(packed.cu_seqlens, cp)
     assert order.sort().values.tolist() == list(range(packed.num_tokens))
     shares = order.view(cp, -1)

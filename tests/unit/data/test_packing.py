@@ -10,22 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vcppo.data.packing import balance, pack, pack_all, pack_into_microbatches, unpack_all
-from megatron_vcppo.records import Sequence
+from megatron_vcppo.records import TrainSequence
 
 
-def make_sequences(lengths: list[int]) -> list[Sequence]:
+def make_sequences(lengths: list[int]) -> list[TrainSequence]:
     """Token ids that are all different; "x" equals the token id, "loss_mask" is on for odd ids."""
     ids = itertools.count(1)
     sequences = []
     for length in lengths:
         tokens = tuple(next(ids) for _ in range(length))
         mask = (0.0, *(float(t % 2) for t in tokens[1:]))
-        sequences.append(Sequence(tokens, {"x": tuple(map(float, tokens)), "loss_mask": mask}))
+        sequences.append(TrainSequence(tokens, {"x": tuple(map(float, tokens)), "loss_mask": mask}))
     return sequences
 
 
 def test_example_of_the_docstring() -> None:
-    sequences = [Sequence((5, 6, 7), {"x": (0.0, 1.0, 2.0)}), Sequence((8, 9), {"x": (0.0, 3.0)})]
+    sequences = [TrainSequence((5, 6, 7), {"x": (0.0, 1.0, 2.0)}), TrainSequence((8, 9), {"x": (0.0, 3.0)})]
     packed = pack(sequences, [0, 1])
     assert packed.token_ids.tolist() == [5, 6, 7, 8, 9]
     assert packed.position_ids.tolist() == [0, 1, 2, 0, 1]
@@ -80,11 +80,11 @@ def test_a_rank_without_sequences_gets_a_dummy() -> None:
 
 def test_wrong_fields_are_bugs() -> None:
     with pytest.raises(AssertionError, match="nothing predicts the first token"):
-        pack([Sequence((1, 2), {"loss_mask": (1.0, 1.0)})], [0])
+        pack([TrainSequence((1, 2), {"loss_mask": (1.0, 1.0)})], [0])
     with pytest.raises(AssertionError, match="in one micro-batch"):
-        pack([Sequence((1, 2), {"x": (1.0, 1.0)}), Sequence((1, 2), {"y": (1.0, 1.0)})], [0, 1])
+        pack([TrainSequence((1, 2), {"x": (1.0, 1.0)}), TrainSequence((1, 2), {"y": (1.0, 1.0)})], [0, 1])
     with pytest.raises(AssertionError, match="1 values for 2 tokens"):
-        pack([Sequence((1, 2), {"x": (1.0,)})], [0])
+        pack([TrainSequence((1, 2), {"x": (1.0,)})], [0])
 
 
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(50, 250))

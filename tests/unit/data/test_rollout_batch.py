@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_vcppo.data.packing import unpack_all
-from megatron_vcppo.data.rollout_batch import Packing, make_batch
+from megatron_vcppo.data.rollout_batch import Packer, make_batch
 from megatron_vcppo.records import Prompt, Rollout
 
 
@@ -44,7 +44,7 @@ def test_fields_come_back_from_packed_microbatches(dp_size: int, multiple: int) 
     field = torch.arange(12.0).view(3, 4) + 1
     total = torch.zeros(3, 4)
     for dp_rank in range(dp_size):
-        packing = Packing(9, multiple, dp_rank, dp_size)
+        packing = Packer(9, multiple, dp_rank, dp_size)
         share = packing.share([len(r.prompt.token_ids) + len(r.response_ids) for r in ROLLOUTS])
         microbatches = packing.pack(batch.sequences(share, {"x": field}), ["x"])
         assert microbatches and all(m.num_tokens % multiple == 0 for m in microbatches)

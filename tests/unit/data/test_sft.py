@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import Sequence
 from transformers import PreTrainedTokenizerBase
 
-from megatron_vcppo.data.order import EpochOrder
-from megatron_vcppo.data.sft import SftDataset, load_sft_dataset
+from megatron_vcppo.data.epoch_order import EpochOrder
+from megatron_vcppo.data.sft_dataset import SftDataset, load_sft_dataset
 from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.tasks.word_tokenizer import build_tokenizer

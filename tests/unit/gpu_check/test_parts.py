@@ -70,7 +70,9 @@ def test_the_trainer_s_parts_need_what_they_name(absent: list[str]) -> None:
     modules = ["parity", "checkpoints", "tiny", "kernels", "training"]
     script = f"import sys\nsys.modules.update(dict.fromkeys({absent}))\n"
     script += "".join(f"import tools.gpu_check.{name}\n" for name in modules)
-    script += "import megatron_vcppo.mcore.checkpoint, megatron_vcppo.mcore.learner, megatron_vcppo.stages.losses\n"
+    script += (
+        "import megatron_vcppo.mcore.checkpoint, megatron_vcppo.mcore.learner, megatron_vcppo.stages.training_losses\n"
+    )
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=200, cwd=ROOT)
 
 
@@ -82,7 +84,7 @@ def options(*arguments: str) -> argparse.Namespace:
 
 def test_the_plan_of_the_training_part() -> None:
     """The model has one to two billion parameters, its micro-batches 16K tokens, and an H100 holds it."""
-    from megatron_vcppo.mcore.architecture import Architecture
+    from megatron_vcppo.hf.architecture import Architecture
 
     args = options("--dtype", "bfloat16")
     arch = Architecture.from_config({"model_type": "qwen2", **train_benchmark._sizes(args)})

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcppo.mcore.convert.copying import BUCKET_BYTES, NUM_THREADS
+from megatron_vcppo.hf.convert.copying import BUCKET_BYTES, NUM_THREADS
 from tools.benchmarks import convert
 
 

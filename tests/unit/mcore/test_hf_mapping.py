@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_vcppo.mcore.architecture import Architecture
-from megatron_vcppo.mcore.hf_mapping import (
+from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.mapping import (
     canonical_name,
     checkpoint_key,
     hf_shapes,

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.mcore.manifest import MANIFEST_NAME, file_record, read_manifest, verify_manifest, write_manifest
+from megatron_vcppo.run.manifest import MANIFEST_NAME, file_record, read_manifest, verify_manifest, write_manifest
 
 
 @pytest.fixture

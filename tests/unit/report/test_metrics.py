@@ -11,7 +11,7 @@ import pytest
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.report.metrics import FILE_NAME, WANDB_ID_NAME, MetricsLog, read_metrics
+from megatron_vcppo.run.metrics_log import FILE_NAME, WANDB_ID_NAME, MetricsLog, read_metrics
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_what_is_not_finite_stays_readable_json(tmp_path: Path, config: Config) 
 def test_a_killed_process_loses_no_record(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "from megatron_vcppo.config import Config\nfrom megatron_vcppo.report.metrics import MetricsLog\n"
+        "from megatron_vcppo.config import Config\nfrom megatron_vcppo.run.metrics_log import MetricsLog\n"
         "log = MetricsLog(Path(sys.argv[1]), Config(), 'sft')\n"
         "[log.log(i, {'x': i}) for i in range(1, 51)]\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )

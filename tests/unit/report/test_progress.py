@@ -7,7 +7,7 @@ import pty
 import re
 import time
 
-from megatron_vcppo.report.progress import Progress
+from megatron_vcppo.run.progress import Progress
 
 
 def test_a_log_file_gets_few_lines_with_rate_and_eta() -> None:

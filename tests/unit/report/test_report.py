@@ -11,12 +11,12 @@ import pytest
 
 from megatron_vcppo.cli import main
 from megatron_vcppo.commands.report import read_runs
-from megatron_vcppo.mcore.manifest import write_manifest
 from megatron_vcppo.report.html import render
-from megatron_vcppo.report.metrics import MetricsLog, read_history
 from megatron_vcppo.report.run_data import differences
 from megatron_vcppo.report.samples import HEAD, TAIL, choose, shorten
-from megatron_vcppo.rollout.store import read_rollouts
+from megatron_vcppo.run.manifest import write_manifest
+from megatron_vcppo.run.metrics_log import MetricsLog, read_history
+from megatron_vcppo.run.rollout_store import read_rollouts
 from tests.helpers.recorded_run import credit_of, make_config, make_rollouts, record_run
 
 RESULTS = [

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_vcppo.records import Prompt
-from megatron_vcppo.rewards.base import Verdict
 from megatron_vcppo.rewards.code import CodeVerifier
+from megatron_vcppo.rewards.verifier import Verdict
 
 SUM = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7"]}
 ADD = "a, b = map(int, input().split())\nprint(a + b)  "

@@ -13,8 +13,8 @@ from textwrap import dedent
 import pytest
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.rewards.sandbox.choice import choose
 from megatron_vcppo.rewards.sandbox.isolation import bubblewrap_binary, strongest_first
+from megatron_vcppo.rewards.sandbox.isolation_choice import choose
 from tests.helpers.code_judge import Judge, nobody_python
 
 SQUARE = [

@@ -8,11 +8,11 @@ import pytest
 
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.rewards.algebra import read
-from megatron_vcppo.rewards.base import Verdict, final_answer
-from megatron_vcppo.rewards.evaluation import TooLarge, plain
+from megatron_vcppo.rewards.evaluate_expression import TooLarge, plain
 from megatron_vcppo.rewards.math_answer import MathVerifier, answers_equal, verify_math
 from megatron_vcppo.rewards.scorer import Scorer
 from megatron_vcppo.rewards.units import split_unit
+from megatron_vcppo.rewards.verifier import Verdict, final_answer
 
 
 def read_pairs() -> dict[tuple[str, bool], list[tuple[str, str]]]:

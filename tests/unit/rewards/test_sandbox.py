@@ -15,11 +15,11 @@ from textwrap import dedent
 import pytest
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.rewards.sandbox.choice import _problem, choose
-from megatron_vcppo.rewards.sandbox.client import Sandbox, SandboxError
 from megatron_vcppo.rewards.sandbox.folder import ScratchFolder
 from megatron_vcppo.rewards.sandbox.inside import seccomp
 from megatron_vcppo.rewards.sandbox.isolation import strongest_first
+from megatron_vcppo.rewards.sandbox.isolation_choice import _problem, choose
+from megatron_vcppo.rewards.sandbox.sandbox import Sandbox, SandboxError
 from tests.helpers.code_judge import ROOT, Judge, nobody_python
 
 GOOD = {"inputs": ["1 2\n"], "outputs": ["3"]}
@@ -209,7 +209,7 @@ def test_what_does_not_isolate_is_refused() -> None:
     # The probe finds out: a way that holds nothing back is no way.
     problem = _problem("none")
     assert "a program can read the user's files, list the user's files, write outside of its folder" in problem
-    command = "from megatron_vcppo.rewards.sandbox.choice import choose; print(choose('bubblewrap'))"
+    command = "from megatron_vcppo.rewards.sandbox.isolation_choice import choose; print(choose('bubblewrap'))"
     env = {"PATH": "/nowhere", "PYTHONPATH": str(ROOT), "HOME": os.environ["HOME"]}
     done = subprocess.run([sys.executable, "-S", "-c", command], capture_output=True, text=True, env=env, timeout=60)
     assert "rewards.code.isolation bubblewrap: programs of the model cannot be isolated" in done.stderr

@@ -14,7 +14,7 @@ from megatron_vcppo.rewards.scorer import Scorer
 
 VERIFIERS = """
 import os, time
-from megatron_vcppo.rewards.base import CORRECT, Verdict
+from megatron_vcppo.rewards.verifier import CORRECT, Verdict
 
 def hangs(prompt, response):
     if response == "good":

@@ -8,10 +8,10 @@ import torch
 from megatron_vcppo.algo.gae import gae_reference
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.packing import PackedMicrobatch
-from megatron_vcppo.data.rollout_batch import Packing, RolloutBatch, make_batch
+from megatron_vcppo.data.rollout_batch import Packer, RolloutBatch, make_batch
 from megatron_vcppo.records import Prompt, Rollout
-from megatron_vcppo.stages.credit import assign_credit, reward_statistics
-from megatron_vcppo.stages.losses import CriticLoss
+from megatron_vcppo.stages.advantage_batch import compute_advantages, reward_statistics
+from megatron_vcppo.stages.training_losses import CriticLoss
 from megatron_vcppo.stages.value_pretrain import learn_returns
 
 LENGTHS, REWARDS = (5, 3, 8, 6), (1.0, -1.0, -1.0, 1.0)
@@ -41,7 +41,7 @@ def values_of(batch: RolloutBatch) -> torch.Tensor:
 
 def credit_of(config: Config, batch: RolloutBatch, values: torch.Tensor | None, ref: torch.Tensor | None = None):
     old = batch.rollout_logprobs + 0.25 * batch.response_mask
-    return assign_credit(batch, values, old, ref, config, config.ppo.loss.kl_coef, END_OF_THINKING)
+    return compute_advantages(batch, values, old, ref, config, config.ppo.loss.kl_coef, END_OF_THINKING)
 
 
 def test_advantages_and_targets_have_their_own_lambda() -> None:
@@ -148,7 +148,7 @@ def test_pretraining_learns_the_returns_that_ppo_has() -> None:
             seen.extend(microbatches)
             assert loss.denominator == int(ppo.mask.sum())
 
-    learn_returns(Recorder(), batch, Packing(512, 1, 0, 1), config)  # type: ignore[arg-type]
+    learn_returns(Recorder(), batch, Packer(512, 1, 0, 1), config)  # type: ignore[arg-type]
     (microbatch,) = seen
     mask = microbatch.fields["response_mask"]
     assert torch.allclose(microbatch.fields["returns"][mask], ppo.returns[ppo.mask], atol=1e-6)

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.stages.evaluate import table
-from megatron_vcppo.stages.evaluation import evaluation_metrics, scores
+from megatron_vcppo.stages.held_out import evaluation_metrics, scores
 
 
 def rollouts(task: str, right: list[list[bool]], length: int) -> list[Rollout]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_vcppo.config.rl import RewardModelConfig
-from megatron_vcppo.data.rollout_batch import Packing
+from megatron_vcppo.data.rollout_batch import Packer
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.stages.reward_model import PairwiseLoss, labelled, step_of, units, units_per_step
@@ -20,7 +20,7 @@ def rollouts(num_right: int, num_wrong: int, length: int = 6) -> list[Rollout]:
 def test_the_score_is_read_behind_the_last_token() -> None:
     (sequence, good), (_, bad) = labelled(rollouts(1, 1), RewardModelConfig(), seed=0)
     assert good and not bad
-    (microbatch,), _ = step_of([(sequence,)], Packing(64, 1, 0, 1), RewardModelConfig())
+    (microbatch,), _ = step_of([(sequence,)], Packer(64, 1, 0, 1), RewardModelConfig())
     place = int(microbatch.fields["last_mask"].nonzero())
     assert place == 7 and int(microbatch.token_ids[place]) == 100 and float(microbatch.fields["label"][place]) == 1.0
 
@@ -53,7 +53,7 @@ def test_pairs_stay_together_on_every_replica() -> None:
     pairs = units(labelled(rollouts(4, 4), settings, seed=0), settings)
     total = torch.tensor(0.0)
     for rank in range(2):
-        microbatches, loss = step_of(pairs, Packing(20, 1, rank, 2), settings)
+        microbatches, loss = step_of(pairs, Packer(20, 1, rank, 2), settings)
         assert isinstance(loss, PairwiseLoss) and loss.denominator == 4
         for microbatch in microbatches:
             share, metrics = loss(microbatch.fields["label"], microbatch)

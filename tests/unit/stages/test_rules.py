@@ -6,8 +6,8 @@ import pytest
 
 from megatron_vcppo.config.rl import ValuePretrainConfig
 from megatron_vcppo.records import Prompt, Rollout
-from megatron_vcppo.stages.sampling import unequal_groups
-from megatron_vcppo.stages.skips import Skips
+from megatron_vcppo.stages.nonfinite import NonfiniteUpdates
+from megatron_vcppo.stages.prompt_sampler import unequal_groups
 from megatron_vcppo.stages.updates import minibatches
 from megatron_vcppo.stages.value_pretrain import stopping_reason
 
@@ -45,11 +45,11 @@ def test_a_loss_that_is_not_a_number_is_not_stable() -> None:
 
 
 def test_skipped_updates_are_counted_for_each_model_alone() -> None:
-    skips = Skips(limit=3)
+    skips = NonfiniteUpdates(limit=3)
     assert skips.count({"actor": [False, False], "critic": [False]}) == "" and not skips.too_many
     text = skips.count({"critic": [False, False], "actor": [False, True]})
     assert text == "skipped 1 of 2 updates of the actor (1 in a row): loss or gradient was not finite"
-    again = Skips(3, dict(skips.in_a_row))  # as after a resume
+    again = NonfiniteUpdates(3, dict(skips.in_a_row))  # as after a resume
     again.count({"critic": [False, False], "actor": [True, True]})
     assert again.too_many
     assert "3 updates of the actor in a row" in str(again.error("ppo", 7)) and "iteration 7" in str(

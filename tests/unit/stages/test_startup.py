@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcppo.stages.startup import Startup, read_startups
+from megatron_vcppo.run.startup import Startup, read_startups
 
 
 def test_a_process_knows_its_age() -> None:
-    code = (
-        "import time; time.sleep(0.4); from megatron_vcppo.stages.startup import process_age_s; print(process_age_s())"
-    )
+    code = "import time; time.sleep(0.4); from megatron_vcppo.run.startup import process_age_s; print(process_age_s())"
     started = time.monotonic()
     age = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 0.4 <= age <= time.monotonic() - started + 0.02, "the kernel counts in hundredths"

@@ -10,11 +10,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from megatron_vcppo.commands import make_task
-from megatron_vcppo.data.sft import load_sft_dataset
+from megatron_vcppo.data.sft_dataset import load_sft_dataset
 from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.tasks.base import Style, Task, read_answer
 from megatron_vcppo.tasks.generate import TASKS, demonstration_rows, problems, prompt_rows, split_of
+from megatron_vcppo.tasks.task import Style, Task, read_answer
 from megatron_vcppo.tasks.vocabulary import WORDS
 from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
 

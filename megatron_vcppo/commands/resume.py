@@ -1,0 +1,36 @@
+"""vcppo resume: queue again what is not done."""
+
+import argparse
+
+from megatron_vcppo.commands.submit import print_jobs
+from megatron_vcppo.config.value_sources import LOCAL
+from megatron_vcppo.launch.prepare import add_run_argument, add_stage_arguments, open_run, prepare
+from megatron_vcppo.run.folder import chosen_stages
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "resume",
+        description="Queue the stages of a run that are not done; checkpoints are resharded to a changed layout.",
+    )
+    add_run_argument(parser)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys to change, such as another layout")
+    add_stage_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Submit the rest of the chain, or run it here."""
+    folder, config = open_run(args.folder)
+    if args.overrides:
+        folder, config = prepare(folder.config, args.overrides)
+    stages = chosen_stages(list(config.stages), args.first, args.last, args.only)
+    if config.cluster.name == LOCAL:
+        from megatron_vcppo.launch.local_chain import run_chain
+
+        return run_chain(folder, config, stages)
+    from megatron_vcppo.slurm.submission import resolve_python, submit
+
+    print_jobs(stages, submit(folder, config, stages, resolve_python(config)))
+    return 0

@@ -1,0 +1,41 @@
+"""vcppo status: where a run stands."""
+
+import argparse
+import sys
+import time
+
+from megatron_vcppo.launch.prepare import add_run_argument, open_run
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = subparsers.add_parser("status", description="Stages, Slurm states, attempts, progress, and what failed.")
+    add_run_argument(parser)
+    parser.add_argument("--watch", action="store_true", help="again every few seconds, until everything has ended")
+    parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="with --watch")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; exit code 1 if a stage failed."""
+    from megatron_vcppo.slurm.chain_status import run_status, table
+    from megatron_vcppo.slurm.slurm_cli import Unreachable
+
+    folder, config = open_run(args.folder)
+    clear = "\033[2J\033[H" if sys.stdout.isatty() else ""
+    while True:
+        try:
+            statuses = run_status(folder, config)
+        except Unreachable as error:
+            if not args.watch:
+                raise
+            print(f"{time.strftime('%H:%M:%S')}  {error}; asking again", flush=True)
+            time.sleep(args.every)
+            continue
+        active = any(status.state in ("running", "pending") for status in statuses)
+        if args.watch:
+            print(f"{clear}{time.strftime('%H:%M:%S')}  {folder.path}")
+        print(table(statuses), flush=True)
+        if not (args.watch and active):
+            return int(any(status.state in ("failed", "damaged") for status in statuses))
+        time.sleep(args.every)

@@ -1,0 +1,49 @@
+"""vcppo submit: the chain into Slurm, or onto this machine with --cluster local."""
+
+import argparse
+
+from megatron_vcppo.config.value_sources import LOCAL
+from megatron_vcppo.launch.inherit import take_stages
+from megatron_vcppo.launch.prepare import add_chain_arguments, prepare
+from megatron_vcppo.run.folder import chosen_stages
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "submit",
+        description="Queue the chain: one job per stage, each after the success of the one before; done stages are "
+        "skipped. With --cluster local the stages run here, one after another.",
+    )
+    add_chain_arguments(parser)
+    parser.add_argument("--cluster", metavar="NAME", help="profile in configs/cluster/, a YAML file, or local")
+    parser.add_argument("--dry-run", action="store_true", help="write the batch scripts and their graph, queue nothing")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Submit, or run here."""
+    folder, config = prepare(args.config, args.overrides, args.cluster)
+    stages = chosen_stages(list(config.stages), args.first, args.last, args.only)
+    if args.base:
+        take_stages(folder, config, args.base, args.first)
+    if config.cluster.name == LOCAL and not args.dry_run:
+        from megatron_vcppo.launch.local_chain import run_chain
+
+        return run_chain(folder, config, stages)
+    from megatron_vcppo.slurm.submission import dry_run, resolve_python, submit
+
+    if args.dry_run:
+        written = dry_run(folder, config, stages, resolve_python(config))
+        print((written / "graph.txt").read_text(), end="")
+        print(f"batch scripts in {written}; nothing was submitted")
+        return 0
+    print_jobs(stages, submit(folder, config, stages, resolve_python(config)))
+    print(f"watch with: vcppo status {folder.path} --watch")
+    return 0
+
+
+def print_jobs(stages: list[str], jobs: dict[str, str]) -> None:
+    """One line per stage."""
+    for stage in stages:
+        print(f"{stage:<16} " + (f"job {jobs[stage]}" if stage in jobs else "done before"))

@@ -1,0 +1,215 @@
+"""Supervised examples: prompt and response, or a chat, as token ids with the loss on what the model should say."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megatron_vcppo.data.bad_samples import BadSample, DataReport, require
+from megatron_vcppo.data.readers import Sample, read_samples
+from megatron_vcppo.data.tokenizer import Messages, check_messages, encode_texts, prompt_text, render_chat
+from megatron_vcppo.records import TrainSequence
+
+Progress = Callable[[int, float], None]
+"""Called now and then with (samples read, fraction of the source read)."""
+
+_ARRAYS = ("token_ids", "loss_mask", "borders")
+_BATCH = 512  # samples that are tokenised in one call
+
+
+@dataclass(frozen=True)
+class SftKeys:
+    """Where a sample keeps its parts. A sample with the key ``messages`` is a chat."""
+
+    prompt: str = "prompt"
+    response: str = "response"
+    messages: str = "messages"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of text that is tokenised by itself, as an engine would see it."""
+
+    text: str
+    loss: bool
+    special: bool = False
+    """Whether the tokenizer adds its special tokens (BOS)."""
+
+
+class SftDataset:
+    """All examples in three flat arrays: 5 bytes a token, whatever the size of the source."""
+
+    def __init__(self, token_ids: np.ndarray, loss_mask: np.ndarray, borders: np.ndarray) -> None:
+        """token_ids [N] int32, loss_mask [N] bool, borders [examples + 1] int64."""
+        self._token_ids, self._loss_mask, self._borders = token_ids, loss_mask, borders
+
+    def __len__(self) -> int:
+        return len(self._borders) - 1
+
+    def save(self, folder: Path) -> None:
+        """Write the arrays to a folder, replacing it; it has its name only when it is whole."""
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name in _ARRAYS:
+            np.save(temporary / f"{name}.npy", getattr(self, f"_{name}"))
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> "SftDataset":
+        """What ``save`` wrote, mapped rather than read: ranks on one node share the memory."""
+        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, [examples] int64."""
+        return np.diff(self._borders)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens that carry loss, over all examples."""
+        return int(self._loss_mask.sum())
+
+    def __getitem__(self, index: int) -> TrainSequence:
+        """One example with the field ``loss_mask``."""
+        part = slice(self._borders[index], self._borders[index + 1])
+        return TrainSequence(
+            tuple(self._token_ids[part].tolist()), {"loss_mask": tuple(self._loss_mask[part].tolist())}
+        )
+
+
+def load_sft_dataset(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    policy: str = "error",
+    keys: SftKeys = SftKeys(),
+    split: str = "train",
+    on_progress: Progress | None = None,
+) -> tuple[SftDataset, DataReport]:
+    """Read, tokenise and check a source; a response ends with EOS.
+
+    max_length: tokens; a longer example is bad. policy: error | skip | truncate (cut an example that is too long,
+    skip what cannot be cut). The report says what became of each sample; the caller prints it.
+    Raises UserError for bad samples under policy error, and if no sample is usable.
+    """
+    report = DataReport(source, policy)
+    token_ids: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
+    for ids, mask in _encode_all(read_samples(source, split), tokenizer, max_length, keys, report, on_progress):
+        token_ids.append(ids)
+        masks.append(mask)
+    report.finish()
+    borders = np.cumsum([0, *map(len, token_ids)], dtype=np.int64)
+    return SftDataset(np.concatenate(token_ids), np.concatenate(masks), borders), report
+
+
+def _encode_all(
+    samples: Iterator[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    keys: SftKeys,
+    report: DataReport,
+    on_progress: Progress | None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    while batch := list(islice(samples, _BATCH)):
+        pieces: list[list[Piece] | None] = []
+        for sample in batch:
+            report.num_samples += 1
+            try:
+                pieces.append(sample_pieces(tokenizer, sample, keys))
+            except BadSample as problem:
+                report.bad(sample.number, problem)
+                pieces.append(None)
+        encoded = iter(_encode_pieces(tokenizer, [piece for row in pieces if row for piece in row]))
+        for sample, row in zip(batch, pieces, strict=True):
+            if row is None:
+                continue
+            ids, mask = _join(row, [next(encoded) for _ in row], tokenizer.eos_token_id)
+            if not any(mask):
+                report.bad(sample.number, BadSample("empty response", "it has no token that could be learned"))
+                continue
+            if len(ids) > max_length:
+                kept = sum(mask[:max_length])
+                report.bad(sample.number, BadSample("too long", f"{len(ids)} tokens, model.max_length is {max_length}"))
+                if report.policy != "truncate" or not kept:
+                    continue
+                report.num_truncated += 1
+                ids, mask = ids[:max_length], mask[:max_length]
+            report.num_used += 1
+            yield np.array(ids, dtype=np.int32), np.array(mask, dtype=np.bool_)
+        if on_progress:
+            on_progress(report.num_samples, batch[-1].fraction)
+
+
+def sample_pieces(tokenizer: PreTrainedTokenizerBase, sample: Sample, keys: SftKeys) -> list[Piece]:
+    """The text of one sample, in pieces with and without loss.
+
+    Raises BadSample: malformed, missing key, wrong type, empty response, bad chat.
+    """
+    if sample.value is not None and sample.value.get(keys.messages) is not None:
+        return chat_pieces(tokenizer, check_messages(sample.value[keys.messages], keys.messages))
+    prompt, response = require(sample, [keys.prompt, keys.response])
+    if not isinstance(response, str):
+        raise BadSample("wrong type", f"{keys.response!r} is a {type(response).__name__}, not text")
+    if not response.strip():
+        raise BadSample("empty response", f"{keys.response!r} is blank")
+    text, special = prompt_text(tokenizer, prompt, keys.prompt)
+    return [Piece(text, loss=False, special=special), Piece(response, loss=True)]
+
+
+def chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[Piece]:
+    """A chat in pieces, assistant turns with loss, exactly where the template puts them.
+
+    The template is rendered up to each assistant turn (opened, as for sampling) and through it; both must be the
+    beginning of the whole rendering. A template that rewrites earlier turns (dropping their thinking, say) fails
+    that check, and the sample counts as bad: its turns would not be what the model sees when it samples.
+    """
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise BadSample("empty response", "the chat has no assistant turn")
+    if turns[-1] != len(messages) - 1:
+        messages = messages[: turns[-1] + 1]  # nothing after the last assistant turn is learned from
+    whole = render_chat(tokenizer, messages, for_response=False)
+    pieces: list[Piece] = []
+    done = 0
+    for turn in turns:
+        if not messages[turn]["content"].strip():
+            raise BadSample("empty response", f"message {turn} is blank")
+        before = render_chat(tokenizer, messages[:turn], for_response=True)
+        through = render_chat(tokenizer, messages[: turn + 1], for_response=False)
+        if not (whole.startswith(through) and through.startswith(before) and len(before) >= done):
+            raise BadSample("bad chat", f"the chat template does not append message {turn} to what it wrote before")
+        # A turn ends at <|im_end|> or the like; the newline that a template writes behind it is never sampled.
+        end = len(through.rstrip())
+        pieces += [
+            Piece(whole[done : len(before)], loss=False),
+            Piece(whole[len(before) : end], loss=True),
+        ]
+        done = end
+    return pieces
+
+
+def _encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: list[Piece]) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in pieces]
+    for special in (False, True):
+        places = [i for i, piece in enumerate(pieces) if piece.special == special]
+        for place, ids in zip(places, encode_texts(tokenizer, [pieces[i].text for i in places], special), strict=True):
+            rows[place] = ids
+    return rows
+
+
+def _join(pieces: list[Piece], encoded: list[list[int]], eos_token_id: int) -> tuple[list[int], list[bool]]:
+    """One example; the last piece is a response, and EOS ends it."""
+    ids = [i for part in encoded for i in part]
+    mask = [piece.loss for piece, part in zip(pieces, encoded, strict=True) for _ in part]
+    if ids[-1:] != [eos_token_id]:
+        ids.append(eos_token_id)
+        mask.append(True)
+    mask[0] = False  # nothing predicts the first token
+    return ids, mask

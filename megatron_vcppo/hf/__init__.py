@@ -1,0 +1,1 @@
+"""The Hugging Face format: architectures, weights and conversion, without Megatron."""

@@ -1,0 +1,156 @@
+"""A Megatron checkpoint of any layout to a Hugging Face folder. One process; needs only the checkpoint folder."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.convert import conversion_plan
+from megatron_vcppo.hf.convert.copying import Job, Matrix, Progress, gather
+from megatron_vcppo.hf.convert.dist_format import Chunk, GlobalTensor, read_model
+from megatron_vcppo.hf.convert.folders import copy_small_files, new_folder
+from megatron_vcppo.hf.mapping import Parameter, checkpoint_key, hf_shapes, parameters
+from megatron_vcppo.hf.safetensors_files import plan_files
+from megatron_vcppo.mcore.export_check import check_export, compare_logits
+from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest, verify_manifest
+
+MAX_FILE_BYTES = 2_000_000_000
+_CRITIC_CLASSES = {
+    family: f"{name}ForTokenClassification"
+    for family, name in (("qwen2", "Qwen2"), ("qwen3", "Qwen3"), ("llama", "Llama"))
+}
+
+
+def export_hf(
+    checkpoint: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    verify_logits: bool = True,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    progress: Progress | None = None,
+) -> str:
+    """Write the model in ``checkpoint`` (an import, a component of an iteration, or what ``actor_folder`` takes).
+
+    A critic becomes a token-classification model whose one logit per token is the value of the prefix.
+
+    dtype: converts every tensor; None keeps the checkpoint's. Returns one line that says what was checked.
+    UserError: damaged or unsuitable checkpoint, failed checks, an output folder in use; ``out`` is then not made.
+    """
+    checkpoint = actor_folder(Path(checkpoint))
+    meta = verify_manifest(checkpoint)
+    arch = _architecture(checkpoint, meta)
+    table = parameters(arch, meta["tp"], meta["kind"])
+    stored = read_model(checkpoint)
+    _check_keys(checkpoint, arch, table, stored)
+    dtypes = {
+        name: dtype or stored[checkpoint_key(parameter.name)[0]].dtype
+        for parameter in table
+        for name in parameter.hf_names
+    }
+    tensors = {name: (shape, dtypes[name]) for name, shape in hf_shapes(table).items()}
+    total_bytes = sum(int(np.prod(shape)) * kind.itemsize for shape, kind in tensors.values())
+    with new_folder(Path(out), needed_bytes=total_bytes) as folder:
+        copy_small_files(checkpoint / "hf", folder)
+        _describe(folder / "config.json", arch, dtypes["model.norm.weight"], meta["kind"])
+        placed = plan_files(folder, tensors, max_file_bytes)
+        wide = {name: Matrix(place.path, place.offset, place.row_bytes) for name, place in placed.items()}
+        for source, some in _by_dtype(table, stored).items():
+            convert = None if dtype in (None, source) else _converter(source, dtype)
+            gather(_jobs(some, stored, wide), total_bytes, progress, convert)
+        check_export(folder, tensors)
+        return compare_logits(checkpoint, folder, arch, dtype) if verify_logits else "logits not compared, as asked"
+
+
+def actor_folder(checkpoint: Path) -> Path:
+    """The component that an export reads: ``checkpoint`` itself, the ``actor`` of an iteration, or of a done stage."""
+    if not (checkpoint / MANIFEST_NAME).exists():
+        return checkpoint
+    last = read_manifest(checkpoint)["meta"].get("checkpoint")
+    iteration = checkpoint / last if last else checkpoint
+    inner = iteration / "actor"
+    return inner if (inner / MANIFEST_NAME).exists() else iteration
+
+
+def _architecture(checkpoint: Path, meta: Mapping[str, Any]) -> Architecture:
+    kind = meta.get("kind")
+    if kind is None:
+        inside = ", ".join(sorted(path.parent.name for path in checkpoint.glob(f"*/{MANIFEST_NAME}"))) or "nothing"
+        raise UserError(f"{checkpoint}: holds no actor; it has {inside}: name the folder of what is to be exported")
+    if kind not in ("actor", "critic"):
+        raise UserError(f"{checkpoint}: holds {kind!r}; only an actor or a critic has a Hugging Face form")
+    arch = Architecture.from_dict(meta["architecture"])
+    if Architecture.from_hf(checkpoint / "hf") != arch:
+        raise UserError(f"{checkpoint}/hf/config.json: describes another model than the checkpoint's manifest")
+    return arch
+
+
+def _check_keys(
+    checkpoint: Path, arch: Architecture, table: list[Parameter], stored: Mapping[str, GlobalTensor]
+) -> None:
+    """UserError lists every missing, unexpected, misshaped or incomplete key."""
+    expected = {}
+    for parameter in table:
+        key, layer = checkpoint_key(parameter.name)
+        expected[key] = parameter.shape if layer is None else (arch.num_layers, *parameter.shape)
+    problems = [f"missing: {key}" for key in expected if key not in stored]
+    problems += [f"unexpected: {key}" for key in stored if key not in expected]
+    for key, shape in expected.items():
+        if key not in stored:
+            continue
+        if stored[key].shape != shape:
+            problems.append(f"misshaped: {key} is {list(stored[key].shape)}, should be {list(shape)}")
+        elif sum(int(np.prod(chunk.sizes)) for chunk in stored[key].chunks) != int(np.prod(shape)):
+            problems.append(f"incomplete: {key}: its chunks do not add up to {list(shape)}")
+    if problems:
+        raise UserError(
+            f"{checkpoint}: tensors do not match the architecture:\n" + "\n".join(f"  {text}" for text in problems)
+        )
+
+
+def _by_dtype(table: list[Parameter], stored: Mapping[str, GlobalTensor]) -> dict[torch.dtype, list[Parameter]]:
+    groups: dict[torch.dtype, list[Parameter]] = {}
+    for parameter in table:
+        groups.setdefault(stored[checkpoint_key(parameter.name)[0]].dtype, []).append(parameter)
+    return groups
+
+
+def _jobs(table: list[Parameter], stored: Mapping[str, GlobalTensor], wide: Mapping[str, Matrix]) -> Iterator[Job]:
+    for parameter in table:
+        key, layer = checkpoint_key(parameter.name)
+        chunks = [chunk for chunk in stored[key].chunks if layer is None or _in_layer(chunk, layer)]
+        yield from conversion_plan.jobs(parameter, chunks, stored[key].dtype.itemsize, wide)
+
+
+def _in_layer(chunk: Chunk, layer: int) -> bool:
+    assert chunk.sizes[0] == 1, f"{chunk.path}: a chunk over {chunk.sizes[0]} layers"
+    return chunk.offsets[0] == layer
+
+
+def _converter(source: torch.dtype, target: torch.dtype) -> Any:
+    def convert(rows: np.ndarray) -> np.ndarray:
+        values = torch.from_numpy(rows).view(source)
+        converted = values.to(target)
+        if target == torch.float16 and not torch.equal(values.isfinite(), converted.isfinite()):
+            raise UserError("a weight is too large for float16; export as bfloat16 or float32")
+        return converted.view(torch.uint8).numpy()
+
+    return convert
+
+
+def _describe(config_file: Path, arch: Architecture, dtype: torch.dtype, kind: str) -> None:
+    """config.json names the weights' dtype, in which transformers loads them, and the class of a critic."""
+    name = str(dtype).removeprefix("torch.")
+    config = dict(arch.config)
+    if arch.dtype != name:
+        config["dtype" if "dtype" in config else "torch_dtype"] = name
+    if kind == "critic":
+        config["architectures"] = [_CRITIC_CLASSES[arch.family]]
+        config["id2label"], config["label2id"] = {"0": "value"}, {"value": 0}
+        config["classifier_dropout"] = 0.0
+    if config != dict(arch.config):
+        config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

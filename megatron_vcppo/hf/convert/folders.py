@@ -1,0 +1,70 @@
+"""Folders that appear under their final name only when complete, and the small files of a Hugging Face folder."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.run.manifest import sync_folder
+
+_SMALL_FILE_SUFFIXES = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".md")
+_INDEX_SUFFIX = ".index.json"
+
+
+@contextmanager
+def new_folder(final: Path, needed_bytes: int) -> Iterator[Path]:
+    """A folder beside ``final`` to fill; on leaving it is synced to disk and renamed, on an exception removed.
+
+    UserError: ``final`` exists and is not empty, too little space, or the system refuses to write.
+    """
+    final = Path(os.path.abspath(final))
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise UserError(f"{final}: exists already; choose another folder or remove it")
+    temporary = final.parent / f"{_partial(final)}{os.getpid()}"
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        free_bytes = shutil.disk_usage(final.parent).free
+        if free_bytes < needed_bytes:
+            raise UserError(f"{final.parent}: {needed_bytes:,} bytes needed, {free_bytes:,} free")
+        temporary.mkdir()
+        try:
+            yield temporary
+            _sync(temporary)
+            os.rename(temporary, final)
+            sync_folder(final.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{error.filename or final}: {error.strerror or error}") from error
+
+
+def unfinished(final: Path) -> list[Path]:
+    """What processes that were killed left beside ``final``; one that still works on it has such a folder too."""
+    return sorted(final.absolute().parent.glob(f"{_partial(final)}*"))
+
+
+def _partial(final: Path) -> str:
+    return f".{final.name}.partial-"
+
+
+def copy_small_files(source: Path, target: Path) -> None:
+    """Copy what travels with the weights: config.json, tokenizer, generation config, chat templates."""
+    target.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in _SMALL_FILE_SUFFIXES and not path.name.endswith(_INDEX_SUFFIX):
+            shutil.copyfile(path, target / path.name)
+        elif path.is_dir() and path.name == "additional_chat_templates":
+            shutil.copytree(path, target / path.name)
+
+
+def _sync(folder: Path) -> None:
+    def sync(path: Path) -> None:
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(sync, (path for path in folder.rglob("*") if path.is_file())))
+    sync_folder(folder)

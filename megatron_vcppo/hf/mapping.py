@@ -1,0 +1,206 @@
+"""Which rows of which Hugging Face tensors make up each Megatron parameter. Imports neither megatron nor groups.
+
+One table, ``parameters(arch, tp)``, serves import, export and live weight sync. A Megatron parameter, before it is
+split over tensor-parallel ranks, is a stack of row blocks of Hugging Face tensors:
+
+- linear_qkv: per key-value group, the group's query heads, its key head, its value head;
+- linear_fc1: gate, then up; each of the two is split over the ranks by itself;
+- embedding and output layer: the vocabulary's rows, then rows of padding (zeros);
+- everything else: one tensor as it is.
+
+Names are those of Megatron's distributed checkpoints, which are Transformer Engine's (norms are called
+``linear_qkv.layer_norm_weight`` and ``linear_fc1.layer_norm_weight``) with the layer's index in the whole model;
+``canonical_name`` brings the local spec's names and a pipeline stage's layer numbers to them.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_vcppo.hf.architecture import Architecture
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
+_LOCAL_SPEC_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows [hf_row, hf_row + num_rows) of one Hugging Face tensor lie at [row, row + num_rows) in Megatron's."""
+
+    hf_name: str
+    hf_row: int
+    row: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One Megatron parameter of the whole model, before the split over tensor-parallel ranks."""
+
+    name: str
+    shape: tuple[int, ...]
+    blocks: tuple[Block, ...]
+    """In Megatron's row order; rows that no block covers are padding."""
+    split_dim: int | None
+    """The dimension that tensor parallelism splits; None: every rank has all of it."""
+    num_parts: int = 1
+    """Equal parts along split_dim that are split one by one and then concatenated (linear_fc1: gate and up)."""
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        """The Hugging Face tensors it is made of."""
+        return tuple(dict.fromkeys(block.hf_name for block in self.blocks))
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Rows of embedding and output layer in Megatron: the next multiple of 128 and of ``tp``.
+
+    Every tp that divides 128 gives the same size, so checkpoints reshard without a change of shape. Logits of padding
+    rows must be masked (``[vocab_size:]``): they belong to no token.
+    """
+    multiple = math.lcm(128, tp)
+    return -(-vocab_size // multiple) * multiple
+
+
+def parameters(arch: Architecture, tp: int = 1, kind: str = "actor") -> list[Parameter]:
+    """Every parameter of the model, in the model's order; ``tp`` matters to the padded vocabulary only.
+
+    kind: actor, or critic, which has a value head instead of the output layer: transformers' token classification
+    with one label.
+    """
+    padded = (padded_vocab_size(arch.vocab_size, tp), arch.hidden_size)
+
+    def vocabulary(name: str, hf_name: str) -> Parameter:
+        return Parameter(name, padded, (Block(hf_name, 0, 0, arch.vocab_size),), split_dim=0)
+
+    table = [vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight")]
+    for layer in range(arch.num_layers):
+        table += _layer_parameters(arch, layer)
+    table.append(_plain("decoder.final_layernorm.weight", "model.norm.weight", (arch.hidden_size,)))
+    if kind == "critic":
+        table.append(_plain("value_head.weight", "score.weight", (1, arch.hidden_size)))
+        table.append(_plain("value_head.bias", "score.bias", (1,)))
+    elif not arch.tied:
+        table.append(vocabulary("output_layer.weight", "lm_head.weight"))
+    return table
+
+
+def _plain(name: str, hf_name: str, shape: tuple[int, ...], split_dim: int | None = None) -> Parameter:
+    return Parameter(name, shape, (Block(hf_name, 0, 0, shape[0]),), split_dim)
+
+
+def _layer_parameters(arch: Architecture, layer: int) -> list[Parameter]:
+    ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+    hidden, ffn = arch.hidden_size, arch.ffn_size
+    qkv_rows = arch.q_size + 2 * arch.kv_size
+    attention, mlp = ours + "self_attention.", ours + "mlp."
+    table = [
+        _plain(attention + "linear_qkv.layer_norm_weight", theirs + "input_layernorm.weight", (hidden,)),
+        Parameter(attention + "linear_qkv.weight", (qkv_rows, hidden), _qkv_blocks(arch, theirs, "weight"), 0),
+        _plain(attention + "linear_proj.weight", theirs + "self_attn.o_proj.weight", (hidden, arch.q_size), 1),
+        _plain(mlp + "linear_fc1.layer_norm_weight", theirs + "post_attention_layernorm.weight", (hidden,)),
+        Parameter(
+            mlp + "linear_fc1.weight",
+            (2 * ffn, hidden),
+            (
+                Block(theirs + "mlp.gate_proj.weight", 0, 0, ffn),
+                Block(theirs + "mlp.up_proj.weight", 0, ffn, ffn),
+            ),
+            split_dim=0,
+            num_parts=2,
+        ),
+        _plain(mlp + "linear_fc2.weight", theirs + "mlp.down_proj.weight", (hidden, ffn), 1),
+    ]
+    if arch.qkv_bias:
+        table.append(Parameter(attention + "linear_qkv.bias", (qkv_rows,), _qkv_blocks(arch, theirs, "bias"), 0))
+    if arch.qk_norm:
+        for norm in ("q", "k"):
+            name = f"self_attn.{norm}_norm.weight"
+            table.append(_plain(attention + f"{norm}_layernorm.weight", theirs + name, (arch.head_dim,)))
+    return table
+
+
+def _qkv_blocks(arch: Architecture, prefix: str, kind: str) -> tuple[Block, ...]:
+    query_rows = arch.q_size // arch.num_kv_heads
+    blocks, row = [], 0
+    for group in range(arch.num_kv_heads):
+        for name, num_rows in (("q", query_rows), ("k", arch.head_dim), ("v", arch.head_dim)):
+            blocks.append(Block(f"{prefix}self_attn.{name}_proj.{kind}", group * num_rows, row, num_rows))
+            row += num_rows
+    return tuple(blocks)
+
+
+def hf_shapes(table: Iterable[Parameter]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the Hugging Face checkpoint, in the table's order."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for parameter in table:
+        for block in parameter.blocks:
+            rows = shapes.get(block.hf_name, (0,))[0]
+            shapes[block.hf_name] = (max(rows, block.hf_row + block.num_rows), *parameter.shape[1:])
+    return shapes
+
+
+def canonical_name(name: str, layer_offset: int = 0) -> str:
+    """The table's name of a parameter as a rank's model calls it.
+
+    ``layer_offset`` is the number of layers on earlier pipeline stages.
+    """
+    match = _LAYER.match(name)
+    if not match:
+        return name
+    inner = _LOCAL_SPEC_NAMES.get(match[2], match[2])
+    return f"decoder.layers.{int(match[1]) + layer_offset}.{inner}"
+
+
+def checkpoint_key(name: str) -> tuple[str, int | None]:
+    """Key in a distributed checkpoint, where layers are stacked along a leading axis, and the index on that axis."""
+    match = _LAYER.match(name)
+    return (f"decoder.layers.{match[2]}", int(match[1])) if match else (name, None)
+
+
+def pipeline_stage(name: str, num_layers: int, pp: int) -> int:
+    """The pipeline stage that holds a parameter (its first holder, where tied embeddings have two)."""
+    layer = checkpoint_key(name)[1]
+    if layer is not None:
+        return layer // (num_layers // pp)
+    return 0 if name.startswith("embedding.") else pp - 1
+
+
+def merge(parameter: Parameter, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The full Megatron tensor from Hugging Face tensors by name; padding rows are zero."""
+    pieces = [tensors[block.hf_name][block.hf_row : block.hf_row + block.num_rows] for block in parameter.blocks]
+    padding = parameter.shape[0] - sum(block.num_rows for block in parameter.blocks)
+    if padding:
+        pieces.append(pieces[0].new_zeros(padding, *parameter.shape[1:]))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def split(parameter: Parameter, full: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Inverse of ``merge``: Hugging Face tensors by name, contiguous; views of ``full`` where that is possible."""
+    pieces: dict[str, list[torch.Tensor]] = {}
+    for block in parameter.blocks:
+        pieces.setdefault(block.hf_name, []).append(full[block.row : block.row + block.num_rows])
+    return {name: part[0] if len(part) == 1 else torch.cat(part) for name, part in pieces.items()}
+
+
+def shard(parameter: Parameter, full: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
+    """The part of the full tensor that one tensor-parallel rank holds, contiguous."""
+    if parameter.split_dim is None or tp_size == 1:
+        return full
+    parts = full.chunk(parameter.num_parts, dim=parameter.split_dim)
+    mine = [part.chunk(tp_size, dim=parameter.split_dim)[tp_rank] for part in parts]
+    return (mine[0] if len(mine) == 1 else torch.cat(mine, dim=parameter.split_dim)).contiguous()
+
+
+def unshard(parameter: Parameter, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Inverse of ``shard``: the full tensor from all ranks' parts, in rank order."""
+    if parameter.split_dim is None or len(shards) == 1:
+        return shards[0]
+    parts = [part.chunk(parameter.num_parts, dim=parameter.split_dim) for part in shards]
+    return torch.cat([part[index] for index in range(parameter.num_parts) for part in parts], dim=parameter.split_dim)

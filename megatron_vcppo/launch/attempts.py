@@ -1,0 +1,111 @@
+"""Runs one stage to its end: attempts under the controller, verdict from the stage's manifest, a readable summary."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.launch.controller import SAVED, USER_ERROR_CODE, Outcome, RoleProcess, supervise
+from megatron_vcppo.launch.save_timing import save_allowance_s
+from megatron_vcppo.run import events
+from megatron_vcppo.run.folder import RunFolder
+
+
+def clear_rendezvous(run: RunFolder, stage: str) -> Path:
+    """An empty folder, private to the user, without engines of an earlier attempt."""
+    folder = run.rendezvous(stage)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, mode=0o700)
+    return folder
+
+
+def run_stage(
+    run: RunFolder,
+    config: Config,
+    stage: str,
+    layout: Callable[[Path], list[RoleProcess]],
+    *,
+    save_requested: Callable[[], bool],
+    abort_requested: Callable[[], bool] = lambda: False,
+    node_lost: Callable[[], bool] = lambda: False,
+    end_time: float = float("inf"),
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Attempts until the stage is done, saved on request, or failed for good.
+
+    end_time: when the job is ended, seconds since the epoch.
+    ``layout`` gives the units of an attempt whose logs go to the given folder. An attempt whose processes were killed
+    is followed by another from the newest checkpoint, at most ``cluster.crash_retries`` times in succession without a
+    new checkpoint, and only while no node is lost.
+    """
+
+    def allowance_s() -> float:
+        seconds = save_allowance_s(run, stage, config.run.timeout_s, end_time)
+        events.append(run.path, "save_requested", stage=stage, seconds=round(seconds))
+        return seconds
+
+    futile = 0
+    while True:
+        reached = run.checkpoint_iteration(stage)
+        logs = run.next_attempt(stage)
+        clear_rendezvous(run, stage)
+        events.append(run.path, "attempt", stage=stage, attempt=logs.name, checkpoint=reached)
+        started = time.time()
+        outcome = supervise(
+            layout(logs.absolute()),
+            logs,
+            save_requested=save_requested,
+            abort_requested=abort_requested,
+            save_allowance_s=allowance_s,
+            follow_timeout_s=config.run.timeout_s,
+            grace_s=config.cluster.stop_grace_s,
+            say=say,
+        )
+        for log in run.rendezvous(stage).glob("*.log"):
+            shutil.move(log, logs / log.name)
+        outcome = judge(run, stage, outcome)
+        events.append(
+            run.path,
+            "attempt_end",
+            stage=stage,
+            attempt=logs.name,
+            code=outcome.code,
+            cause=outcome.cause,
+            details=outcome.details[-4:],
+            seconds=round(time.time() - started, 1),
+            leaving_s=outcome.leaving_s,
+        )
+        if outcome.code in (0, SAVED):
+            return outcome
+        say(failure_text(stage, logs, outcome))
+        if outcome.code != USER_ERROR_CODE and not (save_requested() or abort_requested()) and node_lost():
+            return replace(outcome, node_lost=True)
+        gained = run.checkpoint_iteration(stage)
+        futile = 0 if gained != reached else futile + 1
+        stopping = save_requested() or abort_requested()
+        if not outcome.killed or stopping or futile > config.cluster.crash_retries:
+            return outcome
+        say(f"{stage}: starting again from " + ("the beginning" if gained is None else f"iteration {gained}"))
+
+
+def judge(run: RunFolder, stage: str, outcome: Outcome) -> Outcome:
+    """A trainer that left with 0 has done its stage only if the stage's manifest says so."""
+    if outcome.code != 0:
+        return outcome
+    try:
+        if run.done(stage, checksums=False):
+            return outcome
+    except UserError as error:
+        return Outcome(1, f"the trainer left with 0, but {str(error).splitlines()[0]}")
+    return Outcome(1, f"the trainer left with 0 but wrote no {run.stage(stage) / 'manifest.json'}")
+
+
+def failure_text(stage: str, logs: Path, outcome: Outcome) -> str:
+    """Who died first, the last lines of its log, and where the logs are."""
+    lines = [f"{stage}: {outcome.cause}"]
+    if outcome.details:
+        lines += [f"  | {line}" for line in outcome.details]
+    return "\n".join([*lines, f"  logs: {logs}"])

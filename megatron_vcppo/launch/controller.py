@@ -1,0 +1,315 @@
+"""Runs one attempt of a stage: starts its roles, watches all of them, ends all of them.
+
+A unit is one process that the controller starts: a rank or a supervisor here, or one srun step of many tasks.
+The trainer decides the outcome; a rollout supervisor that dies alone is started again, a bounded number of times.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from megatron_vcppo.run.log_files import Follower, last_lines
+
+SAVED = 75
+"""Exit code of a trainer that saved and wants to be run again."""
+USER_ERROR_CODE = 2
+GUARD_ARGUMENTS = ("-I", "-S", str(Path(__file__).with_name("guard.py")))
+"""To be put between an interpreter and the command."""
+PORT_TAKEN = "address already in use"
+"""In the words of torch: the port was free when the attempt was laid out; the next attempt takes another."""
+UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused", "Zero Bytes were trans")
+"""In the words of Slurm's commands: slurmctld is down, restarting or overloaded."""
+POLL_S = 0.05
+SETTLE_S = 0.5
+"""Deaths this close together are looked at together, so that a killed rank is named rather than its peers' errors."""
+
+
+@dataclass(frozen=True)
+class RoleProcess:
+    """One process to start. Example: ``Unit("trainer", 0, ("python", "train.py"), {"RANK": "0"}, "trainer_0.log")``."""
+
+    role: str
+    """trainer | rollout"""
+    index: int
+    command: tuple[str, ...]
+    env: dict[str, str]
+    """Added to the controller's environment; an empty value removes the variable."""
+    log: str
+    """File name inside the attempt's log folder."""
+    shown_log: str | None = None
+    """The file that is also copied to the terminal: rank 0's."""
+    restarts: int = 0
+    step: bool = False
+    """An srun step of several tasks: srun's messages in ``log`` say which of them ended, and how."""
+    end_signal: int = signal.SIGTERM
+    """What ends the process when the attempt is over. SIGKILL for local ranks: they hang in collectives."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.role} {self.index}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended."""
+
+    code: int
+    """0 done, 75 saved and wants to go on, 2 a user error, else failed; 128 + n: killed by signal n."""
+    cause: str = ""
+    """Who ended first and how, in one line."""
+    details: list[str] = field(default_factory=list)
+    """The last lines of the log of the one that ended first."""
+    node_lost: bool = False
+    """A node of the allocation no longer answers: the stage needs other ones."""
+    leaving_s: float | None = None
+    """Seconds from the request to save to the end, if there was one."""
+
+    @property
+    def killed(self) -> bool:
+        """Something outside the code ended it.
+
+        A signal, a rollout role that died too often, a port taken meanwhile, a Slurm controller that did not answer.
+        """
+        said = "".join(self.details)
+        return self.code > 128 or (self.code == 1 and any(words in said for words in (PORT_TAKEN, *UNREACHABLE)))
+
+
+@dataclass
+class _Started:
+    unit: RoleProcess
+    process: subprocess.Popen[bytes]
+    log_start: int
+    restarts: int = 0
+    start_again_at: float | None = None
+
+
+def describe(code: int) -> str:
+    """An exit code in words."""
+    if code > 128:
+        try:
+            return f"was killed by {signal.Signals(code - 128).name}"
+        except ValueError:
+            pass
+    return f"left with exit code {code}"
+
+
+def taken_port(unit: RoleProcess, code: int, details: list[str]) -> str:
+    """Which port was taken, as the tail of a sentence, if that is why the unit failed."""
+    if code != 1 or PORT_TAKEN not in "".join(details):
+        return ""
+    return f": port {unit.env.get('MASTER_PORT', '?')} of {unit.env.get('MASTER_ADDR', 'its node')} is taken"
+
+
+TASK_ENDED = re.compile(r"\btasks? (\d+)[\d,-]*: (?:Exited with exit code (\d+)|(.+))$", re.MULTILINE)
+"""srun's report of ended tasks: "srun: error: node7: tasks 3-5: Exited with exit code 1", "…: task 2: Killed"."""
+SIGNAL_WORDS = {signal.strsignal(number): number for number in signal.valid_signals()}
+
+
+def reported_code(text: str) -> int:
+    """The exit code of the task that srun's messages show to be the cause; 0 if none failed. 75 is no failure.
+
+    The first one named, but a kill before exit codes: peers of a killed rank may be reported before it.
+    """
+    codes = []
+    for _, code, words in TASK_ENDED.findall(text):
+        number = SIGNAL_WORDS.get(words.removesuffix(" (core dumped)"))
+        if number is not None:
+            codes.append(128 + number)
+        elif code and int(code) != SAVED:
+            codes.append(int(code))
+    killed = [code for code in codes if code > 128 and code != 128 + signal.SIGTERM]
+    return next(iter([*killed, *codes]), 0)
+
+
+class Attempt:
+    """The processes of one attempt and their logs, in ``logs``."""
+
+    def __init__(self, units: list[RoleProcess], logs: Path, grace_s: float, say: Callable[[str], None]) -> None:
+        self.logs, self.grace_s, self.say = logs, grace_s, say
+        self.asked_at: float | None = None
+        """When the trainer was asked to save and leave."""
+        logs.mkdir(parents=True, exist_ok=True)
+        self.followers = [Follower(logs / unit.shown_log) for unit in units if unit.shown_log]
+        self.started: list[_Started] = []
+        for unit in units:
+            self.started.append(_Started(unit, *self._start(unit)))
+
+    def _start(self, unit: RoleProcess) -> tuple[subprocess.Popen[bytes], int]:
+        """The process and where its part of the log begins."""
+        env = {key: value for key, value in {**os.environ, **unit.env}.items() if value}
+        with (self.logs / unit.log).open("ab") as log:
+            process = subprocess.Popen(
+                (sys.executable, *GUARD_ARGUMENTS, *unit.command),
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+            return process, log.tell()
+
+    def of(self, role: str) -> list[_Started]:
+        """The units of a role."""
+        return [started for started in self.started if started.unit.role == role]
+
+    def send(self, role: str, number: int) -> None:
+        """Send a signal to the running processes of a role."""
+        for started in self.of(role):
+            if started.process.poll() is None:
+                started.process.send_signal(number)
+
+    def ended(self, role: str) -> list[tuple[RoleProcess, int]]:
+        """The units of a role that have ended, with exit codes; 128 + n after a signal.
+
+        A step has ended, too, once one of its tasks has failed: srun itself may wait long for a node that is gone.
+        """
+        codes = [(started.unit, self.code(started)) for started in self.of(role)]
+        return [(unit, code) for unit, code in codes if code is not None]
+
+    def code(self, started: _Started) -> int | None:
+        """A unit's exit code, None while it runs."""
+        code = started.process.poll()
+        if started.unit.step:
+            with (self.logs / started.unit.log).open(errors="replace") as log:
+                log.seek(started.log_start)
+                code = reported_code(log.read()) or code
+        return code if code is None or code >= 0 else 128 - code
+
+    def restart_rollouts(self) -> Outcome | None:
+        """Start ended rollout units again, after 1, 2, 4, … s; an outcome if one died for good."""
+        for started in self.of("rollout"):
+            code = self.code(started)
+            if code is None:
+                continue
+            if started.start_again_at is None:
+                self.end(started)
+                if code == USER_ERROR_CODE or started.restarts >= started.unit.restarts:
+                    cause = f"{started.unit.name} {describe(code)} after {started.restarts} restarts"
+                    code = code if code == USER_ERROR_CODE else 128 + signal.SIGKILL
+                    return Outcome(code, cause, self.tail(started.unit))
+                delay_s = min(30.0, 2.0**started.restarts)
+                self.say(f"{started.unit.name} {describe(code)}: started again in {delay_s:.0f} s")
+                started.start_again_at = time.monotonic() + delay_s
+            elif time.monotonic() >= started.start_again_at:
+                self._close(started)
+                started.restarts, started.start_again_at = started.restarts + 1, None
+                started.process, started.log_start = self._start(started.unit)
+        return None
+
+    def tail(self, unit: RoleProcess) -> list[str]:
+        """The last lines of a unit's log; for a step of many tasks those of the task that srun names first, too."""
+        lines = last_lines(self.logs / unit.log)
+        if unit.shown_log and unit.shown_log != unit.log:
+            named = TASK_ENDED.search("\n".join(lines))
+            lines = lines[:4] + last_lines(self.logs / f"{unit.role}_{named[1] if named else 0}.log")
+        return lines
+
+    def end(self, started: _Started) -> None:
+        """Ask one unit to end, if it still runs."""
+        if started.process.poll() is None and started.unit.end_signal != signal.SIGKILL:
+            started.process.send_signal(started.unit.end_signal)
+        else:
+            self._close(started)
+
+    def stop(self) -> None:
+        """End every process: its end signal, after the grace a closed guard, which kills all descendants."""
+        for started in self.started:
+            self.end(started)
+        for deadline, last_resort in ((self.grace_s, False), (self.grace_s + 5, True)):
+            end = time.monotonic() + deadline
+            while time.monotonic() < end and any(started.process.poll() is None for started in self.started):
+                time.sleep(POLL_S)
+            for started in self.started:
+                self._close(started)
+                if last_resort and started.process.poll() is None:
+                    started.process.kill()
+        for follower in self.followers:
+            follower.close()
+
+    @staticmethod
+    def _close(started: _Started) -> None:
+        if started.process.stdin and not started.process.stdin.closed:
+            started.process.stdin.close()
+
+
+def first_death(ended: list[tuple[RoleProcess, int]]) -> tuple[RoleProcess, int]:
+    """Of deaths seen together, the one that is the cause: a kill before an error, an error before a save."""
+    return max(ended, key=lambda item: (item[1] > 128, item[1] not in (0, SAVED), -item[0].index))
+
+
+def supervise(
+    units: list[RoleProcess],
+    logs: Path,
+    *,
+    save_requested: Callable[[], bool] = lambda: False,
+    abort_requested: Callable[[], bool] = lambda: False,
+    save_allowance_s: Callable[[], float] = lambda: 600.0,
+    follow_timeout_s: float = 600.0,
+    grace_s: float = 10.0,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Run one attempt to its end. ``save_requested`` becoming true sends USR2 to the trainer, once.
+
+    save_allowance_s: called at that moment; seconds until an attempt that has not ended by itself is ended.
+    follow_timeout_s: how long the other ranks may take once one has left well.
+    """
+    attempt = Attempt(units, logs, grace_s, say)
+    try:
+        outcome = _watch(attempt, save_requested, abort_requested, save_allowance_s, follow_timeout_s)
+        if attempt.asked_at is None:
+            return outcome
+        return replace(outcome, leaving_s=round(time.monotonic() - attempt.asked_at, 1))
+    finally:
+        attempt.stop()
+
+
+def _watch(
+    attempt: Attempt,
+    save_requested: Callable[[], bool],
+    abort_requested: Callable[[], bool],
+    save_allowance_s: Callable[[], float],
+    follow_timeout_s: float,
+) -> Outcome:
+    trainers = attempt.of("trainer")
+    save_deadline = settled_at = float("inf")
+    allowance_s = 0.0
+    while True:
+        now = time.monotonic()
+        ended = attempt.ended("trainer")
+        if attempt.asked_at is not None:
+            interrupted = 128 + signal.SIGUSR2
+            ended = [(unit, SAVED if code == interrupted else code) for unit, code in ended]
+        if ended and settled_at == float("inf"):
+            bad = any(code not in (0, SAVED) for _, code in ended)
+            settled_at = now + (SETTLE_S if bad else follow_timeout_s)
+        if ended and any(code not in (0, SAVED) for _, code in ended):
+            settled_at = min(settled_at, now + SETTLE_S)
+        if len(ended) == len(trainers) or now >= settled_at:
+            unit, code = first_death(ended)
+            if code in (0, SAVED) and len(ended) < len(trainers):
+                return Outcome(
+                    1, f"{unit.name} {describe(code)} but other ranks did not follow in {follow_timeout_s:.0f} s"
+                )
+            if code in (0, SAVED):
+                return Outcome(code, "" if code == 0 else f"{unit.name} {describe(code)}")
+            details = attempt.tail(unit)
+            return Outcome(code, f"{unit.name} {describe(code)}{taken_port(unit, code, details)}", details)
+        if not ended and (outcome := attempt.restart_rollouts()):
+            return outcome
+        if abort_requested():
+            return Outcome(128 + signal.SIGINT, "stopped at once, without saving")
+        if attempt.asked_at is None and save_requested():
+            allowance_s = save_allowance_s()
+            attempt.say(f"asking the trainer to save and leave within {allowance_s:.0f} s")
+            attempt.send("trainer", signal.SIGUSR2)
+            attempt.asked_at, save_deadline = now, now + allowance_s
+        if now > save_deadline:
+            return Outcome(1, f"the trainer did not save within {allowance_s:.0f} s")
+        time.sleep(POLL_S)

@@ -1,0 +1,107 @@
+"""The chain on this machine: each stage's roles as processes, one stage after another."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.network import node_network
+from megatron_vcppo.config.placement import engine_nodes
+from megatron_vcppo.launch.attempts import run_stage
+from megatron_vcppo.launch.controller import SAVED, USER_ERROR_CODE, RoleProcess
+from megatron_vcppo.launch.prepare import write_config
+from megatron_vcppo.launch.role_commands import (
+    ROLE_COMMANDS,
+    RoleCommands,
+    free_port,
+    role_environment,
+    starts_engines,
+    trainer_layout,
+)
+from megatron_vcppo.run import events
+from megatron_vcppo.run.folder import RunFolder
+
+
+def local_processes(
+    run: RunFolder, config: Config, stage: str, programs: RoleCommands = ROLE_COMMANDS
+) -> list[RoleProcess]:
+    """One process per trainer rank, and one rollout supervisor if the stage generates."""
+    env, address = role_environment(config, "trainer"), node_network(config.cluster).address
+    nodes, ranks_per_node = trainer_layout(config, stage)
+    ranks, port = nodes * ranks_per_node, str(free_port(address))
+    units = []
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+        place |= {"MASTER_ADDR": address, "MASTER_PORT": port}
+        log = f"trainer_{rank}.log"
+        units.append(
+            RoleProcess(
+                *("trainer", rank, programs.trainer_command(run, stage), env | place, log),
+                shown_log=log if rank == 0 else None,
+                end_signal=signal.SIGKILL,
+            )
+        )
+    if starts_engines(config, stage):
+        env = role_environment(config, "rollout")
+        for node in range(engine_nodes(config)):
+            command = programs.rollout_command(run, stage, node)
+            restarts = config.cluster.rollout_restarts
+            units.append(RoleProcess("rollout", node, command, env, f"rollout_{node}.log", restarts=restarts))
+    return units
+
+
+@contextmanager
+def stop_requests() -> Iterator[dict[str, int]]:
+    """Count the stop signals of this process: {"save": n}. The second Ctrl-C means at once."""
+    count = {"save": 0, "abort": 0}
+
+    def note(number: int, _: FrameType | None) -> None:
+        count["abort" if number == signal.SIGINT and count["save"] else "save"] += 1
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    before = [signal.signal(number, note) for number in numbers]
+    try:
+        yield count
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def run_chain(run: RunFolder, config: Config, stages: list[str], programs: RoleCommands = ROLE_COMMANDS) -> int:
+    """Run the stages that are not done, in order; returns 0 or the exit code of the stage that did not finish."""
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    run.make()
+    with run.full_disk_named(), run.locked(), stop_requests() as count:
+        write_config(run, config)
+        for number, stage in enumerate(stages, 1):
+            head = f"[{number}/{len(stages)}] {stage}:"
+            if run.done(stage):
+                say(f"{head} done before, skipped")
+                continue
+            nodes, ranks_per_node = trainer_layout(config, stage)
+            ranks = "1 rank" if nodes * ranks_per_node == 1 else f"{nodes * ranks_per_node} ranks"
+            say(f"{head} starting on {ranks}, logs in {run.next_attempt(stage)}")
+            started = time.monotonic()
+            outcome = run_stage(
+                *(run, config, stage, lambda _, stage=stage: local_processes(run, config, stage, programs)),
+                save_requested=lambda: count["save"] > 0,
+                abort_requested=lambda: count["abort"] > 0,
+                say=say,
+            )
+            seconds = time.monotonic() - started
+            if outcome.code == 0:
+                say(f"{head} done in {seconds:.1f} s")
+                continue
+            if outcome.code == SAVED:
+                say(f"{head} saved after {seconds:.1f} s; the same command goes on from there")
+            else:
+                hint = "mend it and run the same command again" if outcome.code == USER_ERROR_CODE else "see the log"
+                say(f"{head} failed after {seconds:.1f} s: {outcome.cause}; {hint}")
+            return outcome.code
+    events.append(run.path, "chain_done", stages=stages)
+    return 0

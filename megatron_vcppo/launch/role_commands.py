@@ -1,0 +1,70 @@
+"""What a stage's roles are: their commands, their number, their environment; the same here and on a cluster."""
+
+import socket
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.checks import trainer_ranks
+from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.stored_set import needs_engines
+
+
+@dataclass(frozen=True)
+class RoleCommands:
+    """The Python modules behind the roles, and the interpreter."""
+
+    trainer: str = "megatron_vcppo.stages"
+    rollout: str = "megatron_vcppo.rollout.node"
+    python: str = sys.executable
+
+    def trainer_command(self, run: RunFolder, stage: str) -> tuple[str, ...]:
+        """What every rank runs."""
+        return (self.python, "-m", self.trainer, stage, "--config", str(run.config))
+
+    def rollout_command(self, run: RunFolder, stage: str, node: int) -> tuple[str, ...]:
+        """What starts and supervises the engines of one rollout node."""
+        where = ("--rendezvous", str(run.rendezvous(stage)), "--node", str(node))
+        return (self.python, "-m", self.rollout, "--config", str(run.config), *where)
+
+
+ROLE_COMMANDS = RoleCommands()
+
+
+def trainer_layout(config: Config, stage: str) -> tuple[int, int]:
+    """(nodes, ranks on each of them) of a stage's trainer. An export is one process's work: it moves files."""
+    if stage == "export":
+        return 1, 1
+    nodes = config.cluster.trainer_nodes
+    return nodes, trainer_ranks(config) // nodes
+
+
+def starts_engines(config: Config, stage: str) -> bool:
+    """Whether a stage gets rollout units now: not if it generates nothing, or its set of rollouts is there already."""
+    return stage in ENGINE_STAGES and needs_engines(config, stage)
+
+
+def free_port(address: str = "") -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+def role_environment(config: Config, role: Literal["trainer", "rollout"]) -> dict[str, str]:
+    """Variables of a role, on this machine and on a cluster; cluster.environment has the last word."""
+    cluster = config.cluster
+    # Removed: compiled modules halve a rank's and an engine's start, and the variable that forbids them is common in
+    # container images, where it only saves space.
+    env = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": ""}
+    ranks_per_node = trainer_ranks(config) // cluster.trainer_nodes
+    env["OMP_NUM_THREADS"] = str(max(1, cluster.cpus_per_node // ranks_per_node) if cluster.gpus_per_node else 1)
+    if role == "trainer" and cluster.gpus_per_node:
+        # One queue to the GPU: kernels start in the order of their calls, on which Megatron's overlap of communication
+        # with computation relies.
+        env["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+        if engine_placement(config) != "trainer_gpus":  # CUDA IPC of such memory needs rights that many sites deny
+            env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    return env | dict(cluster.environment)

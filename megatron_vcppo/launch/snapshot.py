@@ -1,0 +1,38 @@
+"""The code of a run, kept in its folder, so that a job that starts tomorrow runs what was submitted today."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import megatron_vcppo
+
+
+def sources() -> dict[str, Path]:
+    """Every Python file of the installed package, by its path below the import root."""
+    root = Path(str(megatron_vcppo.__file__)).parent
+    files = {}
+    for folder, _, names in os.walk(root, followlinks=True):  # in a checkout slurm/ is a link
+        for name in names:
+            if name.endswith(".py"):
+                path = Path(folder) / name
+                files[path.relative_to(root.parent).as_posix()] = path
+    return dict(sorted(files.items()))
+
+
+def take_snapshot(run: Path) -> Path:
+    """Copy the code to RUN/code/HASH unless that copy is there; returns the folder, to be put on PYTHONPATH."""
+    files = sources()
+    digest = hashlib.sha256()
+    for name, path in files.items():
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    final = run / "code" / digest.hexdigest()[:12]
+    if final.exists():
+        return final
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    for name, path in files.items():
+        target = temporary / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    temporary.rename(final)
+    return final

@@ -1,0 +1,126 @@
+"""What goes over HTTP between trainer and engines, as typed JSON. No vLLM, no torch: both sides import this."""
+
+import msgspec
+
+GENERATE, STATUS, SYNC = "/vcppo/generate", "/vcppo/status", "/vcppo/sync"
+SLEEP, WAKE = "/vcppo/sleep", "/vcppo/wake"
+
+CORE_IS_DEAD = 500
+"""HTTP status of the status route when only a restart helps: the core is gone, or went to sleep or woke half-way."""
+
+LOST = "lost"
+"""How the error of a push begins when the engine itself is at fault: it is gone or hangs."""
+
+NO_VERSION = -1
+"""The policy version of an engine that still holds the weights it started with, or half of a push."""
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How responses are drawn; the same for every request of a batch."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: list[str] = []
+    ignore_eos: bool = False
+
+
+class GenerateRequest(msgspec.Struct, frozen=True):
+    """One response to draw. ``key`` comes back with it."""
+
+    key: int
+    token_ids: list[int]
+    max_tokens: int
+    seed: int
+
+
+class GenerateBatch(msgspec.Struct, frozen=True):
+    """Body of POST /vcppo/generate; the answer is one line of JSON per request, in the order they finish."""
+
+    sampling: Sampling
+    requests: list[GenerateRequest]
+
+
+class Response(msgspec.Struct, frozen=True):
+    """One line of the answer: a response, or what went wrong with it."""
+
+    key: int
+    token_ids: list[int] = []
+    logprobs: list[float] = []
+    finish_reason: str = ""
+    policy_version: int = NO_VERSION
+    """The version under which the first token was drawn."""
+    error: str = ""
+
+
+class Status(msgspec.Struct, frozen=True):
+    """Answer of GET /vcppo/status, given only if the engine's core answers too."""
+
+    state: str
+    """"serving", "syncing" (paused, taking weights), "broken" (a push failed half-way),
+    "asleep" (without GPU memory), "waking" (with a part of it) or "turning" (on the way between these)."""
+    policy_version: int
+    running: int
+    """Requests in flight."""
+    num_workers: int
+    """Worker processes that take part in a push: tensor × pipeline × data parallel."""
+
+
+WEIGHTS, CACHE = "weights", "kv_cache"
+"""The parts of an engine's GPU memory that wake one by one, as vLLM names them."""
+
+
+class SleepRequest(msgspec.Struct, frozen=True):
+    """Body of POST /vcppo/sleep: drop what runs and free the GPU's memory. Answered when that is done."""
+
+    level: int
+    """1: weights go to host memory; 2: they are discarded, and must be pushed after waking."""
+    timeout_s: float
+
+
+class WakeRequest(msgspec.Struct, frozen=True):
+    """Body of POST /vcppo/wake: take GPU memory again. Parts that are awake stay so."""
+
+    parts: list[str]
+    timeout_s: float
+
+
+class TurnReport(msgspec.Struct, frozen=True):
+    """Answer to both."""
+
+    error: str = ""
+
+
+class GroupAddress(msgspec.Struct, frozen=True, eq=True):
+    """Where one sender of a push is met: the store of its process group, and the ranks of this engine in it."""
+
+    address: str
+    port: int
+    first_rank: int
+    world_size: int
+
+
+class SyncRequest(msgspec.Struct, frozen=True):
+    """Body of POST /vcppo/sync: pause, take the new weights, drop stale caches, go on. Answered when all is done."""
+
+    policy_version: int
+    pause: str
+    """"drain": running requests finish first. "keep": they are frozen and go on under the new weights."""
+    timeout_s: float
+    backend: str
+    """"gloo", "nccl" (over ``streams``) or "disk" (from ``folder``)."""
+    streams: list[GroupAddress] = []
+    folder: str = ""
+    address: str = "127.0.0.1"
+    """The engine's own address on the network that the weights take."""
+
+
+class SyncReport(msgspec.Struct, frozen=True):
+    """Answer of POST /vcppo/sync: where the time went, or why it failed."""
+
+    error: str = ""
+    drain_s: float = 0.0
+    receive_s: float = 0.0
+    """From the first byte to the last tensor in place."""
+    pause_s: float = 0.0
+    """How long generation stood still."""

@@ -1,0 +1,150 @@
+"""From scored rollouts and values to advantages and critic targets: the same tensors on every rank."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_vcppo.algo.advantages import (
+    gate_on_explained_variance,
+    group_advantages,
+    length_adaptive_lam,
+    spread,
+    whiten,
+)
+from megatron_vcppo.algo.diagnostics import batch_diagnostics, length_statistics, summarize
+from megatron_vcppo.algo.gae import decoupled_gae
+from megatron_vcppo.algo.kl import kl_estimate
+from megatron_vcppo.algo.masked import masked_moments
+from megatron_vcppo.algo.token_rewards import filter_overlong, soft_overlong_penalty, token_rewards
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.rl import AdvantageConfig
+from megatron_vcppo.data.rollout_batch import RolloutBatch
+from megatron_vcppo.rewards.verifier import Verdict
+
+NUM_POSITION_BINS = 64
+"""Bins of the absolute profiles, over rollout.max_tokens."""
+END_OF_THINKING = "</think>"
+
+
+@dataclass(frozen=True)
+class AdvantageBatch:
+    """All [B, T]; 0 where ``mask`` is False."""
+
+    mask: Tensor
+    """bool: tokens that are trained on (response tokens, less what overlong filtering drops)."""
+    advantages: Tensor
+    returns: Tensor
+    metrics: dict[str, float]
+    profiles: dict[str, list[float | None]]
+    """Advantage and value by position, absolute and by decile of the response's length."""
+
+
+def compute_advantages(
+    batch: RolloutBatch,
+    values: Tensor | None,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    config: Config,
+    kl_coef: float,
+    end_of_thinking_id: int | None,
+) -> AdvantageBatch:
+    """Decoupled GAE (VC-PPO Eq. 7-8), or a group baseline, with the configured additions.
+
+    values, old_logprobs, ref_logprobs: [B, T]; values None: the baseline is the group. A response that was cut counts
+    as ended: its verdict is its return.
+    """
+    settings, mask = config.ppo.advantage, batch.response_mask
+    rewards = episode_rewards(batch, config)
+    in_reward = ref_logprobs is not None and config.ppo.loss.kl_in == "reward"
+    kl = kl_estimate(old_logprobs, ref_logprobs, config.ppo.loss.kl_kind) if in_reward else None
+    per_token = token_rewards(rewards, mask, kl, kl_coef)
+    lam_actor: float | Tensor = settings.lam_actor
+    if settings.length_adaptive_alpha is not None:
+        lam_actor = length_adaptive_lam(batch.lengths, settings.length_adaptive_alpha)
+    critic_values = torch.zeros_like(old_logprobs) if values is None else values
+    advantages, returns = decoupled_gae(
+        per_token,
+        critic_values,
+        mask,
+        gamma=settings.gamma,
+        lam_actor=lam_actor,
+        lam_critic=settings.lam_critic,
+    )
+    if values is None:
+        advantages = spread(group_advantages(rewards, batch.group_ids, settings.baseline), mask)
+    numbers, profiles = summarize(
+        batch_diagnostics(
+            critic_values,
+            returns,
+            advantages,
+            mask,
+            decay_actor=_scaled(lam_actor, settings),
+            decay_critic=settings.gamma * settings.lam_critic,
+            bin_width=max(1, -(-config.rollout.max_tokens // NUM_POSITION_BINS)),
+            num_bins=NUM_POSITION_BINS,
+            give_up_mask=_give_up_mask(batch, end_of_thinking_id),
+        )
+    )
+    if values is None:  # there is no critic to judge
+        numbers = {name: number for name, number in numbers.items() if not name.startswith("critic/")}
+        profiles = {name: profile for name, profile in profiles.items() if not name.startswith("value_")}
+    if settings.explained_variance_gate and values is not None:
+        mean_return = float(returns[mask].mean())
+        advantages = gate_on_explained_variance(
+            advantages, returns, mask, numbers["critic/explained_variance"], mean_return
+        )
+    trained = trained_mask(batch, config)
+    if settings.whiten:
+        advantages = whiten(advantages, trained, masked_moments(advantages, trained))
+    numbers |= length_statistics(batch.lengths, batch.truncated) | reward_statistics(batch)
+    if kl is not None:
+        numbers["actor/kl_ref"] = float(kl[mask].mean())
+    numbers["rollout/logprob_gap"] = float((old_logprobs - batch.rollout_logprobs)[mask].abs().mean())
+    return AdvantageBatch(trained, advantages.masked_fill(~trained, 0.0), returns, numbers, profiles)
+
+
+def episode_rewards(batch: RolloutBatch, config: Config) -> Tensor:
+    """What the critic's returns are made of, in pretraining as in PPO: verdicts and the penalty for length, [B]."""
+    buffer = config.ppo.advantage.overlong_penalty_tokens
+    if not buffer:
+        return batch.rewards
+    return batch.rewards + soft_overlong_penalty(batch.lengths, config.rollout.max_tokens, buffer)
+
+
+def trained_mask(batch: RolloutBatch, config: Config) -> Tensor:
+    """The response tokens that losses count, in pretraining as in PPO: bool [B, T]."""
+    filtered = config.ppo.advantage.overlong_filter
+    return filter_overlong(batch.response_mask, batch.truncated) if filtered else batch.response_mask
+
+
+def reward_statistics(batch: RolloutBatch) -> dict[str, float]:
+    """Rewards and the share of right answers; groups in which every sample got the same; answers without a verdict."""
+    rewards, groups = batch.rewards, batch.group_ids
+    num_groups = int(groups.max()) + 1
+    low = torch.full((num_groups,), torch.inf).scatter_reduce(0, groups, rewards, "amin")
+    high = torch.full((num_groups,), -torch.inf).scatter_reduce(0, groups, rewards, "amax")
+    kinds = [Verdict(0.0, rollout.verdict).kind for rollout in batch.rollouts]
+    return {
+        "rollout/reward_mean": float(rewards.mean()),
+        "rollout/reward_std": float(rewards.std(correction=0)),
+        "rollout/accuracy": float((rewards > 0).float().mean()),
+        "rollout/equal_groups": float((low == high).float().mean()),
+        "rollout/verifier_timeouts": float(kinds.count("timeout")),
+        "rollout/verifier_errors": float(kinds.count("error")),
+    }
+
+
+def _scaled(lam: float | Tensor, settings: AdvantageConfig) -> float | Tensor:
+    return settings.gamma * lam
+
+
+def _give_up_mask(batch: RolloutBatch, end_of_thinking_id: int | None) -> Tensor | None:
+    """Where wrong responses end their thinking; None if the model has no such token."""
+    if end_of_thinking_id is None:
+        return None
+    found = torch.zeros_like(batch.response_mask)
+    for row, rollout in enumerate(batch.rollouts):
+        if rollout.reward is not None and rollout.reward <= 0 and end_of_thinking_id in rollout.response_ids:
+            found[row, rollout.response_ids.index(end_of_thinking_id)] = True
+    return found

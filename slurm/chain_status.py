@@ -1,0 +1,170 @@
+"""The state of a run, stage by stage: from its own files first, from Slurm for what is queued or running."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.launch.save_timing import iteration_seconds
+from megatron_vcppo.run import events
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.log_files import last_lines
+from megatron_vcppo.slurm.slurm_cli import JobState, first_node, job_states
+from megatron_vcppo.slurm.submission import submitted_jobs
+
+SHOWN_METRICS = 3
+
+
+@dataclass
+class StageStatus:
+    """One line of the table."""
+
+    stage: str
+    state: str
+    """done | damaged | running | pending | requeued | failed | cancelled | saved | not started"""
+    job: str = ""
+    attempts: int = 0
+    iteration: int | None = None
+    total: int | None = None
+    eta_s: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+    """Why it is pending, or how it failed and what to do."""
+
+
+def run_status(run: RunFolder, config: Config) -> list[StageStatus]:
+    """One status per stage of the chain. Looks at sizes, not checksums, so that it stays fast."""
+    jobs = submitted_jobs(run)
+    states = job_states(list(jobs.values()))
+    log = events.read(run.path)
+    return [stage_status(run, stage, jobs.get(stage, ""), states, log) for stage in config.stages]
+
+
+def stage_status(
+    run: RunFolder, stage: str, job: str, states: dict[str, JobState], log: list[dict[str, Any]]
+) -> StageStatus:
+    """What is known about one stage."""
+    mine = [event for event in log if event.get("stage") == stage]
+    status = StageStatus(stage, "not started", job, attempts=len(run.attempts(stage)))
+    add_progress(status, run)
+    try:
+        done = run.done(stage, checksums=False)
+    except UserError as error:
+        status.state, status.note = (
+            "damaged",
+            str(error).splitlines()[-1].strip() + ": remove the stage's manifest.json",
+        )
+        return status
+    slurm_state = states.get(job)
+    if done:
+        status.state = "done"
+    elif slurm_state and slurm_state.active:
+        waiting = slurm_state.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING")
+        status.state = "pending" if waiting else "running"
+        status.note = pending_note(slurm_state) if waiting else leaving_note(mine)
+    else:
+        add_ending(status, run, mine, slurm_state)
+    if status.state != "running":
+        status.eta_s = None
+    return status
+
+
+def pending_note(state: JobState) -> str:
+    """Why a job waits, in words."""
+    words = {
+        "Dependency": "waits for the stage before",
+        "Priority": "other jobs come first",
+        "Resources": "waits for free nodes",
+        "BeginTime": "was requeued, starts soon",
+    }
+    text = words.get(state.reason, state.reason)
+    if "held" in state.reason.lower():
+        return f"{text}: once its cause is mended, scontrol release {state.job_id}"
+    return text + (f", expected {state.start}" if state.start not in ("", "N/A", "Unknown") else "")
+
+
+def leaving_note(mine: list[dict[str, Any]]) -> str:
+    """When a stage was asked to save and how long it may take; "" if it was not."""
+    kinds = ("attempt", "save_requested", "attempt_end")
+    last = next((event for event in reversed(mine) if event["event"] in kinds), None)
+    if last is None or last["event"] != "save_requested":
+        return ""
+    asked = time.strftime("%H:%M:%S", time.localtime(last["time"]))
+    return f"asked at {asked} to save and leave within {last['seconds']} s"
+
+
+def add_progress(status: StageStatus, run: RunFolder) -> None:
+    """Iteration, total, ETA and newest metrics from metrics.jsonl."""
+    records = [record for record in run.metrics(status.stage) if "iteration" in record]
+    if not records:
+        status.iteration = run.checkpoint_iteration(status.stage)
+        return
+    newest = records[-1]
+    status.iteration, status.total = newest["iteration"], newest.get("total_iterations")
+    shown = {
+        key: value
+        for key, value in newest.items()
+        if isinstance(value, float) and not key.startswith("time") and key != "timestamp"
+    }
+    status.metrics = dict(list(shown.items())[:SHOWN_METRICS])
+    seconds = iteration_seconds(run, status.stage)[-20:]
+    if status.total and seconds:
+        status.eta_s = (status.total - status.iteration) * sum(seconds) / len(seconds)
+
+
+def add_ending(status: StageStatus, run: RunFolder, mine: list[dict[str, Any]], slurm_state: JobState | None) -> None:
+    """How a stage that is neither done nor queued ended, and what to do."""
+    go_on = f"vcppo resume {run.path}"
+    last = next((event for event in reversed(mine) if event["event"] in ("attempt_end", "refused", "attempt")), None)
+    if slurm_state and slurm_state.state.startswith("CANCELLED"):
+        status.state, status.note = "cancelled", f"go on with: {go_on}"
+        if last is None:
+            status.note = f"never started; once the stage before is mended: {go_on}"
+    elif last is None:
+        if slurm_state:
+            said = last_lines(run.job_log(status.job), 1)
+            status.state = "failed"
+            status.note = (
+                f"Slurm says {slurm_state.state} {slurm_state.reason}; its controller never started on "
+                f"{first_node(slurm_state.nodes) or 'any node'}: "
+                + (said[0] if said else f"is {run.path} on a shared file system?")
+                + f"; vcppo doctor checks the nodes; then {go_on}"
+            )
+    elif last["event"] == "attempt":
+        if not slurm_state and run.in_use():
+            leaving = leaving_note(mine)
+            status.state, status.note = "running", "on this machine" + (f"; {leaving}" if leaving else "")
+        else:
+            verdict = f"Slurm says {slurm_state.state}" if slurm_state else "ended without a word, as by a power cut"
+            status.state, status.note = "failed", f"{verdict}; {go_on}"
+    elif last.get("code") == 75:
+        status.state, status.note = "saved", f"go on with: {go_on}"
+    elif last.get("code") != 0:
+        line = (last.get("details") or [""])[-1]
+        status.state = "failed"
+        status.note = f"{last['cause']}" + (f": {line}" if line else "") + f"; mend it, then {go_on}"
+
+
+def table(statuses: list[StageStatus]) -> str:
+    """The statuses as text: a line per stage, notes and metrics below theirs."""
+    lines = [f"{'stage':<15} {'state':<12} {'job':<8} {'attempts':<9} {'iteration':<12} {'ETA':<9}"]
+    for status in statuses:
+        progress = (
+            "" if status.iteration is None else f"{status.iteration}" + (f"/{status.total}" if status.total else "")
+        )
+        eta = "" if status.eta_s is None else duration(status.eta_s)
+        line = (
+            f"{status.stage:<15} {status.state:<12} {status.job:<8} {status.attempts or '':<9} {progress:<12} {eta:<9}"
+        )
+        lines.append(line.rstrip())
+        if status.metrics and status.state != "done":
+            lines.append("    " + "  ".join(f"{key} {value:.4g}" for key, value in status.metrics.items()))
+        if status.note:
+            lines.append(f"    {status.note}")
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"

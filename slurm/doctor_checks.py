@@ -1,0 +1,144 @@
+"""Checks a cluster profile step by step: each check is one line, and says what to change where it fails."""
+
+import functools
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.load import dump_config
+from megatron_vcppo.config.network import num_nodes
+from megatron_vcppo.config.placement import engine_nodes
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.launch.role_commands import RoleCommands
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.slurm import doctor_findings
+from megatron_vcppo.slurm.slurm_cli import check_scripts, check_slurm_installed, slurm, slurm_message
+from megatron_vcppo.slurm.srun import in_container, inside, probe_command, step
+from megatron_vcppo.slurm.submission import executor, request_text
+
+WAIT_FOR_NODES_S = 120
+JOB_MINUTES = 8
+TEST_JOB_TIMEOUT_S = WAIT_FOR_NODES_S + 60 * JOB_MINUTES
+
+
+def checks(config: Config, programs: RoleCommands, folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Name and body of every check, in order; a body returns what it found or raises UserError with what to do."""
+    cluster = config.cluster
+    config_file = folder / "config.yaml"
+    config_file.write_text(dump_config(config))
+
+    def commands() -> str:
+        check_slurm_installed()
+        return slurm("sbatch", "--version").strip()
+
+    def controller() -> str:
+        return slurm("scontrol", "ping").strip().splitlines()[0]
+
+    def partition() -> str:
+        wanted = ("-p", cluster.partition) if cluster.partition else ()
+        lines = slurm("sinfo", "-h", *wanted, "-o", "%P %D %t %c %G").split("\n")
+        if not lines[0]:
+            known = sorted(set(slurm("sinfo", "-h", "-o", "%R").split()))
+            raise UserError(f"no partition {cluster.partition}; there are: {', '.join(known)}: set cluster.partition")
+        return "; ".join(line for line in lines if line)
+
+    def request() -> str:
+        run = RunFolder(folder)
+        check_scripts(
+            [(executor(run, config, "ppo", folder, programs, None).script(), request_text(config, "ppo"))], folder
+        )
+        return f"{cluster.trainer_nodes} + {cluster.rollout_nodes} nodes would be granted"
+
+    def nodes() -> str:
+        found = test_job(config, probe_command(config, RunFolder(folder), programs, hosts=[]))
+        return found or f"all {num_nodes(cluster)} see {folder}, have the Python environment and the network"
+
+    def probe(module: str, *arguments: str, **layout: int) -> list[dict[str, Any]]:
+        argv = in_container(config, (inside(config, programs).python, "-m", module, *arguments))
+        output = test_job(config, (*step(config, [], 1, 1), *argv), **layout)
+        return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+    software = functools.cache(lambda: probe("megatron_vcppo.slurm.software_probe"))
+
+    def collective() -> str:
+        tasks = cluster.gpus_per_node or 1
+        return doctor_findings.collective(
+            probe("megatron_vcppo.slurm.allreduce_probe", str(config_file), tasks_per_node=tasks), cluster
+        )
+
+    def engines() -> str:
+        layout = {"nodes": engine_nodes(config), "cpus_per_task": cluster.cpus_per_node}
+        return doctor_findings.engines(probe("megatron_vcppo.slurm.engine_probe", str(config_file), **layout))
+
+    def isolation() -> str:
+        argv = in_container(
+            config, (inside(config, programs).python, "-m", "megatron_vcppo.rewards.sandbox.isolation_choice")
+        )
+        return "; ".join(sorted(test_job(config, (*step(config, [], 1, 1), *argv)).splitlines()))
+
+    yield "Slurm's commands", commands
+    yield "Slurm's controller", controller
+    yield "partition", partition
+    yield "account, qos, nodes, GPUs", request
+    yield "file system, Python, network", nodes
+    if cluster.gpus_per_node:
+        yield "driver", lambda: doctor_findings.driver(software())
+        yield "Transformer Engine", lambda: doctor_findings.transformer_engine(software())
+        yield "compiler", lambda: doctor_findings.compiler(software())
+    yield "collective" if not cluster.gpus_per_node else "GPUs and collective", collective
+    yield "engine", engines
+    yield "isolation of programs (rewards.code)", isolation
+
+
+def test_job(
+    config: Config, argv: tuple[str, ...], nodes: int | None = None, tasks_per_node: int = 1, cpus_per_task: int = 1
+) -> str:
+    """Run a step's command line in an allocation of its own, bounded; default: on all nodes. Returns its output."""
+    cluster = config.cluster
+    nodes = nodes or num_nodes(cluster)
+    options = {
+        **{"kill-on-bad-exit": 1, "nodes": nodes, "ntasks": nodes * tasks_per_node, "ntasks-per-node": tasks_per_node},
+        **{"cpus-per-task": cpus_per_task, "time": JOB_MINUTES, "immediate": WAIT_FOR_NODES_S},
+        **{name: value for name in ("partition", "account", "qos") if (value := getattr(cluster, name))},
+        **{name: value for name, value in cluster.sbatch.items() if name in ("reservation", "constraint")},
+    }
+    replaced = tuple(f"--{name}=" for name in (*options, "nodelist", "open-mode"))
+    kept = [argument for argument in argv[1:] if not argument.startswith(replaced) and argument != "--overlap"]
+    return run_bounded(["srun", *(f"--{name}={value}" for name, value in options.items()), *kept])
+
+
+def run_bounded(argv: list[str]) -> str:
+    """Output of a command; UserError with its first line of complaint."""
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=TEST_JOB_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"the test job did not end in {TEST_JOB_TIMEOUT_S} s") from None
+    if done.returncode:
+        said = [line for line in done.stdout.splitlines() if not line.startswith("{")]
+        raise UserError(said[0] if said else slurm_message(done.stderr)[-600:] or f"exit code {done.returncode}")
+    return done.stdout
+
+
+def examine(config: Config, programs: RoleCommands, parent: Path) -> bool:
+    """Print one line per check; True if all passed. A check after a failed one may still be of use, so all run."""
+    folder = Path(tempfile.mkdtemp(prefix=".vcppo_doctor_", dir=parent))
+    good = True
+    try:
+        for name, check in checks(config, programs, folder):
+            try:
+                print(f"ok    {name}: {check()}", flush=True)
+            except UserError as error:
+                good = False
+                print(f"FAIL  {name}: {error}", flush=True)
+                if name == "Slurm's commands":
+                    break
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return good

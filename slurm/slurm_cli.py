@@ -1,0 +1,171 @@
+"""What Slurm says about jobs: squeue for live ones, sacct or, where there is no accounting, scontrol for ended ones."""
+
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TypeVar
+
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.launch.controller import UNREACHABLE
+
+ENDED = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"),
+    *("PREEMPTED", "REVOKED"),
+)
+"""All others are queued, running or between the two; there are many of those, such as SIGNALING."""
+TIMEOUT_S = 30.0
+Answer = TypeVar("Answer")
+
+
+class Unreachable(UserError):
+    """Slurm's controller does not answer."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One job. Example: ``JobState("17", "PENDING", "Dependency")``."""
+
+    job_id: str
+    state: str
+    """Slurm's long name, without what follows it (CANCELLED by 0)."""
+    reason: str = ""
+    """Why it is pending, or how it ended."""
+    elapsed: str = ""
+    nodes: str = ""
+    start: str = ""
+    exit_code: str = ""
+
+    @property
+    def active(self) -> bool:
+        """Queued, running, or between the two."""
+        return self.state not in ENDED
+
+
+UNKNOWN_JOB = "Invalid job id"
+"""In the words of squeue and scontrol: Slurm has forgotten the job."""
+
+
+def slurm(*argv: str, accept: str | None = None) -> str:
+    """Run one of Slurm's commands; returns its output, "" where its complaint contains ``accept``.
+
+    UserError with Slurm's own message; Unreachable if its controller does not answer.
+    """
+    if shutil.which(argv[0]) is None:
+        raise UserError(f"{argv[0]} is not on the path: run this on a login node, or use --cluster local")
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise Unreachable(f"{argv[0]} gave no answer in {TIMEOUT_S:.0f} s: is Slurm's controller up?") from None
+    if not done.returncode:
+        return done.stdout
+    if accept is not None and accept in done.stderr:
+        return ""
+    error = Unreachable if any(words in done.stderr for words in UNREACHABLE) else UserError
+    raise error(f"{argv[0]}: {slurm_message(done.stderr) or f'exit code {done.returncode}'}")
+
+
+def patiently(ask: Callable[[], Answer], seconds: float = 120.0) -> Answer:
+    """Ask again while Slurm's controller does not answer, as while it restarts; Unreachable after ``seconds``."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return ask()
+        except Unreachable:
+            if time.monotonic() > end:
+                raise
+            time.sleep(2)
+
+
+def slurm_message(stderr: str) -> str:
+    """Slurm's own words in one line, without the program's name before each."""
+    lines = [line.split(": ", 2)[-1] if ": error: " in line else line for line in stderr.splitlines() if line.strip()]
+    return "; ".join(lines)
+
+
+def job_states(job_ids: list[str]) -> dict[str, JobState]:
+    """The state of each job that Slurm still knows. Unreachable if Slurm's controller does not answer."""
+    if not job_ids:
+        return {}
+    listed = ("squeue", "-h", "-t", "all", "-j", ",".join(job_ids), "-o", SQUEUE_FORMAT)
+    found = parse_table(slurm(*listed, accept=UNKNOWN_JOB))
+    unknown = [job for job in job_ids if job not in found]
+    if unknown:
+        fields = "JobIDRaw,State,Reason,Elapsed,NodeList,Start,ExitCode"
+        with suppress(UserError):  # no accounting, or its data base is down
+            found |= parse_table(slurm("sacct", "-X", "-n", "-P", "-j", ",".join(unknown), "-o", fields))
+    for job in unknown:
+        if job not in found and (record := show_job(job)):
+            found[job] = JobState(
+                *(job, record["JobState"], record["Reason"], record["RunTime"], record["NodeList"]),
+                *(record["StartTime"], record["ExitCode"]),
+            )
+    return found
+
+
+SQUEUE_FORMAT = "%i|%T|%r|%M|%N|%S|"
+
+
+def parse_table(text: str) -> dict[str, JobState]:
+    """Lines of id|state|reason|elapsed|nodes|start|exit code; a state such as "CANCELLED by 0" loses its tail."""
+    states = {}
+    for line in text.splitlines():
+        job, state, *rest = line.split("|")
+        states[job] = JobState(job, state.split()[0].rstrip("+"), *rest)
+    return states
+
+
+def first_node(nodes: str) -> str:
+    """The first of a list of nodes as Slurm writes it: "gpu[003-005,9],big1" -> "gpu003"."""
+    head, bracket, tail = nodes.partition("[")
+    return head + re.split(r"[-,\]]", tail)[0] if bracket and "," not in head else nodes.split(",")[0]
+
+
+def show_job(job_id: str) -> dict[str, str] | None:
+    """The record of ``scontrol show job``; None once Slurm has forgotten the job."""
+    text = slurm("scontrol", "-o", "show", "job", job_id, accept=UNKNOWN_JOB)
+    if not text:
+        return None
+    return dict(field.split("=", 1) for field in text.split() if "=" in field)
+
+
+def job_end_time(job_id: str) -> float:
+    """When the job's time limit ends it, seconds since the epoch; infinity if it has none, or Slurm does not say."""
+    record: dict[str, str] | None = None
+    with suppress(Unreachable):
+        record = patiently(lambda: show_job(job_id))
+    try:
+        return datetime.fromisoformat((record or {})["EndTime"]).timestamp()
+    except (KeyError, ValueError):
+        return float("inf")
+
+
+def check_slurm_installed() -> None:
+    """UserError if Slurm's commands are not here."""
+    missing = [name for name in ("sbatch", "srun", "squeue", "scontrol", "scancel") if shutil.which(name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} not on the path: submit from a login node, or use --cluster local")
+
+
+def check_scripts(requests: Iterable[tuple[str, str]], folder: Path) -> None:
+    """Let Slurm judge each different batch script without queueing it; its own message is the error.
+
+    requests: (script, what it asks for in words).
+    """
+    for script, request in dict.fromkeys(requests):
+        path = folder / "test_only.sh"
+        path.write_text(script, encoding="utf-8")
+        try:
+            slurm("sbatch", "--test-only", str(path))
+        except Unreachable:
+            raise
+        except UserError as error:
+            said = str(error).removeprefix("sbatch: ")
+            raise UserError(f"Slurm refuses the job: {said}; {request} (the keys cluster.*)") from None
+        finally:
+            path.unlink()

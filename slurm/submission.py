@@ -1,0 +1,182 @@
+"""Puts the chain into Slurm: one job per stage, each after the success of the one before, all or none."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.load import dump_config
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.launch.checks import check_inputs, check_layout, check_run_folder
+from megatron_vcppo.launch.prepare import write_config
+from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
+from megatron_vcppo.launch.save_timing import signal_margin_s
+from megatron_vcppo.launch.snapshot import take_snapshot
+from megatron_vcppo.run import events
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.slurm.job import StageJob
+from megatron_vcppo.slurm.slurm_cli import (
+    JobState,
+    check_scripts,
+    check_slurm_installed,
+    job_states,
+    slurm,
+    slurm_message,
+)
+from megatron_vcppo.slurm.srun import stage_nodes
+
+
+class ScriptExecutor(submitit.SlurmExecutor):
+    """submitit's executor, able to show its batch script on a machine without Slurm."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        """Usable also where srun is not installed."""
+        return 2
+
+    def script(self) -> str:
+        """The text that sbatch would get."""
+        return str(self._make_submission_file_text(self._submitit_command_str, "dry-run"))
+
+
+def executor(
+    run: RunFolder, config: Config, stage: str, code: Path, programs: RoleCommands, after: str | None
+) -> ScriptExecutor:
+    """The batch job of one stage: a controller on its first node, signalled before the time limit."""
+    cluster = config.cluster
+    made = ScriptExecutor(folder=run.path / "slurm", python="exec " + shlex.quote(programs.python))
+    minutes = cluster.stage_time_limit_minutes.get(stage, cluster.time_limit_minutes)
+    extra: dict[str, Any] = {
+        "signal": f"B:USR2@{signal_margin_s(run, stage, cluster.save_margin_s, 60 * minutes)}",
+        "requeue": True,
+        "kill-on-invalid-dep": "yes",
+        **{key: True if value == "true" else value for key, value in cluster.sbatch.items()},
+    }
+    setup = [
+        *cluster.setup,
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "trap '' USR2",  # until the controller listens: a signal during its imports would end the job as failed
+        "export PYTHONSAFEPATH=1",  # else the folder in which it was submitted would come before the snapshot
+    ]
+    parameters = {
+        "job_name": f"{run.path.name}.{stage}",
+        "time": minutes,
+        "nodes": stage_nodes(config, stage),
+        "ntasks_per_node": 1,
+        "cpus_per_task": cluster.cpus_per_node,
+        "gpus_per_node": cluster.gpus_per_node or None,
+        "mem": f"{cluster.memory_per_node_gb:g}GB" if cluster.memory_per_node_gb else None,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "dependency": f"afterok:{after}" if after else None,
+        "setup": setup,
+        "use_srun": False,
+        "stderr_to_stdout": True,
+        "additional_parameters": extra,
+    }
+    made.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
+    return made
+
+
+def request_text(config: Config, stage: str) -> str:
+    """What the stage's job asks Slurm for, in words."""
+    cluster = config.cluster
+    gpus = f"{cluster.gpus_per_node} GPUs and " if cluster.gpus_per_node else ""
+    text = f"asked for {stage_nodes(config, stage)} nodes with {gpus}{cluster.cpus_per_node} CPUs each"
+    names = [f"{name} {value}" for name in ("partition", "account", "qos") if (value := getattr(cluster, name))]
+    return ", ".join([text, *names])
+
+
+def submitted_jobs(run: RunFolder) -> dict[str, str]:
+    """The newest job of each stage, by stage."""
+    return {event["stage"]: event["job"] for event in events.read(run.path) if event["event"] == "submitted"}
+
+
+def active_jobs(run: RunFolder) -> list[JobState]:
+    """Jobs of this run that Slurm has not ended."""
+    jobs = [event["job"] for event in events.read(run.path) if event["event"] == "submitted"]
+    return [state for state in job_states(jobs).values() if state.active]
+
+
+def pending_stages(run: RunFolder, stages: list[str]) -> list[str]:
+    """The stages that are not done, in order."""
+    return [stage for stage in stages if not run.done(stage)]
+
+
+def dry_run(run: RunFolder, config: Config, stages: list[str], programs: RoleCommands = ROLE_COMMANDS) -> Path:
+    """Write every batch script, the dependency graph and the configuration to RUN/slurm/dry_run; returns that folder.
+
+    A RUN/config.yaml that is there stays as it is: jobs of the run may be reading it.
+    """
+    check_layout(config)
+    needs = check_inputs(config, stages)
+    folder = run.path / "slurm" / "dry_run"
+    check_run_folder(run)
+    if not run.config.exists():
+        write_config(run, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    before, graph = None, []
+    for stage in pending_stages(run, stages):
+        made = executor(run, config, stage, run.path / "code" / "SNAPSHOT", programs, before and f"JOB_OF_{before}")
+        (folder / f"{stage}.sh").write_text(made.script(), encoding="utf-8")
+        line = f"{stage}: {stage_nodes(config, stage)} nodes, about {needs[stage]:.0f} GiB per rank"
+        graph.append(line + (f", after the success of {before}" if before else ""))
+        before = stage
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    (folder / "graph.txt").write_text("\n".join(graph) + "\n", encoding="utf-8")
+    return folder
+
+
+def submit(run: RunFolder, config: Config, stages: list[str], programs: RoleCommands = ROLE_COMMANDS) -> dict[str, str]:
+    """Queue the stages that are not done; returns their job ids.
+
+    If anything is refused, nothing stays queued, and the configuration that the run had stays, too.
+    """
+    check_slurm_installed()
+    check_layout(config)
+    check_inputs(config, stages)
+    check_run_folder(run)
+    with run.locked():
+        if active := active_jobs(run):
+            jobs = ", ".join(f"{state.job_id} ({state.state})" for state in active)
+            raise UserError(f"{run.path}: this run is active, jobs {jobs}; see vcppo status, or vcppo cancel it first")
+        todo = pending_stages(run, stages)
+        if not todo:
+            return {}
+        code = take_snapshot(run.path)
+        (run.path / "slurm").mkdir(exist_ok=True)
+        scripts = [executor(run, config, stage, code, programs, None).script() for stage in todo]
+        asked = [request_text(config, stage) for stage in todo]
+        check_scripts(zip(scripts, asked, strict=True), run.path / "slurm")
+        write_config(run, config)
+        jobs_of: dict[str, str] = {}
+        try:
+            before = None
+            for stage in todo:
+                made = executor(run, config, stage, code, programs, before)
+                before = made.submit(StageJob(run.path, stage, programs)).job_id
+                jobs_of[stage] = before
+                events.append(run.path, "submitted", stage=stage, job=before, code=code.name)
+        except FailedJobError as error:
+            cancel_jobs(list(jobs_of.values()))
+            raise UserError(f"Slurm refuses the job of {stage}: {slurm_message(str(error))}") from None
+        except BaseException:
+            cancel_jobs(list(jobs_of.values()))
+            raise
+    return jobs_of
+
+
+def cancel_jobs(jobs: list[str]) -> None:
+    """scancel; dependents first, so that none starts meanwhile."""
+    if jobs:
+        slurm("scancel", *reversed(jobs))
+
+
+def resolve_python(config: Config) -> RoleCommands:
+    """The programs with the profile's interpreter."""
+    return RoleCommands(python=config.cluster.python or sys.executable)
