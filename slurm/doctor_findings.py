@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_vcppo.config.cluster import ClusterConfig
+from megatron_vcppo.config import ClusterConfig
 from megatron_vcppo.errors import UserError
 
 Found = Sequence[dict[str, Any]]

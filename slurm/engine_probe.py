@@ -8,8 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from megatron_vcppo.config import EngineConfig
 from megatron_vcppo.config.load import dump_config, load_config
-from megatron_vcppo.config.rollout import EngineConfig
 from megatron_vcppo.rollout import rendezvous
 from megatron_vcppo.run.log_files import last_lines
 

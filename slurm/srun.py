@@ -130,7 +130,7 @@ def guarded(programs: RoleCommands, command: tuple[str, ...]) -> tuple[str, ...]
 
 NETWORK_CHECK = """
 import sys
-from megatron_vcppo.config.cluster import ClusterConfig
+from megatron_vcppo.config import ClusterConfig
 from megatron_vcppo.config.network import node_network
 from megatron_vcppo.errors import UserError
 try:

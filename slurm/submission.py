@@ -11,7 +11,7 @@ from submitit.core.utils import FailedJobError
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import dump_config
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.launch.checks import check_inputs, check_layout, check_run_folder
+from megatron_vcppo.launch.checks import check_inputs, check_run_folder
 from megatron_vcppo.launch.prepare import write_config
 from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
 from megatron_vcppo.launch.save_timing import signal_margin_s
@@ -113,8 +113,7 @@ def dry_run(run: RunFolder, config: Config, stages: list[str], programs: RoleCom
 
     A RUN/config.yaml that is there stays as it is: jobs of the run may be reading it.
     """
-    check_layout(config)
-    needs = check_inputs(config, stages)
+    needs = check_inputs(config, pending_stages(run, stages))
     folder = run.path / "slurm" / "dry_run"
     check_run_folder(run)
     if not run.config.exists():
@@ -138,8 +137,6 @@ def submit(run: RunFolder, config: Config, stages: list[str], programs: RoleComm
     If anything is refused, nothing stays queued, and the configuration that the run had stays, too.
     """
     check_slurm_installed()
-    check_layout(config)
-    check_inputs(config, stages)
     check_run_folder(run)
     with run.locked():
         if active := active_jobs(run):

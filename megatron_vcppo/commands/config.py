@@ -1,8 +1,6 @@
 """vcppo config: check a configuration and print it resolved, or explain every key."""
 
 import argparse
-import json
-import textwrap
 from pathlib import Path
 
 
@@ -17,43 +15,26 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to override")
     parser.add_argument("--cluster", metavar="NAME", help="profile in configs/cluster/, a YAML file, or local")
     parser.add_argument("--explain", nargs="?", const="", metavar="PREFIX", help="print the keys (below PREFIX)")
+    parser.add_argument("--markdown", action="store_true", help="with --explain: as the page docs/configuration.md")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the resolved YAML, or the keys."""
+    from megatron_vcppo.config.explain import explain, explain_markdown
     from megatron_vcppo.config.load import dump_config, load_config
     from megatron_vcppo.config.value_sources import local_overrides, profile_files
     from megatron_vcppo.errors import UserError
+    from megatron_vcppo.launch.checks import check_critics
+    from megatron_vcppo.launch.prepare import print_note
 
     if args.explain is not None:
-        print(explanation(args.explain))
+        print(explain_markdown(args.explain) if args.markdown else explain(args.explain), end="")
         return 0
     if args.config is None:
         raise UserError("vcppo config needs a configuration file, such as configs/demo/sft.yaml, or --explain")
     overrides = [*local_overrides(args.cluster), *args.overrides]
-    print(dump_config(load_config(args.config, overrides, profiles=profile_files(args.cluster))), end="")
+    config = load_config(args.config, overrides, profiles=profile_files(args.cluster), note=print_note)
+    check_critics(config, config.stages)
+    print(dump_config(config), end="")
     return 0
-
-
-def explanation(prefix: str) -> str:
-    """Every key below ``prefix``: name, type, default, meaning, section by section."""
-    from megatron_vcppo.config.keys import all_keys, all_sections, nearest_key
-    from megatron_vcppo.errors import UserError
-
-    lines: list[str] = []
-    section = None
-    for key in all_keys().values():
-        if prefix and key.name != prefix and not key.name.startswith(f"{prefix}."):
-            continue
-        parent = key.name.rpartition(".")[0]
-        if parent != section:
-            section = parent
-            if parent:
-                lines += ["", f"[{parent}] {' '.join(all_sections()[parent].split())}"]
-        default = "required" if key.default == "???" else f"default {json.dumps(key.default, ensure_ascii=False)}"
-        lines.append(f"  {key.name}: {key.type_text} ({default})")
-        lines += textwrap.wrap(key.doc, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    if not lines:
-        raise UserError(f"no configuration key starts with {prefix}; did you mean {nearest_key(prefix)}?")
-    return "\n".join(lines).strip("\n")

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from megatron_vcppo.config.value_sources import LOCAL, profile_files
+from megatron_vcppo.config.sections.cluster import LOCAL
+from megatron_vcppo.config.value_sources import profile_files
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -3,9 +3,8 @@
 import argparse
 
 from megatron_vcppo.commands.submit import print_jobs
-from megatron_vcppo.config.value_sources import LOCAL
-from megatron_vcppo.launch.prepare import add_run_argument, add_stage_arguments, open_run, prepare
-from megatron_vcppo.run.folder import chosen_stages
+from megatron_vcppo.config.sections.cluster import LOCAL
+from megatron_vcppo.launch.prepare import add_run_argument, add_stage_arguments, checked_stages, open_run, prepare
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -25,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     folder, config = open_run(args.folder)
     if args.overrides:
         folder, config = prepare(folder.config, args.overrides)
-    stages = chosen_stages(list(config.stages), args.first, args.last, args.only)
+    stages = checked_stages(folder, config, args.first, args.last, args.only)
     if config.cluster.name == LOCAL:
         from megatron_vcppo.launch.local_chain import run_chain
 

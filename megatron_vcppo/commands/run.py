@@ -2,11 +2,9 @@
 
 import argparse
 
-from megatron_vcppo.launch.checks import check_inputs
-from megatron_vcppo.launch.inherit import take_stages
+from megatron_vcppo.launch.inherit import stages_to_take, take_stages
 from megatron_vcppo.launch.local_chain import run_chain
-from megatron_vcppo.launch.prepare import add_chain_arguments, prepare
-from megatron_vcppo.run.folder import chosen_stages
+from megatron_vcppo.launch.prepare import add_chain_arguments, checked_stages, prepare, print_note
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -17,10 +15,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Resolve and check the configuration, run what is not done."""
-    folder, config = prepare(args.config, args.overrides)
-    stages = chosen_stages(list(config.stages), args.first, args.last, args.only)
-    check_inputs(config, [stage for stage in stages if not folder.marked_done(stage)])
-    if args.base:
-        take_stages(folder, config, args.base, args.first)
+    """Resolve and check the configuration, run the stages that are not done."""
+    folder, config = prepare(args.config, args.overrides, note=print_note)
+    stages = checked_stages(folder, config, args.first, args.last, args.only)
+    take_stages(folder, stages_to_take(folder, config, args.base, args.first))
     return run_chain(folder, config, stages)

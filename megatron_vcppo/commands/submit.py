@@ -2,10 +2,9 @@
 
 import argparse
 
-from megatron_vcppo.config.value_sources import LOCAL
-from megatron_vcppo.launch.inherit import take_stages
-from megatron_vcppo.launch.prepare import add_chain_arguments, prepare
-from megatron_vcppo.run.folder import chosen_stages
+from megatron_vcppo.config.sections.cluster import LOCAL
+from megatron_vcppo.launch.inherit import stages_to_take, take_stages
+from megatron_vcppo.launch.prepare import add_chain_arguments, checked_stages, prepare, print_note
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -23,14 +22,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Submit, or run here."""
-    folder, config = prepare(args.config, args.overrides, args.cluster)
-    stages = chosen_stages(list(config.stages), args.first, args.last, args.only)
-    if args.base:
-        take_stages(folder, config, args.base, args.first)
+    folder, config = prepare(args.config, args.overrides, args.cluster, note=print_note)
+    stages = checked_stages(folder, config, args.first, args.last, args.only)
+    taken = stages_to_take(folder, config, args.base, args.first)
     if config.cluster.name == LOCAL and not args.dry_run:
         from megatron_vcppo.launch.local_chain import run_chain
 
+        take_stages(folder, taken)
         return run_chain(folder, config, stages)
+    from megatron_vcppo.slurm.slurm_cli import check_slurm_installed
     from megatron_vcppo.slurm.submission import dry_run, resolve_python, submit
 
     if args.dry_run:
@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
         print((written / "graph.txt").read_text(), end="")
         print(f"batch scripts in {written}; nothing was submitted")
         return 0
+    check_slurm_installed()
+    take_stages(folder, taken)
     print_jobs(stages, submit(folder, config, stages, resolve_python(config)))
     print(f"watch with: vcppo status {folder.path} --watch")
     return 0

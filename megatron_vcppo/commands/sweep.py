@@ -26,13 +26,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Start the chains, or show what they gave."""
-    from megatron_vcppo.config.load import load_config
-    from megatron_vcppo.config.value_sources import LOCAL, profile_files
+    from megatron_vcppo.config.sections.cluster import LOCAL
     from megatron_vcppo.errors import UserError
-    from megatron_vcppo.launch.inherit import take_stages
-    from megatron_vcppo.launch.prepare import prepare
+    from megatron_vcppo.launch.inherit import stages_to_take, take_stages
+    from megatron_vcppo.launch.prepare import checked_stages, prepare, print_note
     from megatron_vcppo.launch.sweep_points import points, write_points
-    from megatron_vcppo.run.folder import chosen_stages
 
     if args.results:
         print(text_table(results(args.results)))
@@ -40,15 +38,17 @@ def run(args: argparse.Namespace) -> int:
     if args.config is None:
         raise UserError("vcppo sweep needs a configuration file and key=[a, b], or --results FOLDER")
     made, fixed = points(args.overrides)
-    parent = Path(load_config(args.config, fixed, profiles=profile_files(args.cluster)).run.dir).absolute()
-    overrides = [[*fixed, *point.overrides, f"run.dir={parent / point.name}"] for point in made]
-    prepared = [prepare(args.config, values, args.cluster) for values in overrides]  # all, before the first is queued
+    parent = prepare(args.config, [*fixed, *made[0].overrides], args.cluster, note=print_note)[0].path
+    chains = []  # all of them are checked before anything is written
+    for point in made:
+        overrides = [*fixed, *point.overrides, f"run.dir={parent / point.name}"]
+        folder, config = prepare(args.config, overrides, args.cluster)
+        stages = checked_stages(folder, config, args.first)
+        chains.append((point, folder, config, stages, stages_to_take(folder, config, args.base, args.first)))
     write_points(parent, made)
     code = 0
-    for point, (folder, config) in zip(made, prepared, strict=True):
-        stages = chosen_stages(list(config.stages), args.first, None, None)
-        if args.base:
-            take_stages(folder, config, args.base, args.first)
+    for point, folder, config, stages, taken in chains:
+        take_stages(folder, taken)
         print(f"{point.name}: {' '.join(point.overrides)}", flush=True)
         if config.cluster.name == LOCAL:
             from megatron_vcppo.launch.local_chain import run_chain

@@ -1,4 +1,4 @@
-"""Every configuration key with its type, default and meaning, read from the dataclasses and their source."""
+"""Every configuration key with its type, range, default and text, read from the dataclasses and their source."""
 
 import ast
 import difflib
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+from megatron_vcppo.config.ranges import range_of
 from megatron_vcppo.config.schema import Config
 
 PLAIN_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
@@ -29,19 +30,14 @@ class Key:
 
     @property
     def type_text(self) -> str:
-        """The type as a user should read it: ``int or nothing``, ``constant | cosine``."""
+        """Type and range as a user reads them: ``a whole number in [1, inf) or null``, ``constant | cosine``."""
         return _type_text(self.annotation)
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The allowed words; empty if any value of the type will do."""
+        """The allowed words; empty if every value of the type is allowed."""
         options = [option for option in (self.annotation, *typing.get_args(self.annotation)) if _is_literal(option)]
         return tuple(map(str, typing.get_args(options[0]))) if options else ()
-
-    @property
-    def takes_any_key(self) -> bool:
-        """True for a dictionary: what is below it is data, not configuration keys."""
-        return typing.get_origin(self.annotation) is dict
 
 
 @functools.cache
@@ -52,12 +48,12 @@ def all_keys() -> dict[str, Key]:
 
 @functools.cache
 def all_sections() -> dict[str, str]:
-    """Every section by its dotted name, with what it is about."""
+    """Every section by its dotted name, with its text."""
     return dict(_sections(Config(), ""))
 
 
 def nearest_key(unknown: str) -> str | None:
-    """The known key or section that was probably meant: spelt alike, or of the same name elsewhere in that section."""
+    """The closest known key or section by spelling, else one with the same last part; None if there is neither."""
     known = [*all_keys(), *all_sections()]
     if near := difflib.get_close_matches(unknown, known, n=1, cutoff=0.75):
         return near[0]
@@ -69,7 +65,7 @@ def nearest_key(unknown: str) -> str | None:
 
 
 def _leaves(section: Any, prefix: str) -> Iterator[Key]:
-    hints, docs = typing.get_type_hints(type(section)), _field_docs(type(section))
+    hints, docs = typing.get_type_hints(type(section), include_extras=True), _field_docs(type(section))
     for field in fields(section):
         name, value = prefix + field.name, getattr(section, field.name)
         if is_dataclass(value):
@@ -87,7 +83,7 @@ def _sections(section: Any, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _field_docs(cls: type) -> dict[str, str]:
-    """The string below each field of a dataclass: Python drops it, its source keeps it."""
+    """The string below each field of a dataclass, from the source, because Python does not keep it."""
     body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
     docs = {}
     for statement, following in itertools.pairwise(body):
@@ -103,6 +99,8 @@ def _is_literal(annotation: Any) -> bool:
 
 def _type_text(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if allowed := range_of(annotation):
+        return f"{_type_text(arguments[0])} in {allowed.text}"
     if _is_literal(annotation):
         return " | ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):

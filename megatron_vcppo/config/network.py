@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_vcppo.config.cluster import ClusterConfig
+from megatron_vcppo.config.sections.cluster import ClusterConfig
 from megatron_vcppo.errors import UserError
 
 ROUTES = Path("/proc/net/route")

@@ -6,8 +6,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_vcppo.config.cluster import ClusterConfig
 from megatron_vcppo.config.network import node_network
+from megatron_vcppo.config.sections.cluster import ClusterConfig
 from megatron_vcppo.errors import UserError
 
 CACHES = {

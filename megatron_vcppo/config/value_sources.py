@@ -11,46 +11,45 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_vcppo.config.sections.cluster import LOCAL
 from megatron_vcppo.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-"""The shipped files; includes are looked for beside the including file first, then here."""
+"""The shipped files; includes are looked up next to the including file first, then here."""
 INCLUDES = "defaults"
-LOCAL = "local"
-"""The cluster that is this machine."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Values from one place, and where each of them stands."""
+    """Values from one file or from the command line, with the line of each."""
 
     name: str
     values: DictConfig
     lines: dict[str, int] = field(default_factory=dict)
-    """Line of each dotted key, from 1."""
+    """Line of each dotted key, counted from 1."""
 
     def where(self, key: str) -> str:
-        """``file:line`` of a key, or of the nearest thing around it."""
+        """``file:line`` of a key, or of the innermost section around it that has one."""
         while key and key not in self.lines:
             key = key.rpartition(".")[0]
         return f"{self.name}:{self.lines[key]}" if key else self.name
 
 
 def file_sources(path: Path, including: tuple[Path, ...] = ()) -> list[Source]:
-    """A YAML file after everything it includes, in the order in which they are to be merged.
+    """A YAML file after everything it includes, in merge order.
 
-    A file includes others by a list ``defaults: [models/tiny, …]``; later ones override earlier ones, the file itself
-    overrides all. Raises UserError for files that are missing, unreadable, not YAML, or include themselves.
+    A file includes others by a list ``defaults: [models/tiny, …]``; later ones override earlier ones, and the file
+    itself overrides them all. Raises UserError for files that are missing, unreadable, not YAML, or include themselves.
     """
     resolved = path.resolve()
     if resolved in including:
-        circle = " → ".join(str(file.name) for file in (*including[including.index(resolved) :], resolved))
-        raise UserError(f"{path}: includes itself: {circle}")
+        cycle = " → ".join(str(file.name) for file in (*including[including.index(resolved) :], resolved))
+        raise UserError(f"{path}: includes itself: {cycle}")
     source = _read(path)
     includes = typing.cast(dict[str, Any], OmegaConf.to_container(source.values)).get(INCLUDES, [])
     source.values.pop(INCLUDES, None)
     if not isinstance(includes, list) or not all(isinstance(include, str) for include in includes):
-        raise UserError(f"{source.where(INCLUDES)}: {INCLUDES} must be a list of files, such as [models/tiny]")
+        raise UserError(f"{source.where(INCLUDES)}: {INCLUDES} must be a list of files such as [models/tiny]")
     sources: list[Source] = []
     for include in includes:
         included = _find_include(include, path, source.where(INCLUDES))
@@ -59,18 +58,18 @@ def file_sources(path: Path, including: tuple[Path, ...] = ()) -> list[Source]:
 
 
 def profile_files(cluster: str | None) -> list[Path]:
-    """The file of a --cluster NAME: configs/cluster/NAME.yaml, or a path. UserError names the ones there are."""
+    """The file of --cluster NAME: configs/cluster/NAME.yaml, or a path. UserError lists the available profiles."""
     if cluster is None or cluster == LOCAL:
         return []
     path = Path(cluster) if cluster.endswith((".yaml", ".yml")) else CONFIGS / "cluster" / f"{cluster}.yaml"
     if not path.is_file():
         known = ", ".join([LOCAL, *sorted(file.stem for file in (CONFIGS / "cluster").glob("*.yaml"))])
-        raise UserError(f"--cluster {cluster}: no such profile; there are: {known} (or give a YAML file)")
+        raise UserError(f"--cluster {cluster}: no such profile; available: {known}, or a YAML file")
     return [path]
 
 
 def local_overrides(cluster: str | None) -> list[str]:
-    """The overrides that --cluster NAME stands for: none but for local, which has no profile."""
+    """The overrides of --cluster NAME: none except for local, which has no profile file."""
     return [f"cluster.name={LOCAL}"] if cluster == LOCAL else []
 
 
@@ -97,7 +96,7 @@ def _read(path: Path) -> Source:
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         if tree is not None and not isinstance(tree, yaml.MappingNode):
-            raise UserError(f"{path}:{tree.start_mark.line + 1}: expected keys and values at the top")
+            raise UserError(f"{path}:{tree.start_mark.line + 1}: expected keys and values at the top level")
         values = OmegaConf.create(text) if tree is not None else OmegaConf.create()
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -122,4 +121,4 @@ def _find_include(include: str, includer: Path, where: str) -> Path:
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"{where}: included file {name} is neither in {folders[0]} nor in {folders[1]}")
+    raise UserError(f"{where}: included file {name} not found in {folders[0]} or {folders[1]}")

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
+from megatron_vcppo.config import ModelConfig, ParallelConfig
 
 FP8_TOKENS = {"delayed": 16, "current": 16, "blockwise": 128}
 """Tokens per rank of which FP8's matrix products take multiples: their rows are 16 bytes; blocks are 128 tokens."""

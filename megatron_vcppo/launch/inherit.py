@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vcppo.config import Config
@@ -14,28 +15,36 @@ LINKED_BYTES = 1 << 16
 NOT_TAKEN = shutil.ignore_patterns("rendezvous", "logs", "wandb*")
 
 
-def take_stages(run: RunFolder, config: Config, base: Path, first: str | None) -> None:
-    """Put the stages of the chain before ``first`` into ``run``, as ``base`` finished them; those there are kept.
+def stages_to_take(run: RunFolder, config: Config, base: Path | None, first: str | None) -> list[Path]:
+    """Folders in ``base`` of the stages before ``first`` that ``run`` is to take from it; none without a base.
 
-    UserError if there is nothing to take, if a stage is not done in ``base`` or was begun in ``run``, or if ``base``
-    trains another model.
+    Those that ``run`` has done are kept. UserError if ``first`` leaves nothing to take, if a stage is not done in
+    ``base`` or was started in ``run``, or if ``base`` trains another model.
     """
+    if base is None:
+        return []
     before = list(config.stages[: config.stages.index(first)]) if first in config.stages else []
     if not before:
         raise UserError(f"--base {base} takes the stages before --from STAGE: name one of {', '.join(config.stages)}")
     source, theirs = open_run(base)
     if Path(theirs.model.hf).resolve() != Path(config.model.hf).resolve():
         raise UserError(f"--base {base}: its model.hf is {theirs.model.hf}, here it is {config.model.hf}")
-    for stage in before:
-        if run.done(stage, checksums=False):
-            continue
+    missing = [stage for stage in before if not run.done(stage, checksums=False)]
+    for stage in missing:
         if not source.done(stage):
             raise UserError(f"--base {base}: stage {stage} is not done there")
         if run.stage(stage).exists():
-            raise UserError(f"{run.stage(stage)}: was begun here; remove it, or run without --base")
+            raise UserError(f"{run.stage(stage)}: was started here; remove it, or run without --base")
+    return [source.stage(stage) for stage in missing]
+
+
+def take_stages(run: RunFolder, folders: Sequence[Path]) -> None:
+    """Put finished stages of another run into ``run``: large files as hard links, where possible."""
+    for folder in folders:
+        stage = folder.name
         partial = run.path / f".{stage}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source.stage(stage), partial, ignore=NOT_TAKEN, copy_function=_link_or_copy)
+        shutil.copytree(folder, partial, ignore=NOT_TAKEN, copy_function=_link_or_copy)
         partial.rename(run.stage(stage))
 
 

@@ -4,8 +4,7 @@
 """
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.checks import trainer_ranks
-from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement
+from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement, trainer_ranks
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -10,8 +12,9 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import dump_config, load_config
 from megatron_vcppo.config.value_sources import local_overrides, profile_files
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.launch.checks import check_inputs
 from megatron_vcppo.run import events
-from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.folder import RunFolder, chosen_stages
 
 
 def add_chain_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,12 +52,34 @@ def open_run(path: Path) -> tuple[RunFolder, Config]:
     return run, load_config(run.config)
 
 
-def prepare(config_path: Path, overrides: list[str], cluster: str | None = None) -> tuple[RunFolder, Config]:
-    """Resolve the configuration and its run folder. Nothing is written: whoever starts stages does that, once nothing
-    is refused any more."""
-    config = load_config(config_path, [*local_overrides(cluster), *overrides], profiles=profile_files(cluster))
+def prepare(
+    config_path: Path,
+    overrides: list[str],
+    cluster: str | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> tuple[RunFolder, Config]:
+    """Resolve the configuration and its run folder; writes nothing. note: see ``load_config``."""
+    overrides = [*local_overrides(cluster), *overrides]
+    config = load_config(config_path, overrides, profiles=profile_files(cluster), note=note)
     config.run.dir = str(Path(config.run.dir).absolute())
     return RunFolder(Path(config.run.dir)), config
+
+
+def checked_stages(
+    run: RunFolder, config: Config, first: str | None = None, last: str | None = None, only: str | None = None
+) -> list[str]:
+    """The stages that --from, --until and --only choose; UserError if one that is not done cannot start.
+
+    Called by every command that starts stages, before it writes or copies anything.
+    """
+    stages = chosen_stages(list(config.stages), first, last, only)
+    check_inputs(config, [stage for stage in stages if not run.marked_done(stage)])
+    return stages
+
+
+def print_note(text: str) -> None:
+    """Where notes on a user's configuration go: standard error, so that printed YAML stays YAML."""
+    print(text, file=sys.stderr)
 
 
 def write_config(run: RunFolder, config: Config) -> None:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.checks import trainer_ranks
-from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement
+from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement, trainer_ranks
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.stored_set import needs_engines
 

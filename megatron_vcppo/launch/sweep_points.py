@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from megatron_vcppo.config.keys import all_keys
+from megatron_vcppo.config.old_keys import RENAMED
 from megatron_vcppo.errors import UserError
 
 POINTS_NAME = "sweep.json"
@@ -50,7 +51,7 @@ def points(arguments: list[str]) -> tuple[list[Point], list[str]]:
 
 
 def _is_list(name: str) -> bool:
-    key = all_keys().get(name)
+    key = all_keys().get(RENAMED.get(name, name))
     if key is None:
         return False
     return any(typing.get_origin(kind) is list for kind in (key.annotation, *typing.get_args(key.annotation)))

@@ -28,9 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_vcppo.config import Config
+from megatron_vcppo.config import CheckpointConfig, Config
 from megatron_vcppo.config.load import config_hash
-from megatron_vcppo.config.training import CheckpointConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.folders import copy_small_files

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
+from megatron_vcppo.config import ModelConfig, ParallelConfig
 from megatron_vcppo.data.packing import pack
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime

@@ -9,7 +9,7 @@ with scales of one, in which small gradients vanish.
 
 from typing import Any
 
-from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
+from megatron_vcppo.config import ModelConfig, ParallelConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore.layers import uses_transformer_engine

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_vcppo.config.schema import ModelConfig
+from megatron_vcppo.config import ModelConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.context_parallel import PackedParams
 

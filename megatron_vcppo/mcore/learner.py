@@ -16,7 +16,7 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_vcppo.config.schema import OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.mcore import optimizer as optim
 from megatron_vcppo.mcore import runtime

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
+from megatron_vcppo.config import ModelConfig, ParallelConfig
 from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture

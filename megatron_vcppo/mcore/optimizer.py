@@ -10,7 +10,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
-from megatron_vcppo.config.schema import OptimizerConfig, ScheduleConfig
+from megatron_vcppo.config import OptimizerConfig, ScheduleConfig
 
 
 def build_optimizer(model: DistributedDataParallel, config: OptimizerConfig) -> MegatronOptimizer:

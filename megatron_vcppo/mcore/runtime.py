@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_vcppo.config.schema import ParallelConfig
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.config import ParallelConfig
+from megatron_vcppo.config.placement import data_parallel_size
 from megatron_vcppo.mcore import cpu_shim
 from megatron_vcppo.mcore.ranks_store import ranks_store
 
@@ -77,12 +77,7 @@ def start(parallel: ParallelConfig, seed: int, timeout_s: float) -> Runtime:
     global _timeout_s
     _timeout_s = timeout_s
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    model_ranks = parallel.tp * parallel.pp * parallel.cp
-    if world_size % model_ranks:
-        raise UserError(
-            f"parallel: tp {parallel.tp} × pp {parallel.pp} × cp {parallel.cp} × dp must divide {world_size} ranks; "
-            f"{model_ranks} does not"
-        )
+    data_parallel_size(parallel, world_size)  # refuses sizes that do not divide it
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

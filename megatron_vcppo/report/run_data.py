@@ -93,7 +93,10 @@ def worst_reward(config: dict[str, Any]) -> float | None:
     """The lowest return that a response can have; None if a KL divergence in the rewards leaves it open."""
     if setting(config, "ppo.loss.kl_coef") and setting(config, "ppo.loss.kl_in") == "reward":
         return None
-    return NO_ANSWER.reward - bool(setting(config, "ppo.advantage.overlong_penalty_tokens"))
+    penalty = setting(config, "returns.overlong_penalty_tokens")
+    if penalty is None:  # a run of an earlier version
+        penalty = setting(config, "ppo.advantage.overlong_penalty_tokens")
+    return NO_ANSWER.reward - bool(penalty)
 
 
 def differences(runs: Sequence[RunData]) -> dict[str, list[Any]]:

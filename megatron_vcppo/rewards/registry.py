@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from megatron_vcppo.config.rewards import CodeRewardConfig
+from megatron_vcppo.config import CodeRewardConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.rewards.choice import verify_choice
 from megatron_vcppo.rewards.code import CodeVerifier

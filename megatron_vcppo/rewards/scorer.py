@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_vcppo.config.rewards import CodeRewardConfig
+from megatron_vcppo.config import CodeRewardConfig
 from megatron_vcppo.records import Rollout
 from megatron_vcppo.rewards.registry import resolve_verifiers
 from megatron_vcppo.rewards.verifier import Verdict

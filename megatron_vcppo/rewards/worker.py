@@ -10,7 +10,7 @@ import socket
 import sys
 from typing import Any
 
-from megatron_vcppo.config.rewards import CodeRewardConfig
+from megatron_vcppo.config import CodeRewardConfig
 from megatron_vcppo.records import Prompt
 from megatron_vcppo.rewards.registry import resolve_verifiers
 from megatron_vcppo.rewards.worker_messages import receive, send

@@ -16,7 +16,7 @@ from pathlib import Path
 import aiohttp
 from tqdm import tqdm
 
-from megatron_vcppo.config.rollout import RolloutConfig
+from megatron_vcppo.config import RolloutConfig
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.rollout import engine_http
 from megatron_vcppo.rollout.auth import read_secret

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_vcppo.config.rollout import EngineConfig
+from megatron_vcppo.config import EngineConfig
 from megatron_vcppo.rollout.auth import SECRET_FILE_VARIABLE
 from megatron_vcppo.run.processes import die_with_parent, without_trainer
 

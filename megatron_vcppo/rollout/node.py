@@ -15,11 +15,11 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
+from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.network import node_network
 from megatron_vcppo.config.node_environment import node_environment
 from megatron_vcppo.config.placement import engine_gpus_per_node, engine_placement
-from megatron_vcppo.config.schema import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.rollout import engine_command
 from megatron_vcppo.rollout.auth import make_secret

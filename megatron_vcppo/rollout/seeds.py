@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 
-from megatron_vcppo.config.rollout import RolloutConfig
+from megatron_vcppo.config import RolloutConfig
 from megatron_vcppo.rollout.messages import Sampling
 
 

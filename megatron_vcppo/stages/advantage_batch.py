@@ -18,7 +18,6 @@ from megatron_vcppo.algo.kl import kl_estimate
 from megatron_vcppo.algo.masked import masked_moments
 from megatron_vcppo.algo.token_rewards import filter_overlong, soft_overlong_penalty, token_rewards
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.rl import AdvantageConfig
 from megatron_vcppo.data.rollout_batch import RolloutBatch
 from megatron_vcppo.rewards.verifier import Verdict
 
@@ -54,7 +53,7 @@ def compute_advantages(
     values, old_logprobs, ref_logprobs: [B, T]; values None: the baseline is the group. A response that was cut counts
     as ended: its verdict is its return.
     """
-    settings, mask = config.ppo.advantage, batch.response_mask
+    settings, gamma, mask = config.ppo.advantage, config.returns.gamma, batch.response_mask
     rewards = episode_rewards(batch, config)
     in_reward = ref_logprobs is not None and config.ppo.loss.kl_in == "reward"
     kl = kl_estimate(old_logprobs, ref_logprobs, config.ppo.loss.kl_kind) if in_reward else None
@@ -67,7 +66,7 @@ def compute_advantages(
         per_token,
         critic_values,
         mask,
-        gamma=settings.gamma,
+        gamma=gamma,
         lam_actor=lam_actor,
         lam_critic=settings.lam_critic,
     )
@@ -79,8 +78,8 @@ def compute_advantages(
             returns,
             advantages,
             mask,
-            decay_actor=_scaled(lam_actor, settings),
-            decay_critic=settings.gamma * settings.lam_critic,
+            decay_actor=gamma * lam_actor,
+            decay_critic=gamma * settings.lam_critic,
             bin_width=max(1, -(-config.rollout.max_tokens // NUM_POSITION_BINS)),
             num_bins=NUM_POSITION_BINS,
             give_up_mask=_give_up_mask(batch, end_of_thinking_id),
@@ -106,7 +105,7 @@ def compute_advantages(
 
 def episode_rewards(batch: RolloutBatch, config: Config) -> Tensor:
     """What the critic's returns are made of, in pretraining as in PPO: verdicts and the penalty for length, [B]."""
-    buffer = config.ppo.advantage.overlong_penalty_tokens
+    buffer = config.returns.overlong_penalty_tokens
     if not buffer:
         return batch.rewards
     return batch.rewards + soft_overlong_penalty(batch.lengths, config.rollout.max_tokens, buffer)
@@ -114,7 +113,7 @@ def episode_rewards(batch: RolloutBatch, config: Config) -> Tensor:
 
 def trained_mask(batch: RolloutBatch, config: Config) -> Tensor:
     """The response tokens that losses count, in pretraining as in PPO: bool [B, T]."""
-    filtered = config.ppo.advantage.overlong_filter
+    filtered = config.returns.overlong_filter
     return filter_overlong(batch.response_mask, batch.truncated) if filtered else batch.response_mask
 
 
@@ -133,10 +132,6 @@ def reward_statistics(batch: RolloutBatch) -> dict[str, float]:
         "rollout/verifier_timeouts": float(kinds.count("timeout")),
         "rollout/verifier_errors": float(kinds.count("error")),
     }
-
-
-def _scaled(lam: float | Tensor, settings: AdvantageConfig) -> float | Tensor:
-    return settings.gamma * lam
 
 
 def _give_up_mask(batch: RolloutBatch, end_of_thinking_id: int | None) -> Tensor | None:

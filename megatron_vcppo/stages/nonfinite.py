@@ -34,6 +34,6 @@ class NonfiniteUpdates:
         who = max(self.in_a_row, key=lambda name: self.in_a_row[name])
         return UserError(
             f"{stage}: {self.in_a_row[who]} updates of the {who} in a row had a loss or gradient that was not finite "
-            f"(ppo.skip_limit {self.limit}); saved at iteration {saved_at}. Lower its learning rate, or train in "
+            f"(run.skip_limit {self.limit}); saved at iteration {saved_at}. Lower its learning rate, or train in "
             "float32, and resume"
         )

@@ -97,7 +97,7 @@ class Ppo:
         self.stream = PromptStream(generation.prompts(config.prompts.train), config.run.seed)
         self.sampler = PromptSampler(config, generation, self.stream, training_sampling(config.rollout))
         startup.done("data")
-        self.kl_coef, self.skips, self.iteration = settings.loss.kl_coef, NonfiniteUpdates(settings.skip_limit), 0
+        self.kl_coef, self.skips, self.iteration = settings.loss.kl_coef, NonfiniteUpdates(config.run.skip_limit), 0
         self.checkpoints = CheckpointFolder(folder / "checkpoints", config, settings.checkpoint)
         self.update_under_way: tuple[RolloutBatch, dict[str, Tensor], UpdateMetrics] | None = None
         self.unfinished: Unfinished | None = None
@@ -223,9 +223,8 @@ class Ppo:
             self.point()
             with self.phase("values"):
                 values = token_outputs(batch, self.packing, self.critic.values)
-                fields["values"] = bounded(values, self.settings.critic)
-        if self.config.run.check_numerics:
-            self.check_outputs(batch.response_mask, fields)
+                fields["values"] = bounded(values, self.config.values)
+        self.check_outputs(batch.response_mask, fields)
         return fields, UpdateMetrics()
 
     def rollouts_and_push(self, iteration: int) -> tuple[list[Rollout], PushResult]:

@@ -14,7 +14,7 @@ from megatron_vcppo.run.stored_set import FILE_NAME as SET_NAME
 from megatron_vcppo.stages.stage import actor_before
 
 ORIGIN_NAME = "origin.json"
-NO_EFFECT = ("iterations", "evaluate_every", "skip_limit", "checkpoint")
+NO_EFFECT = ("iterations", "evaluate_every", "checkpoint")
 """Keys of ``ppo`` that change no update."""
 
 Origin = dict[str, Any]
@@ -33,7 +33,11 @@ def origin_of(config: Config, stage: str) -> Origin:
     made |= {f"prompts.{name}": value for name, value in keys.items()}
     if stage == "ppo":
         made |= {"run.seed": config.run.seed, "rollout.num_samples": config.rollout.num_samples}
-        made |= {f"ppo.{name}": value for name, value in asdict(config.ppo).items() if name not in NO_EFFECT}
+        ppo = asdict(config.ppo)
+        # Where origins of earlier versions have these keys: their rollouts stay valid.
+        ppo["advantage"] |= asdict(config.returns)
+        ppo["critic"] |= asdict(config.values)
+        made |= {f"ppo.{name}": value for name, value in ppo.items() if name not in NO_EFFECT}
     return made
 
 

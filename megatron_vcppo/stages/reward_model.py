@@ -12,8 +12,7 @@ from torch import Tensor
 
 from megatron_vcppo.algo.losses.pointwise_pairwise import pairwise_loss, pointwise_loss
 from megatron_vcppo.algo.metrics import Metrics
-from megatron_vcppo.config import Config
-from megatron_vcppo.config.rl import RewardModelConfig
+from megatron_vcppo.config import Config, RewardModelConfig
 from megatron_vcppo.data.epoch_order import EpochOrder
 from megatron_vcppo.data.packing import PackedMicrobatch, pack, pack_into_microbatches, round_up
 from megatron_vcppo.data.rollout_batch import Packer
@@ -51,7 +50,7 @@ def run(config: Config) -> None:
     order = EpochOrder(len(examples), config.run.seed, "responses of the reward model")
     resumed = checkpoints.resume({"critic": model})
     startup.done("checkpoint")
-    step, skips = 0, NonfiniteUpdates(config.ppo.skip_limit)
+    step, skips = 0, NonfiniteUpdates(config.run.skip_limit)
     if resumed is not None:
         step = resumed.iteration
         order.load_state_dict(resumed.state["order"])

@@ -5,8 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_vcppo.config import Config
-from megatron_vcppo.config.schema import SftConfig
+from megatron_vcppo.config import Config, SftConfig
 from megatron_vcppo.data.epoch_order import EpochOrder
 from megatron_vcppo.data.rollout_batch import Packer
 from megatron_vcppo.data.sft_dataset import SftDataset, SftKeys, load_sft_dataset
@@ -51,7 +50,7 @@ def run(config: Config) -> None:
     startup.done("model")
     resumed = checkpoints.resume({"actor": actor})
     startup.done("checkpoint")
-    step, skips = 0, NonfiniteUpdates(config.ppo.skip_limit)
+    step, skips = 0, NonfiniteUpdates(config.run.skip_limit)
     if resumed is not None:
         step = resumed.iteration
         order.load_state_dict(resumed.state["order"])

@@ -10,7 +10,7 @@ from megatron_vcppo.algo.losses.auxiliary import entropy_bonus, kl_loss, positiv
 from megatron_vcppo.algo.losses.policy import policy_loss
 from megatron_vcppo.algo.losses.value import bound_values, value_loss
 from megatron_vcppo.algo.metrics import Metrics
-from megatron_vcppo.config.rl import CriticConfig, PolicyLossConfig
+from megatron_vcppo.config import PolicyLossConfig, ValuesConfig
 from megatron_vcppo.data.packing import PackedMicrobatch
 
 
@@ -76,26 +76,27 @@ class ActorLoss:
 class CriticLoss:
     """Regression on the returns, as a share of one minibatch's loss."""
 
-    config: CriticConfig
+    config: ValuesConfig
     denominator: float
+    value_clip: float | None = None
+    """Largest change from the values before the update; None: no clipping, and no such values are needed."""
 
     def __call__(self, outputs: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
         """outputs: values [T]."""
         fields = microbatch.fields
-        clip = self.config.value_clip
         return value_loss(
             bounded(outputs, self.config),
             fields["returns"],
             fields["response_mask"],
             denominator=self.denominator,
-            old_values=fields["values"] if clip is not None else None,
-            clip_value=clip,
+            old_values=fields["values"] if self.value_clip is not None else None,
+            clip_value=self.value_clip,
             huber_delta=self.config.huber_delta,
             check=False,
         )
 
 
-def bounded(values: Tensor, config: CriticConfig) -> Tensor:
+def bounded(values: Tensor, config: ValuesConfig) -> Tensor:
     """Values as GAE and the loss read them."""
     return values if config.bounds is None else bound_values(values, *config.bounds)
 

@@ -136,7 +136,8 @@ def update(
         denominator = loss_denominator("token", num_tokens, num_rows, config.rollout.max_tokens)
         while critic is not None and report.num_steps("critic") < critic_steps:
             before_step()
-            report.add("critic", critic.train_step(microbatches, CriticLoss(settings.critic, denominator)))
+            critic_loss = CriticLoss(config.values, denominator, settings.critic.value_clip)
+            report.add("critic", critic.train_step(microbatches, critic_loss))
         if actor is not None and report.num_steps("actor") < actor_steps:
             before_step()
             positive = tensors["positive_mask"][part]

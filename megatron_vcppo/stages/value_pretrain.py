@@ -6,8 +6,7 @@ from typing import Any
 from megatron_vcppo.algo.gae import decoupled_gae
 from megatron_vcppo.algo.metrics import explained_variance
 from megatron_vcppo.algo.token_rewards import token_rewards
-from megatron_vcppo.config import Config
-from megatron_vcppo.config.rl import CriticConfig, ValuePretrainConfig
+from megatron_vcppo.config import Config, ValuePretrainConfig
 from megatron_vcppo.data.rollout_batch import Packer, RolloutBatch, make_batch
 from megatron_vcppo.errors import Stopped
 from megatron_vcppo.mcore import runtime
@@ -42,7 +41,7 @@ def run(config: Config) -> None:
         startup.done("model")
         resumed = checkpoints.resume({"critic": critic})
         startup.done("checkpoint")
-        step, history, skips = 0, [], NonfiniteUpdates(config.ppo.skip_limit)
+        step, history, skips = 0, [], NonfiniteUpdates(config.run.skip_limit)
         if resumed is not None:
             step, history = resumed.iteration, resumed.state["history"]
             skips.in_a_row = resumed.state["skipped_in_a_row"]
@@ -110,15 +109,13 @@ def run(config: Config) -> None:
 def learn_returns(critic: Critic, batch: RolloutBatch, packing: Packer, config: Config) -> StepResult:
     """One optimizer step on ½(V - R)² with Monte-Carlo returns; the metrics are those of V before the step."""
     rewards = token_rewards(episode_rewards(batch, config), batch.response_mask)
-    gamma, values = config.ppo.advantage.gamma, rewards * 0
+    gamma, values = config.returns.gamma, rewards * 0
     _, returns = decoupled_gae(rewards, values, batch.response_mask, gamma=gamma, lam_actor=1.0, lam_critic=1.0)
     mask = trained_mask(batch, config)
     tensors = {"response_mask": mask, "returns": returns}
     share = packing.share([len(r.prompt.token_ids) + len(r.response_ids) for r in batch.rollouts])
     microbatches = packing.pack(batch.sequences(share, tensors), list(tensors))
-    # Pretraining has no old values to clip against; bounds and Huber are those of PPO's critic.
-    loss = CriticConfig(huber_delta=config.ppo.critic.huber_delta, bounds=config.ppo.critic.bounds)
-    return critic.train_step(microbatches, CriticLoss(loss, float(mask.sum())))
+    return critic.train_step(microbatches, CriticLoss(config.values, float(mask.sum())))
 
 
 def stopping_reason(history: list[list[float]], settings: ValuePretrainConfig) -> str | None:

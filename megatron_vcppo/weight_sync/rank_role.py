@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_vcppo.config import Config
 from megatron_vcppo.config.network import node_network
-from megatron_vcppo.config.schema import Config
 from megatron_vcppo.rollout.node_folder import NodeFolder
 from megatron_vcppo.weight_sync.push_plan import SyncRole
 from megatron_vcppo.weight_sync.sync import WeightSync

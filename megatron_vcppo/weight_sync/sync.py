@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vcppo.config.rollout import WeightSyncConfig
+from megatron_vcppo.config import WeightSyncConfig
 from megatron_vcppo.errors import Stopped
 from megatron_vcppo.rollout import engine_http, rendezvous
 from megatron_vcppo.rollout.auth import read_secret

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from megatron_vcppo.config.rollout import WeightSyncConfig
+from megatron_vcppo.config import WeightSyncConfig
 from megatron_vcppo.rollout import engine_http, rendezvous
 from megatron_vcppo.rollout.auth import read_secret
 from megatron_vcppo.rollout.messages import CACHE, WEIGHTS, SleepRequest, WakeRequest

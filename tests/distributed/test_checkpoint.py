@@ -18,7 +18,7 @@ import torch
 from torch.distributed.checkpoint import CheckpointException
 from transformers import AutoModelForTokenClassification
 
-from megatron_vcppo.config.schema import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.config import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.data.context_split import rounding
 from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all, unpack_all
 from megatron_vcppo.errors import UserError

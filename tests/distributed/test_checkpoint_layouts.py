@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_vcppo.config.schema import Dtype, ParallelConfig
+from megatron_vcppo.config import Dtype, ParallelConfig
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_learner
 from megatron_vcppo.mcore.checkpoint_state import adam_steps, owned_ranges, tensors_to_save

@@ -7,8 +7,7 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vcppo.config.rl import RewardModelConfig
-from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.config import ModelConfig, OptimizerConfig, ParallelConfig, RewardModelConfig, ScheduleConfig
 from megatron_vcppo.data.context_split import rounding
 from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack, pack_all, unpack_all
 from megatron_vcppo.data.rollout_batch import Packer

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.exporter import export_hf

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
+from megatron_vcppo.config import ModelConfig, ParallelConfig
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.export_stream import stream_hf

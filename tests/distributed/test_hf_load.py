@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
+from megatron_vcppo.config import ModelConfig, ParallelConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vcppo.config import Config
-from megatron_vcppo.config.training import CheckpointConfig
+from megatron_vcppo.config import CheckpointConfig, Config
 from megatron_vcppo.data.rollout_batch import make_batch
 from megatron_vcppo.errors import Stopped
 from megatron_vcppo.mcore import checkpoint as checkpoint_module
@@ -28,8 +27,11 @@ from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import RanksFailed, run_distributed_test
 
 VARIANT = {
-    "loss": {"kl_coef": 0.05, "kl_in": "reward", "tis_cap": 2.0},
-    "critic": {"updates_per_actor_update": 2, "value_clip": 0.05, "bounds": [-1.0, 1.0]},
+    "ppo": {
+        "loss": {"kl_coef": 0.05, "kl_in": "reward", "tis_cap": 2.0},
+        "critic": {"updates_per_actor_update": 2, "value_clip": 0.05},
+    },
+    "values": {"bounds": [-1.0, 1.0]},
 }
 """Every tensor that an update reads: 2 passes × 2 minibatches × (2 steps of the critic and 1 of the actor)."""
 NUM_STEPS = 12
@@ -52,7 +54,7 @@ def train_up_to(config: Config, rollouts: list[Rollout], folder: Path, num_steps
             "old_logprobs": token_outputs(batch, packing, actor.logprobs),
             "rollout_logprobs": batch.rollout_logprobs,
             "ref_logprobs": token_outputs(batch, packing, reference.logprobs),
-            "values": bounded(token_outputs(batch, packing, critic.values), config.ppo.critic),
+            "values": bounded(token_outputs(batch, packing, critic.values), config.values),
         }
     else:
         unfinished = Unfinished.from_checkpoint(resumed.state["unfinished"], resumed.tensors)
@@ -85,7 +87,7 @@ def train_up_to(config: Config, rollouts: list[Rollout], folder: Path, num_steps
     ],
 )
 def test_an_update_in_pieces_is_the_update(tmp_path: Path, layout: dict[str, Any]) -> None:
-    config, rollouts = make_config(save_models(tmp_path), copy.deepcopy(VARIANT)), make_rollouts()
+    config, rollouts = make_config(save_models(tmp_path), **copy.deepcopy(VARIANT)), make_rollouts()
     for name, value in layout.items():
         setattr(config.parallel, name, value)
 

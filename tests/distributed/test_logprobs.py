@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_vcppo.config.schema import ParallelConfig
+from megatron_vcppo.config import ParallelConfig
 from megatron_vcppo.mcore import logprobs as ours
 from megatron_vcppo.mcore import runtime
 from tests.helpers.distributed import run_distributed_test

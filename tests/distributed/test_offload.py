@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_vcppo.config.schema import Dtype, ParallelConfig
+from megatron_vcppo.config import Dtype, ParallelConfig
 from megatron_vcppo.mcore import offload
 from megatron_vcppo.mcore.export_stream import stream_hf
 from megatron_vcppo.mcore.learner import Reference

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vcppo.config.schema import ParallelConfig
+from megatron_vcppo.config import ParallelConfig
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.learner import Actor

@@ -34,7 +34,7 @@ VAPO = {
 }
 
 
-def make_config(folder: Path, ppo: dict[str, Any]) -> Config:
+def make_config(folder: Path, ppo: dict[str, Any], **sections: Any) -> Config:
     # A large eps: the division by the root of tiny second moments would magnify float32 noise in the weights.
     optimizer = {"lr": 5e-4, "weight_decay": 0.1, "eps": 1e-5}
     base = {
@@ -46,7 +46,7 @@ def make_config(folder: Path, ppo: dict[str, Any]) -> Config:
         "rollout": {"max_tokens": MAX_TOKENS, "temperature": 0.8, "num_samples": 2},
         "ppo": {"minibatches": 2, "ppo_epochs": 2, "optimizer": optimizer, "critic": {"optimizer": optimizer}},
     }
-    merged = OmegaConf.merge(OmegaConf.structured(Config), base, {"ppo": ppo})
+    merged = OmegaConf.merge(OmegaConf.structured(Config), base, {"ppo": ppo, **sections})
     return OmegaConf.to_object(merged)  # type: ignore[return-value]
 
 
@@ -115,7 +115,7 @@ def train(config: Config, rollouts: list[Rollout]) -> dict[str, Any]:
     if reference is not None:
         fields["ref_logprobs"] = token_outputs(batch, packing, reference.logprobs)
     if critic is not None:
-        fields["values"] = bounded(token_outputs(batch, packing, critic.values), ppo.critic)
+        fields["values"] = bounded(token_outputs(batch, packing, critic.values), config.values)
     values = fields.get("values")
     credit = compute_advantages(
         batch, values, fields["old_logprobs"], fields.get("ref_logprobs"), config, ppo.loss.kl_coef, None
@@ -185,21 +185,26 @@ def test_an_update_is_the_same_under_every_layout(tmp_path: Path) -> None:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "grpo": {"advantage": {"baseline": "grpo", "whiten": False}, "loss": {"aggregation": "sequence"}},
-    "rloo": {"advantage": {"baseline": "rloo"}, "loss": {"aggregation": "constant_length"}},
-    "kl-in-reward": {"loss": {"kl_coef": 0.05, "kl_in": "reward", "kl_kind": "k1"}},
-    "importance-sampling": {"loss": {"tis_cap": 2.0, "dual_clip": 3.0, "entropy_coef": 0.01}},
+    "grpo": {"ppo": {"advantage": {"baseline": "grpo", "whiten": False}, "loss": {"aggregation": "sequence"}}},
+    "rloo": {"ppo": {"advantage": {"baseline": "rloo"}, "loss": {"aggregation": "constant_length"}}},
+    "kl-in-reward": {"ppo": {"loss": {"kl_coef": 0.05, "kl_in": "reward", "kl_kind": "k1"}}},
+    "importance-sampling": {"ppo": {"loss": {"tis_cap": 2.0, "dual_clip": 3.0, "entropy_coef": 0.01}}},
     "critic": {
-        "critic": {"bounds": [-1.0, 1.0], "value_clip": 0.05, "huber_delta": 0.5, "updates_per_actor_update": 2}
+        "ppo": {"critic": {"value_clip": 0.05, "updates_per_actor_update": 2}},
+        "values": {"bounds": [-1.0, 1.0], "huber_delta": 0.5},
     },
-    "overlong": {"advantage": {"overlong_filter": True, "overlong_penalty_tokens": 8, "explained_variance_gate": True}},
+    "overlong": {
+        "ppo": {"advantage": {"explained_variance_gate": True}},
+        "returns": {"overlong_filter": True, "overlong_penalty_tokens": 8},
+    },
 }
+"""Sections of the configuration."""
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_is_the_same_on_two_replicas(tmp_path: Path, variant: str) -> None:
     folder = save_models(tmp_path)
-    config, rollouts = make_config(folder, VARIANTS[variant]), make_rollouts()
+    config, rollouts = make_config(folder, **VARIANTS[variant]), make_rollouts()
     alone, plain = run(config, rollouts), run(make_config(folder, {}), rollouts)
     worst = distances(alone, run(config, rollouts, 2))
     assert max(worst.values()) <= 1e-5, worst

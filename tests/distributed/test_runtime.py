@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from megatron_vcppo.config import ParallelConfig
 from megatron_vcppo.config.network import listen
-from megatron_vcppo.config.schema import ParallelConfig
 from megatron_vcppo.launch.controller import PORT_TAKEN
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.ranks_store import ranks_store

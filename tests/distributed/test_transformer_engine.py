@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_vcppo.config.schema import ParallelConfig
+from megatron_vcppo.config import ParallelConfig
 from megatron_vcppo.hf.convert.exporter import export_hf
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.te.process import Call

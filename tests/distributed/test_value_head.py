@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_vcppo.config.schema import OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.hf.convert.exporter import export_hf
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_model

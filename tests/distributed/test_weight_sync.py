@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vcppo.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.data.packing import pack_all, unpack_all
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vcppo.config.rollout import WeightSyncConfig
+from megatron_vcppo.config import WeightSyncConfig
 from megatron_vcppo.mcore.offload import HostMemory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]

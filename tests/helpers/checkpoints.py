@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from megatron_vcppo.config import Config
-from megatron_vcppo.config.training import CheckpointConfig
+from megatron_vcppo.config import CheckpointConfig, Config
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder
 
 

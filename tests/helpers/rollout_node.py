@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from megatron_vcppo.config.rollout import EngineConfig, RolloutConfig, WeightSyncConfig
+from megatron_vcppo.config import EngineConfig, RolloutConfig, WeightSyncConfig
 from megatron_vcppo.records import Prompt
 from megatron_vcppo.rollout import rendezvous
 from megatron_vcppo.rollout.client import RolloutClient

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megatron_vcppo.config.rollout import EngineConfig
+from megatron_vcppo.config import EngineConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.rollout import engine_command
 from megatron_vcppo.rollout.auth import is_authorized, make_secret, read_secret

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vcppo.config.rollout import WeightSyncConfig
+from megatron_vcppo.config import WeightSyncConfig
 from megatron_vcppo.errors import Stopped
 from megatron_vcppo.weight_sync import joiners
 from megatron_vcppo.weight_sync.push_plan import SINGLE

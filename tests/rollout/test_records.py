@@ -7,7 +7,7 @@ import pytest
 import zstandard
 
 from megatron_vcppo.commands import rollouts as command
-from megatron_vcppo.config.rollout import RolloutConfig
+from megatron_vcppo.config import RolloutConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.rollout.client import RolloutClient

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcppo.config.rollout import WeightSyncConfig
+from megatron_vcppo.config import WeightSyncConfig
 from megatron_vcppo.rollout import engine_http, messages
 from megatron_vcppo.rollout.auth import read_secret
 from megatron_vcppo.rollout.client import RolloutError

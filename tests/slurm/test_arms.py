@@ -7,7 +7,7 @@ import pytest
 
 from megatron_vcppo.commands.sweep import results
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.launch.inherit import take_stages
+from megatron_vcppo.launch.inherit import stages_to_take, take_stages
 from megatron_vcppo.launch.local_chain import local_processes
 from megatron_vcppo.launch.sweep_points import points, write_points
 from megatron_vcppo.run.folder import RunFolder
@@ -58,7 +58,7 @@ def test_lists_that_are_values_do_not_vary() -> None:
         ("evaluate.k=[1, 4]", "ppo.loss.tis_cap=2.0"),
     ]
     with pytest.raises(UserError, match="nothing varies"):
-        points(["ppo.critic.bounds=[-1.0, 1.0]"])
+        points(["values.bounds=[-1.0, 1.0]"])
 
 
 def test_a_sweeps_table_says_what_came_out(tmp_path: Path) -> None:
@@ -96,22 +96,22 @@ def test_a_run_begins_with_the_stages_of_another(tmp_path: Path) -> None:
         config.value_pretrain.init = "sft"
     base, run = map(write_config, configs)
     with pytest.raises(UserError, match="stage sft is not done there"):
-        take_stages(run, config, base.path, "ppo")
+        take_stages(run, stages_to_take(run, config, base.path, "ppo"))
     with pytest.raises(UserError, match="takes the stages before --from STAGE"):
-        take_stages(run, config, base.path, None)
+        take_stages(run, stages_to_take(run, config, base.path, None))
     finish(base, "sft")
     finish(base, "value_pretrain")
     finish(base, "ppo")
-    take_stages(run, config, base.path, "ppo")
-    take_stages(run, config, base.path, "ppo")
+    take_stages(run, stages_to_take(run, config, base.path, "ppo"))
+    take_stages(run, stages_to_take(run, config, base.path, "ppo"))
     assert run.done("sft") and run.done("value_pretrain") and not run.stage("ppo").exists()
     weights = "checkpoints/iter_0000001/weights"
     assert (run.stage("sft") / weights).samefile(base.stage("sft") / weights)
     assert not (run.stage("sft") / "metrics.jsonl").samefile(base.stage("sft") / "metrics.jsonl")
     assert not (run.stage("sft") / "rendezvous").exists()
     (run.stage("value_pretrain") / "manifest.json").unlink()
-    with pytest.raises(UserError, match="was begun here"):
-        take_stages(run, config, base.path, "ppo")
+    with pytest.raises(UserError, match="was started here"):
+        take_stages(run, stages_to_take(run, config, base.path, "ppo"))
     config.model.hf = str(tiny_model(tmp_path / "another"))
     with pytest.raises(UserError, match=r"its model\.hf is"):
-        take_stages(run, config, base.path, "ppo")
+        take_stages(run, stages_to_take(run, config, base.path, "ppo"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vcppo.config.cluster import ClusterConfig
+from megatron_vcppo.config import ClusterConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.slurm import doctor_findings
 from megatron_vcppo.slurm.link_rate import link_rate

@@ -13,7 +13,7 @@ from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.value_sources import CONFIGS, profile_files
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
-from megatron_vcppo.launch.checks import check_inputs, check_layout
+from megatron_vcppo.launch.checks import check_inputs
 from megatron_vcppo.launch.controller import reported_code
 from megatron_vcppo.launch.memory_plan import check_memory, plan, plan_of_rank
 from megatron_vcppo.launch.role_commands import RoleCommands, role_environment
@@ -202,28 +202,6 @@ def test_whatever_a_start_leaves_to_the_next_is_progress(tmp_path: Path) -> None
         assert futile_starts(run, config, "ppo") == 0
         start()
         assert futile_starts(run, config, "ppo") == 1
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("trainer_ranks", 16, "16 trainer ranks per node need as many GPUs; cluster.gpus_per_node is 8"),
-        ("stage_time_limit_minutes", {"pppo": 5}, "names no stage of this chain: pppo"),
-    ],
-)
-def test_layouts_that_cannot_be(tmp_path: Path, key: str, value: object, message: str) -> None:
-    config = tiny_config(tmp_path)
-    config.cluster.trainer_ranks, config.cluster.gpus_per_node = 8, 8
-    setattr(config.cluster, key, value)
-    with pytest.raises(UserError, match=message):
-        check_layout(config)
-
-
-def test_tensor_parallelism_stays_inside_a_node(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path)
-    config.cluster.trainer_ranks, config.cluster.trainer_nodes, config.parallel.tp = 4, 2, 4
-    with pytest.raises(UserError, match=r"parallel.tp 4 would span nodes: only 2 ranks are on each of 2"):
-        check_layout(config)
 
 
 def test_inputs_are_checked_before_anything_is_queued(tmp_path: Path) -> None:

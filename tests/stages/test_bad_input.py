@@ -69,8 +69,8 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_stage_saved
     node: RolloutNode, task: Path, tmp_path: Path
 ) -> None:
     """The actor's loss is beyond float32 while the critic learns: its weights stay as they were."""
-    ppo = {**PPO, "loss": {"entropy_coef": 1e39}, "skip_limit": 5, "critic_only_iterations": 1}
-    config = make_config(task, tmp_path / "run", {"ppo": ppo})
+    ppo = {**PPO, "loss": {"entropy_coef": 1e39}, "critic_only_iterations": 1}
+    config = make_config(task, tmp_path / "run", {"ppo": ppo, "run": {"skip_limit": 5}})
     stage = Stage(node, config, "ppo")
     text, code = output_of(stage, tmp_path / "log")
     assert code == 2 and "Traceback" not in text, text

@@ -126,7 +126,7 @@ def test_a_set_that_is_interrupted_is_finished_and_a_bad_reward_model_ends_saved
     node: RolloutNode, task: Path, tmp_path: Path
 ) -> None:
     settings = {"num_prompts": 8, "steps": 4, "batch_size": 4, "optimizer": {"lr": 1e30}}
-    sections = {"stages": ["reward_model"], "reward_model": settings, "ppo": {"skip_limit": 2}}
+    sections = {"stages": ["reward_model"], "reward_model": settings, "run": {"skip_limit": 2}}
     stage = Stage(node, make_config(task, tmp_path / "run", sections), "reward_model")
 
     def in_parts() -> None:

@@ -19,9 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_vcppo.cli import main as vcppo
-from megatron_vcppo.config import Config
-from megatron_vcppo.config.schema import ParallelConfig
-from megatron_vcppo.config.training import ScheduleConfig
+from megatron_vcppo.config import Config, ParallelConfig, ScheduleConfig
 from megatron_vcppo.hf.convert.exporter import export_hf
 from megatron_vcppo.launch.local_chain import run_chain
 from megatron_vcppo.mcore.checkpoint import complete_checkpoints
@@ -286,7 +284,7 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_stage_saved(task: Pat
     """The second step's weights are out of range: from then on no loss is finite."""
     config = make_config(task, tmp_path / "run", ParallelConfig())
     config.sft.validation, config.sft.optimizer.lr, config.sft.schedule.warmup_steps = None, 1e30, 0
-    config.sft.checkpoint.save_every, config.ppo.skip_limit = 100, 3
+    config.sft.checkpoint.save_every, config.run.skip_limit = 100, 3
     log = tmp_path / "output"
 
     def redirect() -> None:

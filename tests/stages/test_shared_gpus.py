@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vcppo.config.rollout import WeightSyncConfig
+from megatron_vcppo.config import WeightSyncConfig
 from megatron_vcppo.rollout.messages import CACHE, WEIGHTS
 from megatron_vcppo.rollout.node_folder import TRAINER, NodeFolder, weights_path
 from megatron_vcppo.rollout.rendezvous import engines

@@ -19,8 +19,7 @@ def measure(rank: int, config: Any, folder: Path) -> dict[str, float]:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     import torch
 
-    from megatron_vcppo.config.schema import OptimizerConfig, ScheduleConfig
-    from megatron_vcppo.config.training import CheckpointConfig
+    from megatron_vcppo.config import CheckpointConfig, OptimizerConfig, ScheduleConfig
     from megatron_vcppo.data.rollout_batch import Packer
     from megatron_vcppo.hf.architecture import Architecture
     from megatron_vcppo.mcore import runtime

@@ -13,7 +13,7 @@ def measure(rank: int, config: Any, stage: str) -> tuple[int, int]:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     import torch
 
-    from megatron_vcppo.config.schema import OptimizerConfig, ScheduleConfig
+    from megatron_vcppo.config import OptimizerConfig, ScheduleConfig
     from megatron_vcppo.data.rollout_batch import Packer
     from megatron_vcppo.hf.architecture import Architecture
     from megatron_vcppo.launch.memory_plan import models_of

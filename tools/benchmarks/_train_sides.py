@@ -96,7 +96,7 @@ def planned_gib(work: Work) -> float:
 
 def parallel_config(work: Work) -> Any:
     """The section ``parallel`` of the layout."""
-    from megatron_vcppo.config.schema import ParallelConfig
+    from megatron_vcppo.config import ParallelConfig
 
     layout: dict[str, Any] = dict(work.layout)
     return ParallelConfig(
@@ -110,7 +110,7 @@ def parallel_config(work: Work) -> Any:
 
 def megatron_side(work: Work) -> Step:
     """This rank of the actor: packing (part of every step's work), forward, backward, AdamW."""
-    from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ScheduleConfig
+    from megatron_vcppo.config import ModelConfig, OptimizerConfig, ScheduleConfig
     from megatron_vcppo.data.context_split import rounding
     from megatron_vcppo.data.rollout_batch import Packer
     from megatron_vcppo.mcore import runtime

@@ -11,9 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_vcppo.config import Config
+from megatron_vcppo.config import Config, ParallelConfig
 from megatron_vcppo.config.load import load_config
-from megatron_vcppo.config.schema import ParallelConfig
 from megatron_vcppo.data.context_split import rounding
 from megatron_vcppo.data.rollout_batch import Packer, make_batch
 from megatron_vcppo.run.metrics_log import read_metrics

@@ -87,7 +87,7 @@ class World:
         self.model, self.size = model, size
 
     def __enter__(self) -> "World":
-        from megatron_vcppo.config.schema import ParallelConfig
+        from megatron_vcppo.config import ParallelConfig
         from megatron_vcppo.mcore import runtime
 
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -101,8 +101,7 @@ class World:
 
     def train(self, folder: Path, distributed: bool, resume: bool) -> Curve:
         """Train and save, or resume; then two steps: the first shows the weights, the second the optimizer's state."""
-        from megatron_vcppo.config import Config
-        from megatron_vcppo.config.training import CheckpointConfig
+        from megatron_vcppo.config import CheckpointConfig, Config
         from megatron_vcppo.mcore.checkpoint import CheckpointFolder
         from megatron_vcppo.stages.training_losses import TokenLoss
         from tools.gpu_check import tiny

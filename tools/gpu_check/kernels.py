@@ -36,7 +36,7 @@ def advantages(target: str, size: str) -> list[Row]:
 
 def logprobs(target: str, size: str) -> list[Row]:
     """Forward and backward of log-probs in bf16: time, memory and error compared with float32 log_softmax."""
-    from megatron_vcppo.config.schema import ParallelConfig
+    from megatron_vcppo.config import ParallelConfig
     from megatron_vcppo.mcore import runtime
     from megatron_vcppo.mcore.logprobs import vocab_parallel_logprobs
 

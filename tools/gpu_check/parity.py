@@ -48,7 +48,7 @@ def run(target: str, size: str) -> list[Row]:
 
 def te_installed(target: str) -> bool:
     """Whether models on this device have Transformer Engine's layers."""
-    from megatron_vcppo.config.schema import ModelConfig
+    from megatron_vcppo.config import ModelConfig
     from megatron_vcppo.mcore.layers import uses_transformer_engine
 
     return target == "cuda" and uses_transformer_engine(ModelConfig())
@@ -56,7 +56,7 @@ def te_installed(target: str) -> bool:
 
 def collect(folders: dict[str, Path], dtypes: tuple[Any, ...], size: str) -> dict[str, dict[str, Outputs]]:
     """In a child: dtype -> family -> outputs on this process's device, as float32 on the CPU."""
-    from megatron_vcppo.config.schema import ParallelConfig
+    from megatron_vcppo.config import ParallelConfig
     from megatron_vcppo.mcore import runtime
 
     torch.backends.cuda.matmul.allow_tf32 = False

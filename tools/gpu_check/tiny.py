@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megatron_vcppo.config.schema import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.config import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.data.context_split import rounding
 from megatron_vcppo.data.packing import PackedMicrobatch, pack_all
 from megatron_vcppo.hf.architecture import Architecture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vcppo.config.schema import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_vcppo.config import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.data.context_split import rounding
 from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all
 from megatron_vcppo.errors import UserError

@@ -2,9 +2,9 @@
 
 import pytest
 
-from megatron_vcppo.config import Config, checks
-from megatron_vcppo.config.checks import check_config, trainer_ranks
-from megatron_vcppo.config.keys import all_keys
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.checks import check_config
+from megatron_vcppo.config.placement import data_parallel_size, trainer_ranks
 from megatron_vcppo.errors import UserError
 
 
@@ -28,16 +28,22 @@ def test_the_defaults_are_sound(config: Config) -> None:
 
 def test_sizes_that_do_not_divide_the_ranks(config: Config) -> None:
     config.parallel.tp, config.parallel.pp, config.cluster.trainer_ranks = 4, 2, 12
-    assert error_of(config) == "parallel: tp 4 × pp 2 × cp 1 × dp must divide 12 ranks; 8 does not"
-    with pytest.raises(UserError, match="12 ranks"):
-        trainer_ranks(config)
+    message = (
+        "parallel: tp 4 × pp 2 × cp 1 = 8 must divide 12 trainer ranks: change these sizes, or the number of ranks"
+    )
+    assert error_of(config).startswith(message)
+    with pytest.raises(UserError, match="must divide 12 trainer ranks"):
+        data_parallel_size(config.parallel, 12)
+    assert data_parallel_size(config.parallel, 16) == 2
 
 
 def test_dp_that_contradicts_the_cluster(config: Config) -> None:
     config.parallel.tp, config.parallel.dp = 2, 3
     assert trainer_ranks(config) == 6
     config.cluster.trainer_nodes, config.cluster.gpus_per_node = 2, 4
-    assert "tp 2 × pp 1 × cp 1 × dp 3 needs 6 ranks, the cluster section has 8" in error_of(config)
+    assert "tp 2 × pp 1 × cp 1 × dp 3 needs 6 ranks, the cluster section has 8: set parallel.dp to 4" in error_of(
+        config
+    )
     config.parallel.dp = None
     assert trainer_ranks(config) == 8
 
@@ -49,7 +55,7 @@ def test_ranks_must_divide_over_nodes(config: Config) -> None:
 
 def test_sequence_parallel_needs_tensor_parallel(config: Config) -> None:
     config.parallel.sequence_parallel = True
-    assert "sequence_parallel needs parallel.tp over 1, got 1" in error_of(config)
+    assert "sequence_parallel needs parallel.tp > 1, got 1" in error_of(config)
 
 
 def test_context_parallelism_counts_ranks_and_needs_room_for_its_padding(config: Config) -> None:
@@ -57,35 +63,51 @@ def test_context_parallelism_counts_ranks_and_needs_room_for_its_padding(config:
     check_config(config)
     assert trainer_ranks(config) == 4
     config.parallel.tokens_per_microbatch = 7
-    assert "tokens_per_microbatch 7 is under 2 × cp 2 × tp 2 = 8, to which sequences are padded" in error_of(config)
+    assert "tokens_per_microbatch 7 must be at least 2 × cp 2 × tp 2 = 8, to which sequences are padded" in error_of(
+        config
+    )
     config.cluster.trainer_ranks = 6
-    assert "tp 2 × pp 1 × cp 2 × dp must divide 6 ranks; 4 does not" in error_of(config)
+    assert "tp 2 × pp 1 × cp 2 = 4 must divide 6 trainer ranks" in error_of(config)
 
 
 def test_all_problems_are_listed(config: Config) -> None:
     config.sft.steps, config.sft.optimizer.beta2, config.sft.optimizer.lr = 0, 1.5, -1.0
+    message = error_of(config)
+    assert "3 problems" in message and "sft.steps must be in [1, inf), got 0" in message
+    assert "sft.optimizer.beta2 must be in [0, 1), got 1.5" in message
+    assert "sft.optimizer.lr must be in [0, inf), got -1.0" in message
+    config.sft.steps, config.sft.optimizer.beta2, config.sft.optimizer.lr = 5, 0.9, 1.0
     config.stages = ["sft", "sft"]
     message = error_of(config)
-    assert "sft.steps must be over 0, got 0" in message
-    assert "sft.optimizer.beta2 must lie in 0 … 1, 1 left out, got 1.5" in message
-    assert "sft.optimizer.lr must not be negative, got -1.0" in message
-    assert "sft is named 2 times" in message
+    assert "stages names sft 2 times" in message and "warmup_steps 20 is more than sft.steps 5" in message
 
 
-def test_every_number_has_a_range() -> None:
-    """A new key is put into one of the sets, or has a check of its own."""
-    numbers = {
-        name for name, key in all_keys().items() if key.type_text.split()[:2] in (["a", "whole"], ["a", "number"])
-    }
-    ranges = checks.POSITIVE | checks.NOT_NEGATIVE | checks.FRACTIONS | checks.BELOW_ONE
-    own = {"ppo.loss.dual_clip", "rollout.engine.sleep_level"}
-    assert {name for name in numbers if name.rpartition(".")[2] not in ranges} == own
+@pytest.mark.parametrize("name", ["local", "big"])
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"trainer_ranks": 16}, "16 trainer ranks per node need as many GPUs; cluster.gpus_per_node is 8"),
+        ({"trainer_nodes": 4, "trainer_ranks": 8}, "parallel.tp 4 would span nodes: only 2 ranks are on each of 4"),
+    ],
+)
+def test_ranks_fit_their_nodes_here_and_on_a_cluster(
+    config: Config, sizes: dict[str, int], message: str, name: str
+) -> None:
+    config.cluster.name, config.cluster.trainer_ranks, config.cluster.gpus_per_node = name, 8, 8
+    config.parallel.tp = 4
+    check_config(config)
+    for key, value in sizes.items():
+        setattr(config.cluster, key, value)
+    assert message in error_of(config)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_are_finite(config: Config, value: float) -> None:
-    config.sft.optimizer.lr = value
-    assert error_of(config) == f"sft.optimizer.lr must be finite, got {value}"
+def test_a_job_requests_a_cpu_per_rank_and_names_stages_of_its_chain(config: Config) -> None:
+    config.cluster.trainer_ranks, config.cluster.stage_time_limit_minutes = 4, {"pppo": 5}
+    check_config(config)  # this machine has no job
+    config.cluster.name = "big"
+    message = error_of(config)
+    assert "4 trainer ranks per node need as many CPUs; cluster.cpus_per_node is 1: raise it to 4" in message
+    assert "stage_time_limit_minutes names no stage of this chain: pppo; the chain is sft" in message
 
 
 def test_warm_up_longer_than_training(config: Config) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcppo.config import network
-from megatron_vcppo.config.cluster import ClusterConfig
+from megatron_vcppo.config import ClusterConfig, network
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.network import NodeNetwork, default_route_interface, listen, node_network
 from megatron_vcppo.config.node_environment import CACHES, node_environment, private_folder

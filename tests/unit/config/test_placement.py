@@ -6,8 +6,13 @@ What cannot be placed is in tests/slurm/test_recipes.py.
 import pytest
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.checks import trainer_ranks
-from megatron_vcppo.config.placement import engine_nodes, engine_placement, node_holds_replica, trainer_gpus_per_node
+from megatron_vcppo.config.placement import (
+    engine_nodes,
+    engine_placement,
+    node_holds_replica,
+    trainer_gpus_per_node,
+    trainer_ranks,
+)
 
 
 @pytest.fixture

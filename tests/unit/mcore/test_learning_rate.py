@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_vcppo.config.training import ScheduleConfig
+from megatron_vcppo.config import ScheduleConfig
 from megatron_vcppo.mcore.optimizer import learning_rate
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vcppo.config.rewards import CodeRewardConfig
+from megatron_vcppo.config import CodeRewardConfig
 from megatron_vcppo.data.prompts import load_prompts
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.rewards.code_compare import CHECKERS

@@ -60,7 +60,7 @@ def test_advantages_and_targets_have_their_own_lambda() -> None:
 
 def test_whitened_over_the_tokens_that_are_trained_on() -> None:
     config, batch = make_config(), batch_of()
-    config.ppo.advantage.overlong_filter = True
+    config.returns.overlong_filter = True
     credit = credit_of(config, batch, values_of(batch))
     assert not credit.mask[2].any() and torch.equal(credit.mask[0], batch.response_mask[0])
     assert float(credit.advantages[2].abs().max()) == 0.0
@@ -93,7 +93,7 @@ def test_kl_in_the_reward_lowers_the_returns_token_by_token() -> None:
 
 def test_overlong_penalty_reaches_the_returns() -> None:
     config, batch = make_config(), batch_of()
-    config.ppo.advantage.overlong_penalty_tokens = 4
+    config.returns.overlong_penalty_tokens = 4
     returns = credit_of(config, batch, values_of(batch)).returns
     assert returns[0, 0] == pytest.approx(1.0 - 0.25) and returns[2, 0] == pytest.approx(-2.0)
     assert returns[1, 0] == pytest.approx(-1.0)
@@ -137,7 +137,7 @@ def test_pretraining_learns_the_returns_that_ppo_has() -> None:
     """The penalty for length, γ and the filter of cut responses; λ is 1 whatever PPO's is."""
     config, batch = make_config(), batch_of()
     settings = config.ppo.advantage
-    settings.overlong_penalty_tokens, settings.overlong_filter, settings.gamma = 4, True, 0.99
+    config.returns.overlong_penalty_tokens, config.returns.overlong_filter, config.returns.gamma = 4, True, 0.99
     settings.lam_critic = 1.0
     ppo = credit_of(config, batch, values_of(batch))
     settings.lam_critic = 0.5

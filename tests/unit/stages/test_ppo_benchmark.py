@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_vcppo.config.schema import ParallelConfig
+from megatron_vcppo.config import ParallelConfig
 from megatron_vcppo.run.rollout_store import read_rollouts
 from tests.helpers.recorded_run import record_run
 from tools.benchmarks.ppo import iteration_case, packing_case

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_vcppo.config.rl import RewardModelConfig
+from megatron_vcppo.config import RewardModelConfig
 from megatron_vcppo.data.rollout_batch import Packer
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Prompt, Rollout

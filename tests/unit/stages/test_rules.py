@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron_vcppo.config.rl import ValuePretrainConfig
+from megatron_vcppo.config import ValuePretrainConfig
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.stages.nonfinite import NonfiniteUpdates
 from megatron_vcppo.stages.prompt_sampler import unequal_groups

@@ -1,0 +1,126 @@
+"""The chain and its stages' settings; only the settings of stages in the chain are looked at."""
+
+from collections.abc import Iterator
+
+from megatron_vcppo.config.placement import uses_engines
+from megatron_vcppo.config.schema import Config
+
+
+def stages(config: Config) -> Iterator[str]:
+    """A chain of different stages."""
+    if not config.stages:
+        yield "stages is empty: set it to the stages to run, such as [sft, export]"
+    for stage in dict.fromkeys(config.stages):
+        if config.stages.count(stage) > 1:
+            yield f"stages names {stage} {config.stages.count(stage)} times: name it once"
+
+
+def fp8(config: Config) -> Iterator[str]:
+    """What 8-bit products need."""
+    model, cluster = config.model, config.cluster
+    if model.fp8 == "off":
+        return
+    if model.dtype != "bfloat16":
+        yield f"model.fp8 {model.fp8} needs model.dtype bfloat16, got {model.dtype}"
+    if model.layers == "torch":
+        yield f"model.fp8 {model.fp8} needs Transformer Engine's layers, but model.layers is torch"
+    if cluster.gpus_per_node == 0:
+        yield f"model.fp8 {model.fp8} needs GPUs, but cluster.gpus_per_node is 0: set model.fp8=off"
+
+
+def sft(config: Config) -> Iterator[str]:
+    """The warm-up ends within training."""
+    steps, warmup = config.sft.steps, config.sft.schedule.warmup_steps
+    if steps is not None and warmup > steps:
+        yield f"sft.schedule.warmup_steps {warmup} is more than sft.steps {steps}"
+
+
+def response_length(config: Config) -> Iterator[str]:
+    """rollout.max_tokens against the model's length and the overlong penalty."""
+    if not uses_engines(config):
+        return
+    longest, room = config.rollout.max_tokens, config.model.max_length
+    if longest >= room:
+        yield f"rollout.max_tokens {longest} leaves no room for a prompt: it must be below model.max_length {room}"
+    penalty = config.returns.overlong_penalty_tokens
+    if penalty > longest and not {"value_pretrain", "ppo"}.isdisjoint(config.stages):
+        yield f"returns.overlong_penalty_tokens {penalty} is more than rollout.max_tokens {longest}"
+
+
+def values(config: Config) -> Iterator[str]:
+    """Bounds of values are an interval."""
+    bounds, read = config.values.bounds, not {"value_pretrain", "ppo"}.isdisjoint(config.stages)
+    if read and bounds is not None and (len(bounds) != 2 or bounds[0] >= bounds[1]):
+        yield f"values.bounds must be two increasing numbers [low, high], got {bounds}"
+
+
+def value_pretrain(config: Config) -> Iterator[str]:
+    """The critic's start, and steps of whole prompts."""
+    if "value_pretrain" not in config.stages:
+        return
+    settings, num_samples = config.value_pretrain, config.rollout.num_samples
+    if settings.init == "checkpoint" and settings.checkpoint_path is None:
+        yield "value_pretrain.init checkpoint needs value_pretrain.checkpoint_path"
+    if settings.rollouts == "fresh" and settings.batch_size % num_samples:
+        yield (
+            f"value_pretrain.batch_size {settings.batch_size} must be a multiple of rollout.num_samples {num_samples}: "
+            "a step trains on whole prompts"
+        )
+
+
+def ppo(config: Config) -> Iterator[str]:
+    """The critic or the group baseline, sampling and minibatches."""
+    if "ppo" not in config.stages:
+        return
+    settings, num_samples = config.ppo, config.rollout.num_samples
+    baseline, critic = settings.advantage.baseline, settings.critic
+    if baseline == "critic":
+        if critic.init == "checkpoint" and critic.checkpoint_path is None:
+            yield "ppo.critic.init checkpoint needs ppo.critic.checkpoint_path"
+    else:
+        if num_samples < 2:
+            yield f"ppo.advantage.baseline {baseline} needs rollout.num_samples > 1, got {num_samples}"
+        if settings.critic_only_iterations:
+            yield (
+                f"ppo.critic_only_iterations {settings.critic_only_iterations} needs a critic, but "
+                f"ppo.advantage.baseline {baseline} has none: set it to 0"
+            )
+    if settings.dynamic_sampling and num_samples < 2:
+        yield f"ppo.dynamic_sampling needs rollout.num_samples > 1, got {num_samples}"
+    if settings.dynamic_sampling and settings.staleness:
+        yield (
+            f"ppo.staleness {settings.staleness} cannot be combined with ppo.dynamic_sampling, whose rounds depend on "
+            "each other: set ppo.staleness=0"
+        )
+    rollouts = settings.prompts_per_iteration * num_samples
+    if settings.minibatches > rollouts:
+        yield (
+            f"ppo.minibatches {settings.minibatches} is more than the {rollouts} rollouts of an iteration "
+            f"(ppo.prompts_per_iteration {settings.prompts_per_iteration} × rollout.num_samples {num_samples})"
+        )
+
+
+def adaptive_kl(config: Config) -> Iterator[str]:
+    """A target needs a KL term to adapt."""
+    loss = config.ppo.loss
+    if "ppo" in config.stages and loss.kl_target is not None and (loss.kl_coef == 0 or loss.kl_in != "loss"):
+        yield (
+            f"ppo.loss.kl_target {loss.kl_target:g} adapts a KL term in the loss: it needs ppo.loss.kl_coef > 0 "
+            f"(got {loss.kl_coef:g}) and ppo.loss.kl_in loss (got {loss.kl_in})"
+        )
+
+
+def evaluation(config: Config) -> Iterator[str]:
+    """Held-out problems, and k within the number of samples."""
+    every = config.ppo.evaluate_every if "ppo" in config.stages else 0
+    if "evaluate" not in config.stages and not every:
+        return
+    if config.prompts.test is None:
+        what = "stage evaluate" if "evaluate" in config.stages else f"ppo.evaluate_every {every}"
+        yield f"{what} needs held-out problems: set prompts.test"
+    for k in config.evaluate.k:
+        if k > config.evaluate.num_samples:
+            yield f"evaluate.k {k} is more than evaluate.num_samples {config.evaluate.num_samples}"
+
+
+CHAIN_RULES = (stages, fp8, sft, response_length, values, value_pretrain, ppo, adaptive_kl, evaluation)

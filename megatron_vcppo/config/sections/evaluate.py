@@ -1,0 +1,23 @@
+"""Section ``evaluate``."""
+
+from dataclasses import dataclass, field
+
+from megatron_vcppo.config.ranges import Fraction, NonNegativeFloat, PositiveInt
+
+
+@dataclass
+class EvaluateConfig:
+    """avg@k and pass@k on prompts.test."""
+
+    num_samples: PositiveInt = 1
+    """Responses per problem: n of the estimators."""
+    k: list[PositiveInt] = field(default_factory=lambda: [1])
+    """Values of k for pass@k; none above num_samples."""
+    num_prompts: PositiveInt | None = None
+    """Evaluate only the first N problems; null: all of them."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature of the evaluation; 0: greedy."""
+    top_p: Fraction = 1.0
+    """Nucleus sampling in the evaluation; 1: all tokens."""
+    checkpoints: dict[str, str] = field(default_factory=dict)
+    """name: Hugging Face folder, to be compared. Default: the results of the chain's stages."""

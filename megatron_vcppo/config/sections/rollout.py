@@ -1,0 +1,69 @@
+"""Section ``rollout``: vLLM engines and sampling."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_vcppo.config.ranges import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+@dataclass
+class EngineConfig:
+    """One vLLM engine, and how many of them a rollout node starts."""
+
+    per_node: PositiveInt = 1
+    """Engines per rollout node; each gets tp × dp GPUs."""
+    tp: PositiveInt = 1
+    """Tensor-parallel size of an engine."""
+    dp: PositiveInt = 1
+    """Data-parallel replicas inside an engine, behind one HTTP server."""
+    dtype: str | None = None
+    """Type of parameters and activations. Default: model.dtype."""
+    max_num_seqs: PositiveInt = 256
+    """Maximum number of responses that an engine generates concurrently."""
+    gpu_memory_utilization: Fraction = 0.9
+    """Fraction of a GPU's memory for weights and KV cache."""
+    cpu_cache_gib: PositiveInt = 1
+    """KV cache of each worker in GiB on a machine without GPUs."""
+    sleep_level: Literal[1, 2] = 2
+    """With cluster.engines_on trainer_gpus: what a sleeping engine does with its weights. 1: keep them in host memory.
+    2: discard them; this needs no host memory and no extra time, because weights are pushed after waking anyway."""
+    enforce_eager: bool = False
+    """Run without captured graphs: slower on GPUs, starts faster. Always on without GPUs."""
+    extra_args: list[str] = field(default_factory=list)
+    """Additional arguments of vLLM's server, as on its command line."""
+
+
+@dataclass
+class RolloutConfig:
+    """Generation of responses by vLLM servers on rollout nodes."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; log-probs are computed at it."""
+    max_tokens: PositiveInt = 1024
+    """Maximum length of a response in tokens; prompt and response together never exceed model.max_length."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a response, in addition to the model's end token. They slow down generation; prefer the end
+    token."""
+    num_samples: PositiveInt = 1
+    """Responses per prompt."""
+    top_p: Fraction = 1.0
+    """Nucleus sampling. Keep 1 in training: dropping the tail renormalizes log-probs over the kept tokens."""
+    top_k: NonNegativeInt = 0
+    """Sample from the k most likely tokens; 0: all. Keep 0 in training, for the same reason as top_p."""
+    ignore_eos: bool = False
+    """Continue past the end token, so that every training response has max_tokens: for measuring speed."""
+    start_timeout_s: PositiveFloat = 600.0
+    """An engine that does not answer within this many seconds after its start is killed and restarted."""
+    health_timeout_s: PositiveFloat = 30.0
+    """An engine that answers no health check for this many seconds is considered hung, killed and restarted."""
+    request_timeout_s: PositiveFloat = 1800.0
+    """A response that takes longer than this many seconds is withdrawn from its engine and sent to another."""
+    all_dead_timeout_s: PositiveFloat = 900.0
+    """Generation fails if no engine with current weights answers for this many seconds; must cover a restart and a
+    push."""
+    turn_timeout_s: PositiveFloat = 43200.0
+    """With cluster.engines_on trainer_gpus: maximum time in seconds for which a restarting engine waits for the end of
+    the trainer's turn on the GPUs; must be longer than an iteration."""
+    max_restarts: NonNegativeInt = 10
+    """Restarts of an engine within one attempt of the job; after that the rollout node fails."""

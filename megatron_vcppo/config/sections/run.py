@@ -1,0 +1,28 @@
+"""Section ``run``."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from omegaconf import MISSING
+
+from megatron_vcppo.config.ranges import NonNegativeInt, PositiveFloat, PositiveInt
+
+
+@dataclass
+class RunConfig:
+    """The run folder, and what applies to every stage."""
+
+    dir: str = MISSING
+    """Run folder; every stage writes below it. On a cluster it must be on the shared file system."""
+    seed: NonNegativeInt = 0
+    """Seed of data order, sampling and new heads. Two runs with the same seed and layout give the same numbers."""
+    wandb: Literal["online", "offline", "off"] = "off"
+    """Also log metrics to Weights & Biases; upload offline runs later with `wandb sync`."""
+    wandb_project: str = "megatron_vcppo"
+    """Project at Weights & Biases."""
+    timeout_s: PositiveFloat = 600.0
+    """Deadline in seconds of every collective and of every wait for another process; what takes longer is reported as
+    hung. An iteration consists of many of them and may take longer, and so may a save on request (docs/slurm.md)."""
+    skip_limit: PositiveInt = 5
+    """Stop the stage (after saving) once this many consecutive updates of one model were skipped for a non-finite loss
+    or gradient. Applies to every training stage."""
