@@ -26,7 +26,7 @@ from tests.distributed.test_ppo_update import build, make_config, make_rollouts,
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import RanksFailed, run_distributed_test
 
-VARIANT = {
+VARIANT: dict[str, Any] = {
     "ppo": {
         "loss": {"kl_coef": 0.05, "kl_in": "reward", "tis_cap": 2.0},
         "critic": {"updates_per_actor_update": 2, "value_clip": 0.05},

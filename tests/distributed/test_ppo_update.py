@@ -46,7 +46,7 @@ def make_config(folder: Path, ppo: dict[str, Any], **sections: Any) -> Config:
         "rollout": {"max_tokens": MAX_TOKENS, "temperature": 0.8, "num_samples": 2},
         "ppo": {"minibatches": 2, "ppo_epochs": 2, "optimizer": optimizer, "critic": {"optimizer": optimizer}},
     }
-    merged = OmegaConf.merge(OmegaConf.structured(Config), base, {"ppo": ppo, **sections})
+    merged = OmegaConf.merge(OmegaConf.structured(Config), base, {"ppo": ppo} | sections)
     return OmegaConf.to_object(merged)  # type: ignore[return-value]
 
 

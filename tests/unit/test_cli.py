@@ -42,7 +42,7 @@ def test_config_takes_the_cluster_of_a_run(capsys: pytest.CaptureFixture[str]) -
     printed = yaml.safe_load(capsys.readouterr().out)["cluster"]
     assert (printed["name"], printed["gpus_per_node"], printed["trainer_nodes"]) == ("example-h100", 8, 2)
     assert main(["config", recipe, *keys, "--cluster", "example"]) == 2
-    assert "--cluster example: no such profile; there are: local, devcluster," in capsys.readouterr().err
+    assert "--cluster example: no such profile; available: local, devcluster," in capsys.readouterr().err
 
 
 def test_explain_covers_every_key_and_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,10 +51,10 @@ def test_explain_covers_every_key_and_its_meaning(capsys: pytest.CaptureFixture[
     assert all(f"  {name}: " in text for name in all_keys())
     assert not [key.name for key in all_keys().values() if not key.doc], "keys without a text below them"
     assert "default None" not in text and "cluster.qos: text or null (default null)" in text
-    assert "  parallel.tp: a whole number (default 1)\n      Tensor-parallel ranks" in text
+    assert "  parallel.tp: a whole number in [1, inf) (default 1)\n      Tensor-parallel size" in text
     assert main(["config", "--explain", "sft.optimizer"]) == 0
     text = capsys.readouterr().out
-    assert "sft.optimizer.lr: a number (default 1e-05)" in text and "sft.train" not in text
+    assert "sft.optimizer.lr: a number in [0, inf) (default 1e-05)" in text and "sft.train" not in text
     assert main(["config", "--explain", "sft.optimizr"]) == 2
     assert "did you mean sft.optimizer?" in capsys.readouterr().err
 

@@ -68,7 +68,7 @@ def test_a_run_at_work_keeps_its_configuration(recipe: str, tmp_path: Path, caps
 
 def test_a_wrong_point_of_a_sweep_is_refused_before_the_first_starts(recipe: str, tmp_path: Path, capsys) -> None:
     assert main(["sweep", recipe, "sft.optimizer.lr=[0.1, fast]"]) == 2
-    assert "sft.optimizer.lr must be a number, got 'fast'" in capsys.readouterr().err
+    assert "sft.optimizer.lr must be a number in [0, inf), got 'fast'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

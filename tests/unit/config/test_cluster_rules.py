@@ -33,7 +33,9 @@ def error_of(config: Config) -> str:
 @pytest.mark.parametrize("name", ["", "5", "ib0,ib1", "ib 0", "^lo", "=eth0", "999.1.1.1", "fe80::1", "a/b", "a" * 16])
 def test_what_is_no_interface_is_refused_before_a_job_is_queued(config: Config, name: str, nodes: int) -> None:
     config.cluster.trainer_nodes, config.cluster.network_interface = nodes, name
-    expected = f"cluster.network_interface {name!r} is neither an interface such as ib0 nor an IPv4 address: name one"
+    expected = (
+        f"cluster.network_interface {name!r} is neither an interface such as ib0 nor an IPv4 address: set one name"
+    )
     assert error_of(config).startswith(expected)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.config import ClusterConfig, network
-from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.network import NodeNetwork, default_route_interface, listen, node_network
 from megatron_vcppo.config.node_environment import CACHES, node_environment, private_folder
 from megatron_vcppo.errors import UserError
@@ -102,12 +101,3 @@ def test_the_cache_is_the_users_own(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cluster\.node_cache: .*/file/x cannot be made: Not a directory"):
         private_folder(tmp_path / "file" / "x")
-
-
-def test_the_key_of_earlier_versions(tmp_path: Path) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text("rollout:\n  interface: lo\n")
-    load_config(file, complete=False)
-    file.write_text("rollout:\n  interface: ib0\n")
-    with pytest.raises(UserError, match=r"config\.yaml:2: rollout\.interface is no longer a key: .*network_interface"):
-        load_config(file, complete=False)

@@ -28,7 +28,8 @@ def test_the_table_leads_from_keys_that_are_gone_to_keys_that_are_there() -> Non
 
 @pytest.mark.parametrize("old", RENAMED)
 def test_a_value_under_an_old_name_is_taken_and_the_new_name_is_noted(old: str, tmp_path: Path) -> None:
-    file, notes = tmp_path / "c.yaml", []
+    file = tmp_path / "c.yaml"
+    notes: list[str] = []
     section, _, key = old.rpartition(".")
     text = f"{key}: {VALUES[old]}"
     for part in reversed(section.split(".")):
