@@ -36,7 +36,7 @@ VAPO = {
 
 def make_config(folder: Path, ppo: dict[str, Any], **sections: Any) -> Config:
     # A large eps: the division by the root of tiny second moments would magnify float32 noise in the weights.
-    optimizer = {"lr": 5e-4, "weight_decay": 0.1, "eps": 1e-5}
+    optimizer = {"lr": 5e-4, "weight_decay": 0.1, "beta1": 0.8, "eps": 1e-5}
     base = {
         "run": {"dir": str(folder), "seed": 3},
         "model": {"hf": str(folder), "dtype": "float32", "max_length": 64},

@@ -58,7 +58,7 @@ class Trainer:
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         vectors = [p for p in self.model.parameters() if p.dim() == 1]
         groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), eps=1e-5)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.8, 0.95), eps=1e-5)
         self.grad_norms: list[float] = []
         self.losses: list[float] = []
 

@@ -1,5 +1,6 @@
 """What can go wrong in stages that generate, beside live engines: each ends in one line, and nothing is lost."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -120,8 +121,11 @@ def test_a_verifier_that_hangs_costs_its_answers_and_is_shown(
     monkeypatch.syspath_prepend(str(tmp_path))
     lines = (task / "prompts_train.jsonl").read_text().splitlines()[:12]
     lines[3] = lines[3].replace("running_sum", "poetry")
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    renamed = [json.loads(line) for line in lines]
+    renamed = [{"q": row["prompt"], "a": row["answer"], "kind": row["task"]} for row in renamed]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, renamed)) + "\n")
     prompts = {"train": str(tmp_path / "prompts.jsonl"), "bad_samples": "skip", "verify_timeout_s": 0.5}
+    prompts |= {"prompt_key": "q", "answer_key": "a", "task_key": "kind", "test": None}
     prompts |= {"verifiers": {"running_sum": "own_verifiers:hangs"}, "verify_workers": 4}
     sections = {"prompts": prompts, "ppo": {**PPO, "iterations": 1}, "rollout": {"max_tokens": 200}}
     stage = Stage(node, make_config(task, tmp_path / "run", sections), "ppo")

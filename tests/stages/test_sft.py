@@ -262,22 +262,25 @@ def test_bad_samples_are_named_by_line(task: Path, tmp_path: Path) -> None:
     lines[2] = '{"prompt": "3 #1'
     lines[4] = json.dumps({"prompt": "1 #1", "response": " "})
     lines[6] = json.dumps({**long, "response": " ".join([long["response"]] * 40)})
+    lines[8] = json.dumps({"chat": [{"role": "user", "content": "no answer"}]})
+    text = "\n".join(lines).replace('"prompt"', '"question"').replace('"response"', '"solution"')
     bad = tmp_path / "bad.jsonl"
-    bad.write_text("\n".join(lines) + "\n")
+    bad.write_text(text + "\n")
     config = make_config(task, tmp_path / "run", ParallelConfig())
     config.sft.train, config.sft.validation, config.sft.steps = str(bad), None, 1
+    config.sft.prompt_key, config.sft.response_key, config.sft.messages_key = "question", "solution", "chat"
     config.sft.schedule.warmup_steps = 0
 
     code, text = run_alone(config, tmp_path / "output")
-    assert code == 2 and "Traceback" not in text and "3 bad samples" in text
-    for line, problem in ((3, "malformed"), (5, "empty response"), (7, "too long")):
+    assert code == 2 and "Traceback" not in text and "4 bad samples" in text
+    for line, problem in ((3, "malformed"), (5, "empty response"), (7, "too long"), (9, "empty response")):
         assert f"{bad}:{line}: {problem}" in text
     config.sft.bad_samples = "skip"
     code, text = run_alone(config, tmp_path / "output")
-    assert code == 0 and "12 samples, 9 used, 3 skipped" in text and f"1 × too long: {bad}:7" in text
+    assert code == 0 and "12 samples, 8 used, 4 skipped" in text and f"1 × too long: {bad}:7" in text
     config.run.dir, config.sft.bad_samples = str(tmp_path / "cut"), "truncate"
     code, text = run_alone(config, tmp_path / "output")
-    assert code == 0 and "12 samples, 10 used, 1 truncated, 2 skipped" in text
+    assert code == 0 and "12 samples, 9 used, 1 truncated, 3 skipped" in text
 
 
 def test_steps_that_are_not_finite_are_skipped_and_end_the_stage_saved(task: Path, tmp_path: Path) -> None:

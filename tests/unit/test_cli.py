@@ -59,6 +59,28 @@ def test_explain_covers_every_key_and_its_meaning(capsys: pytest.CaptureFixture[
     assert "did you mean sft.optimizer?" in capsys.readouterr().err
 
 
+def test_the_page_of_all_keys_is_the_newest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--explain", "--markdown"]) == 0
+    made, command = capsys.readouterr().out, "vcppo config --explain --markdown > docs/configuration.md"
+    assert command in made.splitlines()[2]
+    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == made, f"run: {command}"
+    assert all(f"| `{name.rpartition('.')[2]}` |" in made for name in all_keys())
+
+
+def test_config_names_a_critic_that_nothing_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vcppo = [str(CONFIGS / "demo" / "vcppo.yaml"), f"run.dir={tmp_path}"]
+    assert main(["config", *vcppo, "stages=[sft, ppo]"]) == 2
+    message = "ppo.critic.init value_pretrain needs stage value_pretrain, which is neither before ppo in stages (sft, ppo)"
+    assert message in capsys.readouterr().err
+
+
+def test_config_notes_an_old_name_beside_the_printed_yaml(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", DEMO, "ppo.skip_limit=7"]) == 0
+    captured = capsys.readouterr()
+    assert yaml.safe_load(captured.out)["run"]["skip_limit"] == 7
+    assert captured.err == "note: command line: ppo.skip_limit is now called run.skip_limit\n"
+
+
 def test_a_mistake_costs_one_line_and_exit_code_2() -> None:
     command = [sys.executable, "-m", "megatron_vcppo.cli", "config", DEMO, "sft.stepz=1"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)

@@ -1,0 +1,139 @@
+"""Keys that no other test sets: what each of them changes."""
+
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from megatron_vcppo.config import CodeRewardConfig, Config, ModelConfig, ParallelConfig
+from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.convert.importer import import_hf
+from megatron_vcppo.launch.local_chain import local_processes
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.model import build_critic
+from megatron_vcppo.records import Prompt
+from megatron_vcppo.rewards.registry import resolve_verifiers
+from megatron_vcppo.rollout.node import plan_slots
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.manifest import write_manifest
+from megatron_vcppo.run.metrics_log import MetricsLog
+from megatron_vcppo.slurm.submission import resolve_python
+from megatron_vcppo.stages import export
+from megatron_vcppo.stages.held_out import evaluation_prompts
+from megatron_vcppo.stages.ppo import Ppo
+from megatron_vcppo.stages.stage import mark_done
+from megatron_vcppo.weight_sync.push_plan import SINGLE
+from megatron_vcppo.weight_sync.rank_role import make_weight_sync
+from megatron_vcppo.weight_sync.transport import DiskTransport, NetworkTransport
+from tests.helpers.distributed import run_distributed_test
+from tests.helpers.tiny_models import save_tiny_model
+from tests.slurm.support import tiny_config
+
+
+def test_wandb_project_names_the_project(tmp_path: Path) -> None:
+    config = Config()
+    config.run.dir, config.run.wandb, config.run.wandb_project = str(tmp_path / "run"), "offline", "my-own-project"
+    with MetricsLog(tmp_path, config, "sft") as log:
+        log.log(1, {"sft/loss": 1.0})
+    (stored,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert b"my-own-project" in stored.read_bytes()
+
+
+def test_init_std_scales_a_new_head(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path)
+
+    def body() -> list[torch.Tensor]:
+        runtime.start(ParallelConfig(), 3, 60)
+        heads = []
+        for init_std in (0.02, 0.5):
+            runtime.seed_everything(3)
+            model = ModelConfig(hf=str(folder), dtype="float32", init_std=init_std)
+            heads.append(build_critic(Architecture.from_hf(folder), model, ParallelConfig()).value_head.weight.detach())
+        return heads
+
+    narrow, wide = run_distributed_test(body, 1)[0]
+    assert torch.allclose(wide, narrow * 25, rtol=1e-5) and float(narrow.abs().max()) > 0
+
+
+@pytest.mark.parametrize(("memory_mib", "correct"), [(64, False), (1024, True)])
+def test_memory_mib_limits_a_program(memory_mib: int, correct: bool) -> None:
+    verifier: Any = resolve_verifiers({}, CodeRewardConfig(isolation="none", memory_mib=memory_mib))["code"]
+    answer = json.dumps({"inputs": [""], "outputs": ["300000000\n"]})
+    verdict = verifier(Prompt("p", (1,), "", answer, "code"), "```python\nprint(len(bytes(300_000_000)))\n```")
+    verifier.close()
+    assert (verdict.reward > 0) == correct, verdict
+
+
+def test_engine_keys_reach_the_engines_command_environment_and_supervisor(tmp_path: Path) -> None:
+    config = Config()
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"head_dim": 64}')
+    engine = config.rollout.engine
+    engine.dp, engine.dtype, engine.cpu_cache_gib, engine.sleep_level = 2, "float32", 3, 1
+    engine.extra_args, config.rollout.max_restarts = ["--max-log-len", "7"], 4
+    (tmp_path / "rendezvous").mkdir()
+    (slot,) = plan_slots(config, model, tmp_path / "rendezvous", node=0)
+    command, environment = slot.launch(1234)
+    options = dict(itertools.pairwise(command))
+    assert (options["--data-parallel-size"], options["--dtype"]) == ("2", "float32")
+    assert command[-2:] == ["--max-log-len", "7"] and environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
+    assert (slot.sleep_level, slot.limits.max_restarts) == (1, 4)
+
+
+@pytest.mark.parametrize(("transport", "expected"), [("disk", DiskTransport), ("network", NetworkTransport)])
+def test_transport_chooses_how_weights_travel(transport: Any, expected: type, tmp_path: Path) -> None:
+    config = Config()
+    config.weight_sync.transport = transport
+    sync = make_weight_sync(config, tmp_path, SINGLE, torch.device("cpu"))
+    assert isinstance(sync.transport, expected)
+
+
+@pytest.mark.parametrize(("seen", "horizon", "expected"), [(0.2, 100.0, 0.104), (0.05, 50.0, 0.092), (0.1, 9.0, 0.1)])
+def test_kl_target_and_kl_horizon_move_the_coefficient(seen: float, horizon: float, expected: float) -> None:
+    """By at most 20 % per horizon, of which 20 rollouts are a part; the log has the coefficient that was used."""
+    settings = Config().ppo
+    settings.loss.kl_coef, settings.loss.kl_target, settings.loss.kl_horizon = 0.1, 0.1, horizon
+    ppo: Any = SimpleNamespace(settings=settings, reference=object(), kl_coef=0.1)
+    metrics = {"actor/kl_ref": seen}
+    Ppo.adapt_kl(ppo, metrics, 20)
+    assert ppo.kl_coef == pytest.approx(expected) and metrics["actor/kl_coef"] == 0.1
+    settings.loss.kl_target, ppo.kl_coef = None, 0.3
+    Ppo.adapt_kl(ppo, metrics, 20)
+    assert ppo.kl_coef == 0.3
+
+
+def test_num_prompts_is_the_number_of_problems_evaluated() -> None:
+    config, found = Config(), [Prompt(f"p{i}", (1,), "", "", "t") for i in range(5)]
+    config.prompts.test = "test.jsonl"
+    session: Any = SimpleNamespace(prompts=lambda source: found)
+    assert evaluation_prompts(config, session) == found
+    config.evaluate.num_prompts = 2
+    assert evaluation_prompts(config, session) == found[:2]
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(None, "F32"), ("bfloat16", "BF16")])
+def test_export_dtype(dtype: Any, stored: str, tmp_path: Path) -> None:
+    config = Config(stages=["sft", "export"])
+    config.run.dir, config.model.hf = str(tmp_path / "run"), str(save_tiny_model(tmp_path / "base"))
+    config.export.dtype, config.export.verify_logits = dtype, False
+    iteration = tmp_path / "run" / "sft" / "checkpoints" / "iter_0000003"
+    import_hf(Path(config.model.hf), iteration / "actor", 2, 1)
+    write_manifest(iteration, {"iteration": 3})
+    mark_done(tmp_path / "run" / "sft", checkpoint=iteration)
+    export.run(config)
+    with safe_open(tmp_path / "run" / "export" / "hf" / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {stored}  # noqa: SIM118
+
+
+def test_the_clusters_python_and_restarts_reach_the_roles(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, ("sft", "evaluate"))
+    config.cluster.python, config.cluster.rollout_restarts = "/opt/python", 3
+    units = local_processes(RunFolder(tmp_path), config, "evaluate", resolve_python(config))
+    assert {unit.command[0] for unit in units} == {"/opt/python"}
+    assert [unit.restarts for unit in units if unit.role == "rollout"] == [3]
