@@ -123,9 +123,10 @@ def test_a_verifier_that_hangs_costs_its_answers_and_is_shown(
     lines[3] = lines[3].replace("running_sum", "poetry")
     renamed = [json.loads(line) for line in lines]
     renamed = [{"q": row["prompt"], "a": row["answer"], "kind": row["task"]} for row in renamed]
+    del renamed[5]["kind"]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, renamed)) + "\n")
     prompts = {"train": str(tmp_path / "prompts.jsonl"), "bad_samples": "skip", "verify_timeout_s": 0.5}
-    prompts |= {"prompt_key": "q", "answer_key": "a", "task_key": "kind", "test": None}
+    prompts |= {"prompt_key": "q", "answer_key": "a", "task_key": "kind", "task": "running_sum", "test": None}
     prompts |= {"verifiers": {"running_sum": "own_verifiers:hangs"}, "verify_workers": 4}
     sections = {"prompts": prompts, "ppo": {**PPO, "iterations": 1}, "rollout": {"max_tokens": 200}}
     stage = Stage(node, make_config(task, tmp_path / "run", sections), "ppo")
@@ -137,6 +138,7 @@ def test_a_verifier_that_hangs_costs_its_answers_and_is_shown(
     assert {rollout.verdict for rollout in rollouts} <= {"timeout: 0.5 s", "truncated"}
     assert read_metrics(stage.folder)[0]["rollout/verifier_timeouts"] == len(late)
     assert text.count("warning: verifier: ") == len(late) and "1 × unknown task" in text
+    assert "12 samples, 11 used, 1 skipped" in text
 
 
 def test_an_actor_out_of_range_is_named(node: RolloutNode, task: Path, tmp_path: Path) -> None:

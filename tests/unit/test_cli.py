@@ -70,7 +70,9 @@ def test_the_page_of_all_keys_is_the_newest(capsys: pytest.CaptureFixture[str]) 
 def test_config_names_a_critic_that_nothing_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vcppo = [str(CONFIGS / "demo" / "vcppo.yaml"), f"run.dir={tmp_path}"]
     assert main(["config", *vcppo, "stages=[sft, ppo]"]) == 2
-    message = "ppo.critic.init value_pretrain needs stage value_pretrain, which is neither before ppo in stages (sft, ppo)"
+    message = (
+        "ppo.critic.init value_pretrain needs stage value_pretrain, which is neither before ppo in stages (sft, ppo)"
+    )
     assert message in capsys.readouterr().err
 
 

@@ -77,13 +77,14 @@ def test_engine_keys_reach_the_engines_command_environment_and_supervisor(tmp_pa
     engine = config.rollout.engine
     engine.dp, engine.dtype, engine.cpu_cache_gib, engine.sleep_level = 2, "float32", 3, 1
     engine.extra_args, config.rollout.max_restarts = ["--max-log-len", "7"], 4
+    config.rollout.turn_timeout_s = 77.0
     (tmp_path / "rendezvous").mkdir()
     (slot,) = plan_slots(config, model, tmp_path / "rendezvous", node=0)
     command, environment = slot.launch(1234)
     options = dict(itertools.pairwise(command))
     assert (options["--data-parallel-size"], options["--dtype"]) == ("2", "float32")
     assert command[-2:] == ["--max-log-len", "7"] and environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
-    assert (slot.sleep_level, slot.limits.max_restarts) == (1, 4)
+    assert (slot.sleep_level, slot.limits.max_restarts, slot.limits.turn_timeout_s) == (1, 4, 77.0)
 
 
 @pytest.mark.parametrize(("transport", "expected"), [("disk", DiskTransport), ("network", NetworkTransport)])

@@ -58,6 +58,18 @@ def test_an_interrupted_iteration_keeps_its_responses_only_under_the_same_settin
     assert stored_iterations(folder) == [1, 2, 3, 4]
 
 
+def test_an_origin_of_an_earlier_version_fits_and_renamed_keys_still_count(config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "rollouts"
+    config.returns.overlong_penalty_tokens, config.values.bounds = 4, [-2.0, 2.0]
+    claim(folder, origin_of(config, "ppo"), 0)
+    recorded = json.loads((folder / "origin.json").read_text())
+    assert recorded["ppo.advantage"]["overlong_penalty_tokens"] == 4 and recorded["ppo.critic"]["bounds"] == [-2.0, 2.0]
+    config.run.skip_limit = 99
+    assert differences(folder, origin_of(config, "ppo")) == []
+    config.returns.gamma, config.values.huber_delta = 0.5, 1.0
+    assert differences(folder, origin_of(config, "ppo")) == ["ppo.advantage", "ppo.critic"]
+
+
 def test_an_actor_is_known_by_its_weights(config: Config, tmp_path: Path) -> None:
     folder = tmp_path / "rollouts"
     made = origin_of(config, "value_pretrain")
