@@ -13,10 +13,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "sweep",
         description="One chain for every combination of key=[a, b] values, in run.dir/0, run.dir/1, …; called again, "
-        "it goes on with what is not done. vcppo sweep --results FOLDER prints the table.",
+        "it continues with the stages that are not done. vcppo sweep --results FOLDER prints the table.",
     )
     parser.add_argument("config", type=Path, nargs="?", help="configuration file (YAML)")
-    parser.add_argument("overrides", nargs="*", metavar="key=[a,b]", help="what varies; key=value for what does not")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=[a,b]", help="keys to vary; key=value: the same in every chain"
+    )
     parser.add_argument("--from", dest="first", metavar="STAGE", help="start every chain at this stage")
     add_base_argument(parser)
     parser.add_argument("--cluster", metavar="NAME", help="profile in configs/cluster/, a YAML file, or local")
@@ -25,7 +27,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Start the chains, or show what they gave."""
+    """Start the chains, or print their results."""
     from megatron_vcppo.config.sections.cluster import LOCAL
     from megatron_vcppo.errors import UserError
     from megatron_vcppo.launch.inherit import stages_to_take, take_stages

@@ -1,4 +1,4 @@
-"""This node's address and interface on the network of a run: the one reader of cluster.network_interface. No torch."""
+"""This node's address and interface on the network of a run; the only reader of cluster.network_interface. No torch."""
 
 import errno
 import ipaddress
@@ -17,7 +17,7 @@ LOOPBACK = "lo"
 
 @dataclass(frozen=True)
 class NodeNetwork:
-    """Where this node is reached: everything listens on ``address``, gloo and NCCL use ``interface``."""
+    """How other nodes reach this one: everything listens on ``address``; gloo and NCCL use ``interface``."""
 
     address: str
     """IPv4."""
@@ -25,11 +25,11 @@ class NodeNetwork:
 
 
 def node_network(cluster: ClusterConfig, environment: Mapping[str, str] = os.environ) -> NodeNetwork:
-    """This node's place on the run's network.
+    """This node's address and interface in the run's network.
 
-    cluster.network_interface decides if it is set. Default: the loopback interface where everything is on one node;
+    cluster.network_interface if it is set. Default: the loopback interface where everything is on one node;
     else the node's name in Slurm, if that is an IPv4 address; else the interface of the default route.
-    Raises UserError, one line with the node and what it has, if there is no such interface.
+    Raises UserError with the node's name and its interfaces if there is no such interface.
     """
     addresses = interface_addresses()
     wanted = cluster.network_interface
@@ -46,7 +46,7 @@ def node_network(cluster: ClusterConfig, environment: Mapping[str, str] = os.env
                 return NodeNetwork(wanted, interface)
     lacks = f"no IPv4 interface or address {wanted}" if wanted else "no default route"
     there = ", ".join(f"{interface} {address}" for interface, address in addresses.items()) or "none"
-    raise UserError(f"{name or socket.gethostname()}: {lacks}; there are: {there}; set cluster.network_interface")
+    raise UserError(f"{name or socket.gethostname()}: {lacks}; available: {there}; set cluster.network_interface")
 
 
 def num_nodes(cluster: ClusterConfig) -> int:
@@ -83,7 +83,7 @@ def is_address(text: str) -> bool:
 
 
 def is_loopback(interface: str) -> bool:
-    """True for the loopback interface and its addresses: what no other node can reach."""
+    """True for the loopback interface and its addresses, which no other node can reach."""
     return interface == LOOPBACK or (is_address(interface) and ipaddress.IPv4Address(interface).is_loopback)
 
 

@@ -1,4 +1,4 @@
-"""What a role sets up on its own node before it starts: gloo's and NCCL's network, node-local caches. No torch."""
+"""What a role sets up on its node before it starts: the network of gloo and NCCL, node-local caches. No torch."""
 
 import os
 import stat
@@ -17,12 +17,12 @@ CACHES = {
     "FLASHINFER_WORKSPACE_BASE": "flashinfer",
     "CUDA_CACHE_PATH": "cuda",
 }
-"""Variable → folder below cluster.node_cache. In a shared home directory many engines would lock and tear each other's
-compiled kernels, and load a network file system at every start."""
+"""Variable → folder below cluster.node_cache. In a shared home directory many engines would lock and overwrite each
+other's compiled kernels, and load a network file system at every start."""
 
 
 def node_environment(cluster: ClusterConfig, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables of a role on this node, without those that ``environment`` has; makes the folder of the caches.
+    """Environment variables of a role on this node, without those already set in ``environment``; makes the cache folder.
 
     Raises UserError if the node lacks the interface, or the folder cannot be made or belongs to someone else.
     """
@@ -34,12 +34,12 @@ def node_environment(cluster: ClusterConfig, environment: Mapping[str, str] = os
 
 
 def default_cache(environment: Mapping[str, str] = os.environ) -> Path:
-    """A folder of this user on the node's own disk: below $TMPDIR, or below /tmp."""
+    """A folder of this user on the node-local disk: below $TMPDIR, or below /tmp."""
     return Path(environment.get("TMPDIR") or tempfile.gettempdir()) / f"vcppo-cache-{os.getuid()}"
 
 
 def private_folder(path: Path) -> Path:
-    """Make the folder, readable by its user alone. UserError if that is not possible, or someone else made it."""
+    """Make the folder, readable only by its user. UserError if that is not possible, or if another user made it."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()

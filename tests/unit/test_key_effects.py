@@ -21,7 +21,6 @@ from megatron_vcppo.rewards.registry import resolve_verifiers
 from megatron_vcppo.rollout.node import plan_slots
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.manifest import write_manifest
-from megatron_vcppo.run.metrics_log import MetricsLog
 from megatron_vcppo.slurm.submission import resolve_python
 from megatron_vcppo.stages import export
 from megatron_vcppo.stages.held_out import evaluation_prompts
@@ -33,15 +32,6 @@ from megatron_vcppo.weight_sync.transport import DiskTransport, NetworkTransport
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.tiny_models import save_tiny_model
 from tests.slurm.support import tiny_config
-
-
-def test_wandb_project_names_the_project(tmp_path: Path) -> None:
-    config = Config()
-    config.run.dir, config.run.wandb, config.run.wandb_project = str(tmp_path / "run"), "offline", "my-own-project"
-    with MetricsLog(tmp_path, config, "sft") as log:
-        log.log(1, {"sft/loss": 1.0})
-    (stored,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    assert b"my-own-project" in stored.read_bytes()
 
 
 def test_init_std_scales_a_new_head(tmp_path: Path) -> None:

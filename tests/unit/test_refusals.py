@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.cli import main
+from megatron_vcppo.config.load import dump_config
 from megatron_vcppo.config.value_sources import CONFIGS
+from megatron_vcppo.launch.prepare import prepare
 from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.manifest import write_manifest
 from tests.slurm.support import tiny_model
 
 
@@ -29,19 +32,89 @@ cluster: {{name: big, trainer_nodes: 2, gpus_per_node: 4}}
 
 WRONG = {
     "parallel.tp=8": "parallel.tp 8 would span nodes: .* lower it to at most 4",
+    "sft.optimizer.beta2=1": r"command line: sft.optimizer.beta2 must be in \[0, 1\), got 1.0",
+    "stages=[sft,sft]": "stages names sft 2 times",
     "sft.train=/nowhere.jsonl": "sft.train: /nowhere.jsonl does not exist",
     "model.hf=/nowhere": "/nowhere",
-    "cluster.stage_time_limit_minutes.ppo=10": "names no stage of this chain: ppo",
+    "parallel.pp=4": "layers 2 are not divisible by pp 4",
+    "stages=[ppo] prompts.train={data}": "ppo.critic.init value_pretrain needs stage value_pretrain",
+    "cluster.gpu_memory_gib=0.1": "sft needs about . GiB per GPU",
+}
+"""Overrides → the one line that refuses them: rules between keys first, then what needs files."""
+STARTS = {
+    "run": ["run", "{recipe}"],
+    "submit": ["submit", "{recipe}"],
+    "dry run": ["submit", "{recipe}", "--dry-run"],
+    "sweep": ["sweep", "{recipe}", "run.seed=[0,1]"],
+    "last point of a sweep": ["sweep", "{recipe}"],
+    "resume": ["resume", "{run}"],
 }
 
 
+@pytest.mark.parametrize("where", ["local", "big"])
 @pytest.mark.parametrize("override", WRONG)
-@pytest.mark.parametrize("command", [["submit", "--dry-run"], ["sweep", "run.seed=[0,1]"], ["submit"]])
-def test_a_refusal_writes_no_run(command: list[str], override: str, recipe: str, tmp_path: Path, capsys) -> None:
-    assert main([command[0], recipe, override, *command[1:]]) == 2
+@pytest.mark.parametrize("start", STARTS)
+def test_every_command_refuses_the_same_before_it_writes_anything(
+    start: str, override: str, where: str, recipe: str, tmp_path: Path, capsys
+) -> None:
+    run = tmp_path / "run"
+    if start == "resume":
+        run.mkdir()
+        _, config = prepare(Path(recipe), [f"cluster.name={where}"])
+        (run / "config.yaml").write_text(dump_config(config))
+    before = sorted(run.rglob("*"))
+    overrides = override.format(data=tmp_path / "data.jsonl").split()
+    if start == "last point of a sweep":
+        key, _, value = overrides[0].partition("=")
+        good = {"parallel.tp": "1", "parallel.pp": "1", "sft.optimizer.beta2": "0.5", "stages": "[sft]"}.get(key, "")
+        good = good or {"sft.train": f"{tmp_path}/data.jsonl", "model.hf": f"{tmp_path}/model"}.get(key, "80")
+        overrides[0] = f"{key}=[{good}, {value}]"
+    command = [word.format(recipe=recipe, run=run) for word in STARTS[start]]
+    assert main([*command, *overrides, f"cluster.name={where}"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and ("--dry-run" not in command or re.search(WRONG[override], lines[0])), lines
-    assert not list(tmp_path.glob("run/**/config.yaml"))
+    assert len(lines) == 1 and re.search(WRONG[override], lines[0]), lines
+    assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("where", ["local", "big"])
+@pytest.mark.parametrize("override", [override for override in WRONG if "nowhere" not in override])
+def test_config_refuses_what_needs_no_files(override: str, where: str, recipe: str, tmp_path: Path, capsys) -> None:
+    overrides = override.format(data="x.jsonl").split()
+    refused = not {"parallel.pp", "cluster.gpu_memory_gib"} & {text.partition("=")[0] for text in overrides}
+    assert main(["config", recipe, *overrides, f"cluster.name={where}"]) == (2 if refused else 0)
+    assert not refused or re.search(WRONG[override], capsys.readouterr().err)
+
+
+def finished_run(folder: Path, recipe: str) -> RunFolder:
+    """A run whose SFT is done."""
+    run, config = prepare(Path(recipe), [f"run.dir={folder}"])
+    checkpoint = run.stage("sft") / "checkpoints" / "iter_0000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_text("x")
+    write_manifest(run.stage("sft"), {"checkpoint": "checkpoints/iter_0000001"})
+    run.config.write_text(dump_config(config))
+    return run
+
+
+@pytest.mark.parametrize("command", [["run"], ["submit"], ["submit", "--dry-run"], ["sweep", "run.seed=[0,1]"]])
+def test_stages_of_another_run_are_taken_only_once_nothing_is_refused(
+    command: list[str], recipe: str, tmp_path: Path, capsys
+) -> None:
+    base = finished_run(tmp_path / "base", recipe)
+    taken = [command[0], recipe, *command[1:], "--base", str(base.path), "--from", "export"]
+    for wrong in ("model.hf=/nowhere", "parallel.tp=8"):
+        assert main([*taken, wrong, "cluster.name=local"]) == 2
+    (base.stage("sft") / "manifest.json").unlink()
+    assert main([*taken, "cluster.name=local"]) == 2
+    assert "stage sft is not done there" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_takes_no_stages(recipe: str, tmp_path: Path) -> None:
+    base = finished_run(tmp_path / "base", recipe)
+    assert main(["submit", recipe, "--base", str(base.path), "--from", "export", "--dry-run"]) == 0
+    assert not (tmp_path / "run" / "sft").exists()
+    assert (tmp_path / "run" / "slurm" / "dry_run" / "export.sh").exists()
 
 
 @pytest.mark.parametrize("override", ["parallel.tp=8", "sft.optimizer.lr=0.5"])

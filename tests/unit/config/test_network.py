@@ -51,7 +51,7 @@ def test_the_key_is_a_name_or_an_address() -> None:
 
 
 def test_what_a_node_lacks_is_one_line_with_what_it_has(node: Path) -> None:
-    there = "there are: lo 127.0.0.1, eth0 10.1.0.7, ib0 10.2.0.7; set cluster.network_interface"
+    there = "available: lo 127.0.0.1, eth0 10.1.0.7, ib0 10.2.0.7; set cluster.network_interface"
     for wanted in ("ib7", "10.9.9.9"):
         with pytest.raises(UserError) as error:
             node_network(cluster(network_interface=wanted), {"SLURMD_NODENAME": "gpu7"})

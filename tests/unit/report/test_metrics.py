@@ -87,7 +87,7 @@ def test_online_without_a_key_is_the_users_to_mend(
 
 
 def test_offline_runs_keep_their_id_and_no_secret(tmp_path: Path, config: Config) -> None:
-    config.run.wandb = "offline"
+    config.run.wandb, config.run.wandb_project = "offline", "my-own-project"
     config.cluster.environment["PRIVATE"] = "do-not-publish"
     fill(tmp_path, config, 1, 2)
     identifier = (tmp_path / WANDB_ID_NAME).read_text()
@@ -95,7 +95,7 @@ def test_offline_runs_keep_their_id_and_no_secret(tmp_path: Path, config: Config
     assert (tmp_path / WANDB_ID_NAME).read_text() == identifier
     stored = sorted((tmp_path / "wandb").glob(f"offline-run-*/run-{identifier}.wandb"))
     assert len(stored) == 2
-    assert b"sft/loss" in stored[0].read_bytes()
+    assert b"sft/loss" in stored[0].read_bytes() and b"my-own-project" in stored[0].read_bytes()
     for folder, _, files in os.walk(tmp_path):
         for name in files:
             assert b"do-not-publish" not in (Path(folder) / name).read_bytes(), name
