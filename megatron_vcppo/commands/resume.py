@@ -11,7 +11,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Register the command."""
     parser = subparsers.add_parser(
         "resume",
-        description="Queue the stages of a run that are not done, or run them here; checkpoints are resharded to a changed layout.",
+        description="Queue the stages of a run that are not done, or run them here; checkpoints are resharded to "
+        "a changed layout.",
     )
     add_run_argument(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys to change, such as another layout")

@@ -17,7 +17,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("config", type=Path, nargs="?", help="configuration file (YAML)")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=[a,b]", help="keys to vary; key=value: the same in every chain"
+        "overrides", nargs="*", metavar="key=[a,b]", help="keys to vary; key=value: same for all chains"
     )
     parser.add_argument("--from", dest="first", metavar="STAGE", help="start every chain at this stage")
     add_base_argument(parser)

@@ -22,7 +22,7 @@ other's compiled kernels, and load a network file system at every start."""
 
 
 def node_environment(cluster: ClusterConfig, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Environment variables of a role on this node, without those already set in ``environment``; makes the cache folder.
+    """Variables of a role on this node, without those already set in ``environment``; makes the cache folder.
 
     Raises UserError if the node lacks the interface, or the folder cannot be made or belongs to someone else.
     """
