@@ -1,5 +1,7 @@
 """Keys of earlier versions, which stored configurations and users' files may hold."""
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 RENAMED = {
@@ -16,3 +18,20 @@ REMOVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "run.check_numerics": ((True, False), "PPO always checks; remove this line"),
 }
 """Old name → the values that are ignored, because stored configurations hold them, and advice for any other value."""
+
+
+def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested values of a stored configuration under the present names, without removed keys."""
+    renamed = copy.deepcopy(dict(values))
+    for old in (*RENAMED, *REMOVED):
+        *sections, key = old.split(".")
+        holder: Any = renamed
+        for section in sections:
+            holder = holder.get(section) if isinstance(holder, dict) else None
+        if not isinstance(holder, dict) or key not in holder:
+            continue
+        value = holder.pop(key)
+        if old in RENAMED:
+            section, name = RENAMED[old].split(".")
+            renamed.setdefault(section, {}).setdefault(name, value)
+    return renamed

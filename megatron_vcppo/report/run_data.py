@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from megatron_vcppo.algo.failure_signatures import Finding, diagnose
+from megatron_vcppo.config.old_keys import with_new_names
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.report.samples import Samples
 from megatron_vcppo.rewards.verifier import NO_ANSWER
@@ -75,6 +76,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{file}: cannot be read as YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(config, dict):
         raise UserError(f"{file}: not a configuration: it holds no keys")
+    config = with_new_names(config)
     environment = (config.get("cluster") or {}).get("environment")
     if environment:  # a user's variables are not for a page that is sent around
         config["cluster"]["environment"] = dict.fromkeys(environment, "(not shown)")
@@ -93,10 +95,7 @@ def worst_reward(config: dict[str, Any]) -> float | None:
     """The lowest return that a response can have; None if a KL divergence in the rewards leaves it open."""
     if setting(config, "ppo.loss.kl_coef") and setting(config, "ppo.loss.kl_in") == "reward":
         return None
-    penalty = setting(config, "returns.overlong_penalty_tokens")
-    if penalty is None:  # a run of an earlier version
-        penalty = setting(config, "ppo.advantage.overlong_penalty_tokens")
-    return NO_ANSWER.reward - bool(penalty)
+    return NO_ANSWER.reward - bool(setting(config, "returns.overlong_penalty_tokens"))
 
 
 def differences(runs: Sequence[RunData]) -> dict[str, list[Any]]:

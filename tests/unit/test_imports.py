@@ -93,6 +93,7 @@ def test_configuration_and_command_line_load_without_torch() -> None:
         "import sys, megatron_vcppo.cli, megatron_vcppo.records\n"
         "from megatron_vcppo.config.load import load_config\n"
         "load_config('configs/demo/sft.yaml', ['sft.steps=7', 'sft.schedule.warmup_steps=1'])\n"
+        "assert megatron_vcppo.cli.main(['config', 'configs/demo/sft.yaml']) == 0\n"
         "heavy = {'torch', 'numpy', 'megatron', 'vllm', 'transformers'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -7,9 +7,10 @@ import pytest
 from megatron_vcppo.config.checks import leaves
 from megatron_vcppo.config.keys import all_keys
 from megatron_vcppo.config.load import load_config
-from megatron_vcppo.config.old_keys import REMOVED, RENAMED
+from megatron_vcppo.config.old_keys import REMOVED, RENAMED, with_new_names
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.sweep_points import points
+from megatron_vcppo.report.run_data import read_config, worst_reward
 
 VALUES = {
     "ppo.skip_limit": 3,
@@ -89,3 +90,19 @@ def test_a_sweep_may_vary_a_list_under_its_old_name() -> None:
         ("ppo.critic.bounds=[-2.0, 2.0]",),
     ]
     assert not fixed
+
+
+def test_a_report_reads_stored_values_under_the_present_names(tmp_path: Path) -> None:
+    stored = {"run": {"check_numerics": True, "seed": 1}, "ppo": {"skip_limit": 4, "critic": {"bounds": [0, 1]}}}
+    assert with_new_names(stored) == {
+        "run": {"seed": 1, "skip_limit": 4},
+        "ppo": {"critic": {}},
+        "values": {"bounds": [0, 1]},
+    }
+    assert stored["ppo"]["skip_limit"] == 4, "the argument is left as it is"
+    assert with_new_names({"ppo": None, "stages": []}) == {"ppo": None, "stages": []}
+    for text in ("ppo: {advantage: {overlong_penalty_tokens: 4}}", "returns: {overlong_penalty_tokens: 4}"):
+        (tmp_path / "config.yaml").write_text(text)
+        assert worst_reward(read_config(tmp_path)) == -2.0
+    (tmp_path / "config.yaml").write_text("ppo: {}")
+    assert worst_reward(read_config(tmp_path)) == -1.0
