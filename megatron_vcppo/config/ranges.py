@@ -31,6 +31,7 @@ NonNegativeInt = Annotated[int, Range("[0, inf)")]
 PositiveFloat = Annotated[float, Range("(0, inf)")]
 NonNegativeFloat = Annotated[float, Range("[0, inf)")]
 Fraction = Annotated[float, Range("[0, 1]")]
+PositiveFraction = Annotated[float, Range("(0, 1]")]
 FiniteFloat = Annotated[float, Range("(-inf, inf)")]
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from megatron_vcppo.config.ranges import Fraction, NonNegativeFloat, PositiveInt
+from megatron_vcppo.config.ranges import NonNegativeFloat, PositiveFraction, PositiveInt
 
 
 @dataclass
@@ -17,7 +17,7 @@ class EvaluateConfig:
     """Evaluate only the first N problems; null: all of them."""
     temperature: NonNegativeFloat = 1.0
     """Sampling temperature of the evaluation; 0: greedy."""
-    top_p: Fraction = 1.0
+    top_p: PositiveFraction = 1.0
     """Nucleus sampling in the evaluation; 1: all tokens."""
     checkpoints: dict[str, str] = field(default_factory=dict)
     """name: Hugging Face folder, to be compared. Default: the results of the chain's stages."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_vcppo.config.ranges import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from megatron_vcppo.config.ranges import NonNegativeInt, PositiveFloat, PositiveFraction, PositiveInt
 
 
 @dataclass
@@ -20,7 +20,7 @@ class EngineConfig:
     """Type of parameters and activations. Default: model.dtype."""
     max_num_seqs: PositiveInt = 256
     """Maximum number of responses that an engine generates concurrently."""
-    gpu_memory_utilization: Fraction = 0.9
+    gpu_memory_utilization: PositiveFraction = 0.9
     """Fraction of a GPU's memory for weights and KV cache."""
     cpu_cache_gib: PositiveInt = 1
     """KV cache of each worker in GiB on a machine without GPUs."""
@@ -47,7 +47,7 @@ class RolloutConfig:
     token."""
     num_samples: PositiveInt = 1
     """Responses per prompt."""
-    top_p: Fraction = 1.0
+    top_p: PositiveFraction = 1.0
     """Nucleus sampling. Keep 1 in training: dropping the tail renormalizes log-probs over the kept tokens."""
     top_k: NonNegativeInt = 0
     """Sample from the k most likely tokens; 0: all. Keep 0 in training, for the same reason as top_p."""

@@ -1,6 +1,7 @@
 """Keys of earlier versions: stored configurations and users' files keep loading."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,7 +94,10 @@ def test_a_sweep_may_vary_a_list_under_its_old_name() -> None:
 
 
 def test_a_report_reads_stored_values_under_the_present_names(tmp_path: Path) -> None:
-    stored = {"run": {"check_numerics": True, "seed": 1}, "ppo": {"skip_limit": 4, "critic": {"bounds": [0, 1]}}}
+    stored: dict[str, Any] = {
+        "run": {"check_numerics": True, "seed": 1},
+        "ppo": {"skip_limit": 4, "critic": {"bounds": [0, 1]}},
+    }
     assert with_new_names(stored) == {
         "run": {"seed": 1, "skip_limit": 4},
         "ppo": {"critic": {}},
