@@ -97,6 +97,10 @@ def _is_literal(annotation: Any) -> bool:
     return typing.get_origin(annotation) is typing.Literal
 
 
+def _plural(annotation: Any) -> str:
+    return _type_text(annotation).replace("a whole number", "whole numbers").replace("a number", "numbers")
+
+
 def _type_text(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if allowed := range_of(annotation):
@@ -105,6 +109,8 @@ def _type_text(annotation: Any) -> str:
         return " | ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type_text(argument) for argument in arguments)
-    if origin is not None:
-        return f"a {origin.__name__} of {' to '.join(_type_text(argument) for argument in arguments)}"
+    if origin is list:
+        return f"a list of {_plural(arguments[0])}"
+    if origin is dict:
+        return f"a map from {_type_text(arguments[0])} to {_plural(arguments[1])}"
     return PLAIN_TYPES.get(annotation, str(annotation))

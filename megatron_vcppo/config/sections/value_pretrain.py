@@ -27,7 +27,7 @@ class ValuePretrainConfig:
     batch_size: PositiveInt = 512
     """Rollouts per step."""
     stop_when_stable: bool = False
-    """Stop before ``steps`` once explained variance and value loss have both changed by less than the tolerance between
+    """Stop before `steps` once explained variance and value loss have both changed by less than the tolerance between
     the last two windows."""
     stable_window: PositiveInt = 10
     """Steps averaged in a window."""
