@@ -6,8 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.checks import check_config
 from megatron_vcppo.config.load import load_config
+from megatron_vcppo.config.validation import check_config
 from megatron_vcppo.config.value_sources import CONFIGS
 from megatron_vcppo.errors import UserError
 

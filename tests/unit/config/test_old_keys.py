@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from megatron_vcppo.config.checks import leaves
 from megatron_vcppo.config.keys import all_keys
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.old_keys import REMOVED, RENAMED, with_new_names
+from megatron_vcppo.config.validation import leaves
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.sweep_points import points
 from megatron_vcppo.report.run_data import read_config, worst_reward
@@ -94,10 +94,8 @@ def test_a_sweep_may_vary_a_list_under_its_old_name() -> None:
 
 
 def test_a_report_reads_stored_values_under_the_present_names(tmp_path: Path) -> None:
-    stored: dict[str, Any] = {
-        "run": {"check_numerics": True, "seed": 1},
-        "ppo": {"skip_limit": 4, "critic": {"bounds": [0, 1]}},
-    }
+    stored: dict[str, Any] = {"run": {"check_numerics": True, "seed": 1}}
+    stored["ppo"] = {"skip_limit": 4, "critic": {"bounds": [0, 1]}}
     assert with_new_names(stored) == {
         "run": {"seed": 1, "skip_limit": 4},
         "ppo": {"critic": {}},

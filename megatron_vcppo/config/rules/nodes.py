@@ -1,4 +1,4 @@
-"""Keys of the section ``cluster`` that cannot work as written."""
+"""What the section ``cluster`` says of the nodes: their network, caches, containers, variables and time limits."""
 
 import re
 from collections.abc import Iterator
@@ -84,4 +84,4 @@ def time_limits(config: Config) -> Iterator[str]:
         )
 
 
-CLUSTER_RULES = (network, node_cache, container, python_path, secrets, time_limits)
+NODE_RULES = (network, node_cache, container, python_path, secrets, time_limits)

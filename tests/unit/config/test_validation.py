@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.checks import check_config
 from megatron_vcppo.config.placement import data_parallel_size, trainer_ranks
+from megatron_vcppo.config.validation import check_config
 from megatron_vcppo.errors import UserError
 
 

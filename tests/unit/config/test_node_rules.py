@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.checks import check_config
+from megatron_vcppo.config.validation import check_config
 from megatron_vcppo.errors import UserError
 
 
