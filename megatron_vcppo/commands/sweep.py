@@ -47,6 +47,10 @@ def run(args: argparse.Namespace) -> int:
         folder, config = prepare(args.config, overrides, args.cluster)
         stages = checked_stages(folder, config, args.first)
         chains.append((point, folder, config, stages, stages_to_take(folder, config, args.base, args.first)))
+    if any(config.cluster.name != LOCAL for _, _, config, _, _ in chains):
+        from megatron_vcppo.slurm.slurm_cli import check_slurm_installed
+
+        check_slurm_installed()
     write_points(parent, made)
     code = 0
     for point, folder, config, stages, taken in chains:

@@ -110,6 +110,17 @@ def test_stages_of_another_run_are_taken_only_once_nothing_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", [["submit"], ["sweep", "run.seed=[0,1]"]])
+def test_without_slurm_no_stage_is_taken(
+    command: list[str], recipe: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = finished_run(tmp_path / "base", recipe)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main([command[0], recipe, *command[1:], "--base", str(base.path), "--from", "export"]) == 2
+    assert "sbatch, srun, squeue, scontrol, scancel not on the path" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dry_run_takes_no_stages(recipe: str, tmp_path: Path) -> None:
     base = finished_run(tmp_path / "base", recipe)
     assert main(["submit", recipe, "--base", str(base.path), "--from", "export", "--dry-run"]) == 0
