@@ -2,10 +2,25 @@
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_vcppo.config import Config
 from megatron_vcppo.launch.prepare import add_base_argument
+from megatron_vcppo.launch.sweep_points import Point, points, read_points, write_points
 from megatron_vcppo.run.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One point of the sweep, checked."""
+
+    point: Point
+    run: RunFolder
+    config: Config
+    stages: list[str]
+    taken: list[Path]
+    """Finished stages of --base that it starts from."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -30,9 +45,8 @@ def run(args: argparse.Namespace) -> int:
     """Start the chains, or print their results."""
     from megatron_vcppo.config.sections.cluster import LOCAL
     from megatron_vcppo.errors import UserError
-    from megatron_vcppo.launch.inherit import stages_to_take, take_stages
+    from megatron_vcppo.launch.inherit import stages_to_take
     from megatron_vcppo.launch.prepare import checked_stages, prepare, print_note
-    from megatron_vcppo.launch.sweep_points import points, write_points
 
     if args.results:
         print(text_table(results(args.results)))
@@ -41,32 +55,38 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("vcppo sweep needs a configuration file and key=[a, b], or --results FOLDER")
     made, fixed = points(args.overrides)
     parent = prepare(args.config, [*fixed, *made[0].overrides], args.cluster, note=print_note)[0].path
-    chains = []  # all of them are checked before anything is written
-    for point in made:
+    chains = []
+    for point in made:  # all are checked before anything is written
         overrides = [*fixed, *point.overrides, f"run.dir={parent / point.name}"]
         folder, config = prepare(args.config, overrides, args.cluster)
         stages = checked_stages(folder, config, args.first)
-        chains.append((point, folder, config, stages, stages_to_take(folder, config, args.base, args.first)))
-    if any(config.cluster.name != LOCAL for _, _, config, _, _ in chains):
+        chains.append(Chain(point, folder, config, stages, stages_to_take(folder, config, args.base, args.first)))
+    if any(chain.config.cluster.name != LOCAL for chain in chains):
         from megatron_vcppo.slurm.slurm_cli import check_slurm_installed
 
         check_slurm_installed()
     write_points(parent, made)
-    code = 0
-    for point, folder, config, stages, taken in chains:
-        take_stages(folder, taken)
-        print(f"{point.name}: {' '.join(point.overrides)}", flush=True)
-        if config.cluster.name == LOCAL:
-            from megatron_vcppo.launch.local_chain import run_chain
-
-            code = max(code, run_chain(folder, config, stages))
-        else:
-            from megatron_vcppo.slurm.submission import resolve_python, submit
-
-            jobs = submit(folder, config, stages, resolve_python(config))
-            print("  " + (", ".join(f"{stage} {job}" for stage, job in jobs.items()) or "done before"))
+    code = max(start(chain) for chain in chains)
     print(f"results: vcppo sweep --results {parent}")
     return code
+
+
+def start(chain: Chain) -> int:
+    """Run one chain here, or queue it; returns the exit code."""
+    from megatron_vcppo.config.sections.cluster import LOCAL
+    from megatron_vcppo.launch.inherit import take_stages
+
+    take_stages(chain.run, chain.taken)
+    print(f"{chain.point.name}: {' '.join(chain.point.overrides)}", flush=True)
+    if chain.config.cluster.name == LOCAL:
+        from megatron_vcppo.launch.local_chain import run_chain
+
+        return run_chain(chain.run, chain.config, chain.stages)
+    from megatron_vcppo.slurm.submission import resolve_python, submit
+
+    jobs = submit(chain.run, chain.config, chain.stages, resolve_python(chain.config))
+    print("  " + (", ".join(f"{stage} {job}" for stage, job in jobs.items()) or "done before"))
+    return 0
 
 
 SHOWN_OF_PPO = ("rollout/accuracy", "rollout/length_mean", "critic/explained_variance")
@@ -76,7 +96,6 @@ def results(folder: Path) -> list[dict[str, object]]:
     """One row per chain: its values, the stage it is at, PPO's newest numbers (before PPO: that stage's), and what the
     evaluation found, in percent."""
     from megatron_vcppo.launch.prepare import open_run
-    from megatron_vcppo.launch.sweep_points import read_points
     from megatron_vcppo.slurm.chain_status import run_status
 
     rows = []
