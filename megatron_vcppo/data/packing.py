@@ -1,7 +1,7 @@
 """Sequences into packed micro-batches: which go together, who gets which, and the shift by one token.
 
 Packed means concatenated along one axis of T tokens, with segment borders in ``cu_seqlens`` and no padding between
-sequences, but what context parallelism asks for at their ends. The model's output at t predicts token t + 1 of the same
+sequences, but what context parallelism needs at their ends. The model's output at t predicts token t + 1 of the same
 segment, so every per-token field is moved one place to the left inside its segment here, once, and nowhere else.
 """
 
@@ -84,7 +84,7 @@ def pack(
     """Concatenate ``sequences[i] for i in sequence_index``; all have the same fields.
 
     multiple: T is rounded up to it by one dummy segment (sequence and context parallelism). segment_multiple: each
-    segment is rounded up to it by tokens at its end (context parallelism). ``context.rounding`` gives both. No
+    segment is rounded up to it by tokens at its end (context parallelism). ``context_split.rounding`` gives both. No
     sequences: only the dummy segment, with ``field_names`` as its fields, for a rank that has no work but must join the
     collectives.
     """
@@ -212,7 +212,12 @@ def _exchange(ranks: list[list[int]], loads: np.ndarray, costs: np.ndarray) -> N
 
 def round_up(value: int, multiple: int) -> int:
     """The least multiple of ``multiple`` that is not under ``value``."""
-    return -(-value // multiple) * multiple
+    return ceil_div(value, multiple) * multiple
+
+
+def ceil_div(value: int, divisor: int) -> int:
+    """value / divisor, rounded up."""
+    return -(-value // divisor)
 
 
 def _field_dtype(name: str) -> type:

@@ -24,13 +24,13 @@ Origin = dict[str, Any]
 def origin_of(config: Config, stage: str) -> Origin:
     """What decides which responses a stage gets to a prompt, and their rewards."""
     sampling = {name: getattr(config.rollout, name) for name in ("temperature", "top_p", "top_k", "max_tokens", "stop")}
-    keys = asdict(config.prompts)
+    prompts_config = asdict(config.prompts)
     for name in ("test", "bad_samples", "verify_workers"):
-        del keys[name]
+        del prompts_config[name]
     made: Origin = {"actor": identity(actor_before(config, stage) or Path(config.model.hf))}
     made |= {"model.max_length": config.model.max_length}
     made |= {f"rollout.{name}": value for name, value in sampling.items()}
-    made |= {f"prompts.{name}": value for name, value in keys.items()}
+    made |= {f"prompts.{name}": value for name, value in prompts_config.items()}
     if stage == "ppo":
         made |= {"run.seed": config.run.seed, "rollout.num_samples": config.rollout.num_samples}
         made |= {f"ppo.{name}": value for name, value in asdict(config.ppo).items() if name not in NO_EFFECT}
@@ -66,7 +66,7 @@ def differences(folder: Path, made: Origin) -> list[str]:
 
 
 def claim(folder: Path, made: Origin, reached: int) -> None:
-    """Say what makes the rollouts of a folder from now on; main rank.
+    """Record the provenance of this folder's rollouts and delete those that no longer match. Main rank only.
 
     Rollouts that something else made are dropped if they belong to iterations after ``reached``: an interrupted
     iteration is trained again on the responses that it had, but not on those of another policy.
@@ -77,7 +77,7 @@ def claim(folder: Path, made: Origin, reached: int) -> None:
     if later:
         print(
             f"{folder}: iterations {later[0]} to {later[-1]} were generated under other settings "
-            f"({', '.join(different)}): they are generated anew",
+            f"({', '.join(different)}): they are generated again",
             flush=True,
         )
     # Negative: evaluations within a stage, of an actor that other settings may no longer lead to.

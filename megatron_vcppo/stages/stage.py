@@ -1,16 +1,45 @@
-"""What every stage has: a folder, what came before it, and a manifest when it is done."""
+"""One start of one stage on this rank, what came before the stage, and its manifest when it is done."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.data.context_split import rounding
-from megatron_vcppo.data.rollout_batch import Packer
+from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.mcore.runtime import Runtime
+from megatron_vcppo.mcore import runtime
 from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from megatron_vcppo.run.startup import startup
 
 ACTOR_STAGES = ("sft", "ppo")
 """Stages that leave an actor for the next ones."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What every part of a stage needs to know."""
+
+    name: str
+    config: Config
+    folder: Path
+    """RUN/STAGE"""
+    runtime: runtime.Runtime
+
+    @property
+    def packer(self) -> Packer:
+        """How this rank's replica packs its shard of a batch."""
+        return Packer.of(self.config.parallel, self.config.model, self.runtime.dp_rank, self.runtime.dp_size)
+
+    def mark_done(self, checkpoint: Path | None = None, outputs: tuple[str, ...] = ()) -> None:
+        """Write the stage's manifest over its outputs; see ``mark_done``. Main rank only."""
+        mark_done(self.folder, checkpoint, outputs)
+
+
+def start_stage(config: Config, name: str) -> Stage:
+    """Join the other ranks; collective."""
+    folder = stage_folder(config, name)
+    joined = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    startup.done("groups")
+    return Stage(name, config, folder, joined)
 
 
 def stage_folder(config: Config, stage: str) -> Path:
@@ -18,13 +47,6 @@ def stage_folder(config: Config, stage: str) -> Path:
     folder = Path(config.run.dir) / stage
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def packer_of(config: Config, world: Runtime) -> Packer:
-    """How this rank's replica packs its share of a batch."""
-    parallel = config.parallel
-    multiple, segment_multiple = rounding(parallel, config.model)
-    return Packer(parallel.tokens_per_microbatch, multiple, world.dp_rank, world.dp_size, segment_multiple)
 
 
 def mark_done(folder: Path, checkpoint: Path | None = None, outputs: tuple[str, ...] = ()) -> None:
