@@ -7,7 +7,7 @@ from megatron_vcppo.data.context_split import rounding
 from megatron_vcppo.data.rollout_batch import Packer
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.runtime import Runtime
-from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from megatron_vcppo.run.folder import RunFolder, StageFolder
 
 ACTOR_STAGES = ("sft", "ppo")
 """Stages that leave an actor for the next ones."""
@@ -15,9 +15,7 @@ ACTOR_STAGES = ("sft", "ppo")
 
 def stage_folder(config: Config, stage: str) -> Path:
     """RUN/STAGE, made if it is not there."""
-    folder = Path(config.run.dir) / stage
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return RunFolder.of(config).stage(stage).make().path
 
 
 def packer_of(config: Config, world: Runtime) -> Packer:
@@ -28,26 +26,13 @@ def packer_of(config: Config, world: Runtime) -> Packer:
 
 
 def mark_done(folder: Path, checkpoint: Path | None = None, outputs: tuple[str, ...] = ()) -> None:
-    """Write the stage's manifest over its outputs: the last checkpoint and named files or folders. Main rank only."""
-    known = {}
-    meta = {}
-    only = list(outputs)
-    if checkpoint is not None:
-        name = checkpoint.relative_to(folder).as_posix()
-        only.append(name)
-        meta["checkpoint"] = name
-        known = {f"{name}/{file}": record for file, record in read_manifest(checkpoint)["files"].items()}
-    write_manifest(folder, meta, known=known, only=only)
+    """``StageFolder.mark_done`` of a stage's folder."""
+    StageFolder(folder).mark_done(checkpoint, outputs)
 
 
 def last_checkpoint(config: Config, stage: str, component: str) -> Path | None:
     """The component's folder in the final checkpoint of a finished earlier stage, None if it has not run."""
-    folder = Path(config.run.dir) / stage
-    if not (folder / MANIFEST_NAME).exists():
-        return None
-    meta = read_manifest(folder)["meta"]
-    path = folder / meta["checkpoint"] / component
-    return path if path.is_dir() else None
+    return RunFolder.of(config).stage(stage).last_checkpoint(component)
 
 
 def actor_before(config: Config, stage: str) -> Path | None:
