@@ -12,11 +12,11 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import dump_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.checks import check_inputs, check_layout, check_run_folder
-from megatron_vcppo.launch.prepare import write_config
 from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
 from megatron_vcppo.launch.save_timing import signal_margin_s
 from megatron_vcppo.launch.snapshot import take_snapshot
 from megatron_vcppo.run import events
+from megatron_vcppo.run.config_file import write_config
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.job import StageJob
 from megatron_vcppo.slurm.slurm_cli import (
@@ -105,7 +105,7 @@ def active_jobs(run: RunFolder) -> list[JobState]:
 
 def pending_stages(run: RunFolder, stages: list[str]) -> list[str]:
     """The stages that are not done, in order."""
-    return [stage for stage in stages if not run.done(stage)]
+    return [stage for stage in stages if not run.stage(stage).is_done()]
 
 
 def dry_run(run: RunFolder, config: Config, stages: list[str], programs: RoleCommands = ROLE_COMMANDS) -> Path:

@@ -21,7 +21,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "evaluation, curves, advantages by position, time per phase, sample rollouts, configuration. Several runs "
         "share the same plots.",
     )
-    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="run folder")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="left out: report.html, or comparison.html, in the first RUN"
     )
@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
     """Read, render, write, say where."""
     from megatron_vcppo.report.html import render
 
-    runs = read_runs(args.run_dirs)
-    out = args.out or args.run_dirs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
+    runs = read_runs(args.run_folders)
+    out = args.out or args.run_folders[0] / ("report.html" if len(runs) == 1 else "comparison.html")
     page = render(runs)
     write(out, page)
     print(f"{out}: {len(page.encode()) / 1000:,.0f} kB")

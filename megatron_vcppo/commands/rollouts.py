@@ -14,7 +14,7 @@ WIDTH = 110
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the command."""
     parser = subparsers.add_parser("rollouts", description=__doc__, help="read stored rollouts")
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder, or the folder of one of its stages")
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder, or the folder of one of its stages")
     parser.add_argument("--stage", default="ppo", help="stage whose rollouts are read (ppo)")
     parser.add_argument("--iteration", type=int, help="left out: the last one stored")
     parser.add_argument("--worst", type=int, default=5, metavar="K", help="how many to show (5)")
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the rollouts."""
     from megatron_vcppo.run.rollout_store import read_rollouts, stored_iterations
 
-    folder = find_folder(args.run_dir, args.stage)
+    folder = find_folder(args.run_folder, args.stage)
     known = stored_iterations(folder)
     if not known:
         raise UserError(f"{folder}: no rollouts are stored")

@@ -8,15 +8,16 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.launch.controller import SAVED, USER_ERROR_CODE, Outcome, RoleProcess, supervise
+from megatron_vcppo.launch.controller import Outcome, RoleProcess, supervise
 from megatron_vcppo.launch.save_timing import save_allowance_s
 from megatron_vcppo.run import events
+from megatron_vcppo.run.exit_codes import DONE, FAILED, SAVED, USER_ERROR
 from megatron_vcppo.run.folder import RunFolder
 
 
 def clear_rendezvous(run: RunFolder, stage: str) -> Path:
     """An empty folder, private to the user, without engines of an earlier attempt."""
-    folder = run.rendezvous(stage)
+    folder = run.stage(stage).rendezvous
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
     return folder
@@ -49,8 +50,8 @@ def run_stage(
 
     futile = 0
     while True:
-        reached = run.checkpoint_iteration(stage)
-        logs = run.next_attempt(stage)
+        reached = run.stage(stage).checkpoint_iteration()
+        logs = run.stage(stage).next_attempt()
         clear_rendezvous(run, stage)
         events.append(run.path, "attempt", stage=stage, attempt=logs.name, checkpoint=reached)
         started = time.time()
@@ -64,7 +65,7 @@ def run_stage(
             grace_s=config.cluster.stop_grace_s,
             say=say,
         )
-        for log in run.rendezvous(stage).glob("*.log"):
+        for log in run.stage(stage).rendezvous.glob("*.log"):
             shutil.move(log, logs / log.name)
         outcome = judge(run, stage, outcome)
         events.append(
@@ -78,12 +79,12 @@ def run_stage(
             seconds=round(time.time() - started, 1),
             leaving_s=outcome.leaving_s,
         )
-        if outcome.code in (0, SAVED):
+        if outcome.code in (DONE, SAVED):
             return outcome
         say(failure_text(stage, logs, outcome))
-        if outcome.code != USER_ERROR_CODE and not (save_requested() or abort_requested()) and node_lost():
+        if outcome.code != USER_ERROR and not (save_requested() or abort_requested()) and node_lost():
             return replace(outcome, node_lost=True)
-        gained = run.checkpoint_iteration(stage)
+        gained = run.stage(stage).checkpoint_iteration()
         futile = 0 if gained != reached else futile + 1
         stopping = save_requested() or abort_requested()
         if not outcome.killed or stopping or futile > config.cluster.crash_retries:
@@ -93,14 +94,14 @@ def run_stage(
 
 def judge(run: RunFolder, stage: str, outcome: Outcome) -> Outcome:
     """A trainer that left with 0 has done its stage only if the stage's manifest says so."""
-    if outcome.code != 0:
+    if outcome.code != DONE:
         return outcome
     try:
-        if run.done(stage, checksums=False):
+        if run.stage(stage).is_done(checksums=False):
             return outcome
     except UserError as error:
-        return Outcome(1, f"the trainer left with 0, but {str(error).splitlines()[0]}")
-    return Outcome(1, f"the trainer left with 0 but wrote no {run.stage(stage) / 'manifest.json'}")
+        return Outcome(FAILED, f"the trainer left with 0, but {str(error).splitlines()[0]}")
+    return Outcome(FAILED, f"the trainer left with 0 but wrote no {run.stage(stage).manifest}")
 
 
 def failure_text(stage: str, logs: Path, outcome: Outcome) -> str:

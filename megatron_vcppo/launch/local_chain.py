@@ -10,18 +10,19 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.network import node_network
 from megatron_vcppo.config.placement import engine_nodes
 from megatron_vcppo.launch.attempts import run_stage
-from megatron_vcppo.launch.controller import SAVED, USER_ERROR_CODE, RoleProcess
-from megatron_vcppo.launch.prepare import write_config
+from megatron_vcppo.launch.controller import RoleProcess
 from megatron_vcppo.launch.role_commands import (
     ROLE_COMMANDS,
     RoleCommands,
-    free_port,
     role_environment,
     starts_engines,
     trainer_layout,
 )
 from megatron_vcppo.run import events
+from megatron_vcppo.run.config_file import write_config
+from megatron_vcppo.run.exit_codes import DONE, SAVED, USER_ERROR
 from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.processes import free_port
 
 
 def local_processes(
@@ -80,12 +81,12 @@ def run_chain(run: RunFolder, config: Config, stages: list[str], programs: RoleC
         write_config(run, config)
         for number, stage in enumerate(stages, 1):
             head = f"[{number}/{len(stages)}] {stage}:"
-            if run.done(stage):
+            if run.stage(stage).is_done():
                 say(f"{head} done before, skipped")
                 continue
             nodes, ranks_per_node = trainer_layout(config, stage)
             ranks = "1 rank" if nodes * ranks_per_node == 1 else f"{nodes * ranks_per_node} ranks"
-            say(f"{head} starting on {ranks}, logs in {run.next_attempt(stage)}")
+            say(f"{head} starting on {ranks}, logs in {run.stage(stage).next_attempt()}")
             started = time.monotonic()
             outcome = run_stage(
                 *(run, config, stage, lambda _, stage=stage: local_processes(run, config, stage, programs)),
@@ -94,14 +95,14 @@ def run_chain(run: RunFolder, config: Config, stages: list[str], programs: RoleC
                 say=say,
             )
             seconds = time.monotonic() - started
-            if outcome.code == 0:
+            if outcome.code == DONE:
                 say(f"{head} done in {seconds:.1f} s")
                 continue
             if outcome.code == SAVED:
                 say(f"{head} saved after {seconds:.1f} s; the same command goes on from there")
             else:
-                hint = "mend it and run the same command again" if outcome.code == USER_ERROR_CODE else "see the log"
+                hint = "mend it and run the same command again" if outcome.code == USER_ERROR else "see the log"
                 say(f"{head} failed after {seconds:.1f} s: {outcome.cause}; {hint}")
             return outcome.code
     events.append(run.path, "chain_done", stages=stages)
-    return 0
+    return DONE

@@ -11,8 +11,6 @@ and the number of samples seen.
 
 import functools
 import json
-import os
-import re
 import shutil
 import sys
 import time
@@ -39,12 +37,13 @@ from megatron_vcppo.mcore.checkpoint_writer import ComponentSave
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.offload import check_resident
-from megatron_vcppo.run.manifest import read_manifest, sync_folder, verify_manifest, write_manifest
+from megatron_vcppo.run.files import move, remove, sync, write_text
+from megatron_vcppo.run.folder import iteration_name, iteration_of
+from megatron_vcppo.run.manifest import read_manifest, verify_manifest, write_manifest
 from megatron_vcppo.run.watchdog import deadline
 
 TENSORS_NAME = "tensors.safetensors"
 ASIDE = ".replaced"
-_COMPLETE = re.compile(r"iter_(\d{7,})$")
 
 
 @dataclass(frozen=True)
@@ -103,15 +102,14 @@ class CheckpointFolder:
             check_resident(learner.storages())
         self.finish()
         started = time.time()
-        temporary = self.folder / f".iter_{iteration:07d}.tmp"
+        temporary = self.folder / f".{iteration_name(iteration)}.tmp"
         if self.runtime.is_main:
             shutil.rmtree(temporary, ignore_errors=True)  # left by a save that a signal or a full disk cut short
             for name in components:
                 (temporary / name).mkdir(parents=True, exist_ok=True)
             if tensors:
                 save_file(dict(tensors), temporary / TENSORS_NAME)
-                with open(temporary / TENSORS_NAME, "rb") as file:
-                    os.fsync(file.fileno())
+                sync(temporary / TENSORS_NAME)
         dist.barrier()
         self.temporary = temporary
         meta = {"iteration": iteration, "components": sorted(components), "config_hash": self.config_hash}
@@ -212,7 +210,7 @@ class CheckpointFolder:
                 copy_small_files(self.hf_files, temporary / name / "hf")
                 inside = {k.removeprefix(f"{name}/"): v for k, v in known.items() if k.startswith(f"{name}/")}
                 write_manifest(temporary / name, self._meta(learner, iteration), known=inside)
-            (temporary / "state.json").write_text(content)
+            write_text(temporary / "state.json", content)
             write_manifest(temporary, {"iteration": iteration}, known=known)
             files = [path for path in temporary.glob("*/__*") if path.is_file()]
             background_s = max((path.stat().st_mtime for path in files), default=started) - started
@@ -249,7 +247,7 @@ class CheckpointFolder:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Folders that carry a final name; whether they are undamaged is the manifest's to say."""
-    return [path for path in folder.glob("iter_*") if _COMPLETE.match(path.name)] if folder.is_dir() else []
+    return [path for path in folder.glob("*") if iteration_of(path.name) is not None]
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
@@ -260,28 +258,25 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     """
     aside = final.with_name(f".{final.name}{ASIDE}")
     if final.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(final, aside)
-        sync_folder(final.parent)
-    os.replace(temporary, final)
-    sync_folder(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
+        move(final, aside)
+    move(temporary, final)
+    remove(aside)
 
 
 def _restore_replaced(folder: Path) -> None:
     """Bring back a checkpoint that was moved aside for one that never came, because a kill fell between."""
-    for aside in folder.glob(f".iter_*{ASIDE}"):
+    for aside in folder.glob(f".*{ASIDE}"):
         final = folder / aside.name.removeprefix(".").removesuffix(ASIDE)
         if not final.exists():
-            os.replace(aside, final)
-            sync_folder(folder)
+            move(aside, final)
 
 
 def _remove(checkpoint: Path) -> None:
     """Take the final name away first: what a kill leaves half removed is no checkpoint."""
     leftover = checkpoint.with_name(f".{checkpoint.name}.old")
-    os.replace(checkpoint, leftover)
-    shutil.rmtree(leftover, ignore_errors=True)
+    move(checkpoint, leftover)
+    remove(leftover)
 
 
 def load_learner(learner: Learner, folder: Path, weights: bool = True) -> None:

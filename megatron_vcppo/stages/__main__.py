@@ -15,13 +15,17 @@ def main() -> int:
     from megatron_vcppo.config.load import load_config
     from megatron_vcppo.config.node_environment import node_environment
     from megatron_vcppo.errors import UserError
+    from megatron_vcppo.run import log
+    from megatron_vcppo.run.exit_codes import DONE, SAVED, USER_ERROR
     from megatron_vcppo.run.startup import startup
-    from megatron_vcppo.stages.stopping import SAVED, Saved, stopping
+    from megatron_vcppo.stages.stopping import Saved, stopping
 
     parser = argparse.ArgumentParser(prog="python -m megatron_vcppo.stages", description=__doc__)
     parser.add_argument("stage")
     parser.add_argument("--config", required=True)
     arguments = parser.parse_args()
+    rank = int(os.environ.get("RANK", "0"))
+    log.configure("trainer", rank)
     stopping.listen()
     try:
         config = load_config(arguments.config)
@@ -31,12 +35,12 @@ def main() -> int:
         stage.run(config)
     except UserError as error:
         print(f"vcppo: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return USER_ERROR
     except Saved as saved:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{arguments.stage}: {saved}", flush=True)
+        if rank == 0:
+            log.say(f"{arguments.stage}: {saved}")
         return SAVED
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

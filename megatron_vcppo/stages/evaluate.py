@@ -1,7 +1,5 @@
 """pass@k and avg@k of what the chain's stages left, or of any Hugging Face checkpoints, side by side."""
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,14 @@ from megatron_vcppo.mcore.export_stream import stream_hf
 from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.model import ActorModel, build_actor
 from megatron_vcppo.records import Rollout
+from megatron_vcppo.run.files import write_json
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.log import say
 from megatron_vcppo.run.startup import startup
 from megatron_vcppo.stages.held_out import evaluation_prompts, evaluation_rollouts, scores
 from megatron_vcppo.stages.provenance import claim, origin_of_evaluation
 from megatron_vcppo.stages.rollout_session import BatchNumber, RolloutSession
-from megatron_vcppo.stages.stage import ACTOR_STAGES, Stage, last_checkpoint, start_stage
+from megatron_vcppo.stages.stage import ACTOR_STAGES, Stage, start_stage
 from megatron_vcppo.stages.stopping import Saved, stopping
 
 
@@ -50,8 +51,8 @@ def run(config: Config) -> None:
                     raise Saved(f"asked to stop: {version} of {len(found)} checkpoints are evaluated") from None
             results.append({"name": name, **scores(rollouts, config.evaluate.k)})
             if stage.runtime.is_main:
-                startup.finish(stage.folder)
-                print(table(results[-1:], header=version == 0), flush=True)
+                startup.finish(stage.folder.path)
+                say(f"{name}:\n{table(results[-1:], header=version == 0)}")
     if stage.runtime.is_main:
         write_results(stage, results)
     runtime.stop()
@@ -74,11 +75,9 @@ def generate(
 
 def write_results(stage: Stage, results: list[dict[str, Any]]) -> None:
     """The file, the table, the manifest; main rank."""
-    temporary = stage.folder / ".results.json.tmp"
-    temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    os.replace(temporary, stage.folder / "results.json")
-    print(table(results), flush=True)
-    stage.mark_done(outputs=("results.json",))
+    write_json(stage.folder.results, results)
+    say(f"results:\n{table(results)}")
+    stage.folder.mark_done(outputs=(stage.folder.results.name,))
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def candidates(config: Config) -> dict[str, Candidate]:
         return {name: Candidate(Path(path), True) for name, path in chosen.items()}
     found: dict[str, Candidate] = {}
     for stage in config.stages:
-        checkpoint = last_checkpoint(config, stage, "actor") if stage in ACTOR_STAGES else None
+        checkpoint = RunFolder.of(config).stage(stage).last_checkpoint("actor") if stage in ACTOR_STAGES else None
         if checkpoint is not None:
             found[stage] = Candidate(checkpoint, False)
     return found or {Path(config.model.hf).name: Candidate(Path(config.model.hf), True)}

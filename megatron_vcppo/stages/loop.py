@@ -24,6 +24,7 @@ from megatron_vcppo.config.training import CheckpointConfig
 from megatron_vcppo.errors import Stopped
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder
 from megatron_vcppo.mcore.learner import Learner
+from megatron_vcppo.run.log import say
 from megatron_vcppo.run.metrics_log import MetricsLog
 from megatron_vcppo.run.progress import Progress
 from megatron_vcppo.run.startup import startup
@@ -109,7 +110,7 @@ class TrainLoop:
         self.timer = PhaseTimer()
         self.partial: PartialStep | None = None
         """Of the step under way: what a stop within it saves."""
-        self.checkpoints = CheckpointFolder(stage.folder / "checkpoints", stage.config, checkpoint)
+        self.checkpoints = CheckpointFolder(stage.folder.checkpoints, stage.config, checkpoint)
         self.resumed = self.checkpoints.resume(learners)
         self.step = 0
         """Complete steps."""
@@ -144,7 +145,7 @@ class TrainLoop:
         self._state = self._current_state()
         if stage.runtime.is_main:
             every_s = 0.0 if self.step_name == "iteration" else 10.0
-            self._log = MetricsLog(stage.folder, stage.config, stage.name, self.step, self.total_steps)
+            self._log = MetricsLog(stage.folder.path, stage.config, stage.name, self.step, self.total_steps)
             self._progress = Progress(stage.name, self.total_steps, self.step, self.unit, every_s)
         return self
 
@@ -171,7 +172,8 @@ class TrainLoop:
             self._log.close()
             self._progress.close()
             # More steps than total_steps were done if they were lowered before this resume.
-            self.stage.mark_done(checkpoint=self.stage.folder / "checkpoints" / f"iter_{self.step:07d}")
+            folder = self.stage.folder
+            folder.mark_done(checkpoint=folder.checkpoint(self.step))
 
     def end(self) -> None:
         """No step after the one under way, or none at all before the first."""
@@ -204,7 +206,7 @@ class TrainLoop:
         if self._log is None or self._progress is None:
             return
         self._log.log(self.step + 1, {**metrics, **stopping.metrics(self.checkpoints.save_time_s)})
-        startup.finish(self.stage.folder)
+        startup.finish(self.stage.folder.path)
         self._progress.update(self.step + 1, count, shown)
         if warning:
             self.warn(warning)
@@ -212,7 +214,7 @@ class TrainLoop:
     def warn(self, text: str) -> None:
         """Print a warning about the step under way, on the main rank."""
         if self.stage.runtime.is_main:
-            print(f"warning: {self.step_name} {self.step + 1}: {text}", flush=True)
+            say(f"warning: {self.step_name} {self.step + 1}: {text}")
 
     @property
     def _is_done(self) -> bool:

@@ -1,9 +1,8 @@
 """PPO with decoupled GAE and a pretrained critic: the iteration of VC-PPO (arXiv 2503.01491, Algorithm 1)."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from math import isfinite
 
 from torch import Tensor
 
@@ -23,6 +22,8 @@ from megatron_vcppo.mcore.export_stream import stream_hf
 from megatron_vcppo.mcore.learner import Actor, Critic, Learner, Reference
 from megatron_vcppo.records import Rollout
 from megatron_vcppo.report.run_data import worst_reward
+from megatron_vcppo.run.files import append_json_line
+from megatron_vcppo.run.log import say
 from megatron_vcppo.run.metrics_log import cut_back, read_history
 from megatron_vcppo.run.startup import startup
 from megatron_vcppo.stages.advantage_batch import END_OF_THINKING, compute_advantages
@@ -245,10 +246,9 @@ class Ppo:
         if unfinished is None or unfinished.fits(batch, self.config.ppo, self.config.run.seed):
             return unfinished
         if self.session.runtime.is_main:
-            print(
+            say(
                 f"note: iteration {self.loop.step + 1} was interrupted after {unfinished.num_updates} optimizer steps "
-                "on other rollouts or under other settings: it begins again, with the weights of these steps",
-                flush=True,
+                "on other rollouts or under other settings: it begins again, with the weights of these steps"
             )
         return None
 
@@ -322,18 +322,18 @@ class Diagnosis:
 
     def __init__(self, stage: Stage, loop: TrainLoop) -> None:
         self.loop, self.is_main = loop, stage.runtime.is_main
-        self.path, self.worst_reward = stage.folder / "profiles.jsonl", worst_reward(asdict(stage.config))
+        self.path, self.worst_reward = stage.folder.profiles, worst_reward(asdict(stage.config))
         self.history: list[dict[str, float]] = []
         if self.is_main:
-            self.history = read_history(stage.folder)
+            self.history = read_history(stage.folder.path)
             cut_back(self.path, loop.step)
 
-    def add(self, iteration: int, metrics: dict[str, float], profiles: Mapping[str, Any]) -> None:
+    def add(self, iteration: int, metrics: dict[str, float], profiles: Mapping[str, Sequence[float | None]]) -> None:
         """An iteration that was logged."""
         if not self.is_main:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": iteration, **profiles}) + "\n")
+        finite = {name: [x if x is not None and isfinite(x) else None for x in row] for name, row in profiles.items()}
+        append_json_line(self.path, {"iteration": iteration, **finite})
         self.history.append({"iteration": iteration, **metrics})
         for text in warnings_of(self.history, self.worst_reward):
             self.loop.warn(text)

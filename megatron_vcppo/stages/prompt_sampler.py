@@ -8,6 +8,7 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.data.prompts import PromptStream
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.rollout.seeds import training_sampling
+from megatron_vcppo.run.log import say
 from megatron_vcppo.stages.rollout_session import BatchNumber, PendingRollouts, RolloutSession
 
 
@@ -96,11 +97,10 @@ class PromptSampler:
             if not missing:
                 break
         if missing and self.session.runtime.is_main:
-            print(
+            say(
                 f"warning: iteration {iteration}: {missing} of {wanted} prompts are missing after {rounds} rounds of "
                 "dynamic sampling: all their samples got equal rewards"
-                + ("" if kept else "; the last round is trained on as it is"),
-                flush=True,
+                + ("" if kept else "; the last round is trained on as it is")
             )
         return kept or drawn
 

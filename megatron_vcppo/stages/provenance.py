@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.run.files import write_json
+from megatron_vcppo.run.log import say
 from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest
 from megatron_vcppo.run.rollout_store import drop_partial, partial_iterations, stored_iterations
 from megatron_vcppo.run.stored_set import FILE_NAME as SET_NAME
@@ -75,10 +76,9 @@ def claim(folder: Path, made: Origin, reached: int) -> None:
     different = differences(folder, made)
     later = [iteration for iteration in stored_iterations(folder) if iteration > reached] if different else []
     if later:
-        print(
+        say(
             f"{folder}: iterations {later[0]} to {later[-1]} were generated under other settings "
-            f"({', '.join(different)}): they are generated again",
-            flush=True,
+            f"({', '.join(different)}): they are generated again"
         )
     # Negative: evaluations within a stage, of an actor that other settings may no longer lead to.
     for iteration in partial_iterations(folder) if different else []:
@@ -89,6 +89,4 @@ def claim(folder: Path, made: Origin, reached: int) -> None:
             path.unlink()
     if different:
         (folder / SET_NAME).unlink(missing_ok=True)
-    temporary = folder / f".{ORIGIN_NAME}.tmp"
-    temporary.write_text(json.dumps(made, indent=1), encoding="utf-8")
-    os.replace(temporary, folder / ORIGIN_NAME)
+    write_json(folder / ORIGIN_NAME, made)

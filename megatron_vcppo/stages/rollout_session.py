@@ -23,6 +23,7 @@ from megatron_vcppo.rewards.registry import check_answer, isolation_of_code, res
 from megatron_vcppo.rewards.scorer import Scorer
 from megatron_vcppo.rollout.client import RequestId, RolloutClient
 from megatron_vcppo.rollout.messages import Sampling
+from megatron_vcppo.run.log import say
 from megatron_vcppo.run.rollout_store import drop_partial, read_partial, read_rollouts, write_partial, write_rollouts
 from megatron_vcppo.run.startup import startup
 from megatron_vcppo.run.stored_set import needs_engines, rollouts_folder
@@ -102,7 +103,7 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
                 f"{config.model.hf}, which engines refuse"
             )
         self.tokenizer = load_tokenizer(config.model.hf)
-        rendezvous = stage.folder / "rendezvous"
+        rendezvous = stage.folder.rendezvous
         self.gpus: SharedGpus | None = None
         """Where the engines have the trainer's GPUs."""
         if engine_placement(config) == "trainer_gpus":
@@ -224,7 +225,7 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         parts = self.sync.exchange((scored or [], self.scorer.take_problems() if self.scorer else []))
         if self.runtime.is_main:
             for problem in (problem for _, problems in parts for problem in problems):
-                print(f"warning: verifier: {problem}", flush=True)
+                say(f"warning: verifier: {problem}")
         order = {prompt.prompt_id: place for place, prompt in enumerate(pending.prompts)}
         rollouts = [rollout for part, _ in parts for rollout in part]
         return sorted(rollouts, key=lambda rollout: (order[rollout.prompt.prompt_id], rollout.sample_index))
@@ -324,9 +325,9 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         )
         isolation = isolation_of_code(self.verifiers, {prompt.task for prompt in prompts})
         if self.runtime.is_main:
-            print(report, flush=True)
+            say(str(report))
             if isolation:
-                print(f"programs of the model are run under isolation: {isolation}", flush=True)
+                say(f"programs of the model are run under isolation: {isolation}")
         self._prompts[source] = prompts
         return prompts
 

@@ -13,6 +13,7 @@ from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore.export_stream import stream_hf
 from megatron_vcppo.mcore.model import ActorModel
 from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.run.log import say
 from megatron_vcppo.run.rollout_store import read_rollouts, stored_iterations
 from megatron_vcppo.run.startup import startup
 from megatron_vcppo.run.stored_set import StoredSet, stored_set
@@ -125,10 +126,9 @@ class StoredRollouts:
         if not wanted.is_complete and (wanted.is_own or not stored_iterations(wanted.folder)):
             claim(wanted.folder, made, 0)
         elif different:
-            print(
+            say(
                 f"warning: {wanted.folder} was made under other settings ({', '.join(different)}): its returns are not "
-                "those of this actor; without the folder, the set is made again",
-                flush=True,
+                "those of this actor; without the folder, the set is made again"
             )
 
     def _load_or_make(self, wanted: StoredSet, fresh: FreshRollouts) -> list[Rollout]:

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.schema import SftConfig
@@ -17,6 +16,8 @@ from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.learner import Actor, StepResult
 from megatron_vcppo.mcore.model import ActorModel, build_actor
 from megatron_vcppo.records import TrainSequence
+from megatron_vcppo.run.folder import StageFolder
+from megatron_vcppo.run.log import say
 from megatron_vcppo.run.progress import Progress
 from megatron_vcppo.run.startup import startup
 from megatron_vcppo.stages.loop import TrainLoop
@@ -58,12 +59,13 @@ def base_actor(config: Config) -> ActorModel:
     return model
 
 
-def num_steps(settings: SftConfig, num_samples: int, say: bool) -> int:
-    """Optimizer steps in all; the last batch is filled from the epoch after. say: print that warm-up takes all."""
+def num_steps(settings: SftConfig, num_samples: int, is_main: bool) -> int:
+    """Optimizer steps in all; the last batch is filled from the epoch after. A warm-up that is longer is
+    reported on the main rank."""
     total = settings.steps or math.ceil(settings.epochs * num_samples / settings.batch_size)
     warmup = settings.schedule.warmup_steps
-    if warmup > total and say:
-        print(f"note: {total} steps end within sft.schedule.warmup_steps {warmup}", flush=True)
+    if warmup > total and is_main:
+        say(f"note: {total} steps end within sft.schedule.warmup_steps {warmup}")
     return total
 
 
@@ -101,7 +103,7 @@ def validate(actor: Actor, dataset: SftDataset, packer: Packer) -> dict[str, flo
     return metrics | {"time/validation_s": time.monotonic() - started}
 
 
-def load_datasets(config: Config, folder: Path) -> tuple[SftDataset, SftDataset | None]:
+def load_datasets(config: Config, folder: StageFolder) -> tuple[SftDataset, SftDataset | None]:
     """Training and validation examples; collective."""
     settings = config.sft
     train = shared_dataset(config, folder, settings.train, "train")
@@ -110,9 +112,9 @@ def load_datasets(config: Config, folder: Path) -> tuple[SftDataset, SftDataset 
     return train, validation
 
 
-def shared_dataset(config: Config, folder: Path, source: str, name: str) -> SftDataset:
+def shared_dataset(config: Config, folder: StageFolder, source: str, name: str) -> SftDataset:
     """Tokenize once, on the main rank, into RUN/sft/data; every rank maps the arrays. Collective."""
-    path = folder / "data" / name
+    path = folder.data(name)
 
     def tokenize(beat: Callable[[], None]) -> None:
         keys = SftKeys(config.sft.prompt_key, config.sft.response_key, config.sft.messages_key)
@@ -129,7 +131,7 @@ def shared_dataset(config: Config, folder: Path, source: str, name: str) -> SftD
             dataset, report = load_sft_dataset(
                 source, tokenizer, config.model.max_length, config.sft.bad_samples, keys, on_progress=on_progress
             )
-        print(report, flush=True)
+        say(str(report))
         dataset.save(path)
 
     runtime.on_main(tokenize, f"tokenizing {source}")

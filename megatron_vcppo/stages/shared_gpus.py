@@ -33,7 +33,7 @@ class SharedGpus:
         """Raises UserError if the layout and weight_sync do not go together."""
         config, runtime = stage.config, stage.runtime
         self.config = config
-        num_nodes, rendezvous = config.cluster.trainer_nodes, stage.folder / "rendezvous"
+        num_nodes, rendezvous = config.cluster.trainer_nodes, stage.folder.rendezvous
         node, local_rank = divmod(runtime.rank, runtime.world_size // num_nodes)
         self.is_local_main = local_rank == 0
         self.node = NodeFolder(rendezvous, node)

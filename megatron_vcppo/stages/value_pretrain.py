@@ -11,6 +11,7 @@ from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.rollout_batch import RolloutBatch, make_batch
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.learner import Critic, StepResult
+from megatron_vcppo.run.log import say
 from megatron_vcppo.run.startup import startup
 from megatron_vcppo.stages.advantage_batch import episode_rewards, reward_statistics, trained_mask
 from megatron_vcppo.stages.initial_models import starting_critic
@@ -56,7 +57,7 @@ def run(config: Config) -> None:
                 if fit.stopping_reason:
                     loop.end()
             if stage.runtime.is_main:
-                print(f"value_pretrain: stopped after step {loop.step}: {fit.stopping_reason}", flush=True)
+                say(f"value_pretrain: stopped after step {loop.step}: {fit.stopping_reason}")
     runtime.stop()
 
 

@@ -116,14 +116,14 @@ def test_a_kill_while_a_checkpoint_takes_the_place_of_another_leaves_one_of_them
         _, actor, _, _ = build(config)
         checkpoints = checkpoint_folder(folder, Path(config.model.hf))
         checkpoints.save(3, {"actor": actor}, {"save": 1}, {"x": torch.ones(2)})
-        replace = os.replace
+        move = checkpoint_module.move
 
         def kill_before_the_new_one(source: Path, target: Path) -> None:
-            if kill and Path(source).name == ".iter_0000003.tmp":
+            if kill and source.name == ".iter_0000003.tmp":
                 os.kill(os.getpid(), signal.SIGKILL)
-            replace(source, target)
+            move(source, target)
 
-        checkpoint_module.os.replace = kill_before_the_new_one  # type: ignore[assignment]
+        checkpoint_module.move = kill_before_the_new_one
         checkpoints.save(3, {"actor": actor}, {"save": 2}, {"x": torch.zeros(2)})
         return resumed_state(checkpoints, actor)
 

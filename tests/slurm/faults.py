@@ -91,15 +91,15 @@ def suffer(cluster: DevCluster, run: RunFolder, config: Config, fault: Fault) ->
     repeated = 0
     once = list(range(1, steps + 1))
     for stage in stages:
-        assert run.done(stage, checksums=True)
+        assert run.stage(stage).is_done()
         assert result(run, stage) == {"trained": once, "total": sum(once)}, stage
-        repeated += len(run.metrics(stage)) - steps
-    attempts = sum(len(run.attempts(stage)) for stage in stages)
+        repeated += len(run.stage(stage).recent_metrics()) - steps
+    attempts = sum(len(run.stage(stage).attempts()) for stage in stages)
     return {"wall_s": round(wall_s, 1), "attempts": attempts, "iterations_repeated": repeated}
 
 
 def wait_for_checkpoint(run: RunFolder, stage: str, seconds: float = 90) -> None:
-    wait_until(lambda: run.checkpoint_iteration(stage), f"a checkpoint of {stage}", seconds)
+    wait_until(lambda: run.stage(stage).checkpoint_iteration(), f"a checkpoint of {stage}", seconds)
 
 
 def kill_processes(mark: str, variable: str) -> int:
@@ -123,7 +123,7 @@ def kill_trainer_rank(cluster: DevCluster, run: RunFolder, config: Config) -> No
 
 def kill_rollout_server(cluster: DevCluster, run: RunFolder, config: Config) -> None:
     wait_for_checkpoint(run, "ppo")
-    published = run.rendezvous("ppo") / "engine_0.json"
+    published = run.stage("ppo").rendezvous / "engine_0.json"
     assert kill_processes("tests.slurm.tiny_rollout", f"SLURM_STEP_NODELIST={cluster.node_names[2]}") == 1
     wait_until(lambda: '"generation": 1' in published.read_text(), "the rollout unit to come back", 30)
 
@@ -185,7 +185,7 @@ def fail_for_good(cluster: DevCluster, run: RunFolder, config: Config) -> None:
     assert [states[job].state for job in jobs.values()] == ["FAILED", "CANCELLED"]
     text = table(run_status(run, config))
     assert "data.jsonl:7: sample has no response" in text and f"mend it, then vcppo resume {run.path}" in text
-    assert len(run.attempts("sft")) == 1
+    assert len(run.stage("sft").attempts()) == 1
     config.sft.train = "unused"
     write_config(config)
     submit(run, config, list(config.stages), TINY)

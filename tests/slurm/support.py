@@ -66,7 +66,7 @@ def processes_with(text: str) -> list[str]:
 
 
 def result(run: RunFolder, stage: str = "sft") -> dict:
-    return json.loads((run.stage(stage) / "result.json").read_text())
+    return json.loads((run.stage(stage).path / "result.json").read_text())
 
 
 def cluster_config(folder: Path, stages: tuple[str, ...], steps: int = 6) -> Config:

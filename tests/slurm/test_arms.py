@@ -11,7 +11,6 @@ from megatron_vcppo.launch.inherit import take_stages
 from megatron_vcppo.launch.local_chain import local_processes
 from megatron_vcppo.launch.sweep_points import points, write_points
 from megatron_vcppo.run.folder import RunFolder
-from megatron_vcppo.run.manifest import write_manifest
 from megatron_vcppo.run.stored_set import stored_set
 from megatron_vcppo.slurm.srun import stage_nodes
 from tests.slurm.support import tiny_config, tiny_model, units_on, write_config
@@ -68,11 +67,11 @@ def test_a_sweeps_table_says_what_came_out(tmp_path: Path) -> None:
     config.prompts.test = "test.jsonl"
     run = write_config(config)
     for stage in ("ppo", "evaluate"):
-        (run.stage(stage) / "logs" / "attempt_1").mkdir(parents=True)
+        (run.stage(stage).logs / "attempt_1").mkdir(parents=True)
     record = {"iteration": 9, "rollout/accuracy": 0.75, "critic/explained_variance": 0.25, "critic/value_loss": 1.0}
-    (run.stage("ppo") / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    run.stage("ppo").metrics.write_text(json.dumps(record) + "\n")
     found = [{"name": "sft", "avg": 0.4, "avg_interval": 0.04}, {"name": "ppo", "avg": 0.85, "avg_interval": 0.03}]
-    (run.stage("evaluate") / "results.json").write_text(json.dumps(found))
+    run.stage("evaluate").results.write_text(json.dumps(found))
     first, second = results(tmp_path)
     assert first["rollout/accuracy"] == 0.75 and "critic/value_loss" not in first
     assert first["avg of sft"] == "40.0 ± 4.0" and first["avg of ppo"] == "85.0 ± 3.0" and first["stage"] == "evaluate"
@@ -81,12 +80,12 @@ def test_a_sweeps_table_says_what_came_out(tmp_path: Path) -> None:
 
 def finish(run: RunFolder, stage: str, size: int = 100_000) -> None:
     """A stage as it is when it is done: a checkpoint, a log, and what only belongs to that attempt."""
-    checkpoint = run.stage(stage) / "checkpoints" / "iter_0000001"
+    checkpoint = run.stage(stage).checkpoint(1)
     checkpoint.mkdir(parents=True)
     (checkpoint / "weights").write_bytes(bytes(size))
-    (run.stage(stage) / "rendezvous").mkdir()
-    (run.stage(stage) / "metrics.jsonl").write_text('{"iteration": 1}\n')
-    write_manifest(run.stage(stage), {"checkpoint": "checkpoints/iter_0000001"}, only=["checkpoints/iter_0000001"])
+    run.stage(stage).rendezvous.mkdir()
+    run.stage(stage).metrics.write_text('{"iteration": 1}\n')
+    run.stage(stage).mark_done(checkpoint=checkpoint)
 
 
 def test_a_run_begins_with_the_stages_of_another(tmp_path: Path) -> None:
@@ -104,12 +103,12 @@ def test_a_run_begins_with_the_stages_of_another(tmp_path: Path) -> None:
     finish(base, "ppo")
     take_stages(run, config, base.path, "ppo")
     take_stages(run, config, base.path, "ppo")
-    assert run.done("sft") and run.done("value_pretrain") and not run.stage("ppo").exists()
+    assert run.stage("sft").is_done() and run.stage("value_pretrain").is_done() and not run.stage("ppo").path.exists()
     weights = "checkpoints/iter_0000001/weights"
-    assert (run.stage("sft") / weights).samefile(base.stage("sft") / weights)
-    assert not (run.stage("sft") / "metrics.jsonl").samefile(base.stage("sft") / "metrics.jsonl")
-    assert not (run.stage("sft") / "rendezvous").exists()
-    (run.stage("value_pretrain") / "manifest.json").unlink()
+    assert (run.stage("sft").path / weights).samefile(base.stage("sft").path / weights)
+    assert not run.stage("sft").metrics.samefile(base.stage("sft").metrics)
+    assert not run.stage("sft").rendezvous.exists()
+    run.stage("value_pretrain").manifest.unlink()
     with pytest.raises(UserError, match="was begun here"):
         take_stages(run, config, base.path, "ppo")
     config.model.hf = str(tiny_model(tmp_path / "another"))

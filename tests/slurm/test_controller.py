@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcppo.launch.controller import SAVED, RoleProcess, first_death, supervise
+from megatron_vcppo.launch.controller import RoleProcess, first_death, supervise
 from megatron_vcppo.launch.role_commands import role_environment
+from megatron_vcppo.run.exit_codes import SAVED
 from tests.slurm.support import processes_with, tiny_config, wait_until
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vcppo.commands.arguments import chosen_stages
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.local_chain import run_chain
 from megatron_vcppo.run import events
-from megatron_vcppo.run.folder import RunFolder, chosen_stages
+from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.chain_status import run_status, table
 from tests.slurm.conftest import TINY
 from tests.slurm.support import processes_with, result, tiny_config, wait_until, write_config
@@ -26,8 +27,8 @@ def test_a_chain_runs_once_is_then_skipped_and_damage_is_reported(tiny_run: tupl
     assert result(run)["trained"] == [1, 2, 3, 4, 5, 6] and result(run)["total"] == 21
     assert run_chain(run, config, ["sft"], TINY) == 0
     assert "[1/1] sft: done before, skipped" in capsys.readouterr().out
-    assert len(run.attempts("sft")) == 1
-    next(run.stage("sft").glob("checkpoints/iter_0000006/weights.bin")).write_bytes(b"short")
+    assert len(run.stage("sft").attempts()) == 1
+    (run.stage("sft").checkpoint(6) / "actor" / "weights.bin").write_bytes(b"short")
     with pytest.raises(UserError, match=r"weights\.bin: 5 bytes, should be 1000"):
         run_chain(run, config, ["sft"], TINY)
 
@@ -40,7 +41,7 @@ def test_a_killed_rank_costs_at_most_the_work_since_the_checkpoint(tiny_run: tup
     write_config(config)
 
     def kill_rank_one() -> None:
-        wait_until(lambda: run.checkpoint_iteration("sft"), "a checkpoint")
+        wait_until(lambda: run.stage("sft").checkpoint_iteration(), "a checkpoint")
         for line in processes_with(str(run.config)):
             pid = int(line.split()[0])
             environment = Path(f"/proc/{pid}/environ").read_bytes() if "-S" not in line else b""
@@ -64,7 +65,7 @@ def test_bad_data_ends_the_chain_with_code_2(tiny_run: tuple[RunFolder, Config],
     text = table(run_status(run, config))
     assert "failed" in text and f"sample has no response; mend it, then vcppo resume {run.path}" in text
     assert "data.jsonl:7: sample has no response" in capsys.readouterr().out
-    assert len(run.attempts("sft")) == 1
+    assert len(run.stage("sft").attempts()) == 1
 
 
 @pytest.mark.slow
@@ -85,7 +86,7 @@ def test_term_saves_and_the_next_call_goes_on(tmp_path: Path) -> None:
         sys.exit(run_chain(run, config, ["sft"], TINY))
     """
     chain = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
-    wait_until(lambda: len(run.metrics("sft")) > 2, "iterations")
+    wait_until(lambda: len(run.stage("sft").recent_metrics()) > 2, "iterations")
     status = run_status(run, config)[0]
     assert (status.state, status.note) == ("running", "on this machine") and status.total == 200 and status.eta_s
     with pytest.raises(UserError, match="another vcppo run or submit is at work"):
@@ -93,7 +94,7 @@ def test_term_saves_and_the_next_call_goes_on(tmp_path: Path) -> None:
     chain.send_signal(signal.SIGTERM)
     out = chain.communicate(timeout=60)[0]
     assert chain.returncode == 75 and "sft: saved after" in out
-    saved = run.checkpoint_iteration("sft")
+    saved = run.stage("sft").checkpoint_iteration()
     assert saved and saved >= 3 and not processes_with(str(run.config))
     config.sft.steps = saved + 2
     write_config(config)

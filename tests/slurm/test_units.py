@@ -127,9 +127,9 @@ def test_an_image_has_an_interpreter_of_its_own(tmp_path: Path) -> None:
 
 
 def log_records(run: RunFolder, records: list[dict[str, float]]) -> None:
-    run.stage("ppo").mkdir(exist_ok=True)
+    run.stage("ppo").make()
     text = "".join(json.dumps({"iteration": n} | record) + "\n" for n, record in enumerate(records, 1))
-    (run.stage("ppo") / "metrics.jsonl").write_text(text)
+    run.stage("ppo").metrics.write_text(text)
 
 
 def test_a_save_gets_what_pieces_of_work_and_saves_were_measured_to_need(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_the_status_says_how_long_a_save_is_given(tmp_path: Path) -> None:
 def test_whatever_a_start_leaves_to_the_next_is_progress(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", ("ppo",))
     run = write_config(config)
-    rollouts, checkpoints = run.stage("ppo") / "rollouts", run.stage("ppo") / "checkpoints"
+    rollouts, checkpoints = run.stage("ppo").rollouts, run.stage("ppo").checkpoints
 
     def start() -> None:
         events.append(run.path, "job", stage="ppo", job="7", progress=progress(run, config, "ppo"))

@@ -19,12 +19,12 @@ from megatron_vcppo.config.rollout import WeightSyncConfig
 from megatron_vcppo.rollout.messages import CACHE, WEIGHTS
 from megatron_vcppo.rollout.node_folder import TRAINER, NodeFolder, weights_path
 from megatron_vcppo.rollout.rendezvous import engines
+from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import partial_iterations
 from megatron_vcppo.stages import ppo as ppo_module
 from megatron_vcppo.stages import rollout_session
 from megatron_vcppo.stages.shared_gpus import SharedGpus
-from megatron_vcppo.stages.stopping import SAVED
 from megatron_vcppo.weight_sync.push_plan import SINGLE
 from megatron_vcppo.weight_sync.transport import HostTransport
 from megatron_vcppo.weight_sync.turns import SleepingSync

@@ -15,10 +15,10 @@ import pytest
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.records import Rollout
 from megatron_vcppo.rollout import engine_http
+from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import partial_iterations, read_partial, read_rollouts, stored_iterations
 from megatron_vcppo.stages import ppo as ppo_module
-from megatron_vcppo.stages.stopping import SAVED
 from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import Stage, make_config, make_task
 from tests.slurm.support import wait_until

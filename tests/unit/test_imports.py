@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "launch": PURE | FEEDS | {"hf"},
     "slurm": PURE | FEEDS | {"hf", "rollout", "launch"},
     "commands": STAGES | {"launch", "slurm"},
-    "cli": BASE,
+    "cli": BASE | {"run"},
 }
 """Part of the package → the other parts that it may import; its own is always allowed."""
 ONLY_IN = {"megatron": "megatron_vcppo/mcore", "vllm": "megatron_vcppo/rollout", "submitit": "megatron_vcppo/slurm"}

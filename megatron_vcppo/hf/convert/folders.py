@@ -3,12 +3,11 @@
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.manifest import sync_folder
+from megatron_vcppo.run.files import move, sync
 
 _SMALL_FILE_SUFFIXES = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 _INDEX_SUFFIX = ".index.json"
@@ -32,9 +31,8 @@ def new_folder(final: Path, needed_bytes: int) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            _sync(temporary)
-            os.rename(temporary, final)
-            sync_folder(final.parent)
+            sync(temporary)
+            move(temporary, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
@@ -58,13 +56,3 @@ def copy_small_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
         elif path.is_dir() and path.name == "additional_chat_templates":
             shutil.copytree(path, target / path.name)
-
-
-def _sync(folder: Path) -> None:
-    def sync(path: Path) -> None:
-        with open(path, "rb") as stream:
-            os.fsync(stream.fileno())
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(sync, (path for path in folder.rglob("*") if path.is_file())))
-    sync_folder(folder)

@@ -281,7 +281,7 @@ def test_commands_convert_and_answer_mistakes_with_one_line(tmp_path, hf, capsys
     assert cli.main(["convert", "export", "--checkpoint", str(checkpoint), "--out", str(out), "--no-verify"]) == 0
     assert_bit_equal(hf, out)
     capsys.readouterr()
-    assert cli.main(["convert", "import", *arguments]) == cli.USER_ERROR_CODE
+    assert cli.main(["convert", "import", *arguments]) == cli.USER_ERROR
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"vcppo: error: {checkpoint}: exists already; choose another folder or remove it"
     assert cli.main(["convert", "export", "--checkpoint", str(hf), "--out", str(tmp_path / "x")]) == 2

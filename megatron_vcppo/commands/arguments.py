@@ -1,16 +1,12 @@
-"""From a configuration file and overrides to a run and its resolved configuration."""
+"""Arguments that several commands have, and what they name: a run, its configuration, a part of the chain."""
 
 import argparse
-import os
 from pathlib import Path
 
-import yaml
-
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.load import dump_config, load_config
+from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.value_sources import local_overrides, profile_files
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
 
 
@@ -38,15 +34,7 @@ def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
     """The run that a command is about."""
-    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder")
-
-
-def open_run(path: Path) -> tuple[RunFolder, Config]:
-    """An existing run and its configuration. UserError if the folder is not a run."""
-    run = RunFolder(path.absolute())
-    if not run.config.exists():
-        raise UserError(f"{path}: not a run folder: it has no {run.config.name}")
-    return run, load_config(run.config)
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
 
 
 def prepare(config_path: Path, overrides: list[str], cluster: str | None = None) -> tuple[RunFolder, Config]:
@@ -54,27 +42,18 @@ def prepare(config_path: Path, overrides: list[str], cluster: str | None = None)
     is refused any more."""
     config = load_config(config_path, [*local_overrides(cluster), *overrides], profiles=profile_files(cluster))
     config.run.dir = str(Path(config.run.dir).absolute())
-    return RunFolder(Path(config.run.dir)), config
+    return RunFolder.of(config), config
 
 
-def write_config(run: RunFolder, config: Config) -> None:
-    """Write RUN/config.yaml, which every later job of the run reads; a change from before becomes an event.
-
-    Only for the holder of the run's lock. Temporary name, fsync, rename; a file with the same values is left alone.
-    """
-    text = dump_config(config)
-    try:
-        before = run.config.read_text(encoding="utf-8") if run.config.exists() else None
-        if before is not None and yaml.safe_load(before) == yaml.safe_load(text):
-            return
-        temporary = run.config.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, run.config)
-    except OSError as error:
-        raise UserError(f"run.dir {run.path}: {error.strerror}") from None
-    if before is not None:
-        old, new = set(before.splitlines()), set(text.splitlines())
-        events.append(run.path, "config_changed", removed=sorted(old - new), added=sorted(new - old))
+def chosen_stages(stages: list[str], first: str | None, last: str | None, only: str | None) -> list[str]:
+    """The part of the chain that --from, --until and --only name. UserError for a name that is not in the chain."""
+    for name in (first, last, only):
+        if name is not None and name not in stages:
+            raise UserError(f"stage {name!r} is not in this configuration's stages: {', '.join(stages)}")
+    if only is not None:
+        return [only]
+    start = stages.index(first) if first else 0
+    end = stages.index(last) + 1 if last else len(stages)
+    if start >= end:
+        raise UserError(f"--from {first} comes after --until {last} in stages: {', '.join(stages)}")
+    return stages[start:end]
