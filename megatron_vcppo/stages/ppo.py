@@ -237,8 +237,7 @@ class Ppo:
     def push(self, policy_version: int) -> PushResult:
         """Give the engines the actor's weights."""
         with self.loop.timer("sync"):
-            model = self.models.actor.gathered_model()
-            return self.session.push(policy_version, lambda: stream_hf(model))
+            return push_actor(self.models.actor, self.session, policy_version)
 
     def take_unfinished(self, batch: RolloutBatch) -> Unfinished | None:
         """What the checkpoint has of the update of these rollouts, if it was saved within it."""
@@ -301,6 +300,12 @@ class Ppo:
             metrics = evaluate_engines(self.config, self.session, iteration)
             self.session.trainer_turn()
         return metrics, push
+
+
+def push_actor(actor: Actor, session: RolloutSession, policy_version: int) -> PushResult:
+    """Give the engines the weights that the last optimizer step made; collective."""
+    model = actor.gathered_model()
+    return session.push(policy_version, lambda: stream_hf(model))
 
 
 def token_outputs(

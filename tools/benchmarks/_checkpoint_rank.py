@@ -21,7 +21,7 @@ def measure(rank: int, config: Any, folder: Path) -> dict[str, float]:
 
     from megatron_vcppo.config.schema import OptimizerConfig, ScheduleConfig
     from megatron_vcppo.config.training import CheckpointConfig
-    from megatron_vcppo.data.rollout_batch import Packer
+    from megatron_vcppo.data.packer import Packer
     from megatron_vcppo.hf.architecture import Architecture
     from megatron_vcppo.mcore import runtime
     from megatron_vcppo.mcore.checkpoint import CheckpointFolder, load_learner
