@@ -1,7 +1,8 @@
 """A replica's shard of a batch of sequences, as packed micro-batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from megatron_vcppo.data.packing import (
     round_up,
 )
 from megatron_vcppo.records import TrainSequence
+
+NO_FIELDS: Mapping[str, type] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,19 @@ class Packer:
         loads = [sum(lengths[i] for i in shard) for shard in balance(lengths, self.dp_size)]
         return max(loads) * len(loads) / sum(loads)
 
-    def pack(self, sequences: Sequence[TrainSequence], field_names: Sequence[str] = ()) -> list[PackedMicrobatch]:
-        """This replica's sequences as micro-batches; one of padding alone if it has none."""
+    def pack(
+        self, sequences: Sequence[TrainSequence], empty_fields: Mapping[str, type] = NO_FIELDS
+    ) -> list[PackedMicrobatch]:
+        """This replica's sequences as micro-batches; one of padding alone if it has none.
+
+        empty_fields: the fields of the one of padding, name → bool | float.
+        """
         if not sequences:
-            return [pack([], [], self.multiple, self.segment_multiple, field_names)]
+            return [pack([], [], self.multiple, self.segment_multiple, empty_fields)]
         return pack_all(sequences, self.tokens_per_microbatch, self.multiple, self.segment_multiple)
 
     def pack_groups(
-        self, groups: Sequence[Sequence[TrainSequence]], field_names: Sequence[str] = ()
+        self, groups: Sequence[Sequence[TrainSequence]], empty_fields: Mapping[str, type] = NO_FIELDS
     ) -> list[PackedMicrobatch]:
         """This replica's shard of the groups, each whole in one micro-batch, its sequences next to each other."""
         lengths = [sum(round_up(len(sequence), self.segment_multiple) for sequence in group) for group in groups]
@@ -66,7 +74,7 @@ class Packer:
                 [index for k in indices for index in range(starts[k], starts[k + 1])],
                 multiple=self.multiple,
                 segment_multiple=self.segment_multiple,
-                field_names=field_names,
+                empty_fields=empty_fields,
             )
             for indices in bins
         ]

@@ -109,3 +109,8 @@ class ModelOutputs:
     def by_name(self) -> dict[str, Tensor]:
         """Those that there are, under the names of the fields that losses read."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+
+def field_types(tensors: Mapping[str, Tensor]) -> dict[str, type]:
+    """bool or float of each field, as ``Packer.pack`` wants to know it of a shard without rollouts."""
+    return {name: bool if tensor.dtype == torch.bool else float for name, tensor in tensors.items()}

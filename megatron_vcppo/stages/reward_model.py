@@ -28,6 +28,8 @@ from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.stages.rollout_source import rollout_source
 from megatron_vcppo.stages.stage import Stage, start_stage
 
+FIELDS: dict[str, type] = {"last_mask": bool, "label": float}
+
 
 def run(config: Config) -> None:
     """Train the reward model; leaves RUN/reward_model/checkpoints. Raises Saved if asked to stop."""
@@ -81,8 +83,8 @@ def label_responses(
         if generator.random() < settings.cut_share and len(response) > 1:
             response, good = response[: int(generator.integers(1, len(response)))], False
         ids = (*rollout.prompt.token_ids, *response, 0)
-        zeros = (0.0,) * (len(ids) - 1)
-        examples.append((TrainSequence(ids, {"last_mask": (*zeros, 1.0), "label": (*zeros, float(good))}), good))
+        no, zeros = (False,) * (len(ids) - 1), (0.0,) * (len(ids) - 1)
+        examples.append((TrainSequence(ids, {"last_mask": (*no, True), "label": (*zeros, float(good))}), good))
     return examples
 
 
@@ -111,11 +113,10 @@ def make_step(
     batch: list[tuple[TrainSequence, ...]], packer: Packer, settings: RewardModelConfig
 ) -> tuple[list[PackedMicrobatch], "PointwiseLoss | PairwiseLoss"]:
     """This replica's micro-batches and the loss of one step; the responses of a pair lie side by side."""
-    names = ["last_mask", "label"]
     if settings.loss != "pairwise":
         mine = packer.shard([len(sequence) for (sequence,) in batch])
-        return packer.pack([batch[i][0] for i in mine], names), PointwiseLoss(settings, len(batch))
-    return packer.pack_groups(batch, names), PairwiseLoss(len(batch))
+        return packer.pack([batch[i][0] for i in mine], FIELDS), PointwiseLoss(settings, len(batch))
+    return packer.pack_groups(batch, FIELDS), PairwiseLoss(len(batch))
 
 
 @dataclass(frozen=True)

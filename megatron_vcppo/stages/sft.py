@@ -24,6 +24,8 @@ from megatron_vcppo.stages.loop import TrainLoop
 from megatron_vcppo.stages.stage import start_stage
 from megatron_vcppo.stages.training_losses import TokenLoss
 
+FIELDS: dict[str, type] = {"loss_mask": bool}
+
 
 def run(config: Config) -> None:
     """Fine-tune model.hf on sft.train; leaves RUN/sft/checkpoints. Raises Saved if asked to stop."""
@@ -73,7 +75,7 @@ def train_step(actor: Actor, batch: list[TrainSequence], packer: Packer) -> Step
     """One optimizer step on the mean loss per response token of a batch, which every rank has."""
     mine = [batch[i] for i in packer.shard([len(sequence) for sequence in batch])]
     num_loss_tokens = sum(sum(sequence.fields["loss_mask"]) for sequence in batch)
-    return actor.train_step(packer.pack(mine, ["loss_mask"]), TokenLoss(num_loss_tokens))
+    return actor.train_step(packer.pack(mine, FIELDS), TokenLoss(num_loss_tokens))
 
 
 def step_metrics(result: StepResult, epoch: float, num_tokens: int, seconds: float) -> dict[str, float]:
@@ -98,7 +100,7 @@ def validate(actor: Actor, dataset: SftDataset, packer: Packer) -> dict[str, flo
     """Metrics ``sft/validation_…`` over the whole validation set, the same on every rank, and how long that took."""
     started = time.monotonic()
     mine = [dataset[index] for index in packer.shard(dataset.lengths.tolist())]
-    found = actor.evaluate(packer.pack(mine, ["loss_mask"]), TokenLoss(dataset.num_loss_tokens))
+    found = actor.evaluate(packer.pack(mine, FIELDS), TokenLoss(dataset.num_loss_tokens))
     metrics = {f"sft/validation_{name}": value for name, value in found.items()}
     return metrics | {"time/validation_s": time.monotonic() - started}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_vcppo.config.rl import PolicyLossConfig, PpoConfig
 from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.packing import PackedMicrobatch
-from megatron_vcppo.data.rollout_batch import ModelOutputs, RolloutBatch
+from megatron_vcppo.data.rollout_batch import ModelOutputs, RolloutBatch, field_types
 from megatron_vcppo.data.seeds import minibatch_seed
 from megatron_vcppo.mcore.learner import Actor, Critic, StepResult
 from megatron_vcppo.stages.advantage_batch import AdvantageBatch
@@ -136,7 +136,7 @@ class Updater:
                 continue
             part_lengths = [lengths[i] for i in part]
             mine = [part[i] for i in self.packer.shard(part_lengths)]
-            microbatches = self.packer.pack(batch.sequences(mine, fields), list(fields))
+            microbatches = self.packer.pack(batch.sequences(mine, fields), field_types(fields))
             if len(metrics.imbalance) < number:
                 metrics.count(microbatches)
                 metrics.imbalance.append(self.packer.imbalance(part_lengths))

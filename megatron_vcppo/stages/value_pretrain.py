@@ -8,7 +8,7 @@ from megatron_vcppo.algo.token_rewards import token_rewards
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.rl import CriticConfig, PpoConfig, ValuePretrainConfig
 from megatron_vcppo.data.packer import Packer
-from megatron_vcppo.data.rollout_batch import RolloutBatch, make_batch
+from megatron_vcppo.data.rollout_batch import RolloutBatch, field_types, make_batch
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.learner import Critic, StepResult
 from megatron_vcppo.run.log import say
@@ -80,7 +80,7 @@ def learn_returns(
     mask = trained_mask(batch, config.advantage)
     tensors = {"response_mask": mask, "returns": returns}
     shard = packer.shard(batch.sequence_lengths)
-    microbatches = packer.pack(batch.sequences(shard, tensors), list(tensors))
+    microbatches = packer.pack(batch.sequences(shard, tensors), field_types(tensors))
     # Pretraining has no old values to clip against; bounds and Huber are those of PPO's critic.
     loss = CriticConfig(huber_delta=config.critic.huber_delta, bounds=config.critic.bounds)
     return critic.train_step(microbatches, CriticLoss(loss, float(mask.sum())))

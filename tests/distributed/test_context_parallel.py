@@ -179,8 +179,8 @@ def test_a_reward_models_step_is_the_same(tmp_path: Path, settings: RewardModelC
     examples = []
     for number, sequence in enumerate(make_sequences(3)):
         good = number % 3 > 0
-        zeros = (0.0,) * (len(sequence) - 1)
-        fields = {"last_mask": (*zeros, 1.0), "label": (*zeros, float(good))}
+        no, zeros = (False,) * (len(sequence) - 1), (0.0,) * (len(sequence) - 1)
+        fields = {"last_mask": (*no, True), "label": (*zeros, float(good))}
         examples.append((TrainSequence(sequence.token_ids, fields), good))
 
     def body(parallel: ParallelConfig) -> tuple[dict[str, float], float]:

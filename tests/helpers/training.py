@@ -26,7 +26,7 @@ def make_sequences(seed: int, count: int = 12) -> list[TrainSequence]:
     for _ in range(count):
         length = int(torch.randint(5, 60, (), generator=generator))
         ids = torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist()
-        sequences.append(TrainSequence(tuple(ids), {"loss_mask": (0.0,) * 3 + (1.0,) * (length - 3)}))
+        sequences.append(TrainSequence(tuple(ids), {"loss_mask": (False,) * 3 + (True,) * (length - 3)}))
     return sequences
 
 

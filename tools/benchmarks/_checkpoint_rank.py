@@ -36,7 +36,7 @@ def measure(rank: int, config: Any, folder: Path) -> dict[str, float]:
     arch = Architecture.from_hf(config.model.hf)
     ids = torch.randint(arch.vocab_size, (world.dp_size, LENGTH)).tolist()
     batch = [TrainSequence(tuple(row), {"loss_mask": (False,) + (True,) * (LENGTH - 1)}) for row in ids]
-    microbatches = Packer(LENGTH, parallel.tp, world.dp_rank, world.dp_size).pack(batch, ["loss_mask"])
+    microbatches = Packer(LENGTH, parallel.tp, world.dp_rank, world.dp_size).pack(batch, {"loss_mask": bool})
     actor = Actor(build_actor(arch, config.model, parallel), parallel, OptimizerConfig(), ScheduleConfig(), 100)
 
     def step() -> None:

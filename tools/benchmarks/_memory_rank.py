@@ -31,7 +31,7 @@ def measure(rank: int, config: Any, stage: str) -> tuple[int, int]:
     length = parallel.tokens_per_microbatch // 2
     ids = torch.randint(arch.vocab_size, (2 * MICROBATCHES, length)).tolist()
     batch = [TrainSequence(tuple(row), {"loss_mask": (False,) + (True,) * (length - 1)}) for row in ids]
-    microbatches = packer.pack(batch, ["loss_mask"])
+    microbatches = packer.pack(batch, {"loss_mask": bool})
     assert len(microbatches) == MICROBATCHES, "micro-batches are full"
 
     def critic_loss(values: torch.Tensor, microbatch: Any) -> tuple[torch.Tensor, dict[str, Any]]:

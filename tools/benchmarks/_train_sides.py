@@ -135,7 +135,7 @@ def megatron_side(work: Work) -> Step:
 
     def step() -> float:
         mine = [sequences[i] for i in packer.shard([len(s) for s in sequences])]
-        result = actor.train_step(packer.pack(mine, ["loss_mask"]), TokenLoss(num_loss_tokens))
+        result = actor.train_step(packer.pack(mine, {"loss_mask": bool}), TokenLoss(num_loss_tokens))
         assert result.applied, f"not finite: {result}"
         return result.metrics["loss"]
 

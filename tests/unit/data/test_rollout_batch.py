@@ -48,7 +48,7 @@ def test_fields_come_back_from_packed_microbatches(dp_size: int, multiple: int) 
     for dp_rank in range(dp_size):
         packer = Packer(9, multiple, dp_rank, dp_size)
         shard = packer.shard(batch.sequence_lengths)
-        microbatches = packer.pack(batch.sequences(shard, {"x": field}), ["x"])
+        microbatches = packer.pack(batch.sequences(shard, {"x": field}), {"x": float})
         assert microbatches and all(m.num_tokens % multiple == 0 for m in microbatches)
         rows = unpack_all(microbatches, [m.fields["x"] for m in microbatches])
         total += batch.to_rows(rows, shard)
