@@ -177,9 +177,16 @@ class DevCluster:
         if made.returncode:
             raise UserError(f"mariadb-install-db: {(made.stdout + made.stderr).strip()[-300:]}")
         self._spawn(
-            *("mariadbd", "mariadbd", *common, f"--socket={database_socket}", f"--pid-file={self.root}/run/mysql.pid"),
-            *("--bind-address=127.0.0.1", f"--port={layout.ports[2]}", "--innodb-buffer-pool-size=64M"),
-            *("--innodb-lock-wait-timeout=900", "--innodb-flush-log-at-trx-commit=0"),
+            "mariadbd",
+            "mariadbd",
+            *common,
+            f"--socket={database_socket}",
+            f"--pid-file={self.root}/run/mysql.pid",
+            "--bind-address=127.0.0.1",
+            f"--port={layout.ports[2]}",
+            "--innodb-buffer-pool-size=64M",
+            "--innodb-lock-wait-timeout=900",
+            "--innodb-flush-log-at-trx-commit=0",
         )
         password = secrets.token_hex(16)
         conf = self.root / "slurmdbd.conf"

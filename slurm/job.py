@@ -18,10 +18,11 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.attempts import run_stage
 from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.launch.save_timing import save_clock
-from megatron_vcppo.run import events
+from megatron_vcppo.run import events, log
 from megatron_vcppo.run.config_file import open_run
 from megatron_vcppo.run.exit_codes import DONE, SAVED, USER_ERROR
 from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.log import say
 from megatron_vcppo.run.processes import free_port
 from megatron_vcppo.run.startup import process_age_s
 from megatron_vcppo.run.stored_set import rollouts_folder
@@ -36,11 +37,6 @@ MAX_FUTILE_STARTS = 5
 """A job that was requeued this often in succession without leaving more than it found stays ended."""
 
 
-def say(text: str) -> None:
-    """A line in the job's log, with the time."""
-    print(time.strftime("%H:%M:%S ") + text, flush=True)
-
-
 @dataclass
 class StageJob:
     """The callable that submitit pickles: it holds names only, so that a requeued job reads the run as it is then."""
@@ -51,6 +47,7 @@ class StageJob:
 
     def __call__(self) -> None:
         """Run the stage. Leaves with the trainer's exit code if that is not 0: it is the job's."""
+        log.configure("controller")
         try:
             with RunFolder(self.run).full_disk_named():
                 code = self.run_here()
@@ -102,7 +99,6 @@ class StageJob:
             save_requested=lambda: signals["save"] or signals["end"] or due(),
             node_lost=lambda: lost_nodes(run, config, self.programs, hosts),
             end_time=end_time,
-            say=say,
         )
         if outcome.code == DONE:
             events.append(self.run, "stage_done", stage=self.stage, job=job_id())

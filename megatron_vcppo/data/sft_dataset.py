@@ -1,6 +1,5 @@
 """Supervised examples: prompt and response, or a chat, as token ids with the loss on what the model should say."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +12,7 @@ from megatron_vcppo.data.bad_samples import BadSample, DataReport, require
 from megatron_vcppo.data.readers import Sample, read_samples
 from megatron_vcppo.data.tokenizer import Messages, check_messages, encode_texts, prompt_text, render_chat
 from megatron_vcppo.records import TrainSequence
+from megatron_vcppo.run.files import replacing
 
 Progress = Callable[[int, float], None]
 """Called now and then with (samples read, fraction of the source read)."""
@@ -52,13 +52,11 @@ class SftDataset:
 
     def save(self, folder: Path) -> None:
         """Write the arrays to a folder, replacing it; it has its name only when it is whole."""
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name in _ARRAYS:
-            np.save(temporary / f"{name}.npy", getattr(self, f"_{name}"))
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            for name in _ARRAYS:
+                np.save(temporary / f"{name}.npy", getattr(self, f"_{name}"))
 
     @classmethod
     def load(cls, folder: Path) -> "SftDataset":

@@ -12,15 +12,16 @@ from megatron_vcppo.launch.controller import Outcome, RoleProcess, supervise
 from megatron_vcppo.launch.save_timing import save_allowance_s
 from megatron_vcppo.run import events
 from megatron_vcppo.run.exit_codes import DONE, FAILED, SAVED, USER_ERROR
+from megatron_vcppo.run.files import make_private_folder, remove
 from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.log import say
 
 
 def clear_rendezvous(run: RunFolder, stage: str) -> Path:
     """An empty folder, private to the user, without engines of an earlier attempt."""
     folder = run.stage(stage).rendezvous
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, mode=0o700)
-    return folder
+    remove(folder)
+    return make_private_folder(folder)
 
 
 def run_stage(
@@ -33,14 +34,13 @@ def run_stage(
     abort_requested: Callable[[], bool] = lambda: False,
     node_lost: Callable[[], bool] = lambda: False,
     end_time: float = float("inf"),
-    say: Callable[[str], None] = print,
 ) -> Outcome:
     """Attempts until the stage is done, saved on request, or failed for good.
 
     end_time: when the job is ended, seconds since the epoch.
-    ``layout`` gives the units of an attempt whose logs go to the given folder. An attempt whose processes were killed
-    is followed by another from the newest checkpoint, at most ``cluster.crash_retries`` times in succession without a
-    new checkpoint, and only while no node is lost.
+    ``layout`` gives the role processes of an attempt whose logs go to the given folder. An attempt whose processes were
+    killed is followed by another from the newest checkpoint, at most ``cluster.crash_retries`` times in succession
+    without a new checkpoint, and only while no node is lost.
     """
 
     def allowance_s() -> float:
@@ -63,7 +63,6 @@ def run_stage(
             save_allowance_s=allowance_s,
             follow_timeout_s=config.run.timeout_s,
             grace_s=config.cluster.stop_grace_s,
-            say=say,
         )
         for log in run.stage(stage).rendezvous.glob("*.log"):
             shutil.move(log, logs / log.name)

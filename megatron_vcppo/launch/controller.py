@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_vcppo.run.exit_codes import DONE, FAILED, SAVED, SIGNALLED, USER_ERROR
+from megatron_vcppo.run.log import say
 from megatron_vcppo.run.log_files import Follower, last_lines
 
 GUARD_ARGUMENTS = ("-I", "-S", str(Path(__file__).with_name("guard.py")))
@@ -134,8 +135,8 @@ def reported_code(text: str) -> int:
 class Attempt:
     """The processes of one attempt and their logs, in ``logs``."""
 
-    def __init__(self, units: list[RoleProcess], logs: Path, grace_s: float, say: Callable[[str], None]) -> None:
-        self.logs, self.grace_s, self.say = logs, grace_s, say
+    def __init__(self, units: list[RoleProcess], logs: Path, grace_s: float) -> None:
+        self.logs, self.grace_s = logs, grace_s
         self.asked_at: float | None = None
         """When the trainer was asked to save and leave."""
         logs.mkdir(parents=True, exist_ok=True)
@@ -198,7 +199,7 @@ class Attempt:
                     code = code if code == USER_ERROR else SIGNALLED + signal.SIGKILL
                     return Outcome(code, cause, self.tail(started.unit))
                 delay_s = min(30.0, 2.0**started.restarts)
-                self.say(f"{started.unit.name} {describe(code)}: started again in {delay_s:.0f} s")
+                say(f"{started.unit.name} {describe(code)}: started again in {delay_s:.0f} s")
                 started.start_again_at = time.monotonic() + delay_s
             elif time.monotonic() >= started.start_again_at:
                 self._close(started)
@@ -256,14 +257,13 @@ def supervise(
     save_allowance_s: Callable[[], float] = lambda: 600.0,
     follow_timeout_s: float = 600.0,
     grace_s: float = 10.0,
-    say: Callable[[str], None] = print,
 ) -> Outcome:
     """Run one attempt to its end. ``save_requested`` becoming true sends USR2 to the trainer, once.
 
     save_allowance_s: called at that moment; seconds until an attempt that has not ended by itself is ended.
     follow_timeout_s: how long the other ranks may take once one has left well.
     """
-    attempt = Attempt(units, logs, grace_s, say)
+    attempt = Attempt(units, logs, grace_s)
     try:
         outcome = _watch(attempt, save_requested, abort_requested, save_allowance_s, follow_timeout_s)
         if attempt.asked_at is None:
@@ -310,7 +310,7 @@ def _watch(
             return Outcome(SIGNALLED + signal.SIGINT, "stopped at once, without saving")
         if attempt.asked_at is None and save_requested():
             allowance_s = save_allowance_s()
-            attempt.say(f"asking the trainer to save and leave within {allowance_s:.0f} s")
+            say(f"asking the trainer to save and leave within {allowance_s:.0f} s")
             attempt.send("trainer", signal.SIGUSR2)
             attempt.asked_at, save_deadline = now, now + allowance_s
         if now > save_deadline:

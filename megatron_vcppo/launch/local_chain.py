@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from megatron_vcppo.config import Config
@@ -18,10 +19,11 @@ from megatron_vcppo.launch.role_commands import (
     starts_engines,
     trainer_layout,
 )
-from megatron_vcppo.run import events
+from megatron_vcppo.run import events, log
 from megatron_vcppo.run.config_file import write_config
 from megatron_vcppo.run.exit_codes import DONE, SAVED, USER_ERROR
 from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.log import say
 from megatron_vcppo.run.processes import free_port
 
 
@@ -36,11 +38,15 @@ def local_processes(
     for rank in range(ranks):
         place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
         place |= {"MASTER_ADDR": address, "MASTER_PORT": port}
-        log = f"trainer_{rank}.log"
+        file = f"trainer_{rank}.log"
         units.append(
             RoleProcess(
-                *("trainer", rank, programs.trainer_command(run, stage), env | place, log),
-                shown_log=log if rank == 0 else None,
+                role="trainer",
+                index=rank,
+                command=programs.trainer_command(run, stage),
+                env=env | place,
+                log=file,
+                shown_log=file if rank == 0 else None,
                 end_signal=signal.SIGKILL,
             )
         )
@@ -73,9 +79,7 @@ def stop_requests() -> Iterator[dict[str, int]]:
 def run_chain(run: RunFolder, config: Config, stages: list[str], programs: RoleCommands = ROLE_COMMANDS) -> int:
     """Run the stages that are not done, in order; returns 0 or the exit code of the stage that did not finish."""
 
-    def say(text: str) -> None:
-        print(text, flush=True)
-
+    log.configure("controller")
     run.make()
     with run.full_disk_named(), run.locked(), stop_requests() as count:
         write_config(run, config)
@@ -88,11 +92,17 @@ def run_chain(run: RunFolder, config: Config, stages: list[str], programs: RoleC
             ranks = "1 rank" if nodes * ranks_per_node == 1 else f"{nodes * ranks_per_node} ranks"
             say(f"{head} starting on {ranks}, logs in {run.stage(stage).next_attempt()}")
             started = time.monotonic()
+
+            def layout(_: Path, stage: str = stage) -> list[RoleProcess]:
+                return local_processes(run, config, stage, programs)
+
             outcome = run_stage(
-                *(run, config, stage, lambda _, stage=stage: local_processes(run, config, stage, programs)),
+                run,
+                config,
+                stage,
+                layout,
                 save_requested=lambda: count["save"] > 0,
                 abort_requested=lambda: count["abort"] > 0,
-                say=say,
             )
             seconds = time.monotonic() - started
             if outcome.code == DONE:

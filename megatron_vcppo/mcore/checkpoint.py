@@ -12,7 +12,6 @@ and the number of samples seen.
 import functools
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -39,6 +38,7 @@ from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.offload import check_resident
 from megatron_vcppo.run.files import move, remove, sync, write_text
 from megatron_vcppo.run.folder import iteration_name, iteration_of
+from megatron_vcppo.run.log import say
 from megatron_vcppo.run.manifest import read_manifest, verify_manifest, write_manifest
 from megatron_vcppo.run.watchdog import deadline
 
@@ -147,7 +147,7 @@ class CheckpointFolder:
         self.complete(writing)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that verifies; a damaged one is named on stderr and the one before is taken."""
+        """The newest checkpoint that verifies; a damaged one is named and the one before is taken."""
         choice: list[str | None] = [None]
 
         def look(beat: Callable[[], None]) -> None:
@@ -155,7 +155,7 @@ class CheckpointFolder:
                 try:
                     verify_manifest(path, on_progress=beat)
                 except UserError as error:
-                    print(f"warning: skipping a damaged checkpoint: {error}", file=sys.stderr, flush=True)
+                    say(f"warning: skipping a damaged checkpoint: {error}")
                     continue
                 choice[0] = str(path)
                 return
@@ -184,7 +184,7 @@ class CheckpointFolder:
                     f"remove {self.folder} or take another run.dir"
                 )
         if content.get("config_hash") != self.config_hash and self.runtime.is_main:
-            print(f"note: {path} was saved under another configuration", flush=True)
+            say(f"note: {path} was saved under another configuration")
         for name, learner in components.items():
             load_learner(learner, path / name)
         tensors = load_file(path / TENSORS_NAME) if (path / TENSORS_NAME).exists() else {}

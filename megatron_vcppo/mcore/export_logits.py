@@ -6,7 +6,6 @@ rounded the weights to.
 
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.model import build_actor, build_critic
 from megatron_vcppo.records import TrainSequence
 from megatron_vcppo.run.manifest import read_manifest
+from megatron_vcppo.run.processes import free_port
 
 _NUM_TOKENS = 16
 
@@ -56,10 +56,8 @@ def main() -> None:
     checkpoint, folder = Path(sys.argv[1]), Path(sys.argv[2])
     meta = read_manifest(checkpoint)["meta"]
     arch, kind = Architecture.from_dict(meta["architecture"]), meta["kind"]  # not the export's own word
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    port = str(free_port("127.0.0.1"))
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     runtime.start(ParallelConfig(), seed=0, timeout_s=600)
     token_ids = torch.randint(arch.vocab_size, (_NUM_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
     dtype = getattr(torch, sys.argv[3]) if len(sys.argv) > 3 else None

@@ -65,8 +65,13 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             if group is None:
                 store = reach_store(stream.address, stream.port, deadline.left_s())
                 group = join_group(
-                    *(store, stream.first_rank + worker, stream.world_size, request.backend),
-                    *(self.device, deadline.left_s(), request.address),
+                    store,
+                    rank=stream.first_rank + worker,
+                    world_size=stream.world_size,
+                    backend=request.backend,
+                    device=self.device,
+                    timeout_s=deadline.left_s(),
+                    address=request.address,
                 )
             group.deadline = deadline
             self.groups[stream] = group

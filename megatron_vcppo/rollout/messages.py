@@ -8,9 +8,6 @@ SLEEP, WAKE = "/vcppo/sleep", "/vcppo/wake"
 CORE_IS_DEAD = 500
 """HTTP status of the status route when only a restart helps: the core is gone, or went to sleep or woke half-way."""
 
-LOST = "lost"
-"""How the error of a push begins when the engine itself is at fault: it is gone or hangs."""
-
 NO_VERSION = -1
 """The policy version of an engine that still holds the weights it started with, or half of a push."""
 
@@ -116,11 +113,10 @@ class SyncRequest(msgspec.Struct, frozen=True):
 
 
 class SyncReport(msgspec.Struct, frozen=True):
-    """Answer of POST /vcppo/sync: where the time went, or why it failed."""
+    """Answer of POST /vcppo/sync: what it cost, or why it failed."""
 
     error: str = ""
-    drain_s: float = 0.0
-    receive_s: float = 0.0
-    """From the first byte to the last tensor in place."""
+    lost: bool = False
+    """The engine itself did not answer: it is at fault, where others only noticed."""
     pause_s: float = 0.0
     """How long generation stood still."""

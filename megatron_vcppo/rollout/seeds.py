@@ -28,8 +28,3 @@ def training_sampling(config: RolloutConfig) -> Sampling:
             stacklevel=2,
         )
     return Sampling(config.temperature, config.top_p, config.top_k, list(config.stop), config.ignore_eos)
-
-
-def greedy() -> Sampling:
-    """The most likely token at each step."""
-    return Sampling(temperature=0.0)

@@ -16,20 +16,24 @@ from typing import Any
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     """A path for the caller to make a file or a folder at, which takes the place of ``path`` at the end of the block.
 
     On an exception it is removed, and ``path`` stays what it was. One writer at a time: the temporary name is
-    ``.NAME.tmp``, so that what a kill left of an earlier attempt is removed by the next one.
+    ``.NAME.tmp``, so that what a kill left of an earlier attempt is removed by the next one. durable: False for what
+    only passes from one process to another; it appears whole, but is not synced.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     remove(temporary)
     try:
         yield temporary
-        sync(temporary)
+        if durable:
+            sync(temporary)
         if path.is_dir():
             shutil.rmtree(path)  # a rename replaces files only
-        move(temporary, path)
+        os.replace(temporary, path)
+        if durable:
+            sync_folder(path.parent)
     except BaseException:
         remove(temporary)
         raise

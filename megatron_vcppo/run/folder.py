@@ -157,8 +157,9 @@ class StageFolder:
     def progress(self, rollouts: Path) -> list[int]:
         """What a start of the stage leaves to the next one, as numbers that change if there is more of it.
 
-        Iterations in the newest checkpoint (-1: there is none), optimizer steps of the iteration after, stored parts of
-        rollouts, bytes of responses of parts that are not complete. rollouts: the folder of what the stage generates.
+        Iterations in the newest checkpoint (-1: there is none), optimizer steps of the iteration after, stored
+        iterations of rollouts, bytes of responses of those that are not complete. rollouts: the folder of what the
+        stage generates.
         """
         iteration, steps = self.checkpoint_iteration(), 0
         if iteration is not None:
@@ -166,7 +167,7 @@ class StageFolder:
             with suppress(OSError, ValueError, KeyError, TypeError):
                 skipped = json.loads(path.read_text(encoding="utf-8"))["state"]["unfinished"]["report"]["skipped"]
                 steps = sum(len(model) for model in skipped.values())
-        complete = len(list(rollouts.glob("iter_*")))
+        complete = len(list(rollouts.glob("iter_*")))  # run/rollout_store.py, without its imports
         partial_bytes = sum(path.stat().st_size for path in rollouts.glob("partial_*"))
         return [-1 if iteration is None else iteration, steps, complete, partial_bytes]
 
@@ -205,6 +206,11 @@ class RunFolder:
     def stage(self, name: str) -> StageFolder:
         """The folder of a stage."""
         return StageFolder(self.path / name)
+
+    def stages(self) -> list[StageFolder]:
+        """Every folder in the run that may be a stage's, by name."""
+        folders = (path for path in self.path.glob("*") if path.is_dir() and not path.name.startswith("."))
+        return [StageFolder(path) for path in sorted(folders)]
 
     def job_log(self, job: str) -> Path:
         """What a job's controller writes, by submitit's naming."""

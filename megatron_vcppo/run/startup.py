@@ -1,14 +1,15 @@
 """Where a rank's time goes between the start of its process and its first iteration: RUN/STAGE/startup.jsonl.
 
-One line per start of the stage, written by the main rank, whose phases follow each other. Standard library only.
+One line per start of the stage, written by the main rank, whose phases follow each other.
 """
 
-import json
 import os
 import time
 from pathlib import Path
 
-FILE_NAME = "startup.jsonl"
+from megatron_vcppo.run.files import append_json_line, read_json_lines
+from megatron_vcppo.run.folder import StageFolder
+from megatron_vcppo.run.log import say
 
 
 def process_age_s() -> float:
@@ -40,10 +41,9 @@ class Startup:
         self.finished = True
         record = {"timestamp": round(time.time(), 3), "total_s": round(self.reached_s, 2)}
         record |= {f"{phase}_s": round(seconds, 2) for phase, seconds in self.phases.items()}
-        with (folder / FILE_NAME).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_json_line(StageFolder(folder).startup, record)
         parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.phases.items())
-        print(f"{folder.name}: first iteration done {self.reached_s:.1f} s after the start: {parts}", flush=True)
+        say(f"{folder.name}: first iteration done {self.reached_s:.1f} s after the start: {parts}")
 
 
 startup = Startup()
@@ -51,15 +51,5 @@ startup = Startup()
 
 
 def read_startups(folder: Path) -> list[dict[str, float]]:
-    """The records of a stage's folder, oldest first; a torn line is left out."""
-    try:
-        lines = (folder / FILE_NAME).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
+    """The records of a stage's folder, oldest first."""
+    return read_json_lines(StageFolder(folder).startup)

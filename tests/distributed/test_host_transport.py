@@ -29,7 +29,7 @@ def write(hf: Path, rendezvous: Path) -> tuple[bool, Weights, Weights, bool]:
     load_hf(model, hf)
     node, local_rank = divmod(world.rank, 2)
     place = place_on_node(world.pp_rank, world.rank, local_rank, world.tp_size)
-    assert place.takes_part and place.num_stages == 1 and place.is_driver == (world.rank == 0)
+    assert place.takes_part and place.pp_size == 1 and place.is_driver == (world.rank == 0)
     folder = NodeFolder(rendezvous, node)
     transport = HostTransport(folder, rendezvous, 1 << 14)
     if not place.is_sender:

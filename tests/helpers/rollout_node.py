@@ -17,18 +17,21 @@ from megatron_vcppo.config.rollout import EngineConfig, RolloutConfig, WeightSyn
 from megatron_vcppo.records import Prompt
 from megatron_vcppo.rollout import rendezvous
 from megatron_vcppo.rollout.client import RolloutClient
+from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.rollout.rendezvous import Engine
-from megatron_vcppo.rollout.seeds import greedy
 from megatron_vcppo.run.processes import alive, die_with_parent, without_trainer
 from megatron_vcppo.tasks.vocabulary import WORDS
 from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
-from megatron_vcppo.weight_sync.push_plan import SINGLE
+from megatron_vcppo.weight_sync.push_plan import SyncRole
 from megatron_vcppo.weight_sync.sync import Source, WeightSync
 from megatron_vcppo.weight_sync.transport import NetworkTransport, Transport
 from tests.helpers.tiny_models import save_tiny_model
 
 MAX_LENGTH = 256
 START_TIMEOUT_S = 240.0
+GREEDY = Sampling(temperature=0.0)
+SINGLE = SyncRole(pp_rank=0, pp_size=1, takes_part=True, is_sender=True, is_driver=True)
+"""A trainer of one process."""
 
 
 class RolloutNode:
@@ -119,7 +122,7 @@ class RolloutNode:
 
     def greedy(self, policy_version: int, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         """Greedy responses of 24 tokens from engines that hold policy_version."""
-        rollouts = self.client(max_tokens=24).generate(prompts, 0, policy_version, greedy(), 1)
+        rollouts = self.client(max_tokens=24).generate(prompts, 0, policy_version, GREEDY, 1)
         return [rollout.response_ids for rollout in rollouts]
 
 

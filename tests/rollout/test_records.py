@@ -14,6 +14,7 @@ from megatron_vcppo.rollout.client import RolloutClient
 from megatron_vcppo.rollout.seeds import sample_seed, training_sampling
 from megatron_vcppo.run.rollout_store import (
     drop_partial,
+    drop_rollouts,
     partial_iterations,
     read_partial,
     read_rollouts,
@@ -54,23 +55,18 @@ def test_plain_sampling_does_not_warn() -> None:
 
 def test_stored_rollouts_come_back_in_order(tmp_path) -> None:
     rollouts = [make_rollout(i, reward=float(i)) for i in range(5)]
-    write_rollouts(tmp_path, 12, rollouts[:3], part=0, num_parts=2)
-    with pytest.raises(UserError, match="1 of 2 parts"):
-        read_rollouts(tmp_path, 12)
-    write_rollouts(tmp_path, 12, rollouts[3:], part=1, num_parts=2)
+    write_rollouts(tmp_path, 12, rollouts)
     assert read_rollouts(tmp_path, 12) == rollouts
     assert stored_iterations(tmp_path) == [12]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "iter_0000012_0of2.jsonl.zst",
-        "iter_0000012_1of2.jsonl.zst",
-    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000012_0of1.jsonl.zst"], "the name in older runs, too"
 
 
-def test_an_attempt_with_fewer_leaders_replaces_all_parts_of_the_one_before(tmp_path) -> None:
-    for part in range(2):
-        write_rollouts(tmp_path, 3, [make_rollout(part)], part, 2)
+def test_a_later_attempt_replaces_what_an_earlier_one_stored(tmp_path) -> None:
+    write_rollouts(tmp_path, 3, [make_rollout(0), make_rollout(1)])
     write_rollouts(tmp_path, 3, [make_rollout(7)])
     assert [rollout.sample_index for rollout in read_rollouts(tmp_path, 3)] == [7]
+    drop_rollouts(tmp_path, 3)
+    assert stored_iterations(tmp_path) == []
 
 
 def test_what_leaders_had_of_an_iteration_is_found_under_any_number_of_them(tmp_path) -> None:

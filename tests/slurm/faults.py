@@ -125,7 +125,7 @@ def kill_rollout_server(cluster: DevCluster, run: RunFolder, config: Config) -> 
     wait_for_checkpoint(run, "ppo")
     published = run.stage("ppo").rendezvous / "engine_0.json"
     assert kill_processes("tests.slurm.tiny_rollout", f"SLURM_STEP_NODELIST={cluster.node_names[2]}") == 1
-    wait_until(lambda: '"generation": 1' in published.read_text(), "the rollout unit to come back", 30)
+    wait_until(lambda: '"incarnation": 1' in published.read_text(), "the rollout unit to come back", 30)
 
 
 def preempt(cluster: DevCluster, run: RunFolder, config: Config) -> None:

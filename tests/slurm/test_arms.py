@@ -11,6 +11,7 @@ from megatron_vcppo.launch.inherit import take_stages
 from megatron_vcppo.launch.local_chain import local_processes
 from megatron_vcppo.launch.sweep_points import points, write_points
 from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.manifest import write_manifest
 from megatron_vcppo.run.stored_set import stored_set
 from megatron_vcppo.slurm.srun import stage_nodes
 from tests.slurm.support import tiny_config, tiny_model, units_on, write_config
@@ -85,6 +86,7 @@ def finish(run: RunFolder, stage: str, size: int = 100_000) -> None:
     (checkpoint / "weights").write_bytes(bytes(size))
     run.stage(stage).rendezvous.mkdir()
     run.stage(stage).metrics.write_text('{"iteration": 1}\n')
+    write_manifest(checkpoint, {})
     run.stage(stage).mark_done(checkpoint=checkpoint)
 
 

@@ -89,7 +89,7 @@ def test_a_chain_watched_cancelled_and_resumed(cluster: DevCluster, tmp_path: Pa
     assert main(["logs", folder, "sft", "--attempt", "1"]) == 0
     assert "after iteration 0" in capsys.readouterr().out
     assert main(["logs", folder, "ppo", "--role", "rollout"]) == 0
-    assert capsys.readouterr().out.startswith("generation 0")
+    assert capsys.readouterr().out.startswith("incarnation 0")
     assert main(["logs", folder, "--role", "job"]) == 0
     assert "ppo: done" in capsys.readouterr().out
     assert main(["resume", folder]) == 0

@@ -15,6 +15,8 @@ import pytest
 from megatron_vcppo.launch.controller import RoleProcess, first_death, supervise
 from megatron_vcppo.launch.role_commands import role_environment
 from megatron_vcppo.run.exit_codes import SAVED
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.processes import alive
 from tests.slurm.support import processes_with, tiny_config, wait_until
 
 
@@ -25,13 +27,6 @@ def python(role: str, index: int, code: str, **kwargs) -> RoleProcess:
 
 def sleeper(tag: str, role: str = "trainer", index: int = 1) -> RoleProcess:
     return RoleProcess(role, index, ("sleep", tag), {}, f"{role}_{index}.log", end_signal=signal.SIGKILL)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_returns_zero_when_every_rank_is_done(tmp_path: Path) -> None:
@@ -174,10 +169,10 @@ def test_events_survive_a_torn_line(tmp_path: Path) -> None:
     from megatron_vcppo.run import events
 
     events.append(tmp_path, "one", stage="sft")
-    with (tmp_path / events.EVENTS_NAME).open("a") as file:
+    with RunFolder(tmp_path).events.open("a") as file:
         file.write('{"time": 1, "ev')
     assert [event["event"] for event in events.read(tmp_path)] == ["one"]
-    assert json.loads((tmp_path / events.EVENTS_NAME).read_text().splitlines()[0])["stage"] == "sft"
+    assert json.loads(RunFolder(tmp_path).events.read_text().splitlines()[0])["stage"] == "sft"
 
 
 def test_an_empty_variable_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

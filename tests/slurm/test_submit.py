@@ -26,7 +26,7 @@ def test_a_chain_of_jobs_runs_to_its_end(cluster: DevCluster, tmp_path) -> None:
         assert result(run, stage)["trained"] == [1, 2, 3, 4, 5, 6]
     assert [status.state for status in run_status(run, config)] == ["done"] * 3
     assert submit(run, config, list(config.stages), TINY) == {}
-    assert (run.stage("ppo").attempts()[-1] / "rollout_0.log").read_text().startswith("generation 0\n")
+    assert (run.stage("ppo").attempts()[-1] / "rollout_0.log").read_text().startswith("incarnation 0\n")
     assert {event["code"] for event in events.read(run.path) if event["event"] in ("submitted", "job")} == {
         folder.name for folder in (run.path / "code").iterdir()
     }, "the jobs ran the snapshot"

@@ -354,9 +354,10 @@ def test_every_shipped_profile_loads() -> None:
 
 
 def test_a_snapshot_is_the_code_and_is_taken_once(tmp_path: Path) -> None:
-    first = take_snapshot(tmp_path)
-    assert (first / "slurm" / "job.py").read_text() == (Path("slurm") / "job.py").read_text()
-    assert (first / "megatron_vcppo" / "records.py").exists() and take_snapshot(tmp_path) == first
+    run = RunFolder(tmp_path)
+    first = take_snapshot(run)
+    assert (first / "megatron_vcppo" / "slurm" / "job.py").read_text() == (Path("slurm") / "job.py").read_text()
+    assert (first / "megatron_vcppo" / "records.py").exists() and take_snapshot(run) == first
 
 
 def test_last_lines_of_a_long_file(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ args = parser.parse_args()
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 child = subprocess.Popen(["sleep", f"3600.{args.node}"], start_new_session=True)
 published = args.rendezvous / f"engine_{args.node}.json"
-generation = json.loads(published.read_text())["generation"] + 1 if published.exists() else 0
-published.write_text(json.dumps({"address": "127.0.0.1", "port": 0, "generation": generation, "child": child.pid}))
-print(f"generation {generation}", flush=True)
+incarnation = json.loads(published.read_text())["incarnation"] + 1 if published.exists() else 0
+published.write_text(json.dumps({"address": "127.0.0.1", "port": 0, "incarnation": incarnation, "child": child.pid}))
+print(f"incarnation {incarnation}", flush=True)
 while True:
     time.sleep(60)

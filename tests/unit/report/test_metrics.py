@@ -11,7 +11,8 @@ import pytest
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.metrics_log import FILE_NAME, WANDB_ID_NAME, MetricsLog, read_metrics
+from megatron_vcppo.run.folder import StageFolder
+from megatron_vcppo.run.metrics_log import WANDB_ID_NAME, MetricsLog, read_metrics
 
 
 @pytest.fixture
@@ -47,18 +48,18 @@ def test_a_resume_logs_nothing_twice(tmp_path: Path, config: Config, capsys: pyt
 @pytest.mark.parametrize("tail", ['{"iteration": 4, "sft/lo', '{"iteration": 4}', "\x00\x00", "{}\n", "3\n"])
 def test_a_torn_last_line_is_mended(tmp_path: Path, config: Config, tail: str) -> None:
     fill(tmp_path, config, 1, 3)
-    with (tmp_path / FILE_NAME).open("a") as file:
+    with StageFolder(tmp_path).metrics.open("a") as file:
         file.write(tail)
     assert [record["iteration"] for record in read_metrics(tmp_path)] == [1, 2, 3]
     fill(tmp_path, config, 4, 4, resume=3)
-    lines = (tmp_path / FILE_NAME).read_text().splitlines()
+    lines = StageFolder(tmp_path).metrics.read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3, 4]
 
 
 def test_what_is_not_finite_stays_readable_json(tmp_path: Path, config: Config) -> None:
     with MetricsLog(tmp_path, config, "sft") as log:
         log.log(1, {"a": float("nan"), "b": float("-inf"), "c": 2})
-    assert "NaN" not in (tmp_path / FILE_NAME).read_text()
+    assert "NaN" not in StageFolder(tmp_path).metrics.read_text()
     record = read_metrics(tmp_path)[0]
     assert (record["a"], record["b"], record["c"]) == ("nan", "-inf", 2)
 
