@@ -1,6 +1,6 @@
 """From a run's metrics to the failures that the paper names: what the numbers say and what to change.
 
-Sources: VC-PPO §3.2 (length collapse, value initialisation bias), §3.3 (reward signal decay), and its practical
+Sources: VC-PPO §3.2 (length collapse, value initialization bias), §3.3 (reward signal decay), and its practical
 signatures; thresholds are this project's own, each explained where it stands.
 """
 
@@ -29,7 +29,7 @@ _MIN_ITERATIONS_OSCILLATION = 8
 
 @dataclass(frozen=True)
 class Finding:
-    """One failure signature, looked for in a history.
+    """One failure signature and whether a history shows it.
 
     Example: ``Finding("length_collapse", "found", "mean length fell from 92.0 to 5.0 …", "pretrain the critic …")``.
     """
@@ -43,11 +43,11 @@ class Finding:
 
 
 def diagnose(history: History, worst_reward: float | None = None) -> list[Finding]:
-    """One finding per signature, in the order of ``SIGNATURES``.
+    """One finding per signature, in a fixed order.
 
     history: one mapping per iteration, oldest first, as in metrics.jsonl: the names of ``diagnostics.summarize`` and
     ``length_statistics``, and critic/value_loss; iterations may lack any of them, and what is not a finite number is
-    passed over. worst_reward: the lowest that the verifier gives; values below it are impossible and count as
+    ignored. worst_reward: the lowest that the verifier gives; values below it are impossible and count as
     misalignment.
     """
     return [
@@ -57,9 +57,6 @@ def diagnose(history: History, worst_reward: float | None = None) -> list[Findin
         _value_loss_oscillation(history),
         _truncation(history),
     ]
-
-
-SIGNATURES = ("length_collapse", "value_misalignment", "reward_decay", "value_loss_oscillation", "truncation")
 
 
 def warnings_of(history: History, worst_reward: float | None = None) -> list[str]:
@@ -169,8 +166,8 @@ def _truncation(history: History) -> Finding:
     if not shares:
         return _unknown(name, metric, 0)
     share = _mean(shares[-_RECENT:])
-    evidence = f"share of responses cut at the token limit, {_recent(len(shares))}: {share:.0%}"
-    advice = "raise the limit on response tokens, or use the soft overlong punishment"
+    evidence = f"share of responses truncated at the token limit, {_recent(len(shares))}: {share:.0%}"
+    advice = "raise the limit on response tokens, or use the soft overlong penalty"
     return _finding(name, share > TRUNCATED_SHARE, evidence, advice)
 
 
@@ -186,7 +183,7 @@ def _has(row: Mapping[str, Any], metric: str) -> bool:
 
 
 def _recent(count: int) -> str:
-    """What is averaged, in words, when there are ``count`` iterations."""
+    """Which iterations an average of the last ones covers, as text."""
     return "first iteration" if count == 1 else f"last {min(_RECENT, count)} iterations"
 
 

@@ -114,7 +114,7 @@ class _Writer(FileSystemWriter):
         """Copy the tensors to host memory if ``staged``; then write every file in a thread."""
         threads = []
         for i, bucket in enumerate(self.buckets):
-            items = [(item, self.planner.resolve_data(item)) for item in bucket]
+            items: list[tuple[WriteItem, Any]] = [(item, self.planner.resolve_data(item)) for item in bucket]
             if staged:
                 items = [(item, data.to("cpu", copy=True) if _is_tensor(data) else data) for item, data in items]
             if items:

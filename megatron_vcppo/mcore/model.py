@@ -229,6 +229,7 @@ def _add_gradients_in_place(model: torch.nn.Module) -> None:
 
     Without it each micro-batch makes a gradient in the weights' type, which is then added.
     """
+    module: Any  # the attribute is that of some classes only
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True

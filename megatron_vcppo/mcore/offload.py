@@ -121,7 +121,7 @@ def _unique(tensors: Iterable[torch.Tensor]) -> list[Storage]:
 
 
 def _bytes_of(storage: Storage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),))
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))
 
 
 def _host_buffer(num_bytes: int) -> torch.Tensor:

@@ -57,7 +57,7 @@ def read(text: str) -> Tree | None:
             rf"\boxed{{{for_library(text)}}}",
             _CONFIG,
             fallback_mode="no_fallback",
-            parsing_timeout=None,  # type: ignore[arg-type]
+            parsing_timeout=None,
         )
         tree = found[0] if found else None
         return None if isinstance(tree, str) else tree

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -61,7 +61,8 @@ class Deadline:
 class Group:
     """One sender (rank 0) and its receivers."""
 
-    process_group: dist.ProcessGroup
+    process_group: Any
+    """A ProcessGroupGloo or ProcessGroupNCCL, which have no collectives in torch's stubs."""
     lane: Lane
     """Of the group's device: CPU for gloo."""
     deadline: Deadline
@@ -187,14 +188,14 @@ def run_within(seconds: float, what: str, work: Callable[[], T]) -> T:
         raise RuntimeError(f"{what} is not done after {seconds:.1f} s") from None
 
 
-def _make_gloo(store: dist.Store, rank: int, world_size: int, deadline: Deadline, address: str) -> dist.ProcessGroup:
-    options = dist.ProcessGroupGloo._Options()
+def _make_gloo(store: dist.Store, rank: int, world_size: int, deadline: Deadline, address: str) -> Any:
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # another class than the stubs' Options
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
     options._timeout = deadline.left()
     return dist.ProcessGroupGloo(store, rank, world_size, options)
 
 
-def _make_nccl(store: dist.Store, rank: int, world_size: int, deadline: Deadline, address: str) -> dist.ProcessGroup:
+def _make_nccl(store: dist.Store, rank: int, world_size: int, deadline: Deadline, address: str) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = deadline.left()
     with _variable("TORCH_NCCL_BLOCKING_WAIT", "1"):

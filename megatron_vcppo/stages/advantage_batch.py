@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from megatron_vcppo.algo.advantages import (
+    broadcast_to_tokens,
     gate_on_explained_variance,
     group_advantages,
     length_adaptive_lam,
-    spread,
     whiten,
 )
 from megatron_vcppo.algo.diagnostics import batch_diagnostics, length_statistics, summarize
@@ -56,29 +56,30 @@ def compute_advantages(
     """
     settings, mask = config.ppo.advantage, batch.response_mask
     rewards = episode_rewards(batch, config)
-    in_reward = ref_logprobs is not None and config.ppo.loss.kl_in == "reward"
-    kl = kl_estimate(old_logprobs, ref_logprobs, config.ppo.loss.kl_kind) if in_reward else None
+    kl = None
+    if ref_logprobs is not None and config.ppo.loss.kl_in == "reward":
+        kl = kl_estimate(old_logprobs, ref_logprobs, config.ppo.loss.kl_kind)
     per_token = token_rewards(rewards, mask, kl, kl_coef)
     lam_actor: float | Tensor = settings.lam_actor
     if settings.length_adaptive_alpha is not None:
         lam_actor = length_adaptive_lam(batch.lengths, settings.length_adaptive_alpha)
     critic_values = torch.zeros_like(old_logprobs) if values is None else values
     advantages, returns = decoupled_gae(
-        per_token,
-        critic_values,
-        mask,
+        rewards=per_token,
+        values=critic_values,
+        mask=mask,
         gamma=settings.gamma,
         lam_actor=lam_actor,
         lam_critic=settings.lam_critic,
     )
     if values is None:
-        advantages = spread(group_advantages(rewards, batch.group_ids, settings.baseline), mask)
+        advantages = broadcast_to_tokens(group_advantages(rewards, batch.group_ids, settings.baseline), mask)
     numbers, profiles = summarize(
         batch_diagnostics(
-            critic_values,
-            returns,
-            advantages,
-            mask,
+            values=critic_values,
+            returns=returns,
+            advantages=advantages,
+            mask=mask,
             decay_actor=_scaled(lam_actor, settings),
             decay_critic=settings.gamma * settings.lam_critic,
             bin_width=max(1, -(-config.rollout.max_tokens // NUM_POSITION_BINS)),
@@ -92,7 +93,11 @@ def compute_advantages(
     if settings.explained_variance_gate and values is not None:
         mean_return = float(returns[mask].mean())
         advantages = gate_on_explained_variance(
-            advantages, returns, mask, numbers["critic/explained_variance"], mean_return
+            advantages,
+            returns=returns,
+            mask=mask,
+            explained_variance=numbers["critic/explained_variance"],
+            mean_return=mean_return,
         )
     trained = trained_mask(batch, config)
     if settings.whiten:

@@ -273,7 +273,11 @@ class Ppo:
         metrics["actor/kl_coef"] = self.kl_coef
         if loss.kl_target is not None and "actor/kl_ref" in metrics:
             self.kl_coef = next_kl_coef(
-                self.kl_coef, metrics["actor/kl_ref"], loss.kl_target, num_rollouts, loss.kl_horizon
+                self.kl_coef,
+                observed_kl=metrics["actor/kl_ref"],
+                target_kl=loss.kl_target,
+                num_rollouts=num_rollouts,
+                horizon=loss.kl_horizon,
             )
 
     def point(self) -> None:

@@ -167,12 +167,11 @@ class PointwiseLoss:
             labels = 2 * labels - 1
         return pointwise_loss(
             outputs,
-            labels,
-            microbatch.fields["last_mask"],
+            labels=labels,
+            last_mask=microbatch.fields["last_mask"],
             kind=self.settings.loss,
             denominator=self.denominator,
             label_smoothing=self.settings.label_smoothing,
-            check=False,
         )
 
 
@@ -184,4 +183,4 @@ class PairwiseLoss:
 
     def __call__(self, outputs: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
         chosen, rejected = outputs[microbatch.fields["last_mask"]].view(-1, 2).unbind(1)
-        return pairwise_loss(chosen, rejected, denominator=self.denominator, check=False)
+        return pairwise_loss(chosen=chosen, rejected=rejected, denominator=self.denominator)

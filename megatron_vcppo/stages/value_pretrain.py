@@ -111,7 +111,9 @@ def learn_returns(critic: Critic, batch: RolloutBatch, packing: Packer, config: 
     """One optimizer step on ½(V - R)² with Monte-Carlo returns; the metrics are those of V before the step."""
     rewards = token_rewards(episode_rewards(batch, config), batch.response_mask)
     gamma, values = config.ppo.advantage.gamma, rewards * 0
-    _, returns = decoupled_gae(rewards, values, batch.response_mask, gamma=gamma, lam_actor=1.0, lam_critic=1.0)
+    _, returns = decoupled_gae(
+        rewards=rewards, values=values, mask=batch.response_mask, gamma=gamma, lam_actor=1.0, lam_critic=1.0
+    )
     mask = trained_mask(batch, config)
     tensors = {"response_mask": mask, "returns": returns}
     share = packing.share([len(r.prompt.token_ids) + len(r.response_ids) for r in batch.rollouts])

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -111,7 +111,7 @@ def write_frame(folder: Path, new_chunks: Sequence[NewChunk]) -> list[Chunk]:
         allocate(folder / file_name, size)
     _write_archives(chunks, new_chunks)
     metadata = Metadata(
-        state_dict_metadata=_tensor_metadata(new_chunks),
+        state_dict_metadata={**_tensor_metadata(new_chunks)},
         planner_data=None,
         storage_data=storage,
         storage_meta=StorageMeta(),
@@ -141,7 +141,8 @@ def _locate(folder: Path, place: _StorageInfo, key: str, chunk: ChunkStorageMeta
     path, sizes = folder / place.relative_path, tuple(chunk.sizes)
     try:
         with open(path, "rb") as stream, FakeTensorMode():
-            tensor = torch.load(_create_file_view(stream, place.offset, place.length), weights_only=True)
+            view = cast(IO[bytes], _create_file_view(stream, place.offset, place.length))
+            tensor = torch.load(view, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise UserError(f"{path}: chunk of {key} cannot be read: {error}") from None
     storage = tensor.untyped_storage()

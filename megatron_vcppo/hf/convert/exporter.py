@@ -13,10 +13,10 @@ from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert import conversion_plan
 from megatron_vcppo.hf.convert.copying import Job, Matrix, Progress, gather
 from megatron_vcppo.hf.convert.dist_format import Chunk, GlobalTensor, read_model
+from megatron_vcppo.hf.convert.export_check import check_export, compare_logits
 from megatron_vcppo.hf.convert.folders import copy_small_files, new_folder
 from megatron_vcppo.hf.mapping import Parameter, checkpoint_key, hf_shapes, parameters
 from megatron_vcppo.hf.safetensors_files import plan_files
-from megatron_vcppo.mcore.export_check import check_export, compare_logits
 from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest, verify_manifest
 
 MAX_FILE_BYTES = 2_000_000_000
