@@ -233,7 +233,7 @@ class CheckpointFolder:
             except OSError:  # it was just renamed
                 return -1
 
-        return deadline(f"rank {rank}: writing {folder}", runtime.timeout_s(), written_bytes)
+        return deadline(f"rank {rank}: writing {folder}", self.runtime.timeout_s, written_bytes)
 
     def _meta(self, learner: Learner, iteration: int) -> dict[str, Any]:
         model = learner.model

@@ -1,8 +1,8 @@
-"""Lets Megatron-Core 0.16 run on a machine without CUDA, over gloo. Does nothing where CUDA is there.
+"""Lets Megatron-Core 0.16 run on a machine without CUDA, over gloo. Does nothing where CUDA is available.
 
 Megatron asks torch for "the current CUDA device" wherever it makes a tensor, and tests tensor types by the strings
 of CUDA types. Everything that answers those questions differently on CPU is in this file; the rest of the project
-knows only ``runtime.device()``.
+knows only ``runtime.device()``. ``runtime.start`` calls ``install``; nothing is patched at import.
 """
 
 import contextlib

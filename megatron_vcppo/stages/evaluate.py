@@ -11,8 +11,7 @@ from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_model
-from megatron_vcppo.mcore.export_stream import stream_hf
-from megatron_vcppo.mcore.hf_weights_io import load_hf
+from megatron_vcppo.mcore.hf_weights_io import load_hf, stream_hf
 from megatron_vcppo.mcore.model import ActorModel, build_actor
 from megatron_vcppo.run.startup import startup
 from megatron_vcppo.stages.held_out import evaluation_prompts, evaluation_rollouts, scores

@@ -19,7 +19,7 @@ from megatron_vcppo.data.rollout_batch import RolloutBatch, make_batch
 from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder, complete_checkpoints
-from megatron_vcppo.mcore.export_stream import stream_hf
+from megatron_vcppo.mcore.hf_weights_io import stream_hf
 from megatron_vcppo.mcore.learner import Actor, Critic, Learner, Reference
 from megatron_vcppo.records import Rollout
 from megatron_vcppo.report.run_data import worst_reward
