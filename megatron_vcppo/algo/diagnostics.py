@@ -1,4 +1,4 @@
-"""What a batch says about the health of critic and advantages, before the update: the numbers that ``diagnose`` reads.
+"""The health of critic and advantages in a batch before the update: the numbers that ``diagnose`` reads.
 
 ``batch_diagnostics`` gives metrics that add up over ranks; ``summarize`` turns the sum into named numbers and profiles.
 """

@@ -1,4 +1,4 @@
-"""From a run's metrics to the failures that the paper names: what the numbers say and what to change.
+"""From a run's metrics to the failures that the paper names: the evidence and what to change.
 
 Sources: VC-PPO §3.2 (length collapse, value initialization bias), §3.3 (reward signal decay), and its practical
 signatures; thresholds are this project's own, each explained where it stands.
@@ -15,7 +15,7 @@ History = Sequence[Mapping[str, Any]]
 
 # A response length that falls by a third is far outside the noise of a batch mean, and well before the floor.
 LENGTH_DROP = 0.33
-# In units of the advantages' standard deviation: beyond it, where a token stands decides as much as what it says.
+# In units of the advantages' standard deviation: beyond it, the position of a token decides as much as its content.
 POSITION_BIAS = 0.5
 # With λ_critic = 1 and γ = 1 the share is 1; below 1 % the outcome is lost in the critic's own error.
 TERMINAL_SHARE = 0.01
@@ -95,7 +95,7 @@ def _length_collapse(history: History) -> Finding:
 def _value_misalignment(history: History, worst_reward: float | None) -> Finding:
     name = "value_misalignment"
     signs: list[tuple[bool, str]] = []
-    # Where every response got the same reward there is no variance to explain, and 0 says nothing.
+    # Where every response got the same reward there is no variance to explain, and 0 means nothing.
     varied = [row for row in history if row.get("rollout/reward_std") != 0]
 
     def judge(metric: str, bad: Callable[[float], bool], text: str) -> None:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-# Beyond e^20 a probability ratio says nothing but "far away"; the bound keeps float32 finite.
+# Beyond e^20 a probability ratio means no more than "far away"; the bound keeps float32 finite.
 MAX_LOG_RATIO = 20.0
 
 KL_KINDS = ("k1", "k2", "k3")

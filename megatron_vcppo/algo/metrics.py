@@ -1,7 +1,7 @@
 """Metrics that add up: name -> (sum, weight), tensors of one shape.
 
 Sums and weights over micro-batches and ranks may be added in any grouping; ``means`` divides at the very end. A weight
-of 0 says that the sum itself is the metric (a loss that is already divided by the batch's denominator). What is not a
+of 0 marks a sum that is itself the metric (a loss that is already divided by the batch's denominator). What is not a
 mean, such as a variance, is derived from means of powers after that.
 """
 
@@ -66,7 +66,7 @@ def standard_deviation(values: Mapping[str, float], name: str) -> float:
 def explained_variance(values: Mapping[str, float]) -> float:
     """1 - Var(returns - values) / Var(returns) from the means that ``value_loss`` reports; 0 if the returns are equal.
 
-    0: the critic says no more than a constant; below 0: less. 1: it is exact.
+    0: the critic is no better than a constant; below 0: worse. 1: it is exact.
     """
     returns_variance = standard_deviation(values, "returns") ** 2
     if returns_variance == 0:

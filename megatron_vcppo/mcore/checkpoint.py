@@ -49,7 +49,7 @@ _COMPLETE = re.compile(r"iter_(\d{7,})$")
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a loaded checkpoint says besides the weights."""
+    """What a loaded checkpoint holds besides the weights."""
 
     iteration: int
     state: dict[str, Any]
@@ -59,7 +59,7 @@ class Resumed:
 
 
 class CheckpointFolder:
-    """The checkpoints of one stage. Every method is collective.
+    """The checkpoints of one stage. Every method is collective over all ranks.
 
     The small files of model.hf (config.json, tokenizer, chat template, …) travel with each component, so that a
     checkpoint can be exported alone.
@@ -115,7 +115,7 @@ class CheckpointFolder:
         dist.barrier()
         self.temporary = temporary
         meta = {"iteration": iteration, "components": sorted(components), "config_hash": self.config_hash}
-        # As text: the caller continues with lists that it may have in there while a background save is under way.
+        # Serialized now: the caller may mutate ``state`` while the background save runs.
         content = json.dumps(meta | {"state": dict(state)}, indent=1)
         writing = {}
         with self._deadline():
@@ -149,7 +149,7 @@ class CheckpointFolder:
         self.complete(writing)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that verifies; a damaged one is named on stderr and the one before is taken."""
+        """The newest checkpoint that verifies; a damaged one is reported on stderr and the one before is used."""
         choice: list[str | None] = [None]
 
         def look(beat: Callable[[], None]) -> None:
@@ -224,7 +224,7 @@ class CheckpointFolder:
         dist.barrier()
 
     def _deadline(self) -> AbstractContextManager[None]:
-        """Of waits for processes that write: one that was killed is waited for without end."""
+        """Deadline for threads that write: a file system that hangs would otherwise block this rank forever."""
         folder, rank = self.temporary, self.runtime.rank
 
         def written_bytes() -> int:
@@ -248,7 +248,7 @@ class CheckpointFolder:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Folders that carry a final name; whether they are undamaged is the manifest's to say."""
+    """Folders that carry a final name; whether they are undamaged is for ``verify_manifest`` to check."""
     return [path for path in folder.glob("iter_*") if _COMPLETE.match(path.name)] if folder.is_dir() else []
 
 

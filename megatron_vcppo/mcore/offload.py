@@ -5,7 +5,7 @@ Megatron's buffers, shards of the distributed optimizer, buckets of gradients) s
 ``offload_to_cpu`` of optimizers gives parameters new storages instead, which cuts shards off the buffers that they are
 views of, and its grad and param buffers know nothing of models without the distributed optimizer.
 
-A view of an empty storage must not be used: ``check_resident`` says so before a kernel does.
+A view of an empty storage must not be used: ``check_resident`` raises before a kernel fails.
 """
 
 import mmap
@@ -20,7 +20,7 @@ from megatron.core.optimizer import MegatronOptimizer
 Storage: TypeAlias = torch.UntypedStorage
 
 PINNED_BYTES = 1 << 20
-"""Storages of this size are worth locking pages for."""
+"""Smallest storage whose host copy is page-locked."""
 
 
 @dataclass
@@ -89,7 +89,7 @@ def optimizer_state(optimizer: MegatronOptimizer, module: torch.nn.Module) -> li
     """Storages of moments and float32 main parameters; not of parameters that the model computes with itself."""
     tensors = []
     for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if chained.optimizer is None:  # a rank without parameters of its own
+        if chained.optimizer is None:  # a rank without parameters
             continue
         for group in chained.optimizer.param_groups:
             tensors += [parameter.data for parameter in group["params"]]

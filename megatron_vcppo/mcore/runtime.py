@@ -174,7 +174,7 @@ def on_main(work: Callable[[Callable[[], None]], None], what: str) -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """True if any rank says so; collective."""
+    """True if ``flag`` is true on any rank; collective."""
     vote = torch.tensor([int(flag)], device=device())
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
     return bool(vote.item())

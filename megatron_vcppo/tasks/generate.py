@@ -11,7 +11,7 @@ from megatron_vcppo.tasks.search import SEARCH
 from megatron_vcppo.tasks.task import DEFAULT_STYLE, Problem, Style, Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (RUNNING_SUM, LIST_OPERATIONS, SEARCH)}
-"""Every synthetic task by its name, which is what a prompt's ``task`` says."""
+"""Every synthetic task by its name, which is the ``task`` of its prompts."""
 
 _MAX_REJECTED = 20_000
 
@@ -31,7 +31,7 @@ def split_of(prompt: str) -> str:
 def problems(task: Task, split: str, steps: tuple[int, int], seed: str, unique: bool = False) -> Iterator[Problem]:
     """An endless stream of problems of one split; numbers of steps are uniform from steps[0] to steps[1].
 
-    unique: no prompt comes twice. Raises UserError if the task has no more of them.
+    unique: no prompt appears twice. Raises UserError if the task has no more of them.
     """
     rng = Random(seed)
     seen: set[str] = set()

@@ -80,7 +80,7 @@ def test_both_spellings_of_rope_scaling_mean_the_same(tmp_path):
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"num_local_experts": 8}, "mixture of experts"),
-        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"torch_dtype": "float64", "dtype": None}, "dtype float64"),
         ({"num_key_value_heads": 3}, "4 attention heads over 3"),
     ],

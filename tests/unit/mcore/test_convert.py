@@ -79,12 +79,13 @@ def test_unusual_bit_patterns_survive(tmp_path, hf):
     assert_bit_equal(hf, tmp_path / "out")
 
 
-def test_sharded_files_in_and_out(tmp_path):
+def test_sharded_files_in_and_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_vcppo.hf.convert.exporter.MAX_FILE_BYTES", 80_000)
     whole = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "whole", "llama"))
     whole.save_pretrained(tmp_path / "hf", max_shard_size="100KB")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
     import_hf(tmp_path / "hf", tmp_path / "checkpoint", 2, 2)
-    export_hf(tmp_path / "checkpoint", tmp_path / "out", verify_logits=False, max_file_bytes=80_000)
+    export_hf(tmp_path / "checkpoint", tmp_path / "out", verify_logits=False)
     assert_bit_equal(tmp_path / "hf", tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     weights = load_weights(tmp_path / "out")
