@@ -192,6 +192,7 @@ class Learner(Runner):
         return self.model
 
     def storages(self) -> dict[str, list[Storage]]:
+        """Weights, gradients and optimizer state."""
         state = optimizer_state(self.optimizer, self.model)
         return {**super().storages(), "gradients": gradients(self.ddp), "optimizer state": state}
 
@@ -241,6 +242,7 @@ class Policy(Runner):
     temperature = 1.0
 
     def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch, shard: ContextShard) -> tuple[Tensor, Tensor]:
+        """From logits [T / cp, padded vocabulary / tp] to (logprobs, entropy), float32 [T] each."""
         logprobs, entropy = shard.gather_outputs(
             *vocab_parallel_logprobs(
                 model_output, shard.take(microbatch.labels), self.model.arch.vocab_size, temperature=self.temperature
@@ -275,6 +277,7 @@ class Critic(Learner):
     model: CriticModel
 
     def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch, shard: ContextShard) -> Tensor:
+        """From values [T / cp] to values [T]."""
         return shard.gather_outputs(model_output)[0]
 
     def values(self, microbatches: Sequence[PackedMicrobatch]) -> list[Tensor]:

@@ -162,6 +162,7 @@ class PointwiseLoss:
     denominator: int
 
     def __call__(self, outputs: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
+        """outputs: scores [T]."""
         labels = microbatch.fields["label"]
         if self.settings.loss == "mse":
             labels = 2 * labels - 1
@@ -182,5 +183,6 @@ class PairwiseLoss:
     denominator: int
 
     def __call__(self, outputs: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
+        """outputs: scores [T]."""
         chosen, rejected = outputs[microbatch.fields["last_mask"]].view(-1, 2).unbind(1)
         return pairwise_loss(chosen=chosen, rejected=rejected, denominator=self.denominator)

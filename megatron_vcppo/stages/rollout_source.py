@@ -66,6 +66,7 @@ class FreshRollouts:
         self.pushed = False
 
     def next(self, count: int, step: int) -> list[Rollout]:
+        """Whole groups: at least ``count``."""
         if not self.pushed:
             actor = self.load_actor()
             self.generation.share(actor)
@@ -76,9 +77,11 @@ class FreshRollouts:
         return self.sampler.of(step, self.stream.next(-(-count // self.num_samples)))
 
     def state_dict(self) -> dict[str, Any]:
+        """The position in the prompt stream."""
         return self.stream.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken."""
         self.stream.load_state_dict(state)
 
 
@@ -134,12 +137,15 @@ class StoredRollouts:
         return rollouts[:total]
 
     def next(self, count: int, step: int) -> list[Rollout]:
+        """The next ones of a seeded order; each comes once per epoch."""
         return [self.rollouts[index] for _, index in self.order.next(count)]
 
     def state_dict(self) -> dict[str, Any]:
+        """The position in the order."""
         return self.order.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken."""
         self.order.load_state_dict(state)
 
 
