@@ -1,8 +1,9 @@
 """Metrics that add up: name -> (sum, weight), tensors of one shape.
 
-Sums and weights over micro-batches and ranks may be added in any grouping; ``means`` divides at the very end. A weight
-of 0 marks a sum that is itself the metric (a loss that is already divided by the batch's denominator). What is not a
-mean, such as a variance, is derived from means of powers after that.
+Sums and weights over micro-batches and ranks may be added in any grouping; ``means`` divides at the very end. A total,
+such as a loss that is already divided by the batch's denominator, has weight 0 and is not divided: make it with
+``total_metric`` and read it with ``means``, which are all that know of this. What is not a mean, such as a variance, is
+derived from means of powers after that.
 """
 
 import math

@@ -52,7 +52,16 @@ def problems(task: Task, split: str, steps: tuple[int, int], seed: str, unique: 
 def prompt_rows(
     task: Task, split: str, steps: tuple[int, int], seed: int, count: int, unique: bool = False
 ) -> Iterator[dict[str, str]]:
-    """``count`` rows {prompt, answer, task}, as PPO and evaluation read them."""
+    """``count`` rows {prompt, answer, task}, as PPO and evaluation read them.
+
+    Args:
+        task: whose problems.
+        split: train | validation | test.
+        steps: smallest and largest number of steps.
+        seed: equal seeds give equal rows.
+        count: rows.
+        unique: no prompt appears twice; raises UserError if the task has fewer.
+    """
     for problem in islice(problems(task, split, steps, f"{seed}/{task.name}/{split}/prompts", unique), count):
         yield {"prompt": problem.prompt, "answer": problem.answer, "task": task.name}
 
@@ -60,7 +69,16 @@ def prompt_rows(
 def demonstration_rows(
     task: Task, split: str, steps: tuple[int, int], seed: int, count: int, style: Style = DEFAULT_STYLE
 ) -> Iterator[dict[str, str]]:
-    """``count`` rows {prompt, response, answer, task}, as SFT reads them."""
+    """``count`` rows {prompt, response, answer, task}, as SFT reads them.
+
+    Args:
+        task: whose problems.
+        split: train | validation | test.
+        steps: smallest and largest number of steps.
+        seed: equal seeds give equal rows.
+        count: rows.
+        style: of the writers, see ``Style``.
+    """
     rng = Random(f"{seed}/{task.name}/{split}/writers")
     for problem in islice(problems(task, split, steps, f"{seed}/{task.name}/{split}/demonstrations"), count):
         response = task.demonstration(rng, problem.prompt, style)

@@ -189,9 +189,9 @@ BAD_IMPORTS = {
 
 @pytest.mark.parametrize("case", BAD_IMPORTS)
 def test_bad_weights_are_listed_and_nothing_is_left(tmp_path, hf, case):
-    spoil, said = BAD_IMPORTS[case]
+    spoil, message = BAD_IMPORTS[case]
     spoil(hf)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         import_hf(hf, tmp_path / "checkpoint", 2, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
@@ -257,10 +257,10 @@ BAD_CHECKPOINTS = {
 
 @pytest.mark.parametrize("case", BAD_CHECKPOINTS)
 def test_a_bad_checkpoint_is_not_exported(tmp_path, checkpoint, case):
-    spoil, said = BAD_CHECKPOINTS[case]
+    spoil, message = BAD_CHECKPOINTS[case]
     spoil(checkpoint)
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         export_hf(checkpoint, tmp_path / "out", verify_logits=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
