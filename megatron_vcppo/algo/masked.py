@@ -36,7 +36,7 @@ def valid_index(mask: Tensor) -> Tensor:
 
 
 def check_finite(mask: Tensor, **tensors: Tensor | None) -> None:
-    """Raise FloatingPointError that names each tensor with NaN or inf on valid tokens, and how many.
+    """Raises FloatingPointError if a tensor has NaN or inf on valid tokens, with the names and how many there are.
 
     mask and each tensor: the same shape; None is skipped. Waits for the device once.
     """

@@ -17,6 +17,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_vcppo.mcore.optimizer import chained_optimizers
+
 Storage: TypeAlias = torch.UntypedStorage
 
 PINNED_BYTES = 1 << 20
@@ -88,9 +90,7 @@ def gradients(ddp: DistributedDataParallel) -> list[Storage]:
 def optimizer_state(optimizer: MegatronOptimizer, module: torch.nn.Module) -> list[Storage]:
     """Storages of moments and float32 main parameters; not of parameters that the model computes with itself."""
     tensors = []
-    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if chained.optimizer is None:  # a rank without parameters
-            continue
+    for chained in chained_optimizers(optimizer):
         for group in chained.optimizer.param_groups:
             tensors += [parameter.data for parameter in group["params"]]
         for state in chained.optimizer.state.values():
@@ -110,7 +110,7 @@ def drop_fp8_copies(module: torch.nn.Module) -> None:
 
 
 def check_resident(parts: Mapping[str, list[Storage]]) -> None:
-    """Raise RuntimeError if any of these is in host memory; parts: ``Runner.storages``."""
+    """Raises RuntimeError if any of these is in host memory; parts: ``Runner.storages``."""
     if away := [part for part, storages in parts.items() if any(storage.nbytes() == 0 for storage in storages)]:
         raise RuntimeError(f"{' and '.join(away)} of the model are in host memory: it is the engines' turn on the GPU")
 

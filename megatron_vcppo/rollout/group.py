@@ -10,7 +10,7 @@ work on the GPU, would wait for. gloo gives deadlines to every operation. NCCL d
   First all ranks meet in the store, under the deadline; a peer that hangs between that and the call holds the call up
   in a thread that is abandoned at the deadline. NCCL's own non-blocking start has one deadline per process, read once
   from the environment.
-- What hangs, hangs on a stream of its own (lane.py).
+- What hangs, hangs on a separate stream (lane.py).
 
 vLLM's StatelessProcessGroup with PyNcclCommunicator is no way out: it makes its communicator by the same call without
 a deadline, has no time-out or abort in its collectives, and would bring vLLM into the trainer.
@@ -43,7 +43,7 @@ ABORT_TIMEOUT_S = 10.0
 
 
 class Deadline:
-    """A moment that several waits share. Raises TimeoutError when it is asked for time that is not there."""
+    """A moment that several waits share."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.moment = seconds, time.monotonic() + seconds
@@ -72,7 +72,7 @@ class Group:
 
     @property
     def device(self) -> torch.device:
-        """Where tensors must lie."""
+        """The device on which tensors must be."""
         return self.lane.device
 
     def broadcast(self, tensor: torch.Tensor) -> dist.Work:
@@ -170,7 +170,7 @@ def meet(store: dist.Store, rank: int, world_size: int, deadline: Deadline) -> N
 
 
 def run_within(seconds: float, what: str, work: Callable[[], T]) -> T:
-    """The result of ``work``, which runs in a thread of its own; raises RuntimeError and abandons it after seconds."""
+    """The result of ``work``, run in a new thread. Raises RuntimeError after ``seconds`` and abandons the thread."""
     future: Future[T] = Future()
 
     def run() -> None:
