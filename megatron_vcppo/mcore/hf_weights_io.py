@@ -31,12 +31,12 @@ def load_hf(model: PackedGPT, folder: str | Path) -> None:
             local.copy_(shard(entry, full, tp_rank, tp_size))
 
 
-def stream_hf(model: PackedGPT, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+def stream_hf(model: PackedGPT) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, tensor) of this pipeline stage's parameters; collective over its tensor-parallel ranks.
 
     All ranks of the tensor-parallel group iterate together; the first one gets the tensors, the others get nothing. A
-    tensor is gathered when the iterator reaches it and is not held. Vocabulary padding is trimmed. A tied embedding
-    comes from the first stage only. dtype: what tensors are converted to; None: the model's.
+    tensor is gathered when the iterator reaches it and is not held. Vocabulary padding is trimmed, so
+    shapes are those of ``hf_shapes``; dtypes are the model's. A tied embedding comes from the first stage only.
     """
     check_resident({"weights": weights(model)})
     group = parallel_state.get_tensor_model_parallel_group()
@@ -51,8 +51,7 @@ def stream_hf(model: PackedGPT, dtype: torch.dtype | None = None) -> Iterator[tu
             shards = [torch.empty_like(mine) for _ in range(size)] if rank == 0 else []
             dist.gather(mine, shards or None, dst=root, group=group)
         if rank == 0:
-            for name, tensor in split(entry, unshard(entry, shards)).items():
-                yield name, tensor if dtype is None else tensor.to(dtype)
+            yield from split(entry, unshard(entry, shards)).items()
 
 
 def local_parameters(model: PackedGPT) -> Iterator[tuple[Tensor, Parameter]]:
