@@ -168,16 +168,14 @@ def pack_into_microbatches(lengths: Sequence[int], tokens_per_microbatch: int) -
     return sorted(sorted(indices) for indices in bins)
 
 
-def balance(lengths: Sequence[int], num_ranks: int, quadratic: float = 0.0) -> list[list[int]]:
-    """Share sequences out over ranks so that the largest cost is small: greedy, then pairwise exchange.
+def balance(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Distribute sequences over ranks so that the largest sum of lengths is small: greedy, then pairwise exchange.
 
-    The cost of a length l is l + quadratic · l² (tokens; the second term is attention's, relative to the rest).
     Returns num_ranks lists of rising indices; some are empty only if there are fewer sequences than ranks.
     Longest-first to the least loaded rank (Graham 1969), then moves and swaps out of the most loaded rank
     until none lowers the maximum. Deterministic.
     """
     costs = np.asarray(lengths, dtype=np.float64)
-    costs = costs + quadratic * costs * costs
     heap = [(0.0, rank) for rank in range(num_ranks)]
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     for index in np.argsort(-costs, kind="stable").tolist():

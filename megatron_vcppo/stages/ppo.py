@@ -18,7 +18,7 @@ from megatron_vcppo.data.rollout_batch import ModelOutputs, RolloutBatch, make_b
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import complete_checkpoints
-from megatron_vcppo.mcore.export_stream import stream_hf
+from megatron_vcppo.mcore.hf_weights_io import stream_hf
 from megatron_vcppo.mcore.learner import Actor, Critic, Learner, Reference
 from megatron_vcppo.records import Rollout
 from megatron_vcppo.report.run_data import worst_reward
@@ -117,8 +117,13 @@ class KlCoefficient:
         """Move the coefficient towards the target divergence, given an iteration's metrics."""
         target = self.config.kl_target
         if target is not None and "actor/kl_ref" in metrics:
-            divergence = metrics["actor/kl_ref"]
-            self.value = next_kl_coef(self.value, divergence, target, num_rollouts, self.config.kl_horizon)
+            self.value = next_kl_coef(
+                self.value,
+                observed_kl=metrics["actor/kl_ref"],
+                target_kl=target,
+                num_rollouts=num_rollouts,
+                horizon=self.config.kl_horizon,
+            )
 
     def state_dict(self) -> float:
         """The coefficient."""

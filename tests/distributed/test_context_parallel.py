@@ -230,6 +230,7 @@ def test_gradients_of_outputs_that_no_loss_reads_are_skipped() -> None:
         read, unread = ((torch.arange(4.0) + 10 * shard.rank).requires_grad_() for _ in range(2))
         whole, _ = shard.gather_outputs(read, Watch.apply(unread))
         (whole * torch.arange(8.0)).sum().backward()
+        assert read.grad is not None
         return [*whole.tolist(), *read.grad.tolist()], gradients in ([], [None])
 
     whole = [0.0, 1.0, 10.0, 11.0, 12.0, 13.0, 2.0, 3.0]

@@ -11,7 +11,7 @@ import torch
 
 from megatron_vcppo.config.schema import Dtype, ParallelConfig
 from megatron_vcppo.mcore import offload
-from megatron_vcppo.mcore.export_stream import stream_hf
+from megatron_vcppo.mcore.hf_weights_io import stream_hf
 from megatron_vcppo.mcore.learner import Reference
 from megatron_vcppo.run.manifest import read_manifest
 from tests.helpers.checkpoints import checkpoint_folder

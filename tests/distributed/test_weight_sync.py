@@ -15,8 +15,7 @@ from megatron_vcppo.config.schema import Config, ModelConfig, OptimizerConfig, P
 from megatron_vcppo.data.packing import pack_all, unpack_all
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.export_stream import stream_hf
-from megatron_vcppo.mcore.hf_weights_io import load_hf
+from megatron_vcppo.mcore.hf_weights_io import load_hf, stream_hf
 from megatron_vcppo.mcore.learner import Actor
 from megatron_vcppo.mcore.model import build_actor
 from megatron_vcppo.records import Rollout, TrainSequence

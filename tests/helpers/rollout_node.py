@@ -20,8 +20,7 @@ from megatron_vcppo.rollout.client import RolloutClient
 from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.rollout.rendezvous import Engine
 from megatron_vcppo.run.processes import alive, die_with_parent, without_trainer
-from megatron_vcppo.tasks.vocabulary import WORDS
-from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
+from megatron_vcppo.tasks.word_tokenizer import WORDS, build_tokenizer
 from megatron_vcppo.weight_sync.push_plan import SyncRole
 from megatron_vcppo.weight_sync.sync import Source, WeightSync
 from megatron_vcppo.weight_sync.transport import NetworkTransport, Transport

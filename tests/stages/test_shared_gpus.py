@@ -132,7 +132,7 @@ def test_an_engine_killed_in_the_update_waits_and_one_killed_in_generation_joins
 
         SharedGpus._give_turn = look_at_the_weights  # type: ignore[assignment,method-assign]
         Updater.update = kill_then_update  # type: ignore[method-assign]
-        rollout_session.begin = begin_then_kill  # type: ignore[assignment]
+        rollout_session.begin = begin_then_kill
 
     stage = make_stage(node, task, tmp_path / "run")
     started = node.log.read_text().count("starting, pid")
