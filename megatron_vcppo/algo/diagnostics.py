@@ -28,6 +28,7 @@ from megatron_vcppo.algo.position_profiles import (
 )
 
 _EARLY_LATE_DECILES = 2
+_PROFILES = ("advantage_by_position", "advantage_by_decile", "value_by_position", "value_by_decile")
 
 
 @torch.no_grad()
@@ -91,7 +92,7 @@ def summarize(metrics: Metrics) -> tuple[dict[str, float], dict[str, list[float 
     two relative deciles minus that of the last two. give_up_advantage_sigma: in standard deviations above the mean
     advantage; both give-up numbers are missing for a batch in which no response gave up.
     """
-    profiles = {name: _profile(*metrics[name]) for name in metrics if "_by_" in name}
+    profiles = {name: _profile(*metrics[name]) for name in _PROFILES}
     values = {name: float(mean) for name, mean in means(_without(metrics, profiles)).items()}
     sums, counts = metrics["advantage_by_decile"]
     early, late = (

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_vcppo.integers import round_up
 from megatron_vcppo.records import TrainSequence
 
 
@@ -212,13 +213,3 @@ def _exchange(ranks: list[list[int]], loads: np.ndarray, costs: np.ndarray) -> N
         ranks[light].append(moved)
         for rank in (heavy, light):
             loads[rank] = costs[ranks[rank]].sum()
-
-
-def round_up(value: int, multiple: int) -> int:
-    """The least multiple of ``multiple`` that is not under ``value``."""
-    return ceil_div(value, multiple) * multiple
-
-
-def ceil_div(value: int, divisor: int) -> int:
-    """value / divisor, rounded up."""
-    return -(-value // divisor)

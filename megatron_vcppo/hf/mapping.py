@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.integers import round_up
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _LOCAL_SPEC_NAMES = {
@@ -64,8 +65,7 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     Every tp that divides 128 gives the same size, so checkpoints reshard without a change of shape. Logits of padding
     rows must be masked (``[vocab_size:]``): they belong to no token.
     """
-    multiple = math.lcm(128, tp)
-    return -(-vocab_size // multiple) * multiple
+    return round_up(vocab_size, math.lcm(128, tp))
 
 
 def parameters(arch: Architecture, tp: int = 1, kind: str = "actor") -> list[Parameter]:

@@ -22,6 +22,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
+from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.optimizer import chained_optimizers
 
@@ -147,7 +148,7 @@ def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[tupl
         yield (), ()
         return
     row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row  # whole rows
+    first, last = ceil_div(start, row), stop // row  # whole rows
     if first > last:
         ends = [(last, start - last * row, stop - last * row)]
     else:

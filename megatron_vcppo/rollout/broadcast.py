@@ -13,6 +13,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from megatron_vcppo.integers import round_up
 from megatron_vcppo.rollout.group import Group
 from megatron_vcppo.rollout.lane import Lane
 
@@ -158,4 +159,4 @@ def _put_together(flats: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT
+    return round_up(offset, ALIGNMENT)

@@ -18,8 +18,8 @@ from megatron_vcppo.algo.kl import kl_estimate
 from megatron_vcppo.algo.masked import masked_moments
 from megatron_vcppo.algo.token_rewards import filter_overlong, soft_overlong_penalty, token_rewards
 from megatron_vcppo.config.rl import AdvantageConfig, PolicyLossConfig
-from megatron_vcppo.data.packing import ceil_div
 from megatron_vcppo.data.rollout_batch import ModelOutputs, RolloutBatch
+from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.rewards.verifier import Verdict
 
 NUM_POSITION_BINS = 64

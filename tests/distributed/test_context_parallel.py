@@ -25,8 +25,8 @@ from megatron_vcppo.records import TrainSequence
 from megatron_vcppo.stages.reward_model import make_step, training_units
 from tests.helpers import training
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.tiny_models import save_tiny_model
 from tests.helpers.training import make_sequences
+from tools.benchmarks._tiny_models import save_tiny_model
 
 # A large eps: the division by the root of tiny second moments would magnify float32 noise in the weights.
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, eps=1e-5)

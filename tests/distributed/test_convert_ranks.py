@@ -20,7 +20,7 @@ from megatron_vcppo.mcore.model import build_actor
 from megatron_vcppo.run.folder import StageFolder
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.tiny_models import FAMILIES, save_tiny_model
+from tools.benchmarks._tiny_models import FAMILIES, save_tiny_model
 
 CASES = [(family, tied) for family in FAMILIES for tied in (False, True)]
 TOKEN_IDS = [3, 1, 65, 20, 7, 7, 0, 41]

@@ -17,8 +17,8 @@ from megatron_vcppo.mcore.model import build_actor
 from megatron_vcppo.rollout.broadcast import receive, send
 from megatron_vcppo.rollout.group import join_group, reach_store, serve_store
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.tiny_models import save_tiny_model
 from tools.benchmarks._measure import peak_bytes
+from tools.benchmarks._tiny_models import save_tiny_model
 
 BUCKET_BYTES = 4 << 20
 

@@ -15,7 +15,7 @@ from megatron_vcppo.rollout.node_folder import NodeFolder
 from megatron_vcppo.weight_sync.rank_role import place_on_node
 from megatron_vcppo.weight_sync.transport import HostTransport
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.tiny_models import save_tiny_model
+from tools.benchmarks._tiny_models import save_tiny_model
 
 Weights = dict[str, torch.Tensor]
 

@@ -14,7 +14,7 @@ from megatron_vcppo.stages.ppo import push_actor
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.te.scenarios import Case, make_learner, packed, train_step
-from tests.helpers.tiny_models import save_tiny_model
+from tools.benchmarks._tiny_models import save_tiny_model
 
 
 class Recorder:

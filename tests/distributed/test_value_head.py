@@ -16,7 +16,7 @@ from megatron_vcppo.mcore.learner import Critic
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.te.scenarios import Case, make_learner, packed, train
-from tests.helpers.tiny_models import save_tiny_model
+from tools.benchmarks._tiny_models import save_tiny_model
 
 TARGET = 1.003
 """bfloat16 has 1 and 1.0078 next to each other."""

@@ -24,7 +24,7 @@ from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.weight_sync.rank_role import make_weight_sync, role_of
 from megatron_vcppo.weight_sync.sync import PushResult
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.rollout_node import RolloutNode, make_prompts, save_policy
+from tools.benchmarks._rollout_node import RolloutNode, make_prompts, save_policy
 
 pytestmark = pytest.mark.timeout(400)
 

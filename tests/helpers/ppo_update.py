@@ -21,7 +21,7 @@ from megatron_vcppo.stages.advantage_batch import AdvantageBatch, compute_advant
 from megatron_vcppo.stages.ppo import token_outputs
 from megatron_vcppo.stages.training_losses import bounded
 from megatron_vcppo.stages.updates import Updater
-from tests.helpers.tiny_models import VOCAB_SIZE, save_tiny_model
+from tools.benchmarks._tiny_models import VOCAB_SIZE, save_tiny_model
 
 MAX_TOKENS = 24
 SIZES: dict[str, Any] = {"num_hidden_layers": 2}

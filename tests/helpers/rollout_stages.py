@@ -26,9 +26,9 @@ from megatron_vcppo.run.rollout_store import read_rollouts
 from megatron_vcppo.stages.__main__ import main as run_rank
 from megatron_vcppo.stages.rollout_session import RolloutSession
 from tests.helpers.distributed import RanksFailed, run_distributed_test
-from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.stops import at_call
-from tests.slurm.support import write_config
+from tools.benchmarks._rollout_node import RolloutNode
+from tools.benchmarks._tiny_chains import write_config
 
 NUM_PROMPTS = 20
 """Iterations of 8 prompts cross the borders between epochs."""

@@ -14,7 +14,7 @@ from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.manifest import write_manifest
 from megatron_vcppo.run.stored_set import stored_set
 from megatron_vcppo.slurm.srun import stage_nodes
-from tests.slurm.support import tiny_config, tiny_model, units_on, write_config
+from tools.benchmarks._tiny_chains import tiny_config, tiny_model, units_on, write_config
 
 
 def test_an_export_is_one_process_on_one_node(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from megatron_vcppo.slurm.job import futile_starts, progress
 from megatron_vcppo.slurm.slurm_cli import JobState, first_node, parse_table, slurm_message
 from megatron_vcppo.slurm.srun import probe_command, stage_nodes
 from megatron_vcppo.slurm.submission import executor
-from tests.slurm.support import tiny_config, tiny_model, units_on, write_config
+from tools.benchmarks._tiny_chains import tiny_config, tiny_model, units_on, write_config
 
 
 def test_trainer_and_rollout_steps_have_their_own_layout(tmp_path: Path) -> None:

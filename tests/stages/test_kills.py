@@ -11,8 +11,8 @@ from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import read_rollouts
 from megatron_vcppo.stages.rollout_session import RolloutSession
-from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import KILL_POINTS, KillPoint, Stage, make_config, make_task
+from tools.benchmarks._rollout_node import RolloutNode
 
 PPO_POINTS = (
     KillPoint(RolloutSession, "store", 2),

@@ -27,9 +27,9 @@ from megatron_vcppo.stages.shared_gpus import SharedGpus
 from megatron_vcppo.stages.updates import Updater
 from megatron_vcppo.weight_sync.transport import HostTransport
 from megatron_vcppo.weight_sync.turns import SleepingSync
-from tests.helpers.rollout_node import SINGLE, RolloutNode
 from tests.helpers.rollout_stages import Stage, make_config, make_task
 from tests.helpers.stops import ask_to_stop, hold_responses
+from tools.benchmarks._rollout_node import SINGLE, RolloutNode
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture, RopeScaling
 from megatron_vcppo.hf.mapping import hf_shapes, parameters
-from tests.helpers.tiny_models import FAMILIES, save_tiny_model
+from tools.benchmarks._tiny_models import FAMILIES, save_tiny_model
 
 CASES = [(family, tied) for family in FAMILIES for tied in (False, True)]
 

@@ -18,7 +18,7 @@ from megatron_vcppo.hf.convert.export_check import check_export
 from megatron_vcppo.hf.convert.exporter import export_hf
 from megatron_vcppo.hf.convert.importer import import_hf
 from megatron_vcppo.run.manifest import read_manifest, write_manifest
-from tests.helpers.tiny_models import FAMILIES, save_tiny_model
+from tools.benchmarks._tiny_models import FAMILIES, save_tiny_model
 
 WEIGHTS = "model.safetensors"
 
