@@ -1,4 +1,4 @@
-"""Chains of stages that take milliseconds a step: a small configuration, waiting with a deadline, looking for strays."""
+"""Chains of stages that take milliseconds a step: a small configuration, waits with a deadline, a look for strays."""
 
 import json
 import os
