@@ -45,7 +45,7 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, kind: str, divide_by_st
     return centred.to(rewards.dtype)
 
 
-def spread(advantages: Tensor, mask: Tensor) -> Tensor:
+def broadcast_to_tokens(advantages: Tensor, mask: Tensor) -> Tensor:
     """[B] to [B, T]: each valid token gets its rollout's advantage."""
     return torch.where(mask, advantages[:, None], 0.0)
 

@@ -38,8 +38,8 @@ def total_metric(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add(parts: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> Metrics:
-    """Sums of sums, sums of weights; every part has the same names."""
-    first, *rest = parts
+    """Sums of sums, sums of weights; every part has the same names. Of no parts: empty."""
+    first, *rest = [*parts] or [{}]
     for part in rest:
         assert part.keys() == first.keys(), f"metrics {sorted(part.keys() ^ first.keys())} are not in every part"
     return {

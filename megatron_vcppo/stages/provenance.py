@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.run.files import write_json
+from megatron_vcppo.run.log import say
 from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest
 from megatron_vcppo.run.rollout_store import drop_partial, partial_iterations, stored_iterations
 from megatron_vcppo.run.stored_set import FILE_NAME as SET_NAME
@@ -24,13 +25,13 @@ Origin = dict[str, Any]
 def origin_of(config: Config, stage: str) -> Origin:
     """What decides which responses a stage gets to a prompt, and their rewards."""
     sampling = {name: getattr(config.rollout, name) for name in ("temperature", "top_p", "top_k", "max_tokens", "stop")}
-    keys = asdict(config.prompts)
+    prompts_config = asdict(config.prompts)
     for name in ("test", "bad_samples", "verify_workers"):
-        del keys[name]
+        del prompts_config[name]
     made: Origin = {"actor": identity(actor_before(config, stage) or Path(config.model.hf))}
     made |= {"model.max_length": config.model.max_length}
     made |= {f"rollout.{name}": value for name, value in sampling.items()}
-    made |= {f"prompts.{name}": value for name, value in keys.items()}
+    made |= {f"prompts.{name}": value for name, value in prompts_config.items()}
     if stage == "ppo":
         made |= {"run.seed": config.run.seed, "rollout.num_samples": config.rollout.num_samples}
         made |= {f"ppo.{name}": value for name, value in asdict(config.ppo).items() if name not in NO_EFFECT}
@@ -66,7 +67,7 @@ def differences(folder: Path, made: Origin) -> list[str]:
 
 
 def claim(folder: Path, made: Origin, reached: int) -> None:
-    """Say what makes the rollouts of a folder from now on; main rank.
+    """Record the provenance of this folder's rollouts and delete those that no longer match. Main rank only.
 
     Rollouts that something else made are dropped if they belong to iterations after ``reached``: an interrupted
     iteration is trained again on the responses that it had, but not on those of another policy.
@@ -75,10 +76,9 @@ def claim(folder: Path, made: Origin, reached: int) -> None:
     different = differences(folder, made)
     later = [iteration for iteration in stored_iterations(folder) if iteration > reached] if different else []
     if later:
-        print(
+        say(
             f"{folder}: iterations {later[0]} to {later[-1]} were generated under other settings "
-            f"({', '.join(different)}): they are generated anew",
-            flush=True,
+            f"({', '.join(different)}): they are generated again"
         )
     # Negative: evaluations within a stage, of an actor that other settings may no longer lead to.
     for iteration in partial_iterations(folder) if different else []:
@@ -89,6 +89,4 @@ def claim(folder: Path, made: Origin, reached: int) -> None:
             path.unlink()
     if different:
         (folder / SET_NAME).unlink(missing_ok=True)
-    temporary = folder / f".{ORIGIN_NAME}.tmp"
-    temporary.write_text(json.dumps(made, indent=1), encoding="utf-8")
-    os.replace(temporary, folder / ORIGIN_NAME)
+    write_json(folder / ORIGIN_NAME, made)

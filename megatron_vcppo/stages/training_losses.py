@@ -79,6 +79,11 @@ class CriticLoss:
     config: CriticConfig
     denominator: float
 
+    @classmethod
+    def of(cls, config: CriticConfig, mask: Tensor, max_length: int) -> "CriticLoss":
+        """The mean over the tokens of a minibatch's mask [B, T], which every rank knows."""
+        return cls(config, loss_denominator("token", int(mask.sum()), int(mask.any(dim=1).sum()), max_length))
+
     def __call__(self, outputs: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
         """outputs: values [T]."""
         fields = microbatch.fields

@@ -17,7 +17,7 @@ from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.export_check import TOLERANCE, compare_logits
 from megatron_vcppo.mcore.learner import Actor
 from megatron_vcppo.mcore.model import build_actor
-from megatron_vcppo.stages.stage import mark_done
+from megatron_vcppo.run.folder import StageFolder
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.tiny_models import FAMILIES, save_tiny_model
@@ -57,7 +57,7 @@ def test_an_import_for_one_layout_loads_in_another(tmp_path):
     import_hf(hf, tmp_path / "imported", 1, 4)
     stage = tmp_path / "sft"
     run_distributed_test(load_and_save, 2, tmp_path / "imported", stage / "checkpoints", ParallelConfig(tp=2))
-    mark_done(stage, checkpoint=stage / "checkpoints" / "iter_0000007")
+    StageFolder(stage).mark_done(checkpoint=stage / "checkpoints" / "iter_0000007")
     export_hf(stage, tmp_path / "out", verify_logits=False)  # of a done stage its last checkpoint is meant
     before, after = load_file(hf / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

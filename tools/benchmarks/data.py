@@ -52,7 +52,9 @@ def _bins(lengths: list[int], repeats: int) -> Iterator[dict[str, Any]]:
 
 def _tensors(lengths: list[int], repeats: int) -> Iterator[dict[str, Any]]:
     names = ("loss_mask", "advantages", "old_logprobs", "returns")
-    sequences = [TrainSequence(tuple(range(n)), dict.fromkeys(names, (0.0,) * n)) for n in lengths]
+    sequences = [
+        TrainSequence(tuple(range(n)), dict.fromkeys(names, (0.0,) * n) | {"loss_mask": (False,) * n}) for n in lengths
+    ]
     microbatches = pack_all(sequences, 8192, multiple=8)
     timing = time_together({"pack": lambda: pack_all(sequences, 8192, multiple=8)}, repeats)["pack"]
     yield {"case": "pack_all", "tokens": sum(lengths), "fields": len(names), "microbatches": len(microbatches),

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vcppo.algo.advantages import (
+    broadcast_to_tokens,
     gate_on_explained_variance,
     group_advantages,
     length_adaptive_lam,
-    spread,
     whiten,
 )
 from megatron_vcppo.algo.masked import masked_moments, mean_and_variance
@@ -50,10 +50,10 @@ def test_a_group_of_one_is_a_user_error():
         group_advantages(torch.ones(3), torch.tensor([0, 0, 1]), "rloo")
 
 
-def test_spread_fills_valid_tokens_only():
+def test_broadcast_fills_valid_tokens_only():
     mask = torch.tensor([[True, False, True], [False, True, False]])
     expected = torch.tensor([[2.0, 0.0, 2.0], [0.0, -1.0, 0.0]])
-    assert torch.equal(spread(torch.tensor([2.0, -1.0]), mask), expected)
+    assert torch.equal(broadcast_to_tokens(torch.tensor([2.0, -1.0]), mask), expected)
 
 
 @settings(max_examples=60, deadline=None)

@@ -19,7 +19,7 @@ def make_sequences(lengths: list[int]) -> list[TrainSequence]:
     sequences = []
     for length in lengths:
         tokens = tuple(next(ids) for _ in range(length))
-        mask = (0.0, *(float(t % 2) for t in tokens[1:]))
+        mask = (False, *(t % 2 == 1 for t in tokens[1:]))
         sequences.append(TrainSequence(tokens, {"x": tuple(map(float, tokens)), "loss_mask": mask}))
     return sequences
 
@@ -72,7 +72,7 @@ def test_padding_share_of_normal_batches_is_small() -> None:
 
 
 def test_a_rank_without_sequences_gets_a_dummy() -> None:
-    packed = pack([], [], multiple=4, field_names=["loss_mask", "advantages"])
+    packed = pack([], [], multiple=4, empty_fields={"loss_mask": bool, "advantages": float})
     assert packed.num_tokens == packed.padding_tokens == 4 and packed.cu_seqlens.tolist() == [0, 4]
     assert not packed.fields["loss_mask"].any() and packed.fields["advantages"].dtype == torch.float32
     assert packed.unpack(torch.ones(4)) == []
@@ -80,7 +80,7 @@ def test_a_rank_without_sequences_gets_a_dummy() -> None:
 
 def test_wrong_fields_are_bugs() -> None:
     with pytest.raises(AssertionError, match="nothing predicts the first token"):
-        pack([TrainSequence((1, 2), {"loss_mask": (1.0, 1.0)})], [0])
+        pack([TrainSequence((1, 2), {"loss_mask": (True, True)})], [0])
     with pytest.raises(AssertionError, match="in one micro-batch"):
         pack([TrainSequence((1, 2), {"x": (1.0, 1.0)}), TrainSequence((1, 2), {"y": (1.0, 1.0)})], [0, 1])
     with pytest.raises(AssertionError, match="1 values for 2 tokens"):

@@ -137,7 +137,7 @@ def test_make_task_writes_a_model_and_data_that_fit(tmp_path: Path, family: str)
     assert command("--out", str(out), "--task", "running_sum", "search", "--family", family, *SMALL) == 0
     tokenizer = load_tokenizer(out / "base_model")
     dataset, report = load_sft_dataset(str(out / "sft_train.jsonl"), tokenizer, 400)
-    assert report.num_used == len(dataset) == 80 and report.num_bad == 0
+    assert report.num_used == len(dataset) == 80 and not report.counts
     rows = [json.loads(line) for line in (out / "sft_train.jsonl").open()]
     for i, row in enumerate(rows):
         words = ["<bos>", *row["prompt"].split(), *row["response"].split(), "<eos>"]
