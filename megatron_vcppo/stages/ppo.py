@@ -25,13 +25,14 @@ from megatron_vcppo.report.run_data import worst_reward
 from megatron_vcppo.run.files import append_json_line
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.metrics_log import cut_back, read_history
+from megatron_vcppo.run.rollout_origin import claim
 from megatron_vcppo.run.startup import startup
 from megatron_vcppo.stages.advantage_batch import END_OF_THINKING, compute_advantages
 from megatron_vcppo.stages.held_out import evaluate_engines
 from megatron_vcppo.stages.initial_models import continue_pretraining, starting_actor, starting_critic
 from megatron_vcppo.stages.loop import TrainLoop
 from megatron_vcppo.stages.prompt_sampler import PromptSampler
-from megatron_vcppo.stages.provenance import claim, origin_of
+from megatron_vcppo.stages.provenance import origin_of
 from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.stages.stage import Stage, start_stage
 from megatron_vcppo.stages.training_losses import bounded
