@@ -52,9 +52,8 @@ def find_log(run: RunFolder, stages: list[str], args: argparse.Namespace) -> Pat
     stage = args.stage or newest
     if stage is None or not run.stage(stage).attempts():
         raise NotYet(f"{run.path}: no attempt of {stage or 'any stage'} has started; see vcppo status")
-    folder = run.stage(stage).attempts()[-1]
-    if args.attempt is not None:
-        folder = folder.with_name(f"attempt_{args.attempt}")
+    stage_folder = run.stage(stage)
+    folder = stage_folder.attempts()[-1] if args.attempt is None else stage_folder.attempt(args.attempt)
     path = folder / f"{args.role}_{args.rank}.log"
     if not path.exists():
         there = ", ".join(sorted(file.name for file in path.parent.glob("*"))) or "nothing"

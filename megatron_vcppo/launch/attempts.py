@@ -1,6 +1,5 @@
 """Runs one stage to its end: attempts under the controller, verdict from the stage's manifest, a readable summary."""
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,7 @@ from megatron_vcppo.launch.controller import Outcome, RoleProcess, supervise
 from megatron_vcppo.launch.save_timing import save_allowance_s
 from megatron_vcppo.run import events
 from megatron_vcppo.run.exit_codes import DONE, FAILED, SAVED, USER_ERROR
-from megatron_vcppo.run.files import make_private_folder, remove
+from megatron_vcppo.run.files import make_private_folder, move, remove
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say
 
@@ -65,7 +64,7 @@ def run_stage(
             grace_s=config.cluster.stop_grace_s,
         )
         for log in run.stage(stage).rendezvous.glob("*.log"):
-            shutil.move(log, logs / log.name)
+            move(log, logs / log.name)
         outcome = judge(run, stage, outcome)
         events.append(
             run.path,

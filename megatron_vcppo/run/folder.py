@@ -141,6 +141,10 @@ class StageFolder:
         complete = [path.parent.name for path in self.checkpoints.glob(f"*/{MANIFEST_NAME}")]
         return max((found for name in complete if (found := iteration_of(name)) is not None), default=None)
 
+    def attempt(self, number: int) -> Path:
+        """The log folder of one attempt, counted from 1."""
+        return self.logs / f"attempt_{number}"
+
     def attempts(self) -> list[Path]:
         """The log folders of the stage's attempts, oldest first."""
         return sorted(self.logs.glob("attempt_*"), key=_attempt_number)
@@ -148,7 +152,7 @@ class StageFolder:
     def next_attempt(self) -> Path:
         """The log folder of the next attempt, not yet made."""
         attempts = self.attempts()
-        return self.logs / f"attempt_{_attempt_number(attempts[-1]) + 1 if attempts else 1}"
+        return self.attempt(_attempt_number(attempts[-1]) + 1 if attempts else 1)
 
     def recent_metrics(self, limit_bytes: int = 1 << 18) -> list[dict[str, Any]]:
         """The last records of the metrics log, as many as fit into ``limit_bytes``."""

@@ -35,6 +35,11 @@ class StoredSet:
         write_json(self.folder / FILE_NAME, {"num_rollouts": self.num_rollouts}, indent=None)
 
 
+def unmark_complete(folder: Path) -> None:
+    """Forget that a set was complete: some of its rollouts are gone."""
+    (folder / FILE_NAME).unlink(missing_ok=True)
+
+
 def stored_set(config: Config, stage: str) -> StoredSet | None:
     """The set that a stage trains on; None if its rollouts are made for every step, or if it has none."""
     own = RunFolder.of(config).stage(stage).rollouts

@@ -36,7 +36,7 @@ def main() -> int:
         startup.done("imports")
         stage.run(config)
     except UserError as error:
-        print(f"vcppo: error: {error}", file=sys.stderr, flush=True)
+        log.say(f"error: {error}")
         return USER_ERROR
     except Saved as saved:
         if rank == 0:

@@ -15,9 +15,10 @@ from megatron_vcppo.records import Rollout
 from megatron_vcppo.run.files import write_json
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say
+from megatron_vcppo.run.rollout_origin import claim
 from megatron_vcppo.run.startup import startup
 from megatron_vcppo.stages.held_out import evaluation_prompts, evaluation_rollouts, scores
-from megatron_vcppo.stages.provenance import claim, origin_of_evaluation
+from megatron_vcppo.stages.provenance import origin_of_evaluation
 from megatron_vcppo.stages.rollout_session import BatchNumber, RolloutSession
 from megatron_vcppo.stages.stage import ACTOR_STAGES, Stage, start_stage
 from megatron_vcppo.stages.stopping import Saved, stopping

@@ -16,6 +16,7 @@ from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import complete_checkpoints
 from megatron_vcppo.records import Rollout
 from megatron_vcppo.run.log import say
+from megatron_vcppo.run.rollout_origin import claim
 from megatron_vcppo.run.startup import startup
 from megatron_vcppo.stages.advantage_batch import END_OF_THINKING, compute_advantages
 from megatron_vcppo.stages.held_out import evaluate_engines
@@ -24,7 +25,7 @@ from megatron_vcppo.stages.iteration_report import IterationReport, shown
 from megatron_vcppo.stages.loop import TrainLoop
 from megatron_vcppo.stages.ppo_models import PpoModels, push_actor, token_outputs
 from megatron_vcppo.stages.prompt_sampler import PromptSampler
-from megatron_vcppo.stages.provenance import claim, origin_of
+from megatron_vcppo.stages.provenance import origin_of
 from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.stages.stage import Stage, start_stage
 from megatron_vcppo.stages.training_losses import bounded

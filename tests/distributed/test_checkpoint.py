@@ -123,7 +123,7 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(tmp_path: Path) -> No
 
     def resume() -> tuple[int, str]:
         actor, _ = start(hf, ParallelConfig())
-        sys.stderr = said = io.StringIO()
+        sys.stdout = said = io.StringIO()
         resumed = checkpoint_folder(folder, hf).resume({"actor": actor})
         return (resumed.iteration if resumed else -1), said.getvalue()
 

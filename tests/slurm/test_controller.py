@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcppo.launch.controller import RoleProcess, first_death, supervise
+from megatron_vcppo.launch.controller import RoleProcess, first_death, reported_code, supervise
 from megatron_vcppo.launch.role_commands import role_environment
+from megatron_vcppo.run import events
 from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.processes import alive
@@ -166,7 +167,6 @@ def test_rank_zero_is_shown_on_the_terminal(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_events_survive_a_torn_line(tmp_path: Path) -> None:
-    from megatron_vcppo.run import events
 
     events.append(tmp_path, "one", stage="sft")
     with RunFolder(tmp_path).events.open("a") as file:
@@ -181,3 +181,18 @@ def test_an_empty_variable_is_removed(tmp_path: Path, monkeypatch: pytest.Monkey
     command = (sys.executable, "-c", "import sys; print(sys.dont_write_bytecode)")
     assert supervise([RoleProcess("trainer", 0, command, env, "trainer_0.log")], tmp_path / "logs").code == 0
     assert (tmp_path / "logs" / "trainer_0.log").read_text() == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("srun: error: n1: task 1: Exited with exit code 2\nsrun: error: n0: task 0: Terminated", 2),
+        ("srun: error: n1: tasks 3-5,7: Killed\nsrun: error: n0: task 0: Exited with exit code 1", 137),
+        ("srun: error: n1: task 1: Exited with exit code 75\nsrun: error: n0: task 0: Exited with exit code 75", 0),
+        ("srun: error: n0: task 0: Exited with exit code 1\nsrun: error: n1: task 1: Killed", 137),
+        ("srun: error: n1: task 1: Aborted (core dumped)", 134),
+        ("srun: Job 7 step creation temporarily disabled, retrying", 0),
+    ],
+)
+def test_the_task_that_is_the_cause_decides(text: str, code: int) -> None:
+    assert reported_code(text) == code

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcppo.commands.arguments import chosen_stages
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.local_chain import run_chain
@@ -115,13 +114,3 @@ def test_a_disk_too_full_for_the_controller_itself_is_one_line(tmp_path: Path) -
             run_chain(run, config, ["sft"], TINY)
     finally:
         subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_chosen_stages() -> None:
-    chain = ["sft", "value_pretrain", "ppo", "export"]
-    assert chosen_stages(chain, "value_pretrain", "ppo", None) == ["value_pretrain", "ppo"]
-    assert chosen_stages(chain, None, None, "ppo") == ["ppo"]
-    with pytest.raises(UserError, match="'pp' is not in this configuration's stages: sft"):
-        chosen_stages(chain, "pp", None, None)
-    with pytest.raises(UserError, match="--from ppo comes after --until sft"):
-        chosen_stages(chain, "ppo", "sft", None)

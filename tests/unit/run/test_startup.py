@@ -22,7 +22,6 @@ def test_phases_add_up_and_are_written_once(tmp_path: Path, capsys: pytest.Captu
     startup.finish(tmp_path)
     startup.done("push")
     startup.finish(tmp_path)
-    (tmp_path / "startup.jsonl").open("a").write('{"torn')
     [record] = read_startups(tmp_path)
     del record["timestamp"]
     expected = {"imports_s": 3.0, "model_s": 1.75, "engines_s": 10.0, "iteration_s": 0.25, "total_s": 15.0}
