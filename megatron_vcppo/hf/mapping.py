@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_vcppo.data.packing import round_up
 from megatron_vcppo.hf.architecture import Architecture
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
@@ -65,7 +66,7 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     rows must be masked (``[vocab_size:]``): they belong to no token.
     """
     multiple = math.lcm(128, tp)
-    return -(-vocab_size // multiple) * multiple
+    return round_up(vocab_size, multiple)
 
 
 def parameters(arch: Architecture, tp: int = 1, kind: str = "actor") -> list[Parameter]:
