@@ -138,7 +138,7 @@ class _WorkerLost(Exception):
 
 
 class _Worker:
-    """One verifier process. It gets no secret: its environment is built from scratch, and it leads its own process group."""
+    """One verifier process. It gets no secret: its environment is a new one, and it leads its own process group."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         ours, theirs = socket.socketpair()
