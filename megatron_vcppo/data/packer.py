@@ -14,8 +14,8 @@ from megatron_vcppo.data.packing import (
     pack,
     pack_all,
     pack_into_microbatches,
-    round_up,
 )
+from megatron_vcppo.integers import round_up
 from megatron_vcppo.records import TrainSequence
 
 NO_FIELDS: Mapping[str, type] = MappingProxyType({})

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_vcppo.integers import round_up
 from megatron_vcppo.records import TrainSequence
 
 
@@ -168,16 +169,14 @@ def pack_into_microbatches(lengths: Sequence[int], tokens_per_microbatch: int) -
     return sorted(sorted(indices) for indices in bins)
 
 
-def balance(lengths: Sequence[int], num_ranks: int, quadratic: float = 0.0) -> list[list[int]]:
-    """Share sequences out over ranks so that the largest cost is small: greedy, then pairwise exchange.
+def balance(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Distribute sequences over ranks so that the largest sum of lengths is small: greedy, then pairwise exchange.
 
-    The cost of a length l is l + quadratic · l² (tokens; the second term is attention's, relative to the rest).
     Returns num_ranks lists of rising indices; some are empty only if there are fewer sequences than ranks.
     Longest-first to the least loaded rank (Graham 1969), then moves and swaps out of the most loaded rank
     until none lowers the maximum. Deterministic.
     """
     costs = np.asarray(lengths, dtype=np.float64)
-    costs = costs + quadratic * costs * costs
     heap = [(0.0, rank) for rank in range(num_ranks)]
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     for index in np.argsort(-costs, kind="stable").tolist():
@@ -214,13 +213,3 @@ def _exchange(ranks: list[list[int]], loads: np.ndarray, costs: np.ndarray) -> N
         ranks[light].append(moved)
         for rank in (heavy, light):
             loads[rank] = costs[ranks[rank]].sum()
-
-
-def round_up(value: int, multiple: int) -> int:
-    """The least multiple of ``multiple`` that is not under ``value``."""
-    return ceil_div(value, multiple) * multiple
-
-
-def ceil_div(value: int, divisor: int) -> int:
-    """value / divisor, rounded up."""
-    return -(-value // divisor)

@@ -48,7 +48,7 @@ ASIDE = ".replaced"
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a loaded checkpoint says besides the weights."""
+    """What a loaded checkpoint holds besides the weights."""
 
     iteration: int
     state: dict[str, Any]
@@ -58,7 +58,7 @@ class Resumed:
 
 
 class CheckpointFolder:
-    """The checkpoints of one stage. Every method is collective.
+    """The checkpoints of one stage. Every method is collective over all ranks.
 
     The small files of model.hf (config.json, tokenizer, chat template, …) travel with each component, so that a
     checkpoint can be exported alone.
@@ -113,7 +113,7 @@ class CheckpointFolder:
         dist.barrier()
         self.temporary = temporary
         meta = {"iteration": iteration, "components": sorted(components), "config_hash": self.config_hash}
-        # As text: the caller continues with lists that it may have in there while a background save is under way.
+        # Serialized now: the caller may mutate ``state`` while the background save runs.
         content = json.dumps(meta | {"state": dict(state)}, indent=1)
         writing = {}
         with self._deadline():
@@ -222,7 +222,7 @@ class CheckpointFolder:
         dist.barrier()
 
     def _deadline(self) -> AbstractContextManager[None]:
-        """Of waits for processes that write: one that was killed is waited for without end."""
+        """Deadline for threads that write: a file system that hangs would otherwise block this rank forever."""
         folder, rank = self.temporary, self.runtime.rank
 
         def written_bytes() -> int:
@@ -231,7 +231,7 @@ class CheckpointFolder:
             except OSError:  # it was just renamed
                 return -1
 
-        return deadline(f"rank {rank}: writing {folder}", runtime.timeout_s(), written_bytes)
+        return deadline(f"rank {rank}: writing {folder}", self.runtime.timeout_s, written_bytes)
 
     def _meta(self, learner: Learner, iteration: int) -> dict[str, Any]:
         model = learner.model
@@ -246,7 +246,7 @@ class CheckpointFolder:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Folders that carry a final name; whether they are undamaged is the manifest's to say."""
+    """Folders that carry a final name; whether they are undamaged is for ``verify_manifest`` to check."""
     return [path for path in folder.glob("*") if iteration_of(path.name) is not None]
 
 

@@ -244,7 +244,7 @@ class Policy(Runner):
     temperature = 1.0
 
     def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch, shard: ContextShard) -> tuple[Tensor, Tensor]:
-        """(logprobs [T], entropy [T])."""
+        """From logits [T / cp, padded vocabulary / tp] to (logprobs, entropy), float32 [T] each."""
         logprobs, entropy = shard.gather_outputs(
             *vocab_parallel_logprobs(
                 model_output, shard.take(microbatch.labels), self.model.arch.vocab_size, temperature=self.temperature
@@ -287,7 +287,7 @@ class Critic(Learner):
     model: CriticModel
 
     def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch, shard: ContextShard) -> Tensor:
-        """Values [T]."""
+        """From values [T / cp] to values [T]."""
         return shard.gather_outputs(model_output)[0]
 
     def values(self, microbatches: Sequence[PackedMicrobatch]) -> list[Tensor]:

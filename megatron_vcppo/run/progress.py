@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TextIO
 
 from tqdm import tqdm
@@ -28,12 +28,14 @@ class Progress:
         unit: str = "it",
         every_s: float = 10.0,
         stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """unit: what ``update`` counts beside the position, such as tok."""
         self.name, self.total, self.unit, self.every_s = name, total, unit, every_s
         self.position = start
         self.stream = stream or sys.stdout
-        self._printed_at = time.monotonic()
+        self._clock = clock
+        self._printed_at = clock()
         self._history = deque([(self._printed_at, start, 0)], maxlen=WINDOW + 1)
         self._bar = None
         if self.stream.isatty():
@@ -41,7 +43,7 @@ class Progress:
 
     def update(self, position: int, count: int = 1, values: Mapping[str, float] | None = None) -> None:
         """Now at ``position``, having worked through ``count`` more units; ``values`` are shown beside it."""
-        now = time.monotonic()
+        now = self._clock()
         self.position = position
         self._history.append((now, position, self._history[-1][2] + count))
         text = self.status(values or {})

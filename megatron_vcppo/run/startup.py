@@ -5,6 +5,7 @@ One line per start of the stage, written by the main rank, whose phases follow e
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_vcppo.run.files import append_json_line, read_json_lines
@@ -14,14 +15,20 @@ from megatron_vcppo.run.log import say
 
 def process_age_s() -> float:
     """Seconds since this process was forked (Linux); an exec does not set it back."""
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    stat = Path("/proc/self/stat").read_text()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - forked_at_s(stat, os.sysconf("SC_CLK_TCK"))
+
+
+def forked_at_s(stat: str, ticks_per_s: int) -> float:
+    """Seconds from the machine's start to the fork of a process, from its /proc/PID/stat."""
+    return int(stat.rsplit(")", 1)[1].split()[19]) / ticks_per_s  # the name in parentheses may hold anything
 
 
 class Startup:
     """The phases so far. Example: ``startup.done("groups")`` after joining the process groups."""
 
-    def __init__(self) -> None:
+    def __init__(self, age_s: Callable[[], float] = process_age_s) -> None:
+        self.age_s = age_s
         self.reached_s = 0.0
         self.phases: dict[str, float] = {}
         self.finished = False
@@ -29,7 +36,7 @@ class Startup:
     def done(self, phase: str) -> None:
         """What was done since the phase before, or since the process's start, was this; no-op once finished."""
         if not self.finished:
-            now = process_age_s()
+            now = self.age_s()
             self.phases[phase] = self.phases.get(phase, 0.0) + now - self.reached_s
             self.reached_s = now
 

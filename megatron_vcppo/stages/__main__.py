@@ -11,6 +11,7 @@ def main() -> int:
     import argparse
     import importlib
     import os
+    import warnings
 
     from megatron_vcppo.config.load import load_config
     from megatron_vcppo.config.node_environment import node_environment
@@ -30,6 +31,7 @@ def main() -> int:
     try:
         config = load_config(arguments.config)
         os.environ.update(node_environment(config.cluster))  # before torch is imported
+        warnings.filterwarnings("ignore", module="megatron")  # at import, about parts that are not used here
         stage = importlib.import_module(f"megatron_vcppo.stages.{arguments.stage}")
         startup.done("imports")
         stage.run(config)

@@ -18,8 +18,8 @@ from megatron_vcppo.algo.kl import kl_estimate
 from megatron_vcppo.algo.masked import masked_moments
 from megatron_vcppo.algo.token_rewards import filter_overlong, soft_overlong_penalty, token_rewards
 from megatron_vcppo.config.rl import AdvantageConfig, PolicyLossConfig
-from megatron_vcppo.data.packing import ceil_div
 from megatron_vcppo.data.rollout_batch import ModelOutputs, RolloutBatch
+from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.rewards.verifier import Verdict
 
 NUM_POSITION_BINS = 64
@@ -71,9 +71,9 @@ def compute_advantages(
         lam_actor = length_adaptive_lam(batch.lengths, config.length_adaptive_alpha)
     critic_values = torch.zeros_like(outputs.old_logprobs) if values is None else values
     advantages, returns = decoupled_gae(
-        token_rewards(rewards, mask, kl, kl_coef),
-        critic_values,
-        mask,
+        rewards=token_rewards(rewards, mask, kl, kl_coef),
+        values=critic_values,
+        mask=mask,
         gamma=config.gamma,
         lam_actor=lam_actor,
         lam_critic=config.lam_critic,
@@ -82,10 +82,10 @@ def compute_advantages(
         advantages = broadcast_to_tokens(group_advantages(rewards, batch.group_ids, config.baseline), mask)
     metrics, profiles = summarize(
         batch_diagnostics(
-            critic_values,
-            returns,
-            advantages,
-            mask,
+            values=critic_values,
+            returns=returns,
+            advantages=advantages,
+            mask=mask,
             decay_actor=config.gamma * lam_actor,
             decay_critic=config.gamma * config.lam_critic,
             bin_width=max(1, ceil_div(max_tokens, NUM_POSITION_BINS)),
@@ -97,8 +97,13 @@ def compute_advantages(
         metrics = {name: number for name, number in metrics.items() if not name.startswith("critic/")}
         profiles = {name: profile for name, profile in profiles.items() if not name.startswith("value_")}
     elif config.explained_variance_gate:
-        explained = metrics["critic/explained_variance"]
-        advantages = gate_on_explained_variance(advantages, returns, mask, explained, float(returns[mask].mean()))
+        advantages = gate_on_explained_variance(
+            advantages,
+            returns=returns,
+            mask=mask,
+            explained_variance=metrics["critic/explained_variance"],
+            mean_return=float(returns[mask].mean()),
+        )
     trained = trained_mask(batch, config)
     if config.whiten:
         advantages = whiten(advantages, trained, masked_moments(advantages, trained))

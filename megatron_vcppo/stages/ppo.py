@@ -1,36 +1,29 @@
 """PPO with decoupled GAE and a pretrained critic: the iteration of VC-PPO (arXiv 2503.01491, Algorithm 1)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from math import isfinite
 
 from torch import Tensor
 
-from megatron_vcppo.algo.failure_signatures import warnings_of
 from megatron_vcppo.algo.kl import next_kl_coef
 from megatron_vcppo.algo.masked import check_finite
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.rl import PolicyLossConfig
-from megatron_vcppo.data.packer import Packer
-from megatron_vcppo.data.packing import PackedMicrobatch, unpack_all
+from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.data.prompts import PromptStream
 from megatron_vcppo.data.rollout_batch import ModelOutputs, RolloutBatch, make_batch
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import complete_checkpoints
-from megatron_vcppo.mcore.export_stream import stream_hf
-from megatron_vcppo.mcore.learner import Actor, Critic, Learner, Reference
 from megatron_vcppo.records import Rollout
-from megatron_vcppo.report.run_data import worst_reward
-from megatron_vcppo.run.files import append_json_line
 from megatron_vcppo.run.log import say
-from megatron_vcppo.run.metrics_log import cut_back, read_history
 from megatron_vcppo.run.rollout_origin import claim
 from megatron_vcppo.run.startup import startup
 from megatron_vcppo.stages.advantage_batch import END_OF_THINKING, compute_advantages
 from megatron_vcppo.stages.held_out import evaluate_engines
-from megatron_vcppo.stages.initial_models import continue_pretraining, starting_actor, starting_critic
+from megatron_vcppo.stages.initial_models import continue_pretraining
+from megatron_vcppo.stages.iteration_report import IterationReport, shown
 from megatron_vcppo.stages.loop import TrainLoop
+from megatron_vcppo.stages.ppo_models import PpoModels, push_actor, token_outputs
 from megatron_vcppo.stages.prompt_sampler import PromptSampler
 from megatron_vcppo.stages.provenance import origin_of
 from megatron_vcppo.stages.rollout_session import RolloutSession
@@ -46,7 +39,7 @@ def run(config: Config) -> None:
     stage = start_stage(config, "ppo")
     with RolloutSession(stage) as session:
         session.start_engines()
-        models = Models(config)
+        models = PpoModels(config)
         session.share(models.actor, models.critic, models.reference)
         startup.done("model")
         stream = PromptStream(session.prompts(config.prompts.train), config.run.seed)
@@ -68,44 +61,14 @@ def run(config: Config) -> None:
             claim(session.folder, origin_of(config, "ppo"), sampler.last_number(loop.step))
         ppo = Ppo(stage, session, models, sampler, kl, loop)
         with loop:
-            diagnosis = Diagnosis(stage, loop)
+            report = IterationReport(stage, loop)
             session.wait_for_engines()
             for iteration in loop:
                 metrics, profiles, skipped = ppo.iterate(iteration)
                 num_tokens = int(metrics["rollout/tokens"])
                 loop.log(metrics, count=num_tokens, shown=shown(metrics), skipped=skipped)
-                diagnosis.add(iteration, metrics, profiles)
+                report.add(iteration, metrics, profiles)
     runtime.stop()
-
-
-class Models:
-    """Actor, critic and reference, with the weights that the stage starts from."""
-
-    def __init__(self, config: Config) -> None:
-        settings = config.ppo
-        steps_per_iteration = settings.ppo_epochs * settings.minibatches
-        self.actor = Actor(
-            starting_actor(config, "ppo"),
-            config.parallel,
-            settings.optimizer,
-            settings.schedule,
-            max(0, settings.iterations - settings.critic_only_iterations) * steps_per_iteration,
-            temperature=config.rollout.temperature,
-        )
-        self.learners: dict[str, Learner] = {"actor": self.actor}
-        self.critic: Critic | None = None
-        if settings.advantage.baseline == "critic":
-            self.critic = Critic(
-                starting_critic(config, "ppo", settings.critic.init, settings.critic.checkpoint_path),
-                config.parallel,
-                settings.critic.optimizer,
-                settings.critic.schedule,
-                settings.iterations * steps_per_iteration * settings.critic.updates_per_actor_update,
-            )
-            self.learners["critic"] = self.critic
-        self.reference: Reference | None = None
-        if settings.loss.kl_coef:
-            self.reference = Reference(starting_actor(config, "ppo"), config.rollout.temperature)
 
 
 class KlCoefficient:
@@ -118,8 +81,13 @@ class KlCoefficient:
         """Move the coefficient towards the target divergence, given an iteration's metrics."""
         target = self.config.kl_target
         if target is not None and "actor/kl_ref" in metrics:
-            divergence = metrics["actor/kl_ref"]
-            self.value = next_kl_coef(self.value, divergence, target, num_rollouts, self.config.kl_horizon)
+            self.value = next_kl_coef(
+                self.value,
+                observed_kl=metrics["actor/kl_ref"],
+                target_kl=target,
+                num_rollouts=num_rollouts,
+                horizon=self.config.kl_horizon,
+            )
 
     def state_dict(self) -> float:
         """The coefficient."""
@@ -137,7 +105,7 @@ class Ppo:
         self,
         stage: Stage,
         session: RolloutSession,
-        models: Models,
+        models: PpoModels,
         sampler: PromptSampler,
         kl: KlCoefficient,
         loop: TrainLoop,
@@ -301,61 +269,3 @@ class Ppo:
             metrics = evaluate_engines(self.config, self.session, iteration)
             self.session.trainer_turn()
         return metrics, push
-
-
-def push_actor(actor: Actor, session: RolloutSession, policy_version: int) -> PushResult:
-    """Give the engines the weights that the last optimizer step made; collective."""
-    model = actor.gathered_model()
-    return session.push(policy_version, lambda: stream_hf(model))
-
-
-def token_outputs(
-    batch: RolloutBatch, packer: Packer, run: Callable[[Sequence[PackedMicrobatch]], list[Tensor]]
-) -> Tensor:
-    """float32 [B, T]: log-probs or values of every response token; collective.
-
-    run: ``Actor.logprobs`` or ``Critic.values``. Each replica works on its shard, and rows are added over replicas:
-    all but one have zeros there, so the sum is exact.
-    """
-    shard = packer.shard(batch.sequence_lengths)
-    microbatches = packer.pack(batch.sequences(shard, {}))
-    rows = unpack_all(microbatches, run(microbatches))
-    return runtime.sum_over_replicas(batch.to_rows(rows, shard))
-
-
-class Diagnosis:
-    """The profiles of each iteration, in RUN/ppo/profiles.jsonl, and warnings that name a failure; main rank."""
-
-    def __init__(self, stage: Stage, loop: TrainLoop) -> None:
-        self.loop, self.is_main = loop, stage.runtime.is_main
-        self.path, self.worst_reward = stage.folder.profiles, worst_reward(asdict(stage.config))
-        self.history: list[dict[str, float]] = []
-        if self.is_main:
-            self.history = read_history(stage.folder.path)
-            cut_back(self.path, loop.step)
-
-    def add(self, iteration: int, metrics: dict[str, float], profiles: Mapping[str, Sequence[float | None]]) -> None:
-        """An iteration that was logged."""
-        if not self.is_main:
-            return
-        finite = {name: [x if x is not None and isfinite(x) else None for x in row] for name, row in profiles.items()}
-        append_json_line(self.path, {"iteration": iteration, **finite})
-        self.history.append({"iteration": iteration, **metrics})
-        for text in warnings_of(self.history, self.worst_reward):
-            self.loop.warn(text)
-
-
-def shown(metrics: dict[str, float]) -> dict[str, float]:
-    """What the progress line shows of an iteration: how it went, and the seconds of each phase."""
-    names = {
-        "reward": "rollout/reward_mean",
-        "pass@1": "rollout/accuracy",
-        "length": "rollout/length_mean",
-        "ev": "critic/explained_variance",
-        "kl": "actor/approx_kl",
-        "gap": "rollout/logprob_gap",
-        "held_out": "evaluation/avg",
-    }
-    found = {short: metrics[name] for short, name in names.items() if name in metrics}
-    phases = {name.removeprefix("time/"): value for name, value in metrics.items() if name.startswith("time/")}
-    return found | {name: phases[name] for name in (*sorted(phases.keys() - {"iteration_s"}), "iteration_s")}

@@ -127,17 +127,17 @@ class PointwiseLoss:
     denominator: int
 
     def __call__(self, outputs: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
+        """outputs: scores [T]."""
         labels = microbatch.fields["label"]
         if self.settings.loss == "mse":
             labels = 2 * labels - 1
         return pointwise_loss(
             outputs,
-            labels,
-            microbatch.fields["last_mask"],
+            labels=labels,
+            last_mask=microbatch.fields["last_mask"],
             kind=self.settings.loss,
             denominator=self.denominator,
             label_smoothing=self.settings.label_smoothing,
-            check=False,
         )
 
 
@@ -148,5 +148,6 @@ class PairwiseLoss:
     denominator: int
 
     def __call__(self, outputs: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
+        """outputs: scores [T]."""
         chosen, rejected = outputs[microbatch.fields["last_mask"]].view(-1, 2).unbind(1)
-        return pairwise_loss(chosen, rejected, denominator=self.denominator, check=False)
+        return pairwise_loss(chosen=chosen, rejected=rejected, denominator=self.denominator)

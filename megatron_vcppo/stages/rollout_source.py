@@ -5,12 +5,12 @@ from typing import Any, Protocol
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.epoch_order import EpochOrder
-from megatron_vcppo.data.packing import ceil_div
 from megatron_vcppo.data.prompts import PromptStream
 from megatron_vcppo.data.seeds import fixed_policy_seed
 from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.hf.architecture import Architecture
-from megatron_vcppo.mcore.export_stream import stream_hf
+from megatron_vcppo.integers import ceil_div
+from megatron_vcppo.mcore.hf_weights_io import stream_hf
 from megatron_vcppo.mcore.model import ActorModel
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.run.log import say

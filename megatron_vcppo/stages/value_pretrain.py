@@ -70,9 +70,9 @@ def learn_returns(
     """
     rewards = token_rewards(episode_rewards(batch, config.advantage, max_tokens), batch.response_mask)
     _, returns = decoupled_gae(
-        rewards,
-        torch.zeros_like(rewards),
-        batch.response_mask,
+        rewards=rewards,
+        values=torch.zeros_like(rewards),
+        mask=batch.response_mask,
         gamma=config.advantage.gamma,
         lam_actor=1.0,
         lam_critic=1.0,

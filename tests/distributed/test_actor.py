@@ -18,8 +18,8 @@ from megatron_vcppo.mcore.learner import Actor
 from megatron_vcppo.mcore.model import build_actor
 from megatron_vcppo.records import TrainSequence
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.tiny_models import save_tiny_model
 from tests.helpers.training import make_sequences
+from tools.benchmarks._tiny_models import save_tiny_model
 
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1)
 TOKENS_PER_MICROBATCH = 160

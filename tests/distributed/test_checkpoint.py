@@ -28,8 +28,8 @@ from megatron_vcppo.mcore.model import build_actor, build_critic
 from megatron_vcppo.run.manifest import verify_manifest
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import RanksFailed, run_distributed_test
-from tests.helpers.tiny_models import save_tiny_model
 from tests.helpers.training import make_sequences, start, train
+from tools.benchmarks._tiny_models import save_tiny_model
 
 TP2PP2 = ParallelConfig(tp=2, pp=2, sequence_parallel=True)
 

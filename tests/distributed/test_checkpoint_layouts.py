@@ -20,8 +20,8 @@ from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.model import CriticModel
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.tiny_models import save_tiny_model
 from tests.helpers.training import start, step
+from tools.benchmarks._tiny_models import save_tiny_model
 
 STEPS = 2
 STATE = "optimizer.state"

@@ -25,8 +25,8 @@ from megatron_vcppo.records import TrainSequence
 from megatron_vcppo.stages.reward_model import make_step, training_units
 from tests.helpers import training
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.tiny_models import save_tiny_model
 from tests.helpers.training import make_sequences
+from tools.benchmarks._tiny_models import save_tiny_model
 
 # A large eps: the division by the root of tiny second moments would magnify float32 noise in the weights.
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, eps=1e-5)
@@ -230,6 +230,7 @@ def test_gradients_of_outputs_that_no_loss_reads_are_skipped() -> None:
         read, unread = ((torch.arange(4.0) + 10 * shard.rank).requires_grad_() for _ in range(2))
         whole, _ = shard.gather_outputs(read, Watch.apply(unread))
         (whole * torch.arange(8.0)).sum().backward()
+        assert read.grad is not None
         return [*whole.tolist(), *read.grad.tolist()], gradients in ([], [None])
 
     whole = [0.0, 1.0, 10.0, 11.0, 12.0, 13.0, 2.0, 3.0]

@@ -9,14 +9,13 @@ from safetensors.torch import load_file
 from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.export_stream import stream_hf
-from megatron_vcppo.mcore.hf_weights_io import load_hf
+from megatron_vcppo.mcore.hf_weights_io import load_hf, stream_hf
 from megatron_vcppo.mcore.model import build_actor
 from megatron_vcppo.rollout.node_folder import NodeFolder
 from megatron_vcppo.weight_sync.rank_role import place_on_node
 from megatron_vcppo.weight_sync.transport import HostTransport
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.tiny_models import save_tiny_model
+from tools.benchmarks._tiny_models import save_tiny_model
 
 Weights = dict[str, torch.Tensor]
 

@@ -10,11 +10,11 @@ from megatron_vcppo.config.schema import ParallelConfig
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.learner import Actor
-from megatron_vcppo.stages.ppo import push_actor
+from megatron_vcppo.stages.ppo_models import push_actor
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.te.scenarios import Case, make_learner, packed, train_step
-from tests.helpers.tiny_models import save_tiny_model
+from tools.benchmarks._tiny_models import save_tiny_model
 
 
 class Recorder:

@@ -71,7 +71,7 @@ def receiver(fault: str, port: int) -> tuple[str, float, int]:
         if fault == "never connects":
             return fault, 0.0, 0
         if fault == "hangs before it connects":  # it has met the others: its main thread is stopped after that
-            group_module._make_gloo = lambda *_: time.sleep(2 * DEADLINE_S)  # type: ignore[assignment]
+            group_module._make_gloo = lambda *_: time.sleep(2 * DEADLINE_S)
             with pytest.raises(RuntimeError):
                 join(meeting, 2, 3)
             return fault, 0.0, 0

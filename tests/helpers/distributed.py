@@ -40,6 +40,7 @@ def run_distributed_test(
     ``fn`` may be a closure; its result is anything torch.save takes. Joining the process group is up to ``fn``.
     Raises RanksFailed if a rank raises, dies, or is not done after ``timeout_s``; a hung rank's stack is reported.
     """
+    importlib.import_module("megatron_vcppo.mcore.cpu_shim").install()  # imports much of Megatron, here once for all
     importlib.import_module("megatron_vcppo.mcore.runtime")
     torch.set_num_threads(1)  # a forked child must not inherit a pool of threads that exist only in its parent
     context = multiprocessing.get_context("fork")

@@ -18,10 +18,10 @@ from megatron_vcppo.mcore.learner import Actor, Critic, Reference
 from megatron_vcppo.mcore.model import ActorModel, build_actor, build_critic
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.stages.advantage_batch import AdvantageBatch, compute_advantages
-from megatron_vcppo.stages.ppo import token_outputs
+from megatron_vcppo.stages.ppo_models import token_outputs
 from megatron_vcppo.stages.training_losses import bounded
 from megatron_vcppo.stages.updates import Updater
-from tests.helpers.tiny_models import VOCAB_SIZE, save_tiny_model
+from tools.benchmarks._tiny_models import VOCAB_SIZE, save_tiny_model
 
 MAX_TOKENS = 24
 SIZES: dict[str, Any] = {"num_hidden_layers": 2}

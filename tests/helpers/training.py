@@ -15,7 +15,7 @@ from megatron_vcppo.mcore.learner import Actor, Critic
 from megatron_vcppo.mcore.model import CriticModel, build_actor, build_critic
 from megatron_vcppo.records import TrainSequence
 from tests.helpers.checkpoints import checkpoint_folder
-from tests.helpers.tiny_models import VOCAB_SIZE
+from tools.benchmarks._tiny_models import VOCAB_SIZE
 
 SCHEDULE = ScheduleConfig(kind="cosine", warmup_steps=2)
 

@@ -14,7 +14,7 @@ from megatron_vcppo.errors import Stopped
 from megatron_vcppo.weight_sync import joiners
 from megatron_vcppo.weight_sync.sync import WeightSync
 from megatron_vcppo.weight_sync.transport import NetworkTransport
-from tests.helpers.rollout_node import SINGLE
+from tools.benchmarks._rollout_node import SINGLE
 
 
 def make_sync(folder: Path, exchange: Callable[[Any], list[Any]] = lambda value: [value]) -> WeightSync:

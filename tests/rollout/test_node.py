@@ -23,12 +23,12 @@ from megatron_vcppo.rollout import engine_http, messages
 from megatron_vcppo.rollout.auth import bearer, read_secret
 from megatron_vcppo.rollout.client import RolloutError
 from megatron_vcppo.rollout.messages import Sampling
-from megatron_vcppo.rollout.rendezvous import Engine
 from megatron_vcppo.run.processes import alive
 from megatron_vcppo.weight_sync.joiners import begin, finish_with_joiners
 from megatron_vcppo.weight_sync.sync import WeightSyncError
 from megatron_vcppo.weight_sync.transport import DiskTransport
-from tests.helpers.rollout_node import GREEDY, RolloutNode, make_prompts, save_policy, weights_of
+from tests.helpers.engines import processes_of, wait_for_successor, wait_until
+from tools.benchmarks._rollout_node import GREEDY, RolloutNode, make_prompts, save_policy, weights_of
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -61,27 +61,6 @@ def node(tmp_path_factory, models) -> Iterator[RolloutNode]:
 def sampled(node: RolloutNode, count: int, iteration: int = 0, version: int = 1, **changes) -> list[Rollout]:
     client = node.client(**{"max_tokens": 200, **changes})
     return client.generate(make_prompts(count), iteration, version, Sampling(ignore_eos=True), 1)
-
-
-def wait_until(condition, timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        time.sleep(0.1)
-
-
-def wait_for_successor(node: RolloutNode, victim: Engine) -> None:
-    """Until the engine in the victim's place was started again and answers."""
-
-    def is_back() -> bool:
-        return any(e.name == victim.name and e.incarnation == victim.incarnation + 1 for e in node.engines())
-
-    wait_until(is_back, 240, f"{victim.name} is back")
-
-
-def processes_of(pid: int) -> list[psutil.Process]:
-    process = psutil.Process(pid)
-    return [process, *process.children(recursive=True)]
 
 
 def test_every_route_of_every_engine_asks_for_the_secret(node) -> None:

@@ -24,8 +24,8 @@ from megatron_vcppo.run.processes import alive
 from megatron_vcppo.weight_sync.sync import WeightSync, WeightSyncError
 from megatron_vcppo.weight_sync.transport import HostTransport, Tensors
 from megatron_vcppo.weight_sync.turns import SleepingSync
-from tests.helpers.rollout_node import GREEDY, SINGLE, RolloutNode, make_prompts, save_policy, weights_of
-from tests.rollout.test_node import processes_of, wait_for_successor, wait_until
+from tests.helpers.engines import processes_of, wait_for_successor, wait_until
+from tools.benchmarks._rollout_node import GREEDY, SINGLE, RolloutNode, make_prompts, save_policy, weights_of
 
 pytestmark = pytest.mark.timeout(300)
 PROMPTS = make_prompts(4)

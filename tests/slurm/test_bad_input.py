@@ -21,8 +21,7 @@ from megatron_vcppo.slurm.chain_status import run_status, table
 from megatron_vcppo.slurm.devcluster import DevCluster, missing_programs
 from megatron_vcppo.slurm.devcluster_conf import ACCOUNT
 from megatron_vcppo.slurm.submission import submit
-from tests.slurm.conftest import TINY
-from tests.slurm.support import cluster_config, result, wait_for_jobs, write_config
+from tools.benchmarks._tiny_chains import TINY, cluster_config, result, wait_for_jobs, write_config
 
 
 def refused(config: Config, folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:

@@ -13,8 +13,7 @@ from megatron_vcppo.run.config_file import open_run
 from megatron_vcppo.slurm.devcluster import DevCluster
 from megatron_vcppo.slurm.slurm_cli import Unreachable, job_states, patiently
 from megatron_vcppo.slurm.submission import submitted_jobs
-from tests.slurm.conftest import TINY
-from tests.slurm.support import cluster_config, result, wait_for_jobs, wait_until
+from tools.benchmarks._tiny_chains import TINY, cluster_config, result, wait_for_jobs, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -18,7 +18,7 @@ from megatron_vcppo.run import events
 from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.processes import alive
-from tests.slurm.support import processes_with, tiny_config, wait_until
+from tools.benchmarks._tiny_chains import processes_with, tiny_config, wait_until
 
 
 def python(role: str, index: int, code: str, **kwargs) -> RoleProcess:

@@ -12,7 +12,7 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.processes import free_port
 from megatron_vcppo.slurm import devcluster_net
 from megatron_vcppo.slurm.devcluster import DevCluster, missing_programs
-from tests.slurm.support import processes_with, wait_until
+from tools.benchmarks._tiny_chains import processes_with, wait_until
 
 
 def test_every_virtual_node_runs_its_task(cluster: DevCluster) -> None:

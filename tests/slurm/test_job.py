@@ -8,7 +8,7 @@ from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.run import events
 from megatron_vcppo.run.rollout_store import write_partial, write_rollouts
 from megatron_vcppo.slurm.job import futile_starts, progress
-from tests.slurm.support import tiny_config, write_config
+from tools.benchmarks._tiny_chains import tiny_config, write_config
 
 
 def test_whatever_a_start_leaves_to_the_next_is_progress(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from megatron_vcppo.launch.local_chain import run_chain
 from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.chain_status import run_status, table
-from tests.slurm.conftest import TINY
-from tests.slurm.support import processes_with, result, tiny_config, wait_until, write_config
+from tools.benchmarks._tiny_chains import TINY, processes_with, result, tiny_config, wait_until, write_config
 
 
 def test_a_chain_runs_once_is_then_skipped_and_damage_is_reported(tiny_run: tuple[RunFolder, Config], capsys) -> None:
@@ -79,7 +78,7 @@ def test_term_saves_and_the_next_call_goes_on(tmp_path: Path) -> None:
         from megatron_vcppo.config import Config
         from megatron_vcppo.launch.local_chain import run_chain
         from megatron_vcppo.run.folder import RunFolder
-        from tests.slurm.conftest import TINY
+        from tools.benchmarks._tiny_chains import TINY
         run = RunFolder(Path({str(run.path)!r}))
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(run.config)))
         sys.exit(run_chain(run, config, ["sft"], TINY))

@@ -20,7 +20,7 @@ from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.chain_status import run_status, table
 from megatron_vcppo.slurm.devcluster import DevCluster
 from megatron_vcppo.slurm.submission import submitted_jobs
-from tests.slurm.support import wait_for_jobs, wait_until, write_config
+from tools.benchmarks._tiny_chains import wait_for_jobs, wait_until, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 

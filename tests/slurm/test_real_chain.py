@@ -11,8 +11,8 @@ from megatron_vcppo.run.config_file import open_run
 from megatron_vcppo.slurm.chain_status import run_status, table
 from megatron_vcppo.slurm.devcluster import DevCluster
 from megatron_vcppo.slurm.submission import submitted_jobs
-from tests.slurm.faults import kill_processes, wait_for_checkpoint
-from tests.slurm.support import wait_for_jobs
+from tools.benchmarks._faults import kill_processes, wait_for_checkpoint
+from tools.benchmarks._tiny_chains import wait_for_jobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -6,7 +6,7 @@ from megatron_vcppo.launch.controller import RoleProcess
 from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.slurm.srun import probe_command, stage_nodes
 from megatron_vcppo.slurm.submission import executor
-from tests.slurm.support import tiny_config, units_on, write_config
+from tools.benchmarks._tiny_chains import tiny_config, units_on, write_config
 
 
 def option(process: RoleProcess, name: str) -> str:

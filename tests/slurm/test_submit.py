@@ -8,8 +8,7 @@ from megatron_vcppo.slurm.chain_status import run_status, table
 from megatron_vcppo.slurm.devcluster import DevCluster
 from megatron_vcppo.slurm.slurm_cli import job_states
 from megatron_vcppo.slurm.submission import cancel_jobs, dry_run, submit
-from tests.slurm.conftest import TINY
-from tests.slurm.support import cluster_config, result, wait_for_jobs, wait_until, write_config
+from tools.benchmarks._tiny_chains import TINY, cluster_config, result, wait_for_jobs, wait_until, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_vcppo.commands.sweep import results
 from megatron_vcppo.launch.sweep_points import points, write_points
-from tests.slurm.support import tiny_config, write_config
+from tools.benchmarks._tiny_chains import tiny_config, write_config
 
 
 def test_a_sweeps_table_says_what_came_out(tmp_path: Path) -> None:

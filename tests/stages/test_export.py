@@ -12,7 +12,7 @@ from megatron_vcppo.hf.convert.importer import import_hf
 from megatron_vcppo.run.folder import StageFolder
 from megatron_vcppo.run.manifest import verify_manifest, write_manifest
 from megatron_vcppo.stages import export
-from tests.helpers.tiny_models import save_tiny_model
+from tools.benchmarks._tiny_models import save_tiny_model
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.metrics_log import MetricsLog, read_metrics
 from megatron_vcppo.stages.__main__ import main as run_rank
 from tests.helpers.distributed import RanksFailed, run_distributed_test
-from tests.slurm.support import wait_until, write_config
+from tools.benchmarks._tiny_chains import wait_until, write_config
 
 SAMPLES, BATCH_SIZE, EPOCHS = 36, 8, 3
 STEPS = math.ceil(EPOCHS * SAMPLES / BATCH_SIZE)

@@ -16,10 +16,10 @@ from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import partial_iterations, read_partial, read_rollouts, stored_iterations
 from megatron_vcppo.stages import ppo as ppo_module
-from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import Stage, make_config, make_task
 from tests.helpers.stops import ask_to_stop, at_call, hold_responses
-from tests.slurm.support import wait_until
+from tools.benchmarks._rollout_node import RolloutNode
+from tools.benchmarks._tiny_chains import wait_until
 
 PPO: dict[str, Any] = {"iterations": 3, "ppo_epochs": 2, "minibatches": 2, "checkpoint": {"save_every": 100}}
 """Only what is asked for is saved, and the end."""

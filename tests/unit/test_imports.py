@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BASE = {"config", "records", "errors"}
+BASE = {"config", "records", "errors", "integers"}
 PURE = BASE | {"algo", "run"}
 FEEDS = {"tasks", "rewards", "data", "report"}
 MODELS = PURE | FEEDS | {"hf"}
 STAGES = MODELS | {"mcore", "rollout", "weight_sync", "stages"}
 MAY_IMPORT = {
     "errors": set(),
+    "integers": set(),
     "records": {"errors"},
     "config": BASE,
     "run": BASE,

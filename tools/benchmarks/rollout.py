@@ -27,7 +27,7 @@ from megatron_vcppo.rollout.engine_command import Placement, environment
 from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.run.processes import without_trainer
 from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
-from tests.helpers.rollout_node import MAX_LENGTH, RolloutNode, make_prompts, save_policy
+from tools.benchmarks._rollout_node import MAX_LENGTH, RolloutNode, make_prompts, save_policy
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -152,7 +152,7 @@ def _sizes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _random_model(args: argparse.Namespace, folder: Path) -> Path:
-    from tests.helpers.tiny_models import save_tiny_model
+    from tools.benchmarks._tiny_models import save_tiny_model
 
     return save_tiny_model(folder / "hf", **_sizes(args))
 

@@ -15,9 +15,9 @@ _INDEX_SUFFIX = ".index.json"
 
 @contextmanager
 def new_folder(final: Path, needed_bytes: int) -> Iterator[Path]:
-    """A folder beside ``final`` to fill; on leaving it is synced to disk and renamed, on an exception removed.
+    """A folder next to ``final`` to fill; at the end it is synced to disk and renamed, on an exception removed.
 
-    UserError: ``final`` exists and is not empty, too little space, or the system refuses to write.
+    Raises UserError if ``final`` exists and is not empty, the disk is too small, or the system refuses to write.
     """
     final = Path(os.path.abspath(final))
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
@@ -40,7 +40,7 @@ def new_folder(final: Path, needed_bytes: int) -> Iterator[Path]:
 
 
 def unfinished(final: Path) -> list[Path]:
-    """What processes that were killed left beside ``final``; one that still works on it has such a folder too."""
+    """What processes that were killed left next to ``final``; one that still works on it has such a folder too."""
     return sorted(final.absolute().parent.glob(f"{_partial(final)}*"))
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.checks import check_inputs, check_layout
-from tests.slurm.support import tiny_config
+from tools.benchmarks._tiny_chains import tiny_config
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.inherit import take_stages
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.manifest import write_manifest
-from tests.slurm.support import tiny_config, tiny_model, write_config
+from tools.benchmarks._tiny_chains import tiny_config, tiny_model, write_config
 
 
 def finish(run: RunFolder, stage: str, size: int = 100_000) -> None:

@@ -12,7 +12,7 @@ from megatron_vcppo.config.value_sources import CONFIGS
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.launch.memory_plan import check_memory, plan, plan_of_rank
-from tests.slurm.support import tiny_model
+from tools.benchmarks._tiny_chains import tiny_model
 
 
 def measured_model(folder: Path) -> Architecture:

@@ -6,7 +6,7 @@ from megatron_vcppo.launch.local_chain import local_processes
 from megatron_vcppo.launch.role_commands import role_environment
 from megatron_vcppo.run.stored_set import stored_set
 from megatron_vcppo.slurm.srun import stage_nodes
-from tests.slurm.support import tiny_config, units_on, write_config
+from tools.benchmarks._tiny_chains import tiny_config, units_on, write_config
 
 
 def test_what_only_trainer_ranks_on_gpus_get(tmp_path: Path) -> None:

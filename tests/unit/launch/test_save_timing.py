@@ -17,7 +17,7 @@ from megatron_vcppo.launch.save_timing import (
 )
 from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
-from tests.slurm.support import tiny_config, write_config
+from tools.benchmarks._tiny_chains import tiny_config, write_config
 
 
 def log_records(run: RunFolder, records: list[dict[str, float]]) -> None:

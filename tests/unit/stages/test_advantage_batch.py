@@ -63,7 +63,9 @@ def test_advantages_and_targets_have_their_own_lambda() -> None:
     found = advantages_of(config, batch, values)
     rewards = torch.zeros(values.shape)
     rewards[range(4), batch.lengths - 1] = batch.rewards
-    advantages, returns = gae_reference(rewards, values, batch.response_mask, gamma=1.0, lam_actor=0.9, lam_critic=1.0)
+    advantages, returns = gae_reference(
+        rewards=rewards, values=values, mask=batch.response_mask, gamma=1.0, lam_actor=0.9, lam_critic=1.0
+    )
     assert torch.allclose(found.advantages.double(), advantages, atol=1e-6)
     assert torch.allclose(found.returns.double(), returns, atol=1e-6)
     assert torch.equal(found.returns[0, :5], torch.ones(5))  # Monte Carlo

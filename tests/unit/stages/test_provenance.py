@@ -15,7 +15,7 @@ from megatron_vcppo.run.rollout_store import partial_iterations, stored_iteratio
 from megatron_vcppo.run.stored_set import StoredSet, needs_engines, stored_set
 from megatron_vcppo.stages.provenance import origin_of
 from megatron_vcppo.stages.rollout_source import check_fit
-from tests.helpers.tiny_models import VOCAB_SIZE, save_tiny_model
+from tools.benchmarks._tiny_models import VOCAB_SIZE, save_tiny_model
 
 
 @pytest.fixture

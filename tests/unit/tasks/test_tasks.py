@@ -15,8 +15,7 @@ from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.tasks.generate import TASKS, demonstration_rows, problems, prompt_rows, split_of
 from megatron_vcppo.tasks.task import Style, Task, read_answer
-from megatron_vcppo.tasks.vocabulary import WORDS
-from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
+from megatron_vcppo.tasks.word_tokenizer import WORDS, build_tokenizer
 
 PERFECT = Style(mistake_rate=0.0, check_mistake_rate=0.0, quit_early=0.0)
 all_tasks = pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture, RopeScaling
 from megatron_vcppo.hf.mapping import hf_shapes, parameters
-from tests.helpers.tiny_models import FAMILIES, save_tiny_model
+from tools.benchmarks._tiny_models import FAMILIES, save_tiny_model
 
 CASES = [(family, tied) for family in FAMILIES for tied in (False, True)]
 
@@ -68,7 +68,7 @@ def test_both_spellings_of_rope_scaling_mean_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"model_type": "mixtral"}, "'mixtral' is not supported; supported: qwen2, qwen3, llama"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
@@ -80,15 +80,15 @@ def test_both_spellings_of_rope_scaling_mean_the_same(tmp_path):
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"num_local_experts": 8}, "mixture of experts"),
-        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"torch_dtype": "float64", "dtype": None}, "dtype float64"),
         ({"num_key_value_heads": 3}, "4 attention heads over 3"),
     ],
 )
-def test_what_megatron_would_compute_differently_is_refused(tmp_path, change, said):
+def test_what_megatron_would_compute_differently_is_refused(tmp_path, change, message):
     config = json.loads((save_tiny_model(tmp_path, "qwen2") / "config.json").read_text())
     Architecture.from_config(config)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         Architecture.from_config(config | change)
 
 

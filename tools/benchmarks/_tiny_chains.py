@@ -1,4 +1,4 @@
-"""What the launcher's tests share: a small configuration, waiting with a deadline, looking for strays."""
+"""Chains of stages that take milliseconds a step: a small configuration, waits with a deadline, a look for strays."""
 
 import json
 import os
@@ -14,6 +14,9 @@ from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.slurm_cli import JobState, job_states
 from megatron_vcppo.slurm.srun import srun_processes
+
+TINY = RoleCommands(trainer="tools.benchmarks._tiny_stage", rollout="tools.benchmarks._tiny_rollout")
+"""Takes the place of the stages' own commands."""
 
 
 def tiny_config(folder: Path, stages: tuple[str, ...] = ("sft",), ranks: int = 2, steps: int = 6) -> Config:

@@ -1,4 +1,4 @@
-"""What is checked before an export is called done: names, shapes, dtypes, sizes, and the logits of a short prompt."""
+"""The checks that an export must pass: names, shapes, dtypes, sizes, and the logits of a short prompt."""
 
 import json
 import math
@@ -22,7 +22,7 @@ _BASE_BYTES = 2 << 30
 
 
 def check_export(folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-    """UserError if the files on disk do not hold exactly these tensors."""
+    """Raises UserError if the files on disk do not hold exactly these tensors: name -> (shape, dtype)."""
     found = read_folder(folder)
     check_shapes(folder, found, {name: shape for name, (shape, _) in tensors.items()})
     wrong = [
@@ -41,11 +41,11 @@ def check_export(folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], torc
 
 
 def compare_logits(checkpoint: Path, exported: Path, arch: Architecture, dtype: torch.dtype | None = None) -> str:
-    """Run one prompt through Megatron (TP 1, PP 1) and transformers on the CPU in float32; say how far they differ.
+    """Run one prompt through Megatron (TP 1, PP 1) and transformers on the CPU in float32; returns how far they differ.
 
-    It happens in a process of its own, which holds one model at a time: 4 bytes a parameter. Where the memory does
-    not suffice it is left out, and the returned line says so. ``dtype`` is what the export rounded the weights to, if
-    it did. UserError if the logits differ.
+    A separate process does it and holds one model at a time: 4 bytes per parameter. If the memory does not suffice,
+    the comparison is skipped and the returned line reports that. ``dtype`` is what the export rounded the weights to,
+    if it did. Raises UserError if the logits differ.
     """
     needed = int(4.5 * arch.parameter_count()) + _BASE_BYTES
     available = psutil.virtual_memory().available

@@ -1,4 +1,4 @@
-"""A real rollout node for tests: the supervisor that a job's controller starts, with real engines."""
+"""A real rollout node over a tiny model: the supervisor that a job's controller starts, with real engines."""
 
 import os
 import signal
@@ -20,12 +20,11 @@ from megatron_vcppo.rollout.client import RolloutClient
 from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.rollout.rendezvous import Engine
 from megatron_vcppo.run.processes import alive, die_with_parent, without_trainer
-from megatron_vcppo.tasks.vocabulary import WORDS
-from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
+from megatron_vcppo.tasks.word_tokenizer import WORDS, build_tokenizer
 from megatron_vcppo.weight_sync.push_plan import SyncRole
 from megatron_vcppo.weight_sync.sync import Source, WeightSync
 from megatron_vcppo.weight_sync.transport import NetworkTransport, Transport
-from tests.helpers.tiny_models import save_tiny_model
+from tools.benchmarks._tiny_models import save_tiny_model
 
 MAX_LENGTH = 256
 START_TIMEOUT_S = 240.0

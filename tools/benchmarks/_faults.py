@@ -17,8 +17,15 @@ from megatron_vcppo.slurm.chain_status import run_status, table
 from megatron_vcppo.slurm.devcluster import DevCluster
 from megatron_vcppo.slurm.slurm_cli import job_states
 from megatron_vcppo.slurm.submission import submit, submitted_jobs
-from tests.slurm.conftest import TINY
-from tests.slurm.support import cluster_config, processes_with, result, wait_for_jobs, wait_until, write_config
+from tools.benchmarks._tiny_chains import (
+    TINY,
+    cluster_config,
+    processes_with,
+    result,
+    wait_for_jobs,
+    wait_until,
+    write_config,
+)
 
 Inflict = Callable[[DevCluster, RunFolder, Config], None]
 CHAIN = ("sft", "reward_model", "value_pretrain", "ppo", "evaluate", "export")
@@ -118,13 +125,13 @@ def kill_processes(mark: str, variable: str) -> int:
 
 def kill_trainer_rank(cluster: DevCluster, run: RunFolder, config: Config) -> None:
     wait_for_checkpoint(run, "sft")
-    assert kill_processes("tests.slurm.tiny_stage sft", "RANK=1") == 1
+    assert kill_processes("tools.benchmarks._tiny_stage sft", "RANK=1") == 1
 
 
 def kill_rollout_server(cluster: DevCluster, run: RunFolder, config: Config) -> None:
     wait_for_checkpoint(run, "ppo")
     published = run.stage("ppo").rendezvous / "engine_0.json"
-    assert kill_processes("tests.slurm.tiny_rollout", f"SLURM_STEP_NODELIST={cluster.node_names[2]}") == 1
+    assert kill_processes("tools.benchmarks._tiny_rollout", f"SLURM_STEP_NODELIST={cluster.node_names[2]}") == 1
     wait_until(lambda: '"incarnation": 1' in published.read_text(), "the rollout unit to come back", 30)
 
 

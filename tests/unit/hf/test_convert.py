@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 from megatron_vcppo import cli
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.convert import copying
+from megatron_vcppo.hf.convert.export_check import check_export
 from megatron_vcppo.hf.convert.exporter import export_hf
 from megatron_vcppo.hf.convert.importer import import_hf
-from megatron_vcppo.mcore.export_check import check_export
 from megatron_vcppo.run.manifest import read_manifest, write_manifest
-from tests.helpers.tiny_models import FAMILIES, save_tiny_model
+from tools.benchmarks._tiny_models import FAMILIES, save_tiny_model
 
 WEIGHTS = "model.safetensors"
 
@@ -79,12 +79,13 @@ def test_unusual_bit_patterns_survive(tmp_path, hf):
     assert_bit_equal(hf, tmp_path / "out")
 
 
-def test_sharded_files_in_and_out(tmp_path):
+def test_sharded_files_in_and_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_vcppo.hf.convert.exporter.MAX_FILE_BYTES", 80_000)
     whole = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "whole", "llama"))
     whole.save_pretrained(tmp_path / "hf", max_shard_size="100KB")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
     import_hf(tmp_path / "hf", tmp_path / "checkpoint", 2, 2)
-    export_hf(tmp_path / "checkpoint", tmp_path / "out", verify_logits=False, max_file_bytes=80_000)
+    export_hf(tmp_path / "checkpoint", tmp_path / "out", verify_logits=False)
     assert_bit_equal(tmp_path / "hf", tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     weights = load_weights(tmp_path / "out")
@@ -188,9 +189,9 @@ BAD_IMPORTS = {
 
 @pytest.mark.parametrize("case", BAD_IMPORTS)
 def test_bad_weights_are_listed_and_nothing_is_left(tmp_path, hf, case):
-    spoil, said = BAD_IMPORTS[case]
+    spoil, message = BAD_IMPORTS[case]
     spoil(hf)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         import_hf(hf, tmp_path / "checkpoint", 2, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
@@ -256,10 +257,10 @@ BAD_CHECKPOINTS = {
 
 @pytest.mark.parametrize("case", BAD_CHECKPOINTS)
 def test_a_bad_checkpoint_is_not_exported(tmp_path, checkpoint, case):
-    spoil, said = BAD_CHECKPOINTS[case]
+    spoil, message = BAD_CHECKPOINTS[case]
     spoil(checkpoint)
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         export_hf(checkpoint, tmp_path / "out", verify_logits=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
