@@ -8,6 +8,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from megatron_vcppo.run.log import line
+
 WINDOW = 20
 """Updates over which rate and ETA are averaged."""
 BAR = "{desc} {n_fmt}/{total_fmt} {bar:20} {postfix}"
@@ -53,7 +55,7 @@ class Progress:
         elif position >= self.total or now - self._printed_at >= self.every_s:
             self._printed_at = now
             share = f"{100 * position // self.total}%" if self.total else "100%"
-            print(f"{self.name} {position}/{self.total} {share} {text}", file=self.stream, flush=True)
+            print(line(f"{self.name} {position}/{self.total} {share} {text}"), file=self.stream, flush=True)
 
     def status(self, values: Mapping[str, float]) -> str:
         """Rate, ETA and values as text."""
