@@ -21,12 +21,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Print the resolved YAML, or the keys."""
+    from megatron_vcppo.commands.arguments import print_note
     from megatron_vcppo.config.explain import explain, explain_markdown
     from megatron_vcppo.config.load import dump_config, load_config
     from megatron_vcppo.config.value_sources import local_overrides, profile_files
     from megatron_vcppo.errors import UserError
     from megatron_vcppo.launch.checks import check_critics
-    from megatron_vcppo.launch.prepare import print_note
 
     if args.explain is not None:
         print(explain_markdown(args.explain) if args.markdown else explain(args.explain), end="")

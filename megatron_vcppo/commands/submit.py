@@ -2,9 +2,9 @@
 
 import argparse
 
+from megatron_vcppo.commands.arguments import add_chain_arguments, checked_stages, prepare, print_note
 from megatron_vcppo.config.sections.cluster import LOCAL
 from megatron_vcppo.launch.inherit import stages_to_take, take_stages
-from megatron_vcppo.launch.prepare import add_chain_arguments, checked_stages, prepare, print_note
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

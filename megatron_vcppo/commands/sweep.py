@@ -5,8 +5,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_vcppo.commands.arguments import add_base_argument, checked_stages, prepare, print_note
 from megatron_vcppo.config import Config
-from megatron_vcppo.launch.prepare import add_base_argument
 from megatron_vcppo.launch.sweep_points import Point, points, read_points, write_points
 from megatron_vcppo.run.folder import RunFolder
 
@@ -46,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcppo.config.sections.cluster import LOCAL
     from megatron_vcppo.errors import UserError
     from megatron_vcppo.launch.inherit import stages_to_take
-    from megatron_vcppo.launch.prepare import checked_stages, prepare, print_note
 
     if args.results:
         print(text_table(results(args.results)))
@@ -95,7 +94,7 @@ SHOWN_OF_PPO = ("rollout/accuracy", "rollout/length_mean", "critic/explained_var
 def results(folder: Path) -> list[dict[str, object]]:
     """One row per chain: its values, the stage it is at, PPO's newest numbers (before PPO: that stage's), and what the
     evaluation found, in percent."""
-    from megatron_vcppo.launch.prepare import open_run
+    from megatron_vcppo.run.config_file import open_run
     from megatron_vcppo.slurm.chain_status import run_status
 
     rows = []
@@ -107,9 +106,9 @@ def results(folder: Path) -> list[dict[str, object]]:
             reached = [status for status in run_status(run, config) if status.attempts]
             if reached:
                 row |= {"stage": reached[-1].stage, "state": reached[-1].state}
-                newest = (run.metrics("ppo") or [{}])[-1]
+                newest = (run.stage("ppo").recent_metrics() or [{}])[-1]
                 row |= {name: newest[name] for name in SHOWN_OF_PPO if name in newest} or reached[-1].metrics
-            row |= evaluation(run.stage("evaluate") / "results.json")
+            row |= evaluation(run.stage("evaluate").results)
         rows.append(row)
     return rows
 

@@ -14,8 +14,8 @@ from megatron_vcppo.run.folder import RunFolder
 def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
     """Everything that these stages read from outside the configuration: data files, verifiers, the model, its memory.
 
-    Every command that starts stages calls it (``launch.prepare.checked_stages``) before it writes anything. Returns the
-    estimated GiB per rank of each stage. Raises UserError with the key and what is wrong.
+    Every command that starts stages calls it (``commands.arguments.checked_stages``) before it writes anything.
+    Returns the estimated GiB per rank of each stage. Raises UserError with the key and what is wrong.
     """
     check_critics(config, stages)
     _check_data(config, stages)
@@ -30,7 +30,7 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
 
 def check_critics(config: Config, stages: Sequence[str]) -> None:
     """UserError if a critic starts from a stage that is neither earlier in the chain nor done in the run folder."""
-    run, chain = RunFolder(Path(config.run.dir)), list(config.stages)
+    run, chain = RunFolder.of(config), list(config.stages)
     starts: list[tuple[str, Stage, str]] = []
     if "value_pretrain" in stages:
         starts.append(("value_pretrain.init", "value_pretrain", config.value_pretrain.init))
@@ -38,7 +38,7 @@ def check_critics(config: Config, stages: Sequence[str]) -> None:
         starts.append(("ppo.critic.init", "ppo", config.ppo.critic.init))
     for key, stage, init in starts:
         before = init in chain[: chain.index(stage)]
-        if init in ("value_pretrain", "reward_model") and not before and not run.marked_done(init):
+        if init in ("value_pretrain", "reward_model") and not before and not run.stage(init).marked_done():
             raise UserError(
                 f"{key} {init} needs stage {init}, which is neither before {stage} in stages ({', '.join(chain)}) nor "
                 f"done in {config.run.dir}: add it to stages, or change {key}"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.launch.prepare import open_run
+from megatron_vcppo.run.config_file import open_run
+from megatron_vcppo.run.files import replacing
 from megatron_vcppo.run.folder import RunFolder
 
 LINKED_BYTES = 1 << 16
@@ -29,23 +30,20 @@ def stages_to_take(run: RunFolder, config: Config, base: Path | None, first: str
     source, theirs = open_run(base)
     if Path(theirs.model.hf).resolve() != Path(config.model.hf).resolve():
         raise UserError(f"--base {base}: its model.hf is {theirs.model.hf}, here it is {config.model.hf}")
-    missing = [stage for stage in before if not run.done(stage, checksums=False)]
+    missing = [stage for stage in before if not run.stage(stage).is_done(checksums=False)]
     for stage in missing:
-        if not source.done(stage):
+        if not source.stage(stage).is_done():
             raise UserError(f"--base {base}: stage {stage} is not done there")
-        if run.stage(stage).exists():
-            raise UserError(f"{run.stage(stage)}: was started here; remove it, or run without --base")
-    return [source.stage(stage) for stage in missing]
+        if run.stage(stage).path.exists():
+            raise UserError(f"{run.stage(stage).path}: was started here; remove it, or run without --base")
+    return [source.stage(stage).path for stage in missing]
 
 
 def take_stages(run: RunFolder, folders: Sequence[Path]) -> None:
     """Put finished stages of another run into ``run``: large files as hard links, where possible."""
     for folder in folders:
-        stage = folder.name
-        partial = run.path / f".{stage}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(folder, partial, ignore=NOT_TAKEN, copy_function=_link_or_copy)
-        partial.rename(run.stage(stage))
+        with replacing(run.stage(folder.name).path) as copy:
+            shutil.copytree(folder, copy, ignore=NOT_TAKEN, copy_function=_link_or_copy)
 
 
 def _link_or_copy(source: str, target: str) -> None:

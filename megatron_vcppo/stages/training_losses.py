@@ -39,23 +39,34 @@ class ActorLoss:
         logprobs, entropy = outputs
         fields, config = microbatch.fields, self.config
         mask = fields["response_mask"]
-        shared = {"denominator": self.denominator, "weights": fields["loss_weights"], "check": False}
+        weights = fields["loss_weights"]
         loss, metrics = policy_loss(
             logprobs,
-            fields["old_logprobs"],
-            fields["advantages"],
-            mask,
+            old_logprobs=fields["old_logprobs"],
+            advantages=fields["advantages"],
+            mask=mask,
+            denominator=self.denominator,
+            weights=weights,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             dual_clip=config.dual_clip,
             rollout_logprobs=fields["rollout_logprobs"] if config.tis_cap is not None else None,
             tis_cap=config.tis_cap,
-            **shared,
         )
-        terms = [entropy_bonus(entropy, mask, coef=config.entropy_coef, **shared)]
+        terms = [
+            entropy_bonus(entropy, mask, coef=config.entropy_coef, denominator=self.denominator, weights=weights),
+        ]
         if self.kl_coef:
             terms.append(
-                kl_loss(logprobs, fields["ref_logprobs"], mask, coef=self.kl_coef, kind=config.kl_kind, **shared)
+                kl_loss(
+                    logprobs,
+                    ref_logprobs=fields["ref_logprobs"],
+                    mask=mask,
+                    coef=self.kl_coef,
+                    kind=config.kl_kind,
+                    denominator=self.denominator,
+                    weights=weights,
+                )
             )
         if config.positive_lm_coef:
             terms.append(
@@ -64,7 +75,6 @@ class ActorLoss:
                     fields["positive_mask"],
                     coef=config.positive_lm_coef,
                     denominator=self.num_positive_tokens,
-                    check=False,
                 )
             )
         for term, more in terms:
@@ -81,18 +91,23 @@ class CriticLoss:
     value_clip: float | None = None
     """Largest change from the values before the update; None: no clipping, and no such values are needed."""
 
+    @classmethod
+    def of(cls, config: ValuesConfig, mask: Tensor, max_length: int, value_clip: float | None) -> "CriticLoss":
+        """The mean over the tokens of a minibatch's mask [B, T], which every rank knows."""
+        denominator = loss_denominator("token", int(mask.sum()), int(mask.any(dim=1).sum()), max_length)
+        return cls(config, denominator, value_clip)
+
     def __call__(self, outputs: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
         """outputs: values [T]."""
         fields = microbatch.fields
         return value_loss(
             bounded(outputs, self.config),
-            fields["returns"],
-            fields["response_mask"],
+            returns=fields["returns"],
+            mask=fields["response_mask"],
             denominator=self.denominator,
             old_values=fields["values"] if self.value_clip is not None else None,
-            clip_value=self.value_clip,
+            value_clip=self.value_clip,
             huber_delta=self.config.huber_delta,
-            check=False,
         )
 
 

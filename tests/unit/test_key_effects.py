@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from tests.helpers.tiny_models import save_tiny_model
+from tests.slurm.support import tiny_config
 
 from megatron_vcppo.config import CodeRewardConfig, Config, ModelConfig, ParallelConfig
 from megatron_vcppo.hf.architecture import Architecture
@@ -24,14 +26,10 @@ from megatron_vcppo.run.manifest import write_manifest
 from megatron_vcppo.slurm.submission import resolve_python
 from megatron_vcppo.stages import export
 from megatron_vcppo.stages.held_out import evaluation_prompts
-from megatron_vcppo.stages.ppo import Ppo
-from megatron_vcppo.stages.stage import mark_done
-from megatron_vcppo.weight_sync.push_plan import SINGLE
 from megatron_vcppo.weight_sync.rank_role import make_weight_sync
 from megatron_vcppo.weight_sync.transport import DiskTransport, NetworkTransport
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.tiny_models import save_tiny_model
-from tests.slurm.support import tiny_config
+from tools.benchmarks._rollout_node import SINGLE
 
 
 def test_init_std_scales_a_new_head(tmp_path: Path) -> None:
@@ -41,7 +39,7 @@ def test_init_std_scales_a_new_head(tmp_path: Path) -> None:
         runtime.start(ParallelConfig(), 3, 60)
         heads = []
         for init_std in (0.02, 0.5):
-            runtime.seed_everything(3)
+            torch.manual_seed(3)
             model = ModelConfig(hf=str(folder), dtype="float32", init_std=init_std)
             heads.append(build_critic(Architecture.from_hf(folder), model, ParallelConfig()).value_head.weight.detach())
         return heads
@@ -85,20 +83,6 @@ def test_transport_chooses_how_weights_travel(transport: Any, expected: type, tm
     assert isinstance(sync.transport, expected)
 
 
-@pytest.mark.parametrize(("seen", "horizon", "expected"), [(0.2, 100.0, 0.104), (0.05, 50.0, 0.092), (0.1, 9.0, 0.1)])
-def test_kl_target_and_kl_horizon_move_the_coefficient(seen: float, horizon: float, expected: float) -> None:
-    """By at most 20 % per horizon, of which 20 rollouts are a part; the log has the coefficient that was used."""
-    settings = Config().ppo
-    settings.loss.kl_coef, settings.loss.kl_target, settings.loss.kl_horizon = 0.1, 0.1, horizon
-    ppo: Any = SimpleNamespace(settings=settings, reference=object(), kl_coef=0.1)
-    metrics = {"actor/kl_ref": seen}
-    Ppo.adapt_kl(ppo, metrics, 20)
-    assert ppo.kl_coef == pytest.approx(expected) and metrics["actor/kl_coef"] == 0.1
-    settings.loss.kl_target, ppo.kl_coef = None, 0.3
-    Ppo.adapt_kl(ppo, metrics, 20)
-    assert ppo.kl_coef == 0.3
-
-
 def test_num_prompts_is_the_number_of_problems_evaluated() -> None:
     config, found = Config(), [Prompt(f"p{i}", (1,), "", "", "t") for i in range(5)]
     config.prompts.test = "test.jsonl"
@@ -116,7 +100,7 @@ def test_export_dtype(dtype: Any, stored: str, tmp_path: Path) -> None:
     iteration = tmp_path / "run" / "sft" / "checkpoints" / "iter_0000003"
     import_hf(Path(config.model.hf), iteration / "actor", 2, 1)
     write_manifest(iteration, {"iteration": 3})
-    mark_done(tmp_path / "run" / "sft", checkpoint=iteration)
+    RunFolder(tmp_path / "run").stage("sft").mark_done(checkpoint=iteration)
     export.run(config)
     with safe_open(tmp_path / "run" / "export" / "hf" / "model.safetensors", "pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {stored}  # noqa: SIM118

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.cli import main
+from megatron_vcppo.commands.arguments import prepare
 from megatron_vcppo.config.load import dump_config
 from megatron_vcppo.config.value_sources import CONFIGS
-from megatron_vcppo.launch.prepare import prepare
 from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.manifest import write_manifest
-from tests.slurm.support import tiny_model
+from tools.benchmarks._tiny_chains import tiny_model
 
 
 @pytest.fixture
@@ -88,10 +88,10 @@ def test_config_refuses_what_needs_no_files(override: str, where: str, recipe: s
 def finished_run(folder: Path, recipe: str) -> RunFolder:
     """A run whose SFT is done."""
     run, config = prepare(Path(recipe), [f"run.dir={folder}"])
-    checkpoint = run.stage("sft") / "checkpoints" / "iter_0000001"
+    checkpoint = run.stage("sft").checkpoint(1)
     checkpoint.mkdir(parents=True)
     (checkpoint / "weights").write_text("x")
-    write_manifest(run.stage("sft"), {"checkpoint": "checkpoints/iter_0000001"})
+    write_manifest(run.stage("sft").path, {"checkpoint": "checkpoints/iter_0000001"})
     run.config.write_text(dump_config(config))
     return run
 
@@ -104,7 +104,7 @@ def test_stages_of_another_run_are_taken_only_once_nothing_is_refused(
     taken = [command[0], recipe, *command[1:], "--base", str(base.path), "--from", "export"]
     for wrong in ("model.hf=/nowhere", "parallel.tp=8"):
         assert main([*taken, wrong, "cluster.name=local"]) == 2
-    (base.stage("sft") / "manifest.json").unlink()
+    base.stage("sft").manifest.unlink()
     assert main([*taken, "cluster.name=local"]) == 2
     assert "stage sft is not done there" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

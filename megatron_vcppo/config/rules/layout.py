@@ -13,6 +13,7 @@ from megatron_vcppo.config.placement import (
 from megatron_vcppo.config.schema import Config
 from megatron_vcppo.config.sections.cluster import LOCAL
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.integers import ceil_div
 
 
 def trainer_layout(config: Config) -> Iterator[str]:
@@ -82,7 +83,7 @@ def engine_gpus(config: Config) -> Iterator[str]:
             "rollout.engine.per_node, tp or dp"
         )
     elif engine_placement(config) == "trainer_nodes":
-        ranks = -(-(cluster.trainer_ranks or 1) // cluster.trainer_nodes)
+        ranks = ceil_div(cluster.trainer_ranks or 1, cluster.trainer_nodes)
         if ranks + taken > gpus:
             trainer = "1 trainer rank" if ranks == 1 else f"{ranks} trainer ranks"
             yield (
