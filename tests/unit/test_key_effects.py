@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tests.helpers.tiny_models import save_tiny_model
-from tests.slurm.support import tiny_config
 
 from megatron_vcppo.config import CodeRewardConfig, Config, ModelConfig, ParallelConfig
 from megatron_vcppo.hf.architecture import Architecture
@@ -30,6 +28,8 @@ from megatron_vcppo.weight_sync.rank_role import make_weight_sync
 from megatron_vcppo.weight_sync.transport import DiskTransport, NetworkTransport
 from tests.helpers.distributed import run_distributed_test
 from tools.benchmarks._rollout_node import SINGLE
+from tools.benchmarks._tiny_chains import tiny_config
+from tools.benchmarks._tiny_models import save_tiny_model
 
 
 def test_init_std_scales_a_new_head(tmp_path: Path) -> None:

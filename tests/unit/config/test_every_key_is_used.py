@@ -14,6 +14,8 @@ from megatron_vcppo.config.keys import all_keys
 from megatron_vcppo.config.value_sources import CONFIGS
 
 TESTS = Path(__file__).parents[2]
+HELPERS = sorted((TESTS.parent / "tools" / "benchmarks").glob("_*.py"))
+"""What tests and benchmarks share."""
 OVERRIDE = re.compile(r"(\w+(?:\.\w+)+)=")
 
 Setting = tuple[str, str]
@@ -74,7 +76,7 @@ def test_every_key_is_set_by_a_test_or_a_shipped_file() -> None:
     found: set[Setting] = set()
     for path in CONFIGS.rglob("*.yaml"):
         found |= set(set_in_yaml(yaml.safe_load(path.read_text(encoding="utf-8"))))
-    for path in TESTS.rglob("*.py"):
+    for path in [*TESTS.rglob("*.py"), *HELPERS]:
         found |= set(set_in_python(ast.parse(path.read_text(encoding="utf-8"))))
     keys = {name: (class_of(name), setting_of(name)) for name in all_keys()}
     holders = {key: {holder for holder, (_, other) in keys.values() if other == key} for _, (_, key) in keys.values()}

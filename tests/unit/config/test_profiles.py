@@ -12,5 +12,5 @@ def test_every_shipped_profile_loads() -> None:
     assert len(files) >= 3
     for file in files:
         assert load_config(file, complete=False).cluster.name == file.stem
-    with pytest.raises(UserError, match="--cluster nowhere: no such profile; there are: local, devcluster"):
+    with pytest.raises(UserError, match="--cluster nowhere: no such profile; available: local, devcluster"):
         profile_files("nowhere")
