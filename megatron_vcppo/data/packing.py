@@ -150,7 +150,7 @@ def unpack_all(microbatches: Sequence[PackedMicrobatch], values: Sequence[Tensor
 def pack_into_microbatches(lengths: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:
     """Bins of sequence indices whose lengths sum to at most the budget: best-fit decreasing, deterministic.
 
-    A sequence longer than the budget gets a bin of its own. Indices rise within a bin; bins are ordered by their
+    A sequence longer than the budget gets its own bin. Indices rise within a bin; bins are ordered by their
     first index. O(n log n); at most 11/9 of the optimum, in practice one or two bins above the sum.
     """
     bins: list[list[int]] = []

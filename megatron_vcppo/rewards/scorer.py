@@ -35,7 +35,7 @@ class Scorer:
     """A pool of verifier processes. Use as a context manager, or call ``close``.
 
     A verifier that raises costs its answer ("error: …"), one that hangs or dies costs its answer and its process
-    ("timeout", "error: …"), which is started anew. All are counted and kept for ``take_problems``.
+    ("timeout", "error: …"), which is started again. All are counted and kept for ``take_problems``.
     A response cut at the token limit is wrong ("truncated") whatever it says: it never ended its episode.
     """
 
@@ -129,7 +129,7 @@ class _WorkerLost(Exception):
 
 
 class _Worker:
-    """One verifier process. It gets no secret: its environment is made anew, and it leads its own process group."""
+    """One verifier process. It gets no secret: its environment is a new one, and it leads its own process group."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         ours, theirs = socket.socketpair()

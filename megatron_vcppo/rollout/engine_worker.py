@@ -109,7 +109,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         loaded = self.model.load_weights(tensors)
         missing = {name for name, _ in self.model.named_parameters()} - loaded
         if self.model_config.hf_text_config.tie_word_embeddings:
-            missing.discard("lm_head.weight")  # while it is being reloaded, it shows as a parameter of its own
+            missing.discard("lm_head.weight")  # while it is being reloaded, it shows as a separate parameter
         if missing:
             raise RuntimeError(f"the push lacked {len(missing)} parameters, e.g. {sorted(missing)[:3]}")
 

@@ -98,11 +98,11 @@ class GroupAddress(msgspec.Struct, frozen=True, eq=True):
 
 
 class SyncRequest(msgspec.Struct, frozen=True):
-    """Body of POST /vcppo/sync: pause, take the new weights, drop stale caches, go on. Answered when all is done."""
+    """Body of POST /vcppo/sync: pause, take the new weights, drop stale caches, continue. Answered when all is done."""
 
     policy_version: int
     pause: str
-    """"drain": running requests finish first. "keep": they are frozen and go on under the new weights."""
+    """"drain": running requests finish first. "keep": they are frozen and continue under the new weights."""
     timeout_s: float
     backend: str
     """"gloo", "nccl" (over ``streams``) or "disk" (from ``folder``)."""

@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def plan_slots(config: Config, model: Path, folder: Path, node: int, shared: NodeFolder | None = None) -> list[Slot]:
-    """What to run on this node: engines, their devices, their log files (beside the rendezvous folder).
+    """What to run on this node: engines, their devices, their log files (next to the rendezvous folder).
 
     shared: whose turn it is on GPUs that the trainer has, too.
     """

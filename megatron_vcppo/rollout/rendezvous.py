@@ -1,4 +1,4 @@
-"""The folder in a run where engines say where they are: one small file per engine, and the secret beside them."""
+"""The folder in a run where engines publish their addresses: one small file per engine, and their common secret."""
 
 from pathlib import Path
 

@@ -48,7 +48,7 @@ def place_on_node(pp_rank: int, rank: int, local_rank: int, tp_size: int) -> Syn
 
 
 def make_exchange(timeout_s: float) -> Callable[[Any], list[Any]]:
-    """An all-gather of small objects over a gloo group of its own (all ranks call this together)."""
+    """An all-gather of small objects over a separate gloo group (all ranks call this together)."""
     if not dist.is_initialized():
         return lambda value: [value]
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))

@@ -1,7 +1,7 @@
 """The push: every trainer rank calls it together, every engine ends with the same new weights, or an error says why.
 
 The driver tells the engines over HTTP to pause and receive; the sender of each pipeline stage then sends its layers,
-one stage after the other; the engines drop stale caches, go on, and answer the driver's call.
+one stage after the other; the engines drop stale caches, continue, and answer the driver's call.
 """
 
 import asyncio

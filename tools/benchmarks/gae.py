@@ -1,4 +1,4 @@
-"""Decoupled GAE beside the time to copy its inputs and outputs once, a token loop, and peers' functions.
+"""Decoupled GAE compared with the time to copy its inputs and outputs once, a token loop, and peers' functions.
 
 A peer is named as FILE:FUNCTION; the function takes (rewards, values, mask, gamma, lam_actor, lam_critic).
 """
