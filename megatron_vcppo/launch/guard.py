@@ -52,7 +52,7 @@ def kill_descendants() -> None:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to SIGKILL this process when its parent dies."""
+    """Ask the kernel to SIGKILL this process when its parent dies; run/processes.py cannot be imported here."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -19,11 +19,11 @@ from megatron_vcppo.launch.role_commands import (
     starts_engines,
     trainer_layout,
 )
-from megatron_vcppo.run import events, log
+from megatron_vcppo.run import events
 from megatron_vcppo.run.config_file import write_config
 from megatron_vcppo.run.exit_codes import DONE, SAVED, USER_ERROR
 from megatron_vcppo.run.folder import RunFolder
-from megatron_vcppo.run.log import say
+from megatron_vcppo.run.log import say, speaking_as
 from megatron_vcppo.run.processes import free_port
 
 
@@ -77,11 +77,9 @@ def stop_requests() -> Iterator[dict[str, int]]:
 
 
 def run_chain(run: RunFolder, config: Config, stages: list[str], programs: RoleCommands = ROLE_COMMANDS) -> int:
-    """Run the stages that are not done, in order; returns 0 or the exit code of the stage that did not finish."""
-
-    log.configure("controller")
+    """Run the stages that are not done, in order; returns DONE or the exit code of the stage that did not finish."""
     run.make()
-    with run.full_disk_named(), run.locked(), stop_requests() as count:
+    with speaking_as("controller"), run.full_disk_named(), run.locked(), stop_requests() as count:
         write_config(run, config)
         for number, stage in enumerate(stages, 1):
             head = f"[{number}/{len(stages)}] {stage}:"

@@ -36,7 +36,7 @@ from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.offload import check_resident
 from megatron_vcppo.run.files import move, remove, sync, write_text
-from megatron_vcppo.run.folder import iteration_name, iteration_of
+from megatron_vcppo.run.folder import STATE_NAME, iteration_name, iteration_of
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.manifest import read_manifest, verify_manifest, write_manifest
 from megatron_vcppo.run.watchdog import deadline
@@ -171,7 +171,7 @@ class CheckpointFolder:
         path = self.latest()
         if path is None:
             return None
-        content = json.loads((path / "state.json").read_text())
+        content = json.loads((path / STATE_NAME).read_text())
         for name, learner in components.items():
             if name not in content["components"]:
                 had = ", ".join(content["components"])
@@ -209,7 +209,7 @@ class CheckpointFolder:
                 copy_small_files(self.hf_files, temporary / name / "hf")
                 inside = {k.removeprefix(f"{name}/"): v for k, v in known.items() if k.startswith(f"{name}/")}
                 write_manifest(temporary / name, self._meta(learner, iteration), known=inside)
-            write_text(temporary / "state.json", content)
+            write_text(temporary / STATE_NAME, content)
             write_manifest(temporary, {"iteration": iteration}, known=known)
             files = [path for path in temporary.glob("*/__*") if path.is_file()]
             background_s = max((path.stat().st_mtime for path in files), default=started) - started

@@ -16,6 +16,8 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.files import read_json_lines
 from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest, verify_manifest, write_manifest
 
+STATE_NAME = "state.json"
+"""In a checkpoint: the iteration and what the stage keeps besides weights."""
 _ITERATION = re.compile(r"iter_(\d{7,})$")
 
 
@@ -167,7 +169,7 @@ class StageFolder:
         """
         iteration, steps = self.checkpoint_iteration(), 0
         if iteration is not None:
-            path = self.checkpoint(iteration) / "state.json"
+            path = self.checkpoint(iteration) / STATE_NAME
             with suppress(OSError, ValueError, KeyError, TypeError):
                 skipped = json.loads(path.read_text(encoding="utf-8"))["state"]["unfinished"]["report"]["skipped"]
                 steps = sum(len(model) for model in skipped.values())

@@ -1,7 +1,7 @@
 """What a process tells its user: one place, one format, ``HH:MM:SS ROLE RANK: TEXT``.
 
 A process that belongs to a run calls ``configure`` once, first of all: a trainer rank as ("trainer", its rank), a
-rollout node as ("rollout", its index), what starts and watches them as ("controller"). From then on
+rollout node as ("rollout", its index), a job that starts and watches them as ("controller"). From then on
 
 - ``say(text)`` prints what a user must see: a result, ``note: …``, ``warning: …``. The caller decides which rank says
   it. A table begins on a line of its own: ``say(f"results:\n{table}")``;
@@ -14,6 +14,8 @@ Both go to standard output, which is the log file of the role; that of rank 0 is
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _speaker = ""
 """Role and rank of this process."""
@@ -28,6 +30,18 @@ def configure(role: str, rank: int | None = None) -> None:
     logging.getLogger("megatron_vcppo").setLevel(logging.INFO)
     if not any(isinstance(handler, _Say) for handler in root.handlers):
         root.addHandler(_Say())
+
+
+@contextmanager
+def speaking_as(role: str) -> Iterator[None]:
+    """A part of a process's life in which it has a role, such as a command that runs a chain."""
+    global _speaker
+    before = _speaker
+    configure(role)
+    try:
+        yield
+    finally:
+        _speaker = before
 
 
 def say(text: str) -> None:

@@ -22,6 +22,7 @@ from megatron_vcppo.data.packing import pack_all, unpack_all
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.exporter import export_hf
+from megatron_vcppo.mcore import checkpoint as checkpoint_module
 from megatron_vcppo.mcore import checkpoint_writer, runtime
 from megatron_vcppo.mcore.checkpoint import complete_checkpoints, load_model
 from megatron_vcppo.mcore.model import build_actor, build_critic
@@ -163,14 +164,14 @@ def test_a_kill_in_the_middle_of_a_save_costs_only_that_save(tmp_path: Path) -> 
         actor, _ = start(hf, ParallelConfig())
         checkpoints = checkpoint_folder(folder, hf)
         checkpoints.save(1, {"actor": actor}, {})
-        write_text = Path.write_text
+        write_text = checkpoint_module.write_text
 
-        def die_at_the_state_file(self: Path, *arguments, **options) -> int:
-            if self.name == "state.json":
+        def die_at_the_state_file(path: Path, content: str) -> None:
+            if path.name == "state.json":
                 os.kill(os.getpid(), signal.SIGKILL)
-            return write_text(self, *arguments, **options)
+            write_text(path, content)
 
-        Path.write_text = die_at_the_state_file  # type: ignore[method-assign]
+        checkpoint_module.write_text = die_at_the_state_file
         checkpoints.save(2, {"actor": actor}, {})
 
     with pytest.raises(RanksFailed):

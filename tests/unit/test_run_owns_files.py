@@ -16,6 +16,7 @@ FILES = {
     "startup.jsonl",
     "results.json",
     "manifest.json",
+    "state.json",
     "set.json",
     "origin.json",
     "wandb_run_id",

@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+from megatron_vcppo.run import log
+
 
 def output_of(code: str) -> list[str]:
     """Lines on standard output of a new interpreter, the time cut off; stderr must stay empty."""
@@ -37,6 +41,14 @@ def test_a_role_of_one_process_has_no_rank() -> None:
     assert output_of("from megatron_vcppo.run import log; log.configure('controller'); log.say('done')") == [
         "controller: done"
     ]
+
+
+def test_a_role_may_be_a_part_of_a_processs_life(capsys: pytest.CaptureFixture[str]) -> None:
+    with log.speaking_as("controller"):
+        log.say("starting")
+    log.say("over")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first[9:] == "controller: starting" and second == "over"
 
 
 def test_a_process_without_a_role_says_the_text_alone() -> None:
