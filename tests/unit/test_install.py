@@ -1,5 +1,6 @@
 """The install scripts' mistakes and the locks: what can be tested without installing anything."""
 
+import ast
 import os
 import re
 import shutil
@@ -10,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vcppo.launch.snapshot import sources
+
 ROOT = Path(__file__).parents[2]
+PACKAGE_OF = {"antlr4": "antlr4-python3-runtime", "megatron": "megatron-core", "triton": "torch", "yaml": "pyyaml"}
+"""Import name → what installs it, where the names differ or the package always brings it."""
 
 
 def run_setup(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -60,14 +65,38 @@ def test_no_file_names_a_package_index() -> None:
         assert "index" not in path.read_text() and "://" not in path.read_text(), path
 
 
-def test_slurm_is_installed_under_the_packages_name_alone(tmp_path) -> None:
+def test_a_wheel_holds_the_package_with_its_data_under_one_name(tmp_path) -> None:
     """A wheel made of this checkout; a top-level ``slurm`` would shadow whatever else has that name."""
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), "."]
     subprocess.run(build, cwd=copy_of_the_sources(tmp_path / "sources"), check=True, timeout=120)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "megatron_vcppo/slurm/job.py" in names
-    assert {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")} == {"megatron_vcppo"}
+    installed = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
+    assert {name.split("/")[0] for name in installed} == {"megatron_vcppo"}
+    assert "megatron_vcppo/report/page.html.jinja" in installed and "megatron_vcppo/report/page.css" in installed
+    assert installed == set(sources())  # a run's snapshot of the code holds the same files
+
+
+def test_every_library_that_the_package_imports_is_declared() -> None:
+    declared = set()
+    for name in ("requirements.txt", "requirements-cpu.txt", "requirements-gpu.txt"):
+        declared |= set(re.findall(r"^([\w.-]+)(?:\[.*\])?==", (ROOT / name).read_text().lower(), re.MULTILINE))
+    imported: dict[str, str] = {}
+    for path in sources().values():
+        if path.suffix != ".py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            imported |= {name.split(".")[0]: f"{path}:{node.lineno}" for name in names}
+    ours = {"megatron_vcppo", *sys.stdlib_module_names}
+    missing = {
+        name: where
+        for name, where in imported.items()
+        if name not in ours and PACKAGE_OF.get(name, name.replace("_", "-")) not in declared
+    }
+    assert not missing
 
 
 def copy_of_the_sources(folder: Path) -> Path:
