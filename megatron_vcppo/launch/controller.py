@@ -32,7 +32,7 @@ SETTLE_S = 0.5
 
 @dataclass(frozen=True)
 class RoleProcess:
-    """One process to start. Example: ``Unit("trainer", 0, ("python", "train.py"), {"RANK": "0"}, "trainer_0.log")``."""
+    """One process to start. Example: ``RoleProcess("trainer", 0, ("python", "train.py"), {"RANK": "0"}, "trainer_0.log")``."""
 
     role: str
     """trainer | rollout"""

@@ -68,7 +68,7 @@ def command(
         "--gpu-memory-utilization": str(engine.gpu_memory_utilization),
         "--seed": str(seed),
         "--logprobs-mode": "processed_logprobs",
-        "--middleware": "megatron_vcppo.rollout.middleware.Front",
+        "--middleware": "megatron_vcppo.rollout.middleware.Middleware",
         "--scheduler-cls": "megatron_vcppo.rollout.final_output.FinalOutputScheduler",
         "--worker-extension-cls": "megatron_vcppo.rollout.engine_worker.WorkerExtension",
         "--weight-transfer-config": json.dumps({"backend": "vcppo"}),

@@ -86,9 +86,9 @@ def test_nothing_is_left_when_the_controller_is_killed(tmp_path: Path) -> None:
     code = f"""
         import sys; sys.path.insert(0, {os.getcwd()!r})
         from pathlib import Path
-        from megatron_vcppo.launch.controller import Unit, supervise
+        from megatron_vcppo.launch.controller import RoleProcess, supervise
         detached = "setsid sleep 7003.5 & sleep 7003.6"
-        supervise([Unit("trainer", 0, ("sh", "-c", detached), {{}}, "a.log")], Path({str(tmp_path)!r}))
+        supervise([RoleProcess("trainer", 0, ("sh", "-c", detached), {{}}, "a.log")], Path({str(tmp_path)!r}))
     """
     controller = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
     wait_until(lambda: len(processes_with("sleep 7003")) >= 3, "the ranks")
