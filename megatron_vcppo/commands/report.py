@@ -22,7 +22,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "evaluation, curves, advantages by position, time per phase, sample rollouts, configuration. Several runs "
         "share the same charts.",
     )
-    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="run folder")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: report.html, or comparison.html, in the first RUN"
     )
@@ -34,12 +34,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Read, draw, write, print where and what was diagnosed."""
-    runs = read_runs(args.folders)
+    runs = read_runs(args.run_folders)
     from megatron_vcppo.report.page import render  # matplotlib: after the user's mistakes
 
     if args.figures:
         make_folder(args.figures)
-    out = args.out or args.folders[0] / ("report.html" if len(runs) == 1 else "comparison.html")
+    out = args.out or args.run_folders[0] / ("report.html" if len(runs) == 1 else "comparison.html")
     page = render(runs, written_at=time.strftime("%Y-%m-%d %H:%M")).encode()
     write(out, page, "--out")
     print(f"{out}: {len(page) / 1000:,.0f} kB")

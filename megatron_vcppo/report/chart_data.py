@@ -87,16 +87,6 @@ def extent(values: Iterable[float | None], margin: float = 0.05) -> tuple[float,
     return low - margin * (high - low), high + margin * (high - low)
 
 
-def short(value: float) -> str:
-    """Three digits, without a needless exponent."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    size = abs(value)
-    if size >= 1e6 or size < 1e-3:
-        return f"{value:.2g}"
-    return f"{value:,.0f}" if size >= 1000 else f"{value:.3g}"
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 

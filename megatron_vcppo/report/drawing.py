@@ -18,8 +18,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from megatron_vcppo.report.chart_data import Chart, Line, Lines, Stack, extent, short, thin
+from megatron_vcppo.report.chart_data import Chart, Line, Lines, Stack, extent, thin
 from megatron_vcppo.report.inline_svg import HotSpot, inline_svg
+from megatron_vcppo.report.number_text import short
 
 STYLE = {
     "font.family": ["DejaVu Sans"],  # comes with matplotlib

@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from megatron_vcppo.report.chart_data import short
 from megatron_vcppo.report.drawing import page_svg
+from megatron_vcppo.report.number_text import duration, percent_interval, short
 from megatron_vcppo.report.run_charts import PPO_PLOTS, STAGE_PLOTS, metric_charts, profile_charts, time_charts
 from megatron_vcppo.report.run_data import RunData, differences
 from megatron_vcppo.report.samples import shorten
@@ -86,7 +86,7 @@ def _template() -> Any:
     environment.globals |= {
         "stage_summary": stage_summary,
         "page_svg": page_svg,
-        "percent": percent,
+        "percent": percent_interval,
         "shorten": shorten,
         "yaml": as_yaml,
     }
@@ -118,18 +118,6 @@ def stage_summary(run: RunData, stage: str) -> StageSummary:
     return StageSummary(state, style, lines)
 
 
-def percent(value: float, half_width: float) -> str:
-    """Example: (0.412, 0.031) → 41.2 ± 3.1 %."""
-    return f"{100 * value:.1f} ± {100 * half_width:.1f} %"
-
-
 def as_yaml(config: dict[str, Any]) -> str:
     """The configuration as in the run's config.yaml."""
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120)
-
-
-def duration(seconds: float) -> str:
-    """Example: 1 h 5 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

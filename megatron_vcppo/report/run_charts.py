@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vcppo.report.chart_data import Chart, Line, Lines, Stack, extent, group_size, short
+from megatron_vcppo.report.chart_data import Chart, Line, Lines, Stack, extent, group_size
+from megatron_vcppo.report.number_text import short
 from megatron_vcppo.report.run_data import RunData, setting
 
 MOST_BARS = 60

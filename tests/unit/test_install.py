@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcppo.launch.snapshot import sources
+from megatron_vcppo.launch.snapshot import sources, take_snapshot
 
 ROOT = Path(__file__).parents[2]
 PACKAGE_OF = {"antlr4": "antlr4-python3-runtime", "megatron": "megatron-core", "triton": "torch", "yaml": "pyyaml"}
@@ -97,6 +97,14 @@ def test_every_library_that_the_package_imports_is_declared() -> None:
         if name not in ours and PACKAGE_OF.get(name, name.replace("_", "-")) not in declared
     }
     assert not missing
+
+
+def test_the_code_in_a_run_can_write_its_report(tmp_path) -> None:
+    (tmp_path / "config.yaml").write_text("stages: [sft]\n")
+    code = take_snapshot(tmp_path)
+    command = [sys.executable, "-m", "megatron_vcppo.cli", "report", str(tmp_path)]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(code)}, check=True, timeout=120)
+    assert "not started" in (tmp_path / "report.html").read_text()
 
 
 def copy_of_the_sources(folder: Path) -> Path:
