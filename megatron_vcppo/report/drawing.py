@@ -1,7 +1,7 @@
 """Draws charts with matplotlib: as inline SVG for the page, as SVG and PDF files for papers.
 
-Only Figure and the vector backends are used: no pyplot, so no global state, and no window system. The output depends
-on the data alone: no date, no random identifiers.
+Only Figure and, through savefig, the SVG and PDF backends are used: no pyplot, so no global state and no window system.
+The output depends on the data alone: no date, no random identifiers.
 """
 
 import io
@@ -11,8 +11,6 @@ from itertools import accumulate
 
 from matplotlib import rcParams, style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_pdf import FigureCanvasPdf
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -70,7 +68,6 @@ def page_svg(chart: Chart) -> str:
     """An SVG element for the page, which has the title and the legend next to it."""
     with style.context([STYLE, ON_PAGE], after_reset=True):
         figure = Figure((PAGE_WIDTH / POINTS_PER_INCH, PAGE_HEIGHT / POINTS_PER_INCH), dpi=POINTS_PER_INCH)
-        FigureCanvasSVG(figure)
         width, height = 1 - (LEFT + RIGHT) / PAGE_WIDTH, 1 - (TOP + BOTTOM) / PAGE_HEIGHT
         axes = figure.add_axes((LEFT / PAGE_WIDTH, BOTTOM / PAGE_HEIGHT, width, height))
         draw(axes, chart)
@@ -83,7 +80,8 @@ def paper_files(chart: Chart) -> dict[str, bytes]:
     """File name → content of one column's width: SVG with text as paths, PDF with its fonts in it."""
     with style.context([STYLE, IN_PAPER], after_reset=True):
         handles = legend_handles(chart)
-        columns = 3 if max((len(str(handle.get_label())) for handle in handles), default=0) <= 15 else 2
+        longest = max((len(str(handle.get_label())) for handle in handles), default=0)
+        columns = 3 if longest <= 15 else 2 if longest <= 30 else 1
         legend_rows = -(-len(handles) // columns)
         figure = Figure((COLUMN_INCHES, 2.1 + 0.14 * legend_rows), layout="constrained")
         axes = figure.add_subplot()
@@ -92,9 +90,7 @@ def paper_files(chart: Chart) -> dict[str, bytes]:
         if handles:
             figure.legend(handles=handles, loc="outside upper center", ncols=columns, borderpad=0)
         svg, pdf = io.BytesIO(), io.BytesIO()
-        FigureCanvasSVG(figure)
         figure.savefig(svg, format="svg", metadata=NO_DATE)
-        FigureCanvasPdf(figure)
         figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
     return {f"{chart.name}.svg": svg.getvalue(), f"{chart.name}.pdf": pdf.getvalue()}
 
@@ -180,7 +176,14 @@ def legend_handles(chart: Chart) -> list[Line2D | Patch]:
     if len(chart.content.lines) == 1:
         return []
     return [
-        Line2D([], [], color=line.color, label=line.name, **({"marker": "o", "linestyle": "none"} if line.dots else {}))
+        Line2D(
+            [],
+            [],
+            color=line.color,
+            label=line.name,
+            linestyle="none" if line.dots else "solid",
+            marker="o" if line.dots else "",
+        )
         for line in chart.content.lines
     ]
 

@@ -1,6 +1,5 @@
 """The install scripts' mistakes and the locks: what can be tested without installing anything."""
 
-import ast
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.launch.snapshot import sources, take_snapshot
+from tests.unit.test_imports import imports
 
 ROOT = Path(__file__).parents[2]
 PACKAGE_OF = {"antlr4": "antlr4-python3-runtime", "megatron": "megatron-core", "triton": "torch", "yaml": "pyyaml"}
@@ -86,10 +86,8 @@ def test_every_library_that_the_package_imports_is_declared() -> None:
     for path in sources().values():
         if path.suffix != ".py":
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            imported |= {name.split(".")[0]: f"{path}:{node.lineno}" for name in names}
+        for name, line in imports(path):
+            imported[name.split(".")[0]] = f"{path}:{line}"
     ours = {"megatron_vcppo", *sys.stdlib_module_names}
     missing = {
         name: where

@@ -1,6 +1,5 @@
 """Charts: which data they show, what is drawn of it, and the files they become."""
 
-import dataclasses
 import math
 import re
 from pathlib import Path
@@ -29,9 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def chart_with(content: Lines | Stack, **changes: str) -> Chart:
-    made = Chart(name="loss", title="Loss", caption="", x_label="step", y_label="Loss", content=content)
-    return dataclasses.replace(made, **changes)
+def chart_with(content: Lines | Stack, name: str = "loss") -> Chart:
+    return Chart(name=name, title="Loss", caption="", x_label="step", y_label="Loss", content=content)
 
 
 def axes_of(content: Lines | Stack):
