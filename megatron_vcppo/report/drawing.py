@@ -48,7 +48,11 @@ POINTS_PER_INCH = 72
 ON_PAGE = {"font.size": 11, "lines.linewidth": 1.6, "lines.markersize": 4, "svg.fonttype": "none"}
 IN_PAPER = {
     "font.size": 8,
-    "legend.fontsize": 7,
+    "legend.fontsize": 6.5,
+    "legend.borderpad": 0,
+    "legend.columnspacing": 1.0,
+    "legend.handlelength": 1.2,
+    "legend.handletextpad": 0.5,
     "lines.linewidth": 1.2,
     "lines.markersize": 2.5,
     "svg.fonttype": "path",
@@ -69,7 +73,9 @@ def page_svg(chart: Chart) -> str:
     with style.context([STYLE, ON_PAGE], after_reset=True):
         figure = Figure((PAGE_WIDTH / POINTS_PER_INCH, PAGE_HEIGHT / POINTS_PER_INCH), dpi=POINTS_PER_INCH)
         width, height = 1 - (LEFT + RIGHT) / PAGE_WIDTH, 1 - (TOP + BOTTOM) / PAGE_HEIGHT
+        figure.patch.set_visible(False)
         axes = figure.add_axes((LEFT / PAGE_WIDTH, BOTTOM / PAGE_HEIGHT, width, height))
+        axes.patch.set_visible(False)
         draw(axes, chart)
         svg = io.BytesIO()
         figure.savefig(svg, format="svg", metadata=NO_DATE)
@@ -81,14 +87,14 @@ def paper_files(chart: Chart) -> dict[str, bytes]:
     with style.context([STYLE, IN_PAPER], after_reset=True):
         handles = legend_handles(chart)
         longest = max((len(str(handle.get_label())) for handle in handles), default=0)
-        columns = 3 if longest <= 15 else 2 if longest <= 30 else 1
+        columns = 3 if longest <= 15 else 2 if longest <= 27 else 1
         legend_rows = -(-len(handles) // columns)
         figure = Figure((COLUMN_INCHES, 2.1 + 0.14 * legend_rows), layout="constrained")
         axes = figure.add_subplot()
         draw(axes, chart)
         axes.set_ylabel(chart.y_label)
         if handles:
-            figure.legend(handles=handles, loc="outside upper center", ncols=columns, borderpad=0)
+            figure.legend(handles=handles, loc="outside upper center", ncols=columns)
         svg, pdf = io.BytesIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata=NO_DATE)
         figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})

@@ -9,6 +9,8 @@ REFERENCE = re.compile(r"(^|url\()#([\w.-]+)")
 """To an identifier, in href="#a" or url(#a)."""
 DROPPED = ("metadata", "style")
 """Elements that matter only in a file; the page has its own style."""
+ANCHOR = re.compile(r"text-anchor: (\w+)")
+"""All that is kept of a text's style: its font and color are the page's."""
 LONG_NUMBER = re.compile(r"-?\d+\.\d{2,}")
 NUMERIC = ("d", "x", "y", "transform")
 
@@ -39,8 +41,14 @@ def inline_svg(svg: bytes, name: str, description: str, hot_spots: Iterable[HotS
         element.attrib = {local_name(key): value for key, value in element.attrib.items()}
         if element.get("id") not in referenced:
             element.attrib.pop("id", None)
+        if element.get("transform", "").startswith("rotate(-0 "):
+            del element.attrib["transform"]
+        if element.tag == "text":
+            anchor = ANCHOR.search(element.attrib.pop("style"))
+            element.set("text-anchor", anchor[1] if anchor else "start")
         for key, value in element.attrib.items():
             element.attrib[key] = attribute(key, value, name)
+    flatten(root)
     view_box = root.get("viewBox", "")
     root.attrib = {"viewBox": view_box, "role": "img", "aria-label": description}
     for spot in hot_spots:
@@ -48,6 +56,15 @@ def inline_svg(svg: bytes, name: str, description: str, hot_spots: Iterable[HotS
         area = ElementTree.SubElement(root, "rect", {"class": "spot"} | {key: f"{box[key]:.1f}" for key in box})
         ElementTree.SubElement(area, "title").text = spot.text
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def flatten(element: ElementTree.Element) -> None:
+    """Replace groups without attributes by what they hold."""
+    children: list[ElementTree.Element] = []
+    for child in element:
+        flatten(child)
+        children += list(child) if child.tag == "g" and not child.attrib else [child]
+    element[:] = children
 
 
 def attribute(key: str, value: str, name: str) -> str:
