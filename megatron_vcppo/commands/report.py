@@ -1,7 +1,6 @@
 """``vcppo report RUN …``: curves, diagnosis and sample rollouts of a run, or of several, as one HTML page."""
 
 import argparse
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 def read_runs(folders: Sequence[Path]) -> "list[RunData]":
     """The runs, each with its own name and color. UserError if a folder is no run or is named twice."""
     from megatron_vcppo.report.run_data import COLORS, read_config, read_run
-    from megatron_vcppo.run.manifest import MANIFEST_NAME
+    from megatron_vcppo.run.folder import RunFolder
 
     for folder in folders:
         read_config(folder)  # every mistake in the call before any work
@@ -66,21 +65,23 @@ def read_runs(folders: Sequence[Path]) -> "list[RunData]":
         names = [str(folder) for folder in folders]
     runs = []
     for i, (folder, name) in enumerate(zip(folders, names)):
-        done = frozenset(path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}"))
+        done = frozenset(stage.name for stage in RunFolder(folder).stages() if stage.marked_done())
         runs.append(read_run(folder, name, COLORS[i % len(COLORS)], done, samples_of(folder)))
     return runs
 
 
 def samples_of(folder: Path) -> "list[Samples]":
     """From the first and the last complete iteration that PPO stored; before PPO, the last of an earlier stage."""
+    from megatron_vcppo.run.folder import RunFolder
     from megatron_vcppo.run.rollout_store import stored_iterations
 
-    ppo = folder / "ppo" / "rollouts"
+    run = RunFolder(folder)
+    ppo = run.stage("ppo").rollouts
     known = stored_iterations(ppo)
     found = [first_complete(ppo, "ppo", known), first_complete(ppo, "ppo", known[:0:-1])]
     for stage in ("value_pretrain", "reward_model"):
         if not any(found):
-            rollouts = folder / stage / "rollouts"
+            rollouts = run.stage(stage).rollouts
             found.append(first_complete(rollouts, stage, stored_iterations(rollouts)[::-1]))
     return list({(one.stage, one.iteration): one for one in found if one is not None}.values())
 
@@ -120,10 +121,9 @@ def write_figures(folder: Path, runs: "Sequence[RunData]") -> int:
 
 def write(out: Path, content: bytes, option: str) -> None:
     """The file appears whole or not at all. UserError if it cannot be written; it names the option that says where."""
-    temporary = out.with_name(f".{out.name}.tmp")
+    from megatron_vcppo.run.files import write_bytes
+
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, out)
+        write_bytes(out, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{out}: cannot write: {error.strerror}; choose another place with {option}") from None

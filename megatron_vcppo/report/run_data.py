@@ -12,9 +12,9 @@ from megatron_vcppo.algo.failure_signatures import Finding, diagnose
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.report.samples import Samples
 from megatron_vcppo.rewards.verifier import NO_ANSWER
+from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.metrics_log import read_history, read_records
 
-CONFIG_NAME = "config.yaml"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#7b3294", "#b8860b", "#c2255c", "#4d4d4d", "#2aa1d8")
 """One per run, a ninth run has the first one's again: Okabe and Ito's, which color-blind readers tell apart, with those
 that are too light for a line on white darkened."""
@@ -56,20 +56,21 @@ def read_run(
 ) -> RunData:
     """Read a run folder. Raises UserError if it is none, or if a file in it cannot be read."""
     config = read_config(path)
+    run = RunFolder(path)
     stages = [str(stage) for stage in config.get("stages") or []]
-    folders = [*stages, *sorted(folder.parent.name for folder in path.glob("*/metrics.jsonl"))]
-    history = {stage: rows for stage in dict.fromkeys(folders) if (rows := read_history(path / stage))}
-    by_iteration = {record["iteration"]: record for record in read_records(path / "ppo" / "profiles.jsonl")}
+    names = dict.fromkeys([*stages, *(stage.name for stage in run.stages())])
+    history = {name: rows for name in names if (rows := read_history(run.stage(name).path))}
+    by_iteration = {record["iteration"]: record for record in read_records(run.stage("ppo").profiles)}
     profiles = [by_iteration[iteration] for iteration in sorted(by_iteration)]
-    results = _read_results(path / "evaluate" / "results.json")
+    results = _read_results(run.stage("evaluate").results)
     return RunData(name, color, config, stages, done, history, profiles, results, list(samples))
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The resolved configuration of a run folder; UserError if the folder is no run."""
-    file = path / CONFIG_NAME
+    file = RunFolder(path).config
     if not file.is_file():
-        raise UserError(f"{path}: not a run folder: it has no {CONFIG_NAME}")
+        raise UserError(f"{path}: not a run folder: it has no {file.name}")
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

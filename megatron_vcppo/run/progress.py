@@ -10,12 +10,14 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
+from megatron_vcppo.run.log import line
+
 WINDOW = 20
 """Updates over which rate and ETA are averaged."""
 
 
 class Progress:
-    """Progress from ``start`` to ``total``; may be used as a context manager.
+    """Progress from ``start`` to ``total``.
 
     A line is printed at most every ``every_s`` seconds and at the end:
     ``sft 12/60 20% | 1.52k tok/s | ETA 00:42 | loss 1.23 lr 1.0e-03``.
@@ -48,7 +50,7 @@ class Progress:
             self._printed_at = now
             share = f"{100 * position // self.total}%" if self.total else "100%"
             text = self.status(values or {})
-            print(f"{self.name} {position}/{self.total} {share} {text}", file=self.stream, flush=True)
+            print(line(f"{self.name} {position}/{self.total} {share} {text}"), file=self.stream, flush=True)
 
     def status(self, values: Mapping[str, float]) -> str:
         """Rate, ETA and values as text."""
@@ -61,15 +63,6 @@ class Progress:
         if values:
             parts.append("| " + " ".join(f"{name} {_short(value)}" for name, value in values.items()))
         return " ".join(parts)
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _with_prefix(value: float) -> str:
