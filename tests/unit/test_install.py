@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.launch.snapshot import sources, take_snapshot
+from megatron_vcppo.run.folder import RunFolder
 from tests.unit.test_imports import imports
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +100,7 @@ def test_every_library_that_the_package_imports_is_declared() -> None:
 
 def test_the_code_in_a_run_can_write_its_report(tmp_path) -> None:
     (tmp_path / "config.yaml").write_text("stages: [sft]\n")
-    code = take_snapshot(tmp_path)
+    code = take_snapshot(RunFolder(tmp_path))
     command = [sys.executable, "-m", "megatron_vcppo.cli", "report", str(tmp_path)]
     subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(code)}, check=True, timeout=120)
     assert "not started" in (tmp_path / "report.html").read_text()
