@@ -2,11 +2,12 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.save_timing import iteration_seconds
+from megatron_vcppo.report.text_table import text_table
 from megatron_vcppo.run import events
 from megatron_vcppo.run.exit_codes import DONE, SAVED
 from megatron_vcppo.run.folder import RunFolder
@@ -147,23 +148,30 @@ def add_ending(status: StageStatus, run: RunFolder, mine: list[dict[str, Any]], 
         status.note = f"{last['cause']}" + (f": {line}" if line else "") + f"; mend it, then {go_on}"
 
 
-def table(statuses: list[StageStatus]) -> str:
-    """The statuses as text: a line per stage, notes and metrics below theirs."""
-    lines = [f"{'stage':<15} {'state':<12} {'job':<8} {'attempts':<9} {'iteration':<12} {'ETA':<9}"]
+def table(statuses: list[StageStatus], stream: TextIO | None = None) -> str:
+    """The statuses as text: a row per stage, then the newest metrics of unfinished stages and all notes.
+
+    stream: where it will be printed, see text_table.
+    """
+    rows, notes = [], []
     for status in statuses:
-        progress = (
-            "" if status.iteration is None else f"{status.iteration}" + (f"/{status.total}" if status.total else "")
+        total = f"/{status.total}" if status.total else ""
+        rows.append(
+            {
+                "stage": status.stage,
+                "state": status.state,
+                "job": status.job,
+                "attempts": status.attempts or "",
+                "iteration": "" if status.iteration is None else f"{status.iteration}{total}",
+                "ETA": "" if status.eta_s is None else duration(status.eta_s),
+            }
         )
-        eta = "" if status.eta_s is None else duration(status.eta_s)
-        line = (
-            f"{status.stage:<15} {status.state:<12} {status.job:<8} {status.attempts or '':<9} {progress:<12} {eta:<9}"
-        )
-        lines.append(line.rstrip())
         if status.metrics and status.state != "done":
-            lines.append("    " + "  ".join(f"{key} {value:.4g}" for key, value in status.metrics.items()))
+            values = "  ".join(f"{key} {value:.4g}" for key, value in status.metrics.items())
+            notes.append(f"{status.stage}: {values}")
         if status.note:
-            lines.append(f"    {status.note}")
-    return "\n".join(lines)
+            notes.append(f"{status.stage}: {status.note}")
+    return "\n".join([text_table(rows, stream), *notes])
 
 
 def duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron_vcppo.config.network import num_nodes
 from megatron_vcppo.config.placement import engine_nodes
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.role_commands import RoleCommands
+from megatron_vcppo.report.text_table import styled
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm import doctor_findings
 from megatron_vcppo.slurm.slurm_cli import check_scripts, check_slurm_installed, slurm, slurm_message
@@ -138,10 +140,10 @@ def examine(config: Config, programs: RoleCommands, parent: Path) -> bool:
     try:
         for name, check in checks(config, programs, folder):
             try:
-                print(f"ok    {name}: {check()}", flush=True)
+                print(f"{styled('ok', sys.stdout)}    {name}: {check()}", flush=True)
             except UserError as error:
                 good = False
-                print(f"FAIL  {name}: {error}", flush=True)
+                print(f"{styled('FAIL', sys.stdout)}  {name}: {error}", flush=True)
                 if name == "Slurm's commands":
                     break
     finally:

@@ -63,20 +63,27 @@ def _export(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _progress(title: str) -> Iterator[Progress]:
-    """A line on stderr with bytes, rate and time left, from the first bytes to the last: not beside a mistake."""
-    from tqdm import tqdm
+    """Bytes, rate and time left on stderr: a bar on a terminal, its last state elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
 
-    bars: list[tqdm] = []
+    bars = Bars(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    task = bars.add_task(title, total=None)
 
     def update(done_bytes: int, total_bytes: int) -> None:
-        if not bars:
-            bars.append(tqdm(desc=title, total=total_bytes, unit="B", unit_scale=True, mininterval=0.5))
-        bars[0].update(done_bytes - bars[0].n)
-        if done_bytes == total_bytes:
-            bars[0].close()
+        bars.update(task, completed=done_bytes, total=total_bytes)
+        bars.start()  # with the first bytes: a mistake before them costs one line
 
     try:
         yield update
     finally:
-        for bar in bars:
-            bar.close()
+        if bars.live.is_started:
+            bars.stop()

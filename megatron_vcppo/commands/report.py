@@ -1,6 +1,7 @@
-"""``vcppo report RUN …``: curves, diagnosis and sample rollouts of a run, or of several side by side, as HTML."""
+"""``vcppo report RUN …``: curves, diagnosis and sample rollouts of a run, or of several, as one HTML page."""
 
 import argparse
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,24 +19,31 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "report",
         description="Write one self-contained HTML page about a run, also while it is running: stages, diagnosis, "
         "evaluation, curves, advantages by position, time per phase, sample rollouts, configuration. Several runs "
-        "share the same plots.",
+        "share the same charts.",
     )
     parser.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="run folder")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="left out: report.html, or comparison.html, in the first RUN"
+        "--out", type=Path, metavar="FILE", help="default: report.html, or comparison.html, in the first RUN"
+    )
+    parser.add_argument(
+        "--figures", type=Path, metavar="DIR", help="also write each chart to DIR for a paper, as SVG and PDF"
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, render, write, say where."""
-    from megatron_vcppo.report.html import render
-
+    """Read, draw, write, print where and what was diagnosed."""
     runs = read_runs(args.run_folders)
+    from megatron_vcppo.report.page import render  # matplotlib: after the user's mistakes
+
+    if args.figures:
+        make_folder(args.figures)
     out = args.out or args.run_folders[0] / ("report.html" if len(runs) == 1 else "comparison.html")
-    page = render(runs)
-    write(out, page)
-    print(f"{out}: {len(page.encode()) / 1000:,.0f} kB")
+    page = render(runs, written_at=time.strftime("%Y-%m-%d %H:%M")).encode()
+    write(out, page, "--out")
+    print(f"{out}: {len(page) / 1000:,.0f} kB")
+    if args.figures:
+        print(f"{args.figures}: {write_figures(args.figures, runs)} charts, each as SVG and PDF")
     for one in runs:
         for finding in one.findings() if "ppo" in one.history else ():
             if finding.state == "found":
@@ -44,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_runs(folders: Sequence[Path]) -> "list[RunData]":
-    """The runs, each with a name and a colour of its own. UserError if a folder is no run or is named twice."""
-    from megatron_vcppo.report.run_data import COLOURS, read_config, read_run
+    """The runs, each with its own name and color. UserError if a folder is no run or is named twice."""
+    from megatron_vcppo.report.run_data import COLORS, read_config, read_run
     from megatron_vcppo.run.folder import RunFolder
 
     for folder in folders:
@@ -58,7 +66,7 @@ def read_runs(folders: Sequence[Path]) -> "list[RunData]":
     runs = []
     for i, (folder, name) in enumerate(zip(folders, names)):
         done = frozenset(stage.name for stage in RunFolder(folder).stages() if stage.marked_done())
-        runs.append(read_run(folder, name, COLOURS[i % len(COLOURS)], done, samples_of(folder)))
+        runs.append(read_run(folder, name, COLORS[i % len(COLORS)], done, samples_of(folder)))
     return runs
 
 
@@ -91,11 +99,31 @@ def first_complete(rollouts: Path, stage: str, iterations: Sequence[int]) -> "Sa
     return None
 
 
-def write(out: Path, page: str) -> None:
-    """The file appears whole or not at all. UserError if it cannot be written."""
-    from megatron_vcppo.run.files import write_text
+def make_folder(folder: Path) -> None:
+    """Make the folder of --figures. UserError if that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot make: {error.strerror}; choose another place with --figures") from None
+
+
+def write_figures(folder: Path, runs: "Sequence[RunData]") -> int:
+    """Write every chart's files into a folder; returns how many charts there are."""
+    from megatron_vcppo.report.drawing import paper_files
+    from megatron_vcppo.report.run_charts import charts_of
+
+    charts = charts_of(runs)
+    for chart in charts:
+        for name, content in paper_files(chart).items():
+            write(folder / name, content, "--figures")
+    return len(charts)
+
+
+def write(out: Path, content: bytes, option: str) -> None:
+    """The file appears whole or not at all. UserError if it cannot be written; it names the option that says where."""
+    from megatron_vcppo.run.files import write_bytes
 
     try:
-        write_text(out, page)
+        write_bytes(out, content)
     except OSError as error:
-        raise UserError(f"{out}: cannot write: {error.strerror}; choose another place with --out") from None
+        raise UserError(f"{out}: cannot write: {error.strerror}; choose another place with {option}") from None

@@ -17,7 +17,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser("rollouts", description=__doc__, help="read stored rollouts")
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder, or the folder of one of its stages")
     parser.add_argument("--stage", default="ppo", help="stage whose rollouts are read (ppo)")
-    parser.add_argument("--iteration", type=int, help="left out: the last one stored")
+    parser.add_argument("--iteration", type=int, help="default: the last one stored")
     parser.add_argument("--worst", type=int, default=5, metavar="K", help="how many to show (5)")
     parser.set_defaults(run=run)
 
@@ -63,11 +63,11 @@ def summary(rollouts: list[Rollout]) -> str:
     rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     mean_reward = f"{sum(rewards) / len(rewards):.3f}" if rewards else "none"
     lengths = [len(rollout.response_ids) for rollout in rollouts]
-    cut = sum(rollout.truncated for rollout in rollouts) / len(rollouts)
+    truncated = sum(rollout.truncated for rollout in rollouts) / len(rollouts)
     versions = sorted({rollout.policy_version for rollout in rollouts})
     return (
         f"{len(rollouts)} rollouts, mean reward {mean_reward}, mean length {sum(lengths) / len(lengths):.1f}, "
-        f"{cut:.1%} cut at the token limit, policy version {', '.join(map(str, versions))}"
+        f"{truncated:.1%} truncated at the token limit, policy version {', '.join(map(str, versions))}"
     )
 
 

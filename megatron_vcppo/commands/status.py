@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         active = any(status.state in ("running", "pending") for status in statuses)
         if args.watch:
             print(f"{clear}{time.strftime('%H:%M:%S')}  {folder.path}")
-        print(table(statuses), flush=True)
+        print(table(statuses, sys.stdout), flush=True)
         if not (args.watch and active):
             return int(any(status.state in ("failed", "damaged") for status in statuses))
         time.sleep(args.every)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcppo.launch.inherit import stages_to_take
 
     if args.results:
-        print(text_table(results(args.results)))
+        from megatron_vcppo.report.text_table import text_table
+
+        print(text_table(results(args.results), sys.stdout))
         return 0
     if args.config is None:
         raise UserError("vcppo sweep needs a configuration file and key=[a, b], or --results FOLDER")
@@ -119,17 +122,3 @@ def evaluation(path: Path) -> dict[str, object]:
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
     return {f"avg of {row['name']}": f"{100 * row['avg']:.1f} ± {100 * row['avg_interval']:.1f}" for row in found}
-
-
-def text_table(rows: list[dict[str, object]]) -> str:
-    """Rows of possibly different columns as aligned text."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-
-    def cell(value: object) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    cells = [columns, *([cell(row.get(column, "")) for column in columns] for row in rows)]
-    widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells
-    )

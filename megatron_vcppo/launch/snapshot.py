@@ -9,14 +9,17 @@ import megatron_vcppo
 from megatron_vcppo.run.files import replacing
 from megatron_vcppo.run.folder import RunFolder
 
+SUFFIXES = (".py", ".css", ".jinja")
+"""Code, and the data files that pyproject.toml declares: what a wheel holds."""
+
 
 def sources() -> dict[str, Path]:
-    """Every Python file of the installed package, by its path below the import root."""
+    """Every file of the installed package, by its path below the import root."""
     root = Path(str(megatron_vcppo.__file__)).parent
     files = {}
     for folder, _, names in os.walk(root, followlinks=True):  # in a checkout slurm/ is a link
         for name in names:
-            if name.endswith(".py"):
+            if name.endswith(SUFFIXES):
                 path = Path(folder) / name
                 files[path.relative_to(root.parent).as_posix()] = path
     return dict(sorted(files.items()))

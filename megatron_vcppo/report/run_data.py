@@ -16,8 +16,9 @@ from megatron_vcppo.rewards.verifier import NO_ANSWER
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.metrics_log import read_history, read_records
 
-COLOURS = ("#2563eb", "#d9480f", "#2b8a3e", "#7048e8", "#0c8599", "#c2255c", "#5c940d", "#495057")
-"""One per run; more runs than colours are drawn in the same ones again."""
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#7b3294", "#b8860b", "#c2255c", "#4d4d4d", "#2aa1d8")
+"""One per run, a ninth run has the first one's again: Okabe and Ito's, which color-blind readers tell apart, with those
+that are too light for a line on white darkened."""
 
 History = list[dict[str, float]]
 
@@ -27,7 +28,7 @@ class RunData:
     """One run as the report shows it."""
 
     name: str
-    colour: str
+    color: str
     config: dict[str, Any]
     """The resolved configuration, without the values of cluster.environment."""
     stages: list[str]
@@ -52,7 +53,7 @@ class RunData:
 
 
 def read_run(
-    path: Path, name: str, colour: str, done: frozenset[str] = frozenset(), samples: Sequence[Samples] = ()
+    path: Path, name: str, color: str, done: frozenset[str] = frozenset(), samples: Sequence[Samples] = ()
 ) -> RunData:
     """Read a run folder. Raises UserError if it is none, or if a file in it cannot be read."""
     config = read_config(path)
@@ -63,7 +64,7 @@ def read_run(
     by_iteration = {record["iteration"]: record for record in read_records(run.stage("ppo").profiles)}
     profiles = [by_iteration[iteration] for iteration in sorted(by_iteration)]
     results = _read_results(run.stage("evaluate").results)
-    return RunData(name, colour, config, stages, done, history, profiles, results, list(samples))
+    return RunData(name, color, config, stages, done, history, profiles, results, list(samples))
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
-from tqdm import tqdm
 
 from megatron_vcppo.config import RolloutConfig
 from megatron_vcppo.records import Prompt, Rollout
@@ -24,6 +23,7 @@ from megatron_vcppo.rollout.fleet import Fleet, Member
 from megatron_vcppo.rollout.messages import GenerateBatch, GenerateRequest, Response, Sampling
 from megatron_vcppo.rollout.rendezvous import SECRET
 from megatron_vcppo.rollout.seeds import sample_seed
+from megatron_vcppo.run.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -143,8 +143,7 @@ class _Generation:
         self.waiting = deque(wanted)
         self.rollouts: dict[int, Rollout] = {}
         self.failure: BaseException | None = None
-        self.progress = tqdm(total=len(wanted), desc="rollouts", unit="", disable=not client.show_progress)
-        self.num_tokens, self.started = 0, time.monotonic()
+        self.progress = Progress("rollouts", len(wanted), unit="tok") if client.show_progress else None
 
     async def run(self) -> list[Rollout]:
         """Until every response is there; raises what went wrong."""
@@ -160,7 +159,6 @@ class _Generation:
             watch.cancel()
             for member in self.fleet.members.values():
                 member.take_out("generation is over")
-            self.progress.close()
         return [self.rollouts[index] for index in range(len(self.wanted))]
 
     def check(self, watch: asyncio.Task) -> None:
@@ -258,9 +256,8 @@ class _Generation:
         )
         assert item.request.key not in self.rollouts
         self.rollouts[item.request.key] = rollout
-        self.num_tokens += len(response.token_ids)
-        self.progress.update()
-        self.progress.set_postfix_str(f"{self.num_tokens / (time.monotonic() - self.started):.0f} tokens/s", False)
+        if self.progress is not None:
+            self.progress.update(len(self.rollouts), len(response.token_ids))
         self.on_rollout(rollout)
 
     @staticmethod

@@ -1,4 +1,8 @@
-"""How far a long piece of work is: a bar on a terminal, a line now and then in a log file; with rate and ETA."""
+"""How far a long piece of work is: a line now and then, with rate and ETA.
+
+Lines and no bar: the processes of a stage write to log files, and what a terminal shows of a local run is the main
+rank's file, followed as it grows.
+"""
 
 import sys
 import time
@@ -6,19 +10,16 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
-from tqdm import tqdm
-
 from megatron_vcppo.run.log import line
 
 WINDOW = 20
 """Updates over which rate and ETA are averaged."""
-BAR = "{desc} {n_fmt}/{total_fmt} {bar:20} {postfix}"
 
 
 class Progress:
-    """Progress from ``start`` to ``total``. Use as a context manager, or close it.
+    """Progress from ``start`` to ``total``.
 
-    On a terminal one bar is redrawn; elsewhere a line is printed at most every ``every_s`` seconds and at the end:
+    A line is printed at most every ``every_s`` seconds and at the end:
     ``sft 12/60 20% | 1.52k tok/s | ETA 00:42 | loss 1.23 lr 1.0e-03``.
     """
 
@@ -32,53 +33,52 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """unit: what ``update`` counts beside the position, such as tok."""
+        """unit: what ``update`` counts next to the position, such as tok. clock: seconds."""
         self.name, self.total, self.unit, self.every_s = name, total, unit, every_s
         self.position = start
         self.stream = stream or sys.stdout
         self._clock = clock
         self._printed_at = clock()
         self._history = deque([(self._printed_at, start, 0)], maxlen=WINDOW + 1)
-        self._bar = None
-        if self.stream.isatty():
-            self._bar = tqdm(total=total, initial=start, desc=name, file=self.stream, bar_format=BAR)
 
     def update(self, position: int, count: int = 1, values: Mapping[str, float] | None = None) -> None:
-        """Now at ``position``, having worked through ``count`` more units; ``values`` are shown beside it."""
+        """Now at ``position``, having worked through ``count`` more units; ``values`` end the line."""
         now = self._clock()
         self.position = position
         self._history.append((now, position, self._history[-1][2] + count))
-        text = self.status(values or {})
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(position - self._bar.n)
-        elif position >= self.total or now - self._printed_at >= self.every_s:
+        if position >= self.total or now - self._printed_at >= self.every_s:
             self._printed_at = now
             share = f"{100 * position // self.total}%" if self.total else "100%"
+            text = self.status(values or {})
             print(line(f"{self.name} {position}/{self.total} {share} {text}"), file=self.stream, flush=True)
 
     def status(self, values: Mapping[str, float]) -> str:
         """Rate, ETA and values as text."""
         (then, position_then, count_then), (now, position, count) = self._history[0], self._history[-1]
         seconds = max(now - then, 1e-9)
-        parts = [f"| {tqdm.format_sizeof((count - count_then) / seconds)} {self.unit}/s"]
+        parts = [f"| {_with_prefix((count - count_then) / seconds)} {self.unit}/s"]
         if position > position_then:
             eta_s = (self.total - position) * seconds / (position - position_then)
-            parts.append(f"| ETA {tqdm.format_interval(eta_s)}")
+            parts.append(f"| ETA {_clock_time(eta_s)}")
         if values:
             parts.append("| " + " ".join(f"{name} {_short(value)}" for name, value in values.items()))
         return " ".join(parts)
 
-    def close(self) -> None:
-        """Leave the bar as it is; safe to call twice."""
-        if self._bar is not None:
-            self._bar.close()
 
-    def __enter__(self) -> "Progress":
-        return self
+def _with_prefix(value: float) -> str:
+    """Three digits. Example: 1524.2 → 1.52k."""
+    for prefix in ("", "k", "M", "G"):
+        if value < 999.5:
+            return f"{value:.3g}{prefix}"
+        value /= 1000
+    return f"{value:.3g}T"
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+
+def _clock_time(seconds: float) -> str:
+    """Example: 42 → 00:42, 3723 → 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
 
 
 def _short(value: float) -> str:

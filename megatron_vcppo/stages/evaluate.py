@@ -1,4 +1,4 @@
-"""pass@k and avg@k of what the chain's stages left, or of any Hugging Face checkpoints, side by side."""
+"""pass@k and avg@k of what the chain's stages left, or of any Hugging Face checkpoints, in one table."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,8 @@ from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.hf_weights_io import load_hf, stream_hf
 from megatron_vcppo.mcore.model import ActorModel, build_actor
 from megatron_vcppo.records import Rollout
+from megatron_vcppo.report.number_text import percent_interval
+from megatron_vcppo.report.text_table import text_table
 from megatron_vcppo.run.files import write_json
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say
@@ -52,7 +54,7 @@ def run(config: Config) -> None:
             results.append({"name": name, **scores(rollouts, config.evaluate.k)})
             if stage.runtime.is_main:
                 startup.finish(stage.folder.path)
-                say(f"{name}:\n{table(results[-1:], header=version == 0)}")
+                say(f"{name}:\n{table(results[-1:])}")
     if stage.runtime.is_main:
         write_results(stage, results)
     runtime.stop()
@@ -108,17 +110,22 @@ def candidates(config: Config) -> dict[str, Candidate]:
     return found or {Path(config.model.hf).name: Candidate(Path(config.model.hf), True)}
 
 
-def table(results: list[dict[str, Any]], header: bool = True) -> str:
-    """The results as aligned text; the tasks of a mixture below each checkpoint."""
-    ks = list(results[0]["pass"])
-    lines = []
-    if header:
-        passes = "".join(f"{'pass@' + k:>18}" for k in ks)
-        lines.append(f"{'checkpoint':<16}{'avg':>16}{passes}{'length':>9}{'cut':>8}")
-    for row in results:
-        for name, part in {row["name"]: row, **{f"  {task}": part for task, part in row["tasks"].items()}}.items():
-            passes = "".join(f"{100 * part['pass'][k][0]:>9.1f} ± {100 * part['pass'][k][1]:<4.1f}%" for k in ks)
-            average = f"{100 * part['avg']:>7.1f} ± {100 * part['avg_interval']:<4.1f}%"
-            cut = f"{100 * part['truncated_share']:>7.1f}%"
-            lines.append(f"{name:<16}{average:>16}{passes}{part['length_mean']:>9.1f}{cut}")
-    return "\n".join(lines)
+def table(results: list[dict[str, Any]]) -> str:
+    """The results as aligned text, in percent with 95 % intervals; the tasks of a mixture below each checkpoint."""
+    parts = [
+        (name, part)
+        for row in results
+        for name, part in [(row["name"], row), *((f"  {task}", part) for task, part in row["tasks"].items())]
+    ]
+    return text_table(
+        [
+            {
+                "checkpoint": name,
+                "avg": percent_interval(part["avg"], part["avg_interval"]),
+                **{f"pass@{k}": percent_interval(*value) for k, value in part["pass"].items()},
+                "length": f"{part['length_mean']:.1f}",
+                "truncated": f"{100 * part['truncated_share']:.1f} %",
+            }
+            for name, part in parts
+        ]
+    )

@@ -48,13 +48,12 @@ def export(config: Config, checkpoint: Path, out: Path) -> None:
         shutil.rmtree(out)  # from an attempt that was killed before it could say that it was done
     for leftover in unfinished(out):
         shutil.rmtree(leftover, ignore_errors=True)  # from an attempt that was killed at work
-    with Progress("export", 100, unit="B") as progress:
-        seen = 0
+    progress, seen = Progress("export", 100, unit="B"), 0
 
-        def on_progress(done_bytes: int, total_bytes: int) -> None:
-            nonlocal seen
-            progress.update(100 * done_bytes // total_bytes, done_bytes - seen)
-            seen = done_bytes
+    def on_progress(done_bytes: int, total_bytes: int) -> None:
+        nonlocal seen
+        progress.update(100 * done_bytes // total_bytes, done_bytes - seen)
+        seen = done_bytes
 
-        checked = export_hf(checkpoint, out, dtype, config.export.verify_logits, progress=on_progress)
+    checked = export_hf(checkpoint, out, dtype, config.export.verify_logits, progress=on_progress)
     say(f"export: {checkpoint} -> {out}: {checked}")

@@ -168,9 +168,8 @@ class TrainLoop:
         if error is not None:
             return
         self.checkpoints.finish()
-        if self._log is not None and self._progress is not None:
+        if self._log is not None:
             self._log.close()
-            self._progress.close()
             # More steps than total_steps were done if they were lowered before this resume.
             folder = self.stage.folder
             folder.mark_done(checkpoint=folder.checkpoint(self.step))

@@ -120,18 +120,17 @@ def shared_dataset(config: Config, folder: StageFolder, source: str, name: str) 
     def tokenize(beat: Callable[[], None]) -> None:
         keys = SftKeys(config.sft.prompt_key, config.sft.response_key, config.sft.messages_key)
         tokenizer = load_tokenizer(config.model.hf)
-        with Progress(f"tokenize {name}", 100, unit="samples") as progress:
-            seen = 0
+        progress, seen = Progress(f"tokenize {name}", 100, unit="samples"), 0
 
-            def on_progress(num_samples: int, fraction: float) -> None:
-                nonlocal seen
-                progress.update(int(100 * fraction), num_samples - seen)
-                seen = num_samples
-                beat()
+        def on_progress(num_samples: int, fraction: float) -> None:
+            nonlocal seen
+            progress.update(int(100 * fraction), num_samples - seen)
+            seen = num_samples
+            beat()
 
-            dataset, report = load_sft_dataset(
-                source, tokenizer, config.model.max_length, config.sft.bad_samples, keys, on_progress=on_progress
-            )
+        dataset, report = load_sft_dataset(
+            source, tokenizer, config.model.max_length, config.sft.bad_samples, keys, on_progress=on_progress
+        )
         say(str(report))
         dataset.save(path)
 

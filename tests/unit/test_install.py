@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vcppo.launch.snapshot import sources, take_snapshot
+from megatron_vcppo.run.folder import RunFolder
+from tests.unit.test_imports import imports
+
 ROOT = Path(__file__).parents[2]
+PACKAGE_OF = {"antlr4": "antlr4-python3-runtime", "megatron": "megatron-core", "triton": "torch", "yaml": "pyyaml"}
+"""Import name → what installs it, where the names differ or the package always brings it."""
 
 
 def run_setup(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -60,14 +66,44 @@ def test_no_file_names_a_package_index() -> None:
         assert "index" not in path.read_text() and "://" not in path.read_text(), path
 
 
-def test_slurm_is_installed_under_the_packages_name_alone(tmp_path) -> None:
+def test_a_wheel_holds_the_package_with_its_data_under_one_name(tmp_path) -> None:
     """A wheel made of this checkout; a top-level ``slurm`` would shadow whatever else has that name."""
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), "."]
     subprocess.run(build, cwd=copy_of_the_sources(tmp_path / "sources"), check=True, timeout=120)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "megatron_vcppo/slurm/job.py" in names
-    assert {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")} == {"megatron_vcppo"}
+    installed = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
+    assert {name.split("/")[0] for name in installed} == {"megatron_vcppo"}
+    assert "megatron_vcppo/report/page.html.jinja" in installed and "megatron_vcppo/report/page.css" in installed
+    assert installed == set(sources())  # a run's snapshot of the code holds the same files
+
+
+def test_every_library_that_the_package_imports_is_declared() -> None:
+    declared = set()
+    for name in ("requirements.txt", "requirements-cpu.txt", "requirements-gpu.txt"):
+        declared |= set(re.findall(r"^([\w.-]+)(?:\[.*\])?==", (ROOT / name).read_text().lower(), re.MULTILINE))
+    imported: dict[str, str] = {}
+    for path in sources().values():
+        if path.suffix != ".py":
+            continue
+        for name, line in imports(path):
+            imported[name.split(".")[0]] = f"{path}:{line}"
+    ours = {"megatron_vcppo", *sys.stdlib_module_names}
+    missing = {
+        name: where
+        for name, where in imported.items()
+        if name not in ours and PACKAGE_OF.get(name, name.replace("_", "-")) not in declared
+    }
+    assert not missing
+
+
+def test_the_code_in_a_run_can_write_its_report(tmp_path) -> None:
+    (tmp_path / "config.yaml").write_text("stages: [sft]\n")
+    code = take_snapshot(RunFolder(tmp_path))
+    command = [sys.executable, "-m", "megatron_vcppo.cli", "report", str(tmp_path)]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(code)}, check=True, timeout=120)
+    assert "not started" in (tmp_path / "report.html").read_text()
 
 
 def copy_of_the_sources(folder: Path) -> Path:

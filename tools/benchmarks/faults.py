@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_vcppo.commands.sweep import text_table
+from megatron_vcppo.report.text_table import text_table
 from megatron_vcppo.slurm.devcluster import DevCluster
 from tools.benchmarks._faults import FAULTS, suffer
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     yield rows[needed]
     finally:
         cluster.down()
-    print(text_table(list(rows.values())), file=sys.stderr)
+    print(text_table(list(rows.values()), sys.stderr), file=sys.stderr)
     if failed := [name for name, row in rows.items() if "failed" in row]:
         sys.exit(f"not survived: {', '.join(failed)}; see {folder}")
     shutil.rmtree(folder)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TRAINER = (
-    "torch", "megatron.core", "omegaconf", "safetensors", "xxhash", "psutil", "numpy", "yaml", "tqdm", "packaging",
+    "torch", "megatron.core", "omegaconf", "safetensors", "xxhash", "psutil", "numpy", "yaml", "packaging",
 )  # fmt: skip
 """Modules that the trainer imports on its way to a training step."""
 PART_TIMEOUT_S = 600.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 LOCK = Path(__file__).resolve().parents[2] / "requirements-gpu.lock"
 PACKAGES = (
-    "megatron-core", "omegaconf", "pyyaml", "safetensors", "xxhash", "psutil", "tqdm", "packaging",
+    "megatron-core", "omegaconf", "pyyaml", "safetensors", "xxhash", "psutil", "packaging",
     "pytest", "pytest-timeout", "pluggy", "iniconfig", "pygments",
 )  # fmt: skip
 """What parts need besides PyTorch, NumPy, Transformer Engine and vLLM, which must fit the machine's CUDA."""

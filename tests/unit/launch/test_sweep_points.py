@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcppo.commands.sweep import text_table
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.sweep_points import points, read_points, write_points
 
@@ -20,7 +19,6 @@ def test_sweep_points(tmp_path: Path) -> None:
         write_points(tmp_path, made[:1])
     with pytest.raises(UserError, match="nothing varies"):
         points(["a=1"])
-    assert text_table([{"run": "0", "loss": 0.123456}]) == "run  loss\n0    0.1235"
 
 
 def test_lists_that_are_values_do_not_vary() -> None:

@@ -1,45 +1,57 @@
-"""Progress in a log file and on a terminal."""
+"""Progress lines: how often, and with which rate and ETA. The clock is the test's."""
 
-import contextlib
 import io
-import itertools
-import os
-import pty
+
+import pytest
 
 from megatron_vcppo.run.progress import Progress
 
 
-def test_a_log_file_gets_few_lines_with_rate_and_eta() -> None:
-    stream, seconds = io.StringIO(), itertools.count(start=100, step=2)
-    with Progress("sft", 40, start=20, unit="tok", stream=stream, clock=lambda: next(seconds)) as progress:
-        for position in range(21, 41):
-            progress.update(position, 1000, {"loss": 1.2345, "lr": 1e-6})
-    lines = stream.getvalue().splitlines()
-    assert len(lines) == 4, "every ten seconds, a step takes two"
-    assert lines[0] == "sft 25/40 62% | 500 tok/s | ETA 00:30 | loss 1.23 lr 1.0e-06"
-    assert lines[-1] == "sft 40/40 100% | 500 tok/s | ETA 00:00 | loss 1.23 lr 1.0e-06"
+class Clock:
+    """Seconds that pass only when a test says so."""
+
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
 
 
-def read_to_the_end(terminal: int) -> str:
-    """What was written to a terminal whose other side is closed: it comes in pieces, and the end is an error."""
-    pieces = []
-    with contextlib.suppress(OSError):
-        while piece := os.read(terminal, 10_000):
-            pieces.append(piece)
-    os.close(terminal)
-    return b"".join(pieces).decode()
+def test_a_log_gets_few_lines_with_rate_and_eta() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress("sft", 40, start=20, unit="tok", every_s=10.0, stream=stream, clock=clock)
+    for position in range(21, 41):
+        clock.now_s += 3.0
+        progress.update(position, 4573, {"loss": 1.2345, "lr": 1e-6})
+    assert stream.getvalue().splitlines() == [
+        "sft 24/40 60% | 1.52k tok/s | ETA 00:48 | loss 1.23 lr 1.0e-06",
+        "sft 28/40 70% | 1.52k tok/s | ETA 00:36 | loss 1.23 lr 1.0e-06",
+        "sft 32/40 80% | 1.52k tok/s | ETA 00:24 | loss 1.23 lr 1.0e-06",
+        "sft 36/40 90% | 1.52k tok/s | ETA 00:12 | loss 1.23 lr 1.0e-06",
+        "sft 40/40 100% | 1.52k tok/s | ETA 00:00 | loss 1.23 lr 1.0e-06",
+    ]
 
 
-def test_a_terminal_gets_a_bar() -> None:
-    master, slave = pty.openpty()
-    with os.fdopen(slave, "w") as stream, Progress("export", 10, unit="B", stream=stream) as progress:
-        for position in (5, 10):
-            progress.update(position, 100)
-    text = read_to_the_end(master)
-    assert "\r" in text and "10/10" in text and "B/s" in text
+def test_the_rate_is_that_of_the_last_updates() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress("ppo", 100, unit="tok", every_s=0, stream=stream, clock=clock)
+    for position in range(1, 41):
+        clock.now_s += 1000.0 if position <= 20 else 60.0
+        progress.update(position, 60)
+    assert stream.getvalue().splitlines()[-1] == "ppo 40/100 40% | 1 tok/s | ETA 1:00:00"
+
+
+@pytest.mark.parametrize(
+    ("count", "rate"), [(0, "0"), (1, "1"), (999, "999"), (999_600, "1M"), (2_500_000_000, "2.5G")]
+)
+def test_rates_have_three_digits(count: int, rate: str) -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress("export", 10, unit="B", every_s=0, stream=stream, clock=clock)
+    clock.now_s += 1.0
+    progress.update(5, count)
+    assert f"| {rate} B/s |" in stream.getvalue()
 
 
 def test_nothing_to_do_is_no_error() -> None:
     stream = io.StringIO()
-    Progress("empty", 0, stream=stream).update(0, 0)
+    Progress("empty", 0, stream=stream, clock=Clock()).update(0, 0)
     assert "empty 0/0 100%" in stream.getvalue()

@@ -1,8 +1,8 @@
-"""The report of recorded runs: what it says, what it needs, and what it refuses."""
+"""The report of recorded runs: what it shows, what it needs, and what it refuses."""
 
 import json
-import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,12 +11,12 @@ import pytest
 
 from megatron_vcppo.cli import main
 from megatron_vcppo.commands.report import read_runs
-from megatron_vcppo.report.html import render
+from megatron_vcppo.report.page import render
 from megatron_vcppo.report.run_data import differences
 from megatron_vcppo.report.samples import HEAD, TAIL, choose, shorten
 from megatron_vcppo.run.manifest import write_manifest
-from megatron_vcppo.run.metrics_log import MetricsLog, read_history
-from megatron_vcppo.run.rollout_store import read_rollouts
+from megatron_vcppo.run.metrics_log import MetricsLog
+from megatron_vcppo.run.rollout_store import read_rollouts, write_rollouts
 from tests.helpers.recorded_run import diagnostics_of, make_config, make_rollouts, record_run
 
 RESULTS = [
@@ -49,7 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 class Page(HTMLParser):
-    """Counts tags and holds text; fails on tags that do not nest and on anything that is loaded from elsewhere."""
+    """What a page holds. Fails on tags that do not nest, on repeated ids, and on anything loaded from elsewhere."""
 
     VOID = ("meta", "br")
 
@@ -58,23 +58,34 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.count: Counter[str] = Counter()
         self.links: list[str] = []
-        self.ids: set[str] = set()
+        self.ids: list[str] = []
+        self.labels: list[str] = []
+        self.rows: list[list[str]] = []
         self.text = ""
         self.feed(source)
         self.close()
-        assert not self.open, self.open
+        assert source.startswith("<!doctype html>") and not self.open, self.open
+        assert len(set(self.ids)) == len(self.ids), [name for name, count in Counter(self.ids).items() if count > 1]
+        assert all(link.startswith("#") and link[1:] in self.ids for link in self.links)
+        assert "url(" not in source.replace("url(#", "") and "@import" not in source
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag not in ("script", "link", "img", "iframe")
+        assert tag not in ("script", "link", "img", "iframe", "object")
         self.count[tag] += 1
         for name, value in attrs:
-            assert name not in ("src", "onload", "onclick")
-            if name == "href":
+            assert name != "src" and not name.startswith("on")
+            if name.endswith("href"):
                 self.links.append(value or "")
             if name == "id":
-                self.ids.add(value or "")
-            if name in ("points", "x", "y", "cx", "cy", "x1", "y1", "height"):
+                self.ids.append(value or "")
+            if name == "aria-label":
+                self.labels.append(value or "")
+            if name in ("d", "x", "y", "width", "height"):
                 assert "nan" not in (value or "") and "inf" not in (value or "")
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -87,12 +98,12 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data.strip()
 
 
 def page_of(*folders: Path) -> Page:
-    page = Page(render(read_runs(folders)))
-    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
-    return page
+    return Page(render(read_runs(folders), "2026-01-31 12:00"))
 
 
 def test_the_page_of_a_collapsed_run_says_so(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +115,8 @@ def test_the_page_of_a_collapsed_run_says_so(runs: tuple[Path, Path], capsys: py
     for text in ("length collapse", "Explained variance", "Advantage by decile", "iteration 12", "wrong: 3 for 7"):
         assert text in page.text
     assert "3 <b>#1</b> +4 ?" in page.text and "lam_critic: 0.95" in page.text
-    assert path.stat().st_size < 300_000
+    assert page.count["svg"] == len(page.labels) and any(label.startswith("Response length") for label in page.labels)
+    assert path.stat().st_size < 400_000
     assert not list(runs[0].glob(".*"))
 
 
@@ -123,20 +135,29 @@ def test_several_runs_share_one_page(runs: tuple[Path, Path], tmp_path: Path) ->
     assert main(["report", *map(str, runs), "--out", str(out)]) == 0
     page = Page(out.read_text())
     assert page.text.count("length collapse") == 2  # judged in both
-    assert "running_sum91.7 ± 3.1 %" in page.text and "search76.9 ± 3.1 %" in page.text
-    assert "84.3 ± 3.1 %" in page.text and "Advantage by position: vcppo" in page.text
+    found = {row[1]: row[2:] for row in page.rows if len(row) == 6}
+    assert found["actor of"] == ["avg", "pass@1", "mean length", "truncated"]
+    assert found["ppo"] == ["84.3 ± 3.1 %", "84.3 ± 3.1 %", "92.4", "1.0 %"]
+    assert found["running_sum"][0] == "91.7 ± 3.1 %" and found["search"][0] == "76.9 ± 3.1 %"
+    assert ["ppo.advantage.lam_critic", "0.95", "1.0"] in page.rows
+    assert "Advantage by position: vcppo" in page.text
     changed = differences(read_runs(runs))
     assert changed["ppo.advantage.lam_critic"] == [0.95, 1.0]
     assert set(changed) == {"ppo.advantage.lam_critic", "run.dir"}
 
 
-def test_a_curve_passes_through_the_logged_numbers(runs: tuple[Path, Path]) -> None:
-    source = render(read_runs(runs[:1]))
-    figure = re.search(r"<h3>Response length</h3>.*?</figure>", source, re.S)
-    assert figure
-    shown = [float(text) for text in re.findall(r"<title>plain: ([\d.]+) at", figure[0])]
-    logged = [row["rollout/length_mean"] for row in read_history(runs[0] / "ppo")]
-    assert shown == pytest.approx(logged, rel=5e-3) and len(shown) == 12
+def test_what_a_model_or_a_user_wrote_is_text(tmp_path: Path) -> None:
+    attack = "</pre><script>alert(1)</script><svg onload=alert(1)>{{ 7 * 7 }}"
+    config = make_config(tmp_path / "<b>run" / "&", 1.0)
+    run = Path(config.run.dir)
+    record_run(run, collapsing=False, iterations=2, num_rollouts=6)
+    (run / "config.yaml").write_text(f"stages: [ppo]\nname: '{attack}'\n")
+    rollouts = read_rollouts(run / "ppo" / "rollouts", 2)
+    write_rollouts(run / "ppo" / "rollouts", 2, [replace(one, response_text=attack) for one in rollouts])
+    other = tmp_path / "<script>"
+    record_run(other, collapsing=False, iterations=2, num_rollouts=6)
+    page = page_of(run, other)
+    assert page.text.count(attack) > 2 and "<script>" in page.text and "& against <script>" in page.text
 
 
 def test_the_stages_of_a_run_are_told_apart(runs: tuple[Path, Path]) -> None:
@@ -159,11 +180,11 @@ def test_what_is_not_there_yet_is_no_error(tmp_path: Path, stages: list[str]) ->
     assert "secret-word" not in page.text and "KEY" in page.text
 
 
-def test_what_is_not_finite_is_left_out_and_said(tmp_path: Path) -> None:
+def test_what_is_not_finite_is_counted_but_not_drawn(tmp_path: Path) -> None:
     config = record_run(tmp_path / "run", collapsing=False, iterations=3, num_rollouts=6)
     with MetricsLog(tmp_path / "run" / "ppo", config, "ppo", resume_iteration=3) as log:
         log.log(4, {"critic/value_loss": float("nan"), "rollout/length_mean": float("inf")})
-    assert "1 values that are not finite are left out" in page_of(tmp_path / "run").text
+    assert "1 values that are not finite are not drawn" in page_of(tmp_path / "run").text
 
 
 def test_nothing_is_said_about_a_critic_that_is_not_there(tmp_path: Path) -> None:
@@ -183,8 +204,8 @@ def test_long_runs_stay_small(tmp_path: Path) -> None:
     with MetricsLog(tmp_path / "run" / "ppo", config, "ppo") as log:
         for iteration in range(1, 5001):
             log.log(iteration, dict.fromkeys(names, iteration / 5000))
-    source = render(read_runs([tmp_path / "run"]))
-    assert len(source) < 60_000
+    source = render(read_runs([tmp_path / "run"]), "")
+    assert len(source) < 100_000
     assert "each point is the mean of 17 iterations" in source
 
 
@@ -212,19 +233,19 @@ def test_chosen_rollouts_are_what_they_are_called(runs: tuple[Path, Path]) -> No
     samples = choose("ppo", 12, iter(rollouts))
     chosen = samples.chosen
     assert samples.num_rollouts == 48 and samples.num_correct == sum(r.reward == 1 for r in rollouts)
-    assert samples.num_cut == sum(r.truncated for r in rollouts) > 0
+    assert samples.num_truncated == sum(r.truncated for r in rollouts) > 0
     by_reason = {reason: [r for reasons, r in chosen if reason in reasons] for reason in ("best", "worst", "longest")}
     assert [r.reward for r in by_reason["best"]] == [1.0, 1.0]
     assert [r.reward for r in by_reason["worst"]] == [-1.0, -1.0]
     longest = sorted((len(r.response_ids) for r in rollouts), reverse=True)[:2]
     assert sorted((len(r.response_ids) for r in by_reason["longest"]), reverse=True) == longest
-    assert [r.truncated for reasons, r in chosen if "cut" in reasons] == [True] * min(2, samples.num_cut)
+    assert [r.truncated for reasons, r in chosen if "truncated" in reasons] == [True] * min(2, samples.num_truncated)
     assert len({id(r) for _, r in chosen}) == len(chosen)
 
 
 def test_long_texts_keep_both_ends() -> None:
     text = "a" * HEAD + "b" * 1234 + "c" * TAIL
-    assert "1,234 characters are left out" in shorten(text) and "b" not in shorten(text)[:HEAD]
+    assert "1,234 characters are not shown" in shorten(text) and "b" not in shorten(text)[:HEAD]
     assert shorten(text[: HEAD + TAIL]) == text[: HEAD + TAIL]
 
 
@@ -236,9 +257,13 @@ def broken(folder: Path, name: str) -> list[str]:
     if name == "results":
         (run / "evaluate").mkdir()
         (run / "evaluate" / "results.json").write_text("{")
-    return {"none": [str(folder)], "missing": [str(folder / "x")], "twice": [str(run), f"{run}/"]}.get(
-        name, [str(run), *(["--out", str(folder / "no" / "such.html")] if name == "out" else [])]
-    )
+    return {
+        "none": [str(folder)],
+        "missing": [str(folder / "x")],
+        "twice": [str(run), f"{run}/"],
+        "out": [str(run), "--out", str(folder / "no" / "such.html")],
+        "figures": [str(run), "--figures", str(run / "config.yaml")],
+    }.get(name, [str(run)])
 
 
 @pytest.mark.parametrize(
@@ -251,6 +276,7 @@ def broken(folder: Path, name: str) -> list[str]:
         ("list", "not a configuration"),
         ("results", "results.json: cannot be read as JSON"),
         ("out", "choose another place with --out"),
+        ("figures", "choose another place with --figures"),
     ],
 )
 def test_mistakes_cost_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str) -> None:

@@ -1,18 +1,22 @@
-"""The plots of a report: which metrics are drawn, and how several runs share one chart."""
+"""The charts of a report: which metrics are drawn, and how several runs share one chart."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
+from megatron_vcppo.report.chart_data import Chart, Line, Lines, Stack, extent, group_size
+from megatron_vcppo.report.number_text import short
 from megatron_vcppo.report.run_data import RunData, setting
-from megatron_vcppo.report.svg import Bar, Line, bar_chart, line_chart, short, thin, x_extent, y_extent
 
 MOST_BARS = 60
-PHASE_COLOURS = ("#2563eb", "#e8590c", "#2f9e44", "#9c36b5", "#0c8599", "#f08c00", "#c2255c", "#5c940d", "#1864ab")
+"""More iterations than this are averaged in groups."""
+PHASE_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7b3294", "#f0e442", "#8c6d31")
+"""Okabe and Ito's, and two more."""
 OTHER = "other"
-AGES = ("#b9cdf7", "#6d97ee", "#173f9e")
+"""Time of an iteration that no phase accounts for."""
+AGES = ("#86a8ea", "#4473d6", "#14337f")
 """First, middle, last iteration: darker is later."""
 
 
@@ -27,9 +31,9 @@ class Plot:
     """Metrics of the lower and upper edge of a shaded range; drawn if there is one run."""
     reference: float | None = None
     evaluation: str | None = None
-    """A metric drawn as points beside the line, with METRIC_interval as error bars if it is there."""
+    """A metric drawn as points next to the line, with METRIC_interval as error bars if it was logged."""
     negative: bool = True
-    """False: values below 0 cannot be, the axis starts at 0."""
+    """False: values below 0 are impossible, so the axis does not start below 0."""
     if_any: bool = False
     """Drawn only if it is ever other than 0."""
 
@@ -50,7 +54,7 @@ PPO_PLOTS = (
         band=("rollout/length_p10", "rollout/length_p90"),
         negative=False,
     ),
-    Plot("Cut responses", "rollout/truncated_share", "share that reached the token limit", negative=False),
+    Plot("Truncated responses", "rollout/truncated_share", "share that reached the token limit", negative=False),
     Plot(
         "Explained variance",
         "critic/explained_variance",
@@ -122,13 +126,22 @@ STAGE_PLOTS = {
 }
 
 
-def figures(runs: Sequence[RunData], stage: str, plots: Sequence[Plot], x_label: str) -> list[str]:
-    """One figure per plot whose metric any run has."""
-    drawn = (_figure_of(runs, stage, plot, x_label) for plot in plots)
-    return [figure for figure in drawn if figure]
+def charts_of(runs: Sequence[RunData]) -> list[Chart]:
+    """Every chart of a report, in its order: what ``vcppo report --figures`` writes."""
+    drawn = metric_charts(runs, "ppo", PPO_PLOTS, "iteration")
+    drawn += [*profile_charts(runs, "advantage"), *profile_charts(runs, "value"), *time_charts(runs)]
+    for stage, (_, plots, x_label) in STAGE_PLOTS.items():
+        drawn += metric_charts(runs, stage, plots, x_label)
+    return drawn
 
 
-def _figure_of(runs: Sequence[RunData], stage: str, plot: Plot, x_label: str) -> str:
+def metric_charts(runs: Sequence[RunData], stage: str, plots: Sequence[Plot], x_label: str) -> list[Chart]:
+    """One chart per plot whose metric any run has."""
+    drawn = (_metric_chart(runs, stage, plot, x_label) for plot in plots)
+    return [chart for chart in drawn if chart is not None]
+
+
+def _metric_chart(runs: Sequence[RunData], stage: str, plot: Plot, x_label: str) -> Chart | None:
     lines, num_lost = [], 0
     for run in runs:
         points = run.series(stage, plot.metric)
@@ -137,21 +150,25 @@ def _figure_of(runs: Sequence[RunData], stage: str, plot: Plot, x_label: str) ->
             continue
         if any(math.isfinite(y) for _, y in points):
             band = _band(run, stage, plot.band) if plot.band and len(runs) == 1 else ()
-            lines.append(Line(run.name, run.colour, points, band))
+            lines.append(Line(run.name, run.color, points, band))
         if plot.evaluation:
             lines += _evaluation(run, stage, plot.evaluation)
     if not lines:
-        return ""
-    caption = plot.caption
-    longest = max(len(line.points) for line in lines)
-    if (size := -(-longest // len(thin([(0.0, 0.0)] * longest)))) > 1:
-        caption += f"; each point is the mean of {size} {x_label}s"
+        return None
+    caption = [plot.caption] if plot.caption else []
+    if (size := group_size(max(len(line.points) for line in lines))) > 1:
+        caption.append(f"each point is the mean of {size} {x_label}s")
     if num_lost:
-        caption += f"; {num_lost} values that are not finite are left out"
-    low, high = y_extent(lines, plot.reference)
-    legend = {line.name: line.colour for line in lines if not line.dots} if len(runs) > 1 else {}
-    chart = line_chart(lines, x_label, plot.reference, y_range=(low if plot.negative else max(low, 0.0), high))
-    return figure(plot.title, caption, chart, legend=legend)
+        caption.append(f"{num_lost} values that are not finite are not drawn")
+    return Chart(
+        name=file_name(stage, plot.title),
+        title=plot.title,
+        caption="; ".join(caption),
+        x_label=x_label,
+        y_label=plot.title,
+        content=Lines(lines, plot.reference, negative=plot.negative),
+        legend={line.name: line.color for line in lines if not line.dots} if len(runs) > 1 else {},
+    )
 
 
 def _band(run: RunData, stage: str, names: tuple[str, str]) -> list[tuple[float, float, float]]:
@@ -162,28 +179,38 @@ def _band(run: RunData, stage: str, names: tuple[str, str]) -> list[tuple[float,
 def _evaluation(run: RunData, stage: str, metric: str) -> list[Line]:
     points, widths = run.series(stage, metric), dict(run.series(stage, f"{metric}_interval"))
     band = [(x, y - widths[x], y + widths[x]) for x, y in points if x in widths]
-    return [Line(f"{run.name}, held out", run.colour, points, band, dots=True)] if points else []
+    return [Line(f"{run.name}, held out", run.color, points, band, dots=True)] if points else []
 
 
-def profile_figures(runs: Sequence[RunData], what: str) -> list[str]:
+def profile_charts(runs: Sequence[RunData], what: str) -> list[Chart]:
     """Advantage or value by position and by decile of each run: its first, middle and last iteration.
 
-    One quantity has the same axes in all runs, so that they can be compared.
+    All runs have the same axes for a quantity, so that they can be compared.
     """
     drawn = []
-    for kind, title in (("position", f"{what.capitalize()} by position"), ("decile", f"{what.capitalize()} by decile")):
-        name = f"{what}_by_{kind}"
+    for kind, x_label in (("position", "token of the response"), ("decile", "decile of the response's length")):
+        name, title = f"{what}_by_{kind}", f"{what.capitalize()} by {kind}"
         lines = {run.name: _profile_lines(run, name) for run in runs}
         lines = {run_name: found for run_name, found in lines.items() if found}
-        if not lines:
-            continue
-        every = [line for found in lines.values() for line in found]
-        ranges = x_extent(every), y_extent(every, 0.0)
-        label = "token of the response" if kind == "position" else "decile of the response's length"
-        for run_name, found in lines.items():
-            chart = line_chart(found, label, 0.0, *ranges)
-            legend = {line.name: line.colour for line in found}
-            drawn.append(figure(title if len(runs) == 1 else f"{title}: {run_name}", "", chart, legend))
+        points = [point for found in lines.values() for line in found for point in line.points]
+        for number, (run_name, found) in enumerate(lines.items(), start=1):
+            content = Lines(
+                lines=found,
+                reference=0.0,
+                x_range=extent((x for x, _ in points), margin=0.0),
+                y_range=extent([0.0, *(y for _, y in points)]),
+            )
+            drawn.append(
+                Chart(
+                    name=file_name(name, f"{number} {run_name}" if len(runs) > 1 else ""),
+                    title=title if len(runs) == 1 else f"{title}: {run_name}",
+                    caption="",
+                    x_label=x_label,
+                    y_label=what.capitalize(),
+                    content=content,
+                    legend={line.name: line.color for line in found},
+                )
+            )
     return drawn
 
 
@@ -192,15 +219,15 @@ def _profile_lines(run: RunData, name: str) -> list[Line]:
     picked = {record["iteration"]: record for record in (known[:1] + known[len(known) // 2 :][:1] + known[-1:])}
     lines = []
     for age, record in enumerate(picked.values()):
-        colour = AGES[-1] if age == len(picked) - 1 else AGES[age]
-        lines.append(Line(f"iteration {record['iteration']}", colour, _profile_points(run.config, name, record[name])))
+        color = AGES[-1] if age == len(picked) - 1 else AGES[age]
+        lines.append(Line(f"iteration {record['iteration']}", color, _profile_points(run.config, name, record[name])))
     return lines
 
 
 def _profile_points(
     config: dict[str, Any], name: str, means: Sequence[float | None]
 ) -> list[tuple[float, float | None]]:
-    """Bins to x: the middle of each bin in tokens, or the number of the decile. Empty bins at the end are left out."""
+    """Bins to x: the middle of each bin in tokens, or the number of the decile. Empty bins at the end are dropped."""
     width, offset = 1.0, 1.0
     if name.endswith("_by_position"):
         width = max(1, -(-int(setting(config, "rollout.max_tokens") or len(means)) // len(means)))
@@ -209,50 +236,66 @@ def _profile_points(
     return [(offset + i * width, mean) for i, mean in enumerate(means[: last + 1])]
 
 
-def time_figure(run: RunData, title: str) -> str:
-    """Seconds of each phase of a PPO iteration as stacked bars, and their means in the legend."""
+def time_charts(runs: Sequence[RunData]) -> list[Chart]:
+    """Seconds of each phase of a PPO iteration, stacked, with their means in the legend: one chart per run."""
+    if len(runs) == 1:
+        drawn = [_time_chart(runs[0], "time_per_phase", "PPO iteration")]
+    else:
+        drawn = [
+            _time_chart(run, file_name("time_per_phase", f"{number} {run.name}"), run.name)
+            for number, run in enumerate(runs, start=1)
+        ]
+    return [chart for chart in drawn if chart is not None]
+
+
+def _time_chart(run: RunData, name: str, title: str) -> Chart | None:
     rows = [row for row in run.history.get("ppo", []) if "time/iteration_s" in row]
     if not rows:
-        return ""
-    names = dict.fromkeys(name for row in rows for name in row if _is_phase(name))
-    phases = {_phase(name): name for name in names}
-    size = -(-len(rows) // MOST_BARS)
-    bars = []
-    for start in range(0, len(rows), size):
-        group = rows[start : start + size]
-        parts = {phase: sum(row.get(name, 0.0) for row in group) / len(group) for phase, name in phases.items()}
-        whole = sum(row["time/iteration_s"] for row in group) / len(group)
-        parts[OTHER] = max(0.0, whole - sum(parts.values()))
-        bars.append(Bar(group[0]["iteration"] - 0.5, group[-1]["iteration"] + 0.5, parts))
-    totals = {phase: sum(row.get(name, 0.0) for row in rows) for phase, name in phases.items()}
-    whole = sum(row["time/iteration_s"] for row in rows)
-    totals[OTHER] = max(0.0, whole - sum(totals.values()))
-    colours = {phase: PHASE_COLOURS[i % len(PHASE_COLOURS)] for i, phase in enumerate(phases)} | {OTHER: "#adb5bd"}
-    legend = {
-        f"{phase} {short(seconds / len(rows))} s ({100 * seconds / max(whole, 1e-9):.0f} %)": colours[phase]
-        for phase, seconds in totals.items()
-    }
-    caption = f"seconds of an iteration, mean {short(whole / len(rows))}; a bar is the mean of {size} iterations"
-    if size == 1:
-        caption = f"seconds of each iteration, mean {short(whole / len(rows))}"
-    return figure(title, caption, bar_chart(bars, colours, "iteration"), legend)
-
-
-def _is_phase(name: str) -> bool:
-    return name.startswith("time/") and name.endswith("_s") and name != "time/iteration_s"
-
-
-def _phase(name: str) -> str:
-    return name.removeprefix("time/").removesuffix("_s")
-
-
-def figure(title: str, caption: str, chart: str, legend: dict[str, str]) -> str:
-    """A chart in its frame. legend: name → colour; caption and names are escaped."""
-    keys = "".join(
-        f'<span><span class="key" style="background:{colour}"></span>{escape(name)}</span>'
-        for name, colour in legend.items()
+        return None
+    metrics = {_phase(metric): metric for row in rows for metric in row if _is_phase(metric)}
+    size = group_size(len(rows), MOST_BARS)
+    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+    means = [_phase_means(group, metrics) for group in groups]
+    totals, whole = _phase_means(rows, metrics), _mean(rows, "time/iteration_s")
+    colors = {phase: PHASE_COLORS[i % len(PHASE_COLORS)] for i, phase in enumerate(metrics)} | {OTHER: "#adb5bd"}
+    return Chart(
+        name=name,
+        title=title,
+        caption=f"seconds of each iteration, mean {short(whole)}"
+        if size == 1
+        else f"seconds of an iteration, mean {short(whole)}; a bar is the mean of {size} iterations",
+        x_label="iteration",
+        y_label="seconds",
+        content=Stack(
+            edges=[*(group[0]["iteration"] - 0.5 for group in groups), rows[-1]["iteration"] + 0.5],
+            layers={phase: [group[phase] for group in means] for phase in totals},
+            colors=colors,
+        ),
+        legend={
+            f"{phase} {short(seconds)} s ({100 * seconds / max(whole, 1e-9):.0f} %)": colors[phase]
+            for phase, seconds in totals.items()
+        },
     )
-    return (
-        f"<figure><h3>{escape(title)}</h3>"
-        f'<figcaption>{escape(caption)}</figcaption>{chart}<div class="legend">{keys}</div></figure>'
-    )
+
+
+def _phase_means(rows: Sequence[dict[str, float]], metrics: dict[str, str]) -> dict[str, float]:
+    """Phase → its mean seconds, and what remains of the iteration."""
+    means = {phase: _mean(rows, metric) for phase, metric in metrics.items()}
+    return means | {OTHER: max(0.0, _mean(rows, "time/iteration_s") - sum(means.values()))}
+
+
+def _mean(rows: Sequence[dict[str, float]], metric: str) -> float:
+    return sum(row.get(metric, 0.0) for row in rows) / len(rows)
+
+
+def _is_phase(metric: str) -> bool:
+    return metric.startswith("time/") and metric.endswith("_s") and metric != "time/iteration_s"
+
+
+def _phase(metric: str) -> str:
+    return metric.removeprefix("time/").removesuffix("_s")
+
+
+def file_name(*parts: str) -> str:
+    """Example: ("ppo", "Accuracy (pass@1)") → ppo_accuracy_pass_1."""
+    return re.sub(r"[^a-z0-9]+", "_", " ".join(parts).lower()).strip("_")

@@ -1,0 +1,73 @@
+"""Tables as text: colored and fitted to a terminal, plain lines in logs and pipes."""
+
+import io
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import TextIO
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+PIPE_WIDTH = 1_000_000
+"""Characters: nothing is wrapped or shortened where a line may be searched or parsed."""
+NUMBER = re.compile(r"[-+]?[.\d]")
+STYLES = {
+    "ok": "green",
+    "done": "green",
+    "running": "cyan",
+    "pending": "yellow",
+    "requeued": "yellow",
+    "saved": "yellow",
+    "cancelled": "yellow",
+    "failed": "bold red",
+    "damaged": "bold red",
+    "FAIL": "bold red",
+}
+"""Word → its style on a terminal."""
+
+
+def text_table(rows: Sequence[Mapping[str, object]], stream: TextIO | None = None) -> str:
+    """Rows of possibly different columns as aligned text: a line of column names, then one line per row.
+
+    Floats get four digits; a column whose cells all begin like numbers is aligned right. stream: where the text will be
+    printed. If that is a terminal, states are colored and long cells are wrapped; otherwise a row is one line.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        cells = [text for row in rows if (text := _text(row.get(column, "")))]
+        numbers = all(NUMBER.match(cell) for cell in cells)
+        table.add_column(Text(column), justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_styled(_text(row.get(column, ""))) for column in columns))
+    return "\n".join(line.rstrip() for line in _render(table, stream).splitlines())
+
+
+def styled(word: str, stream: TextIO) -> str:
+    """A state as it looks in a table on the stream."""
+    return _render(_styled(word), stream).rstrip("\n")
+
+
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _styled(text: str) -> Text:
+    return Text(text, STYLES.get(text, ""))
+
+
+def _render(what: RenderableType, stream: TextIO | None) -> str:
+    """As text for the stream; characters that its encoding lacks become question marks."""
+    is_terminal = stream is not None and stream.isatty()
+    text = io.StringIO()
+    console = Console(
+        file=text,
+        force_terminal=is_terminal,
+        color_system="auto" if is_terminal else None,
+        width=shutil.get_terminal_size().columns if is_terminal else PIPE_WIDTH,
+    )
+    console.print(what)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.getvalue().encode(encoding, "replace").decode(encoding)
