@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vcppo.config.keys import all_keys
+from megatron_vcppo.config.load import load_config
+
 ROOT = Path(__file__).parents[2]
 DOCS = sorted(
     path for folder in (".", "docs", "docs/decisions", "tools/containers") for path in (ROOT / folder).glob("*.md")
@@ -17,6 +20,10 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
 _FILE = re.compile(r"\b[a-z0-9_]+(?:/[a-z0-9_.-]+)*/[a-z0-9_.-]+\.(?:py|sh|md|def)\b")
 """A path with a folder, in lower case: RUN/… and FOLDER/… are examples."""
+
+
+FORMER_KEYS = {"rollout.interface"}
+"""Keys that are gone, which a document mentions as such."""
 
 
 def prose(path: Path) -> str:
@@ -51,6 +58,25 @@ def test_files_that_are_named_exist(path: Path) -> None:
     named = set(_FILE.findall(prose(path)))
     missing = {name for name in named if not any((folder / name).exists() for folder in NAMED_FROM)}
     assert not missing, f"{path.name} names {sorted(missing)}"
+
+
+@pytest.mark.parametrize("path", [path for path in DOCS if path.name != "CHANGELOG.md"], ids=lambda path: path.name)
+def test_keys_that_are_named_exist(path: Path) -> None:
+    keys = all_keys()
+    known = {".".join(key.split(".")[:depth]) for key in keys for depth in range(1, 5)} | FORMER_KEYS
+    sections = "|".join(sorted({key.partition(".")[0] for key in keys}))
+    spans = " ".join(re.findall(r"`([^`]+)`", prose(path)))
+    named = set(re.findall(rf"(?<![\w./])(?:{sections})(?:\.[a-z0-9_]+)+(?![\w/])", spans))
+    missing = {key for key in named - known if not key.endswith((".md", ".py", ".yaml", ".json", ".jsonl"))}
+    assert not missing, f"{path.name} names {sorted(missing)}"
+
+
+def test_the_tutorials_configuration_is_valid(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    run, cluster = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "run.yaml").write_text(run, encoding="utf-8")
+    (tmp_path / "cluster.yaml").write_text(cluster, encoding="utf-8")
+    assert load_config(tmp_path / "run.yaml", profiles=[tmp_path / "cluster.yaml"]).prompts.verifiers
 
 
 def test_every_document_is_in_an_index() -> None:
