@@ -3,7 +3,7 @@
 #   tools/demo.sh            SFT → reward model → value pretraining → PPO → export → evaluation, as local processes
 #   tools/demo.sh --sft      only SFT on TP 2 × PP 2 and the export, about two minutes
 #   tools/demo.sh --slurm    the whole chain as real Slurm jobs on 3 virtual nodes (Debian or Ubuntu; root installs Slurm)
-# What is done is skipped: after an interruption the same command goes on. VCPPO_DEMO_OUT (runs) is where it writes.
+# What is done is skipped: after an interruption the same command continues. VCPPO_DEMO_OUT (runs) is where it writes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -25,7 +25,7 @@ export PATH=$PWD/.venv/bin:$PATH
 [ -f "$out/demo_task/make_task.json" ] || vcppo make-task --out "$out/demo_task" --task running_sum
 if [ "$mode" = --slurm ]; then
     tools/install_slurm.sh
-    environment=$(tools/devcluster.sh up) # on a line of its own: a failure ends the script
+    environment=$(tools/devcluster.sh up) # on a separate line: a failure ends the script
     eval "$environment"
     trap 'tools/devcluster.sh down' EXIT
     vcppo submit configs/demo/vcppo.yaml "${overrides[@]}" --cluster devcluster

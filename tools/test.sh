@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# tools/test.sh [pytest argument…]: set-up, lint, format, types, tests; goes on after a failure, exit code 1 if any.
-# The default leaves out what is marked slow or gpu; tools/test.sh -m "slow or not slow" runs all but gpu.
+# tools/test.sh [pytest argument…]: set-up, lint, format, types, tests; continues after a failure, exit code 1 if any.
+# The default excludes what is marked slow or gpu; tools/test.sh -m "slow or not slow" runs all but gpu.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 

@@ -1,10 +1,10 @@
-"""A push of a large model into 1, 2, 4 engines, beside a bare broadcast of the same bytes over the same backend.
+"""A push of a large model into 1, 2, 4 engines, compared with a bare broadcast of the same bytes over the same backend.
 
 Rounds alternate between the two. The push is the whole cycle: pause, connect, send, repack in the engines, reset of
 caches, resume. The bare broadcast goes to as many idle receivers as there are workers, bucket by bucket.
 
 Over one machine's loopback interface a broadcast is as fast as memory, and all else that a push does shares its cores.
-``--link-gbit`` (as root) puts a link of that speed in its place, in a network namespace of its own.
+``--link-gbit`` (as root) puts a link of that speed in its place, in a separate network namespace.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 
 from megatron_vcppo.rollout.group import Group, join_group, serve_store
 from megatron_vcppo.weight_sync.transport import DiskTransport, NetworkTransport, Transport
-from tests.helpers.rollout_node import RolloutNode, save_policy
 from tools.benchmarks._broadcast_child import acknowledge
+from tools.benchmarks._rollout_node import RolloutNode, save_policy
 
 CHILD = Path(__file__).with_name("_broadcast_child.py")
 WARM_UP = 2
