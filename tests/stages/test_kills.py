@@ -1,6 +1,5 @@
 """Stages that generate, killed at random moments beside live engines: nothing is trained twice, or otherwise."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +8,13 @@ import pytest
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import read_rollouts
 from tests.helpers.rollout_node import RolloutNode
-from tests.helpers.rollout_stages import Stage, make_config, make_task
+from tests.helpers.rollout_stages import Stage, make_config
 
 SECONDS = 4.0
 """A kill comes within this time of the start of an attempt, which takes a little longer."""
 
 
 pytestmark = pytest.mark.timeout(600)  # the first test also waits for the node
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_task(tmp_path_factory.mktemp("kills") / "task")
-
-
-@pytest.fixture(scope="module")
-def node(task: Path) -> Iterator[RolloutNode]:
-    with RolloutNode(task.parent / "node", task / "base_model", {"engine": {"max_num_seqs": 8}}) as node:
-        node.wait()
-        yield node
 
 
 def assert_replays(stage: Stage, node: RolloutNode, folder: Path) -> None:

@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,9 @@ from megatron_vcppo.stages import rollout_session
 from megatron_vcppo.stages.rollout_source import StoredRollouts
 from megatron_vcppo.stages.stopping import SAVED
 from tests.helpers.rollout_node import RolloutNode
-from tests.helpers.rollout_stages import Stage, make_config, make_task
+from tests.helpers.rollout_stages import Stage, make_config
 
 pytestmark = pytest.mark.timeout(600)  # the first test also waits for the node
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_task(tmp_path_factory.mktemp("stages") / "task")
-
-
-@pytest.fixture(scope="module")
-def node(task: Path) -> Iterator[RolloutNode]:
-    with RolloutNode(task.parent / "node", task / "base_model", {"engine": {"max_num_seqs": 8}}) as node:
-        node.wait()
-        yield node
 
 
 def without_engines(stage: Stage) -> Stage:

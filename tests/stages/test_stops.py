@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from megatron_vcppo.run.rollout_store import partial_iterations, read_partial, r
 from megatron_vcppo.stages import ppo as ppo_module
 from megatron_vcppo.stages.stopping import SAVED
 from tests.helpers.rollout_node import RolloutNode
-from tests.helpers.rollout_stages import Stage, make_config, make_task
+from tests.helpers.rollout_stages import Stage, make_config
 from tests.slurm.support import wait_until
 
 PPO: dict[str, Any] = {"iterations": 3, "ppo_epochs": 2, "minibatches": 2, "checkpoint": {"save_every": 100}}
@@ -28,18 +28,6 @@ PPO: dict[str, Any] = {"iterations": 3, "ppo_epochs": 2, "minibatches": 2, "chec
 
 
 pytestmark = pytest.mark.timeout(600)  # the first test also waits for the node
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_task(tmp_path_factory.mktemp("stops") / "task")
-
-
-@pytest.fixture(scope="module")
-def node(task: Path) -> Iterator[RolloutNode]:
-    with RolloutNode(task.parent / "node", task / "base_model", {"engine": {"max_num_seqs": 8}}) as node:
-        node.wait()
-        yield node
 
 
 def ask_to_stop(rank: int = 0) -> None:
