@@ -1,4 +1,4 @@
-"""Packing, balancing, tokenising and scoring: the work on data between generation and training."""
+"""Packing, balancing, tokenizing and scoring: the work on data between generation and training."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ from tools.benchmarks._measure import time_together
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
     parser.add_argument("--items", type=int, default=4096, help="sequences to pack and to balance (4096)")
-    parser.add_argument("--demonstrations", type=int, default=4000, help="samples to make, tokenise, score (4000)")
+    parser.add_argument("--demonstrations", type=int, default=4000, help="samples to make, tokenize, score (4000)")
     parser.add_argument("--repeats", type=int, default=10)
 
 
@@ -74,7 +74,7 @@ def _tasks(count: int, repeats: int) -> Iterator[dict[str, Any]]:
         dataset, _ = load_sft_dataset(str(source), tokenizer, 1024)
         functions = {
             "make_demonstrations": lambda: list(demonstration_rows(task, "train", task.default_steps, 0, count)),
-            "tokenise": lambda: load_sft_dataset(str(source), tokenizer, 1024),
+            "tokenize": lambda: load_sft_dataset(str(source), tokenizer, 1024),
             "score": lambda: scorer.score(rollouts),
         }
         for name, timing in time_together(functions, min(repeats, 5)).items():

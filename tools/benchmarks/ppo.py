@@ -1,7 +1,7 @@
 """PPO iterations of a run: seconds per phase, tokens/s, idle time; padding and balance of its batches under any dp.
 
 Reads the run that is named (``vcppo run configs/demo/vcppo.yaml`` makes one). Its first iteration, which compiles and
-connects, is left out.
+connects, does not count.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Generation through a server at 64 and 256 concurrent requests with log-probs, beside vLLM in the process.
+"""Generation through a server at 64 and 256 concurrent requests with log-probs, compared with vLLM in the same process.
 
 Rounds alternate between the two, so that both meet the same disturbances. Processor seconds say where time goes:
 in the client, in the HTTP server's process, in the engine's core.
@@ -131,7 +131,7 @@ def vllm_route(node: RolloutNode, prompts: list[Prompt], new_tokens: int) -> flo
 
 
 class InProcess:
-    """vLLM's LLM class in a child of its own, under the same environment as an engine."""
+    """vLLM's LLM class in its own child process, under the same environment as an engine."""
 
     def __init__(self, model: Path, node: RolloutNode) -> None:
         engine = node.settings.engine

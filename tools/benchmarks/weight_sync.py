@@ -1,10 +1,10 @@
-"""A push of a large model into 1, 2, 4 engines, beside a bare broadcast of the same bytes over the same backend.
+"""A push of a large model into 1, 2, 4 engines, compared with a bare broadcast of the same bytes over the same backend.
 
 Rounds alternate between the two. The push is the whole cycle: pause, connect, send, repack in the engines, reset of
 caches, resume. The bare broadcast goes to as many idle receivers as there are workers, bucket by bucket.
 
 Over one machine's loopback interface a broadcast is as fast as memory, and all else that a push does shares its cores.
-``--link-gbit`` (as root) puts a link of that speed in its place, in a network namespace of its own.
+``--link-gbit`` (as root) puts a link of that speed in its place, in a separate network namespace.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def limit_link(gbit: float) -> None:
-    """Move this process, and all that it starts from now on, to a network whose loopback is a link of that speed."""
+    """Move this process, and all processes that it starts later, to a network whose loopback is a link of that speed."""
     clone_newnet = 0x40000000
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(clone_newnet):
