@@ -1,7 +1,7 @@
 """Import and export against a plain file copy of the same bytes, each in its own process: GB/s and peak memory.
 
-A random model of at least the asked size is written to a scratch folder, and everything is removed afterwards.
-Every case ends with its bytes synced to disk. A random model serves as well as a trained one: the work depends on sizes only.
+A random model of at least the given size is written to a scratch folder, and everything is removed afterwards.
+Every case ends with its bytes synced to disk. Random weights take as long as trained ones.
 """
 
 import argparse
