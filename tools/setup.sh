@@ -82,7 +82,7 @@ if [ "$kind" = gpu ] || is_available "$torch"; then
 elif pytorch=(--extra-index-url https://download.pytorch.org/whl/cpu) && is_available "${pytorch[@]}" "$torch"; then
     pip_install "${pytorch[@]}" "$torch"
 else
-    # The GPU build of the same release computes the same on the CPU, but its import needs the CUDA libraries (5 GB).
+    # The GPU build of the same release computes the same on the CPU, but its import needs the CUDA libraries (3 GB).
     echo "setup: $torch cannot be downloaded here: installing the GPU build of that release"
     libraries="cublas|cuda-(cupti|nvrtc|runtime)|cudnn-cu|cufft|cufile|curand|cusolver|cusparse|nccl|nvjitlink"
     libraries+="|nvshmem|nvtx"

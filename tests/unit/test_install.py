@@ -112,6 +112,54 @@ def test_commit_hooks_are_steps_of_the_tests_without_network() -> None:
         assert command != hook["entry"] and {command, f"{command} ."} & set(steps), hook["entry"]
 
 
+@pytest.mark.parametrize(
+    ("setup", "arguments", "code", "expected"),
+    [
+        (0, (), 0, "tests, Python 3.12   passed"),
+        (3, (), 0, "not run: Python 3.12 (no such interpreter on this machine)"),
+        (1, (), 1, "setup, Python 3.12   FAILED"),
+        (0, ("tests/unit",), 0, "not run: Python 3.12 (only without arguments)"),
+    ],
+)
+def test_the_summary_tells_what_ran_on_the_other_version(
+    tmp_path: Path, setup: int, arguments: tuple[str, ...], code: int, expected: str
+) -> None:
+    """tools/test.sh around programs that do nothing; setup: exit code of tools/setup.sh for that version."""
+    programs = {
+        "tools/setup.sh": f'[ -z "${{2:-}}" ] || exit {setup}',
+        "tools/install_slurm.sh": "exit 3",
+        "tools/install_te.sh": "",
+        ".venv/bin/python": "echo 3.11",
+        ".venv-3.12/bin/pytest": "echo suite: $*",
+        **{f".venv/bin/{name}": "" for name in ("ruff", "mypy", "pytest")},
+    }
+    for name, body in programs.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    shutil.copy(ROOT / "tools" / "test.sh", tmp_path / "tools")
+    command = ["bash", "tools/test.sh", *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == code, result.stderr
+    output, _, summary = result.stdout.partition("== summary\n")
+    assert "tests, Python 3.11   passed" in summary and "skipped: tests on a real Slurm" in summary
+    assert summary.count("Python 3.12") == 1 and expected in summary, summary
+    assert ("suite: tests/unit tests/distributed/" in output) == expected.endswith("passed")
+
+
+def test_the_other_versions_suite_exists() -> None:
+    """Each entry is a folder, or a test that the default markers select."""
+    (block,) = re.findall(
+        r"^other_suite=\((.*?)^\)", (ROOT / "tools" / "test.sh").read_text(), re.MULTILINE | re.DOTALL
+    )
+    for entry in block.split():
+        path, _, test = entry.strip('"').partition("::")
+        assert (ROOT / path).exists()
+        assert not test or re.search(
+            rf"(?<!pytest\.mark\.slow\n)^def {test}\(", (ROOT / path).read_text(), re.MULTILINE
+        )
+
+
 def test_slurm_is_installed_under_the_packages_name_alone(tmp_path) -> None:
     """A wheel made of this checkout; a top-level ``slurm`` would shadow whatever else has that name."""
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), "."]
