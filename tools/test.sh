@@ -3,7 +3,7 @@
 # By default pytest skips tests marked slow or gpu; tools/test.sh -m "slow or not slow" runs all but gpu.
 #
 # This is also the CI matrix. Without arguments, the default suite runs on the Python of .venv, and other_suite on the
-# other supported version, in .venv-VERSION, if this machine has that interpreter. The summary names what ran on which.
+# other supported version, in .venv-VERSION (4 to 7 GB), if this machine has it. The summary names what ran on which.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
