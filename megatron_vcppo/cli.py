@@ -7,11 +7,13 @@ A sub-command is a module with ``add_parser(subparsers)``, which calls ``set_def
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from megatron_vcppo import __version__
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.run.exit_codes import FAILED, SIGNALLED, USER_ERROR
 
 COMMANDS = {
     "config": ("megatron_vcppo.commands.config", "check a configuration and print it resolved; explain every key"),
@@ -30,7 +32,6 @@ COMMANDS = {
 }
 """Name → (module, help); the order is that of ``vcppo --help``."""
 
-USER_ERROR_CODE = 2
 EPILOG = "A user's mistake costs one line and exit code 2. vcppo COMMAND --help says more."
 
 
@@ -72,13 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except UserError as error:
         print(f"vcppo: error: {error}", file=sys.stderr)
-        return USER_ERROR_CODE
+        return USER_ERROR
     except BrokenPipeError:  # vcppo … | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return FAILED
     except KeyboardInterrupt:
         print("vcppo: interrupted", file=sys.stderr)
-        return 130
+        return SIGNALLED + signal.SIGINT
 
 
 if __name__ == "__main__":

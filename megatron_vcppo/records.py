@@ -35,7 +35,7 @@ class Rollout:
     rollout_logprobs: tuple[float, ...]
     """log p(token) under the engine's policy and sampling temperature, one per response token."""
     finish_reason: str
-    """"stop" (an end token was sampled) or "length" (cut at max_tokens)."""
+    """"stop" (an end token was sampled) or "length" (truncated at max_tokens)."""
     policy_version: int
     reward: float | None = None
     verdict: str = ""
@@ -43,8 +43,13 @@ class Rollout:
 
     @property
     def truncated(self) -> bool:
-        """True if the response was cut at the token limit: its last token does not end the episode."""
+        """True if the response reached the token limit: its last token does not end the episode."""
         return self.finish_reason == "length"
+
+    @property
+    def is_correct(self) -> bool:
+        """True if the verifier accepted the response; False also before it was scored."""
+        return self.reward is not None and self.reward > 0
 
 
 @dataclass(frozen=True)

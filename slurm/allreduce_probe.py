@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.network import listen, node_network
 from megatron_vcppo.config.node_environment import node_environment
+from megatron_vcppo.run.files import write_text
 from megatron_vcppo.slurm.link_rate import link_rate
 
 GPU_BYTES, CPU_BYTES = 1 << 30, 1 << 24
@@ -49,10 +50,16 @@ def main() -> int:
     seconds = (time.monotonic() - began) / REPEATS
     rate, links = link_rate(network.interface, torch.cuda.get_device_name(device) if gpus else "")
     found = {
-        **{"node": os.environ["SLURMD_NODENAME"], "rank": rank, "gpus": gpus, "backend": backend},
-        **{"address": network.address, "interface": network.interface, "first_s": round(first_s, 2)},
+        "node": os.environ["SLURMD_NODENAME"],
+        "rank": rank,
+        "gpus": gpus,
+        "backend": backend,
+        "address": network.address,
+        "interface": network.interface,
+        "first_s": round(first_s, 2),
         "bus_gb_per_s": round(num_bytes / seconds * 2 * (ranks - 1) / ranks / 1e9, 2),
-        **{"link_gb_per_s": rate, "links": links},
+        "link_gb_per_s": rate,
+        "links": links,
     }
     print(json.dumps(found), flush=True)
     dist.destroy_process_group()
@@ -66,9 +73,7 @@ def meet(file: Path, address: str, rank: int, ranks: int):  # type: ignore[no-un
     if rank == 0:
         listener = listen(address)
         port = listener.getsockname()[1]
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(f"{address} {port}")
-        temporary.replace(file)
+        write_text(file, f"{address} {port}")
         fd = listener.detach()  # the store closes it
         return TCPStore(address, port, ranks, is_master=True, timeout=TIMEOUT, master_listen_fd=fd)
     deadline = time.monotonic() + TIMEOUT.total_seconds()

@@ -8,6 +8,7 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.save_timing import iteration_seconds
 from megatron_vcppo.run import events
+from megatron_vcppo.run.exit_codes import DONE, SAVED
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log_files import last_lines
 from megatron_vcppo.slurm.slurm_cli import JobState, first_node, job_states
@@ -46,10 +47,10 @@ def stage_status(
 ) -> StageStatus:
     """What is known about one stage."""
     mine = [event for event in log if event.get("stage") == stage]
-    status = StageStatus(stage, "not started", job, attempts=len(run.attempts(stage)))
+    status = StageStatus(stage, "not started", job, attempts=len(run.stage(stage).attempts()))
     add_progress(status, run)
     try:
-        done = run.done(stage, checksums=False)
+        done = run.stage(stage).is_done(checksums=False)
     except UserError as error:
         status.state, status.note = (
             "damaged",
@@ -96,9 +97,9 @@ def leaving_note(mine: list[dict[str, Any]]) -> str:
 
 def add_progress(status: StageStatus, run: RunFolder) -> None:
     """Iteration, total, ETA and newest metrics from metrics.jsonl."""
-    records = [record for record in run.metrics(status.stage) if "iteration" in record]
+    records = [record for record in run.stage(status.stage).recent_metrics() if "iteration" in record]
     if not records:
-        status.iteration = run.checkpoint_iteration(status.stage)
+        status.iteration = run.stage(status.stage).checkpoint_iteration()
         return
     newest = records[-1]
     status.iteration, status.total = newest["iteration"], newest.get("total_iterations")
@@ -138,9 +139,9 @@ def add_ending(status: StageStatus, run: RunFolder, mine: list[dict[str, Any]], 
         else:
             verdict = f"Slurm says {slurm_state.state}" if slurm_state else "ended without a word, as by a power cut"
             status.state, status.note = "failed", f"{verdict}; {go_on}"
-    elif last.get("code") == 75:
+    elif last.get("code") == SAVED:
         status.state, status.note = "saved", f"go on with: {go_on}"
-    elif last.get("code") != 0:
+    elif last.get("code") != DONE:
         line = (last.get("details") or [""])[-1]
         status.state = "failed"
         status.note = f"{last['cause']}" + (f": {line}" if line else "") + f"; mend it, then {go_on}"

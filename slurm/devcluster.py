@@ -14,7 +14,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.launch.guard import descendants, die_with_parent
+from megatron_vcppo.launch.guard import descendants
+from megatron_vcppo.run.exit_codes import DONE, FAILED, USER_ERROR
+from megatron_vcppo.run.processes import alive, die_with_parent, free_ports
 from megatron_vcppo.slurm import devcluster_net
 from megatron_vcppo.slurm.devcluster_conf import ACCOUNT, FIRST_NODE, Layout, gres_conf, slurm_conf, slurmdbd_conf
 
@@ -39,25 +40,6 @@ def missing_programs(accounting: bool = False) -> list[str]:
     """Programs that are not installed; empty if a cluster can be started."""
     names = NEEDED + (NEEDED_FOR_ACCOUNTING if accounting else ())
     return [name for name in names if shutil.which(name, path=SEARCH_PATH) is None]
-
-
-def free_ports(count: int) -> tuple[int, ...]:
-    """TCP ports nobody listens on, all different."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = tuple(int(probe.getsockname()[1]) for probe in probes)
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-def alive(pid: int) -> bool:
-    """True if the process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 class DevCluster:
@@ -89,7 +71,7 @@ class DevCluster:
         shutil.rmtree(self.root, ignore_errors=True)
         user = pwd.getpwuid(os.getuid()).pw_name
         network = devcluster_net.free_network(self.root) if devcluster_net.possible() else None
-        ports = free_ports(3 + nodes)
+        ports = free_ports(3 + nodes, "127.0.0.1")
         layout = Layout(self.root, user, ports, nodes=nodes, accounting=accounting, network=network, **sizes)
         try:
             self._write_files(layout)
@@ -195,9 +177,16 @@ class DevCluster:
         if made.returncode:
             raise UserError(f"mariadb-install-db: {(made.stdout + made.stderr).strip()[-300:]}")
         self._spawn(
-            *("mariadbd", "mariadbd", *common, f"--socket={database_socket}", f"--pid-file={self.root}/run/mysql.pid"),
-            *("--bind-address=127.0.0.1", f"--port={layout.ports[2]}", "--innodb-buffer-pool-size=64M"),
-            *("--innodb-lock-wait-timeout=900", "--innodb-flush-log-at-trx-commit=0"),
+            "mariadbd",
+            "mariadbd",
+            *common,
+            f"--socket={database_socket}",
+            f"--pid-file={self.root}/run/mysql.pid",
+            "--bind-address=127.0.0.1",
+            f"--port={layout.ports[2]}",
+            "--innodb-buffer-pool-size=64M",
+            "--innodb-lock-wait-timeout=900",
+            "--innodb-flush-log-at-trx-commit=0",
         )
         password = secrets.token_hex(16)
         conf = self.root / "slurmdbd.conf"
@@ -359,11 +348,11 @@ def main() -> int:
             running = cluster.running()
             print("\n".join(f"{name}: process {pid}" for name, pid in running.items()) or "not running")
             print(cluster.command("sinfo").stdout if running else "", end="")
-            return 0 if running else 1
+            return DONE if running else FAILED
     except UserError as error:
         print(f"devcluster: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return USER_ERROR
+    return DONE
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ TEST_JOB_TIMEOUT_S = WAIT_FOR_NODES_S + 60 * JOB_MINUTES
 def checks(config: Config, programs: RoleCommands, folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
     """Name and body of every check, in order; a body returns what it found or raises UserError with what to do."""
     cluster = config.cluster
-    config_file = folder / "config.yaml"
+    config_file = RunFolder(folder).config
     config_file.write_text(dump_config(config))
 
     def commands() -> str:
@@ -102,8 +102,13 @@ def test_job(
     cluster = config.cluster
     nodes = nodes or num_nodes(cluster)
     options = {
-        **{"kill-on-bad-exit": 1, "nodes": nodes, "ntasks": nodes * tasks_per_node, "ntasks-per-node": tasks_per_node},
-        **{"cpus-per-task": cpus_per_task, "time": JOB_MINUTES, "immediate": WAIT_FOR_NODES_S},
+        "kill-on-bad-exit": 1,
+        "nodes": nodes,
+        "ntasks": nodes * tasks_per_node,
+        "ntasks-per-node": tasks_per_node,
+        "cpus-per-task": cpus_per_task,
+        "time": JOB_MINUTES,
+        "immediate": WAIT_FOR_NODES_S,
         **{name: value for name in ("partition", "account", "qos") if (value := getattr(cluster, name))},
         **{name: value for name, value in cluster.sbatch.items() if name in ("reservation", "constraint")},
     }

@@ -11,6 +11,9 @@ from pathlib import Path
 from megatron_vcppo.config.load import dump_config, load_config
 from megatron_vcppo.config.rollout import EngineConfig
 from megatron_vcppo.rollout import rendezvous
+from megatron_vcppo.run.exit_codes import DONE, FAILED
+from megatron_vcppo.run.files import make_private_folder
+from megatron_vcppo.run.folder import RunFolder, StageFolder
 from megatron_vcppo.run.log_files import last_lines
 
 TIMEOUT_S = 420.0
@@ -31,17 +34,16 @@ def main() -> int:
         write_base_model(folder / "model", width=2 * HEAD_SIZE, head_size=HEAD_SIZE)
         config.model.hf, config.model.max_length = str(folder / "model"), 512
         config.rollout.engine = EngineConfig(max_num_seqs=8, gpu_memory_utilization=0.5)
-        (folder / "config.yaml").write_text(dump_config(config))
+        RunFolder(folder).config.write_text(dump_config(config))
         seconds, problem = start(folder)
     print(json.dumps({"node": node, "seconds": round(seconds, 1)}) if not problem else f"{node}: {problem}", flush=True)
-    return 1 if problem else 0
+    return FAILED if problem else DONE
 
 
 def start(folder: Path) -> tuple[float, str]:
     """Start the supervisor of one engine, as a job does; seconds until the engine answers, and what went wrong."""
-    place, log = folder / "rendezvous", folder / "serve.log"
-    arguments = ("--config", str(folder / "config.yaml"), "--rendezvous", str(place), "--node", "0")
-    place.mkdir(mode=0o700)
+    place, log = make_private_folder(StageFolder(folder).rendezvous), folder / "serve.log"
+    arguments = ("--config", str(RunFolder(folder).config), "--rendezvous", str(place), "--node", "0")
     started = time.monotonic()
     with log.open("wb") as output:
         command = (sys.executable, "-m", "megatron_vcppo.rollout.node", *arguments)

@@ -16,12 +16,14 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.network import node_network
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.attempts import run_stage
-from megatron_vcppo.launch.controller import SAVED, USER_ERROR_CODE
-from megatron_vcppo.launch.prepare import open_run
-from megatron_vcppo.launch.role_commands import RoleCommands, free_port
+from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.launch.save_timing import save_clock
-from megatron_vcppo.run import events
+from megatron_vcppo.run import events, log
+from megatron_vcppo.run.config_file import open_run
+from megatron_vcppo.run.exit_codes import DONE, SAVED, USER_ERROR
 from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.log import say
+from megatron_vcppo.run.processes import free_port
 from megatron_vcppo.run.startup import process_age_s
 from megatron_vcppo.run.stored_set import rollouts_folder
 from megatron_vcppo.slurm.slurm_cli import ENDED, job_end_time, patiently, show_job, slurm, slurm_message
@@ -35,11 +37,6 @@ MAX_FUTILE_STARTS = 5
 """A job that was requeued this often in succession without leaving more than it found stays ended."""
 
 
-def say(text: str) -> None:
-    """A line in the job's log, with the time."""
-    print(time.strftime("%H:%M:%S ") + text, flush=True)
-
-
 @dataclass
 class StageJob:
     """The callable that submitit pickles: it holds names only, so that a requeued job reads the run as it is then."""
@@ -50,6 +47,7 @@ class StageJob:
 
     def __call__(self) -> None:
         """Run the stage. Leaves with the trainer's exit code if that is not 0: it is the job's."""
+        log.configure("controller")
         try:
             with RunFolder(self.run).full_disk_named():
                 code = self.run_here()
@@ -57,7 +55,7 @@ class StageJob:
             say(f"error: {error}")
             with suppress(OSError):  # the disk may be full
                 events.append(self.run, "refused", stage=self.stage, job=job_id(), cause=str(error))
-            code = USER_ERROR_CODE
+            code = USER_ERROR
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the interpreter's end would make it deadly again
         if code:
             sys.exit(code)
@@ -73,9 +71,9 @@ class StageJob:
         code = Path(__file__).parents[2].name
         events.append(self.run, "job", stage=self.stage, job=job_id(), code=code, **start)
         say(f"{self.stage}: job {job_id()} on {', '.join(hosts)}, start {restarts + 1}")
-        if run.done(self.stage):
+        if run.stage(self.stage).is_done():
             say(f"{self.stage}: done before")
-            return 0
+            return DONE
         assert len(hosts) == stage_nodes(config, self.stage), (hosts, self.stage)
         try:
             probe(run, config, self.programs, hosts, PROBE_TIMEOUT_S)
@@ -101,12 +99,11 @@ class StageJob:
             save_requested=lambda: signals["save"] or signals["end"] or due(),
             node_lost=lambda: lost_nodes(run, config, self.programs, hosts),
             end_time=end_time,
-            say=say,
         )
-        if outcome.code == 0:
+        if outcome.code == DONE:
             events.append(self.run, "stage_done", stage=self.stage, job=job_id())
             say(f"{self.stage}: done")
-        elif not signals["end"] and outcome.code != USER_ERROR_CODE:
+        elif not signals["end"] and outcome.code != USER_ERROR:
             cut_short = signals["save"] or due()  # asked to save, but killed or too slow: the checkpoint before counts
             if outcome.code == SAVED or outcome.node_lost or cut_short:
                 return requeue(run, config, self.stage)
@@ -170,7 +167,7 @@ def lost_nodes(run: RunFolder, config: Config, programs: RoleCommands, hosts: li
 
 def progress(run: RunFolder, config: Config, stage: str) -> list[int]:
     """How far a stage is: checkpoints, optimizer steps within an iteration, stored responses."""
-    return run.progress(stage, rollouts_folder(config, stage))
+    return run.stage(stage).progress(rollouts_folder(config, stage))
 
 
 def futile_starts(run: RunFolder, config: Config, stage: str) -> int:
@@ -201,7 +198,9 @@ def requeue(run: RunFolder, config: Config, stage: str) -> int:
             # cancelled, or Slurm requeues it or, restarted from an older state, has it in the queue still
             say(f"{stage}: Slurm has ended this start of the job ({state}): not requeued from here")
             return SAVED
-        events.append(run.path, "requeue", stage=stage, job=job_id(), checkpoint=run.checkpoint_iteration(stage))
+        events.append(
+            run.path, "requeue", stage=stage, job=job_id(), checkpoint=run.stage(stage).checkpoint_iteration()
+        )
         say(f"{stage}: back into the queue")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         patiently(lambda: slurm("scontrol", "requeue", job_id()))

@@ -15,8 +15,16 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.controller import UNREACHABLE
 
 ENDED = (
-    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"),
-    *("PREEMPTED", "REVOKED"),
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+    "REVOKED",
 )
 """All others are queued, running or between the two; there are many of those, such as SIGNALING."""
 TIMEOUT_S = 30.0
@@ -36,10 +44,8 @@ class JobState:
     """Slurm's long name, without what follows it (CANCELLED by 0)."""
     reason: str = ""
     """Why it is pending, or how it ended."""
-    elapsed: str = ""
     nodes: str = ""
     start: str = ""
-    exit_code: str = ""
 
     @property
     def active(self) -> bool:
@@ -96,23 +102,26 @@ def job_states(job_ids: list[str]) -> dict[str, JobState]:
     found = parse_table(slurm(*listed, accept=UNKNOWN_JOB))
     unknown = [job for job in job_ids if job not in found]
     if unknown:
-        fields = "JobIDRaw,State,Reason,Elapsed,NodeList,Start,ExitCode"
+        fields = "JobIDRaw,State,Reason,NodeList,Start"
         with suppress(UserError):  # no accounting, or its data base is down
             found |= parse_table(slurm("sacct", "-X", "-n", "-P", "-j", ",".join(unknown), "-o", fields))
     for job in unknown:
         if job not in found and (record := show_job(job)):
             found[job] = JobState(
-                *(job, record["JobState"], record["Reason"], record["RunTime"], record["NodeList"]),
-                *(record["StartTime"], record["ExitCode"]),
+                job_id=job,
+                state=record["JobState"],
+                reason=record["Reason"],
+                nodes=record["NodeList"],
+                start=record["StartTime"],
             )
     return found
 
 
-SQUEUE_FORMAT = "%i|%T|%r|%M|%N|%S|"
+SQUEUE_FORMAT = "%i|%T|%r|%N|%S"
 
 
 def parse_table(text: str) -> dict[str, JobState]:
-    """Lines of id|state|reason|elapsed|nodes|start|exit code; a state such as "CANCELLED by 0" loses its tail."""
+    """Lines of id|state|reason|nodes|start; a state such as "CANCELLED by 0" loses its tail."""
     states = {}
     for line in text.splitlines():
         job, state, *rest = line.split("|")

@@ -58,19 +58,21 @@ def step(config: Config, nodes: list[str], tasks_per_node: int, cpus_per_task: i
     take those along that are still writing.
     """
     cluster = config.cluster
+    # --distribution: consecutive ranks on a node, whatever the site's default is
     argv = [
-        *(
-            "srun",
-            "--overlap",
-            "--kill-on-bad-exit=0",
-            "--wait=0",
-            f"--nodes={len(nodes)}",
-            f"--nodelist={','.join(nodes)}",
-        ),
-        *(f"--ntasks={tasks_per_node * len(nodes)}", f"--ntasks-per-node={tasks_per_node}"),
-        *(f"--cpus-per-task={cpus_per_task}", "--open-mode=append", "--input=none"),
+        "srun",
+        "--overlap",
+        "--kill-on-bad-exit=0",
+        "--wait=0",
+        f"--nodes={len(nodes)}",
+        f"--nodelist={','.join(nodes)}",
+        f"--ntasks={tasks_per_node * len(nodes)}",
+        f"--ntasks-per-node={tasks_per_node}",
+        f"--cpus-per-task={cpus_per_task}",
+        "--distribution=block",
+        "--open-mode=append",
+        "--input=none",
     ]
-    argv.append("--distribution=block")  # consecutive ranks on a node, whatever the site's default is
     if cluster.gpus_per_node:  # every task sees all GPUs of its node, in one order; ranks and engines choose theirs
         argv += [f"--gpus-per-node={cluster.gpus_per_node}", "--gpu-bind=none"]
     if cluster.container_image and cluster.container_runtime == "pyxis":
@@ -101,7 +103,8 @@ def srun_processes(
     cpus = max(1, cluster.cpus_per_node // ranks_per_node)
     command = (
         *step(config, trainers, ranks_per_node, cpus),
-        *("--job-name=trainer", f"--output={logs}/trainer_%t.log"),
+        "--job-name=trainer",
+        f"--output={logs}/trainer_%t.log",
         *in_container(
             config, ("sh", "-c", RANK_SHELL, "rank", *guarded(programs, programs.trainer_command(run, stage)))
         ),
@@ -115,7 +118,8 @@ def srun_processes(
         for node, host in enumerate(hosts[cluster.trainer_nodes :] if own_nodes else trainers):
             command = (
                 *step(config, [host], 1, cluster.cpus_per_node),
-                *("--job-name=rollout", f"--output={logs}/rollout_{node}.log"),
+                "--job-name=rollout",
+                f"--output={logs}/rollout_{node}.log",
                 *in_container(config, guarded(programs, programs.rollout_command(run, stage, node))),
             )
             log = f"srun_rollout_{node}.log"

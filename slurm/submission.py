@@ -12,11 +12,11 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import dump_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.checks import check_inputs, check_layout, check_run_folder
-from megatron_vcppo.launch.prepare import write_config
 from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
 from megatron_vcppo.launch.save_timing import signal_margin_s
 from megatron_vcppo.launch.snapshot import take_snapshot
 from megatron_vcppo.run import events
+from megatron_vcppo.run.config_file import write_config
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.job import StageJob
 from megatron_vcppo.slurm.slurm_cli import (
@@ -48,7 +48,7 @@ def executor(
 ) -> ScriptExecutor:
     """The batch job of one stage: a controller on its first node, signalled before the time limit."""
     cluster = config.cluster
-    made = ScriptExecutor(folder=run.path / "slurm", python="exec " + shlex.quote(programs.python))
+    made = ScriptExecutor(folder=run.slurm, python="exec " + shlex.quote(programs.python))
     minutes = cluster.stage_time_limit_minutes.get(stage, cluster.time_limit_minutes)
     extra: dict[str, Any] = {
         "signal": f"B:USR2@{signal_margin_s(run, stage, cluster.save_margin_s, 60 * minutes)}",
@@ -105,7 +105,7 @@ def active_jobs(run: RunFolder) -> list[JobState]:
 
 def pending_stages(run: RunFolder, stages: list[str]) -> list[str]:
     """The stages that are not done, in order."""
-    return [stage for stage in stages if not run.done(stage)]
+    return [stage for stage in stages if not run.stage(stage).is_done()]
 
 
 def dry_run(run: RunFolder, config: Config, stages: list[str], programs: RoleCommands = ROLE_COMMANDS) -> Path:
@@ -115,19 +115,19 @@ def dry_run(run: RunFolder, config: Config, stages: list[str], programs: RoleCom
     """
     check_layout(config)
     needs = check_inputs(config, stages)
-    folder = run.path / "slurm" / "dry_run"
+    folder = run.slurm / "dry_run"
     check_run_folder(run)
     if not run.config.exists():
         write_config(run, config)
     folder.mkdir(parents=True, exist_ok=True)
     before, graph = None, []
     for stage in pending_stages(run, stages):
-        made = executor(run, config, stage, run.path / "code" / "SNAPSHOT", programs, before and f"JOB_OF_{before}")
+        made = executor(run, config, stage, run.code / "SNAPSHOT", programs, before and f"JOB_OF_{before}")
         (folder / f"{stage}.sh").write_text(made.script(), encoding="utf-8")
         line = f"{stage}: {stage_nodes(config, stage)} nodes, about {needs[stage]:.0f} GiB per rank"
         graph.append(line + (f", after the success of {before}" if before else ""))
         before = stage
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    RunFolder(folder).config.write_text(dump_config(config), encoding="utf-8")
     (folder / "graph.txt").write_text("\n".join(graph) + "\n", encoding="utf-8")
     return folder
 
@@ -148,11 +148,11 @@ def submit(run: RunFolder, config: Config, stages: list[str], programs: RoleComm
         todo = pending_stages(run, stages)
         if not todo:
             return {}
-        code = take_snapshot(run.path)
-        (run.path / "slurm").mkdir(exist_ok=True)
+        code = take_snapshot(run)
+        run.slurm.mkdir(exist_ok=True)
         scripts = [executor(run, config, stage, code, programs, None).script() for stage in todo]
         asked = [request_text(config, stage) for stage in todo]
-        check_scripts(zip(scripts, asked, strict=True), run.path / "slurm")
+        check_scripts(zip(scripts, asked, strict=True), run.slurm)
         write_config(run, config)
         jobs_of: dict[str, str] = {}
         try:

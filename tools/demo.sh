@@ -25,7 +25,7 @@ export PATH=$PWD/.venv/bin:$PATH
 [ -f "$out/demo_task/make_task.json" ] || vcppo make-task --out "$out/demo_task" --task running_sum
 if [ "$mode" = --slurm ]; then
     tools/install_slurm.sh
-    environment=$(tools/devcluster.sh up) # on a line of its own: a failure ends the script
+    environment=$(tools/devcluster.sh up) # on a separate line: a failure ends the script
     eval "$environment"
     trap 'tools/devcluster.sh down' EXIT
     vcppo submit configs/demo/vcppo.yaml "${overrides[@]}" --cluster devcluster

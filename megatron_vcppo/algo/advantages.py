@@ -7,21 +7,21 @@ from megatron_vcppo.algo.masked import mean_and_variance
 from megatron_vcppo.errors import UserError
 
 
-def length_adaptive_lam(lengths: Tensor, alpha: float, lam_min: float = 0.0, lam_max: float = 1.0) -> Tensor:
+def length_adaptive_lam(lengths: Tensor, alpha: float) -> Tensor:
     """λ = 1 - 1 / (α l), clamped: float64 [B] (VAPO, arXiv 2504.05118, Eq. 4-5; α = 0.05 there).
 
     lengths: [B] valid tokens. The sum of the GAE weights is then about α l, in proportion to the length. Deviation:
-    the formula is 0 at l = 1/α and negative below, so it is clamped to [lam_min, lam_max].
+    the formula is 0 at l = 1/α and negative below, so it is clamped to [0, 1].
     """
-    return (1.0 - 1.0 / (alpha * lengths.double())).clamp(lam_min, lam_max)
+    return (1.0 - 1.0 / (alpha * lengths.double())).clamp(0.0, 1.0)
 
 
-def group_advantages(rewards: Tensor, group_ids: Tensor, kind: str, divide_by_std: bool = True) -> Tensor:
-    """Advantage of each rollout over the other samples of its prompt, [B]: the baseline needs no critic.
+def group_advantages(rewards: Tensor, group_ids: Tensor, kind: str) -> Tensor:
+    """Advantage of each rollout over the other samples of its prompt, [B], of rewards' dtype: no critic is needed.
 
     rewards: [B]; group_ids: integers [B], equal for samples of one prompt; whole groups must be present.
-    grpo: (r - mean) / std (unbiased; arXiv 2402.03300), without the division if not ``divide_by_std``; a group whose
-    rewards are equal gets 0. rloo: r - mean of the others (arXiv 2402.14740).
+    grpo: (r - mean) / std (unbiased; arXiv 2402.03300); a group whose rewards are equal gets 0. rloo: r - mean of the
+    others (arXiv 2402.14740).
     Raises UserError if a group has a single sample.
     """
     groups = group_ids.unique(return_inverse=True)[1]
@@ -33,43 +33,40 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, kind: str, divide_by_st
         raise UserError(
             f"{int((count < 2).sum())} prompts have one sample: a {kind} baseline needs 2 or more samples per prompt"
         )
-    centred = r - total / count
+    centered = r - total / count
     if kind == "rloo":
-        return (centred * count / (count - 1)).to(rewards.dtype)
+        return (centered * count / (count - 1)).to(rewards.dtype)
     assert kind == "grpo", f"group baseline {kind!r} is neither grpo nor rloo"
-    if divide_by_std:
-        squares = torch.zeros(len(moments), dtype=torch.float64, device=rewards.device)
-        squares.index_add_(0, groups, centred.square())
-        std = (squares[groups] / (count - 1)).sqrt()
-        centred = torch.where(std > 1e-6, centred / std.clamp(min=1e-6), 0.0)
-    return centred.to(rewards.dtype)
+    squares = torch.zeros(len(moments), dtype=torch.float64, device=rewards.device)
+    squares.index_add_(0, groups, centered.square())
+    std = (squares[groups] / (count - 1)).sqrt()
+    return torch.where(std > 1e-6, centered / std.clamp(min=1e-6), 0.0).to(rewards.dtype)
 
 
-def spread(advantages: Tensor, mask: Tensor) -> Tensor:
-    """[B] to [B, T]: each valid token gets its rollout's advantage."""
+def broadcast_to_tokens(advantages: Tensor, mask: Tensor) -> Tensor:
+    """[B] to [B, T]: each valid token gets its rollout's advantage, others 0. mask: bool [B, T]."""
     return torch.where(mask, advantages[:, None], 0.0)
 
 
-def whiten(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool = True) -> Tensor:
-    """(x - mean) / std on valid tokens, 0 elsewhere; any shape.
+def whiten(x: Tensor, mask: Tensor, moments: Tensor) -> Tensor:
+    """(x - mean) / std on valid tokens, 0 elsewhere; any shape, that of x.
 
-    moments: ``masked_moments`` summed over whatever the batch is spread over, so every rank whitens alike.
-    shift_mean: False only divides, which keeps the sign of every advantage. Deviation from the usual std + ε: where the
-    variance is no more than rounding (below 1e-12 of mean²), nothing is divided, so constant x is not blown up.
+    mask: bool, the shape of x. moments: ``masked_moments``, float64 [3], summed over whatever the batch is distributed
+    over, so that every rank whitens alike. Deviation from the usual std + ε: where the variance is no more than
+    rounding (below 1e-12 of mean²), nothing is divided, so constant x is not blown up.
     """
     mean, variance = mean_and_variance(moments)
     scale = torch.where(variance > 1e-12 * mean.square(), variance.sqrt(), 1.0)
-    centred = x - mean.to(x.dtype) if shift_mean else x
-    return (centred / scale.to(x.dtype)).masked_fill(~mask, 0.0)
+    return ((x - mean.to(x.dtype)) / scale.to(x.dtype)).masked_fill(~mask, 0.0)
 
 
 def gate_on_explained_variance(
-    advantages: Tensor, returns: Tensor, mask: Tensor, explained_variance: float, mean_return: float
+    advantages: Tensor, *, returns: Tensor, mask: Tensor, explained_variance: float, mean_return: float
 ) -> Tensor:
     """The critic's advantages if it explains any variance, else returns - mean_return (EVPO, arXiv 2604.19485).
 
-    advantages, returns, mask: [B, T], with returns of λ = 1; explained_variance and mean_return: of the whole batch. A
-    critic with explained variance ≤ 0 adds more noise than a constant baseline removes.
+    advantages, returns: [B, T], with returns of λ = 1; mask: bool [B, T]; explained_variance and mean_return: of the
+    whole batch. Returns [B, T]. A critic with explained variance ≤ 0 adds more noise than a constant baseline removes.
     """
     if explained_variance > 0:
         return advantages

@@ -1,4 +1,4 @@
-"""What a batch says about the health of critic and advantages, before the update: the numbers that ``diagnose`` reads.
+"""The health of critic and advantages in a batch before the update: the numbers that ``diagnose`` reads.
 
 ``batch_diagnostics`` gives metrics that add up over ranks; ``summarize`` turns the sum into named numbers and profiles.
 """
@@ -19,24 +19,25 @@ from megatron_vcppo.algo.metrics import (
     total_metric,
 )
 from megatron_vcppo.algo.position_profiles import (
+    decile_profile,
     position_profile,
     relative_position,
-    relative_profile,
     terminal_share,
     trend,
     trend_metrics,
 )
 
 _EARLY_LATE_DECILES = 2
+_PROFILES = ("advantage_by_position", "advantage_by_decile", "value_by_position", "value_by_decile")
 
 
 @torch.no_grad()
 def batch_diagnostics(
+    *,
     values: Tensor,
     returns: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    *,
     decay_actor: float | Tensor,
     decay_critic: float | Tensor,
     bin_width: int,
@@ -45,11 +46,20 @@ def batch_diagnostics(
 ) -> Metrics:
     """Metrics of one rank's rollouts; every rank passes the same options. Add them up, then ``summarize``.
 
-    values, returns, advantages: [B, T], advantages before whitening; mask: bool [B, T].
-    decay_actor, decay_critic: γ λ_actor and γ λ_critic, numbers or [B]. bin_width, num_bins: of absolute profiles.
-    give_up_mask: bool [B, T], tokens with which the actor ends its thinking before it is done. Their advantage is
-    what an actor with a misaligned critic follows into collapse, so it separates failing runs from sound ones
-    earlier than any correlation does.
+    Args:
+        values: [B, T], the critic's.
+        returns: [B, T], the critic's targets.
+        advantages: [B, T], before whitening.
+        mask: bool [B, T].
+        decay_actor: γ λ_actor, a number or [B].
+        decay_critic: γ λ_critic, a number or [B].
+        bin_width: tokens per bin of the absolute profiles.
+        num_bins: of the absolute profiles; the last one also takes every later token.
+        give_up_mask: bool [B, T], tokens with which the actor ends its thinking before it is done. Their advantage is
+            what an actor with a misaligned critic follows into collapse, so it separates failing runs from sound ones
+            earlier than any correlation does. Default: no such token is known.
+
+    Returns (sum, weight) pairs, float64: profiles [bins], everything else 0-d.
     """
     first = mask & (valid_index(mask) == 0)
     metrics: Metrics = {
@@ -64,7 +74,7 @@ def batch_diagnostics(
     }
     for name, x in (("advantage", advantages), ("value", values)):
         metrics[f"{name}_by_position"] = position_profile(x, mask, bin_width, num_bins)
-        metrics[f"{name}_by_decile"] = relative_profile(x, mask)
+        metrics[f"{name}_by_decile"] = decile_profile(x, mask)
     for name, decay in (("actor", decay_actor), ("critic", decay_critic)):
         share = terminal_share(mask, decay)
         metrics[f"{name}_terminal_share"] = mean_metric(share, mask)
@@ -80,9 +90,9 @@ def summarize(metrics: Metrics) -> tuple[dict[str, float], dict[str, list[float 
 
     Profiles: name -> mean per bin, None in bins without tokens. advantage_early_late_gap: mean advantage of the first
     two relative deciles minus that of the last two. give_up_advantage_sigma: in standard deviations above the mean
-    advantage; both give-up numbers are left out of a batch in which nobody gave up.
+    advantage; both give-up numbers are missing for a batch in which no response gave up.
     """
-    profiles = {name: _profile(*metrics[name]) for name in metrics if "_by_" in name}
+    profiles = {name: _profile(*metrics[name]) for name in _PROFILES}
     values = {name: float(mean) for name, mean in means(_without(metrics, profiles)).items()}
     sums, counts = metrics["advantage_by_decile"]
     early, late = (
@@ -120,7 +130,10 @@ def summarize(metrics: Metrics) -> tuple[dict[str, float], dict[str, list[float 
 
 
 def length_statistics(lengths: Tensor, truncated: Tensor) -> dict[str, float]:
-    """Of the whole batch (gather the lengths of all ranks first). lengths: [N] response tokens; truncated: bool [N]."""
+    """Mean, spread and quantiles of the response lengths of the whole batch (gather those of all ranks first).
+
+    lengths: [N] response tokens; truncated: bool [N].
+    """
     assert len(lengths), "there are no responses to take statistics of"
     lengths = lengths.double()
     low, median, high = torch.quantile(lengths, lengths.new_tensor([0.1, 0.5, 0.9])).tolist()

@@ -1,6 +1,6 @@
-"""From a run's metrics to the failures that the paper names: what the numbers say and what to change.
+"""From a run's metrics to the failures that the paper names: the evidence and what to change.
 
-Sources: VC-PPO §3.2 (length collapse, value initialisation bias), §3.3 (reward signal decay), and its practical
+Sources: VC-PPO §3.2 (length collapse, value initialization bias), §3.3 (reward signal decay), and its practical
 signatures; thresholds are this project's own, each explained where it stands.
 """
 
@@ -15,7 +15,7 @@ History = Sequence[Mapping[str, Any]]
 
 # A response length that falls by a third is far outside the noise of a batch mean, and well before the floor.
 LENGTH_DROP = 0.33
-# In units of the advantages' standard deviation: beyond it, where a token stands decides as much as what it says.
+# In units of the advantages' standard deviation: beyond it, the position of a token decides as much as its content.
 POSITION_BIAS = 0.5
 # With λ_critic = 1 and γ = 1 the share is 1; below 1 % the outcome is lost in the critic's own error.
 TERMINAL_SHARE = 0.01
@@ -29,7 +29,7 @@ _MIN_ITERATIONS_OSCILLATION = 8
 
 @dataclass(frozen=True)
 class Finding:
-    """One failure signature, looked for in a history.
+    """One failure signature and whether a history shows it.
 
     Example: ``Finding("length_collapse", "found", "mean length fell from 92.0 to 5.0 …", "pretrain the critic …")``.
     """
@@ -43,11 +43,11 @@ class Finding:
 
 
 def diagnose(history: History, worst_reward: float | None = None) -> list[Finding]:
-    """One finding per signature, in the order of ``SIGNATURES``.
+    """One finding per signature, in a fixed order.
 
     history: one mapping per iteration, oldest first, as in metrics.jsonl: the names of ``diagnostics.summarize`` and
     ``length_statistics``, and critic/value_loss; iterations may lack any of them, and what is not a finite number is
-    passed over. worst_reward: the lowest that the verifier gives; values below it are impossible and count as
+    ignored. worst_reward: the lowest that the verifier gives; values below it are impossible and count as
     misalignment.
     """
     return [
@@ -57,9 +57,6 @@ def diagnose(history: History, worst_reward: float | None = None) -> list[Findin
         _value_loss_oscillation(history),
         _truncation(history),
     ]
-
-
-SIGNATURES = ("length_collapse", "value_misalignment", "reward_decay", "value_loss_oscillation", "truncation")
 
 
 def warnings_of(history: History, worst_reward: float | None = None) -> list[str]:
@@ -98,7 +95,7 @@ def _length_collapse(history: History) -> Finding:
 def _value_misalignment(history: History, worst_reward: float | None) -> Finding:
     name = "value_misalignment"
     signs: list[tuple[bool, str]] = []
-    # Where every response got the same reward there is no variance to explain, and 0 says nothing.
+    # Where every response got the same reward there is no variance to explain, and 0 means nothing.
     varied = [row for row in history if row.get("rollout/reward_std") != 0]
 
     def judge(metric: str, bad: Callable[[float], bool], text: str) -> None:
@@ -169,8 +166,8 @@ def _truncation(history: History) -> Finding:
     if not shares:
         return _unknown(name, metric, 0)
     share = _mean(shares[-_RECENT:])
-    evidence = f"share of responses cut at the token limit, {_recent(len(shares))}: {share:.0%}"
-    advice = "raise the limit on response tokens, or use the soft overlong punishment"
+    evidence = f"share of responses truncated at the token limit, {_recent(len(shares))}: {share:.0%}"
+    advice = "raise the limit on response tokens, or use the soft overlong penalty"
     return _finding(name, share > TRUNCATED_SHARE, evidence, advice)
 
 
@@ -186,7 +183,7 @@ def _has(row: Mapping[str, Any], metric: str) -> bool:
 
 
 def _recent(count: int) -> str:
-    """What is averaged, in words, when there are ``count`` iterations."""
+    """Which iterations an average of the last ones covers, as text."""
     return "first iteration" if count == 1 else f"last {min(_RECENT, count)} iterations"
 
 

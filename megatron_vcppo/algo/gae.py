@@ -1,6 +1,7 @@
-"""Decoupled generalised advantage estimation (VC-PPO, arXiv 2503.01491, Eq. 7-8), for long responses and gaps."""
+"""Decoupled generalized advantage estimation (VC-PPO, arXiv 2503.01491, Eq. 7-8), for long responses and gaps."""
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,27 +12,29 @@ _TOKENS_PER_THREAD = 1 << 18
 
 @torch.no_grad()
 def decoupled_gae(
+    *,
     rewards: Tensor,
     values: Tensor,
     mask: Tensor,
-    *,
     gamma: float,
     lam_actor: float | Tensor,
     lam_critic: float | Tensor,
-    bootstrap_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advantages with λ_actor and critic targets with λ_critic, in one pass.
 
-    With k running over the *valid* tokens of a row (gaps are stepped over, whatever they hold):
+    With k running over the *valid* tokens of a row (gaps are skipped, whatever they hold), V = 0 after the last one:
 
         δ_k = r_k + γ V_{k+1} - V_k        A_k(λ) = δ_k + γ λ A_{k+1}(λ)
         advantages = A(lam_actor)          returns = A(lam_critic) + V
 
-    rewards, values: [B, T] float32 or float64 (half precision is raised to float32); values[b, t] is the value of
-    the state in which token t is chosen. mask: bool [B, T], True on response tokens.
-    lam_actor, lam_critic: a number or [B] (length-adaptive λ). gamma: a number.
-    bootstrap_values: [B], value of the state after the last valid token, for responses that were cut; left out, or 0
-    in a row: the episode ends there.
+    Args:
+        rewards: [B, T] float32 or float64; half precision is raised to float32.
+        values: [B, T], dtypes as for rewards; values[b, t] is the value of the state in which token t is chosen.
+        mask: bool [B, T], True on response tokens.
+        gamma: discount per token.
+        lam_actor: λ of the advantages, a number or [B] (length-adaptive λ).
+        lam_critic: λ of the critic's targets, a number or [B].
+
     Returns (advantages, returns) [B, T], 0 where masked. No gradient flows.
 
     On the CPU each output is accumulated in float64 and rounded once. On other devices the same recursion is a
@@ -44,10 +47,15 @@ def decoupled_gae(
     assert mask.dtype == torch.bool, f"mask is {mask.dtype}, not bool"
     dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
     rewards, values = rewards.detach().to(dtype), values.detach().to(dtype)
-    num_rows = len(rewards)
-    bootstrap = values.new_zeros(num_rows) if bootstrap_values is None else bootstrap_values.detach()
     run = _gae_kernel if rewards.device.type == "cpu" else gae_scan
-    return run(rewards, values, mask, gamma, _per_row(lam_actor, values), _per_row(lam_critic, values), bootstrap)
+    return run(
+        rewards=rewards,
+        values=values,
+        mask=mask,
+        gamma=gamma,
+        lam_actor=_per_row(lam_actor, values),
+        lam_critic=_per_row(lam_critic, values),
+    )
 
 
 def _per_row(lam: float | Tensor, values: Tensor) -> Tensor:
@@ -58,43 +66,38 @@ def _per_row(lam: float | Tensor, values: Tensor) -> Tensor:
 
 
 def _gae_kernel(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    gamma: float,
-    lam_actor: Tensor,
-    lam_critic: Tensor,
-    bootstrap: Tensor,
+    *, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam_actor: Tensor, lam_critic: Tensor
 ) -> tuple[Tensor, Tensor]:
     # Imported here: it brings in a compiler, which ranks on GPUs do not need.
     from megatron_vcppo.algo.gae_kernel import gae_rows
 
-    outputs = torch.empty(values.shape, dtype=values.dtype), torch.empty(values.shape, dtype=values.dtype)
-    arrays = [x.contiguous().numpy() for x in (rewards, values, mask, bootstrap.double())]
-    lams = [x.contiguous().numpy() for x in (lam_actor, lam_critic)]
-    arguments = (*arrays, float(gamma), *lams, *(x.numpy() for x in outputs))
+    advantages, returns = (torch.empty(values.shape, dtype=values.dtype) for _ in range(2))
+    by_row = [x.contiguous().numpy() for x in (rewards, values, mask, lam_actor, lam_critic, advantages, returns)]
     num_threads = min(torch.get_num_threads(), len(values), values.numel() // _TOKENS_PER_THREAD)
     if num_threads <= 1:
-        gae_rows(*arguments, 0, len(values))
-        return outputs
+        gae_rows(float(gamma), *by_row)
+        return advantages, returns
     # Four blocks per thread even out rows of different lengths.
     num_blocks = min(4 * num_threads, len(values))
     borders = [len(values) * i // num_blocks for i in range(num_blocks + 1)]
     with ThreadPoolExecutor(num_threads) as pool:
-        list(pool.map(lambda first, end: gae_rows(*arguments, first, end), borders[:-1], borders[1:]))
-    return outputs
+        blocks = (slice(first, end) for first, end in pairwise(borders))
+        list(pool.map(lambda rows: gae_rows(float(gamma), *(x[rows] for x in by_row)), blocks))
+    return advantages, returns
 
 
 def gae_scan(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    gamma: float,
-    lam_actor: Tensor,
-    lam_critic: Tensor,
-    bootstrap: Tensor,
+    *, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam_actor: Tensor, lam_critic: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``decoupled_gae`` in tensor operations only: O(log T) of them, for accelerators. lam_*, bootstrap: [B].
+    """``decoupled_gae`` in tensor operations only: O(log T) of them, for accelerators.
+
+    Args:
+        rewards: [B, T].
+        values: [B, T], of the same dtype.
+        mask: bool [B, T].
+        gamma: discount per token.
+        lam_actor: [B].
+        lam_critic: [B].
 
     What a token needs from its successor k+1 is one number, S_{k+1} = (1 - λ) V_{k+1} + λ R_{k+1}, because the
     λ-return is R_k = r_k + γ S_{k+1}. So S_t = (1 - λ) V_t + λ r_t + γ λ S_{t+1} on valid tokens and S_t = S_{t+1} in
@@ -105,7 +108,7 @@ def gae_scan(
     def lam_returns(lam: Tensor) -> Tensor:
         lam = lam.to(values.dtype)[:, None]
         decays = torch.where(mask, gamma * lam, 1.0)
-        states = _scan_from_right(torch.lerp(values, rewards, lam), decays, bootstrap.to(values.dtype))
+        states = _scan_from_right(torch.lerp(values, rewards, lam), decays, values.new_zeros(len(values)))
         return states[:, 1:].mul(gamma).add_(rewards).masked_fill_(~mask, 0.0)
 
     return lam_returns(lam_actor).sub_(values), lam_returns(lam_critic)
@@ -134,22 +137,23 @@ def _scan_from_right(inputs: Tensor, decays: Tensor, last: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gae_reference(
+    *,
     rewards: Tensor,
     values: Tensor,
     mask: Tensor,
-    *,
     gamma: float,
     lam_actor: float | Tensor,
     lam_critic: float | Tensor,
-    bootstrap_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The oracle: the definition of ``decoupled_gae``, token by token in Python floats. Returns float64 [B, T]."""
+    """The oracle: the definition of ``decoupled_gae``, token by token in Python floats. Returns float64 [B, T] twice.
+
+    Arguments as there.
+    """
     advantages = torch.zeros(rewards.shape, dtype=torch.float64)
     returns = torch.zeros(rewards.shape, dtype=torch.float64)
     lams = torch.stack((_per_row(lam_actor, values), _per_row(lam_critic, values)), dim=1).tolist()
-    bootstrap = [0.0] * len(values) if bootstrap_values is None else bootstrap_values.tolist()
     for row, (row_rewards, row_values) in enumerate(zip(rewards.tolist(), values.tolist(), strict=True)):
-        next_value, running = bootstrap[row], [0.0, 0.0]
+        next_value, running = 0.0, [0.0, 0.0]
         for t in reversed(mask[row].nonzero().flatten().tolist()):
             td_error = row_rewards[t] + gamma * next_value - row_values[t]
             running = [td_error + gamma * lam * after for lam, after in zip(lams[row], running, strict=True)]

@@ -3,41 +3,47 @@
 import numba
 import numpy as np
 
-# Tokens whose places fit in the first-level cache beside the data.
+# Tokens whose places fit in the first-level cache together with the data.
 _BLOCK = 256
 
 
 # nogil: the caller runs one call per block of rows in threads. contract: allow fused multiply-add.
 @numba.njit(nogil=True, fastmath={"contract"})
 def gae_rows(
+    gamma: float,
     rewards: np.ndarray,
     values: np.ndarray,
     mask: np.ndarray,
-    bootstrap: np.ndarray,
-    gamma: float,
     lam_actor: np.ndarray,
     lam_critic: np.ndarray,
     advantages: np.ndarray,
     returns: np.ndarray,
-    first: int,
-    end: int,
 ) -> None:
-    """Fill rows first … end - 1 of ``advantages`` and ``returns`` [B, T].
+    """Fill ``advantages`` and ``returns``. Compiled for contiguous arrays, so all arguments are positional.
 
     Accumulates in float64 whatever the type of the arrays, so that each output is rounded once. A block's valid
     places are listed first, without a branch, so that a scattered mask costs no more than a solid one (a branch on the
-    mask inside the recursion is half as fast there). rewards, values [B, T]; mask bool [B, T]; bootstrap, lam_*
-    float64 [B].
+    mask inside the recursion is half as fast there).
+
+    Args:
+        gamma: discount per token.
+        rewards: [B, T] float32 or float64.
+        values: [B, T], of the same type.
+        mask: bool [B, T].
+        lam_actor: float64 [B].
+        lam_critic: float64 [B].
+        advantages: [B, T], of the type of rewards; every element is written.
+        returns: like advantages.
     """
     num_tokens = rewards.shape[1]
     # Unsigned places: numba need not ask whether an index counts from the end, which would cost a third of the time.
     places = np.empty(_BLOCK, np.uint32)
-    for b in range(first, end):
+    for b in range(len(rewards)):
         row_rewards, row_values, row_mask = rewards[b], values[b], mask[b]
         row_advantages, row_returns = advantages[b], returns[b]
         decay_actor = gamma * lam_actor[b]
         decay_critic = gamma * lam_critic[b]
-        next_value = bootstrap[b]
+        next_value = 0.0
         advantage_actor = 0.0
         advantage_critic = 0.0
         for block_end in range(num_tokens, 0, -_BLOCK):

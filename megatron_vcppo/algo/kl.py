@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-# Beyond e^20 a probability ratio says nothing but "far away"; the bound keeps float32 finite.
+# Beyond e^20 a probability ratio means no more than "far away"; the bound keeps float32 finite.
 MAX_LOG_RATIO = 20.0
 
 KL_KINDS = ("k1", "k2", "k3")
@@ -25,7 +25,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
     return (-difference).expm1() + difference
 
 
-def next_kl_coef(kl_coef: float, observed_kl: float, target_kl: float, num_rollouts: int, horizon: float) -> float:
+def next_kl_coef(kl_coef: float, *, observed_kl: float, target_kl: float, num_rollouts: int, horizon: float) -> float:
     """The adaptive coefficient for the next iteration (Ziegler et al., arXiv 1909.08593, §2.2).
 
     observed_kl, target_kl: nats, of the same reduction. horizon: rollouts over which a relative error of the full 20 %

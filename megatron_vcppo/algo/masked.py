@@ -1,12 +1,17 @@
-"""Sums and moments over valid tokens. What is masked may hold anything, NaN included: it is selected away, never
-multiplied by zero."""
+"""Sums and moments over valid tokens.
+
+Masked places may hold anything, NaN included: they are filled or selected away, never multiplied by zero.
+"""
 
 import torch
 from torch import Tensor
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
-    """(count, Σx, Σx²) of the valid tokens, float64 [3]: add them over micro-batches and ranks."""
+    """(count, Σx, Σx²) of the valid tokens, float64 [3]: add them over micro-batches and ranks.
+
+    x: numbers or bool, any shape; mask: bool, the same shape.
+    """
     x = x.detach().masked_fill(~mask, 0).double()
     return torch.stack((mask.sum().double(), x.sum(), x.square().sum()))
 
@@ -31,9 +36,9 @@ def valid_index(mask: Tensor) -> Tensor:
 
 
 def check_finite(mask: Tensor, **tensors: Tensor | None) -> None:
-    """Raise FloatingPointError that names each tensor with NaN or inf on valid tokens, and how many.
+    """Raises FloatingPointError if a tensor has NaN or inf on valid tokens, with the names and how many there are.
 
-    mask and each tensor: the same shape; None is passed over. Waits for the device once.
+    mask and each tensor: the same shape; None is skipped. Waits for the device once.
     """
     given = {name: x.detach() for name, x in tensors.items() if x is not None}
     nan = torch.stack([(x.isnan() & mask).sum() for x in given.values()])

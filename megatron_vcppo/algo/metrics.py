@@ -1,8 +1,9 @@
 """Metrics that add up: name -> (sum, weight), tensors of one shape.
 
-Sums and weights over micro-batches and ranks may be added in any grouping; ``means`` divides at the very end. A weight
-of 0 says that the sum itself is the metric (a loss that is already divided by the batch's denominator). What is not a
-mean, such as a variance, is derived from means of powers after that.
+Sums and weights over micro-batches and ranks may be added in any grouping; ``means`` divides at the very end. A total,
+such as a loss that is already divided by the batch's denominator, has weight 0 and is not divided: make it with
+``total_metric`` and read it with ``means``, which are all that know of this. What is not a mean, such as a variance, is
+derived from means of powers after that.
 """
 
 import math
@@ -15,31 +16,34 @@ from megatron_vcppo.algo.masked import masked_moments
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
-# Of E[x²]: what is left of it by E[x]² for constant x. A spread of a millionth of the size counts as none.
+# Relative to E[x²]: variance below this is rounding error and treated as zero (std/|x| < 1e-6).
 _ROUNDING = 1e-12
 
 
 def mean_metric(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(Σ, count) over valid tokens of x, numbers or bool; float64 0-d."""
+    """(Σ, count) over valid tokens of x: numbers or bool, any shape, that of mask (bool). Both float64 0-d."""
     count, total, _ = masked_moments(x, mask)
     return total, count
 
 
 def moment_metrics(name: str, x: Tensor, mask: Tensor) -> Metrics:
-    """``name`` and ``name_squared``: from their means, ``standard_deviation(means, name)``."""
+    """``name`` and ``name_squared``, from whose means ``standard_deviation(means, name)`` follows; float64 0-d.
+
+    x: any shape; mask: bool, the same shape.
+    """
     count, total, squares = masked_moments(x, mask)
     return {name: (total, count), f"{name}_squared": (squares, count)}
 
 
 def total_metric(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A sum that is itself the metric."""
+    """A sum that is itself the metric: weight 0. x: any shape, usually 0-d; float64 of that shape."""
     x = x.detach().double()
     return x, torch.zeros_like(x)
 
 
 def add(parts: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> Metrics:
-    """Sums of sums, sums of weights; every part has the same names."""
-    first, *rest = parts
+    """Sums of sums and sums of weights; every part has the same names, and the same shapes for a name. Of none: {}."""
+    first, *rest = [*parts] or [{}]
     for part in rest:
         assert part.keys() == first.keys(), f"metrics {sorted(part.keys() ^ first.keys())} are not in every part"
     return {
@@ -48,19 +52,8 @@ def add(parts: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> Metrics:
     }
 
 
-def to_vector(metrics: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-    """Every sum and weight in one float64 vector, which ranks can add in one all-reduce."""
-    return torch.cat([x.double().flatten() for pair in metrics.values() for x in pair])
-
-
-def from_vector(vector: Tensor, like: Mapping[str, tuple[Tensor, Tensor]]) -> Metrics:
-    """Undo ``to_vector``; ``like`` has the names and shapes."""
-    parts = iter(vector.split([x.numel() for pair in like.values() for x in pair]))
-    return {name: (next(parts).view(s.shape), next(parts).view(w.shape)) for name, (s, w) in like.items()}
-
-
 def means(metrics: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """sum / weight; the sum itself where the weight is 0."""
+    """sum / weight, of the shape of both; the sum itself where the weight is 0."""
     return {name: torch.where(w == 0, s, s / w) for name, (s, w) in metrics.items()}
 
 
@@ -74,7 +67,7 @@ def standard_deviation(values: Mapping[str, float], name: str) -> float:
 def explained_variance(values: Mapping[str, float]) -> float:
     """1 - Var(returns - values) / Var(returns) from the means that ``value_loss`` reports; 0 if the returns are equal.
 
-    0: the critic says no more than a constant; below 0: less. 1: it is exact.
+    0: the critic is no better than a constant; below 0: worse. 1: it is exact.
     """
     returns_variance = standard_deviation(values, "returns") ** 2
     if returns_variance == 0:

@@ -13,6 +13,8 @@ from torch import Tensor
 from megatron_vcppo.algo.masked import valid_index
 from megatron_vcppo.algo.metrics import Metrics, moment_metrics, standard_deviation
 
+_DECILES = 10
+
 
 def position_profile(x: Tensor, mask: Tensor, bin_width: int, num_bins: int) -> tuple[Tensor, Tensor]:
     """(sums, counts) float64 [num_bins] over absolute places; the last bin also takes every later token.
@@ -23,20 +25,23 @@ def position_profile(x: Tensor, mask: Tensor, bin_width: int, num_bins: int) -> 
     return _binned(x, mask, bins, num_bins)
 
 
-def relative_profile(x: Tensor, mask: Tensor, num_bins: int = 10) -> tuple[Tensor, Tensor]:
-    """(sums, counts) float64 [num_bins] over relative places: deciles by default. x: [B, T]; mask: bool [B, T]."""
+def decile_profile(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(sums, counts) float64 [10] over tenths of each response's length. x: [B, T]; mask: bool [B, T]."""
     lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
-    bins = (valid_index(mask) * num_bins // lengths).clamp(max=num_bins - 1)
-    return _binned(x, mask, bins, num_bins)
+    bins = (valid_index(mask) * _DECILES // lengths).clamp(max=_DECILES - 1)
+    return _binned(x, mask, bins, _DECILES)
 
 
 def relative_position(mask: Tensor) -> Tensor:
-    """float32 [B, T], in (0, 1): the middle of each token's share of its response."""
+    """float32 [B, T], in (0, 1): the middle of each token's share of its response. mask: bool [B, T]."""
     return (valid_index(mask) + 0.5) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def trend_metrics(name: str, x: Tensor, positions: Tensor, mask: Tensor) -> Metrics:
-    """The five means from which ``trend`` finds slope and correlation of x over positions; all [B, T]."""
+    """The five means from which ``trend`` finds slope and correlation of x over positions.
+
+    x, positions: [B, T]; mask: bool [B, T]. Returns pairs of float64 0-d.
+    """
     product = (x.double() * positions.double()).masked_fill(~mask, 0.0)
     return {
         **moment_metrics(f"{name}_x", x, mask),
@@ -58,7 +63,7 @@ def trend(values: Mapping[str, float], name: str) -> tuple[float, float]:
 def terminal_share(mask: Tensor, decay: float | Tensor) -> Tensor:
     """float64 [B, T]: decay^(T - t), the share of the last token's reward that reaches token t (VC-PPO §3.3).
 
-    decay: γλ, a number or [B]. 1 at the last valid token, 0 where masked.
+    mask: bool [B, T]; decay: γλ, a number or [B]. 1 at the last valid token, 0 where masked.
     """
     decay = torch.as_tensor(decay, dtype=torch.float64, device=mask.device).reshape(-1, 1)
     tokens_after = mask.sum(dim=1, keepdim=True) - 1 - valid_index(mask)

@@ -1,4 +1,4 @@
-"""From one reward per rollout to rewards per token, and what is done about responses that were too long."""
+"""From one reward per rollout to rewards per token; penalty and filter for overlong responses."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from megatron_vcppo.algo.masked import last_valid
 
 
 def token_rewards(rewards: Tensor, mask: Tensor, kl: Tensor | None = None, kl_coef: float = 0.0) -> Tensor:
-    """[B, T]: the rollout's reward on its last valid token, less kl_coef · kl on every valid token.
+    """[B, T]: the rollout's reward on its last valid token, minus kl_coef · kl on every valid token.
 
     rewards: [B]; mask: bool [B, T]; kl: [B, T] from ``kl_estimate``. A row without valid tokens stays 0.
     """
@@ -27,8 +27,8 @@ def soft_overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tens
 
 
 def filter_overlong(mask: Tensor, truncated: Tensor) -> Tensor:
-    """The mask without the rows of responses that were cut (DAPO's overlong filtering): they teach nothing.
+    """The mask without the rows of truncated responses (DAPO's overlong filtering): they teach nothing.
 
-    mask: bool [B, T]; truncated: bool [B].
+    mask: bool [B, T]; truncated: bool [B]. Returns bool [B, T].
     """
     return mask & ~truncated[:, None]

@@ -2,7 +2,8 @@
 
 import argparse
 
-from megatron_vcppo.launch.prepare import add_run_argument, open_run
+from megatron_vcppo.commands.arguments import add_run_argument
+from megatron_vcppo.run.config_file import open_run
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -17,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcppo.run import events
     from megatron_vcppo.slurm.submission import active_jobs, cancel_jobs
 
-    folder, _ = open_run(args.folder)
+    folder, _ = open_run(args.run_folder)
     jobs = sorted((state.job_id for state in active_jobs(folder)), key=int)
     cancel_jobs(jobs)
     events.append(folder.path, "cancelled", jobs=jobs)

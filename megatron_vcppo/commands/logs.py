@@ -5,8 +5,9 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_vcppo.commands.arguments import add_run_argument
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.launch.prepare import add_run_argument, open_run
+from megatron_vcppo.run.config_file import open_run
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log_files import Follower
 
@@ -35,8 +36,8 @@ def find_log(run: RunFolder, stages: list[str], args: argparse.Namespace) -> Pat
     """The file that is meant. UserError names what there is; NotYet if nothing has started."""
     if args.stage and args.stage not in stages:
         raise UserError(f"stage {args.stage!r} is not in this run: {', '.join(stages)}")
-    started = [name for name in stages if run.attempts(name)]
-    newest = max(started, key=lambda name: run.attempts(name)[-1].stat().st_mtime, default=None)
+    started = [name for name in stages if run.stage(name).attempts()]
+    newest = max(started, key=lambda name: run.stage(name).attempts()[-1].stat().st_mtime, default=None)
     if args.role == "job":
         from megatron_vcppo.slurm.submission import submitted_jobs
 
@@ -49,11 +50,10 @@ def find_log(run: RunFolder, stages: list[str], args: argparse.Namespace) -> Pat
             raise NotYet(f"{run.path}: the job of {stage}, {jobs[stage]}, has not started; see vcppo status")
         return path
     stage = args.stage or newest
-    if stage is None or not run.attempts(stage):
+    if stage is None or not run.stage(stage).attempts():
         raise NotYet(f"{run.path}: no attempt of {stage or 'any stage'} has started; see vcppo status")
-    folder = run.attempts(stage)[-1]
-    if args.attempt is not None:
-        folder = folder.with_name(f"attempt_{args.attempt}")
+    stage_folder = run.stage(stage)
+    folder = stage_folder.attempts()[-1] if args.attempt is None else stage_folder.attempt(args.attempt)
     path = folder / f"{args.role}_{args.rank}.log"
     if not path.exists():
         there = ", ".join(sorted(file.name for file in path.parent.glob("*"))) or "nothing"
@@ -63,7 +63,7 @@ def find_log(run: RunFolder, stages: list[str], args: argparse.Namespace) -> Pat
 
 def run(args: argparse.Namespace) -> int:
     """Print the file; with -f go on with the attempts and stages that follow, until what is meant is done."""
-    folder, config = open_run(args.folder)
+    folder, config = open_run(args.run_folder)
     stages: list[str] = list(config.stages)
     if not args.follow:
         Follower(find_log(folder, stages, args)).close()
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     follower: Follower | None = None
     try:
         while True:
-            done = all(folder.marked_done(stage) for stage in ([args.stage] if args.stage else stages))
+            done = all(folder.stage(stage).marked_done() for stage in ([args.stage] if args.stage else stages))
             path: Path | None
             try:
                 path = find_log(folder, stages, args)

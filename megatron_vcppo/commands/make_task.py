@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.run.files import replacing
 
 _DONE = "make_task.json"
 _DATA_SETTINGS = ("task", "steps", "mistake_rate", "demonstrations", "validation", "prompts", "test", "seed")
@@ -48,19 +48,18 @@ def run(args: argparse.Namespace) -> int:
             return 0
         raise UserError(f"{out} exists; remove it or choose another --out")
     _check(args)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    counts = _write_data(args, partial)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as folder:
+        folder.mkdir()
+        counts = _write_data(args, folder)
 
-    from megatron_vcppo.tasks.base_model import write_base_model  # imports torch and transformers
+        from megatron_vcppo.tasks.base_model import write_base_model  # imports torch and transformers
 
-    num_parameters = write_base_model(
-        partial / "base_model", args.family, args.layers, args.width, args.head_size, args.max_length, args.seed
-    )
-    record = {"settings": settings, "rows": counts, "parameters": num_parameters}
-    (partial / _DONE).write_text(json.dumps(record, indent=1) + "\n")
-    partial.rename(out)
+        num_parameters = write_base_model(
+            folder / "base_model", args.family, args.layers, args.width, args.head_size, args.max_length, args.seed
+        )
+        record = {"settings": settings, "rows": counts, "parameters": num_parameters}
+        (folder / _DONE).write_text(json.dumps(record, indent=1) + "\n")
     print(
         f"{out}: base model with {num_parameters:,} parameters; " + ", ".join(f"{n:,} {k}" for k, n in counts.items())
     )

@@ -1,7 +1,6 @@
 """``vcppo report RUN …``: curves, diagnosis and sample rollouts of a run, or of several side by side, as HTML."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "evaluation, curves, advantages by position, time per phase, sample rollouts, configuration. Several runs "
         "share the same plots.",
     )
-    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help="run folder")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="left out: report.html, or comparison.html, in the first RUN"
     )
@@ -32,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     """Read, render, write, say where."""
     from megatron_vcppo.report.html import render
 
-    runs = read_runs(args.run_dirs)
-    out = args.out or args.run_dirs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
+    runs = read_runs(args.run_folders)
+    out = args.out or args.run_folders[0] / ("report.html" if len(runs) == 1 else "comparison.html")
     page = render(runs)
     write(out, page)
     print(f"{out}: {len(page.encode()) / 1000:,.0f} kB")
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 def read_runs(folders: Sequence[Path]) -> "list[RunData]":
     """The runs, each with a name and a colour of its own. UserError if a folder is no run or is named twice."""
     from megatron_vcppo.report.run_data import COLOURS, read_config, read_run
-    from megatron_vcppo.run.manifest import MANIFEST_NAME
+    from megatron_vcppo.run.folder import RunFolder
 
     for folder in folders:
         read_config(folder)  # every mistake in the call before any work
@@ -58,21 +57,23 @@ def read_runs(folders: Sequence[Path]) -> "list[RunData]":
         names = [str(folder) for folder in folders]
     runs = []
     for i, (folder, name) in enumerate(zip(folders, names)):
-        done = frozenset(path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}"))
+        done = frozenset(stage.name for stage in RunFolder(folder).stages() if stage.marked_done())
         runs.append(read_run(folder, name, COLOURS[i % len(COLOURS)], done, samples_of(folder)))
     return runs
 
 
 def samples_of(folder: Path) -> "list[Samples]":
     """From the first and the last complete iteration that PPO stored; before PPO, the last of an earlier stage."""
+    from megatron_vcppo.run.folder import RunFolder
     from megatron_vcppo.run.rollout_store import stored_iterations
 
-    ppo = folder / "ppo" / "rollouts"
+    run = RunFolder(folder)
+    ppo = run.stage("ppo").rollouts
     known = stored_iterations(ppo)
     found = [first_complete(ppo, "ppo", known), first_complete(ppo, "ppo", known[:0:-1])]
     for stage in ("value_pretrain", "reward_model"):
         if not any(found):
-            rollouts = folder / stage / "rollouts"
+            rollouts = run.stage(stage).rollouts
             found.append(first_complete(rollouts, stage, stored_iterations(rollouts)[::-1]))
     return list({(one.stage, one.iteration): one for one in found if one is not None}.values())
 
@@ -92,10 +93,9 @@ def first_complete(rollouts: Path, stage: str, iterations: Sequence[int]) -> "Sa
 
 def write(out: Path, page: str) -> None:
     """The file appears whole or not at all. UserError if it cannot be written."""
-    temporary = out.with_name(f".{out.name}.tmp")
+    from megatron_vcppo.run.files import write_text
+
     try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, out)
+        write_text(out, page)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{out}: cannot write: {error.strerror}; choose another place with --out") from None

@@ -2,10 +2,10 @@
 
 import argparse
 
+from megatron_vcppo.commands.arguments import add_run_argument, add_stage_arguments, chosen_stages, prepare
 from megatron_vcppo.commands.submit import print_jobs
 from megatron_vcppo.config.value_sources import LOCAL
-from megatron_vcppo.launch.prepare import add_run_argument, add_stage_arguments, open_run, prepare
-from megatron_vcppo.run.folder import chosen_stages
+from megatron_vcppo.run.config_file import open_run
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -22,7 +22,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Submit the rest of the chain, or run it here."""
-    folder, config = open_run(args.folder)
+    folder, config = open_run(args.run_folder)
     if args.overrides:
         folder, config = prepare(folder.config, args.overrides)
     stages = chosen_stages(list(config.stages), args.first, args.last, args.only)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Rollout
+from megatron_vcppo.run.folder import RunFolder, StageFolder
 
 WIDTH = 110
 
@@ -14,7 +15,7 @@ WIDTH = 110
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the command."""
     parser = subparsers.add_parser("rollouts", description=__doc__, help="read stored rollouts")
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder, or the folder of one of its stages")
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder, or the folder of one of its stages")
     parser.add_argument("--stage", default="ppo", help="stage whose rollouts are read (ppo)")
     parser.add_argument("--iteration", type=int, help="left out: the last one stored")
     parser.add_argument("--worst", type=int, default=5, metavar="K", help="how many to show (5)")
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the rollouts."""
     from megatron_vcppo.run.rollout_store import read_rollouts, stored_iterations
 
-    folder = find_folder(args.run_dir, args.stage)
+    folder = find_folder(args.run_folder, args.stage)
     known = stored_iterations(folder)
     if not known:
         raise UserError(f"{folder}: no rollouts are stored")
@@ -37,14 +38,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def find_folder(run_dir: Path, stage: str) -> Path:
-    """The folder of stored rollouts: RUN/STAGE/rollouts, or RUN/rollouts if RUN is a stage's folder."""
-    for folder in (run_dir / stage / "rollouts", run_dir / "rollouts"):
-        if folder.is_dir():
-            return folder
-    others = sorted(path.parent.name for path in run_dir.glob("*/rollouts"))
+def find_folder(folder: Path, stage: str) -> Path:
+    """Where a run's stage, or ``folder`` if it is a stage's, has its rollouts. UserError if there are none."""
+    run = RunFolder(folder)
+    for rollouts in (run.stage(stage).rollouts, StageFolder(folder).rollouts):
+        if rollouts.is_dir():
+            return rollouts
+    others = [other.name for other in run.stages() if other.rollouts.is_dir()]
     hint = f"; stages that have some: {', '.join(others)} (--stage)" if others else ""
-    raise UserError(f"{run_dir}: stage {stage} has no rollouts{hint}")
+    raise UserError(f"{folder}: stage {stage} has no rollouts{hint}")
 
 
 def worst(rollouts: list[Rollout], count: int) -> list[Rollout]:

@@ -4,7 +4,8 @@ import argparse
 import sys
 import time
 
-from megatron_vcppo.launch.prepare import add_run_argument, open_run
+from megatron_vcppo.commands.arguments import add_run_argument
+from megatron_vcppo.run.config_file import open_run
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -21,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcppo.slurm.chain_status import run_status, table
     from megatron_vcppo.slurm.slurm_cli import Unreachable
 
-    folder, config = open_run(args.folder)
+    folder, config = open_run(args.run_folder)
     clear = "\033[2J\033[H" if sys.stdout.isatty() else ""
     while True:
         try:

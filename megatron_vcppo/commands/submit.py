@@ -2,10 +2,9 @@
 
 import argparse
 
+from megatron_vcppo.commands.arguments import add_chain_arguments, chosen_stages, prepare
 from megatron_vcppo.config.value_sources import LOCAL
 from megatron_vcppo.launch.inherit import take_stages
-from megatron_vcppo.launch.prepare import add_chain_arguments, prepare
-from megatron_vcppo.run.folder import chosen_stages
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

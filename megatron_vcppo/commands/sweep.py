@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_vcppo.launch.prepare import add_base_argument
+from megatron_vcppo.commands.arguments import add_base_argument
 from megatron_vcppo.run.folder import RunFolder
 
 
@@ -26,13 +26,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Start the chains, or show what they gave."""
+    from megatron_vcppo.commands.arguments import chosen_stages, prepare
     from megatron_vcppo.config.load import load_config
     from megatron_vcppo.config.value_sources import LOCAL, profile_files
     from megatron_vcppo.errors import UserError
     from megatron_vcppo.launch.inherit import take_stages
-    from megatron_vcppo.launch.prepare import prepare
     from megatron_vcppo.launch.sweep_points import points, write_points
-    from megatron_vcppo.run.folder import chosen_stages
 
     if args.results:
         print(text_table(results(args.results)))
@@ -69,8 +68,8 @@ SHOWN_OF_PPO = ("rollout/accuracy", "rollout/length_mean", "critic/explained_var
 def results(folder: Path) -> list[dict[str, object]]:
     """One row per chain: its values, the stage it is at, PPO's newest numbers (before PPO: that stage's), and what the
     evaluation found, in percent."""
-    from megatron_vcppo.launch.prepare import open_run
     from megatron_vcppo.launch.sweep_points import read_points
+    from megatron_vcppo.run.config_file import open_run
     from megatron_vcppo.slurm.chain_status import run_status
 
     rows = []
@@ -82,9 +81,9 @@ def results(folder: Path) -> list[dict[str, object]]:
             reached = [status for status in run_status(run, config) if status.attempts]
             if reached:
                 row |= {"stage": reached[-1].stage, "state": reached[-1].state}
-                newest = (run.metrics("ppo") or [{}])[-1]
+                newest = (run.stage("ppo").recent_metrics() or [{}])[-1]
                 row |= {name: newest[name] for name in SHOWN_OF_PPO if name in newest} or reached[-1].metrics
-            row |= evaluation(run.stage("evaluate") / "results.json")
+            row |= evaluation(run.stage("evaluate").results)
         rows.append(row)
     return rows
 

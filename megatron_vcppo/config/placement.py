@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from megatron_vcppo.config.schema import Config
+from megatron_vcppo.integers import ceil_div
 
 Placement = Literal["rollout_nodes", "trainer_nodes", "trainer_gpus"]
 
@@ -81,7 +82,7 @@ def _check_gpus(config: Config, engines: str) -> Iterator[str]:
     if taken > gpus:
         yield f"rollout.engine: {engines} take {taken} GPUs of a node; cluster.gpus_per_node is {gpus}"
     elif engine_placement(config) == "trainer_nodes":
-        ranks = -(-(cluster.trainer_ranks or 1) // max(1, cluster.trainer_nodes))
+        ranks = ceil_div(cluster.trainer_ranks or 1, max(1, cluster.trainer_nodes))
         if ranks + taken > gpus:
             trainer = "1 trainer rank" if ranks == 1 else f"{ranks} trainer ranks"
             yield (

@@ -6,7 +6,7 @@ from typing import Any
 from megatron_vcppo.data.readers import Sample, sample_name
 from megatron_vcppo.errors import UserError
 
-POLICIES = ("error", "skip", "truncate")
+ON_BAD_SAMPLE = ("error", "skip", "truncate")
 _SHOWN = 10
 
 
@@ -21,14 +21,14 @@ class BadSample(Exception):
 
 @dataclass
 class DataReport:
-    """Counts of one source. ``policy`` decides: error stops with the list of bad samples, skip and truncate go on.
+    """Counts of one source. ``on_bad_sample``: error stops with the list of bad samples, skip and truncate continue.
 
     Example of ``str(report)``: ``train.jsonl: 1000 samples, 997 used, 2 truncated, 3 skipped`` and then a line per
     problem: ``  2 × empty response: train.jsonl:17, train.jsonl:90``.
     """
 
     source: str
-    policy: str
+    on_bad_sample: str
     num_samples: int = 0
     num_used: int = 0
     num_truncated: int = 0
@@ -39,29 +39,24 @@ class DataReport:
     _details: list[str] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise UserError(f"bad_samples: {self.policy!r} is not one of {', '.join(POLICIES)}")
-
-    @property
-    def num_bad(self) -> int:
-        """Samples with a problem, truncated ones included."""
-        return sum(self.counts.values())
+        if self.on_bad_sample not in ON_BAD_SAMPLE:
+            raise UserError(f"bad_samples: {self.on_bad_sample!r} is not one of {', '.join(ON_BAD_SAMPLE)}")
 
     def bad(self, number: int, problem: BadSample) -> None:
-        """Count a bad sample. Raises UserError under policy error once ten are known; see ``finish``."""
+        """Count a bad sample. Raises UserError with on_bad_sample error once ten are known; see ``finish``."""
         kind = problem.kind
         self.counts[kind] = self.counts.get(kind, 0) + 1
         places = self.problems.setdefault(kind, [])
         if len(places) < _SHOWN:
             places.append(number)
-        if self.policy == "error":
+        if self.on_bad_sample == "error":
             self._details.append(f"{sample_name(self.source, number)}: {problem}")
             if len(self._details) == _SHOWN:
                 self._raise("at least ")
 
     def finish(self) -> None:
-        """The source is read. Raises UserError if a bad sample was found under policy error, or if nothing is left."""
-        if self.policy == "error" and self._details:
+        """The source is read. Raises UserError if nothing is left, or for bad samples with on_bad_sample error."""
+        if self.on_bad_sample == "error" and self._details:
             self._raise("")
         if not self.num_used:
             raise UserError(f"no usable sample in {self}" if self.num_samples else f"{self.source} holds no sample")
@@ -79,7 +74,7 @@ class DataReport:
 
     def _raise(self, at_least: str) -> None:
         lines = "\n  ".join(self._details)
-        advice = "mend them, or set bad_samples to skip or truncate"
+        advice = "fix them, or set bad_samples to skip or truncate"
         raise UserError(f"{self.source}: {at_least}{len(self._details)} bad samples; {advice}:\n  {lines}")
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_vcppo.data.seeds import epoch_seed
 from megatron_vcppo.errors import UserError
 
 
@@ -43,7 +44,7 @@ class EpochOrder:
         return {"samples_seen": self.samples_seen, "num_samples": self.num_samples, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken. Raises UserError if the data or the seed are not the same."""
+        """Continue where ``state`` was taken. Raises UserError if the data or the seed are not the same."""
         for key, ours in (("num_samples", self.num_samples), ("seed", self.seed)):
             if state[key] != ours:
                 raise UserError(
@@ -54,5 +55,8 @@ class EpochOrder:
 
     def _of_epoch(self, epoch: int) -> np.ndarray:
         if self._permutation is None or self._permutation[0] != epoch:
-            self._permutation = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_samples))
+            self._permutation = (
+                epoch,
+                np.random.default_rng(epoch_seed(self.seed, epoch)).permutation(self.num_samples),
+            )
         return self._permutation[1]

@@ -1,19 +1,21 @@
 """Sequences into packed micro-batches: which go together, who gets which, and the shift by one token.
 
 Packed means concatenated along one axis of T tokens, with segment borders in ``cu_seqlens`` and no padding between
-sequences, but what context parallelism asks for at their ends. The model's output at t predicts token t + 1 of the same
+sequences, but what context parallelism needs at their ends. The model's output at t predicts token t + 1 of the same
 segment, so every per-token field is moved one place to the left inside its segment here, once, and nowhere else.
 """
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_vcppo.integers import round_up
 from megatron_vcppo.records import TrainSequence
 
 
@@ -34,7 +36,7 @@ class PackedMicrobatch:
     labels: Tensor
     """[T] int64: the token that the output at t predicts, 0 where there is none."""
     fields: dict[str, Tensor]
-    """name → [T], aligned with ``labels``; bool if the name ends in "_mask", else float32; 0 where no label is."""
+    """name → [T], aligned with ``labels``; bool or float32, as its sequences have it; 0 where no label is."""
     sequence_index: tuple[int, ...]
     """For each packed sequence, in order, its index in the list that it came from."""
     lengths: tuple[int, ...]
@@ -79,14 +81,14 @@ def pack(
     sequence_index: Sequence[int],
     multiple: int = 1,
     segment_multiple: int = 1,
-    field_names: Sequence[str] = (),
+    empty_fields: Mapping[str, type] = MappingProxyType({}),
 ) -> PackedMicrobatch:
     """Concatenate ``sequences[i] for i in sequence_index``; all have the same fields.
 
     multiple: T is rounded up to it by one dummy segment (sequence and context parallelism). segment_multiple: each
-    segment is rounded up to it by tokens at its end (context parallelism). ``context.rounding`` gives both. No
-    sequences: only the dummy segment, with ``field_names`` as its fields, for a rank that has no work but must join the
-    collectives.
+    segment is rounded up to it by tokens at its end (context parallelism). ``context_split.rounding`` gives both. No
+    sequences: only the dummy segment, with ``empty_fields`` (name → bool | float), for a rank that has no work but must
+    join the collectives.
     """
     assert multiple % segment_multiple == 0, f"multiple {multiple} must contain segment_multiple {segment_multiple}"
     chosen = [sequences[i] for i in sequence_index]
@@ -100,16 +102,21 @@ def pack(
 
     token_ids = np.zeros(num_tokens, dtype=np.int64)
     labels = np.zeros(num_tokens, dtype=np.int64)
-    names = list(chosen[0].fields) if chosen else list(field_names)
-    fields: dict[str, np.ndarray] = {name: np.zeros(num_tokens, dtype=_field_dtype(name)) for name in names}
+    kinds = {name: np.asarray(values[:1]).dtype for name, values in chosen[0].fields.items()} if chosen else {}
+    dtypes = {
+        name: np.bool_ if np.issubdtype(kind, np.bool_) else np.float32
+        for name, kind in (kinds or empty_fields).items()
+    }
+    names = list(dtypes)
+    fields: dict[str, np.ndarray] = {name: np.zeros(num_tokens, dtype=dtype) for name, dtype in dtypes.items()}
     for sequence, start, length in zip(chosen, borders, lengths, strict=False):
         ids = np.asarray(sequence.token_ids, dtype=np.int64)
         token_ids[start : start + length] = ids
         labels[start : start + length - 1] = ids[1:]
-        assert list(sequence.fields) == names, f"fields {list(sequence.fields)} beside {names} in one micro-batch"
+        assert list(sequence.fields) == names, f"fields {list(sequence.fields)}, not {names}, in one micro-batch"
         for name, values in sequence.fields.items():
             assert len(values) == length, f"field {name}: {len(values)} values for {length} tokens"
-            assert not (name.endswith("_mask") and values[0]), f"field {name}: nothing predicts the first token"
+            assert not (dtypes[name] is np.bool_ and values[0]), f"field {name}: nothing predicts the first token"
             fields[name][start : start + length - 1] = values[1:]
     return PackedMicrobatch(
         token_ids=torch.from_numpy(token_ids),
@@ -143,7 +150,7 @@ def unpack_all(microbatches: Sequence[PackedMicrobatch], values: Sequence[Tensor
 def pack_into_microbatches(lengths: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:
     """Bins of sequence indices whose lengths sum to at most the budget: best-fit decreasing, deterministic.
 
-    A sequence longer than the budget gets a bin of its own. Indices rise within a bin; bins are ordered by their
+    A sequence longer than the budget gets its own bin. Indices rise within a bin; bins are ordered by their
     first index. O(n log n); at most 11/9 of the optimum, in practice one or two bins above the sum.
     """
     bins: list[list[int]] = []
@@ -162,16 +169,14 @@ def pack_into_microbatches(lengths: Sequence[int], tokens_per_microbatch: int) -
     return sorted(sorted(indices) for indices in bins)
 
 
-def balance(lengths: Sequence[int], num_ranks: int, quadratic: float = 0.0) -> list[list[int]]:
-    """Share sequences out over ranks so that the largest cost is small: greedy, then pairwise exchange.
+def balance(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Distribute sequences over ranks so that the largest sum of lengths is small: greedy, then pairwise exchange.
 
-    The cost of a length l is l + quadratic · l² (tokens; the second term is attention's, relative to the rest).
     Returns num_ranks lists of rising indices; some are empty only if there are fewer sequences than ranks.
     Longest-first to the least loaded rank (Graham 1969), then moves and swaps out of the most loaded rank
     until none lowers the maximum. Deterministic.
     """
     costs = np.asarray(lengths, dtype=np.float64)
-    costs = costs + quadratic * costs * costs
     heap = [(0.0, rank) for rank in range(num_ranks)]
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     for index in np.argsort(-costs, kind="stable").tolist():
@@ -208,12 +213,3 @@ def _exchange(ranks: list[list[int]], loads: np.ndarray, costs: np.ndarray) -> N
         ranks[light].append(moved)
         for rank in (heavy, light):
             loads[rank] = costs[ranks[rank]].sum()
-
-
-def round_up(value: int, multiple: int) -> int:
-    """The least multiple of ``multiple`` that is not under ``value``."""
-    return -(-value // multiple) * multiple
-
-
-def _field_dtype(name: str) -> type:
-    return np.bool_ if name.endswith("_mask") else np.float32

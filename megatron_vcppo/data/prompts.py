@@ -17,7 +17,7 @@ from megatron_vcppo.records import Prompt
 
 CheckAnswer = Callable[[str, str], None]
 """Given task and answer, raises ValueError if a verifier could not judge by that answer."""
-_BATCH = 1024  # prompts that are tokenised in one call
+_BATCH = 1024  # prompts that are tokenized in one call
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def load_prompts(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    policy: str = "error",
+    on_bad_sample: str = "error",
     keys: PromptKeys = PromptKeys(),
     known_tasks: Collection[str] = (),
     split: str = "train",
@@ -43,19 +43,19 @@ def load_prompts(
     """All prompts of a source (see ``read_samples``), in its order, with ids ``file:line``.
 
     A prompt is text or chat messages; an answer that is not text becomes its JSON or number.
-    max_length: tokens of a prompt; a longer one cannot be cut without losing the question, so policy truncate skips
-    it like policy skip. known_tasks: if given, any other task makes a sample bad; so does an answer that check_answer
+    max_length: tokens of a prompt; a longer one cannot be truncated without losing the question, so truncate skips
+    it, too. known_tasks: if given, any other task makes a sample bad; so does an answer that check_answer
     refuses.
-    Raises UserError for bad samples under policy error, and if no prompt is left.
+    Raises UserError for bad samples with on_bad_sample error, and if no prompt is left.
     """
-    report = DataReport(source, policy)
+    report = DataReport(source, on_bad_sample)
     prompts = list(_read(read_samples(source, split), tokenizer, max_length, keys, known_tasks, report, check_answer))
     report.finish()
     return prompts, report
 
 
 class PromptStream:
-    """Endless batches of prompts. No prompt comes twice or is left out within an epoch, across any resumes.
+    """Endless batches of prompts. No prompt comes twice or is missing within an epoch, across any resumes.
 
     A batch may cross the border between two epochs; ids end in ``@epoch`` so that they stay distinct there.
     """
@@ -83,7 +83,7 @@ class PromptStream:
         return self._order.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken. Raises UserError if the prompts or the seed are not the same."""
+        """Continue where ``state`` was taken. Raises UserError if the prompts or the seed are not the same."""
         self._order.load_state_dict(state)
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack, pack_all
 from megatron_vcppo.records import Rollout, TrainSequence
 
 
@@ -26,7 +25,7 @@ class RolloutBatch:
     rewards: Tensor
     """float32 [B]"""
     truncated: Tensor
-    """bool [B]: cut at the token limit"""
+    """bool [B]: stopped by the token limit"""
     group_ids: Tensor
     """int64 [B]: equal for samples of one prompt"""
 
@@ -37,6 +36,16 @@ class RolloutBatch:
     def lengths(self) -> Tensor:
         """Response tokens: int64 [B]."""
         return self.response_mask.sum(dim=1)
+
+    @property
+    def sequence_lengths(self) -> list[int]:
+        """Tokens of prompt and response of each rollout."""
+        return [len(r.prompt.token_ids) + len(r.response_ids) for r in self.rollouts]
+
+    @property
+    def is_correct(self) -> Tensor:
+        """bool [B]: whether the verifier accepted the response."""
+        return torch.tensor([rollout.is_correct for rollout in self.rollouts])
 
     def to_rows(self, rows: Sequence[Sequence[float]], indices: Sequence[int]) -> Tensor:
         """Model outputs per whole sequence (see ``PackedMicrobatch.unpack``) as float32 [B, T]; other rows are 0."""
@@ -85,28 +94,23 @@ def make_batch(rollouts: Sequence[Rollout]) -> RolloutBatch:
 
 
 @dataclass(frozen=True)
-class Packer:
-    """How sequences become this replica's micro-batches."""
+class ModelOutputs:
+    """What the models say of a batch before its update; all float32 [B, T], 0 beyond the responses."""
 
-    tokens_per_microbatch: int
-    multiple: int
-    """Micro-batch lengths are rounded up to it, see ``context.rounding``."""
-    dp_rank: int
-    dp_size: int
-    segment_multiple: int = 1
-    """Each sequence's length is, too."""
+    old_logprobs: Tensor
+    """Of the actor."""
+    rollout_logprobs: Tensor
+    """From the engines."""
+    ref_logprobs: Tensor | None = None
+    """Of the frozen reference; None without KL terms."""
+    values: Tensor | None = None
+    """Of the critic; None with a group baseline."""
 
-    def share(self, lengths: Sequence[int]) -> list[int]:
-        """Indices of the sequences that this data-parallel replica works on."""
-        return balance(lengths, self.dp_size)[self.dp_rank]
+    def by_name(self) -> dict[str, Tensor]:
+        """Those that there are, under the names of the fields that losses read."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
-    def imbalance(self, lengths: Sequence[int]) -> float:
-        """Tokens of the fullest replica over the mean; 1 is even."""
-        loads = [sum(lengths[i] for i in share) for share in balance(lengths, self.dp_size)]
-        return max(loads) * len(loads) / sum(loads)
 
-    def pack(self, sequences: Sequence[TrainSequence], field_names: Sequence[str] = ()) -> list[PackedMicrobatch]:
-        """This replica's sequences as micro-batches; one of padding alone if it has none."""
-        if not sequences:
-            return [pack([], [], self.multiple, self.segment_multiple, field_names)]
-        return pack_all(sequences, self.tokens_per_microbatch, self.multiple, self.segment_multiple)
+def field_types(tensors: Mapping[str, Tensor]) -> dict[str, type]:
+    """bool or float of each field, as ``Packer.pack`` wants to know it of a shard without rollouts."""
+    return {name: bool if tensor.dtype == torch.bool else float for name, tensor in tensors.items()}

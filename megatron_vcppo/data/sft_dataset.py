@@ -1,6 +1,5 @@
 """Supervised examples: prompt and response, or a chat, as token ids with the loss on what the model should say."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,12 +12,13 @@ from megatron_vcppo.data.bad_samples import BadSample, DataReport, require
 from megatron_vcppo.data.readers import Sample, read_samples
 from megatron_vcppo.data.tokenizer import Messages, check_messages, encode_texts, prompt_text, render_chat
 from megatron_vcppo.records import TrainSequence
+from megatron_vcppo.run.files import replacing
 
 Progress = Callable[[int, float], None]
 """Called now and then with (samples read, fraction of the source read)."""
 
 _ARRAYS = ("token_ids", "loss_mask", "borders")
-_BATCH = 512  # samples that are tokenised in one call
+_BATCH = 512  # samples that are tokenized in one call
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SftKeys:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text that is tokenised by itself, as an engine would see it."""
+    """A stretch of text that is tokenized by itself, as an engine would see it."""
 
     text: str
     loss: bool
@@ -52,13 +52,11 @@ class SftDataset:
 
     def save(self, folder: Path) -> None:
         """Write the arrays to a folder, replacing it; it has its name only when it is whole."""
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name in _ARRAYS:
-            np.save(temporary / f"{name}.npy", getattr(self, f"_{name}"))
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            for name in _ARRAYS:
+                np.save(temporary / f"{name}.npy", getattr(self, f"_{name}"))
 
     @classmethod
     def load(cls, folder: Path) -> "SftDataset":
@@ -87,18 +85,18 @@ def load_sft_dataset(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    policy: str = "error",
+    on_bad_sample: str = "error",
     keys: SftKeys = SftKeys(),
     split: str = "train",
     on_progress: Progress | None = None,
 ) -> tuple[SftDataset, DataReport]:
-    """Read, tokenise and check a source; a response ends with EOS.
+    """Read, tokenize and check a source; a response ends with EOS.
 
-    max_length: tokens; a longer example is bad. policy: error | skip | truncate (cut an example that is too long,
-    skip what cannot be cut). The report says what became of each sample; the caller prints it.
-    Raises UserError for bad samples under policy error, and if no sample is usable.
+    max_length: tokens; a longer example is bad. on_bad_sample: error | skip | truncate (an example that is too
+    long, skip what cannot be). The report says what became of each sample; the caller prints it.
+    Raises UserError for bad samples with on_bad_sample error, and if no sample is usable.
     """
-    report = DataReport(source, policy)
+    report = DataReport(source, on_bad_sample)
     token_ids: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     for ids, mask in _encode_all(read_samples(source, split), tokenizer, max_length, keys, report, on_progress):
@@ -137,7 +135,7 @@ def _encode_all(
             if len(ids) > max_length:
                 kept = sum(mask[:max_length])
                 report.bad(sample.number, BadSample("too long", f"{len(ids)} tokens, model.max_length is {max_length}"))
-                if report.policy != "truncate" or not kept:
+                if report.on_bad_sample != "truncate" or not kept:
                     continue
                 report.num_truncated += 1
                 ids, mask = ids[:max_length], mask[:max_length]

@@ -30,7 +30,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     transformers_logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # whatever transformers raises for a broken file, the user can only mend the folder
+    except Exception as error:  # whatever transformers raises for a broken file, the user can only fix the folder
         raise UserError(f"cannot load the tokenizer of {path}: {' '.join(str(error).split())[:300]}") from error
     finally:
         transformers_logging.set_verbosity(level)

@@ -1,7 +1,7 @@
 """What a decoder is made of, read from a Hugging Face folder's config.json. Needs neither torch nor megatron.
 
 Supported: Qwen2 and Qwen2.5 (model_type qwen2), Qwen3 (qwen3), Llama 3 (llama). Everything that the Megatron model
-would silently compute differently (sliding windows, other rope types, extra biases, quantised weights) is an error.
+would silently compute differently (sliding windows, other rope types, extra biases, quantized weights) is an error.
 """
 
 import json
@@ -63,7 +63,7 @@ class Architecture:
 
     @classmethod
     def from_hf(cls, path: str | Path) -> "Architecture":
-        """Read ``path``/config.json. UserError: no such file, bad JSON, missing keys, unsupported features."""
+        """Read ``path``/config.json. Raises UserError if it is missing, is not JSON, lacks keys or is not supported."""
         file = Path(path) / "config.json"
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
@@ -77,7 +77,7 @@ class Architecture:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str = "config.json") -> "Architecture":
-        """The same from the parsed content of config.json; ``source`` names it in errors."""
+        """The same from the parsed content of config.json; ``source`` names it in errors. Raises UserError as there."""
         family = config.get("model_type")
         if family not in FAMILIES:
             raise UserError(f"{source}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
@@ -158,7 +158,7 @@ class Architecture:
         return 3 * (2 * per_token * sum(lengths) + attention)
 
     def check_parallel(self, tp: int, pp: int) -> None:
-        """UserError, with the numbers, if the model cannot be split over ``tp`` tensor and ``pp`` pipeline ranks."""
+        """Raises UserError, with the numbers, if ``tp`` tensor and ``pp`` pipeline ranks cannot split the model."""
         problems = [
             f"{name} {size} is not divisible by tp {tp}"
             for name, size in (
@@ -171,10 +171,10 @@ class Architecture:
         if pp < 1 or self.num_layers % pp:
             problems.append(f"layers {self.num_layers} are not divisible by pp {pp}")
         if problems:
-            raise UserError("this model cannot be split as asked: " + "; ".join(problems))
+            raise UserError("this model cannot be split as configured: " + "; ".join(problems))
 
     def check_length(self, max_length: int) -> None:
-        """UserError, with the numbers, if sequences may be longer than the positions that the model was made for."""
+        """Raises UserError, with the numbers, if sequences may be longer than the model's positions."""
         if max_length > self.max_positions:
             raise UserError(
                 f"model.max_length {max_length} is more than the model's {self.max_positions} positions "
@@ -235,7 +235,7 @@ def _unsupported(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str
     if config.get("num_experts") or config.get("num_local_experts"):
         problems.append("mixture of experts (supported: dense models)")
     if config.get("quantization_config"):
-        problems.append("quantised weights (supported: " + ", ".join(DTYPES) + ")")
+        problems.append("quantized weights (supported: " + ", ".join(DTYPES) + ")")
     if _dtype(config) not in DTYPES:
         problems.append(f"dtype {_dtype(config)} (supported: {', '.join(DTYPES)})")
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]

@@ -14,10 +14,10 @@ _HEADS = {_OUTPUT_LAYER, "score.weight", "score.bias"}
 
 
 def model_tensors(folder: Path, arch: Architecture, trunk_only: bool = False) -> dict[str, TensorInFile]:
-    """Where each tensor of the model lies, in the order of the mapping table.
+    """Where each tensor of the model is stored, in the order of the mapping table.
 
-    trunk_only: without the output layer, for a critic, which has a head of its own; the folder's head, whatever it is,
-    is not looked at. UserError lists every missing, unexpected, misshaped, damaged or truncated tensor or file.
+    trunk_only: without the output layer, for a critic, which has its own head; the folder's head is ignored. Raises
+    UserError that lists every missing, unexpected, misshaped, damaged or truncated tensor or file.
     """
     tensors = read_folder(folder)
     expected = hf_shapes(parameters(arch))
@@ -35,7 +35,7 @@ def model_tensors(folder: Path, arch: Architecture, trunk_only: bool = False) ->
 
 
 def _check_copy(folder: Path, embedding: TensorInFile, output_layer: TensorInFile) -> None:
-    """A tied model's output layer may be stored beside the embedding, as long as it is the same."""
+    """A tied model's output layer may be stored next to the embedding, as long as it is the same."""
     if not np.array_equal(_bytes(embedding), _bytes(output_layer)):
         raise UserError(
             f"{folder}: config.json ties the output layer to the embedding, but {_OUTPUT_LAYER} differs from it; "

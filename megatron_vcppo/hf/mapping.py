@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.integers import round_up
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _LOCAL_SPEC_NAMES = {
@@ -31,7 +32,7 @@ _LOCAL_SPEC_NAMES = {
 
 @dataclass(frozen=True)
 class Block:
-    """Rows [hf_row, hf_row + num_rows) of one Hugging Face tensor lie at [row, row + num_rows) in Megatron's."""
+    """Rows [hf_row, hf_row + num_rows) of one Hugging Face tensor are rows [row, row + num_rows) of Megatron's."""
 
     hf_name: str
     hf_row: int
@@ -64,8 +65,7 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     Every tp that divides 128 gives the same size, so checkpoints reshard without a change of shape. Logits of padding
     rows must be masked (``[vocab_size:]``): they belong to no token.
     """
-    multiple = math.lcm(128, tp)
-    return -(-vocab_size // multiple) * multiple
+    return round_up(vocab_size, math.lcm(128, tp))
 
 
 def parameters(arch: Architecture, tp: int = 1, kind: str = "actor") -> list[Parameter]:
@@ -173,7 +173,10 @@ def pipeline_stage(name: str, num_layers: int, pp: int) -> int:
 
 
 def merge(parameter: Parameter, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The full Megatron tensor from Hugging Face tensors by name; padding rows are zero."""
+    """The full Megatron tensor, of ``parameter.shape``, from Hugging Face tensors by name; padding rows are zero.
+
+    tensors: those of ``parameter.hf_names``, of one dtype, with the shapes of ``hf_shapes``.
+    """
     pieces = [tensors[block.hf_name][block.hf_row : block.hf_row + block.num_rows] for block in parameter.blocks]
     padding = parameter.shape[0] - sum(block.num_rows for block in parameter.blocks)
     if padding:
@@ -182,7 +185,10 @@ def merge(parameter: Parameter, tensors: Mapping[str, torch.Tensor]) -> torch.Te
 
 
 def split(parameter: Parameter, full: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Inverse of ``merge``: Hugging Face tensors by name, contiguous; views of ``full`` where that is possible."""
+    """Inverse of ``merge``: Hugging Face tensors by name, contiguous; views of ``full`` where that is possible.
+
+    full: contiguous, of ``parameter.shape``. The results have the shapes of ``hf_shapes``; padding rows are dropped.
+    """
     pieces: dict[str, list[torch.Tensor]] = {}
     for block in parameter.blocks:
         pieces.setdefault(block.hf_name, []).append(full[block.row : block.row + block.num_rows])
@@ -190,7 +196,10 @@ def split(parameter: Parameter, full: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def shard(parameter: Parameter, full: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
-    """The part of the full tensor that one tensor-parallel rank holds, contiguous."""
+    """The part of the full tensor that one tensor-parallel rank holds, contiguous.
+
+    full: ``parameter.shape``. Result: the same shape, with split_dim divided by tp_size where there is one.
+    """
     if parameter.split_dim is None or tp_size == 1:
         return full
     parts = full.chunk(parameter.num_parts, dim=parameter.split_dim)
@@ -199,7 +208,7 @@ def shard(parameter: Parameter, full: torch.Tensor, tp_rank: int, tp_size: int) 
 
 
 def unshard(parameter: Parameter, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Inverse of ``shard``: the full tensor from all ranks' parts, in rank order."""
+    """Inverse of ``shard``: the full tensor, of ``parameter.shape``, from all ranks' parts in rank order."""
     if parameter.split_dim is None or len(shards) == 1:
         return shards[0]
     parts = [part.chunk(parameter.num_parts, dim=parameter.split_dim) for part in shards]

@@ -1,4 +1,4 @@
-"""Folders of safetensors: where each tensor lies, reading one, checks of names and sizes, planning of new files.
+"""Folders of safetensors: where each tensor is stored, reading one, checks of names and sizes, planning of new files.
 
 A safetensors file is an 8-byte little-endian header length, a JSON header ({name: {dtype, shape, data_offsets}}), and
 the tensors' bytes (https://github.com/huggingface/safetensors#format).
@@ -43,7 +43,7 @@ class TensorInFile:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def load(self) -> torch.Tensor:
-        """The tensor, read into memory of its own. UserError if it cannot be read."""
+        """The tensor, of ``shape`` and ``dtype``, read into new memory. Raises UserError if it cannot be read."""
         try:
             content = np.fromfile(self.path, np.uint8, self.num_bytes, offset=self.offset)
         except OSError as error:
@@ -54,7 +54,7 @@ class TensorInFile:
 
 
 def read_folder(folder: str | Path) -> dict[str, TensorInFile]:
-    """Every tensor of a Hugging Face folder. UserError lists missing, damaged and truncated files."""
+    """Every tensor of a Hugging Face folder. Raises UserError that lists missing, damaged and truncated files."""
     folder = Path(folder)
     weight_map = _weight_map(folder)
     tensors: dict[str, TensorInFile] = {}
@@ -82,7 +82,7 @@ def check_shapes(
     expected: Mapping[str, tuple[int, ...]],
     ignored: Iterable[str] = (),
 ) -> None:
-    """UserError lists every missing, unexpected and misshaped tensor of a folder."""
+    """Raises UserError that lists every missing, unexpected and misshaped tensor of a folder, if there is one."""
     problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in tensors]
     problems += [f"unexpected: {name}" for name in tensors if name not in expected and name not in set(ignored)]
     problems += [
@@ -97,10 +97,10 @@ def check_shapes(
 def plan_files(
     folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], max_file_bytes: int
 ) -> dict[str, TensorInFile]:
-    """Write the headers (and, for several files, the index) of new files; say where each tensor's bytes go.
+    """Write the headers (and, for several files, the index) of new files; return where each tensor's bytes go.
 
-    Tensors keep their order; a file is closed before it would exceed ``max_file_bytes`` (a larger tensor gets one of
-    its own). The files have their final size; the tensors' bytes are for the caller to fill in.
+    Tensors keep their order; a file is closed before it would exceed ``max_file_bytes`` (a larger tensor gets its
+    own). The files have their final size; the tensors' bytes are for the caller to fill in.
     """
     groups: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{}]
     size = total = 0

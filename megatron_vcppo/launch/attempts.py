@@ -1,6 +1,5 @@
 """Runs one stage to its end: attempts under the controller, verdict from the stage's manifest, a readable summary."""
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,18 +7,20 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.launch.controller import SAVED, USER_ERROR_CODE, Outcome, RoleProcess, supervise
+from megatron_vcppo.launch.controller import Outcome, RoleProcess, supervise
 from megatron_vcppo.launch.save_timing import save_allowance_s
 from megatron_vcppo.run import events
+from megatron_vcppo.run.exit_codes import DONE, FAILED, SAVED, USER_ERROR
+from megatron_vcppo.run.files import make_private_folder, move, remove
 from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.log import say
 
 
 def clear_rendezvous(run: RunFolder, stage: str) -> Path:
     """An empty folder, private to the user, without engines of an earlier attempt."""
-    folder = run.rendezvous(stage)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, mode=0o700)
-    return folder
+    folder = run.stage(stage).rendezvous
+    remove(folder)
+    return make_private_folder(folder)
 
 
 def run_stage(
@@ -32,14 +33,13 @@ def run_stage(
     abort_requested: Callable[[], bool] = lambda: False,
     node_lost: Callable[[], bool] = lambda: False,
     end_time: float = float("inf"),
-    say: Callable[[str], None] = print,
 ) -> Outcome:
     """Attempts until the stage is done, saved on request, or failed for good.
 
     end_time: when the job is ended, seconds since the epoch.
-    ``layout`` gives the units of an attempt whose logs go to the given folder. An attempt whose processes were killed
-    is followed by another from the newest checkpoint, at most ``cluster.crash_retries`` times in succession without a
-    new checkpoint, and only while no node is lost.
+    ``layout`` gives the role processes of an attempt whose logs go to the given folder. An attempt whose processes were
+    killed is followed by another from the newest checkpoint, at most ``cluster.crash_retries`` times in succession
+    without a new checkpoint, and only while no node is lost.
     """
 
     def allowance_s() -> float:
@@ -49,8 +49,8 @@ def run_stage(
 
     futile = 0
     while True:
-        reached = run.checkpoint_iteration(stage)
-        logs = run.next_attempt(stage)
+        reached = run.stage(stage).checkpoint_iteration()
+        logs = run.stage(stage).next_attempt()
         clear_rendezvous(run, stage)
         events.append(run.path, "attempt", stage=stage, attempt=logs.name, checkpoint=reached)
         started = time.time()
@@ -62,10 +62,9 @@ def run_stage(
             save_allowance_s=allowance_s,
             follow_timeout_s=config.run.timeout_s,
             grace_s=config.cluster.stop_grace_s,
-            say=say,
         )
-        for log in run.rendezvous(stage).glob("*.log"):
-            shutil.move(log, logs / log.name)
+        for log in run.stage(stage).rendezvous.glob("*.log"):
+            move(log, logs / log.name)
         outcome = judge(run, stage, outcome)
         events.append(
             run.path,
@@ -78,12 +77,12 @@ def run_stage(
             seconds=round(time.time() - started, 1),
             leaving_s=outcome.leaving_s,
         )
-        if outcome.code in (0, SAVED):
+        if outcome.code in (DONE, SAVED):
             return outcome
         say(failure_text(stage, logs, outcome))
-        if outcome.code != USER_ERROR_CODE and not (save_requested() or abort_requested()) and node_lost():
+        if outcome.code != USER_ERROR and not (save_requested() or abort_requested()) and node_lost():
             return replace(outcome, node_lost=True)
-        gained = run.checkpoint_iteration(stage)
+        gained = run.stage(stage).checkpoint_iteration()
         futile = 0 if gained != reached else futile + 1
         stopping = save_requested() or abort_requested()
         if not outcome.killed or stopping or futile > config.cluster.crash_retries:
@@ -93,14 +92,14 @@ def run_stage(
 
 def judge(run: RunFolder, stage: str, outcome: Outcome) -> Outcome:
     """A trainer that left with 0 has done its stage only if the stage's manifest says so."""
-    if outcome.code != 0:
+    if outcome.code != DONE:
         return outcome
     try:
-        if run.done(stage, checksums=False):
+        if run.stage(stage).is_done(checksums=False):
             return outcome
     except UserError as error:
-        return Outcome(1, f"the trainer left with 0, but {str(error).splitlines()[0]}")
-    return Outcome(1, f"the trainer left with 0 but wrote no {run.stage(stage) / 'manifest.json'}")
+        return Outcome(FAILED, f"the trainer left with 0, but {str(error).splitlines()[0]}")
+    return Outcome(FAILED, f"the trainer left with 0 but wrote no {run.stage(stage).manifest}")
 
 
 def failure_text(stage: str, logs: Path, outcome: Outcome) -> str:

@@ -14,11 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from megatron_vcppo.run.exit_codes import DONE, FAILED, SAVED, SIGNALLED, USER_ERROR
+from megatron_vcppo.run.log import say
 from megatron_vcppo.run.log_files import Follower, last_lines
 
-SAVED = 75
-"""Exit code of a trainer that saved and wants to be run again."""
-USER_ERROR_CODE = 2
 GUARD_ARGUMENTS = ("-I", "-S", str(Path(__file__).with_name("guard.py")))
 """To be put between an interpreter and the command."""
 PORT_TAKEN = "address already in use"
@@ -32,7 +31,10 @@ SETTLE_S = 0.5
 
 @dataclass(frozen=True)
 class RoleProcess:
-    """One process to start. Example: ``RoleProcess("trainer", 0, ("python", "train.py"), {"RANK": "0"}, "trainer_0.log")``."""
+    """One process to start.
+
+    Example: ``RoleProcess("trainer", 0, ("python", "train.py"), {"RANK": "0"}, "trainer_0.log")``.
+    """
 
     role: str
     """trainer | rollout"""
@@ -61,7 +63,7 @@ class Outcome:
     """How an attempt ended."""
 
     code: int
-    """0 done, 75 saved and wants to go on, 2 a user error, else failed; 128 + n: killed by signal n."""
+    """As in run/exit_codes.py; 128 + n: killed by signal n."""
     cause: str = ""
     """Who ended first and how, in one line."""
     details: list[str] = field(default_factory=list)
@@ -78,7 +80,9 @@ class Outcome:
         A signal, a rollout role that died too often, a port taken meanwhile, a Slurm controller that did not answer.
         """
         said = "".join(self.details)
-        return self.code > 128 or (self.code == 1 and any(words in said for words in (PORT_TAKEN, *UNREACHABLE)))
+        return self.code > SIGNALLED or (
+            self.code == FAILED and any(words in said for words in (PORT_TAKEN, *UNREACHABLE))
+        )
 
 
 @dataclass
@@ -92,9 +96,9 @@ class _Started:
 
 def describe(code: int) -> str:
     """An exit code in words."""
-    if code > 128:
+    if code > SIGNALLED:
         try:
-            return f"was killed by {signal.Signals(code - 128).name}"
+            return f"was killed by {signal.Signals(code - SIGNALLED).name}"
         except ValueError:
             pass
     return f"left with exit code {code}"
@@ -102,7 +106,7 @@ def describe(code: int) -> str:
 
 def taken_port(unit: RoleProcess, code: int, details: list[str]) -> str:
     """Which port was taken, as the tail of a sentence, if that is why the unit failed."""
-    if code != 1 or PORT_TAKEN not in "".join(details):
+    if code != FAILED or PORT_TAKEN not in "".join(details):
         return ""
     return f": port {unit.env.get('MASTER_PORT', '?')} of {unit.env.get('MASTER_ADDR', 'its node')} is taken"
 
@@ -121,18 +125,18 @@ def reported_code(text: str) -> int:
     for _, code, words in TASK_ENDED.findall(text):
         number = SIGNAL_WORDS.get(words.removesuffix(" (core dumped)"))
         if number is not None:
-            codes.append(128 + number)
+            codes.append(SIGNALLED + number)
         elif code and int(code) != SAVED:
             codes.append(int(code))
-    killed = [code for code in codes if code > 128 and code != 128 + signal.SIGTERM]
+    killed = [code for code in codes if code > SIGNALLED and code != SIGNALLED + signal.SIGTERM]
     return next(iter([*killed, *codes]), 0)
 
 
 class Attempt:
     """The processes of one attempt and their logs, in ``logs``."""
 
-    def __init__(self, units: list[RoleProcess], logs: Path, grace_s: float, say: Callable[[str], None]) -> None:
-        self.logs, self.grace_s, self.say = logs, grace_s, say
+    def __init__(self, units: list[RoleProcess], logs: Path, grace_s: float) -> None:
+        self.logs, self.grace_s = logs, grace_s
         self.asked_at: float | None = None
         """When the trainer was asked to save and leave."""
         logs.mkdir(parents=True, exist_ok=True)
@@ -180,7 +184,7 @@ class Attempt:
             with (self.logs / started.unit.log).open(errors="replace") as log:
                 log.seek(started.log_start)
                 code = reported_code(log.read()) or code
-        return code if code is None or code >= 0 else 128 - code
+        return code if code is None or code >= 0 else SIGNALLED - code
 
     def restart_rollouts(self) -> Outcome | None:
         """Start ended rollout units again, after 1, 2, 4, … s; an outcome if one died for good."""
@@ -190,12 +194,12 @@ class Attempt:
                 continue
             if started.start_again_at is None:
                 self.end(started)
-                if code == USER_ERROR_CODE or started.restarts >= started.unit.restarts:
+                if code == USER_ERROR or started.restarts >= started.unit.restarts:
                     cause = f"{started.unit.name} {describe(code)} after {started.restarts} restarts"
-                    code = code if code == USER_ERROR_CODE else 128 + signal.SIGKILL
+                    code = code if code == USER_ERROR else SIGNALLED + signal.SIGKILL
                     return Outcome(code, cause, self.tail(started.unit))
                 delay_s = min(30.0, 2.0**started.restarts)
-                self.say(f"{started.unit.name} {describe(code)}: started again in {delay_s:.0f} s")
+                say(f"{started.unit.name} {describe(code)}: started again in {delay_s:.0f} s")
                 started.start_again_at = time.monotonic() + delay_s
             elif time.monotonic() >= started.start_again_at:
                 self._close(started)
@@ -241,7 +245,7 @@ class Attempt:
 
 def first_death(ended: list[tuple[RoleProcess, int]]) -> tuple[RoleProcess, int]:
     """Of deaths seen together, the one that is the cause: a kill before an error, an error before a save."""
-    return max(ended, key=lambda item: (item[1] > 128, item[1] not in (0, SAVED), -item[0].index))
+    return max(ended, key=lambda item: (item[1] > SIGNALLED, item[1] not in (DONE, SAVED), -item[0].index))
 
 
 def supervise(
@@ -253,14 +257,13 @@ def supervise(
     save_allowance_s: Callable[[], float] = lambda: 600.0,
     follow_timeout_s: float = 600.0,
     grace_s: float = 10.0,
-    say: Callable[[str], None] = print,
 ) -> Outcome:
     """Run one attempt to its end. ``save_requested`` becoming true sends USR2 to the trainer, once.
 
     save_allowance_s: called at that moment; seconds until an attempt that has not ended by itself is ended.
     follow_timeout_s: how long the other ranks may take once one has left well.
     """
-    attempt = Attempt(units, logs, grace_s, say)
+    attempt = Attempt(units, logs, grace_s)
     try:
         outcome = _watch(attempt, save_requested, abort_requested, save_allowance_s, follow_timeout_s)
         if attempt.asked_at is None:
@@ -284,32 +287,32 @@ def _watch(
         now = time.monotonic()
         ended = attempt.ended("trainer")
         if attempt.asked_at is not None:
-            interrupted = 128 + signal.SIGUSR2
+            interrupted = SIGNALLED + signal.SIGUSR2
             ended = [(unit, SAVED if code == interrupted else code) for unit, code in ended]
         if ended and settled_at == float("inf"):
-            bad = any(code not in (0, SAVED) for _, code in ended)
+            bad = any(code not in (DONE, SAVED) for _, code in ended)
             settled_at = now + (SETTLE_S if bad else follow_timeout_s)
-        if ended and any(code not in (0, SAVED) for _, code in ended):
+        if ended and any(code not in (DONE, SAVED) for _, code in ended):
             settled_at = min(settled_at, now + SETTLE_S)
         if len(ended) == len(trainers) or now >= settled_at:
             unit, code = first_death(ended)
-            if code in (0, SAVED) and len(ended) < len(trainers):
+            if code in (DONE, SAVED) and len(ended) < len(trainers):
                 return Outcome(
-                    1, f"{unit.name} {describe(code)} but other ranks did not follow in {follow_timeout_s:.0f} s"
+                    FAILED, f"{unit.name} {describe(code)} but other ranks did not follow in {follow_timeout_s:.0f} s"
                 )
-            if code in (0, SAVED):
-                return Outcome(code, "" if code == 0 else f"{unit.name} {describe(code)}")
+            if code in (DONE, SAVED):
+                return Outcome(code, "" if code == DONE else f"{unit.name} {describe(code)}")
             details = attempt.tail(unit)
             return Outcome(code, f"{unit.name} {describe(code)}{taken_port(unit, code, details)}", details)
         if not ended and (outcome := attempt.restart_rollouts()):
             return outcome
         if abort_requested():
-            return Outcome(128 + signal.SIGINT, "stopped at once, without saving")
+            return Outcome(SIGNALLED + signal.SIGINT, "stopped at once, without saving")
         if attempt.asked_at is None and save_requested():
             allowance_s = save_allowance_s()
-            attempt.say(f"asking the trainer to save and leave within {allowance_s:.0f} s")
+            say(f"asking the trainer to save and leave within {allowance_s:.0f} s")
             attempt.send("trainer", signal.SIGUSR2)
             attempt.asked_at, save_deadline = now, now + allowance_s
         if now > save_deadline:
-            return Outcome(1, f"the trainer did not save within {allowance_s:.0f} s")
+            return Outcome(FAILED, f"the trainer did not save within {allowance_s:.0f} s")
         time.sleep(POLL_S)

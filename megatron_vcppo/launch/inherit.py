@@ -6,7 +6,8 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.launch.prepare import open_run
+from megatron_vcppo.run.config_file import open_run
+from megatron_vcppo.run.files import replacing
 from megatron_vcppo.run.folder import RunFolder
 
 LINKED_BYTES = 1 << 16
@@ -27,16 +28,14 @@ def take_stages(run: RunFolder, config: Config, base: Path, first: str | None) -
     if Path(theirs.model.hf).resolve() != Path(config.model.hf).resolve():
         raise UserError(f"--base {base}: its model.hf is {theirs.model.hf}, here it is {config.model.hf}")
     for stage in before:
-        if run.done(stage, checksums=False):
+        if run.stage(stage).is_done(checksums=False):
             continue
-        if not source.done(stage):
+        if not source.stage(stage).is_done():
             raise UserError(f"--base {base}: stage {stage} is not done there")
-        if run.stage(stage).exists():
-            raise UserError(f"{run.stage(stage)}: was begun here; remove it, or run without --base")
-        partial = run.path / f".{stage}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source.stage(stage), partial, ignore=NOT_TAKEN, copy_function=_link_or_copy)
-        partial.rename(run.stage(stage))
+        if run.stage(stage).path.exists():
+            raise UserError(f"{run.stage(stage).path}: was begun here; remove it, or run without --base")
+        with replacing(run.stage(stage).path) as copy:
+            shutil.copytree(source.stage(stage).path, copy, ignore=NOT_TAKEN, copy_function=_link_or_copy)
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -4,24 +4,27 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.network import node_network
 from megatron_vcppo.config.placement import engine_nodes
 from megatron_vcppo.launch.attempts import run_stage
-from megatron_vcppo.launch.controller import SAVED, USER_ERROR_CODE, RoleProcess
-from megatron_vcppo.launch.prepare import write_config
+from megatron_vcppo.launch.controller import RoleProcess
 from megatron_vcppo.launch.role_commands import (
     ROLE_COMMANDS,
     RoleCommands,
-    free_port,
     role_environment,
     starts_engines,
     trainer_layout,
 )
-from megatron_vcppo.run import events
+from megatron_vcppo.run import events, log
+from megatron_vcppo.run.config_file import write_config
+from megatron_vcppo.run.exit_codes import DONE, SAVED, USER_ERROR
 from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.log import say
+from megatron_vcppo.run.processes import free_port
 
 
 def local_processes(
@@ -35,11 +38,15 @@ def local_processes(
     for rank in range(ranks):
         place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
         place |= {"MASTER_ADDR": address, "MASTER_PORT": port}
-        log = f"trainer_{rank}.log"
+        file = f"trainer_{rank}.log"
         units.append(
             RoleProcess(
-                *("trainer", rank, programs.trainer_command(run, stage), env | place, log),
-                shown_log=log if rank == 0 else None,
+                role="trainer",
+                index=rank,
+                command=programs.trainer_command(run, stage),
+                env=env | place,
+                log=file,
+                shown_log=file if rank == 0 else None,
                 end_signal=signal.SIGKILL,
             )
         )
@@ -72,36 +79,40 @@ def stop_requests() -> Iterator[dict[str, int]]:
 def run_chain(run: RunFolder, config: Config, stages: list[str], programs: RoleCommands = ROLE_COMMANDS) -> int:
     """Run the stages that are not done, in order; returns 0 or the exit code of the stage that did not finish."""
 
-    def say(text: str) -> None:
-        print(text, flush=True)
-
+    log.configure("controller")
     run.make()
     with run.full_disk_named(), run.locked(), stop_requests() as count:
         write_config(run, config)
         for number, stage in enumerate(stages, 1):
             head = f"[{number}/{len(stages)}] {stage}:"
-            if run.done(stage):
+            if run.stage(stage).is_done():
                 say(f"{head} done before, skipped")
                 continue
             nodes, ranks_per_node = trainer_layout(config, stage)
             ranks = "1 rank" if nodes * ranks_per_node == 1 else f"{nodes * ranks_per_node} ranks"
-            say(f"{head} starting on {ranks}, logs in {run.next_attempt(stage)}")
+            say(f"{head} starting on {ranks}, logs in {run.stage(stage).next_attempt()}")
             started = time.monotonic()
+
+            def layout(_: Path, stage: str = stage) -> list[RoleProcess]:
+                return local_processes(run, config, stage, programs)
+
             outcome = run_stage(
-                *(run, config, stage, lambda _, stage=stage: local_processes(run, config, stage, programs)),
+                run,
+                config,
+                stage,
+                layout,
                 save_requested=lambda: count["save"] > 0,
                 abort_requested=lambda: count["abort"] > 0,
-                say=say,
             )
             seconds = time.monotonic() - started
-            if outcome.code == 0:
+            if outcome.code == DONE:
                 say(f"{head} done in {seconds:.1f} s")
                 continue
             if outcome.code == SAVED:
                 say(f"{head} saved after {seconds:.1f} s; the same command goes on from there")
             else:
-                hint = "mend it and run the same command again" if outcome.code == USER_ERROR_CODE else "see the log"
+                hint = "mend it and run the same command again" if outcome.code == USER_ERROR else "see the log"
                 say(f"{head} failed after {seconds:.1f} s: {outcome.cause}; {hint}")
             return outcome.code
     events.append(run.path, "chain_done", stages=stages)
-    return 0
+    return DONE

@@ -1,6 +1,5 @@
 """What a stage's roles are: their commands, their number, their environment; the same here and on a cluster."""
 
-import socket
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -26,7 +25,7 @@ class RoleCommands:
 
     def rollout_command(self, run: RunFolder, stage: str, node: int) -> tuple[str, ...]:
         """What starts and supervises the engines of one rollout node."""
-        where = ("--rendezvous", str(run.rendezvous(stage)), "--node", str(node))
+        where = ("--rendezvous", str(run.stage(stage).rendezvous), "--node", str(node))
         return (self.python, "-m", self.rollout, "--config", str(run.config), *where)
 
 
@@ -44,13 +43,6 @@ def trainer_layout(config: Config, stage: str) -> tuple[int, int]:
 def starts_engines(config: Config, stage: str) -> bool:
     """Whether a stage gets rollout units now: not if it generates nothing, or its set of rollouts is there already."""
     return stage in ENGINE_STAGES and needs_engines(config, stage)
-
-
-def free_port(address: str = "") -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
 
 
 def role_environment(config: Config, role: Literal["trainer", "rollout"]) -> dict[str, str]:

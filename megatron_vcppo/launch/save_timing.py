@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 
-from megatron_vcppo.launch.controller import SAVED
 from megatron_vcppo.run import events
+from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.metrics_log import LONGEST_PIECE, SAVE_TIME
 
@@ -23,7 +23,7 @@ def iteration_seconds(run: RunFolder, stage: str) -> list[float]:
 
     Times across which a new attempt began are left out: they hold the wait in the queue.
     """
-    stamps = [record["timestamp"] for record in run.metrics(stage) if "timestamp" in record]
+    stamps = [record["timestamp"] for record in run.stage(stage).recent_metrics() if "timestamp" in record]
     begun = [event["time"] for event in events.of_stage(run.path, "attempt", stage)]
     return [
         after - before for before, after in pairwise(stamps) if not any(before <= start <= after for start in begun)
@@ -37,7 +37,7 @@ def measured_save_s(run: RunFolder, stage: str) -> float | None:
     longest save, both from metrics.jsonl; until that has both, the stops of earlier attempts. A stop that was ended
     because it took too long always counts.
     """
-    records = run.metrics(stage)
+    records = run.stage(stage).recent_metrics()
     pieces, saves = ([r[name] for r in records if name in r] for name in (LONGEST_PIECE, SAVE_TIME))
     stops = [event for event in events.of_stage(run.path, "attempt_end", stage) if event.get("leaving_s")]
     known = [event["leaving_s"] for event in stops if event["code"] != SAVED or not (pieces and saves)]

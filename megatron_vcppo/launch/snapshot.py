@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import megatron_vcppo
+from megatron_vcppo.run.files import replacing
+from megatron_vcppo.run.folder import RunFolder
 
 
 def sources() -> dict[str, Path]:
@@ -20,19 +22,22 @@ def sources() -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def take_snapshot(run: Path) -> Path:
-    """Copy the code to RUN/code/HASH unless that copy is there; returns the folder, to be put on PYTHONPATH."""
+def take_snapshot(run: RunFolder) -> Path:
+    """Copy the code to RUN/code/HASH unless that copy is there; returns the folder, to be put on PYTHONPATH.
+
+    Only for the holder of the run's lock.
+    """
     files = sources()
     digest = hashlib.sha256()
     for name, path in files.items():
         digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
-    final = run / "code" / digest.hexdigest()[:12]
+    final = run.code / digest.hexdigest()[:12]
     if final.exists():
         return final
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    for name, path in files.items():
-        target = temporary / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-    temporary.rename(final)
+    run.code.mkdir(exist_ok=True)
+    with replacing(final) as folder:
+        for name, path in files.items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
     return final

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import yaml
 
 from megatron_vcppo.config.keys import all_keys
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.run.files import write_text
 
 POINTS_NAME = "sweep.json"
 
@@ -63,9 +63,7 @@ def write_points(folder: Path, made: list[Point]) -> None:
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise UserError(f"{path}: another sweep lives here; choose another run.dir")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, text)
 
 
 def read_points(folder: Path) -> list[Point]:

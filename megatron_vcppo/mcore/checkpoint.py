@@ -11,10 +11,7 @@ and the number of samples seen.
 
 import functools
 import json
-import os
-import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -39,17 +36,19 @@ from megatron_vcppo.mcore.checkpoint_writer import ComponentSave
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.offload import check_resident
-from megatron_vcppo.run.manifest import read_manifest, sync_folder, verify_manifest, write_manifest
+from megatron_vcppo.run.files import move, remove, sync, write_text
+from megatron_vcppo.run.folder import iteration_name, iteration_of
+from megatron_vcppo.run.log import say
+from megatron_vcppo.run.manifest import read_manifest, verify_manifest, write_manifest
 from megatron_vcppo.run.watchdog import deadline
 
 TENSORS_NAME = "tensors.safetensors"
 ASIDE = ".replaced"
-_COMPLETE = re.compile(r"iter_(\d{7,})$")
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a loaded checkpoint says besides the weights."""
+    """What a loaded checkpoint holds besides the weights."""
 
     iteration: int
     state: dict[str, Any]
@@ -59,7 +58,7 @@ class Resumed:
 
 
 class CheckpointFolder:
-    """The checkpoints of one stage. Every method is collective.
+    """The checkpoints of one stage. Every method is collective over all ranks.
 
     The small files of model.hf (config.json, tokenizer, chat template, …) travel with each component, so that a
     checkpoint can be exported alone.
@@ -103,19 +102,18 @@ class CheckpointFolder:
             check_resident(learner.storages())
         self.finish()
         started = time.time()
-        temporary = self.folder / f".iter_{iteration:07d}.tmp"
+        temporary = self.folder / f".{iteration_name(iteration)}.tmp"
         if self.runtime.is_main:
             shutil.rmtree(temporary, ignore_errors=True)  # left by a save that a signal or a full disk cut short
             for name in components:
                 (temporary / name).mkdir(parents=True, exist_ok=True)
             if tensors:
                 save_file(dict(tensors), temporary / TENSORS_NAME)
-                with open(temporary / TENSORS_NAME, "rb") as file:
-                    os.fsync(file.fileno())
+                sync(temporary / TENSORS_NAME)
         dist.barrier()
         self.temporary = temporary
         meta = {"iteration": iteration, "components": sorted(components), "config_hash": self.config_hash}
-        # As text: the caller continues with lists that it may have in there while a background save is under way.
+        # Serialized now: the caller may mutate ``state`` while the background save runs.
         content = json.dumps(meta | {"state": dict(state)}, indent=1)
         writing = {}
         with self._deadline():
@@ -149,7 +147,7 @@ class CheckpointFolder:
         self.complete(writing)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that verifies; a damaged one is named on stderr and the one before is taken."""
+        """The newest checkpoint that verifies; a damaged one is named and the one before is taken."""
         choice: list[str | None] = [None]
 
         def look(beat: Callable[[], None]) -> None:
@@ -157,7 +155,7 @@ class CheckpointFolder:
                 try:
                     verify_manifest(path, on_progress=beat)
                 except UserError as error:
-                    print(f"warning: skipping a damaged checkpoint: {error}", file=sys.stderr, flush=True)
+                    say(f"warning: skipping a damaged checkpoint: {error}")
                     continue
                 choice[0] = str(path)
                 return
@@ -186,7 +184,7 @@ class CheckpointFolder:
                     f"remove {self.folder} or take another run.dir"
                 )
         if content.get("config_hash") != self.config_hash and self.runtime.is_main:
-            print(f"note: {path} was saved under another configuration", flush=True)
+            say(f"note: {path} was saved under another configuration")
         for name, learner in components.items():
             load_learner(learner, path / name)
         tensors = load_file(path / TENSORS_NAME) if (path / TENSORS_NAME).exists() else {}
@@ -212,7 +210,7 @@ class CheckpointFolder:
                 copy_small_files(self.hf_files, temporary / name / "hf")
                 inside = {k.removeprefix(f"{name}/"): v for k, v in known.items() if k.startswith(f"{name}/")}
                 write_manifest(temporary / name, self._meta(learner, iteration), known=inside)
-            (temporary / "state.json").write_text(content)
+            write_text(temporary / "state.json", content)
             write_manifest(temporary, {"iteration": iteration}, known=known)
             files = [path for path in temporary.glob("*/__*") if path.is_file()]
             background_s = max((path.stat().st_mtime for path in files), default=started) - started
@@ -224,7 +222,7 @@ class CheckpointFolder:
         dist.barrier()
 
     def _deadline(self) -> AbstractContextManager[None]:
-        """Of waits for processes that write: one that was killed is waited for without end."""
+        """Deadline for threads that write: a file system that hangs would otherwise block this rank forever."""
         folder, rank = self.temporary, self.runtime.rank
 
         def written_bytes() -> int:
@@ -233,7 +231,7 @@ class CheckpointFolder:
             except OSError:  # it was just renamed
                 return -1
 
-        return deadline(f"rank {rank}: writing {folder}", runtime.timeout_s(), written_bytes)
+        return deadline(f"rank {rank}: writing {folder}", self.runtime.timeout_s, written_bytes)
 
     def _meta(self, learner: Learner, iteration: int) -> dict[str, Any]:
         model = learner.model
@@ -248,8 +246,8 @@ class CheckpointFolder:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Folders that carry a final name; whether they are undamaged is the manifest's to say."""
-    return [path for path in folder.glob("iter_*") if _COMPLETE.match(path.name)] if folder.is_dir() else []
+    """Folders that carry a final name; whether they are undamaged is for ``verify_manifest`` to check."""
+    return [path for path in folder.glob("*") if iteration_of(path.name) is not None]
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
@@ -260,28 +258,25 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     """
     aside = final.with_name(f".{final.name}{ASIDE}")
     if final.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(final, aside)
-        sync_folder(final.parent)
-    os.replace(temporary, final)
-    sync_folder(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
+        move(final, aside)
+    move(temporary, final)
+    remove(aside)
 
 
 def _restore_replaced(folder: Path) -> None:
     """Bring back a checkpoint that was moved aside for one that never came, because a kill fell between."""
-    for aside in folder.glob(f".iter_*{ASIDE}"):
+    for aside in folder.glob(f".*{ASIDE}"):
         final = folder / aside.name.removeprefix(".").removesuffix(ASIDE)
         if not final.exists():
-            os.replace(aside, final)
-            sync_folder(folder)
+            move(aside, final)
 
 
 def _remove(checkpoint: Path) -> None:
     """Take the final name away first: what a kill leaves half removed is no checkpoint."""
     leftover = checkpoint.with_name(f".{checkpoint.name}.old")
-    os.replace(checkpoint, leftover)
-    shutil.rmtree(leftover, ignore_errors=True)
+    move(checkpoint, leftover)
+    remove(leftover)
 
 
 def load_learner(learner: Learner, folder: Path, weights: bool = True) -> None:

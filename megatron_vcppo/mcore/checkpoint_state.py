@@ -22,6 +22,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
+from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.optimizer import chained_optimizers
 
@@ -127,11 +128,11 @@ def set_adam_steps(optimizer: MegatronOptimizer, steps: int) -> None:
 
 
 def stored_adam_steps(common: Mapping[str, Any]) -> int:
-    """The count in what a checkpoint holds besides tensors, also in the formats of Megatron's optimizers."""
+    """Adam's step count in a checkpoint's content besides tensors, also in the formats of Megatron's optimizers."""
     if "adam_steps" in common:
         return int(common["adam_steps"])
     inner = common["optimizer"].get("optimizer", common["optimizer"])
-    # Megatron's plain optimizers leave a count of zero out.
+    # Megatron's plain optimizers omit a count of zero.
     counts = [inner.get("state", {}).get("common_step", 0), *(group.get("step", 0) for group in inner["param_groups"])]
     return int(max(counts))
 
@@ -147,7 +148,7 @@ def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[tupl
         yield (), ()
         return
     row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row  # whole rows
+    first, last = ceil_div(start, row), stop // row  # whole rows
     if first > last:
         ends = [(last, start - last * row, stop - last * row)]
     else:
@@ -187,7 +188,7 @@ def _boxes(shard: _Shard, key: str, tensor: Tensor, owned: OwnedRange | None = N
 
 
 def _shards(learner: Learner) -> dict[int, _Shard]:
-    """By the parameter's id: what Megatron says about its place in the global tensor."""
+    """By the parameter's id: its place in the global tensor, as Megatron describes it."""
     shards = {}
     for entry in learner.model.sharded_state_dict().values():
         # A factory splits a parameter whose global tensor is not one grid (gate and up projection in one).

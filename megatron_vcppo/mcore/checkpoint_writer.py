@@ -69,7 +69,7 @@ class ComponentSave:
             thread.join()
 
     def finish(self) -> Mapping[str, Mapping[str, Any]]:
-        """Once this rank has written: gather from all ranks what lies where, and store it.
+        """Once this rank has written: gather the places of all ranks' chunks, and store them.
 
         Returns the manifest's records of this rank's files. Raises CheckpointException if any rank could not write.
         """
@@ -114,7 +114,7 @@ class _Writer(FileSystemWriter):
         """Copy the tensors to host memory if ``staged``; then write every file in a thread."""
         threads = []
         for i, bucket in enumerate(self.buckets):
-            items = [(item, self.planner.resolve_data(item)) for item in bucket]
+            items: list[tuple[WriteItem, Any]] = [(item, self.planner.resolve_data(item)) for item in bucket]
             if staged:
                 items = [(item, data.to("cpu", copy=True) if _is_tensor(data) else data) for item, data in items]
             if items:
@@ -141,9 +141,9 @@ class _Writer(FileSystemWriter):
                     self.results.append(result)
                     del data  # before the next one is copied
             self.records[name] = stream.record()
-        except Exception as error:  # every rank must learn of it: raised where all meet
+        except Exception as error:  # raised in ``finish``, on every rank
             cause: BaseException = error
-            while cause.__context__ is not None:  # torch.save ends with an error of its own
+            while cause.__context__ is not None:  # torch.save raises its own error at the end
                 cause = cause.__context__
             self.errors.append(_wrap_exception(cause))
 
@@ -185,7 +185,7 @@ def _is_tensor(data: Any) -> bool:
 
 
 def _alone_on_host(tensor: Tensor) -> Tensor:
-    """In host memory, in a storage of its own: torch.save writes whole storages."""
+    """In host memory, in its own storage, since torch.save writes whole storages."""
     tensor = tensor.detach().cpu()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 

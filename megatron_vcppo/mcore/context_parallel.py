@@ -31,7 +31,7 @@ class ContextShard:
     order: Tensor | None = None
     """int64 [T]: see ``rank_order``."""
     places: Tensor | None = None
-    """int64 [T]: where each token of the micro-batch lies in ``order``."""
+    """int64 [T]: the place of each token of the micro-batch in ``order``."""
     group: Any = None
 
     @property
@@ -41,7 +41,7 @@ class ContextShard:
         return self.order.view(self.size, -1)[self.rank]
 
     def take(self, whole: Tensor) -> Tensor:
-        """This rank's part of a tensor [T, …]."""
+        """This rank's part, [T / size, …], of a tensor [T, …]."""
         return whole if self.size == 1 else whole[self.mine]
 
     def gather_keys(self, *local: Tensor) -> Sequence[Tensor]:
@@ -52,7 +52,10 @@ class ContextShard:
         return local if self.size == 1 else _GatherKeys.apply(self, *local)
 
     def gather_outputs(self, *local: Tensor) -> Sequence[Tensor]:
-        """The same, but each rank keeps its own gradient of its tokens: all ranks compute one and the same loss."""
+        """Tensors [T / size] of one shape as [T]; each rank keeps its own gradient of its tokens.
+
+        For what the loss reads: all ranks compute one and the same loss, so their gradients are not added up.
+        """
         return local if self.size == 1 else _GatherOutputs.apply(self, *local)
 
 
@@ -74,7 +77,7 @@ def shard_of(microbatch: PackedMicrobatch, device: torch.device) -> ContextShard
 
 @dataclass
 class PackedParams(PackedSeqParams):
-    """What Megatron's layers are told of a packed micro-batch; segment borders are those of the whole one."""
+    """What Megatron's layers get about a packed micro-batch; segment borders are those of the whole one."""
 
     shard: ContextShard = WHOLE
 
@@ -98,7 +101,7 @@ class _GatherOutputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shard: ContextShard, *local: Tensor) -> tuple[Tensor, ...]:
         ctx.shard = shard
-        ctx.set_materialize_grads(False)  # the entropy's gradient is skipped where no loss asks for it
+        ctx.set_materialize_grads(False)  # the entropy's gradient is skipped where no loss needs it
         return _gather(shard, local)
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""Lets Megatron-Core 0.16 run on a machine without CUDA, over gloo. Does nothing where CUDA is there.
+"""Lets Megatron-Core 0.16 run on a machine without CUDA, over gloo. Does nothing where CUDA is available.
 
 Megatron asks torch for "the current CUDA device" wherever it makes a tensor, and tests tensor types by the strings
 of CUDA types. Everything that answers those questions differently on CPU is in this file; the rest of the project
-knows only ``runtime.device()``.
+knows only ``runtime.device()``. ``runtime.start`` calls ``install``; nothing is patched at import.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ def _patch_torch() -> None:
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.empty_cache = lambda: None
-    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment,return-value]
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     plain_type = torch.Tensor.type
 

@@ -1,4 +1,4 @@
-"""A process of its own: the logits of a short prompt from a Megatron checkpoint and from a Hugging Face folder.
+"""A separate process: the logits of a short prompt from a Megatron checkpoint and from a Hugging Face folder.
 
 ``python -m megatron_vcppo.mcore.export_logits CHECKPOINT HF [DTYPE]`` prints one JSON line; DTYPE is what the export
 rounded the weights to.
@@ -6,7 +6,6 @@ rounded the weights to.
 
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.model import build_actor, build_critic
 from megatron_vcppo.records import TrainSequence
 from megatron_vcppo.run.manifest import read_manifest
+from megatron_vcppo.run.processes import free_port
 
 _NUM_TOKENS = 16
 
@@ -42,7 +42,7 @@ def megatron_logits(
 
 
 def hf_logits(folder: Path, kind: str, token_ids: list[int]) -> torch.Tensor:
-    """The same from transformers."""
+    """The same from transformers, in float32."""
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
     auto = AutoModelForTokenClassification if kind == "critic" else AutoModelForCausalLM
@@ -55,11 +55,9 @@ def main() -> None:
     """Compare and print."""
     checkpoint, folder = Path(sys.argv[1]), Path(sys.argv[2])
     meta = read_manifest(checkpoint)["meta"]
-    arch, kind = Architecture.from_dict(meta["architecture"]), meta["kind"]  # not the export's own word
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    arch, kind = Architecture.from_dict(meta["architecture"]), meta["kind"]  # not the export's own
+    port = str(free_port("127.0.0.1"))
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     runtime.start(ParallelConfig(), seed=0, timeout_s=600)
     token_ids = torch.randint(arch.vocab_size, (_NUM_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
     dtype = getattr(torch, sys.argv[3]) if len(sys.argv) > 3 else None

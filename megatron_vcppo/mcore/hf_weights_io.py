@@ -1,15 +1,17 @@
-"""A Hugging Face folder straight into a live Megatron model: each rank reads only the layers that it holds."""
+"""Hugging Face tensors into a live Megatron model, and out of it: each rank handles only the layers that it holds."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_vcppo.hf.hf_weights import model_tensors
-from megatron_vcppo.hf.mapping import Parameter, canonical_name, merge, parameters, shard
+from megatron_vcppo.hf.mapping import Parameter, canonical_name, merge, parameters, shard, split, unshard
 from megatron_vcppo.mcore.model import PackedGPT
+from megatron_vcppo.mcore.offload import check_resident, weights
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -27,6 +29,29 @@ def load_hf(model: PackedGPT, folder: str | Path) -> None:
         full = merge(entry, {name: tensors[name].load() for name in entry.hf_names})
         with torch.no_grad():
             local.copy_(shard(entry, full, tp_rank, tp_size))
+
+
+def stream_hf(model: PackedGPT) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of this pipeline stage's parameters; collective over its tensor-parallel ranks.
+
+    All ranks of the tensor-parallel group iterate together; the first one gets the tensors, the others get nothing. A
+    tensor is gathered when the iterator reaches it and is not held. Vocabulary padding is trimmed, so
+    shapes are those of ``hf_shapes``; dtypes are the model's. A tied embedding comes from the first stage only.
+    """
+    check_resident({"weights": weights(model)})
+    group = parallel_state.get_tensor_model_parallel_group()
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    root = dist.get_global_rank(group, 0)
+    for local, entry in local_parameters(model):
+        if entry.name == EMBEDDING and not parallel_state.is_pipeline_first_stage():
+            continue
+        mine = local.detach().contiguous()
+        shards = [mine]
+        if entry.split_dim is not None and size > 1:
+            shards = [torch.empty_like(mine) for _ in range(size)] if rank == 0 else []
+            dist.gather(mine, shards or None, dst=root, group=group)
+        if rank == 0:
+            yield from split(entry, unshard(entry, shards)).items()
 
 
 def local_parameters(model: PackedGPT) -> Iterator[tuple[Tensor, Parameter]]:

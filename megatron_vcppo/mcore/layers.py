@@ -25,7 +25,7 @@ from megatron_vcppo.mcore.context_parallel import PackedParams
 
 
 def uses_transformer_engine(model: ModelConfig) -> bool:
-    """The decision of ``model.layers``. Raises UserError if Transformer Engine is wanted but cannot be imported."""
+    """Whether ``model.layers`` selects Transformer Engine. Raises UserError if that is required and not installed."""
     if model.layers == "transformer_engine" and not HAVE_TE:
         raise UserError(
             "model.layers is transformer_engine, which cannot be imported here: install it (tools/setup.sh gpu) or set "
@@ -98,7 +98,7 @@ class PackedAttention(MegatronModule):
 
 
 def _causal_at_the_end(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Attention of the last Q of K tokens to all that are not after them; query […, Q, d], key and value […, K, d]."""
+    """Causal attention of the last Q of K positions: query […, Q, d], key and value […, K, d] -> […, Q, d]."""
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     if num_queries == num_keys:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)

@@ -1,7 +1,8 @@
 """Actor and critic as the stages see them: packed micro-batches in, per-token outputs or one optimizer step out."""
 
+import abc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_vcppo.algo.metrics import Metrics, add, means
 from megatron_vcppo.config.schema import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.mcore import optimizer as optim
@@ -25,10 +27,11 @@ from megatron_vcppo.mcore.logprobs import vocab_parallel_logprobs
 from megatron_vcppo.mcore.model import ActorModel, CriticModel, PackedGPT
 from megatron_vcppo.mcore.offload import Storage, check_resident, gradients, optimizer_state, weights
 
-Metrics = Mapping[str, tuple[Tensor, Tensor]]
-"""name -> (sum, weight): added over micro-batches and ranks, then divided."""
 LossFunction = Callable[..., tuple[Tensor, Metrics]]
-"""(outputs, microbatch) -> (sum of token losses / the global denominator, metrics of this micro-batch)."""
+"""(outputs, microbatch) -> (sum of token losses / the global denominator, metrics of this micro-batch).
+
+The outputs are those of ``Runner.outputs``: [T] tensors of the whole micro-batch.
+"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class StepResult:
     """False if a loss or gradient was not finite: nothing was changed."""
 
 
-class Runner:
+class Runner(abc.ABC):
     """A Megatron model that is run forward over packed micro-batches. Every method is collective over all ranks."""
 
     def __init__(self, model: PackedGPT) -> None:
@@ -56,9 +59,9 @@ class Runner:
         """What the model holds on its device, by part; see ``offload``."""
         return {"weights": weights(self.model)}
 
+    @abc.abstractmethod
     def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch, shard: ContextShard) -> Any:
-        """From what the last stage reads out of this rank's tokens to what losses take: outputs of all tokens."""
-        raise AssertionError("a subclass says what its outputs are")
+        """From what the last stage reads out of this rank's tokens to what losses take: [T], outputs of all tokens."""
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[PackedMicrobatch], loss_function: LossFunction) -> dict[str, float]:
@@ -119,23 +122,22 @@ class Runner:
 
         Context-parallel ranks of a replica have the same ones already: not added.
         """
-        names: list[list[str] | None] = [sorted(per_microbatch[0]) if per_microbatch else None]
+        added = add({name: (s.double(), w.double()) for name, (s, w) in part.items()} for part in per_microbatch)
+        names: list[list[str] | None] = [sorted(added) or None]
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         if self.runtime.pp_size > 1:
             group = parallel_state.get_pipeline_model_parallel_group()
             dist.broadcast_object_list(names, src=last, group=group, device=self.runtime.device)
         keys = names[0]
         assert keys is not None
-        totals = torch.zeros(2, len(keys), dtype=torch.float64, device=self.runtime.device)
-        for metrics in per_microbatch:
-            for i, key in enumerate(keys):
-                for j in (0, 1):
-                    totals[j, i] += metrics[key][j].double()
+        totals = torch.zeros(len(keys), 2, dtype=torch.float64, device=self.runtime.device)
+        if added:
+            totals.copy_(torch.stack([torch.stack(added[key]) for key in keys]))
         if self.runtime.is_last_stage:
             dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
         self._from_last_stage(totals)
-        # A weight of zero says that the sum itself is the metric (a loss over a given denominator).
-        return {key: float(s / w if w else s) for key, s, w in zip(keys, *totals, strict=True)}
+        found = means({key: (total[0], total[1]) for key, total in zip(keys, totals, strict=True)})
+        return {key: float(mean) for key, mean in found.items()}
 
     def _from_last_stage(self, tensor: Tensor) -> None:
         if self.runtime.pp_size > 1:
@@ -192,6 +194,7 @@ class Learner(Runner):
         return self.model
 
     def storages(self) -> dict[str, list[Storage]]:
+        """Weights, gradients and optimizer state."""
         state = optimizer_state(self.optimizer, self.model)
         return {**super().storages(), "gradients": gradients(self.ddp), "optimizer state": state}
 
@@ -241,6 +244,7 @@ class Policy(Runner):
     temperature = 1.0
 
     def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch, shard: ContextShard) -> tuple[Tensor, Tensor]:
+        """From logits [T / cp, padded vocabulary / tp] to (logprobs, entropy), float32 [T] each."""
         logprobs, entropy = shard.gather_outputs(
             *vocab_parallel_logprobs(
                 model_output, shard.take(microbatch.labels), self.model.arch.vocab_size, temperature=self.temperature
@@ -264,8 +268,16 @@ class Reference(Policy):
 class Actor(Policy, Learner):
     """The policy that is trained."""
 
-    def __init__(self, model: ActorModel, *args: Any, temperature: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(model, *args, **kwargs)
+    def __init__(
+        self,
+        model: ActorModel,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        total_steps: int,
+        temperature: float = 1.0,
+    ) -> None:
+        Learner.__init__(self, model, parallel, optimizer, schedule, total_steps)
         self.temperature = temperature
 
 
@@ -275,6 +287,7 @@ class Critic(Learner):
     model: CriticModel
 
     def outputs(self, model_output: Tensor, microbatch: PackedMicrobatch, shard: ContextShard) -> Tensor:
+        """From values [T / cp] to values [T]."""
         return shard.gather_outputs(model_output)[0]
 
     def values(self, microbatches: Sequence[PackedMicrobatch]) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """Building the Megatron actor and critic of an architecture for this rank's tensor and pipeline position."""
 
+import abc
+import math
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.mapping import padded_vocab_size
-from megatron_vcppo.hf.rope import inverse_frequencies
+from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.context_parallel import WHOLE, ContextShard, PackedParams
 from megatron_vcppo.mcore.fp8 import fp8_settings
 from megatron_vcppo.mcore.layers import block_spec, uses_transformer_engine
@@ -28,8 +30,8 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-class PackedGPT(GPTModel):
-    """A GPTModel over one packed micro-batch; what the last stage does with the hidden states is ``readout``'s."""
+class PackedGPT(GPTModel, abc.ABC):
+    """A GPTModel over one packed micro-batch; ``readout`` is what the last pipeline stage makes of hidden states."""
 
     kind: str
 
@@ -52,7 +54,7 @@ class PackedGPT(GPTModel):
     def run(self, microbatch: PackedMicrobatch, shard: ContextShard = WHOLE) -> Tensor:
         """Hidden states [T (/ tp with sequence parallelism), 1, hidden], or the readout on the last stage.
 
-        shard: this rank's tokens, of which the result is then; see ``context.shard_of``.
+        shard: this rank's tokens, which the result is about; see ``context_parallel.shard_of``.
         """
         longest = microbatch.max_seqlen
         packed = PackedParams(
@@ -78,8 +80,9 @@ class PackedGPT(GPTModel):
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         return self.readout(hidden_states) if self.post_process else hidden_states
 
+    @abc.abstractmethod
     def readout(self, hidden_states: Tensor) -> Tensor:
-        raise AssertionError("a subclass says what it reads out")
+        """hidden_states [T (/ tp with sequence parallelism), 1, hidden] -> what losses are computed from: [T, …]."""
 
 
 class ActorModel(PackedGPT):
@@ -91,6 +94,7 @@ class ActorModel(PackedGPT):
         super().__init__(config, arch, tied=arch.tied)
 
     def readout(self, hidden_states: Tensor) -> Tensor:
+        """Logits [T, padded vocabulary / tp], of the model's dtype."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden_states, weight=weight)
         return logits.squeeze(1)
@@ -102,15 +106,14 @@ class ValueHead(MegatronModule):
     In bfloat16 values near 1 would move in steps of 0.004 to 0.008, as large as the errors that the critic learns from.
     """
 
-    def __init__(self, config: TransformerConfig, init_std: float) -> None:
+    def __init__(self, config: TransformerConfig, init_std: float, seed: int) -> None:
         super().__init__(config)
         kwargs: dict[str, Any] = {"dtype": torch.float32, "device": torch.cuda.current_device()}
         self.weight = torch.nn.Parameter(torch.empty(1, config.hidden_size, **kwargs))
         self.bias = torch.nn.Parameter(torch.zeros(1, **kwargs))
-        # A generator of its own: the head is the same in every layout.
-        weight = torch.empty(1, config.hidden_size).normal_(
-            std=init_std, generator=torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-        )
+        # Its own generator, seeded alike on every rank, so that the head is the same in every layout.
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        weight = torch.empty(1, config.hidden_size).normal_(std=init_std, generator=generator)
         self.weight.data.copy_(weight)
         for parameter in (self.weight, self.bias):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -122,6 +125,7 @@ class ValueHead(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
+        """Both parameters whole on every rank, under the names of a plain state dict."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True), prefix, {}, sharded_offsets
         )
@@ -132,13 +136,15 @@ class CriticModel(PackedGPT):
 
     kind = "critic"
 
-    def __init__(self, config: TransformerConfig, arch: Architecture, init_std: float) -> None:
+    def __init__(self, config: TransformerConfig, arch: Architecture, *, init_std: float, seed: int) -> None:
+        """init_std, seed: of the value head's normal initialization."""
         super().__init__(config, arch, tied=False)
         if self.post_process:
             del self.output_layer
-            self.value_head = ValueHead(config, init_std)
+            self.value_head = ValueHead(config, init_std, seed)
 
     def readout(self, hidden_states: Tensor) -> Tensor:
+        """Values float32 [T]."""
         values = self.value_head(hidden_states)
         if self.config.sequence_parallel:
             # Every rank computes the same loss from the gathered values: its gradient needs no sum.
@@ -148,7 +154,7 @@ class CriticModel(PackedGPT):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        # GPTModel's own version asks for the output layer that a critic has not.
+        """As in PackedGPT, without GPTModel's own version, which needs the output layer that a critic has not."""
         return _parameters_only(MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata))
 
 
@@ -158,8 +164,12 @@ def build_actor(arch: Architecture, model: ModelConfig, parallel: ParallelConfig
 
 
 def build_critic(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> CriticModel:
-    """The critic on this rank; its trunk is undefined until a checkpoint is loaded, its head is new."""
-    return CriticModel(transformer_config(arch, model, parallel), arch, model.init_std)
+    """The critic on this rank; its trunk is undefined until a checkpoint is loaded, its head is new.
+
+    The head's weights are drawn with the seed of ``runtime.start``.
+    """
+    config = transformer_config(arch, model, parallel)
+    return CriticModel(config, arch, init_std=model.init_std, seed=runtime.current().seed)
 
 
 def transformer_config(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
@@ -202,11 +212,11 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        # Weights always come from a checkpoint, but only initialisation marks them as tensor-parallel, and the
+        # Weights always come from a checkpoint, but only initialization marks them as tensor-parallel, and the
         # gradient norm counts unmarked ones on one rank only.
         perform_initialization=True,
         use_cpu_initialization=not torch.cuda.is_available(),
-        # Packed micro-batches differ in length. The dispatcher's type is asked for even without experts.
+        # Packed micro-batches differ in length. The dispatcher's type is required even without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         batch_p2p_comm=torch.cuda.is_available(),
@@ -224,18 +234,37 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
     )
 
 
+def inverse_frequencies(arch: Architecture) -> Tensor:
+    """Angular frequency of each rotary pair: [head_dim / 2] float32.
+
+    Llama 3.1's scaling: wavelengths above original_context / low_freq_factor are stretched by ``factor``, those
+    below original_context / high_freq_factor are kept, and between the two the change is linear in
+    original_context / wavelength.
+    """
+    exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim
+    frequencies = 1.0 / (arch.rope_theta**exponents)
+    scaling = arch.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
 def _add_gradients_in_place(model: torch.nn.Module) -> None:
     """Let Transformer Engine's layers add weight gradients to the float32 buffer inside the matrix product.
 
     Without it each micro-batch makes a gradient in the weights' type, which is then added.
     """
+    module: Any  # the attribute is that of some classes only
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
 
 
 def _forgive_extra_state(module: torch.nn.Module, keys: Any) -> None:
-    """Transformer Engine's modules miss the extra state that ``sharded_state_dict`` leaves out; parameters count."""
+    """Transformer Engine's modules miss the extra state that ``sharded_state_dict`` omits; only parameters count."""
     keys.missing_keys[:] = [name for name in keys.missing_keys if not name.endswith("_extra_state")]
 
 

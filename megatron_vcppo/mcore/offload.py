@@ -5,7 +5,7 @@ Megatron's buffers, shards of the distributed optimizer, buckets of gradients) s
 ``offload_to_cpu`` of optimizers gives parameters new storages instead, which cuts shards off the buffers that they are
 views of, and its grad and param buffers know nothing of models without the distributed optimizer.
 
-A view of an empty storage must not be used: ``check_resident`` says so before a kernel does.
+A view of an empty storage must not be used: ``check_resident`` raises before a kernel fails.
 """
 
 import mmap
@@ -17,10 +17,12 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_vcppo.mcore.optimizer import chained_optimizers
+
 Storage: TypeAlias = torch.UntypedStorage
 
 PINNED_BYTES = 1 << 20
-"""Storages of this size are worth locking pages for."""
+"""Smallest storage whose host copy is page-locked."""
 
 
 @dataclass
@@ -88,9 +90,7 @@ def gradients(ddp: DistributedDataParallel) -> list[Storage]:
 def optimizer_state(optimizer: MegatronOptimizer, module: torch.nn.Module) -> list[Storage]:
     """Storages of moments and float32 main parameters; not of parameters that the model computes with itself."""
     tensors = []
-    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if chained.optimizer is None:  # a rank without parameters of its own
-            continue
+    for chained in chained_optimizers(optimizer):
         for group in chained.optimizer.param_groups:
             tensors += [parameter.data for parameter in group["params"]]
         for state in chained.optimizer.state.values():
@@ -110,7 +110,7 @@ def drop_fp8_copies(module: torch.nn.Module) -> None:
 
 
 def check_resident(parts: Mapping[str, list[Storage]]) -> None:
-    """Raise RuntimeError if any of these is in host memory; parts: ``Runner.storages``."""
+    """Raises RuntimeError if any of these is in host memory; parts: ``Runner.storages``."""
     if away := [part for part, storages in parts.items() if any(storage.nbytes() == 0 for storage in storages)]:
         raise RuntimeError(f"{' and '.join(away)} of the model are in host memory: it is the engines' turn on the GPU")
 
@@ -121,7 +121,7 @@ def _unique(tensors: Iterable[torch.Tensor]) -> list[Storage]:
 
 
 def _bytes_of(storage: Storage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),))
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))
 
 
 def _host_buffer(num_bytes: int) -> torch.Tensor:

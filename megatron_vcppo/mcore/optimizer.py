@@ -41,7 +41,7 @@ def build_optimizer(model: DistributedDataParallel, config: OptimizerConfig) -> 
 
 
 def apply_settings(optimizer: MegatronOptimizer, config: OptimizerConfig) -> None:
-    """What the configuration says goes, also for an optimizer whose state was made under another one."""
+    """Apply the configured weight decay, betas and epsilon, overriding those stored in a loaded optimizer state."""
     for group in optimizer.param_groups:
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
         group["betas"], group["eps"] = (config.beta1, config.beta2), config.eps

@@ -1,4 +1,8 @@
-"""A rank's world: process groups, device, seeds. Started by anything that sets RANK, WORLD_SIZE and MASTER_*."""
+"""A rank's world: process groups, device, seeds. Started by anything that sets RANK, WORLD_SIZE and MASTER_*.
+
+A process has one world, because torch and Megatron keep their groups in module globals: ``start`` makes it and
+``current`` returns it.
+"""
 
 import datetime
 import itertools
@@ -6,37 +10,37 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_vcppo.config.schema import ParallelConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import cpu_shim
 from megatron_vcppo.mcore.ranks_store import ranks_store
 
-# Megatron warns at import and for every model about parts that this project does not use.
-warnings.filterwarnings("ignore", module="megatron")
-warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
-warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
-cpu_shim.install()
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+_IGNORED_WARNINGS: tuple[dict[str, Any], ...] = (
+    {"module": "megatron"},
+    {"message": ".*is deprecated. Please use `torch.distributed", "category": FutureWarning},
+    {"message": "Please use DTensor instead", "category": FutureWarning},
+)
 
 BEAT_S = 1.0
 """Least time between two signs of life of the main rank."""
 
-_on_main_calls = itertools.count()
-_timeout_s = 600.0
-
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this rank stands. ``dp`` counts model replicas; ``cp`` ranks of one replica share its sequences."""
+    """Where this rank stands, and what it was started with.
+
+    ``dp`` counts model replicas; the ``cp`` ranks of one replica share its sequences.
+    """
 
     rank: int
     world_size: int
@@ -49,6 +53,11 @@ class Runtime:
     dp_size: int
     cp_size: int
     device: torch.device
+    seed: int
+    timeout_s: float
+    """The deadline of every collective, and of any other wait of a rank."""
+    on_main_calls: Iterator[int] = field(default_factory=itertools.count, init=False, compare=False, repr=False)
+    """Numbers the calls of ``on_main``, the same on every rank: each has its own keys in the store."""
 
     @property
     def is_main(self) -> bool:
@@ -56,12 +65,13 @@ class Runtime:
         return self.rank == 0
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
+        """Whether this rank holds the last layers of the pipeline, whose output losses read."""
         return self.pp_rank == self.pp_size - 1
+
+
+_world: Runtime | None = None
+"""What ``start`` made; None outside of a world."""
 
 
 def device() -> torch.device:
@@ -72,10 +82,14 @@ def device() -> torch.device:
 def start(parallel: ParallelConfig, seed: int, timeout_s: float) -> Runtime:
     """Join the world and build tensor, pipeline, context and data-parallel groups; collective.
 
-    timeout_s bounds every collective from then on. Raises UserError if the sizes do not fit the number of ranks.
+    seed: of Python, numpy, torch and Megatron's per-rank generators. timeout_s: bounds every collective from then on.
+    Raises UserError if the sizes do not fit the number of ranks. Without CUDA, torch and Megatron are patched
+    (cpu_shim.py); Megatron's warnings about parts that this project does not use are ignored.
     """
-    global _timeout_s
-    _timeout_s = timeout_s
+    global _world
+    cpu_shim.install()
+    for ignored in _IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", **ignored)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     model_ranks = parallel.tp * parallel.pp * parallel.cp
     if world_size % model_ranks:
@@ -96,13 +110,8 @@ def start(parallel: ParallelConfig, seed: int, timeout_s: float) -> Runtime:
         context_parallel_size=parallel.cp,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
-    seed_everything(seed)
-    return current()
-
-
-def current() -> Runtime:
-    """This rank's place in the world that ``start`` made."""
-    return Runtime(
+    _seed_everything(seed)
+    _world = Runtime(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -114,25 +123,29 @@ def current() -> Runtime:
         dp_size=parallel_state.get_data_parallel_world_size(),
         cp_size=parallel_state.get_context_parallel_world_size(),
         device=device(),
+        seed=seed,
+        timeout_s=timeout_s,
     )
+    return _world
 
 
-def timeout_s() -> float:
-    """The deadline that ``start`` was given: of every collective, and of any other wait of a rank."""
-    return _timeout_s
+def current() -> Runtime:
+    """This rank's place in the world that ``start`` made."""
+    assert _world is not None, "runtime.start was not called"
+    return _world
 
 
 def on_main(work: Callable[[Callable[[], None]], None], what: str) -> None:
     """Run ``work`` on the main rank while the others wait; collective.
 
-    work is given a function to call whenever it has got on, from any thread and as often as it likes. The others wait
-    as long as that happens within the deadline of ``start``; then they raise TimeoutError naming ``what``. If the main
-    rank raises, its process ends, and the others are ended by whoever started them, or by their deadline.
+    work is given a function to call whenever it has made progress, from any thread and as often as it likes. The others
+    wait as long as that happens within the deadline of ``start``; then they raise TimeoutError naming ``what``. If the
+    main rank raises, its process ends, and the others are ended by whoever started them, or by their deadline.
     """
-    store = dist.distributed_c10d._get_default_store()
-    key, num_others = f"on_main/{next(_on_main_calls)}", dist.get_world_size() - 1
-    deadline = datetime.timedelta(seconds=_timeout_s)
-    if dist.get_rank() == 0:
+    world, store = current(), dist.distributed_c10d._get_default_store()
+    key, num_others = f"on_main/{next(world.on_main_calls)}", world.world_size - 1
+    deadline = datetime.timedelta(seconds=world.timeout_s)
+    if world.is_main:
         last_beat = 0.0
 
         def beat() -> None:
@@ -156,26 +169,25 @@ def on_main(work: Callable[[Callable[[], None]], None], what: str) -> None:
         except dist.DistStoreError:
             beats = store.add(f"{key}/beats", 0)
             if beats == seen:
-                raise TimeoutError(f"{what} on rank 0 has made no progress for {_timeout_s:g} s") from None
+                raise TimeoutError(f"{what} on rank 0 has made no progress for {world.timeout_s:g} s") from None
             seen = beats
 
 
 def any_rank(flag: bool) -> bool:
-    """True if any rank says so; collective."""
+    """True if ``flag`` is true on any rank; collective."""
     vote = torch.tensor([int(flag)], device=device())
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
     return bool(vote.item())
 
 
 def sum_over_replicas(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over data-parallel replicas, on every rank, on the CPU; collective."""
+    """The sum over data-parallel replicas, on every rank; collective. tensor: any shape and device; the sum: CPU."""
     summed = tensor.to(device())
     dist.all_reduce(summed, group=parallel_state.get_data_parallel_group())
     return summed.cpu()
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy, torch and Megatron's per-rank generators."""
+def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -184,6 +196,8 @@ def seed_everything(seed: int) -> None:
 
 def stop() -> None:
     """Leave the world; collective in the ordinary case, safe to call twice."""
+    global _world
+    _world = None
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -12,9 +12,9 @@ from megatron_vcppo.algo.failure_signatures import Finding, diagnose
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.report.samples import Samples
 from megatron_vcppo.rewards.verifier import NO_ANSWER
+from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.metrics_log import read_history, read_records
 
-CONFIG_NAME = "config.yaml"
 COLOURS = ("#2563eb", "#d9480f", "#2b8a3e", "#7048e8", "#0c8599", "#c2255c", "#5c940d", "#495057")
 """One per run; more runs than colours are drawn in the same ones again."""
 
@@ -55,20 +55,21 @@ def read_run(
 ) -> RunData:
     """Read a run folder. Raises UserError if it is none, or if a file in it cannot be read."""
     config = read_config(path)
+    run = RunFolder(path)
     stages = [str(stage) for stage in config.get("stages") or []]
-    folders = [*stages, *sorted(folder.parent.name for folder in path.glob("*/metrics.jsonl"))]
-    history = {stage: rows for stage in dict.fromkeys(folders) if (rows := read_history(path / stage))}
-    by_iteration = {record["iteration"]: record for record in read_records(path / "ppo" / "profiles.jsonl")}
+    names = dict.fromkeys([*stages, *(stage.name for stage in run.stages())])
+    history = {name: rows for name in names if (rows := read_history(run.stage(name).path))}
+    by_iteration = {record["iteration"]: record for record in read_records(run.stage("ppo").profiles)}
     profiles = [by_iteration[iteration] for iteration in sorted(by_iteration)]
-    results = _read_results(path / "evaluate" / "results.json")
+    results = _read_results(run.stage("evaluate").results)
     return RunData(name, colour, config, stages, done, history, profiles, results, list(samples))
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The resolved configuration of a run folder; UserError if the folder is no run."""
-    file = path / CONFIG_NAME
+    file = RunFolder(path).config
     if not file.is_file():
-        raise UserError(f"{path}: not a run folder: it has no {CONFIG_NAME}")
+        raise UserError(f"{path}: not a run folder: it has no {file.name}")
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

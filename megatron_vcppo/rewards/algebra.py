@@ -57,7 +57,7 @@ def read(text: str) -> Tree | None:
             rf"\boxed{{{for_library(text)}}}",
             _CONFIG,
             fallback_mode="no_fallback",
-            parsing_timeout=None,  # type: ignore[arg-type]
+            parsing_timeout=None,
         )
         tree = found[0] if found else None
         return None if isinstance(tree, str) else tree
@@ -66,7 +66,7 @@ def read(text: str) -> Tree | None:
 
 
 def same(gold: Tree, given: Tree) -> bool:
-    """Whether the given object is the gold one. Raises TooLarge if that cannot be said with bounded work."""
+    """Whether the given object is the gold one. Raises TooLarge if that cannot be decided with bounded work."""
     gold, given = _simplified_relation(gold), _simplified_relation(given)
     gold_name, given_name = assigned_name(gold), assigned_name(given)
     if gold_name and given_name and _same_name(gold_name, given_name):

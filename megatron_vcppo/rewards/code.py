@@ -29,8 +29,9 @@ class CodeVerifier:
         isolation: str = AUTO,
         checkers: Mapping[str, Checker] | None = None,
     ) -> None:
-        """time_limit_s: for all tests of a program together, below the scorer's own limit. checkers: beside those
-        that are built in."""
+        """time_limit_s: for all tests of a program together, below the scorer's own limit. checkers: in addition to the
+        built-in ones.
+        """
         self._isolation, self._time_limit_s, self._memory_bytes = isolation, time_limit_s, memory_bytes
         self._checkers = {**CHECKERS, **(checkers or {})}
         self._sandbox: Sandbox | None = None

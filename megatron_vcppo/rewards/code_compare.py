@@ -15,7 +15,7 @@ _LONGEST_NUMBER = 1000  # digits; longer ones are compared as text
 
 
 def same_tokens(given: str, expected: str) -> bool:
-    """Equal word by word, whatever blanks and line ends lie between.
+    """Equal word by word, whatever blanks and line ends are between.
 
     Numbers are equal by value ("3.0" is "3"); where the expected one has a point or an exponent, they may differ by
     10⁻⁶, relative or absolute. Case matters.

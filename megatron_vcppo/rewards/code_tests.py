@@ -96,7 +96,7 @@ def _call_tests(fn_name: Any, inputs: list[Any], outputs: list[Any]) -> CallTest
     for item in inputs:
         if not isinstance(item, list):
             raise ValueError(f"with fn_name each input is a list of arguments, not {type(item).__name__}")
-    # APPS wraps each result in a list of its own; only if all are is it a wrapping.
+    # APPS wraps each result in its own list; only if all are is it a wrapping.
     if all(isinstance(item, list) and len(item) == 1 for item in outputs):
         outputs = [item[0] for item in outputs]
     return CallTests(fn_name, inputs, outputs)

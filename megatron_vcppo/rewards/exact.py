@@ -33,7 +33,7 @@ def rational(text: str) -> Fraction | None:
 
 
 def is_decimal(text: str) -> bool:
-    """Whether the text is a decimal with so many digits that it may stand for a rounded number."""
+    """Whether the text is a decimal with enough digits to stand for a rounded number."""
     digits = text.lstrip("+-").replace(".", "", 1)
     return "." in text and digits.isdigit() and _ROUNDED <= len(digits.strip("0")) <= _DIGITS
 

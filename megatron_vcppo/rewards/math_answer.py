@@ -38,7 +38,7 @@ class MathVerifier:
     r"""The last ``\boxed{…}`` (or ``Answer: …``) must mean the prompt's answer."""
 
     percent_as_decimal: bool = False
-    """Whether 50% also equals 0.5. It always equals 50 (the question asked for percent)."""
+    """Whether 50% also equals 0.5. It always equals 50 (the question may want percent)."""
 
     def __call__(self, prompt: Prompt, response_text: str) -> Verdict:
         """Judge one response."""
@@ -56,7 +56,7 @@ def answers_equal(given: str, expected: str, percent_as_decimal: bool = False) -
     """Whether two answers mean the same.
 
     Not quite symmetric: x = 5 is right where 5 is expected and the other way round, but of a list without brackets
-    only the expected answer says whether its order counts.
+    only the expected answer decides whether its order counts.
     """
     given, expected = given.strip(), expected.strip()
     if given == expected:

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, replace
@@ -36,7 +35,7 @@ class Scorer:
     """A pool of verifier processes. Use as a context manager, or call ``close``.
 
     A verifier that raises costs its answer ("error: …"), one that hangs or dies costs its answer and its process
-    ("timeout", "error: …"), which is started anew. All are counted and kept for ``take_problems``.
+    ("timeout", "error: …"), which is started again. All are counted and kept for ``take_problems``.
     A response cut at the token limit is wrong ("truncated") whatever it says: it never ended its episode.
     """
 
@@ -55,7 +54,6 @@ class Scorer:
         self._settings = {"timeout_s": timeout_s, "verifiers": dict(verifiers or {}), "code": asdict(code)}
         self._queue: queue.SimpleQueue[tuple[Rollout, Future[Rollout]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
         self._problems: list[str] = []
         self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(num_workers)]
         for thread in self._threads:
@@ -74,12 +72,6 @@ class Scorer:
     def score(self, rollouts: Iterable[Rollout]) -> list[Rollout]:
         """Score rollouts while they arrive; returns all, in the order in which they arrived."""
         return [future.result() for future in [self.submit(rollout) for rollout in rollouts]]
-
-    def take_counts(self) -> dict[str, int]:
-        """Verdicts by kind ("correct", "wrong", "no answer", "truncated", "timeout", "error") since the last call."""
-        with self._lock:
-            counts, self._counts = self._counts, Counter()
-        return dict(counts)
 
     def take_problems(self) -> list[str]:
         """The first twenty timeouts and errors since the last call, one line each, to be shown."""
@@ -127,7 +119,6 @@ class Scorer:
 
     def _finish(self, rollout: Rollout, future: "Future[Rollout]", verdict: Verdict) -> None:
         with self._lock:
-            self._counts[verdict.kind] += 1
             if verdict.kind in ("timeout", "error") and len(self._problems) < _SHOWN:
                 self._problems.append(f"{rollout.prompt.prompt_id} (task {rollout.prompt.task}): {verdict.verdict}")
         future.set_result(replace(rollout, reward=verdict.reward, verdict=verdict.verdict))
@@ -138,7 +129,7 @@ class _WorkerLost(Exception):
 
 
 class _Worker:
-    """One verifier process. It gets no secret: its environment is made anew, and it leads its own process group."""
+    """One verifier process. It gets no secret: its environment is a new one, and it leads its own process group."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         ours, theirs = socket.socketpair()

@@ -4,7 +4,7 @@ from megatron_vcppo.records import Prompt
 from megatron_vcppo.rewards.verifier import CORRECT, NO_ANSWER, Verdict, wrong
 from megatron_vcppo.tasks.generate import get_task
 from megatron_vcppo.tasks.task import read_answer
-from megatron_vcppo.tasks.vocabulary import BOS
+from megatron_vcppo.tasks.word_tokenizer import BOS
 
 
 def verify_synthetic(prompt: Prompt, response_text: str) -> Verdict:

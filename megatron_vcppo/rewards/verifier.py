@@ -1,4 +1,4 @@
-"""What a verifier is: it reads a prompt and a response and says right or wrong, +1 or -1."""
+"""What a verifier is: it reads a prompt and a response and returns right or wrong, +1 or -1."""
 
 import re
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """A process that runs verifiers for the scorer: one JSON request, one JSON reply, over a socket.
 
-A process of its own, because a verifier may hang, leak, or die, and is then killed without harm to the run.
+A separate process, because a verifier may hang, leak, or die, and is then killed without harm to the run.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Tensors from one sender to many receivers over a process group of their own: the byte stream of a weight push.
+"""Tensors from one sender to many receivers over their own process group: the byte stream of a weight push.
 
 A group is made next to whatever default group a process has (a trainer's world, an engine's), by group.py. A stream is
 a row of buckets; each is announced by a JSON list of its payloads: large tensors as they are, small ones put together.
@@ -13,6 +13,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from megatron_vcppo.integers import round_up
 from megatron_vcppo.rollout.group import Group
 from megatron_vcppo.rollout.lane import Lane
 
@@ -31,14 +32,14 @@ Bucket = list[tuple[list[TensorHeader], torch.Tensor]]
 ALIGNMENT = 64
 """Pieces start at multiples of this many bytes, so that every dtype can be viewed in place."""
 ALONE_BYTES = 1 << 20
-"""A tensor of this size travels from where it lies; smaller ones are put together first."""
+"""A tensor of this size is sent from where it is stored; smaller ones are copied together first."""
 
 
 def send(group: Group, tensors: Iterator[tuple[str, torch.Tensor]], bucket_bytes: int) -> int:
     """Send (name, tensor) pairs to the group and mark the end; returns the bytes sent.
 
     Two buckets are held: one travels while the other is filled. A tensor must stay as it is until the one after the
-    next bucket is asked for. Raises RuntimeError if a receiver is gone or the deadline passes.
+    next bucket is requested. Raises RuntimeError if a receiver is gone or the deadline passes.
     """
     sender = BucketSender(group, bucket_bytes)
     for name, tensor in tensors:
@@ -58,7 +59,7 @@ class BucketSender:
         self.in_flight: list[tuple[dist.Work, torch.Tensor]] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a tensor into the bucket; a full bucket leaves."""
+        """Put a tensor of any dtype and shape into the bucket; a full bucket is sent."""
         piece = TensorHeader(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
         flat = tensor.detach().to(self.group.device).contiguous().reshape(-1).view(torch.uint8)
         (self.large if flat.numel() >= ALONE_BYTES else self.small).append((piece, flat))
@@ -94,7 +95,7 @@ class BucketSender:
 
 
 def receive(group: Group) -> Iterator[Bucket]:
-    """Buckets as they arrive, each payload in memory of its own (uint8, on the group's device), until the end mark."""
+    """Buckets as they arrive, each payload in new memory (uint8 [bytes], on the group's device), until the end mark."""
     while True:
         size = torch.empty(1, dtype=torch.int64, device=group.device)
         group.wait(group.broadcast(size))
@@ -137,7 +138,7 @@ def ahead(buckets: Iterator[Bucket], lane: Lane) -> Iterator[Bucket]:
 
 
 def unpack(buckets: Iterator[Bucket]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) pairs from buckets; the tensors are views of the payloads."""
+    """(name, tensor) pairs from buckets; the tensors, of their headers' dtype and shape, are views of the payloads."""
     for bucket in buckets:
         for pieces, payload in bucket:
             offset = 0
@@ -158,4 +159,4 @@ def _put_together(flats: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT
+    return round_up(offset, ALIGNMENT)

@@ -36,7 +36,7 @@ MAX_LOSSES = 6
 
 
 class RolloutError(RuntimeError):
-    """Generation cannot go on: no engine, or a request that every engine refuses."""
+    """Generation cannot continue: no engine, or a request that every engine refuses."""
 
 
 @dataclass

@@ -65,8 +65,13 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             if group is None:
                 store = reach_store(stream.address, stream.port, deadline.left_s())
                 group = join_group(
-                    *(store, stream.first_rank + worker, stream.world_size, request.backend),
-                    *(self.device, deadline.left_s(), request.address),
+                    store,
+                    rank=stream.first_rank + worker,
+                    world_size=stream.world_size,
+                    backend=request.backend,
+                    device=self.device,
+                    timeout_s=deadline.left_s(),
+                    address=request.address,
                 )
             group.deadline = deadline
             self.groups[stream] = group
@@ -104,7 +109,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         loaded = self.model.load_weights(tensors)
         missing = {name for name, _ in self.model.named_parameters()} - loaded
         if self.model_config.hf_text_config.tie_word_embeddings:
-            missing.discard("lm_head.weight")  # while it is being reloaded, it shows as a parameter of its own
+            missing.discard("lm_head.weight")  # while it is being reloaded, it shows as a separate parameter
         if missing:
             raise RuntimeError(f"the push lacked {len(missing)} parameters, e.g. {sorted(missing)[:3]}")
 

@@ -63,7 +63,9 @@ class Fleet:
 
     async def look(self) -> None:
         """One round of questions."""
-        published = {(engine.name, engine.generation, engine.pid): engine for engine in rendezvous.engines(self.folder)}
+        published = {
+            (engine.name, engine.incarnation, engine.pid): engine for engine in rendezvous.engines(self.folder)
+        }
         for key in [key for key in self.members if key not in published]:
             self.members.pop(key).take_out("withdrawn by its supervisor")
             self.changed.set()

@@ -10,7 +10,7 @@ work on the GPU, would wait for. gloo gives deadlines to every operation. NCCL d
   First all ranks meet in the store, under the deadline; a peer that hangs between that and the call holds the call up
   in a thread that is abandoned at the deadline. NCCL's own non-blocking start has one deadline per process, read once
   from the environment.
-- What hangs, hangs on a stream of its own (lane.py).
+- What hangs, hangs on a separate stream (lane.py).
 
 vLLM's StatelessProcessGroup with PyNcclCommunicator is no way out: it makes its communicator by the same call without
 a deadline, has no time-out or abort in its collectives, and would bring vLLM into the trainer.
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,7 @@ ABORT_TIMEOUT_S = 10.0
 
 
 class Deadline:
-    """A moment that several waits share. Raises TimeoutError when it is asked for time that is not there."""
+    """A moment that several waits share."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.moment = seconds, time.monotonic() + seconds
@@ -61,7 +61,8 @@ class Deadline:
 class Group:
     """One sender (rank 0) and its receivers."""
 
-    process_group: dist.ProcessGroup
+    process_group: Any
+    """A ProcessGroupGloo or ProcessGroupNCCL, which have no collectives in torch's stubs."""
     lane: Lane
     """Of the group's device: CPU for gloo."""
     deadline: Deadline
@@ -71,7 +72,7 @@ class Group:
 
     @property
     def device(self) -> torch.device:
-        """Where tensors must lie."""
+        """The device on which tensors must be."""
         return self.lane.device
 
     def broadcast(self, tensor: torch.Tensor) -> dist.Work:
@@ -169,7 +170,7 @@ def meet(store: dist.Store, rank: int, world_size: int, deadline: Deadline) -> N
 
 
 def run_within(seconds: float, what: str, work: Callable[[], T]) -> T:
-    """The result of ``work``, which runs in a thread of its own; raises RuntimeError and abandons it after seconds."""
+    """The result of ``work``, run in a new thread. Raises RuntimeError after ``seconds`` and abandons the thread."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -187,14 +188,14 @@ def run_within(seconds: float, what: str, work: Callable[[], T]) -> T:
         raise RuntimeError(f"{what} is not done after {seconds:.1f} s") from None
 
 
-def _make_gloo(store: dist.Store, rank: int, world_size: int, deadline: Deadline, address: str) -> dist.ProcessGroup:
-    options = dist.ProcessGroupGloo._Options()
+def _make_gloo(store: dist.Store, rank: int, world_size: int, deadline: Deadline, address: str) -> Any:
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # another class than the stubs' Options
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
     options._timeout = deadline.left()
     return dist.ProcessGroupGloo(store, rank, world_size, options)
 
 
-def _make_nccl(store: dist.Store, rank: int, world_size: int, deadline: Deadline, address: str) -> dist.ProcessGroup:
+def _make_nccl(store: dist.Store, rank: int, world_size: int, deadline: Deadline, address: str) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = deadline.left()
     with _variable("TORCH_NCCL_BLOCKING_WAIT", "1"):

@@ -1,7 +1,7 @@
 """The device and stream that the transfers of a push use, apart from those of the model's own work.
 
 A transfer that hangs must hold up nothing else, and a buffer must not be written again while it is still being copied
-out of: both need a stream of its own and an explicit hand-over. Without CUDA there are no streams and nothing to do.
+out of: both need a separate stream and an explicit hand-over. Without CUDA there are no streams and nothing to do.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ class Lane:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.GroupAddress(device) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @contextmanager
     def entered(self) -> Iterator[None]:

@@ -8,9 +8,6 @@ SLEEP, WAKE = "/vcppo/sleep", "/vcppo/wake"
 CORE_IS_DEAD = 500
 """HTTP status of the status route when only a restart helps: the core is gone, or went to sleep or woke half-way."""
 
-LOST = "lost"
-"""How the error of a push begins when the engine itself is at fault: it is gone or hangs."""
-
 NO_VERSION = -1
 """The policy version of an engine that still holds the weights it started with, or half of a push."""
 
@@ -101,11 +98,11 @@ class GroupAddress(msgspec.Struct, frozen=True, eq=True):
 
 
 class SyncRequest(msgspec.Struct, frozen=True):
-    """Body of POST /vcppo/sync: pause, take the new weights, drop stale caches, go on. Answered when all is done."""
+    """Body of POST /vcppo/sync: pause, take the new weights, drop stale caches, continue. Answered when all is done."""
 
     policy_version: int
     pause: str
-    """"drain": running requests finish first. "keep": they are frozen and go on under the new weights."""
+    """"drain": running requests finish first. "keep": they are frozen and continue under the new weights."""
     timeout_s: float
     backend: str
     """"gloo", "nccl" (over ``streams``) or "disk" (from ``folder``)."""
@@ -116,11 +113,10 @@ class SyncRequest(msgspec.Struct, frozen=True):
 
 
 class SyncReport(msgspec.Struct, frozen=True):
-    """Answer of POST /vcppo/sync: where the time went, or why it failed."""
+    """Answer of POST /vcppo/sync: what it cost, or why it failed."""
 
     error: str = ""
-    drain_s: float = 0.0
-    receive_s: float = 0.0
-    """From the first byte to the last tensor in place."""
+    lost: bool = False
+    """The engine itself did not answer: it is at fault, where others only noticed."""
     pause_s: float = 0.0
     """How long generation stood still."""

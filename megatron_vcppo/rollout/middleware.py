@@ -24,7 +24,6 @@ from megatron_vcppo.rollout.messages import (
     CACHE,
     CORE_IS_DEAD,
     GENERATE,
-    LOST,
     NO_VERSION,
     SLEEP,
     STATUS,
@@ -150,7 +149,7 @@ class Middleware:
             self.state, self.policy_version = self._rested(), request.policy_version
         except TimeoutError:  # the workers' deadline is earlier: whoever passes this one hangs
             self.state = "broken"
-            report = SyncReport(error=f"{LOST}: its core did not answer within {request.timeout_s:g} s")
+            report = SyncReport(error=f"lost: its core did not answer within {request.timeout_s:g} s", lost=True)
         except Exception as error:
             self.state = "broken"
             report = SyncReport(error=f"{type(error).__name__}: {error}"[:1000])
@@ -212,11 +211,10 @@ async def take_weights(engine: Any, request: SyncRequest, is_awake: bool) -> Syn
     await engine.start_weight_update()
     await engine.update_weights(WeightTransferUpdateRequest(update_info={}))
     await engine.finish_weight_update(str(request.policy_version))
-    received = time.monotonic()
     await engine.reset_prefix_cache(reset_running_requests=request.pause == "keep")
     if is_awake:
         await engine.resume_generation()
-    return SyncReport("", drained - started, received - drained, time.monotonic() - drained)
+    return SyncReport(pause_s=time.monotonic() - drained)
 
 
 def sampling_params(sampling: Sampling, request: GenerateRequest) -> SamplingParams:

@@ -6,7 +6,6 @@ killed outright, the kernel kills them.
 
 import argparse
 import json
-import logging
 import os
 import signal
 import sys
@@ -26,6 +25,8 @@ from megatron_vcppo.rollout.auth import make_secret
 from megatron_vcppo.rollout.node_folder import NodeFolder, remove_stale
 from megatron_vcppo.rollout.rendezvous import SECRET
 from megatron_vcppo.rollout.supervisor import Limits, Slot, run
+from megatron_vcppo.run import log
+from megatron_vcppo.run.exit_codes import USER_ERROR
 
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Of NVIDIA, of AMD, of Windows' subsystem for Linux: where there is a GPU, there is one of these."""
@@ -33,14 +34,13 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def main() -> int:
-    """Run until told to stop; exit code 0 then, 1 if an engine was given up, 2 for a user error."""
+    """Run until told to stop; returns the exit code, FAILED if an engine was given up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path)
     parser.add_argument("--rendezvous", required=True, type=Path, help="folder where engines are published")
     parser.add_argument("--node", required=True, type=int, help="index of this rollout node, from 0")
-    parser.add_argument("--model", type=Path, help="Hugging Face folder to start from; left out: model.hf")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    log.configure("rollout", args.node)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
@@ -51,15 +51,15 @@ def main() -> int:
         if engine_placement(config) == "trainer_gpus":
             remove_stale()
             shared = NodeFolder(args.rendezvous, args.node)
-        slots = plan_slots(config, args.model or Path(config.model.hf), args.rendezvous, args.node, shared)
+        slots = plan_slots(config, Path(config.model.hf), args.rendezvous, args.node, shared)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        log.say(f"error: {error}")
+        return USER_ERROR
     return run(slots, stopping, shared)
 
 
 def plan_slots(config: Config, model: Path, folder: Path, node: int, shared: NodeFolder | None = None) -> list[Slot]:
-    """What to run on this node: engines, their devices, their log files (beside the rendezvous folder).
+    """What to run on this node: engines, their devices, their log files (next to the rendezvous folder).
 
     shared: whose turn it is on GPUs that the trainer has, too.
     """
@@ -70,7 +70,9 @@ def plan_slots(config: Config, model: Path, folder: Path, node: int, shared: Nod
     if not gpus:
         check_head_size(model)
     limits = Limits(
-        *(rollout.start_timeout_s, rollout.health_timeout_s, rollout.max_restarts),
+        start_timeout_s=rollout.start_timeout_s,
+        health_timeout_s=rollout.health_timeout_s,
+        max_restarts=rollout.max_restarts,
         turn_timeout_s=rollout.turn_timeout_s,
     )
 
@@ -79,12 +81,12 @@ def plan_slots(config: Config, model: Path, folder: Path, node: int, shared: Nod
             engine_command.command(
                 model,
                 engine,
-                engine.dtype or config.model.dtype,
-                config.model.max_length,
-                address,
-                port,
-                bool(gpus),
-                config.run.seed,
+                dtype=engine.dtype or config.model.dtype,
+                max_length=config.model.max_length,
+                address=address,
+                port=port,
+                on_gpu=bool(gpus),
+                seed=config.run.seed,
                 sleeps=shared is not None,
             ),
             engine_command.environment(os.environ, engine, placement, folder / SECRET, address),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.run.files import write_text
 
 ROOT = Path("/dev/shm")
 TRAINER, USERS = "trainer", "users"
@@ -48,9 +49,7 @@ class NodeFolder(AbstractContextManager["NodeFolder"]):
 
     def give_turn(self, holder: Holder) -> None:
         """Say whose turn it is on the node's GPUs."""
-        temporary = self.path / f".turn.{os.getpid()}"
-        temporary.write_text(holder)
-        temporary.replace(self.path / "turn")
+        write_text(self.path / "turn", holder)
 
     @property
     def engines_turn(self) -> bool:

@@ -1,9 +1,10 @@
-"""The folder in a run where engines say where they are: one small file per engine, and the secret beside them."""
+"""The folder in a run where engines publish their addresses: one small file per engine, and their common secret."""
 
-import os
 from pathlib import Path
 
 import msgspec
+
+from megatron_vcppo.run.files import write_bytes
 
 SECRET = "secret"
 
@@ -13,7 +14,7 @@ class Engine(msgspec.Struct, frozen=True):
 
     node: int
     index: int
-    generation: int
+    incarnation: int
     """Counts the starts of this engine: a restarted one has other weights and another port."""
     address: str
     port: int
@@ -30,15 +31,12 @@ class Engine(msgspec.Struct, frozen=True):
         return f"http://{self.address}:{self.port}"
 
     def __str__(self) -> str:
-        return f"{self.name} at {self.address}:{self.port} (start {self.generation})"
+        return f"{self.name} at {self.address}:{self.port} (start {self.incarnation})"
 
 
 def publish(folder: Path, engine: Engine) -> None:
     """Make an engine known."""
-    path = folder / f"{engine.name}.json"
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_bytes(msgspec.json.encode(engine))
-    temporary.replace(path)
+    write_bytes(folder / f"{engine.name}.json", msgspec.json.encode(engine))
 
 
 def withdraw(folder: Path, engine: Engine) -> None:

@@ -1,10 +1,12 @@
 """Which responses are drawn: one seed per (run seed, iteration, prompt, sample), and what is safe in training."""
 
 import hashlib
-import warnings
+import logging
 
 from megatron_vcppo.config.rollout import RolloutConfig
 from megatron_vcppo.rollout.messages import Sampling
+
+log = logging.getLogger(__name__)
 
 
 def sample_seed(run_seed: int, iteration: int, prompt_id: str, sample_index: int) -> int:
@@ -21,15 +23,9 @@ def training_sampling(config: RolloutConfig) -> Sampling:
         if value != off
     ]
     if cut:
-        warnings.warn(
+        log.warning(
             f"{' and '.join(cut)}: responses are drawn from the cut distribution and their log-probs are renormalised "
             "over the kept tokens, so they are higher than the policy's own (by 0.1 to 1.4 per token in measurements) "
-            "and PPO's ratio is biased. Set top_p to 1 and top_k to 0 in training.",
-            stacklevel=2,
+            "and PPO's ratio is biased. Set top_p to 1 and top_k to 0 in training."
         )
     return Sampling(config.temperature, config.top_p, config.top_k, list(config.stop), config.ignore_eos)
-
-
-def greedy() -> Sampling:
-    """The most likely token at each step."""
-    return Sampling(temperature=0.0)

@@ -19,6 +19,7 @@ from megatron_vcppo.rollout.auth import bearer, read_secret
 from megatron_vcppo.rollout.messages import CORE_IS_DEAD, SLEEP, STATUS, SleepRequest, TurnReport
 from megatron_vcppo.rollout.node_folder import Hold, NodeFolder
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
+from megatron_vcppo.run.exit_codes import DONE, FAILED
 from megatron_vcppo.run.processes import free_port
 
 log = logging.getLogger(__name__)
@@ -69,13 +70,13 @@ class Slot:
         Runs in a thread that lives as long as the engine: the kernel kills the engine when that thread ends.
         """
         rendezvous.withdraw(self.folder, Engine(self.node, self.index, 0, self.address, 0, 0))  # a killed one's
-        for generation in range(self.limits.max_restarts + 1):
+        for incarnation in range(self.limits.max_restarts + 1):
             starting = self.take_turn(stopping)
             if stopping.is_set():
                 return
             port = free_port(self.address)
             process = engine_command.start(*self.launch(port), self.log_file)
-            engine = Engine(self.node, self.index, generation, self.address, port, process.pid)
+            engine = Engine(self.node, self.index, incarnation, self.address, port, process.pid)
             log.info("%s: starting, pid %d", engine, process.pid)
             try:
                 reason = self.watch(process, engine, stopping, starting)
@@ -87,7 +88,7 @@ class Slot:
             if stopping.is_set():
                 return
             log.warning("%s: %s; starting it again. Its log: %s", engine, reason, self.log_file)
-        raise RuntimeError(f"engine {self.index} of node {self.node} ended {generation + 1} times: {reason}")
+        raise RuntimeError(f"engine {self.index} of node {self.node} ended {incarnation + 1} times: {reason}")
 
     def mark(self) -> Hold | ExitStack:
         """Says, until it is closed, that this engine may hold GPU memory and cannot be asked to sleep."""
@@ -181,7 +182,7 @@ def kill_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
 
 
 def run(slots: list[Slot], stopping: threading.Event, shared: NodeFolder | None = None) -> int:
-    """Keep all engines of this node until stopping is set; returns 0 then, 1 if one was given up.
+    """Keep all engines of this node until stopping is set; returns DONE then, FAILED if one was given up.
 
     shared: what a killed trainer leaves there is removed.
     """
@@ -205,4 +206,4 @@ def run(slots: list[Slot], stopping: threading.Event, shared: NodeFolder | None 
                 shared.drop_orphans()
     if shared is not None:
         shared.close()
-    return 1 if failures else 0
+    return FAILED if failures else DONE

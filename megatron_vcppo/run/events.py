@@ -1,37 +1,21 @@
 """RUN/events.jsonl: what happened to a run, appended only, one JSON object per line."""
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
-EVENTS_NAME = "events.jsonl"
+from megatron_vcppo.run.files import append_json_line, read_json_lines
+from megatron_vcppo.run.folder import RunFolder
 
 
 def append(run: Path, event: str, **fields: Any) -> None:
-    """Append one event; a single write, so that lines of several writers do not mix."""
-    line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n"
-    descriptor = os.open(run / EVENTS_NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
+    """Append one event to a run's folder."""
+    append_json_line(RunFolder(run).events, {"time": round(time.time(), 3), "event": event, **fields})
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """All events in order; a torn last line (a crash in mid-write) is left out."""
-    try:
-        lines = (run / EVENTS_NAME).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    events = []
-    for line in lines:
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    return events
+    """All events in order."""
+    return read_json_lines(RunFolder(run).events)
 
 
 def of_stage(run: Path, event: str, stage: str) -> list[dict[str, Any]]:

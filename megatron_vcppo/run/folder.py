@@ -1,87 +1,224 @@
-"""A run's folder as the launcher sees it: which stages are done, how far they are, where their logs go."""
+"""A run's folder and those of its stages: where everything is, what is done, how far it is."""
 
 import errno
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.manifest import MANIFEST_NAME, verify_manifest
+from megatron_vcppo.run.files import read_json_lines
+from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest, verify_manifest, write_manifest
 
-CONFIG_NAME = "config.yaml"
-LOCK_NAME = ".lock"
+_ITERATION = re.compile(r"iter_(\d{7,})$")
+
+
+def iteration_name(iteration: int) -> str:
+    """What belongs to an iteration is called like this. Example: ``iter_0000120``."""
+    return f"iter_{iteration:07d}"
+
+
+def iteration_of(name: str) -> int | None:
+    """The iteration of a name that ``iteration_name`` gave, None for other names."""
+    match = _ITERATION.match(name)
+    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """Paths and truths of one run."""
+class StageFolder:
+    """RUN/STAGE: the paths of one stage, and what they say about it."""
 
     path: Path
 
     @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / CONFIG_NAME
+    def name(self) -> str:
+        """The stage."""
+        return self.path.name
 
-    def stage(self, name: str) -> Path:
-        """The folder of a stage."""
-        return self.path / name
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints, one per saved iteration."""
+        return self.path / "checkpoints"
 
-    def rendezvous(self, stage: str) -> Path:
-        """Where the engines of a stage publish their addresses."""
-        return self.stage(stage) / "rendezvous"
+    def checkpoint(self, iteration: int) -> Path:
+        """The folder of one checkpoint, which holds a sub-folder per component."""
+        return self.checkpoints / iteration_name(iteration)
 
-    def job_log(self, job: str) -> Path:
-        """What a job's controller writes, by submitit's naming."""
-        return self.path / "slurm" / f"{job}_0_log.out"
+    @property
+    def rollouts(self) -> Path:
+        """What the stage generated (run/rollout_store.py)."""
+        return self.path / "rollouts"
 
-    def done(self, stage: str, checksums: bool = True) -> bool:
+    @property
+    def rendezvous(self) -> Path:
+        """Where the engines of the stage publish their addresses."""
+        return self.path / "rendezvous"
+
+    @property
+    def logs(self) -> Path:
+        """A folder per attempt, with a file per role."""
+        return self.path / "logs"
+
+    @property
+    def metrics(self) -> Path:
+        """A record per iteration (run/metrics_log.py)."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def profiles(self) -> Path:
+        """Position profiles of PPO, a record per iteration."""
+        return self.path / "profiles.jsonl"
+
+    @property
+    def startup(self) -> Path:
+        """Where the time of each start went (run/startup.py)."""
+        return self.path / "startup.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """What the stage evaluate found."""
+        return self.path / "results.json"
+
+    @property
+    def manifest(self) -> Path:
+        """Written last: the stage is done."""
+        return self.path / MANIFEST_NAME
+
+    def data(self, name: str) -> Path:
+        """The tokenized examples of a data set."""
+        return self.path / "data" / name
+
+    def exported(self, component: Literal["actor", "critic"]) -> Path:
+        """Where the stage export puts a model, unless export.out names another place for the actor."""
+        return self.path / ("hf" if component == "actor" else component)
+
+    def make(self) -> "StageFolder":
+        """Make the folder if it is not there; returns the same."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def mark_done(self, checkpoint: Path | None = None, outputs: tuple[str, ...] = ()) -> None:
+        """Write the stage's manifest over its outputs: the last checkpoint and named files or folders.
+
+        Main rank only.
+        """
+        known = {}
+        meta = {}
+        only = list(outputs)
+        if checkpoint is not None:
+            name = checkpoint.relative_to(self.path).as_posix()
+            only.append(name)
+            meta["checkpoint"] = name
+            known = {f"{name}/{file}": record for file, record in read_manifest(checkpoint)["files"].items()}
+        write_manifest(self.path, meta, known=known, only=only)
+
+    def marked_done(self) -> bool:
+        """True if the stage has a manifest, verified or not."""
+        return self.manifest.exists()
+
+    def is_done(self, checksums: bool = True) -> bool:
         """True if the stage's manifest verifies; UserError if there is one that does not."""
-        if not self.marked_done(stage):
+        if not self.marked_done():
             return False
-        verify_manifest(self.stage(stage), checksums)
+        verify_manifest(self.path, checksums)
         return True
 
-    def marked_done(self, stage: str) -> bool:
-        """True if the stage has a manifest, verified or not."""
-        return (self.stage(stage) / MANIFEST_NAME).exists()
+    def last_checkpoint(self, component: str) -> Path | None:
+        """The component's folder in the final checkpoint; None if the stage is not done or has no such component."""
+        if not self.marked_done():
+            return None
+        path = self.path / read_manifest(self.path)["meta"]["checkpoint"] / component
+        return path if path.is_dir() else None
 
-    def attempts(self, stage: str) -> list[Path]:
-        """The log folders of a stage's attempts, oldest first."""
-        folders = (self.stage(stage) / "logs").glob("attempt_*")
-        return sorted(folders, key=lambda folder: int(folder.name.rsplit("_", 1)[1]))
-
-    def next_attempt(self, stage: str) -> Path:
-        """The log folder of the next attempt, not yet made."""
-        attempts = self.attempts(stage)
-        number = int(attempts[-1].name.rsplit("_", 1)[1]) + 1 if attempts else 1
-        return self.stage(stage) / "logs" / f"attempt_{number}"
-
-    def checkpoint_iteration(self, stage: str) -> int | None:
+    def checkpoint_iteration(self) -> int | None:
         """Iteration of the newest checkpoint that has a manifest."""
-        complete = (self.stage(stage) / "checkpoints").glob(f"iter_*/{MANIFEST_NAME}")
-        return max((int(path.parent.name.rsplit("_", 1)[1]) for path in complete), default=None)
+        complete = [path.parent.name for path in self.checkpoints.glob(f"*/{MANIFEST_NAME}")]
+        return max((found for name in complete if (found := iteration_of(name)) is not None), default=None)
 
-    def progress(self, stage: str, rollouts: Path) -> list[int]:
-        """What a start of a stage leaves to the next one, as numbers that change if there is more of it.
+    def attempt(self, number: int) -> Path:
+        """The log folder of one attempt, counted from 1."""
+        return self.logs / f"attempt_{number}"
 
-        Iterations in the newest checkpoint (-1: there is none), optimizer steps of the iteration after, stored parts of
-        rollouts, bytes of responses of parts that are not complete. rollouts: the folder of what the stage generates.
+    def attempts(self) -> list[Path]:
+        """The log folders of the stage's attempts, oldest first."""
+        return sorted(self.logs.glob("attempt_*"), key=_attempt_number)
+
+    def next_attempt(self) -> Path:
+        """The log folder of the next attempt, not yet made."""
+        attempts = self.attempts()
+        return self.attempt(_attempt_number(attempts[-1]) + 1 if attempts else 1)
+
+    def recent_metrics(self, limit_bytes: int = 1 << 18) -> list[dict[str, Any]]:
+        """The last records of the metrics log, as many as fit into ``limit_bytes``."""
+        return read_json_lines(self.metrics, limit_bytes)
+
+    def progress(self, rollouts: Path) -> list[int]:
+        """What a start of the stage leaves to the next one, as numbers that change if there is more of it.
+
+        Iterations in the newest checkpoint (-1: there is none), optimizer steps of the iteration after, stored
+        iterations of rollouts, bytes of responses of those that are not complete. rollouts: the folder of what the
+        stage generates.
         """
-        iteration, steps = self.checkpoint_iteration(stage), 0
+        iteration, steps = self.checkpoint_iteration(), 0
         if iteration is not None:
-            path = self.stage(stage) / "checkpoints" / f"iter_{iteration:07d}" / "state.json"
+            path = self.checkpoint(iteration) / "state.json"
             with suppress(OSError, ValueError, KeyError, TypeError):
                 skipped = json.loads(path.read_text(encoding="utf-8"))["state"]["unfinished"]["report"]["skipped"]
                 steps = sum(len(model) for model in skipped.values())
-        complete = len(list(rollouts.glob("iter_*")))
+        complete = len(list(rollouts.glob("iter_*")))  # run/rollout_store.py, without its imports
         partial_bytes = sum(path.stat().st_size for path in rollouts.glob("partial_*"))
         return [-1 if iteration is None else iteration, steps, complete, partial_bytes]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """RUN: the paths of one run, and the lock of whoever starts its stages."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, config: Config) -> "RunFolder":
+        """run.dir of a configuration."""
+        return cls(Path(config.run.dir))
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def events(self) -> Path:
+        """What happened to the run (run/events.py)."""
+        return self.path / "events.jsonl"
+
+    @property
+    def code(self) -> Path:
+        """Snapshots of the code that its jobs run."""
+        return self.path / "code"
+
+    @property
+    def slurm(self) -> Path:
+        """Batch scripts and logs of its jobs."""
+        return self.path / "slurm"
+
+    def stage(self, name: str) -> StageFolder:
+        """The folder of a stage."""
+        return StageFolder(self.path / name)
+
+    def stages(self) -> list[StageFolder]:
+        """Every folder in the run that may be a stage's, by name."""
+        folders = (path for path in self.path.glob("*") if path.is_dir() and not path.name.startswith("."))
+        return [StageFolder(path) for path in sorted(folders)]
+
+    def job_log(self, job: str) -> Path:
+        """What a job's controller writes, by submitit's naming."""
+        return self.slurm / f"{job}_0_log.out"
 
     def make(self) -> None:
         """Make the folder. UserError if that is not possible, or nothing can be written into it."""
@@ -95,7 +232,7 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Held by whoever starts stages: one at a time."""
-        with (self.path / LOCK_NAME).open("w") as lock:
+        with (self.path / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -104,7 +241,7 @@ class RunFolder:
 
     @contextmanager
     def full_disk_named(self) -> Iterator[None]:
-        """A full disk or quota is the user's to mend, not a traceback."""
+        """A full disk or quota is the user's to fix, not a traceback."""
         try:
             yield
         except OSError as error:
@@ -122,34 +259,6 @@ class RunFolder:
         except UserError:
             return True
 
-    def metrics(self, stage: str, limit_bytes: int = 1 << 18) -> list[dict[str, Any]]:
-        """The last records of metrics.jsonl, as many as fit into ``limit_bytes``."""
-        try:
-            with (self.stage(stage) / "metrics.jsonl").open("rb") as file:
-                file.seek(0, 2)
-                start = max(0, file.tell() - limit_bytes)
-                file.seek(start)
-                lines = file.read().split(b"\n")[1 if start else 0 :]
-        except FileNotFoundError:
-            return []
-        records = []
-        for line in lines:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue
-        return records
 
-
-def chosen_stages(stages: list[str], first: str | None, last: str | None, only: str | None) -> list[str]:
-    """The part of the chain that --from, --until and --only name. UserError for a name that is not in the chain."""
-    for name in (first, last, only):
-        if name is not None and name not in stages:
-            raise UserError(f"stage {name!r} is not in this configuration's stages: {', '.join(stages)}")
-    if only is not None:
-        return [only]
-    start = stages.index(first) if first else 0
-    end = stages.index(last) + 1 if last else len(stages)
-    if start >= end:
-        raise UserError(f"--from {first} comes after --until {last} in stages: {', '.join(stages)}")
-    return stages[start:end]
+def _attempt_number(folder: Path) -> int:
+    return int(folder.name.rsplit("_", 1)[1])

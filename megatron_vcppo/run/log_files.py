@@ -4,7 +4,6 @@ import codecs
 import sys
 import threading
 from pathlib import Path
-from typing import TextIO
 
 
 def last_lines(path: Path, count: int = 12, limit_bytes: int = 16384) -> list[str]:
@@ -20,12 +19,11 @@ def last_lines(path: Path, count: int = 12, limit_bytes: int = 16384) -> list[st
 
 
 class Follower:
-    """Copies what is appended to a file to a stream, from a thread, until ``close``."""
+    """Copies a file, and what is appended to it, to standard output, from a thread, until ``close``."""
 
-    def __init__(self, path: Path, stream: TextIO | None = None, from_start: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.stream = stream or sys.stdout
-        self._position = 0 if from_start or not path.exists() else path.stat().st_size
+        self._position = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -37,10 +35,10 @@ class Follower:
                 file.seek(self._position)
                 while chunk := file.read(65536):
                     self._position += len(chunk)
-                    self.stream.write(self._decoder.decode(chunk))
+                    sys.stdout.write(self._decoder.decode(chunk))
         except FileNotFoundError:
             return
-        self.stream.flush()
+        sys.stdout.flush()
 
     def _follow(self) -> None:
         while not self._closed.wait(0.2):

@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import xxhash
 
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.run.files import sync, write_json
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
@@ -51,25 +51,19 @@ def write_manifest(
     """
     folder = Path(folder)
     known = known or {}
-    final, temporary = folder / MANIFEST_NAME, folder / f".{MANIFEST_NAME}.tmp"
+    own_names = (MANIFEST_NAME, f".{MANIFEST_NAME}.tmp")
     roots = [folder] if only is None else [folder / name for name in only]
     names = sorted(
         path.relative_to(folder).as_posix()
         for root in roots
         for path in (root.rglob("*") if root.is_dir() else [root])
-        if path.is_file() and path not in (final, temporary)
+        if path.is_file() and path.relative_to(folder).as_posix() not in own_names
     )
     unknown = [name for name in names if name not in known]
     with ThreadPoolExecutor(_THREADS) as pool:
         records = dict(zip(unknown, pool.map(lambda name: _synced_record(folder / name), unknown), strict=True))
     files = {name: dict(known.get(name) or records[name]) for name in names}
-    text = json.dumps({"format": FORMAT, "meta": dict(meta), "files": files}, indent=1)
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, final)
-    sync_folder(folder)
+    write_json(folder / MANIFEST_NAME, {"format": FORMAT, "meta": dict(meta), "files": files})
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -120,15 +114,5 @@ def verify_manifest(
 
 
 def _synced_record(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as stream:
-        os.fsync(stream.fileno())
+    sync(path)
     return file_record(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

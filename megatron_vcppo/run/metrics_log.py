@@ -4,9 +4,7 @@ One rank logs; the caller decides which. After a resume the log goes on as if no
 beyond the resumed checkpoint is dropped, because it will be logged again.
 """
 
-import json
 import math
-import os
 import time
 import uuid
 from collections.abc import Mapping
@@ -16,8 +14,10 @@ from typing import Any
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.run.files import append_json_line, parse_json_line, read_json_lines, write_bytes, write_text
+from megatron_vcppo.run.folder import StageFolder
+from megatron_vcppo.run.log import say
 
-FILE_NAME = "metrics.jsonl"
 LONGEST_PIECE = "stopping/longest_piece_s"
 """The longest time between two points at which a stage could stop on request, since the record before."""
 SAVE_TIME = "stopping/save_s"
@@ -27,7 +27,7 @@ WANDB_INIT_TIMEOUT_S = 60.0
 
 
 class MetricsLog:
-    """Append-only ``folder/metrics.jsonl``; every line is on its way to disk when ``log`` returns."""
+    """Append-only ``folder/metrics.jsonl``; every line is with the operating system when ``log`` returns."""
 
     def __init__(
         self, folder: Path, config: Config, stage: str, resume_iteration: int = 0, total_iterations: int | None = None
@@ -39,9 +39,9 @@ class MetricsLog:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.total_iterations = total_iterations
-        cut_back(folder / FILE_NAME, resume_iteration)
+        self._path = StageFolder(folder).metrics
+        cut_back(self._path, resume_iteration)
         self._wandb = start_wandb(folder, config, stage)
-        self._file = open(folder / FILE_NAME, "a", encoding="utf-8")  # noqa: SIM115
 
     def log(self, iteration: int, metrics: Mapping[str, float | int | str]) -> None:
         """Write one record; iterations must not go backwards. NaN and infinities are written as words."""
@@ -49,14 +49,12 @@ class MetricsLog:
         if self.total_iterations is not None:
             record["total_iterations"] = self.total_iterations
         record |= {name: _plain(value) for name, value in metrics.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        append_json_line(self._path, record)
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=iteration)
 
     def close(self, exit_code: int = 0) -> None:
         """Finish; safe to call twice."""
-        self._file.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=exit_code)
             self._wandb = None
@@ -70,12 +68,12 @@ class MetricsLog:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The complete records of a stage's log, oldest first; empty if there is none. A torn last line is left out."""
-    return read_records(folder / FILE_NAME)
+    return read_records(StageFolder(folder).metrics)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The complete records of a file of one JSON object with an iteration per line; empty if there is none."""
-    return [record for _, record in _records(path) if record is not None]
+    return [record for record in read_json_lines(path) if _is_record(record)]
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
@@ -88,15 +86,12 @@ def read_history(folder: Path) -> list[dict[str, float]]:
 
 def cut_back(path: Path, iteration: int) -> None:
     """Drop the records after ``iteration`` and lines that are none, such as one torn by a kill; says how many."""
-    lines = list(_records(path))
-    kept = [line for line, record in lines if record is not None and record["iteration"] <= iteration]
-    num_dropped = len(lines) - len(kept)
-    if not num_dropped:
-        return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)
-    print(f"{path}: dropped {num_dropped} of {len(lines)} lines, resuming at iteration {iteration}", flush=True)
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    records = [(line, parse_json_line(line)) for line in lines]
+    kept = [line for line, record in records if record and _is_record(record) and record["iteration"] <= iteration]
+    if num_dropped := len(lines) - len(kept):
+        write_bytes(path, b"".join(kept))
+        say(f"{path}: dropped {num_dropped} of {len(lines)} lines, resuming at iteration {iteration}")
 
 
 def start_wandb(folder: Path, config: Config, stage: str) -> Any:
@@ -131,26 +126,12 @@ def _wandb_id(path: Path) -> str:
     if path.exists():
         return path.read_text(encoding="utf-8").strip()
     identifier = uuid.uuid4().hex[:12]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(identifier, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, identifier)
     return identifier
 
 
-def _records(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
-    """Every line with its record; None for a line that is not one."""
-    if not path.exists():
-        return []
-    return [(line, _record(line)) for line in path.read_bytes().splitlines(keepends=True)]
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    complete = line.endswith(b"\n") and isinstance(record, dict) and isinstance(record.get("iteration"), int)
-    return record if complete else None
+def _is_record(line: Mapping[str, Any]) -> bool:
+    return isinstance(line.get("iteration"), int)
 
 
 def _plain(value: float | int | str) -> float | int | str:

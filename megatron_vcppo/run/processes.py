@@ -1,4 +1,7 @@
-"""Environment and lifetime of an engine's processes."""
+"""The life of processes: their death with their parent, whether they live, ports and variables for those to be started.
+
+launch/guard.py runs without this package and has its own ``die_with_parent``.
+"""
 
 import ctypes
 import signal
@@ -28,17 +31,27 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def free_port(address: str) -> int:
-    """A port that nothing listens on just now."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return probe.getsockname()[1]
+def free_port(address: str = "") -> int:
+    """A TCP port on which nobody listens just now; default: at any of this machine's addresses."""
+    return free_ports(1, address)[0]
+
+
+def free_ports(count: int, address: str = "") -> tuple[int, ...]:
+    """Different TCP ports on which nobody listens just now."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind((address, 0))
+        return tuple(int(probe.getsockname()[1]) for probe in probes)
+    finally:
+        for probe in probes:
+            probe.close()
 
 
 def alive(pid: int) -> bool:
     """True if the process exists and is not a zombie."""
     try:
-        with open(f"/proc/{pid}/stat") as stat:
+        with open(f"/proc/{pid}/stat", errors="replace") as stat:
             return stat.read().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False

@@ -3,10 +3,12 @@
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TextIO
 
 from tqdm import tqdm
+
+from megatron_vcppo.run.log import line
 
 WINDOW = 20
 """Updates over which rate and ETA are averaged."""
@@ -28,12 +30,14 @@ class Progress:
         unit: str = "it",
         every_s: float = 10.0,
         stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """unit: what ``update`` counts beside the position, such as tok."""
         self.name, self.total, self.unit, self.every_s = name, total, unit, every_s
         self.position = start
         self.stream = stream or sys.stdout
-        self._printed_at = time.monotonic()
+        self._clock = clock
+        self._printed_at = clock()
         self._history = deque([(self._printed_at, start, 0)], maxlen=WINDOW + 1)
         self._bar = None
         if self.stream.isatty():
@@ -41,7 +45,7 @@ class Progress:
 
     def update(self, position: int, count: int = 1, values: Mapping[str, float] | None = None) -> None:
         """Now at ``position``, having worked through ``count`` more units; ``values`` are shown beside it."""
-        now = time.monotonic()
+        now = self._clock()
         self.position = position
         self._history.append((now, position, self._history[-1][2] + count))
         text = self.status(values or {})
@@ -51,7 +55,7 @@ class Progress:
         elif position >= self.total or now - self._printed_at >= self.every_s:
             self._printed_at = now
             share = f"{100 * position // self.total}%" if self.total else "100%"
-            print(f"{self.name} {position}/{self.total} {share} {text}", file=self.stream, flush=True)
+            print(line(f"{self.name} {position}/{self.total} {share} {text}"), file=self.stream, flush=True)
 
     def status(self, values: Mapping[str, float]) -> str:
         """Rate, ETA and values as text."""

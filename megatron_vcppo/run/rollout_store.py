@@ -1,12 +1,11 @@
-"""The rollouts of an iteration on disk: ``rollouts/iter_NNNNNNN_KofM.jsonl.zst``, one record per line.
+"""The rollouts of an iteration on disk: ``rollouts/iter_NNNNNNN_0of1.jsonl.zst``, one record per line.
 
-Each of the M data-parallel leaders writes its own part K. Readable without this project: ``zstdcat FILE | jq``.
-What leaders had of an iteration that a stop request interrupted is in ``partial_NNNNNNN_KofM.jsonl.zst`` until the
+The main rank writes them. Readable without this project: ``zstdcat FILE | jq``. What the data-parallel leaders had of
+an iteration that a stop request interrupted is in ``partial_NNNNNNN_KofM.jsonl.zst``, a file per leader, until the
 iteration is complete.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -17,22 +16,19 @@ import zstandard
 
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Rollout
+from megatron_vcppo.run.files import replacing
+from megatron_vcppo.run.folder import iteration_name, iteration_of
 
 _decoder = msgspec.json.Decoder(Rollout)
-_NAME = re.compile(r"iter_(\d{7})_(\d+)of(\d+)\.jsonl\.zst")
+_SUFFIX = ".jsonl.zst"
+_NAME = re.compile(r"(iter_\d{7,})_0of1\.jsonl\.zst")
 _PARTIAL = re.compile(r"partial_(-?\d+)_\d+of\d+\.jsonl\.zst")
 
 
-def write_rollouts(
-    folder: Path, iteration: int, rollouts: Iterable[Rollout], part: int = 0, num_parts: int = 1
-) -> Path:
-    """Write one leader's rollouts; the file appears whole or not at all. Replaces what an earlier attempt wrote."""
-    path = folder / f"iter_{iteration:07d}_{part}of{num_parts}.jsonl.zst"
+def write_rollouts(folder: Path, iteration: int, rollouts: Iterable[Rollout]) -> Path:
+    """Write an iteration's rollouts; replaces what an earlier attempt wrote."""
+    path = _path(folder, iteration)
     _write(path, rollouts)
-    if part == 0:  # parts of an attempt with another number of leaders
-        for other in folder.glob(f"iter_{iteration:07d}_*.jsonl.zst"):
-            if (match := _NAME.fullmatch(other.name)) and int(match[3]) != num_parts:
-                other.unlink(missing_ok=True)
     return path
 
 
@@ -65,16 +61,11 @@ def partial_iterations(folder: Path) -> list[int]:
 
 
 def _write(path: Path, rollouts: Iterable[Rollout]) -> None:
-    """Temporary name, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name("." + path.name)
-    with zstandard.open(temporary, "wt", encoding="utf-8") as file:
+    with replacing(path) as temporary, zstandard.open(temporary, "wt", encoding="utf-8") as file:
         for rollout in rollouts:
             record = {**asdict(rollout), "length": len(rollout.response_ids)}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    with open(temporary, "rb") as written:
-        os.fsync(written.fileno())
-    temporary.replace(path)
 
 
 def _read(path: Path) -> Iterator[Rollout]:
@@ -84,24 +75,30 @@ def _read(path: Path) -> Iterator[Rollout]:
 
 
 def read_rollouts(folder: Path, iteration: int) -> list[Rollout]:
-    """All rollouts of an iteration, in the order of parts. Raises UserError if none or not all parts are there."""
+    """All rollouts of an iteration, as they were written. UserError if there are none."""
     return list(iterate_rollouts(folder, iteration))
 
 
 def iterate_rollouts(folder: Path, iteration: int) -> Iterator[Rollout]:
     """``read_rollouts`` one by one, for iterations that are larger than memory."""
-    names = [_NAME.fullmatch(path.name) for path in folder.glob(f"iter_{iteration:07d}_*.jsonl.zst")]
-    parts = sorted((int(match[2]), int(match[3]), match[0]) for match in names if match)
-    if not parts:
+    path = _path(folder, iteration)
+    if not path.exists():
         known = stored_iterations(folder)
         there = f"; there are iterations {known[0]} to {known[-1]}" if known else ""
         raise UserError(f"{folder}: no rollouts of iteration {iteration}{there}")
-    if len(parts) != parts[0][1]:
-        raise UserError(f"{folder}: iteration {iteration} has {len(parts)} of {parts[0][1]} parts; it is being written")
-    for _, _, name in parts:
-        yield from _read(folder / name)
+    yield from _read(path)
+
+
+def drop_rollouts(folder: Path, iteration: int) -> None:
+    """Remove an iteration's rollouts."""
+    _path(folder, iteration).unlink(missing_ok=True)
 
 
 def stored_iterations(folder: Path) -> list[int]:
-    """The iterations of which at least one part is stored."""
-    return sorted({int(match[1]) for path in folder.glob("iter_*") if (match := _NAME.fullmatch(path.name))})
+    """The iterations that are stored, in order."""
+    names = [match[1] for path in folder.glob(f"*{_SUFFIX}") if (match := _NAME.fullmatch(path.name))]
+    return sorted(found for name in names if (found := iteration_of(name)) is not None)
+
+
+def _path(folder: Path, iteration: int) -> Path:
+    return folder / f"{iteration_name(iteration)}_0of1{_SUFFIX}"

@@ -1,26 +1,34 @@
 """Where a rank's time goes between the start of its process and its first iteration: RUN/STAGE/startup.jsonl.
 
-One line per start of the stage, written by the main rank, whose phases follow each other. Standard library only.
+One line per start of the stage, written by the main rank, whose phases follow each other.
 """
 
-import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-FILE_NAME = "startup.jsonl"
+from megatron_vcppo.run.files import append_json_line, read_json_lines
+from megatron_vcppo.run.folder import StageFolder
+from megatron_vcppo.run.log import say
 
 
 def process_age_s() -> float:
     """Seconds since this process was forked (Linux); an exec does not set it back."""
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    stat = Path("/proc/self/stat").read_text()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - forked_at_s(stat, os.sysconf("SC_CLK_TCK"))
+
+
+def forked_at_s(stat: str, ticks_per_s: int) -> float:
+    """Seconds from the machine's start to the fork of a process, from its /proc/PID/stat."""
+    return int(stat.rsplit(")", 1)[1].split()[19]) / ticks_per_s  # the name in parentheses may hold anything
 
 
 class Startup:
     """The phases so far. Example: ``startup.done("groups")`` after joining the process groups."""
 
-    def __init__(self) -> None:
+    def __init__(self, age_s: Callable[[], float] = process_age_s) -> None:
+        self.age_s = age_s
         self.reached_s = 0.0
         self.phases: dict[str, float] = {}
         self.finished = False
@@ -28,7 +36,7 @@ class Startup:
     def done(self, phase: str) -> None:
         """What was done since the phase before, or since the process's start, was this; no-op once finished."""
         if not self.finished:
-            now = process_age_s()
+            now = self.age_s()
             self.phases[phase] = self.phases.get(phase, 0.0) + now - self.reached_s
             self.reached_s = now
 
@@ -40,10 +48,9 @@ class Startup:
         self.finished = True
         record = {"timestamp": round(time.time(), 3), "total_s": round(self.reached_s, 2)}
         record |= {f"{phase}_s": round(seconds, 2) for phase, seconds in self.phases.items()}
-        with (folder / FILE_NAME).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_json_line(StageFolder(folder).startup, record)
         parts = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.phases.items())
-        print(f"{folder.name}: first iteration done {self.reached_s:.1f} s after the start: {parts}", flush=True)
+        say(f"{folder.name}: first iteration done {self.reached_s:.1f} s after the start: {parts}")
 
 
 startup = Startup()
@@ -51,15 +58,5 @@ startup = Startup()
 
 
 def read_startups(folder: Path) -> list[dict[str, float]]:
-    """The records of a stage's folder, oldest first; a torn line is left out."""
-    try:
-        lines = (folder / FILE_NAME).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
+    """The records of a stage's folder, oldest first."""
+    return read_json_lines(StageFolder(folder).startup)

@@ -2,19 +2,21 @@
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from megatron_vcppo.run.exit_codes import FAILED
+from megatron_vcppo.run.log import say
+
 
 @contextmanager
 def deadline(what: str, timeout_s: float, progress: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """End this process with exit code 1 if the block hangs: not done, and no other ``progress()`` for ``timeout_s``.
+    """End this process as failed if the block hangs: not done, and no other ``progress()`` for ``timeout_s``.
 
-    Such a wait cannot be interrupted, so there is no exception: the stacks of all threads and ``what`` are printed to
-    stderr. progress: called every few seconds in a thread; must not raise.
+    Such a wait cannot be interrupted, so there is no exception: the stacks of all threads and ``what`` are printed.
+    progress: called every few seconds in a thread; must not raise.
     """
     done = threading.Event()
 
@@ -26,8 +28,8 @@ def deadline(what: str, timeout_s: float, progress: Callable[[], object] = lambd
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > timeout_s:
                 faulthandler.dump_traceback()
-                print(f"{what} has made no progress for {timeout_s:g} s", file=sys.stderr, flush=True)
-                os._exit(1)
+                say(f"{what} has made no progress for {timeout_s:g} s")
+                os._exit(FAILED)
 
     watcher = threading.Thread(target=watch, name=f"deadline of {what}", daemon=True)
     watcher.start()

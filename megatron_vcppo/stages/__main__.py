@@ -11,32 +11,38 @@ def main() -> int:
     import argparse
     import importlib
     import os
+    import warnings
 
     from megatron_vcppo.config.load import load_config
     from megatron_vcppo.config.node_environment import node_environment
     from megatron_vcppo.errors import UserError
+    from megatron_vcppo.run import log
+    from megatron_vcppo.run.exit_codes import DONE, SAVED, USER_ERROR
     from megatron_vcppo.run.startup import startup
-    from megatron_vcppo.stages.stopping import SAVED, Saved, stopping
+    from megatron_vcppo.stages.stopping import Saved, stopping
 
     parser = argparse.ArgumentParser(prog="python -m megatron_vcppo.stages", description=__doc__)
     parser.add_argument("stage")
     parser.add_argument("--config", required=True)
     arguments = parser.parse_args()
+    rank = int(os.environ.get("RANK", "0"))
+    log.configure("trainer", rank)
     stopping.listen()
     try:
         config = load_config(arguments.config)
         os.environ.update(node_environment(config.cluster))  # before torch is imported
+        warnings.filterwarnings("ignore", module="megatron")  # at import, about parts that are not used here
         stage = importlib.import_module(f"megatron_vcppo.stages.{arguments.stage}")
         startup.done("imports")
         stage.run(config)
     except UserError as error:
-        print(f"vcppo: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        log.say(f"error: {error}")
+        return USER_ERROR
     except Saved as saved:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{arguments.stage}: {saved}", flush=True)
+        if rank == 0:
+            log.say(f"{arguments.stage}: {saved}")
         return SAVED
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from megatron_vcppo.algo.advantages import (
+    broadcast_to_tokens,
     gate_on_explained_variance,
     group_advantages,
     length_adaptive_lam,
-    spread,
     whiten,
 )
 from megatron_vcppo.algo.diagnostics import batch_diagnostics, length_statistics, summarize
@@ -17,9 +17,9 @@ from megatron_vcppo.algo.gae import decoupled_gae
 from megatron_vcppo.algo.kl import kl_estimate
 from megatron_vcppo.algo.masked import masked_moments
 from megatron_vcppo.algo.token_rewards import filter_overlong, soft_overlong_penalty, token_rewards
-from megatron_vcppo.config import Config
-from megatron_vcppo.config.rl import AdvantageConfig
-from megatron_vcppo.data.rollout_batch import RolloutBatch
+from megatron_vcppo.config.rl import AdvantageConfig, PolicyLossConfig
+from megatron_vcppo.data.rollout_batch import ModelOutputs, RolloutBatch
+from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.rewards.verifier import Verdict
 
 NUM_POSITION_BINS = 64
@@ -42,80 +42,89 @@ class AdvantageBatch:
 
 def compute_advantages(
     batch: RolloutBatch,
-    values: Tensor | None,
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor | None,
-    config: Config,
+    outputs: ModelOutputs,
+    config: AdvantageConfig,
+    loss: PolicyLossConfig,
+    *,
     kl_coef: float,
+    max_tokens: int,
     end_of_thinking_id: int | None,
 ) -> AdvantageBatch:
     """Decoupled GAE (VC-PPO Eq. 7-8), or a group baseline, with the configured additions.
 
-    values, old_logprobs, ref_logprobs: [B, T]; values None: the baseline is the group. A response that was cut counts
-    as ended: its verdict is its return.
+    A response that was truncated counts as ended: its verdict is its return.
+
+    Args:
+        outputs: values None means that the baseline is the group.
+        loss: says whether the KL divergence from the reference is a part of the rewards, and how it is estimated.
+        kl_coef: what a nat of that divergence costs.
+        max_tokens: the limit of a response, over which profiles are binned and penalties reach.
+        end_of_thinking_id: the token that ends the thinking; None if the model has none.
     """
-    settings, mask = config.ppo.advantage, batch.response_mask
-    rewards = episode_rewards(batch, config)
-    in_reward = ref_logprobs is not None and config.ppo.loss.kl_in == "reward"
-    kl = kl_estimate(old_logprobs, ref_logprobs, config.ppo.loss.kl_kind) if in_reward else None
-    per_token = token_rewards(rewards, mask, kl, kl_coef)
-    lam_actor: float | Tensor = settings.lam_actor
-    if settings.length_adaptive_alpha is not None:
-        lam_actor = length_adaptive_lam(batch.lengths, settings.length_adaptive_alpha)
-    critic_values = torch.zeros_like(old_logprobs) if values is None else values
+    mask, values = batch.response_mask, outputs.values
+    rewards = episode_rewards(batch, config, max_tokens)
+    kl = None
+    if outputs.ref_logprobs is not None and loss.kl_in == "reward":
+        kl = kl_estimate(outputs.old_logprobs, outputs.ref_logprobs, loss.kl_kind)
+    lam_actor: float | Tensor = config.lam_actor
+    if config.length_adaptive_alpha is not None:
+        lam_actor = length_adaptive_lam(batch.lengths, config.length_adaptive_alpha)
+    critic_values = torch.zeros_like(outputs.old_logprobs) if values is None else values
     advantages, returns = decoupled_gae(
-        per_token,
-        critic_values,
-        mask,
-        gamma=settings.gamma,
+        rewards=token_rewards(rewards, mask, kl, kl_coef),
+        values=critic_values,
+        mask=mask,
+        gamma=config.gamma,
         lam_actor=lam_actor,
-        lam_critic=settings.lam_critic,
+        lam_critic=config.lam_critic,
     )
     if values is None:
-        advantages = spread(group_advantages(rewards, batch.group_ids, settings.baseline), mask)
-    numbers, profiles = summarize(
+        advantages = broadcast_to_tokens(group_advantages(rewards, batch.group_ids, config.baseline), mask)
+    metrics, profiles = summarize(
         batch_diagnostics(
-            critic_values,
-            returns,
-            advantages,
-            mask,
-            decay_actor=_scaled(lam_actor, settings),
-            decay_critic=settings.gamma * settings.lam_critic,
-            bin_width=max(1, -(-config.rollout.max_tokens // NUM_POSITION_BINS)),
+            values=critic_values,
+            returns=returns,
+            advantages=advantages,
+            mask=mask,
+            decay_actor=config.gamma * lam_actor,
+            decay_critic=config.gamma * config.lam_critic,
+            bin_width=max(1, ceil_div(max_tokens, NUM_POSITION_BINS)),
             num_bins=NUM_POSITION_BINS,
             give_up_mask=_give_up_mask(batch, end_of_thinking_id),
         )
     )
     if values is None:  # there is no critic to judge
-        numbers = {name: number for name, number in numbers.items() if not name.startswith("critic/")}
+        metrics = {name: number for name, number in metrics.items() if not name.startswith("critic/")}
         profiles = {name: profile for name, profile in profiles.items() if not name.startswith("value_")}
-    if settings.explained_variance_gate and values is not None:
-        mean_return = float(returns[mask].mean())
+    elif config.explained_variance_gate:
         advantages = gate_on_explained_variance(
-            advantages, returns, mask, numbers["critic/explained_variance"], mean_return
+            advantages,
+            returns=returns,
+            mask=mask,
+            explained_variance=metrics["critic/explained_variance"],
+            mean_return=float(returns[mask].mean()),
         )
     trained = trained_mask(batch, config)
-    if settings.whiten:
+    if config.whiten:
         advantages = whiten(advantages, trained, masked_moments(advantages, trained))
-    numbers |= length_statistics(batch.lengths, batch.truncated) | reward_statistics(batch)
+    metrics |= length_statistics(batch.lengths, batch.truncated) | reward_statistics(batch)
     if kl is not None:
-        numbers["actor/kl_ref"] = float(kl[mask].mean())
-    numbers["rollout/logprob_gap"] = float((old_logprobs - batch.rollout_logprobs)[mask].abs().mean())
-    return AdvantageBatch(trained, advantages.masked_fill(~trained, 0.0), returns, numbers, profiles)
+        metrics["actor/kl_ref"] = float(kl[mask].mean())
+    metrics["rollout/logprob_gap"] = float((outputs.old_logprobs - batch.rollout_logprobs)[mask].abs().mean())
+    return AdvantageBatch(trained, advantages.masked_fill(~trained, 0.0), returns, metrics, profiles)
 
 
-def episode_rewards(batch: RolloutBatch, config: Config) -> Tensor:
+def episode_rewards(batch: RolloutBatch, config: AdvantageConfig, max_tokens: int) -> Tensor:
     """What the critic's returns are made of, in pretraining as in PPO: verdicts and the penalty for length, [B]."""
-    buffer = config.ppo.advantage.overlong_penalty_tokens
+    buffer = config.overlong_penalty_tokens
     if not buffer:
         return batch.rewards
-    return batch.rewards + soft_overlong_penalty(batch.lengths, config.rollout.max_tokens, buffer)
+    return batch.rewards + soft_overlong_penalty(batch.lengths, max_tokens, buffer)
 
 
-def trained_mask(batch: RolloutBatch, config: Config) -> Tensor:
+def trained_mask(batch: RolloutBatch, config: AdvantageConfig) -> Tensor:
     """The response tokens that losses count, in pretraining as in PPO: bool [B, T]."""
-    filtered = config.ppo.advantage.overlong_filter
-    return filter_overlong(batch.response_mask, batch.truncated) if filtered else batch.response_mask
+    return filter_overlong(batch.response_mask, batch.truncated) if config.overlong_filter else batch.response_mask
 
 
 def reward_statistics(batch: RolloutBatch) -> dict[str, float]:
@@ -128,15 +137,11 @@ def reward_statistics(batch: RolloutBatch) -> dict[str, float]:
     return {
         "rollout/reward_mean": float(rewards.mean()),
         "rollout/reward_std": float(rewards.std(correction=0)),
-        "rollout/accuracy": float((rewards > 0).float().mean()),
+        "rollout/accuracy": float(batch.is_correct.float().mean()),
         "rollout/equal_groups": float((low == high).float().mean()),
         "rollout/verifier_timeouts": float(kinds.count("timeout")),
         "rollout/verifier_errors": float(kinds.count("error")),
     }
-
-
-def _scaled(lam: float | Tensor, settings: AdvantageConfig) -> float | Tensor:
-    return settings.gamma * lam
 
 
 def _give_up_mask(batch: RolloutBatch, end_of_thinking_id: int | None) -> Tensor | None:
@@ -145,6 +150,6 @@ def _give_up_mask(batch: RolloutBatch, end_of_thinking_id: int | None) -> Tensor
         return None
     found = torch.zeros_like(batch.response_mask)
     for row, rollout in enumerate(batch.rollouts):
-        if rollout.reward is not None and rollout.reward <= 0 and end_of_thinking_id in rollout.response_ids:
+        if not rollout.is_correct and end_of_thinking_id in rollout.response_ids:
             found[row, rollout.response_ids.index(end_of_thinking_id)] = True
     return found

@@ -1,7 +1,5 @@
 """pass@k and avg@k of what the chain's stages left, or of any Hugging Face checkpoints, side by side."""
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +9,18 @@ from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_model
-from megatron_vcppo.mcore.export_stream import stream_hf
-from megatron_vcppo.mcore.hf_weights_io import load_hf
+from megatron_vcppo.mcore.hf_weights_io import load_hf, stream_hf
 from megatron_vcppo.mcore.model import ActorModel, build_actor
+from megatron_vcppo.records import Rollout
+from megatron_vcppo.run.files import write_json
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.log import say
+from megatron_vcppo.run.rollout_origin import claim
 from megatron_vcppo.run.startup import startup
 from megatron_vcppo.stages.held_out import evaluation_prompts, evaluation_rollouts, scores
-from megatron_vcppo.stages.provenance import claim, origin_of_evaluation
-from megatron_vcppo.stages.rollout_session import RolloutSession
-from megatron_vcppo.stages.stage import ACTOR_STAGES, last_checkpoint, mark_done, stage_folder
+from megatron_vcppo.stages.provenance import origin_of_evaluation
+from megatron_vcppo.stages.rollout_session import BatchNumber, RolloutSession
+from megatron_vcppo.stages.stage import ACTOR_STAGES, Stage, start_stage
 from megatron_vcppo.stages.stopping import Saved, stopping
 
 
@@ -27,47 +29,55 @@ def run(config: Config) -> None:
 
     Raises Saved if asked to stop: responses that are stored are not generated again.
     """
-    folder = stage_folder(config, "evaluate")
-    world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
-    startup.done("groups")
+    stage = start_stage(config, "evaluate")
     if config.prompts.test is None:
         raise UserError("stage evaluate: prompts.test is not set; give it held-out problems")
     found = candidates(config)
     results: list[dict[str, Any]] = []
-    with RolloutSession(config, folder, world) as generation:
-        generation.start_engines()
+    with RolloutSession(stage) as session:
+        session.start_engines()
         model = build_actor(Architecture.from_hf(config.model.hf), config.model, config.parallel)
-        generation.share(model)
+        session.share(model)
         startup.done("model")
-        prompts = evaluation_prompts(config, generation)
-        if world.is_main:
-            claim(generation.rollouts, origin_of_evaluation(config, {name: c.folder for name, c in found.items()}), -1)
+        prompts = evaluation_prompts(config, session)
+        if stage.runtime.is_main:
+            claim(session.folder, origin_of_evaluation(config, {name: c.folder for name, c in found.items()}), -1)
         for version, (name, candidate) in enumerate(found.items()):
-            rollouts = generation.stored(version, prompts, config.evaluate.num_samples)
+            rollouts = session.stored(version, prompts, config.evaluate.num_samples)
             if rollouts is None:
                 try:
-                    stopping.point()
-                    generation.wait_for_engines()
-                    candidate.load(model)
-                    startup.done("model")
-                    generation.push(version, lambda: stream_hf(model))
-                    # The same iteration number: every candidate gets the same problems and the same seeds.
-                    rollouts = evaluation_rollouts(config, generation, iteration=0, tag=version)
-                    generation.trainer_turn()
+                    rollouts = generate(config, session, model, candidate, version)
                 except Stopped:
                     raise Saved(f"asked to stop: {version} of {len(found)} checkpoints are evaluated") from None
-                generation.store(version, rollouts)
             results.append({"name": name, **scores(rollouts, config.evaluate.k)})
-            if world.is_main:
-                startup.finish(folder)
-                print(table(results[-1:], header=version == 0), flush=True)
-    if world.is_main:
-        temporary = folder / ".results.json.tmp"
-        temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
-        os.replace(temporary, folder / "results.json")
-        print(table(results), flush=True)
-        mark_done(folder, outputs=("results.json",))
+            if stage.runtime.is_main:
+                startup.finish(stage.folder.path)
+                say(f"{name}:\n{table(results[-1:], header=version == 0)}")
+    if stage.runtime.is_main:
+        write_results(stage, results)
     runtime.stop()
+
+
+def generate(
+    config: Config, session: RolloutSession, model: ActorModel, candidate: "Candidate", version: int
+) -> list[Rollout]:
+    """A candidate's scored responses, stored. Raises Stopped on every rank if any was asked to stop."""
+    stopping.point()
+    session.wait_for_engines()
+    candidate.load(model)
+    startup.done("model")
+    session.push(version, lambda: stream_hf(model))
+    rollouts = evaluation_rollouts(config, session, BatchNumber.candidate(version))
+    session.trainer_turn()
+    session.store(version, rollouts)
+    return rollouts
+
+
+def write_results(stage: Stage, results: list[dict[str, Any]]) -> None:
+    """The file, the table, the manifest; main rank."""
+    write_json(stage.folder.results, results)
+    say(f"results:\n{table(results)}")
+    stage.folder.mark_done(outputs=(stage.folder.results.name,))
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ def candidates(config: Config) -> dict[str, Candidate]:
         return {name: Candidate(Path(path), True) for name, path in chosen.items()}
     found: dict[str, Candidate] = {}
     for stage in config.stages:
-        checkpoint = last_checkpoint(config, stage, "actor") if stage in ACTOR_STAGES else None
+        checkpoint = RunFolder.of(config).stage(stage).last_checkpoint("actor") if stage in ACTOR_STAGES else None
         if checkpoint is not None:
             found[stage] = Candidate(checkpoint, False)
     return found or {Path(config.model.hf).name: Candidate(Path(config.model.hf), True)}

@@ -9,8 +9,13 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.convert.exporter import export_hf
 from megatron_vcppo.hf.convert.folders import unfinished
 from megatron_vcppo.mcore.model import torch_dtype
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.log import say
 from megatron_vcppo.run.progress import Progress
-from megatron_vcppo.stages.stage import actor_before, last_checkpoint, mark_done, stage_folder
+from megatron_vcppo.stages.stage import actor_before
+
+CRITIC_STAGES = ("ppo", "value_pretrain")
+"""Those that leave a critic, the one that is exported first."""
 
 
 def run(config: Config) -> None:
@@ -20,24 +25,26 @@ def run(config: Config) -> None:
     checkpoint = actor_before(config, "export")
     if checkpoint is None:
         raise UserError("stage export: no stage before it in this chain trains an actor; put sft or ppo before it")
-    folder = stage_folder(config, "export")
+    run_folder = RunFolder.of(config)
+    folder = run_folder.stage("export").make()
     outputs = []
     if config.export.critic:
-        critic = last_checkpoint(config, "ppo", "critic") or last_checkpoint(config, "value_pretrain", "critic")
+        found = [run_folder.stage(stage).last_checkpoint("critic") for stage in CRITIC_STAGES]
+        critic = next(filter(None, found), None)
         if critic is None:
             raise UserError("export.critic: no finished stage of this run has a critic")
-        export(config, critic, folder / "critic")
+        export(config, critic, folder.exported("critic"))
         outputs.append("critic")
     # Last: a folder elsewhere is not touched if it is there, so an attempt that made it must not be repeated.
-    export(config, checkpoint, Path(config.export.out) if config.export.out else folder / "hf")
+    export(config, checkpoint, Path(config.export.out) if config.export.out else folder.exported("actor"))
     outputs += ["hf"] if config.export.out is None else []
-    mark_done(folder, outputs=tuple(outputs))
+    folder.mark_done(outputs=tuple(outputs))
 
 
 def export(config: Config, checkpoint: Path, out: Path) -> None:
     """One checked export, with progress."""
     dtype = torch_dtype(config.export.dtype) if config.export.dtype else None
-    if out.exists() and out.parent == stage_folder(config, "export"):
+    if out.exists() and out.parent == RunFolder.of(config).stage("export").path:
         shutil.rmtree(out)  # from an attempt that was killed before it could say that it was done
     for leftover in unfinished(out):
         shutil.rmtree(leftover, ignore_errors=True)  # from an attempt that was killed at work
@@ -50,4 +57,4 @@ def export(config: Config, checkpoint: Path, out: Path) -> None:
             seen = done_bytes
 
         checked = export_hf(checkpoint, out, dtype, config.export.verify_logits, progress=on_progress)
-    print(f"export: {checkpoint} -> {out}: {checked}", flush=True)
+    say(f"export: {checkpoint} -> {out}: {checked}")

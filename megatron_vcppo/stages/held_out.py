@@ -7,35 +7,27 @@ from megatron_vcppo.algo.pass_at_k import avg_at_k, pass_at_k
 from megatron_vcppo.config import Config
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.rollout.messages import Sampling
-from megatron_vcppo.stages.rollout_session import RolloutSession
+from megatron_vcppo.stages.rollout_session import BatchNumber, RolloutSession
 
 
-def evaluate_engines(config: Config, generation: RolloutSession, iteration: int) -> dict[str, float]:
+def evaluate_engines(config: Config, session: RolloutSession, iteration: int) -> dict[str, float]:
     """Metrics ``evaluation/…`` over prompts.test under the pushed weights; collective."""
-    rollouts = evaluation_rollouts(config, generation, iteration, evaluation_seeds(iteration))
-    generation.forget(evaluation_seeds(iteration))
+    number = BatchNumber.evaluation(iteration)
+    rollouts = evaluation_rollouts(config, session, number)
+    session.forget(number)
     return evaluation_metrics(rollouts, config.evaluate.k)
 
 
-def evaluation_prompts(config: Config, generation: RolloutSession) -> list[Prompt]:
+def evaluation_prompts(config: Config, session: RolloutSession) -> list[Prompt]:
     """The held-out problems."""
     assert config.prompts.test is not None, "checked with the configuration"
-    return generation.prompts(config.prompts.test)[: config.evaluate.num_prompts]
+    return session.prompts(config.prompts.test)[: config.evaluate.num_prompts]
 
 
-def evaluation_rollouts(config: Config, generation: RolloutSession, iteration: int, tag: int) -> list[Rollout]:
-    """Scored responses to the held-out problems; their seeds never meet those of training.
-
-    tag: what the responses so far are stored under if the stage is asked to stop.
-    """
-    settings, prompts = config.evaluate, evaluation_prompts(config, generation)
-    sampling = Sampling(settings.temperature, settings.top_p)
-    return generation.generate(prompts, evaluation_seeds(iteration), sampling, settings.num_samples, tag)
-
-
-def evaluation_seeds(iteration: int) -> int:
-    """The number that stands for an iteration where the seeds of its evaluation are made."""
-    return -1 - iteration
+def evaluation_rollouts(config: Config, session: RolloutSession, number: BatchNumber) -> list[Rollout]:
+    """Scored responses to the held-out problems."""
+    sampling = Sampling(config.evaluate.temperature, config.evaluate.top_p)
+    return session.generate(evaluation_prompts(config, session), number, sampling, config.evaluate.num_samples)
 
 
 def evaluation_metrics(rollouts: list[Rollout], ks: list[int]) -> dict[str, float]:
@@ -51,18 +43,17 @@ def evaluation_metrics(rollouts: list[Rollout], ks: list[int]) -> dict[str, floa
 
 
 def scores(rollouts: list[Rollout], ks: list[int]) -> dict[str, Any]:
-    """avg@n and pass@k with the half widths of their 95 % intervals, mean length, share cut at the limit.
+    """avg@n and pass@k with the half widths of their 95 % intervals, mean length, share truncated at the limit.
 
     Example: ``{"avg": 0.5, "avg_interval": 0.1, "length_mean": 9.0, "truncated_share": 0.0, "pass": {"4": [0.7, 0.1]},
     "tasks": {…}}``; ``tasks`` holds the same by task, and is empty if there is one task only.
     """
-    num_correct: dict[str, list[bool]] = defaultdict(list)
+    correct: dict[str, list[bool]] = defaultdict(list)
     by_task: dict[str, list[Rollout]] = defaultdict(list)
     for rollout in rollouts:
-        assert rollout.reward is not None
-        num_correct[rollout.prompt.prompt_id].append(rollout.reward > 0)
+        correct[rollout.prompt.prompt_id].append(rollout.is_correct)
         by_task[rollout.prompt.task].append(rollout)
-    results = list(num_correct.values())
+    results = list(correct.values())
     mean, half_width = avg_at_k(results)
     return {
         "avg": mean,

@@ -9,8 +9,9 @@ from megatron_vcppo.mcore.checkpoint import load_learner, load_model
 from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.learner import Critic
 from megatron_vcppo.mcore.model import ActorModel, CriticModel, build_actor, build_critic
+from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.manifest import read_manifest
-from megatron_vcppo.stages.stage import actor_before, last_checkpoint
+from megatron_vcppo.stages.stage import actor_before
 
 HEAD = "value_head."
 
@@ -58,7 +59,7 @@ def continue_pretraining(critic: Critic, config: Config) -> None:
 
 def _critic_folder(config: Config, stage: str, init: str, checkpoint_path: str | None) -> Path:
     folder = Path(checkpoint_path) if init == "checkpoint" and checkpoint_path else None
-    folder = folder or last_checkpoint(config, init, "critic")
+    folder = folder or RunFolder.of(config).stage(init).last_checkpoint("critic")
     if folder is None:
         where = "its checkpoint_path is not set" if init == "checkpoint" else "that stage is not done"
         raise UserError(f"stage {stage}: the critic is to come from {init}, but {where}")

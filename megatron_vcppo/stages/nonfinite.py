@@ -1,4 +1,4 @@
-"""Optimizer steps whose loss or gradient was not finite: left out, counted, and too many in a row end the stage."""
+"""Optimizer steps whose loss or gradient was not finite: skipped, counted, and too many in a row end the stage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -7,93 +7,109 @@ from typing import Any
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.prompts import PromptStream
 from megatron_vcppo.records import Prompt, Rollout
-from megatron_vcppo.rollout.messages import Sampling
-from megatron_vcppo.stages.rollout_session import PendingRollouts, RolloutSession
+from megatron_vcppo.rollout.seeds import training_sampling
+from megatron_vcppo.run.log import say
+from megatron_vcppo.stages.rollout_session import BatchNumber, PendingRollouts, RolloutSession
 
 
 @dataclass(frozen=True)
-class Ahead:
-    """An iteration whose generation has begun before its turn."""
+class Prefetched:
+    """The batch of an iteration, requested before its turn."""
 
     iteration: int
-    place: dict[str, Any]
-    """Of the prompt stream before it: where a resume goes on, because what is under way is lost with the process."""
+    position: dict[str, Any]
+    """Prompt-stream position before this batch; a resume restarts here because a pending batch dies with the
+    process."""
     rollouts: PendingRollouts | list[Rollout]
 
 
 class PromptSampler:
-    """Takes prompts from the stream and rollouts from the engines; collective."""
+    """Takes prompts from the stream and rollouts from the engines; collective.
 
-    def __init__(self, config: Config, generation: RolloutSession, stream: PromptStream, sampling: Sampling) -> None:
-        self.config, self.generation, self.stream, self.sampling = config, generation, stream, sampling
-        self.num_samples = config.rollout.num_samples
-        self.ahead: Ahead | None = None
+    As a part of a checkpoint it is the position in the prompt stream up to which batches were taken.
+    """
 
-    def take(self, iteration: int) -> list[Rollout]:
+    def __init__(self, config: Config, session: RolloutSession, stream: PromptStream) -> None:
+        self.config, self.session, self.stream = config.ppo, session, stream
+        self.sampling, self.num_samples = training_sampling(config.rollout), config.rollout.num_samples
+        self.prefetched: Prefetched | None = None
+
+    def next_batch(self, iteration: int) -> list[Rollout]:
         """The scored rollouts of an iteration, stored in the run before they are returned."""
-        if self.ahead is not None:
-            rollouts, self.ahead = self.wait(self.ahead), None
+        if self.prefetched is not None:
+            rollouts, self.prefetched = self._collect(self.prefetched), None
             return rollouts
-        settings = self.config.ppo
-        wanted = settings.prompts_per_iteration
-        if not settings.dynamic_sampling:
-            return self.of(iteration, self.stream.next(wanted))
+        if self.config.dynamic_sampling:
+            return self._dynamic_batch(iteration)
+        return self.rollouts_for(self.stream.next(self.config.prompts_per_iteration), iteration)
+
+    def prefetch(self, iteration: int) -> None:
+        """Request the batch of an iteration before its turn; ``next_batch`` waits for it."""
+        position = self.stream.state_dict()
+        prompts = self.stream.next(self.config.prompts_per_iteration)
+        rollouts = self.session.stored(iteration, prompts, self.num_samples)
+        requested = rollouts or self.session.request(
+            prompts, BatchNumber.training(iteration), self.sampling, self.num_samples
+        )
+        self.prefetched = Prefetched(iteration, position, requested)
+
+    def drain(self) -> None:
+        """Wait for what was prefetched, so that other weights may be pushed before its turn comes."""
+        if self.prefetched is not None:
+            self.prefetched = replace(self.prefetched, rollouts=self._collect(self.prefetched))
+
+    def rollouts_for(self, prompts: list[Prompt], number: int) -> list[Rollout]:
+        """Rollouts of these prompts: those that an interrupted attempt stored under the number, else new ones."""
+        stored = self.session.stored(number, prompts, self.num_samples)
+        if stored is not None:
+            return stored
+        rollouts = self.session.generate(prompts, BatchNumber.training(number), self.sampling, self.num_samples)
+        self.session.store(number, rollouts)
+        return rollouts
+
+    def last_number(self, iteration: int) -> int:
+        """The highest number under which rollouts of this iteration, or of one before, are stored.
+
+        Each round of dynamic sampling has a number of its own: seeds and stored files must not meet.
+        """
+        if not self.config.dynamic_sampling:
+            return iteration
+        return (iteration + 1) * self.config.dynamic_sampling_rounds - 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position up to which batches were taken."""
+        return self.stream.state_dict() if self.prefetched is None else self.prefetched.position
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken. Raises UserError if the prompts or the seed are not the same."""
+        self.stream.load_state_dict(state)
+
+    def _dynamic_batch(self, iteration: int) -> list[Rollout]:
+        """Prompts whose samples got equal rewards are replaced, for some rounds (DAPO)."""
+        wanted, rounds = self.config.prompts_per_iteration, self.config.dynamic_sampling_rounds
         kept: list[Rollout] = []
         missing = wanted
-        for round_number in range(settings.dynamic_sampling_rounds):
-            # Rounds get iteration numbers of their own: seeds and stored files must not meet.
-            tag = self.last_tag(iteration - 1) + 1 + round_number
-            drawn = self.of(tag, self.stream.next(missing))
+        for round_number in range(rounds):
+            number = self.last_number(iteration - 1) + 1 + round_number
+            drawn = self.rollouts_for(self.stream.next(missing), number)
             kept += unequal_groups(drawn)
             missing = wanted - len(kept) // self.num_samples
             if not missing:
                 break
-        if missing and self.generation.world.is_main:
-            print(
-                f"warning: iteration {iteration}: {missing} of {wanted} prompts are missing after "
-                f"{settings.dynamic_sampling_rounds} rounds of dynamic sampling: all their samples got equal rewards"
-                + ("" if kept else "; the last round is trained on as it is"),
-                flush=True,
+        if missing and self.session.runtime.is_main:
+            say(
+                f"warning: iteration {iteration}: {missing} of {wanted} prompts are missing after {rounds} rounds of "
+                "dynamic sampling: all their samples got equal rewards"
+                + ("" if kept else "; the last round is trained on as it is")
             )
         return kept or drawn
 
-    def last_tag(self, iteration: int) -> int:
-        """The highest number under which rollouts of this iteration, or of one before, are stored."""
-        settings = self.config.ppo
-        return (iteration + 1) * settings.dynamic_sampling_rounds - 1 if settings.dynamic_sampling else iteration
-
-    def begin(self, iteration: int) -> None:
-        """Start on an iteration before its turn; ``take`` waits for it."""
-        place = self.stream.state_dict()
-        prompts = self.stream.next(self.config.ppo.prompts_per_iteration)
-        rollouts = self.generation.stored(iteration, prompts, self.num_samples)
-        begun = rollouts or self.generation.begin(prompts, iteration, self.sampling, self.num_samples)
-        self.ahead = Ahead(iteration, place, begun)
-
-    def settle(self) -> None:
-        """Wait for what was begun, so that other weights may be pushed before its turn comes."""
-        if self.ahead is not None:
-            self.ahead = replace(self.ahead, rollouts=self.wait(self.ahead))
-
-    def wait(self, ahead: Ahead) -> list[Rollout]:
-        """The rollouts of an iteration that was begun, stored."""
-        if isinstance(ahead.rollouts, list):
-            return ahead.rollouts
-        rollouts = self.generation.finish(ahead.rollouts)
-        self.generation.store(ahead.iteration, rollouts)
-        return rollouts
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place in the prompt stream up to which rollouts were taken."""
-        return self.stream.state_dict() if self.ahead is None else self.ahead.place
-
-    def of(self, iteration: int, prompts: list[Prompt]) -> list[Rollout]:
-        """Rollouts of these prompts: those that an interrupted attempt stored, else new ones."""
-        stored = self.generation.stored(iteration, prompts, self.num_samples)
-        if stored is not None:
-            return stored
-        rollouts = self.generation.generate(prompts, iteration, self.sampling, self.num_samples)
-        self.generation.store(iteration, rollouts)
+    def _collect(self, prefetched: Prefetched) -> list[Rollout]:
+        """The rollouts of a prefetched iteration, stored."""
+        if isinstance(prefetched.rollouts, list):
+            return prefetched.rollouts
+        rollouts = self.session.collect(prefetched.rollouts)
+        self.session.store(prefetched.iteration, rollouts)
         return rollouts
 
 

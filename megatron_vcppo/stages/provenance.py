@@ -1,36 +1,30 @@
-"""Which actor and which settings made the rollouts in a folder, so that others are never taken for them."""
+"""Which actor and which settings make a stage's rollouts: what run/rollout_origin.py records next to them."""
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest
-from megatron_vcppo.run.rollout_store import drop_partial, partial_iterations, stored_iterations
-from megatron_vcppo.run.stored_set import FILE_NAME as SET_NAME
+from megatron_vcppo.run.rollout_origin import Origin
 from megatron_vcppo.stages.stage import actor_before
 
-ORIGIN_NAME = "origin.json"
 NO_EFFECT = ("iterations", "evaluate_every", "skip_limit", "checkpoint")
 """Keys of ``ppo`` that change no update."""
-
-Origin = dict[str, Any]
-"""Dotted key → value."""
 
 
 def origin_of(config: Config, stage: str) -> Origin:
     """What decides which responses a stage gets to a prompt, and their rewards."""
     sampling = {name: getattr(config.rollout, name) for name in ("temperature", "top_p", "top_k", "max_tokens", "stop")}
-    keys = asdict(config.prompts)
+    prompts_config = asdict(config.prompts)
     for name in ("test", "bad_samples", "verify_workers"):
-        del keys[name]
+        del prompts_config[name]
     made: Origin = {"actor": identity(actor_before(config, stage) or Path(config.model.hf))}
     made |= {"model.max_length": config.model.max_length}
     made |= {f"rollout.{name}": value for name, value in sampling.items()}
-    made |= {f"prompts.{name}": value for name, value in keys.items()}
+    made |= {f"prompts.{name}": value for name, value in prompts_config.items()}
     if stage == "ppo":
         made |= {"run.seed": config.run.seed, "rollout.num_samples": config.rollout.num_samples}
         made |= {f"ppo.{name}": value for name, value in asdict(config.ppo).items() if name not in NO_EFFECT}
@@ -54,41 +48,3 @@ def identity(folder: Path) -> str:
         files = sorted(folder.glob("*.safetensors"))
         content = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def differences(folder: Path, made: Origin) -> list[str]:
-    """The keys in which what made a folder's rollouts differs; empty if nothing is recorded."""
-    try:
-        known = json.loads((folder / ORIGIN_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return []
-    return [key for key, value in json.loads(json.dumps(made)).items() if known.get(key) != value]
-
-
-def claim(folder: Path, made: Origin, reached: int) -> None:
-    """Say what makes the rollouts of a folder from now on; main rank.
-
-    Rollouts that something else made are dropped if they belong to iterations after ``reached``: an interrupted
-    iteration is trained again on the responses that it had, but not on those of another policy.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    different = differences(folder, made)
-    later = [iteration for iteration in stored_iterations(folder) if iteration > reached] if different else []
-    if later:
-        print(
-            f"{folder}: iterations {later[0]} to {later[-1]} were generated under other settings "
-            f"({', '.join(different)}): they are generated anew",
-            flush=True,
-        )
-    # Negative: evaluations within a stage, of an actor that other settings may no longer lead to.
-    for iteration in partial_iterations(folder) if different else []:
-        if iteration > reached or iteration < 0:
-            drop_partial(folder, iteration)
-    for iteration in later:
-        for path in folder.glob(f"iter_{iteration:07d}_*.jsonl.zst"):
-            path.unlink()
-    if different:
-        (folder / SET_NAME).unlink(missing_ok=True)
-    temporary = folder / f".{ORIGIN_NAME}.tmp"
-    temporary.write_text(json.dumps(made, indent=1), encoding="utf-8")
-    os.replace(temporary, folder / ORIGIN_NAME)

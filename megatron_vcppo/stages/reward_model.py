@@ -4,8 +4,7 @@ The paper's baseline takes its critic from such a model. Trained to reject incom
 prefix low, and a critic that starts from it favours giving up early: ``reward_model.cut_share`` is the dial.
 """
 
-import dataclasses
-import time
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -15,111 +14,84 @@ from megatron_vcppo.algo.metrics import Metrics
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.rl import RewardModelConfig
 from megatron_vcppo.data.epoch_order import EpochOrder
-from megatron_vcppo.data.packing import PackedMicrobatch, pack, pack_into_microbatches, round_up
-from megatron_vcppo.data.rollout_batch import Packer
+from megatron_vcppo.data.packer import Packer
+from megatron_vcppo.data.packing import PackedMicrobatch
+from megatron_vcppo.data.seeds import truncation_seed
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.checkpoint import CheckpointFolder
 from megatron_vcppo.mcore.learner import Critic
 from megatron_vcppo.records import Rollout, TrainSequence
-from megatron_vcppo.run.metrics_log import MetricsLog
-from megatron_vcppo.run.progress import Progress
 from megatron_vcppo.run.startup import startup
 from megatron_vcppo.stages.initial_models import starting_critic
-from megatron_vcppo.stages.nonfinite import NonfiniteUpdates
+from megatron_vcppo.stages.loop import TrainLoop
 from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.stages.rollout_source import rollout_source
-from megatron_vcppo.stages.stage import mark_done, packer_of, stage_folder
-from megatron_vcppo.stages.stopping import Saved, stopping
+from megatron_vcppo.stages.stage import Stage, start_stage
+
+FIELDS: dict[str, type] = {"last_mask": bool, "label": float}
 
 
 def run(config: Config) -> None:
     """Train the reward model; leaves RUN/reward_model/checkpoints. Raises Saved if asked to stop."""
-    settings, folder = config.reward_model, stage_folder(config, "reward_model")
-    world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
-    startup.done("groups")
-    with RolloutSession(config, folder, world) as generation:
-        generation.start_engines()
-        examples = units(labelled(responses(config, generation), settings, config.run.seed), settings)
+    stage, settings = start_stage(config, "reward_model"), config.reward_model
+    with RolloutSession(stage) as session:
+        session.start_engines()
+        examples = label_responses(load_responses(stage, session), settings, config.run.seed)
     startup.done("rollouts")
+    units = training_units(examples, settings)
     model = Critic(
-        starting_critic(config, "reward_model", "sft", None),
-        *(config.parallel, settings.optimizer, settings.schedule, settings.steps),
+        starting_critic(config, "reward_model", "sft", checkpoint_path=None),
+        config.parallel,
+        settings.optimizer,
+        settings.schedule,
+        settings.steps,
     )
-    checkpoints = CheckpointFolder(folder / "checkpoints", config, settings.checkpoint)
     startup.done("model")
-    order = EpochOrder(len(examples), config.run.seed, "responses of the reward model")
-    resumed = checkpoints.resume({"critic": model})
-    startup.done("checkpoint")
-    step, skips = 0, NonfiniteUpdates(config.ppo.skip_limit)
-    if resumed is not None:
-        step = resumed.iteration
-        order.load_state_dict(resumed.state["order"])
-        skips.in_a_row = resumed.state.get("skipped_in_a_row", {})
-    log = MetricsLog(folder, config, "reward_model", step, settings.steps) if world.is_main else None
-    progress = Progress("reward_model", settings.steps, step, "responses") if world.is_main else None
-    while step < settings.steps:
-        started = time.monotonic()
-        batch = [examples[index] for _, index in order.next(units_per_step(settings))]
-        step += 1
-        result = model.train_step(*step_of(batch, packer_of(config, world), settings))
-        warning = skips.count({"reward model": [not result.applied]})
-        if log is not None and progress is not None:
+    order = EpochOrder(len(units), config.run.seed, "responses of the reward model")
+    loop = TrainLoop(stage, {"critic": model}, settings.steps, settings.checkpoint, unit="responses")
+    loop.track(order=order)
+    with loop:
+        for _ in loop:
+            batch = [units[index] for _, index in order.next(units_per_step(settings))]
+            microbatches, loss = make_step(batch, stage.packer, settings)
+            result = model.train_step(microbatches, loss)
             metrics = {f"reward_model/{name}": value for name, value in result.metrics.items()}
-            metrics |= {"reward_model/grad_norm": result.grad_norm, "time/step_s": time.monotonic() - started}
-            metrics |= stopping.metrics(checkpoints.save_time_s)
-            log.log(step, metrics)
-            startup.finish(folder)
+            metrics |= {"reward_model/grad_norm": result.grad_norm, "time/step_s": loop.step_seconds}
             shown = {"loss": result.metrics["reward_model_loss"], "accuracy": result.metrics["accuracy"]}
-            progress.update(step, sum(map(len, batch)), shown)
-            if warning:
-                print(f"warning: step {step}: {warning}", flush=True)
-        checkpoints.poll()
-        stop, last = stopping.agreed(), step == settings.steps
-        if last or stop or skips.too_many or step % settings.checkpoint.save_every == 0:
-            state = {"order": order.state_dict(), "skipped_in_a_row": skips.in_a_row}
-            with stopping.saving():
-                checkpoints.save(step, {"critic": model}, state)
-        if skips.too_many:
-            checkpoints.finish()
-            raise skips.error("reward_model", step)
-        if stop and not last:
-            checkpoints.finish()
-            raise Saved(f"asked to stop: saved at step {step} of {settings.steps}")
-    checkpoints.finish()
-    if log is not None and progress is not None:
-        log.close()
-        progress.close()
-        mark_done(folder, checkpoint=folder / "checkpoints" / f"iter_{step:07d}")
+            loop.log(metrics, count=sum(map(len, batch)), shown=shown, skipped={"reward model": [not result.applied]})
     runtime.stop()
 
 
-def responses(config: Config, generation: RolloutSession) -> list[Rollout]:
+def load_responses(stage: Stage, session: RolloutSession) -> list[Rollout]:
     """Verified responses of the SFT actor, generated once and kept in RUN/reward_model/rollouts."""
-    total = config.reward_model.num_prompts * config.rollout.num_samples
-    return rollout_source(config, generation, "reward_model", 0).next(total, 0)
+    total = stage.config.reward_model.num_prompts * stage.config.rollout.num_samples
+    return rollout_source(stage, session, reached=0).next(total, 0)
 
 
-def labelled(rollouts: list[Rollout], settings: RewardModelConfig, seed: int) -> list[tuple[TrainSequence, bool]]:
-    """(sequence, good) of each response; a share is cut at a random token and labelled bad.
+def label_responses(
+    rollouts: list[Rollout], settings: RewardModelConfig, run_seed: int
+) -> list[tuple[TrainSequence, bool]]:
+    """(sequence, good) of each response; a share is truncated at a random token and labeled bad.
 
     The score is read where the response ends. One more token, which the model's causal output there cannot see, takes
     the field to that place.
     """
-    generator = np.random.default_rng([seed, 17])
+    generator = np.random.default_rng(truncation_seed(run_seed))
     examples = []
     for rollout in rollouts:
-        response, good = rollout.response_ids, (rollout.reward or 0.0) > 0
+        response, good = rollout.response_ids, rollout.is_correct
         if generator.random() < settings.cut_share and len(response) > 1:
             response, good = response[: int(generator.integers(1, len(response)))], False
         ids = (*rollout.prompt.token_ids, *response, 0)
-        zeros = (0.0,) * (len(ids) - 1)
-        examples.append((TrainSequence(ids, {"last_mask": (*zeros, 1.0), "label": (*zeros, float(good))}), good))
+        no, zeros = (False,) * (len(ids) - 1), (0.0,) * (len(ids) - 1)
+        examples.append((TrainSequence(ids, {"last_mask": (*no, True), "label": (*zeros, float(good))}), good))
     return examples
 
 
-def units(examples: list[tuple[TrainSequence, bool]], settings: RewardModelConfig) -> list[tuple[TrainSequence, ...]]:
-    """What is drawn and shared out as one: a response, or a (good, bad) pair of responses.
+def training_units(
+    examples: list[tuple[TrainSequence, bool]], settings: RewardModelConfig
+) -> list[tuple[TrainSequence, ...]]:
+    """What is drawn and sharded as one: a response, or a (good, bad) pair of responses.
 
     Every response is in a pair; of the rarer kind each is in several. Raises UserError if one kind is missing.
     """
@@ -137,24 +109,17 @@ def units_per_step(settings: RewardModelConfig) -> int:
     return max(1, settings.batch_size // 2) if settings.loss == "pairwise" else settings.batch_size
 
 
-def step_of(
-    batch: list[tuple[TrainSequence, ...]], packing: Packer, settings: RewardModelConfig
+def make_step(
+    batch: list[tuple[TrainSequence, ...]], packer: Packer, settings: RewardModelConfig
 ) -> tuple[list[PackedMicrobatch], "PointwiseLoss | PairwiseLoss"]:
     """This replica's micro-batches and the loss of one step; the responses of a pair lie side by side."""
-    names = ["last_mask", "label"]
     if settings.loss != "pairwise":
-        mine = packing.share([len(sequence) for (sequence,) in batch])
-        return packing.pack([batch[i][0] for i in mine], names), PointwiseLoss(settings, len(batch))
-    lengths = [sum(round_up(len(sequence), packing.segment_multiple) for sequence in pair) for pair in batch]
-    mine = packing.share(lengths)
-    flat = [sequence for i in mine for sequence in batch[i]]
-    bins = pack_into_microbatches([lengths[i] for i in mine], packing.tokens_per_microbatch) or [[]]
-    rounding = (packing.multiple, packing.segment_multiple)
-    microbatches = [pack(flat, [k for i in indices for k in (2 * i, 2 * i + 1)], *rounding, names) for indices in bins]
-    return microbatches, PairwiseLoss(len(batch))
+        mine = packer.shard([len(sequence) for (sequence,) in batch])
+        return packer.pack([batch[i][0] for i in mine], FIELDS), PointwiseLoss(settings, len(batch))
+    return packer.pack_groups(batch, FIELDS), PairwiseLoss(len(batch))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class PointwiseLoss:
     """bce or mse at the last tokens."""
 
@@ -162,26 +127,27 @@ class PointwiseLoss:
     denominator: int
 
     def __call__(self, outputs: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
+        """outputs: scores [T]."""
         labels = microbatch.fields["label"]
         if self.settings.loss == "mse":
             labels = 2 * labels - 1
         return pointwise_loss(
             outputs,
-            labels,
-            microbatch.fields["last_mask"],
+            labels=labels,
+            last_mask=microbatch.fields["last_mask"],
             kind=self.settings.loss,
             denominator=self.denominator,
             label_smoothing=self.settings.label_smoothing,
-            check=False,
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class PairwiseLoss:
     """Bradley–Terry over the pairs of a micro-batch, which lie side by side: good, bad, good, bad, …"""
 
     denominator: int
 
     def __call__(self, outputs: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
+        """outputs: scores [T]."""
         chosen, rejected = outputs[microbatch.fields["last_mask"]].view(-1, 2).unbind(1)
-        return pairwise_loss(chosen, rejected, denominator=self.denominator, check=False)
+        return pairwise_loss(chosen=chosen, rejected=rejected, denominator=self.denominator)

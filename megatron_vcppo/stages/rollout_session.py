@@ -10,26 +10,25 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import engine_nodes, engine_placement
 from megatron_vcppo.data.prompts import PromptKeys, load_prompts
 from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.hf.architecture import Architecture
-from megatron_vcppo.mcore import runtime
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.rewards.registry import check_answer, isolation_of_code, resolve_verifiers
 from megatron_vcppo.rewards.scorer import Scorer
 from megatron_vcppo.rollout.client import RequestId, RolloutClient
 from megatron_vcppo.rollout.messages import Sampling
+from megatron_vcppo.run.log import say
 from megatron_vcppo.run.rollout_store import drop_partial, read_partial, read_rollouts, write_partial, write_rollouts
 from megatron_vcppo.run.startup import startup
-from megatron_vcppo.run.stored_set import needs_engines
+from megatron_vcppo.run.stored_set import needs_engines, rollouts_folder
 from megatron_vcppo.stages.shared_gpus import Model, SharedGpus
+from megatron_vcppo.stages.stage import Stage
 from megatron_vcppo.stages.stopping import Saved, stopping
 from megatron_vcppo.weight_sync.joiners import begin, finish_with_joiners
 from megatron_vcppo.weight_sync.rank_role import make_weight_sync, role_of
@@ -38,16 +37,40 @@ from megatron_vcppo.weight_sync.sync import PushResult, WeightSync
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
 
+@dataclass(frozen=True)
+class BatchNumber:
+    """The two numbers of a batch of rollouts that the engines generate."""
+
+    seed: int
+    """Stands for the iteration where sampling seeds are derived."""
+    storage: int
+    """Under which the batch, or what is finished of it at a stop, is stored."""
+
+    @classmethod
+    def training(cls, number: int) -> "BatchNumber":
+        """Of the iteration or step of this number, from 1."""
+        return cls(number, number)
+
+    @classmethod
+    def evaluation(cls, iteration: int) -> "BatchNumber":
+        """Of the held-out problems after an iteration: negative, so that neither meets those of training."""
+        return cls(-1 - iteration, -1 - iteration)
+
+    @classmethod
+    def candidate(cls, version: int) -> "BatchNumber":
+        """Of checkpoint ``version`` in the stage evaluate, from 0: all candidates get the same seeds."""
+        return cls(cls.evaluation(0).seed, version)
+
+
 @dataclass(eq=False)
 class PendingRollouts:
-    """Generation under way."""
+    """A batch that the engines work on."""
 
     prompts: list[Prompt]
     policy_version: int
-    tag: int
-    """Under which what is finished is stored if the stage is asked to stop."""
+    number: BatchNumber
     future: Future[list[Rollout]] | None = None
-    """On leaders with prompts of their own."""
+    """Set only on leader ranks that were assigned prompts."""
     answered: list[tuple[Rollout, Future[Rollout]]] = field(default_factory=list)
     """This leader's responses so far, each with its scored form."""
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -64,13 +87,15 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
     """Pushes weights and collects scored rollouts. Every method is collective over the trainer's ranks.
 
     Each data-parallel replica has a leader (its first tensor, pipeline and context rank), which asks the engines for
-    its share of the prompts and scores the responses as they arrive.
+    its shard of the prompts and scores the responses as they arrive.
     """
 
-    def __init__(self, config: Config, folder: Path, world: runtime.Runtime) -> None:
-        self.config, self.world = config, world
-        self.rollouts = folder / "rollouts"
-        """Where they are stored."""
+    def __init__(self, stage: Stage) -> None:
+        """Raises UserError if the model is too short for model.max_length."""
+        config, runtime = stage.config, stage.runtime
+        self.config, self.runtime, self.stage = config, runtime, stage.name
+        self.folder = rollouts_folder(config, stage.name)
+        """Where rollouts are stored."""
         positions = Architecture.from_hf(config.model.hf).max_positions
         if config.model.max_length > positions:
             raise UserError(
@@ -78,35 +103,38 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
                 f"{config.model.hf}, which engines refuse"
             )
         self.tokenizer = load_tokenizer(config.model.hf)
-        rendezvous = folder / "rendezvous"
-        self.stage = folder.name
+        rendezvous = stage.folder.rendezvous
         self.gpus: SharedGpus | None = None
         """Where the engines have the trainer's GPUs."""
         if engine_placement(config) == "trainer_gpus":
-            self.gpus = SharedGpus(config, folder, world)
+            self.gpus = SharedGpus(stage)
             self.sync: WeightSync = self.gpus.sync
         else:
-            place = role_of(world.pp_rank, world.pp_size, world.tp_rank, world.dp_rank, world.cp_rank)
-            self.sync = make_weight_sync(config, rendezvous, place, world.device)
-        self.is_leader = world.tp_rank == world.pp_rank == world.cp_rank == 0
+            role = role_of(runtime.pp_rank, runtime.pp_size, runtime.tp_rank, runtime.dp_rank, runtime.cp_rank)
+            self.sync = make_weight_sync(config, rendezvous, role, runtime.device)
+        self.is_leader = runtime.tp_rank == runtime.pp_rank == runtime.cp_rank == 0
         self.scorer: Scorer | None = None
         self.client: RolloutClient | None = None
         self.verifiers = resolve_verifiers(config.prompts.verifiers, config.rewards.code)
         """By the task that can be judged; every rank knows them, because all must read the same prompts."""
         if self.is_leader:
-            keys = config.prompts
-            self.scorer = Scorer(keys.verify_workers, keys.verify_timeout_s, keys.verifiers, config.rewards.code)
+            self.scorer = Scorer(
+                config.prompts.verify_workers,
+                config.prompts.verify_timeout_s,
+                config.prompts.verifiers,
+                config.rewards.code,
+            )
             self.client = RolloutClient(
                 rendezvous,
                 config.rollout,
                 config.model.max_length,
                 config.run.seed,
                 decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
-                show_progress=world.is_main,
+                show_progress=runtime.is_main,
             )
         self._prompts: dict[str, list[Prompt]] = {}
         self.policy_version = -1
-        self.under_way: list[PendingRollouts] = []
+        self.pending: list[PendingRollouts] = []
         self.source: Callable[[], Tensors] | None = None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -158,111 +186,117 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         return result
 
     def generate(
-        self, prompts: list[Prompt], iteration: int, sampling: Sampling, num_samples: int, tag: int | None = None
+        self, prompts: list[Prompt], number: BatchNumber, sampling: Sampling, num_samples: int
     ) -> list[Rollout]:
         """Scored rollouts under the pushed weights, by prompt and sample; the same list on every rank.
 
-        tag: what they are stored under if it is not the iteration, from which seeds are made. Raises Stopped on every
-        rank if any was asked to stop; then the responses so far are stored.
+        Raises Stopped on every rank if any was asked to stop; then the responses so far are stored.
         """
-        return self.finish(self.begin(prompts, iteration, sampling, num_samples, tag))
+        return self.collect(self.request(prompts, number, sampling, num_samples))
 
-    def begin(
-        self, prompts: list[Prompt], iteration: int, sampling: Sampling, num_samples: int, tag: int | None = None
+    def request(
+        self, prompts: list[Prompt], number: BatchNumber, sampling: Sampling, num_samples: int
     ) -> PendingRollouts:
-        """Have the engines work on it while this rank does something else; no push until it is finished.
+        """Have the engines work on it while this rank does something else; no push until it is collected.
 
-        They are not asked for responses that an attempt before this one kept.
+        Responses that an attempt before this one kept are not generated again.
         """
         if self.gpus is not None and not self.gpus.engines_have_it:
             assert self.source is not None, "generation before the first push"
             self.push(self.policy_version, self.source)
-        begun = PendingRollouts(prompts, self.policy_version, iteration if tag is None else tag)
-        mine = prompts[self.world.dp_rank :: self.world.dp_size]
+        pending = PendingRollouts(prompts, self.policy_version, number)
+        mine = prompts[self.runtime.dp_rank :: self.runtime.dp_size]
         if self.is_leader and mine:
-            begun.future = begin(self._producer(begun, mine, iteration, sampling, num_samples))
-        self.under_way.append(begun)
-        return begun
+            pending.future = begin(self._producer(pending, mine, sampling, num_samples))
+        self.pending.append(pending)
+        return pending
 
-    def finish(self, begun: PendingRollouts) -> list[Rollout]:
-        """Wait for it. An engine that is restarted while all wait gets the actor's current weights."""
-        assert self.source is not None and begun.policy_version == self.policy_version, "engines hold other weights"
+    def collect(self, pending: PendingRollouts) -> list[Rollout]:
+        """Wait for the pending rollouts; engines that restart meanwhile receive the current weights."""
+        assert self.source is not None and pending.policy_version == self.policy_version, "engines hold other weights"
         try:
-            scored = finish_with_joiners(self.sync, self.policy_version, self.source, begun.future, stopping.requested)
+            scored = finish_with_joiners(
+                self.sync, self.policy_version, self.source, pending.future, stopping.requested
+            )
         except Stopped:
             self.keep_finished()
             raise
-        self.under_way.remove(begun)
+        self.pending.remove(pending)
         parts = self.sync.exchange((scored or [], self.scorer.take_problems() if self.scorer else []))
-        if self.world.is_main:
+        if self.runtime.is_main:
             for problem in (problem for _, problems in parts for problem in problems):
-                print(f"warning: verifier: {problem}", flush=True)
-        order = {prompt.prompt_id: place for place, prompt in enumerate(begun.prompts)}
+                say(f"warning: verifier: {problem}")
+        order = {prompt.prompt_id: place for place, prompt in enumerate(pending.prompts)}
         rollouts = [rollout for part, _ in parts for rollout in part]
         return sorted(rollouts, key=lambda rollout: (order[rollout.prompt.prompt_id], rollout.sample_index))
 
     def keep_finished(self) -> None:
-        """End what is under way and store what is finished of it, each leader its own share; collective.
+        """End what is pending and store what is finished of it, each leader its own shard; collective.
 
         Models are whole again afterwards, so that the stage can save them.
         """
-        for begun in self.under_way:
-            begun.cancelled.set()
-            if finished := begun.finished():
-                write_partial(self.rollouts, begun.tag, finished, self.world.dp_rank, self.world.dp_size)
-        self.under_way.clear()
+        for pending in self.pending:
+            pending.cancelled.set()
+            if finished := pending.finished():
+                storage = pending.number.storage
+                write_partial(self.folder, storage, finished, self.runtime.dp_rank, self.runtime.dp_size)
+        self.pending.clear()
         self.sync.exchange(None)
         self.trainer_turn()
 
-    def forget(self, tag: int) -> None:
-        """Drop what was kept under a tag whose rollouts are complete and are not stored; main rank."""
-        if self.world.is_main:
-            drop_partial(self.rollouts, tag)
+    def forget(self, number: BatchNumber) -> None:
+        """Drop what was kept of a batch that is complete and is not stored; main rank."""
+        if self.runtime.is_main:
+            drop_partial(self.folder, number.storage)
 
     def _producer(
-        self, begun: PendingRollouts, prompts: list[Prompt], iteration: int, sampling: Sampling, num_samples: int
+        self, pending: PendingRollouts, prompts: list[Prompt], sampling: Sampling, num_samples: int
     ) -> Callable[[], list[Rollout]]:
-        client, scorer, version = self.client, self.scorer, self.policy_version
+        client, scorer, version, iteration = self.client, self.scorer, self.policy_version, pending.number.seed
         assert client is not None and scorer is not None
 
-        def take(rollout: Rollout) -> None:
-            begun.answered.append((rollout, scorer.submit(rollout)))
+        def score(rollout: Rollout) -> None:
+            pending.answered.append((rollout, scorer.submit(rollout)))
 
         known: set[RequestId] = set()
-        if kept := read_partial(self.rollouts, begun.tag):
+        if kept := read_partial(self.folder, pending.number.storage):
             plan = client.plan(prompts, iteration, num_samples)
             wanted = {(item.prompt.prompt_id, item.sample_index, item.request.seed) for item in plan}
             for rollout in kept:
                 if (request := (rollout.prompt.prompt_id, rollout.sample_index, rollout.seed)) in wanted:
                     known.add(request)
-                    begun.answered.append((rollout, scored_before(rollout) or scorer.submit(rollout)))
+                    pending.answered.append((rollout, scored_before(rollout) or scorer.submit(rollout)))
 
         def produce() -> list[Rollout]:
             client.generate(
-                *(prompts, iteration, version, sampling, num_samples),
-                on_rollout=take,
+                prompts,
+                iteration,
+                version,
+                sampling,
+                num_samples,
+                on_rollout=score,
                 known=known,
-                cancelled=begun.cancelled.is_set,
+                cancelled=pending.cancelled.is_set,
             )
-            return [scored.result() for _, scored in begun.answered]
+            return [scored.result() for _, scored in pending.answered]
 
         return produce
 
-    def store(self, iteration: int, rollouts: list[Rollout]) -> None:
-        """Keep an iteration's rollouts: main rank writes, all wait."""
-        if self.world.is_main:
-            write_rollouts(self.rollouts, iteration, rollouts)
-            drop_partial(self.rollouts, iteration)
+    def store(self, storage: int, rollouts: list[Rollout]) -> None:
+        """Keep a batch: main rank writes, all wait."""
+        if self.runtime.is_main:
+            write_rollouts(self.folder, storage, rollouts)
+            drop_partial(self.folder, storage)
         self.sync.exchange(None)
 
-    def stored(self, iteration: int, prompts: list[Prompt], num_samples: int) -> list[Rollout] | None:
-        """The stored rollouts of exactly these prompts; None if there are none. An iteration that a kill cut off is
-        trained on the responses that it had, so its updates come out the same."""
+    def stored(self, storage: int, prompts: list[Prompt], num_samples: int) -> list[Rollout] | None:
+        """The stored rollouts of exactly these prompts; None if there are none. An iteration that a kill interrupted
+        is trained on the responses that it had, so its updates come out the same."""
         found: list[Rollout] | None = None
-        if self.world.is_main:
+        if self.runtime.is_main:
             try:
-                found = read_rollouts(self.rollouts, iteration)
-                drop_partial(self.rollouts, iteration)  # a kill may have come between the two
+                found = read_rollouts(self.folder, storage)
+                drop_partial(self.folder, storage)  # a kill may have come between the two
             except UserError:
                 found = None
             wanted = [(prompt.prompt_id, sample) for prompt in prompts for sample in range(num_samples)]
@@ -274,21 +308,26 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         """The problems of a source; what is wrong with it is printed or raised, once. Every rank reads it."""
         if source in self._prompts:
             return self._prompts[source]
-        keys = self.config.prompts
+        prompts_config = self.config.prompts
         prompts, report = load_prompts(
             source,
             self.tokenizer,
             self.config.model.max_length - 1,
-            keys.bad_samples,
-            PromptKeys(keys.prompt_key, keys.answer_key, keys.task_key, keys.task or ""),
+            prompts_config.bad_samples,
+            PromptKeys(
+                prompt=prompts_config.prompt_key,
+                answer=prompts_config.answer_key,
+                task=prompts_config.task_key,
+                default_task=prompts_config.task or "",
+            ),
             known_tasks=self.verifiers,
             check_answer=partial(check_answer, self.verifiers),
         )
         isolation = isolation_of_code(self.verifiers, {prompt.task for prompt in prompts})
-        if self.world.is_main:
-            print(report, flush=True)
+        if self.runtime.is_main:
+            say(str(report))
             if isolation:
-                print(f"programs of the model are run under isolation: {isolation}", flush=True)
+                say(f"programs of the model are run under isolation: {isolation}")
         self._prompts[source] = prompts
         return prompts
 

@@ -6,19 +6,23 @@ from typing import Any, Protocol
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.epoch_order import EpochOrder
 from megatron_vcppo.data.prompts import PromptStream
+from megatron_vcppo.data.seeds import fixed_policy_seed
 from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.hf.architecture import Architecture
-from megatron_vcppo.mcore.export_stream import stream_hf
+from megatron_vcppo.integers import ceil_div
+from megatron_vcppo.mcore.hf_weights_io import stream_hf
 from megatron_vcppo.mcore.model import ActorModel
-from megatron_vcppo.records import Rollout
-from megatron_vcppo.rollout.seeds import training_sampling
+from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.run.log import say
+from megatron_vcppo.run.rollout_origin import claim, differences
 from megatron_vcppo.run.rollout_store import read_rollouts, stored_iterations
 from megatron_vcppo.run.startup import startup
 from megatron_vcppo.run.stored_set import StoredSet, stored_set
 from megatron_vcppo.stages.initial_models import starting_actor
 from megatron_vcppo.stages.prompt_sampler import PromptSampler
-from megatron_vcppo.stages.provenance import claim, differences, origin_of
+from megatron_vcppo.stages.provenance import origin_of
 from megatron_vcppo.stages.rollout_session import RolloutSession
+from megatron_vcppo.stages.stage import Stage
 from megatron_vcppo.stages.stopping import Saved, stopping
 
 
@@ -35,51 +39,57 @@ class RolloutSource(Protocol):
         """The place, as plain numbers for a checkpoint."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken."""
+        """Continue where ``state`` was taken."""
 
 
-def rollout_source(config: Config, generation: RolloutSession, stage: str, reached: int) -> RolloutSource:
+def rollout_source(stage: Stage, session: RolloutSession, reached: int) -> RolloutSource:
     """Rollouts of the policy that the stage starts from: fresh ones for every step, or its stored set.
 
-    reached: the step from which the stage goes on; stored rollouts after it that another policy made are dropped.
+    reached: the step from which the stage continues; stored rollouts after it that another policy made are dropped.
     """
-    stream = PromptStream(generation.prompts(config.prompts.train), config.run.seed + 1)
-    fresh = FreshRollouts(config, generation, stream, lambda: starting_actor(config, stage))
-    wanted = stored_set(config, stage)
-    if wanted is None:
-        if generation.world.is_main:
-            claim(generation.rollouts, origin_of(config, stage), reached)
-        return fresh
-    generation.rollouts = wanted.folder
-    return StoredRollouts(wanted, fresh, config, stage)
+    config = stage.config
+    stream = PromptStream(session.prompts(config.prompts.train), fixed_policy_seed(config.run.seed))
+    fresh = FreshRollouts(session, PromptSampler(config, session, stream), lambda: starting_actor(config, stage.name))
+    wanted = stored_set(config, stage.name)
+    if wanted is not None:
+        return StoredRollouts(wanted, fresh, stage)
+    if stage.runtime.is_main:
+        claim(session.folder, origin_of(config, stage.name), reached)
+    return fresh
 
 
 class FreshRollouts:
     """Generates for every step. The actor is loaded and its weights are pushed before the first generation."""
 
-    def __init__(
-        self, config: Config, generation: RolloutSession, stream: PromptStream, load_actor: Callable[[], ActorModel]
-    ) -> None:
-        self.generation, self.stream, self.load_actor = generation, stream, load_actor
-        self.sampler = PromptSampler(config, generation, stream, training_sampling(config.rollout))
-        self.num_samples = config.rollout.num_samples
+    def __init__(self, session: RolloutSession, sampler: PromptSampler, load_actor: Callable[[], ActorModel]) -> None:
+        self.session, self.sampler, self.load_actor = session, sampler, load_actor
         self.pushed = False
 
     def next(self, count: int, step: int) -> list[Rollout]:
+        """Whole groups: at least ``count``."""
         if not self.pushed:
             actor = self.load_actor()
-            self.generation.share(actor)
+            self.session.share(actor)
             startup.done("model")
-            self.generation.wait_for_engines()
-            self.generation.push(0, lambda: stream_hf(actor))
+            self.session.wait_for_engines()
+            self.session.push(0, lambda: stream_hf(actor))
             self.pushed = True
-        return self.sampler.of(step, self.stream.next(-(-count // self.num_samples)))
+        return self.sampler.rollouts_for(self._next_prompts(count), step)
+
+    def skip(self, count: int) -> None:
+        """Go past the prompts of ``count`` rollouts."""
+        self._next_prompts(count)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.stream.state_dict()
+        """The position in the prompt stream."""
+        return self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stream.load_state_dict(state)
+        """Continue where ``state`` was taken."""
+        self.sampler.load_state_dict(state)
+
+    def _next_prompts(self, count: int) -> list[Prompt]:
+        return self.sampler.stream.next(ceil_div(count, self.sampler.num_samples))
 
 
 class StoredRollouts:
@@ -88,41 +98,52 @@ class StoredRollouts:
     CHUNK = 512
     """Rollouts per stored part: what a kill while the set is made costs at most; a stop request costs nothing."""
 
-    def __init__(self, wanted: StoredSet, fresh: FreshRollouts, config: Config, stage: str) -> None:
+    def __init__(self, wanted: StoredSet, fresh: FreshRollouts, stage: Stage) -> None:
         """Raises UserError for a set that this model cannot read, Saved if asked to stop while it is made."""
-        self.is_main = fresh.generation.world.is_main
+        self.is_main = stage.runtime.is_main
         if self.is_main:
-            self._check_origin(wanted, config, stage)
+            self._check_origin(wanted, stage)
         self.rollouts = self._load_or_make(wanted, fresh)
-        fresh.generation.trainer_turn()
-        check_fit(self.rollouts, wanted, config)
-        self.order = EpochOrder(len(self.rollouts), config.run.seed, str(wanted.folder))
+        fresh.session.trainer_turn()
+        check_fit(self.rollouts, wanted, stage.config)
+        self.order = EpochOrder(len(self.rollouts), stage.config.run.seed, str(wanted.folder))
 
-    def _check_origin(self, wanted: StoredSet, config: Config, stage: str) -> None:
+    def next(self, count: int, step: int) -> list[Rollout]:
+        """The next ones of a seeded order; each comes once per epoch."""
+        return [self.rollouts[index] for _, index in self.order.next(count)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the order."""
+        return self.order.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken."""
+        self.order.load_state_dict(state)
+
+    def _check_origin(self, wanted: StoredSet, stage: Stage) -> None:
         """A set that is there is taken, with a warning if another policy made it; one begun by another is dropped."""
-        made = origin_of(config, stage)
+        made = origin_of(stage.config, stage.name)
         different = differences(wanted.folder, made)
         if not wanted.is_complete and (wanted.is_own or not stored_iterations(wanted.folder)):
             claim(wanted.folder, made, 0)
         elif different:
-            print(
+            say(
                 f"warning: {wanted.folder} was made under other settings ({', '.join(different)}): its returns are not "
-                "those of this actor; without the folder, the set is made anew",
-                flush=True,
+                "those of this actor; without the folder, the set is made again"
             )
 
     def _load_or_make(self, wanted: StoredSet, fresh: FreshRollouts) -> list[Rollout]:
-        generation, total = fresh.generation, wanted.num_rollouts
-        stored = generation.sync.exchange(stored_iterations(wanted.folder) if self.is_main else None)[0]
+        session, total = fresh.session, wanted.num_rollouts
+        stored = session.sync.exchange(stored_iterations(wanted.folder) if self.is_main else None)[0]
         rollouts: list[Rollout] = []
         part = 0
         while len(rollouts) < total:
             part += 1
             count = min(self.CHUNK, total - len(rollouts))
             if part in stored:
-                fresh.stream.next(-(-count // fresh.num_samples))
+                fresh.skip(count)
                 found = read_rollouts(wanted.folder, part) if self.is_main else None
-                rollouts += generation.sync.exchange(found)[0]
+                rollouts += session.sync.exchange(found)[0]
                 continue
             try:
                 stopping.point()
@@ -132,15 +153,6 @@ class StoredRollouts:
         if self.is_main and not wanted.is_complete:
             wanted.mark_complete()
         return rollouts[:total]
-
-    def next(self, count: int, step: int) -> list[Rollout]:
-        return [self.rollouts[index] for _, index in self.order.next(count)]
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.order.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.order.load_state_dict(state)
 
 
 def check_fit(rollouts: list[Rollout], wanted: StoredSet, config: Config) -> None:

@@ -6,20 +6,18 @@ GPUs, and with weight_sync.offload_weights its weights, too, once they are pushe
 
 import logging
 import time
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
 
-from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import engine_nodes, node_holds_replica
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
-from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.learner import Runner
 from megatron_vcppo.mcore.model import torch_dtype
 from megatron_vcppo.mcore.offload import HostMemory, Storage, drop_fp8_copies, weights
 from megatron_vcppo.rollout.node_folder import TRAINER, Holder, NodeFolder
+from megatron_vcppo.stages.stage import Stage
 from megatron_vcppo.weight_sync.rank_role import make_sleeping_sync, place_on_node, role_of
 from megatron_vcppo.weight_sync.sync import POLL_S, WeightSyncError
 
@@ -31,26 +29,29 @@ Model: TypeAlias = Runner | torch.nn.Module
 class SharedGpus:
     """This rank's part in the turns; every method is collective."""
 
-    def __init__(self, config: Config, folder: Path, world: runtime.Runtime) -> None:
+    def __init__(self, stage: Stage) -> None:
+        """Raises UserError if the layout and weight_sync do not go together."""
+        config, runtime = stage.config, stage.runtime
         self.config = config
-        num_nodes, rendezvous = config.cluster.trainer_nodes, folder / "rendezvous"
-        node, local_rank = divmod(world.rank, world.world_size // num_nodes)
+        num_nodes, rendezvous = config.cluster.trainer_nodes, stage.folder.rendezvous
+        node, local_rank = divmod(runtime.rank, runtime.world_size // num_nodes)
         self.is_local_main = local_rank == 0
         self.node = NodeFolder(rendezvous, node)
         self.hold = self.node.hold(TRAINER)
-        is_whole = node_holds_replica(config, world.world_size)
+        is_whole = node_holds_replica(config, runtime.world_size)
         uses_memory = is_whole and config.weight_sync.transport == "network"
         if config.weight_sync.offload_weights and not is_whole and config.weight_sync.transport == "network":
             raise UserError(
-                f"weight_sync.offload_weights: with parallel.tp {world.tp_size} and pp {world.pp_size} on {num_nodes} "
-                f"nodes of {world.world_size // num_nodes} ranks no node holds a whole replica, from whose weights in "
-                "its memory an engine could start again: set it to false, or weight_sync.transport to disk"
+                f"weight_sync.offload_weights: with parallel.tp {runtime.tp_size} and pp {runtime.pp_size} on "
+                f"{num_nodes} nodes of {runtime.world_size // num_nodes} ranks no node holds a whole replica, from "
+                "whose weights in its memory an engine could start again: set it to false, or weight_sync.transport to "
+                "disk"
             )
         if uses_memory and num_nodes > 1:
-            place = place_on_node(world.pp_rank, world.rank, local_rank, world.tp_size)
+            role = place_on_node(runtime.pp_rank, runtime.rank, local_rank, runtime.tp_size)
         else:
-            place = role_of(world.pp_rank, world.pp_size, world.tp_rank, world.dp_rank, world.cp_rank)
-        self.sync = make_sleeping_sync(config, rendezvous, place, world.device, self.node, uses_memory)
+            role = role_of(runtime.pp_rank, runtime.pp_size, runtime.tp_rank, runtime.dp_rank, runtime.cp_rank)
+        self.sync = make_sleeping_sync(config, rendezvous, role, runtime.device, self.node, uses_memory)
         self.sync.after_push = self._weights_leave
         if uses_memory and self.is_local_main:
             arch = Architecture.from_hf(config.model.hf)

@@ -1,53 +1,44 @@
-"""What every stage has: a folder, what came before it, and a manifest when it is done."""
+"""One start of one stage on this rank, and the actor that the stages before it left."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.data.context_split import rounding
-from megatron_vcppo.data.rollout_batch import Packer
+from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.mcore.runtime import Runtime
-from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.run.folder import RunFolder, StageFolder
+from megatron_vcppo.run.startup import startup
 
 ACTOR_STAGES = ("sft", "ppo")
 """Stages that leave an actor for the next ones."""
 
 
-def stage_folder(config: Config, stage: str) -> Path:
-    """RUN/STAGE, made if it is not there."""
-    folder = Path(config.run.dir) / stage
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+@dataclass(frozen=True)
+class Stage:
+    """What every part of a stage needs to know."""
+
+    config: Config
+    folder: StageFolder
+    runtime: runtime.Runtime
+
+    @property
+    def name(self) -> str:
+        """Such as ppo."""
+        return self.folder.name
+
+    @property
+    def packer(self) -> Packer:
+        """How this rank's replica packs its shard of a batch."""
+        return Packer.of(self.config.parallel, self.config.model, self.runtime.dp_rank, self.runtime.dp_size)
 
 
-def packer_of(config: Config, world: Runtime) -> Packer:
-    """How this rank's replica packs its share of a batch."""
-    parallel = config.parallel
-    multiple, segment_multiple = rounding(parallel, config.model)
-    return Packer(parallel.tokens_per_microbatch, multiple, world.dp_rank, world.dp_size, segment_multiple)
-
-
-def mark_done(folder: Path, checkpoint: Path | None = None, outputs: tuple[str, ...] = ()) -> None:
-    """Write the stage's manifest over its outputs: the last checkpoint and named files or folders. Main rank only."""
-    known = {}
-    meta = {}
-    only = list(outputs)
-    if checkpoint is not None:
-        name = checkpoint.relative_to(folder).as_posix()
-        only.append(name)
-        meta["checkpoint"] = name
-        known = {f"{name}/{file}": record for file, record in read_manifest(checkpoint)["files"].items()}
-    write_manifest(folder, meta, known=known, only=only)
-
-
-def last_checkpoint(config: Config, stage: str, component: str) -> Path | None:
-    """The component's folder in the final checkpoint of a finished earlier stage, None if it has not run."""
-    folder = Path(config.run.dir) / stage
-    if not (folder / MANIFEST_NAME).exists():
-        return None
-    meta = read_manifest(folder)["meta"]
-    path = folder / meta["checkpoint"] / component
-    return path if path.is_dir() else None
+def start_stage(config: Config, name: str) -> Stage:
+    """Make the stage's folder and join the other ranks; collective."""
+    folder = RunFolder.of(config).stage(name).make()
+    joined = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
+    startup.done("groups")
+    return Stage(config, folder, joined)
 
 
 def actor_before(config: Config, stage: str) -> Path | None:
@@ -59,7 +50,7 @@ def actor_before(config: Config, stage: str) -> Path | None:
     position = config.stages.index(stage) if stage in config.stages else len(config.stages)
     for earlier in reversed(config.stages[:position]):
         if earlier in ACTOR_STAGES:
-            found = last_checkpoint(config, earlier, "actor")
+            found = RunFolder.of(config).stage(earlier).last_checkpoint("actor")
             if found is None:
                 raise UserError(f"stage {stage} needs the actor of stage {earlier}, which is not done: run it first")
             return found

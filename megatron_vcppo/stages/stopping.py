@@ -14,9 +14,6 @@ from megatron_vcppo.errors import Stopped
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.run.metrics_log import LONGEST_PIECE, SAVE_TIME
 
-SAVED = 75
-"""Exit code of a rank that was asked to stop and has saved: run the stage again (EX_TEMPFAIL of sysexits.h)."""
-
 
 class Saved(Exception):
     """Ends a stage that saved because it was asked to stop."""

@@ -39,23 +39,34 @@ class ActorLoss:
         logprobs, entropy = outputs
         fields, config = microbatch.fields, self.config
         mask = fields["response_mask"]
-        shared = {"denominator": self.denominator, "weights": fields["loss_weights"], "check": False}
+        weights = fields["loss_weights"]
         loss, metrics = policy_loss(
             logprobs,
-            fields["old_logprobs"],
-            fields["advantages"],
-            mask,
+            old_logprobs=fields["old_logprobs"],
+            advantages=fields["advantages"],
+            mask=mask,
+            denominator=self.denominator,
+            weights=weights,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             dual_clip=config.dual_clip,
             rollout_logprobs=fields["rollout_logprobs"] if config.tis_cap is not None else None,
             tis_cap=config.tis_cap,
-            **shared,
         )
-        terms = [entropy_bonus(entropy, mask, coef=config.entropy_coef, **shared)]
+        terms = [
+            entropy_bonus(entropy, mask, coef=config.entropy_coef, denominator=self.denominator, weights=weights),
+        ]
         if self.kl_coef:
             terms.append(
-                kl_loss(logprobs, fields["ref_logprobs"], mask, coef=self.kl_coef, kind=config.kl_kind, **shared)
+                kl_loss(
+                    logprobs,
+                    ref_logprobs=fields["ref_logprobs"],
+                    mask=mask,
+                    coef=self.kl_coef,
+                    kind=config.kl_kind,
+                    denominator=self.denominator,
+                    weights=weights,
+                )
             )
         if config.positive_lm_coef:
             terms.append(
@@ -64,7 +75,6 @@ class ActorLoss:
                     fields["positive_mask"],
                     coef=config.positive_lm_coef,
                     denominator=self.num_positive_tokens,
-                    check=False,
                 )
             )
         for term, more in terms:
@@ -79,19 +89,23 @@ class CriticLoss:
     config: CriticConfig
     denominator: float
 
+    @classmethod
+    def of(cls, config: CriticConfig, mask: Tensor, max_length: int) -> "CriticLoss":
+        """The mean over the tokens of a minibatch's mask [B, T], which every rank knows."""
+        return cls(config, loss_denominator("token", int(mask.sum()), int(mask.any(dim=1).sum()), max_length))
+
     def __call__(self, outputs: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
         """outputs: values [T]."""
         fields = microbatch.fields
         clip = self.config.value_clip
         return value_loss(
             bounded(outputs, self.config),
-            fields["returns"],
-            fields["response_mask"],
+            returns=fields["returns"],
+            mask=fields["response_mask"],
             denominator=self.denominator,
             old_values=fields["values"] if clip is not None else None,
-            clip_value=clip,
+            value_clip=clip,
             huber_delta=self.config.huber_delta,
-            check=False,
         )
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vcppo.algo.losses.aggregation import loss_denominator
-from megatron_vcppo.config import Config
+from megatron_vcppo.config.rl import PolicyLossConfig, PpoConfig
+from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.packing import PackedMicrobatch
-from megatron_vcppo.data.rollout_batch import Packer, RolloutBatch
+from megatron_vcppo.data.rollout_batch import ModelOutputs, RolloutBatch, field_types
+from megatron_vcppo.data.seeds import minibatch_seed
 from megatron_vcppo.mcore.learner import Actor, Critic, StepResult
 from megatron_vcppo.stages.advantage_batch import AdvantageBatch
 from megatron_vcppo.stages.training_losses import ActorLoss, CriticLoss, sequence_weights
@@ -60,11 +61,11 @@ class UpdateMetrics:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "UpdateMetrics":
         """Continues where ``state_dict`` was taken."""
-        report = cls(num_tokens=state["num_tokens"], num_padding=state["num_padding"], imbalance=[*state["imbalance"]])
-        report.sums.update(state["sums"])
-        report.counts.update(state["counts"])
-        report.skipped.update({who: [*steps] for who, steps in state["skipped"].items()})
-        return report
+        metrics = cls(num_tokens=state["num_tokens"], num_padding=state["num_padding"], imbalance=[*state["imbalance"]])
+        metrics.sums.update(state["sums"])
+        metrics.counts.update(state["counts"])
+        metrics.skipped.update({who: [*steps] for who, steps in state["skipped"].items()})
+        return metrics
 
     def count(self, microbatches: list[PackedMicrobatch]) -> None:
         """Count tokens and padding of this replica."""
@@ -79,66 +80,88 @@ class UpdateMetrics:
         }
 
 
-def minibatches(num_rollouts: int, count: int, seed: int, iteration: int, ppo_epoch: int) -> list[list[int]]:
+def minibatches(num_rollouts: int, count: int, run_seed: int, iteration: int, ppo_epoch: int) -> list[list[int]]:
     """A random partition of the rollouts into ``count`` parts of nearly equal size; a function of its arguments."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + iteration) * 1_009 + ppo_epoch)
+    generator = torch.Generator().manual_seed(minibatch_seed(run_seed, iteration, ppo_epoch))
     order = torch.randperm(num_rollouts, generator=generator)
     return [part.tolist() for part in order.tensor_split(min(count, num_rollouts))]
 
 
-def update(
-    actor: Actor | None,
-    critic: Critic | None,
-    batch: RolloutBatch,
-    credit: AdvantageBatch,
-    fields: Mapping[str, Tensor],
-    packing: Packer,
-    config: Config,
-    iteration: int,
-    kl_coef: float,
-    report: UpdateMetrics,
-    before_step: Callable[[], None] = lambda: None,
-) -> None:
-    """All passes over the batch: for each minibatch the critic's updates, then the actor's; collective.
+@dataclass(frozen=True)
+class Updater:
+    """What the updates of all iterations have in common."""
 
-    report: is added to; the optimizer steps that it counts already were done before a resume and are not done again.
-    before_step: called before each optimizer step; what it raises leaves the models and the report at that point.
-    actor None: only the critic learns (critic-only iterations, value pretraining); critic None: group baseline.
-    fields: [B, T] tensors that the losses read, by name (old_logprobs, values, rollout_logprobs, ref_logprobs).
-    """
-    settings = config.ppo
-    tensors = {
-        "response_mask": credit.mask,
-        "advantages": credit.advantages,
-        "returns": credit.returns,
-        "loss_weights": sequence_weights(credit.mask, settings.loss),
-        "positive_mask": credit.mask & (batch.rewards > 0)[:, None],
-        **fields,
+    actor: Actor
+    critic: Critic | None
+    """None: the baseline is the group."""
+    packer: Packer
+    config: PpoConfig
+    run_seed: int
+    max_tokens: int
+    """The limit of a response."""
+
+    def update(
+        self,
+        batch: RolloutBatch,
+        advantages: AdvantageBatch,
+        outputs: ModelOutputs,
+        *,
+        iteration: int,
+        kl_coef: float,
+        metrics: UpdateMetrics,
+        before_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        """All passes over the batch: for each minibatch the critic's steps, then the actor's; collective.
+
+        Args:
+            iteration: from 1. In the first ``critic_only_iterations`` the actor stays as it is.
+            kl_coef: of the KL divergence; the loss has that term if ``ppo.loss.kl_in`` says so.
+            metrics: is added to; the optimizer steps that it counts already were done before a resume and are not done
+                again.
+            before_step: called before each optimizer step; what it raises leaves models and metrics at that point.
+        """
+        config, critic = self.config, self.critic
+        actor = self.actor if iteration > config.critic_only_iterations else None
+        fields = training_fields(batch, advantages, outputs, config.loss)
+        lengths = batch.sequence_lengths
+        parts = [
+            part
+            for ppo_epoch in range(config.ppo_epochs)
+            for part in minibatches(len(batch), config.minibatches, self.run_seed, iteration, ppo_epoch)
+        ]
+        for number, part in enumerate(parts, 1):
+            critic_steps = number * config.critic.updates_per_actor_update if critic is not None else 0
+            actor_steps = number if actor is not None else 0
+            if metrics.num_steps("critic") >= critic_steps and metrics.num_steps("actor") >= actor_steps:
+                continue
+            part_lengths = [lengths[i] for i in part]
+            mine = [part[i] for i in self.packer.shard(part_lengths)]
+            microbatches = self.packer.pack(batch.sequences(mine, fields), field_types(fields))
+            if len(metrics.imbalance) < number:
+                metrics.count(microbatches)
+                metrics.imbalance.append(self.packer.imbalance(part_lengths))
+            mask = advantages.mask[part]
+            while critic is not None and metrics.num_steps("critic") < critic_steps:
+                before_step()
+                critic_loss = CriticLoss.of(config.critic, mask, self.max_tokens)
+                metrics.add("critic", critic.train_step(microbatches, critic_loss))
+            if actor is not None and metrics.num_steps("actor") < actor_steps:
+                before_step()
+                in_loss = kl_coef if config.loss.kl_in == "loss" else 0.0
+                positive = fields["positive_mask"][part]
+                actor_loss = ActorLoss.of(config.loss, in_loss, mask, positive, self.max_tokens)
+                metrics.add("actor", actor.train_step(microbatches, actor_loss))
+
+
+def training_fields(
+    batch: RolloutBatch, advantages: AdvantageBatch, outputs: ModelOutputs, config: PolicyLossConfig
+) -> dict[str, Tensor]:
+    """What the losses read, by the name of the field: [B, T]."""
+    return {
+        "response_mask": advantages.mask,
+        "advantages": advantages.advantages,
+        "returns": advantages.returns,
+        "loss_weights": sequence_weights(advantages.mask, config),
+        "positive_mask": advantages.mask & batch.is_correct[:, None],
+        **outputs.by_name(),
     }
-    lengths = [len(r.prompt.token_ids) + len(r.response_ids) for r in batch.rollouts]
-    parts = [
-        part
-        for ppo_epoch in range(settings.ppo_epochs)
-        for part in minibatches(len(batch), settings.minibatches, config.run.seed, iteration, ppo_epoch)
-    ]
-    for number, part in enumerate(parts, 1):
-        critic_steps = number * settings.critic.updates_per_actor_update if critic is not None else 0
-        actor_steps = number if actor is not None else 0
-        if report.num_steps("critic") >= critic_steps and report.num_steps("actor") >= actor_steps:
-            continue
-        mask = credit.mask[part]
-        mine = [part[i] for i in packing.share([lengths[i] for i in part])]
-        microbatches = packing.pack(batch.sequences(mine, tensors), list(tensors))
-        if len(report.imbalance) < number:
-            report.count(microbatches)
-            report.imbalance.append(packing.imbalance([lengths[i] for i in part]))
-        num_tokens, num_rows = int(mask.sum()), int(mask.any(dim=1).sum())
-        denominator = loss_denominator("token", num_tokens, num_rows, config.rollout.max_tokens)
-        while critic is not None and report.num_steps("critic") < critic_steps:
-            before_step()
-            report.add("critic", critic.train_step(microbatches, CriticLoss(settings.critic, denominator)))
-        if actor is not None and report.num_steps("actor") < actor_steps:
-            before_step()
-            positive = tensors["positive_mask"][part]
-            loss = ActorLoss.of(settings.loss, kl_coef, mask, positive, config.rollout.max_tokens)
-            report.add("actor", actor.train_step(microbatches, loss))

@@ -1,128 +1,127 @@
 """Value pretraining (VC-PPO, section 3.2): the critic learns Monte-Carlo returns of the fixed policy, before PPO."""
 
-import time
-from typing import Any
+import torch
 
 from megatron_vcppo.algo.gae import decoupled_gae
 from megatron_vcppo.algo.metrics import explained_variance
 from megatron_vcppo.algo.token_rewards import token_rewards
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.rl import CriticConfig, ValuePretrainConfig
-from megatron_vcppo.data.rollout_batch import Packer, RolloutBatch, make_batch
-from megatron_vcppo.errors import Stopped
+from megatron_vcppo.config.rl import CriticConfig, PpoConfig, ValuePretrainConfig
+from megatron_vcppo.data.packer import Packer
+from megatron_vcppo.data.rollout_batch import RolloutBatch, field_types, make_batch
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.checkpoint import CheckpointFolder
 from megatron_vcppo.mcore.learner import Critic, StepResult
-from megatron_vcppo.run.metrics_log import MetricsLog
-from megatron_vcppo.run.progress import Progress
+from megatron_vcppo.run.log import say
 from megatron_vcppo.run.startup import startup
 from megatron_vcppo.stages.advantage_batch import episode_rewards, reward_statistics, trained_mask
 from megatron_vcppo.stages.initial_models import starting_critic
-from megatron_vcppo.stages.nonfinite import NonfiniteUpdates
+from megatron_vcppo.stages.loop import TrainLoop
 from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.stages.rollout_source import rollout_source
-from megatron_vcppo.stages.stage import mark_done, packer_of, stage_folder
-from megatron_vcppo.stages.stopping import Saved, stopping
+from megatron_vcppo.stages.stage import start_stage
 from megatron_vcppo.stages.training_losses import CriticLoss
 
 
 def run(config: Config) -> None:
     """Pretrain a critic; leaves RUN/value_pretrain/checkpoints. Raises Saved if asked to stop."""
-    settings, folder = config.value_pretrain, stage_folder(config, "value_pretrain")
-    world = runtime.start(config.parallel, config.run.seed, config.run.timeout_s)
-    startup.done("groups")
-    with RolloutSession(config, folder, world) as generation:
-        generation.start_engines()
+    stage, settings = start_stage(config, "value_pretrain"), config.value_pretrain
+    with RolloutSession(stage) as session:
+        session.start_engines()
         critic = Critic(
             starting_critic(config, "value_pretrain", settings.init, settings.checkpoint_path),
-            *(config.parallel, settings.optimizer, settings.schedule, settings.steps),
+            config.parallel,
+            settings.optimizer,
+            settings.schedule,
+            settings.steps,
         )
-        generation.share(critic)
-        checkpoints = CheckpointFolder(folder / "checkpoints", config, settings.checkpoint)
+        session.share(critic)
         startup.done("model")
-        resumed = checkpoints.resume({"critic": critic})
-        startup.done("checkpoint")
-        step, history, skips = 0, [], NonfiniteUpdates(config.ppo.skip_limit)
-        if resumed is not None:
-            step, history = resumed.iteration, resumed.state["history"]
-            skips.in_a_row = resumed.state["skipped_in_a_row"]
-        source = rollout_source(config, generation, "value_pretrain", step)
-        if resumed is not None:
-            source.load_state_dict(resumed.state["rollouts"])
+        loop = TrainLoop(
+            stage, {"critic": critic}, settings.steps, settings.checkpoint, session=session, unit="rollouts"
+        )
+        source, fit = rollout_source(stage, session, reached=loop.step), FitHistory(settings)
+        loop.track(rollouts=source, history=fit)
         startup.done("rollouts")
-        log = MetricsLog(folder, config, "value_pretrain", step, settings.steps) if world.is_main else None
-        progress = Progress("value_pretrain", settings.steps, step, "rollouts") if world.is_main else None
-        reason, saved_step = stopping_reason(history, settings), step
-
-        def save(place: dict[str, Any]) -> None:
-            nonlocal saved_step
-            state = {"rollouts": place, "history": history, "skipped_in_a_row": skips.in_a_row}
-            with stopping.saving():
-                checkpoints.save(step, {"critic": critic}, state)
-            saved_step = step
-
-        while reason is None:
-            started, place = time.monotonic(), source.state_dict()
-            try:
-                batch = make_batch(source.next(settings.batch_size, step + 1))
-                generation.trainer_turn()
-                stopping.point()
-            except Stopped:  # the next attempt takes the responses that are stored
-                if saved_step != step:
-                    save(place)
-                checkpoints.finish()
-                raise Saved(f"asked to stop: saved at step {step}, with responses for the next one") from None
-            result = learn_returns(critic, batch, packer_of(config, world), config)
-            step += 1
-            warning = skips.count({"critic": [not result.applied]})
-            metrics = {f"critic/{name}": value for name, value in result.metrics.items()}
-            metrics["critic/explained_variance"] = explained_variance(result.metrics)
-            metrics |= {"critic/grad_norm": result.grad_norm, "critic/learning_rate": result.learning_rate}
-            metrics |= reward_statistics(batch) | {"time/step_s": time.monotonic() - started}
-            history.append([metrics["critic/explained_variance"], metrics["critic/value_loss"]])
-            if log is not None and progress is not None:
-                log.log(step, metrics | stopping.metrics(checkpoints.save_time_s))
-                startup.finish(folder)
+        with loop:
+            if fit.stopping_reason:
+                loop.end()
+            for step in loop:
+                batch = make_batch(source.next(settings.batch_size, step))
+                session.trainer_turn()
+                loop.point()
+                result = learn_returns(critic, batch, stage.packer, config.ppo, config.rollout.max_tokens)
+                metrics = step_metrics(result, batch, loop.step_seconds)
+                fit.add(metrics["critic/explained_variance"], metrics["critic/value_loss"])
                 shown = {"loss": metrics["critic/value_loss"], "ev": metrics["critic/explained_variance"]}
-                progress.update(step, len(batch), shown)
-                if warning:
-                    print(f"warning: step {step}: {warning}", flush=True)
-            reason = stopping_reason(history, settings)
-            checkpoints.poll()
-            stop = stopping.agreed()
-            if reason or stop or skips.too_many or step % settings.checkpoint.save_every == 0:
-                save(source.state_dict())
-            if skips.too_many:
-                checkpoints.finish()
-                raise skips.error("value_pretrain", step)
-            if stop and reason is None:
-                checkpoints.finish()
-                raise Saved(f"asked to stop: saved at step {step}")
-        checkpoints.finish()
-    if log is not None and progress is not None:
-        log.close()
-        progress.close()
-        print(f"value_pretrain: stopped after step {step}: {reason}", flush=True)
-        mark_done(folder, checkpoint=folder / "checkpoints" / f"iter_{step:07d}")
+                loop.log(metrics, count=len(batch), shown=shown, skipped={"critic": [not result.applied]})
+                if fit.stopping_reason:
+                    loop.end()
+            if stage.runtime.is_main:
+                say(f"value_pretrain: stopped after step {loop.step}: {fit.stopping_reason}")
     runtime.stop()
 
 
-def learn_returns(critic: Critic, batch: RolloutBatch, packing: Packer, config: Config) -> StepResult:
-    """One optimizer step on ½(V - R)² with Monte-Carlo returns; the metrics are those of V before the step."""
-    rewards = token_rewards(episode_rewards(batch, config), batch.response_mask)
-    gamma, values = config.ppo.advantage.gamma, rewards * 0
-    _, returns = decoupled_gae(rewards, values, batch.response_mask, gamma=gamma, lam_actor=1.0, lam_critic=1.0)
-    mask = trained_mask(batch, config)
+def learn_returns(
+    critic: Critic, batch: RolloutBatch, packer: Packer, config: PpoConfig, max_tokens: int
+) -> StepResult:
+    """One optimizer step on ½(V - R)² with Monte-Carlo returns; the metrics are those of V before the step.
+
+    config: of the PPO stage that follows, whose returns these are. max_tokens: the limit of a response.
+    """
+    rewards = token_rewards(episode_rewards(batch, config.advantage, max_tokens), batch.response_mask)
+    _, returns = decoupled_gae(
+        rewards=rewards,
+        values=torch.zeros_like(rewards),
+        mask=batch.response_mask,
+        gamma=config.advantage.gamma,
+        lam_actor=1.0,
+        lam_critic=1.0,
+    )
+    mask = trained_mask(batch, config.advantage)
     tensors = {"response_mask": mask, "returns": returns}
-    share = packing.share([len(r.prompt.token_ids) + len(r.response_ids) for r in batch.rollouts])
-    microbatches = packing.pack(batch.sequences(share, tensors), list(tensors))
+    shard = packer.shard(batch.sequence_lengths)
+    microbatches = packer.pack(batch.sequences(shard, tensors), field_types(tensors))
     # Pretraining has no old values to clip against; bounds and Huber are those of PPO's critic.
-    loss = CriticConfig(huber_delta=config.ppo.critic.huber_delta, bounds=config.ppo.critic.bounds)
+    loss = CriticConfig(huber_delta=config.critic.huber_delta, bounds=config.critic.bounds)
     return critic.train_step(microbatches, CriticLoss(loss, float(mask.sum())))
 
 
+def step_metrics(result: StepResult, batch: RolloutBatch, seconds: float) -> dict[str, float]:
+    """What the log says of a step."""
+    metrics = {f"critic/{name}": value for name, value in result.metrics.items()}
+    metrics["critic/explained_variance"] = explained_variance(result.metrics)
+    metrics |= {"critic/grad_norm": result.grad_norm, "critic/learning_rate": result.learning_rate}
+    return metrics | reward_statistics(batch) | {"time/step_s": seconds}
+
+
+class FitHistory:
+    """How well the critic fit before each step so far, and whether that ends pretraining."""
+
+    def __init__(self, settings: ValuePretrainConfig) -> None:
+        self.settings = settings
+        self.rows: list[list[float]] = []
+        """(explained variance, value loss) per step."""
+
+    def add(self, explained_variance: float, value_loss: float) -> None:
+        """One more step."""
+        self.rows.append([explained_variance, value_loss])
+
+    @property
+    def stopping_reason(self) -> str | None:
+        """See ``stopping_reason``."""
+        return stopping_reason(self.rows, self.settings)
+
+    def state_dict(self) -> list[list[float]]:
+        """All rows."""
+        return [*self.rows]
+
+    def load_state_dict(self, state: list[list[float]]) -> None:
+        """Continue where ``state`` was taken."""
+        self.rows = [*state]
+
+
 def stopping_reason(history: list[list[float]], settings: ValuePretrainConfig) -> str | None:
-    """Which rule ends pretraining after these (explained variance, value loss), in words; None: go on."""
+    """Which rule ends pretraining after these (explained variance, value loss), as text; None: continue."""
     if len(history) >= settings.steps:
         return f"value_pretrain.steps {settings.steps}"
     window = settings.stable_window

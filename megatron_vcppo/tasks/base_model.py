@@ -34,7 +34,14 @@ def write_base_model(
 ) -> int:
     """Write config, weights (float32), generation config and tokenizer; returns the number of parameters.
 
-    width: hidden size, a multiple of head_size; the MLP is four times as wide. max_length: positions.
+    Args:
+        folder: made if missing.
+        family: qwen3 | llama.
+        num_layers: decoder layers.
+        width: hidden size, a multiple of head_size; the MLP is four times as wide.
+        head_size: dimensions of an attention head.
+        max_length: positions.
+        seed: of the random weights.
     """
     tokenizer = build_tokenizer()
     config_class, model_class = FAMILIES[family]

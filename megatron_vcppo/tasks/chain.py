@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from random import Random
 
 from megatron_vcppo.tasks.task import Problem, Style, write_response
-from megatron_vcppo.tasks.vocabulary import ASK, CHECK, DIGITS, INDICES, LIST_OPS, MAX_STEPS, SUM_OPS
+from megatron_vcppo.tasks.word_tokenizer import ASK, CHECK, DIGITS, INDICES, LIST_OPS, MAX_STEPS, SUM_OPS
 
 State = tuple[int, ...]
 

@@ -11,7 +11,7 @@ from megatron_vcppo.tasks.search import SEARCH
 from megatron_vcppo.tasks.task import DEFAULT_STYLE, Problem, Style, Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (RUNNING_SUM, LIST_OPERATIONS, SEARCH)}
-"""Every synthetic task by its name, which is what a prompt's ``task`` says."""
+"""Every synthetic task by its name, which is the ``task`` of its prompts."""
 
 _MAX_REJECTED = 20_000
 
@@ -31,7 +31,7 @@ def split_of(prompt: str) -> str:
 def problems(task: Task, split: str, steps: tuple[int, int], seed: str, unique: bool = False) -> Iterator[Problem]:
     """An endless stream of problems of one split; numbers of steps are uniform from steps[0] to steps[1].
 
-    unique: no prompt comes twice. Raises UserError if the task has no more of them.
+    unique: no prompt appears twice. Raises UserError if the task has no more of them.
     """
     rng = Random(seed)
     seen: set[str] = set()
@@ -52,7 +52,16 @@ def problems(task: Task, split: str, steps: tuple[int, int], seed: str, unique: 
 def prompt_rows(
     task: Task, split: str, steps: tuple[int, int], seed: int, count: int, unique: bool = False
 ) -> Iterator[dict[str, str]]:
-    """``count`` rows {prompt, answer, task}, as PPO and evaluation read them."""
+    """``count`` rows {prompt, answer, task}, as PPO and evaluation read them.
+
+    Args:
+        task: whose problems.
+        split: train | validation | test.
+        steps: smallest and largest number of steps.
+        seed: equal seeds give equal rows.
+        count: rows.
+        unique: no prompt appears twice; raises UserError if the task has fewer.
+    """
     for problem in islice(problems(task, split, steps, f"{seed}/{task.name}/{split}/prompts", unique), count):
         yield {"prompt": problem.prompt, "answer": problem.answer, "task": task.name}
 
@@ -60,7 +69,16 @@ def prompt_rows(
 def demonstration_rows(
     task: Task, split: str, steps: tuple[int, int], seed: int, count: int, style: Style = DEFAULT_STYLE
 ) -> Iterator[dict[str, str]]:
-    """``count`` rows {prompt, response, answer, task}, as SFT reads them."""
+    """``count`` rows {prompt, response, answer, task}, as SFT reads them.
+
+    Args:
+        task: whose problems.
+        split: train | validation | test.
+        steps: smallest and largest number of steps.
+        seed: equal seeds give equal rows.
+        count: rows.
+        style: of the writers, see ``Style``.
+    """
     rng = Random(f"{seed}/{task.name}/{split}/writers")
     for problem in islice(problems(task, split, steps, f"{seed}/{task.name}/{split}/demonstrations"), count):
         response = task.demonstration(rng, problem.prompt, style)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from megatron_vcppo.tasks.task import Problem, Style, write_response
-from megatron_vcppo.tasks.vocabulary import ASK, CHECK, SEARCH_OPS, SUM_OPS
+from megatron_vcppo.tasks.word_tokenizer import ASK, CHECK, SEARCH_OPS, SUM_OPS
 
 _MOVES = (*(move for move in SUM_OPS if move not in ("+0", "-0")), *SEARCH_OPS)
 _NUM_MOVES = 3

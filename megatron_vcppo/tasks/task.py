@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
-from megatron_vcppo.tasks.vocabulary import ANSWER, END_THINK, THINK
+from megatron_vcppo.tasks.word_tokenizer import ANSWER, END_THINK, THINK
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """What a prompt's ``task`` says."""
+        """The ``task`` of its prompts."""
 
     @property
     def default_steps(self) -> tuple[int, int]:
@@ -57,7 +57,7 @@ class Task(Protocol):
 
     @property
     def max_steps(self) -> int:
-        """Largest number of steps that can be asked for."""
+        """Largest number of steps that can be requested."""
 
     def problem(self, rng: Random, num_steps: int) -> Problem:
         """Draw a problem whose solution has ``num_steps`` steps."""
@@ -66,7 +66,7 @@ class Task(Protocol):
         """Write a response to a prompt of this task, right or wrong."""
 
     def is_correct(self, prompt: str, answer: str, given: str) -> bool:
-        """Whether ``given``, what the response says behind the tags, solves the prompt."""
+        """Whether ``given``, the response's answer behind the tags, solves the prompt."""
 
 
 def write_response(steps: list[str], answer: str) -> str:
@@ -75,7 +75,7 @@ def write_response(steps: list[str], answer: str) -> str:
 
 
 def read_answer(response: str) -> str | None:
-    """What a response says behind its last ``</think> =``, as words joined by blanks; None if it does not."""
+    """The answer behind a response's last ``</think> =``, as words joined by blanks; None if there is none."""
     words = response.split()
     for i in reversed(range(len(words))):
         if words[i] == END_THINK:

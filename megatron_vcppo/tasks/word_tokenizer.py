@@ -1,9 +1,32 @@
-"""The word-level tokenizer of the synthetic tasks, in Hugging Face format."""
+"""The words of the synthetic tasks, and the word-level tokenizer over them in Hugging Face format."""
 
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
-from megatron_vcppo.tasks.vocabulary import BOS, EOS, PAD, UNK, WORDS
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
+THINK, END_THINK, ANSWER, CHECK, ASK = "<think>", "</think>", "=", "chk", "?"
+MAX_STEPS = 64
+
+DIGITS = tuple(str(i) for i in range(10))
+INDICES = tuple(f"#{i}" for i in range(1, MAX_STEPS + 1))
+SUM_OPS = tuple(f"{sign}{i}" for sign in "+-" for i in range(10))
+LIST_OPS = ("reverse", "rotate", "swap", "sort", "raise", "lower")
+SEARCH_OPS = ("*2", "*3", "*4", "*7", "*9")
+SEARCH_WORDS = ("reach", "with", "within", "back")
+
+SPECIALS = (PAD, BOS, EOS, UNK)
+WORDS = (
+    *SPECIALS,
+    *(ASK, THINK, END_THINK, ANSWER, CHECK),
+    *INDICES,
+    *DIGITS,
+    *SUM_OPS,
+    *LIST_OPS,
+    *SEARCH_OPS,
+    *SEARCH_WORDS,
+)
 
 # A user turn is the prompt and an assistant turn the response, so that a chat of one turn gives the very tokens of
 # prompt + response.
@@ -14,11 +37,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> "PreTrainedTokenizerFast":
     """One token per blank-separated word; BOS is put before a text, and decoding joins words with single blanks.
 
     Only <pad>, <bos>, <eos> and <unk> are special: the thinking tags stay in decoded text, where verifiers look.
     """
+    # Imported here: verifier processes need the words only, and transformers takes seconds to import.
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(

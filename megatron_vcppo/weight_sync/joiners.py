@@ -18,7 +18,7 @@ TICK_S = 0.5
 
 
 def begin(produce: Callable[[], T] | None) -> Future[T] | None:
-    """Run ``produce`` (a client's generate) in a thread of its own, on the ranks that have one."""
+    """Run ``produce`` (a client's generate) in a new thread, on the ranks that have one."""
     if produce is None:
         return None
     future: Future[T] = Future()

@@ -19,18 +19,14 @@ class Target:
 class SyncRole:
     """What a trainer rank does in a push. Pipeline stages send one after the other, each its own layers."""
 
-    stage: int
-    num_stages: int
+    pp_rank: int
+    pp_size: int
     takes_part: bool
     """It holds a shard that the push reads: it belongs to the first data-parallel replica."""
     is_sender: bool
     """It talks to the engines for its stage: the first tensor-parallel rank of those that take part."""
     is_driver: bool
     """It tells the engines what happens: the sender of the first stage."""
-
-
-SINGLE = SyncRole(0, 1, True, True, True)
-"""A trainer of one process."""
 
 
 def first_ranks(targets: Sequence[Target]) -> list[int]:

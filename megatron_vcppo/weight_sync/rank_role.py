@@ -27,16 +27,28 @@ def role_of(pp_rank: int, pp_size: int, tp_rank: int, dp_rank: int, cp_rank: int
     """The place of a rank by its coordinates."""
     takes_part = dp_rank == 0 and cp_rank == 0
     is_sender = takes_part and tp_rank == 0
-    return SyncRole(pp_rank, pp_size, takes_part, is_sender, is_sender and pp_rank == 0)
+    return SyncRole(
+        pp_rank=pp_rank,
+        pp_size=pp_size,
+        takes_part=takes_part,
+        is_sender=is_sender,
+        is_driver=is_sender and pp_rank == 0,
+    )
 
 
 def place_on_node(pp_rank: int, rank: int, local_rank: int, tp_size: int) -> SyncRole:
     """The place of a rank where every node holds a whole replica and sends it to its own engines."""
-    return SyncRole(pp_rank, 1, local_rank < tp_size, local_rank == 0, rank == 0)
+    return SyncRole(
+        pp_rank=pp_rank,
+        pp_size=1,
+        takes_part=local_rank < tp_size,
+        is_sender=local_rank == 0,
+        is_driver=rank == 0,
+    )
 
 
 def make_exchange(timeout_s: float) -> Callable[[Any], list[Any]]:
-    """An all-gather of small objects over a gloo group of its own (all ranks call this together)."""
+    """An all-gather of small objects over a separate gloo group (all ranks call this together)."""
     if not dist.is_initialized():
         return lambda value: [value]
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))

@@ -1,7 +1,7 @@
 """The push: every trainer rank calls it together, every engine ends with the same new weights, or an error says why.
 
 The driver tells the engines over HTTP to pause and receive; the sender of each pipeline stage then sends its layers,
-one stage after the other; the engines drop stale caches, go on, and answer the driver's call.
+one stage after the other; the engines drop stale caches, continue, and answer the driver's call.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from megatron_vcppo.config.rollout import WeightSyncConfig
 from megatron_vcppo.errors import Stopped
 from megatron_vcppo.rollout import engine_http, rendezvous
 from megatron_vcppo.rollout.auth import read_secret
-from megatron_vcppo.rollout.messages import LOST, GroupAddress, SyncReport, SyncRequest
+from megatron_vcppo.rollout.messages import GroupAddress, SyncReport, SyncRequest
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
 from megatron_vcppo.weight_sync.push_plan import SyncRole, Target, streams_of
 from megatron_vcppo.weight_sync.transport import Tensors, Transport
@@ -90,7 +90,8 @@ class WeightSync:
 
         Raises WeightSyncError on every rank after ATTEMPTS failures, or if no engine answers for config.timeout_s.
         """
-        for attempt in range(1, ATTEMPTS + 1):
+        attempt = 1
+        while True:
             try:
                 targets = self.wait_for_engines(1, self.config.timeout_s)
                 # What was stored before the failure is not read from the model again, which may have left by now.
@@ -99,7 +100,7 @@ class WeightSync:
                 if attempt == ATTEMPTS or not error.lost:
                     raise
                 log.warning("%s; pushing again to the engines that are left", error)
-        raise AssertionError
+                attempt += 1
 
     def update_joiners(self, policy_version: int, source: Source) -> PushResult | None:
         """Push to the engines that answer with another version (restarted ones); None if there are none."""
@@ -137,7 +138,7 @@ class WeightSync:
         if not targets:
             raise WeightSyncError(f"no engine in {self.folder} answers: nothing to push to", [])
         started = time.monotonic()
-        mine = (self.place.stage, *self.transport.meet(targets)) if self.place.is_sender else None
+        mine = (self.place.pp_rank, *self.transport.meet(targets)) if self.place.is_sender else None
         points = [point[1:] for point in sorted(point for point in self.exchange(mine) if point)]
         reports: Future[dict[Engine, SyncReport]] | None = None
         if self.place.is_driver and self.transport.live:
@@ -151,7 +152,7 @@ class WeightSync:
             reports = self.pool.submit(asyncio.run, self._tell(policy_version, targets, []))
         mine_told = (reports.result(), time.monotonic() - started) if reports else None
         told, seconds = next((answer for answer in self.exchange(mine_told) if answer), ({}, 0.0))
-        failed = {engine: report.error for engine, report in told.items() if report.error}
+        failed = {engine: report for engine, report in told.items() if report.error}
         if any(errors) or failed:
             self.transport.close()
             raise _failure(policy_version, errors, failed)
@@ -167,22 +168,22 @@ class WeightSync:
             except Exception as problem:
                 error = f"connecting: {problem}"
         errors = self.exchange(error)
-        for stage in range(self.place.num_stages):
+        for pp_rank in range(self.place.pp_size):
             if any(errors):
                 break
-            if self.place.takes_part and self.place.stage == stage:
-                error, sent = self._send_stage(policy_version, source, stage)
+            if self.place.takes_part and self.place.pp_rank == pp_rank:
+                error, sent = self._send_stage(policy_version, source, pp_rank)
             errors = self.exchange(error)
         total = sum(self.exchange(sent))
         return [f"trainer rank {rank}: {text}" if text else "" for rank, text in enumerate(errors)], total
 
-    def _send_stage(self, policy_version: int, source: Source, stage: int) -> tuple[str, int]:
+    def _send_stage(self, policy_version: int, source: Source, pp_rank: int) -> tuple[str, int]:
         tensors = source()
         try:
             if self.place.is_sender:
-                return "", self.transport.send(tensors, policy_version, stage)
+                return "", self.transport.send(tensors, policy_version, pp_rank)
         except Exception as problem:
-            log.warning("sending stage %d of policy version %d failed", stage, policy_version, exc_info=True)
+            log.warning("sending pipeline stage %d of policy version %d failed", pp_rank, policy_version, exc_info=True)
             self.transport.close()  # the engines notice at once
             return f"sending: {problem}", 0
         finally:
@@ -198,27 +199,27 @@ class WeightSync:
 
         async def tell(target: Target, mine: list[GroupAddress]) -> SyncReport:
             request = SyncRequest(
-                policy_version,
-                self.config.pause,
-                self.config.timeout_s,
-                self.transport.backend,
-                mine,
-                self.transport.folder(policy_version, target.engine.node),
-                target.engine.address,
+                policy_version=policy_version,
+                pause=self.config.pause,
+                timeout_s=self.config.timeout_s,
+                backend=self.transport.backend,
+                streams=mine,
+                folder=self.transport.folder(policy_version, target.engine.node),
+                address=target.engine.address,
             )
             try:
                 return await engine_http.sync(session, target.engine, request)
             except engine_http.FAILURES as error:
-                return SyncReport(error=f"{LOST}: {type(error).__name__} {error}".strip())
+                return SyncReport(error=f"lost: {type(error).__name__} {error}".strip(), lost=True)
 
         async with engine_http.open_session(read_secret(self.folder / SECRET)) as session:
             answers = await asyncio.gather(*(tell(target, mine) for target, mine in zip(targets, streams, strict=True)))
         return {target.engine: answer for target, answer in zip(targets, answers, strict=True)}
 
 
-def _failure(policy_version: int, errors: list[str], failed: dict[Engine, str]) -> WeightSyncError:
+def _failure(policy_version: int, errors: list[str], failed: dict[Engine, SyncReport]) -> WeightSyncError:
     """The engines that vanished are the cause if there are any; the others only noticed."""
-    lost = [engine for engine, error in failed.items() if error.startswith(LOST)]
-    blamed = {engine: error for engine, error in failed.items() if engine in lost} or failed
-    causes = [f"{engine}: {error}" for engine, error in blamed.items()] or [error for error in errors if error]
+    lost = [engine for engine, report in failed.items() if report.lost]
+    blamed = {engine: report for engine, report in failed.items() if report.lost} or failed
+    causes = [f"{engine}: {report.error}" for engine, report in blamed.items()] or [error for error in errors if error]
     return WeightSyncError(f"pushing policy version {policy_version} failed: {'; '.join(causes)}", lost)

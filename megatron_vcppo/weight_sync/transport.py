@@ -13,6 +13,7 @@ from typing_extensions import override
 from megatron_vcppo.rollout.broadcast import send
 from megatron_vcppo.rollout.group import Deadline, Group, join_group, serve_store
 from megatron_vcppo.rollout.node_folder import NodeFolder, weights_path
+from megatron_vcppo.run.files import replacing
 from megatron_vcppo.weight_sync.push_plan import Target, world_size
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
@@ -36,7 +37,7 @@ class Transport(Protocol):
     def connect(self, targets: Sequence[Target]) -> None:
         """Wait for all of them."""
 
-    def send(self, tensors: Tensors, policy_version: int, stage: int) -> int:
+    def send(self, tensors: Tensors, policy_version: int, pp_rank: int) -> int:
         """Send the tensors of a stage; returns the number of bytes."""
 
     def close(self) -> None:
@@ -87,7 +88,7 @@ class NetworkTransport(Transport):
         self.group.deadline = self.deadline
 
     @override
-    def send(self, tensors: Tensors, policy_version: int, stage: int) -> int:
+    def send(self, tensors: Tensors, policy_version: int, pp_rank: int) -> int:
         assert self.group is not None
         return send(self.group, tensors, self.bucket_bytes)
 
@@ -126,9 +127,9 @@ class DiskTransport(Transport):
         pass
 
     @override
-    def send(self, tensors: Tensors, policy_version: int, stage: int) -> int:
+    def send(self, tensors: Tensors, policy_version: int, pp_rank: int) -> int:
         folder = self._folder(policy_version)
-        if stage == 0 and self.root.exists():
+        if pp_rank == 0 and self.root.exists():
             shutil.rmtree(self.root)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         shard: dict[str, torch.Tensor] = {}
@@ -137,10 +138,10 @@ class DiskTransport(Transport):
             shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
             held += tensor.nbytes
             if held >= self.bucket_bytes:
-                _write(shard, folder, stage, count)
+                _write(shard, folder, pp_rank, count)
                 shard, held, sent, count = {}, 0, sent + held, count + 1
         if shard:
-            _write(shard, folder, stage, count)
+            _write(shard, folder, pp_rank, count)
         return sent + held
 
     @override
@@ -168,8 +169,7 @@ class HostTransport(DiskTransport):
         return str(weights_path(self.rendezvous, node) / f"version_{policy_version}")
 
 
-def _write(shard: dict[str, torch.Tensor], folder: Path, stage: int, count: int) -> None:
-    path = folder / f"stage_{stage}_{count:05d}.safetensors"
-    temporary = path.with_suffix(".tmp")
-    save_file(shard, temporary)
-    temporary.replace(path)
+def _write(shard: dict[str, torch.Tensor], folder: Path, pp_rank: int, count: int) -> None:
+    path = folder / f"stage_{pp_rank}_{count:05d}.safetensors"
+    with replacing(path, durable=False) as temporary:
+        save_file(shard, temporary)

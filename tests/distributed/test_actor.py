@@ -17,20 +17,11 @@ from megatron_vcppo.mcore.learner import Actor
 from megatron_vcppo.mcore.model import build_actor
 from megatron_vcppo.records import TrainSequence
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.tiny_models import VOCAB_SIZE, save_tiny_model
+from tests.helpers.training import make_sequences
+from tools.benchmarks._tiny_models import save_tiny_model
 
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1)
 TOKENS_PER_MICROBATCH = 160
-
-
-def make_sequences(seed: int, count: int = 12) -> list[TrainSequence]:
-    generator = torch.Generator().manual_seed(seed)
-    sequences = []
-    for _ in range(count):
-        length = int(torch.randint(5, 60, (), generator=generator))
-        ids = torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist()
-        sequences.append(TrainSequence(tuple(ids), {"loss_mask": (0.0,) * 3 + (1.0,) * (length - 3)}))
-    return sequences
 
 
 def packed(sequences: list[TrainSequence], parallel: ParallelConfig) -> list[PackedMicrobatch]:

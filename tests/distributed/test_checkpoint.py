@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,85 +17,21 @@ import torch
 from torch.distributed.checkpoint import CheckpointException
 from transformers import AutoModelForTokenClassification
 
-from megatron_vcppo.config.schema import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_vcppo.data.context_split import rounding
-from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all, unpack_all
+from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
+from megatron_vcppo.data.packing import pack_all, unpack_all
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.exporter import export_hf
 from megatron_vcppo.mcore import checkpoint_writer, runtime
 from megatron_vcppo.mcore.checkpoint import complete_checkpoints, load_model
-from megatron_vcppo.mcore.hf_weights_io import load_hf
-from megatron_vcppo.mcore.learner import Actor, Critic
-from megatron_vcppo.mcore.model import CriticModel, build_actor, build_critic
+from megatron_vcppo.mcore.model import build_actor, build_critic
 from megatron_vcppo.run.manifest import verify_manifest
-from tests.distributed.test_actor import make_sequences
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import RanksFailed, run_distributed_test
-from tests.helpers.tiny_models import save_tiny_model
+from tests.helpers.training import make_sequences, start, train
+from tools.benchmarks._tiny_models import save_tiny_model
 
 TP2PP2 = ParallelConfig(tp=2, pp=2, sequence_parallel=True)
-SCHEDULE = ScheduleConfig(kind="cosine", warmup_steps=2)
-
-
-def start(
-    hf: Path,
-    parallel: ParallelConfig,
-    dtype: Dtype = "float32",
-    timeout_s: float = 60.0,
-    prepare: Callable[[CriticModel], None] = lambda critic: None,
-) -> tuple[Actor, Critic]:
-    """prepare: changes the critic before it gets its optimizer."""
-    runtime.start(parallel, seed=3, timeout_s=timeout_s)
-    arch, config = Architecture.from_hf(hf), ModelConfig(hf=str(hf), dtype=dtype)
-    actor, critic = build_actor(arch, config, parallel), build_critic(arch, config, parallel)
-    load_hf(actor, hf)
-    load_hf(critic, hf)
-    prepare(critic)
-    optimizer = OptimizerConfig(lr=1e-3, weight_decay=0.1)
-    return (
-        Actor(actor, parallel, optimizer, SCHEDULE, total_steps=6),
-        Critic(critic, parallel, optimizer, SCHEDULE, total_steps=6),
-    )
-
-
-def step(learner: Actor | Critic, parallel: ParallelConfig, seed: int) -> tuple[float, float]:
-    sequences = make_sequences(seed)
-    total = sum(sum(s.fields["loss_mask"]) for s in sequences)
-
-    def loss(outputs, microbatch: PackedMicrobatch):
-        mask = microbatch.fields["loss_mask"].float()
-        error = -outputs[0] if isinstance(learner, Actor) else 0.5 * (outputs - 1.0) ** 2
-        return (error * mask).sum() / total, {}
-
-    mine = balance([len(s) for s in sequences], learner.runtime.dp_size)[learner.runtime.dp_rank]
-    result = learner.train_step(pack_all([sequences[i] for i in mine], 160, *rounding(parallel)), loss)
-    return result.metrics["loss"], result.grad_norm
-
-
-def train(
-    hf: Path,
-    folder: Path,
-    parallel: ParallelConfig,
-    steps: range,
-    save_at: int = 0,
-    dtype: Dtype = "float32",
-    **options,
-) -> list[tuple[float, float]]:
-    actor, critic = start(hf, parallel, dtype)
-    checkpoints = checkpoint_folder(folder, hf, **options)
-    if steps.start:
-        resumed = checkpoints.resume({"actor": actor, "critic": critic})
-        assert resumed is not None and resumed.iteration == steps.start
-        assert resumed.state == {"cursor": [1, 2]}
-    history = []
-    for i in steps:
-        history += [step(actor, parallel, i), step(critic, parallel, i)]
-        checkpoints.poll()
-        if i + 1 == save_at:
-            checkpoints.save(i + 1, {"actor": actor, "critic": critic}, {"cursor": [1, 2]})
-    checkpoints.finish()
-    return history
 
 
 @pytest.mark.parametrize(
@@ -191,7 +126,7 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(tmp_path: Path) -> No
 
     def resume() -> tuple[int, str]:
         actor, _ = start(hf, ParallelConfig())
-        sys.stderr = said = io.StringIO()
+        sys.stdout = said = io.StringIO()
         resumed = checkpoint_folder(folder, hf).resume({"actor": actor})
         return (resumed.iteration if resumed else -1), said.getvalue()
 

@@ -18,10 +18,10 @@ from megatron_vcppo.mcore.checkpoint import load_learner
 from megatron_vcppo.mcore.checkpoint_state import adam_steps, owned_ranges, tensors_to_save
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.model import CriticModel
-from tests.distributed.test_checkpoint import start, step
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.tiny_models import save_tiny_model
+from tests.helpers.training import start, step
+from tools.benchmarks._tiny_models import save_tiny_model
 
 STEPS = 2
 STATE = "optimizer.state"

@@ -1,5 +1,7 @@
 """Sequences shared by context-parallel ranks: attention, training of actor and critic, reward model, checkpoints."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vcppo.config.rl import RewardModelConfig
 from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.data.context_split import rounding
+from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack, pack_all, unpack_all
-from megatron_vcppo.data.rollout_batch import Packer
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.context_parallel import WHOLE, PackedParams, shard_of
@@ -20,15 +22,18 @@ from megatron_vcppo.mcore.layers import PackedAttention
 from megatron_vcppo.mcore.learner import Actor, Critic
 from megatron_vcppo.mcore.model import build_actor, build_critic
 from megatron_vcppo.records import TrainSequence
-from megatron_vcppo.stages.reward_model import step_of, units
-from tests.distributed import test_checkpoint
-from tests.distributed.test_actor import make_sequences
+from megatron_vcppo.stages.reward_model import make_step, training_units
+from tests.helpers import training
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.tiny_models import save_tiny_model
+from tests.helpers.training import make_sequences
+from tools.benchmarks._tiny_models import save_tiny_model
 
 # A large eps: the division by the root of tiny second moments would magnify float32 noise in the weights.
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, eps=1e-5)
 CPU = torch.device("cpu")
+
+Trained = Callable[[str, bool], tuple[Path, dict[str, list[float]]]]
+"""By family and tied embeddings: the folder of a model, and its training on one rank."""
 
 
 def attend(heads: tuple[int, int], cp_size: int) -> dict[str, torch.Tensor]:
@@ -104,15 +109,27 @@ def train(folder: Path, parallel: ParallelConfig) -> dict[str, list[float]]:
     return history
 
 
-def compare(folder: Path, layouts: dict[str, tuple[int, dict[str, Any]]]) -> None:
-    alone = run_distributed_test(train, 1, folder, ParallelConfig())[0]
-    moved = zip(alone["actor outputs before"], alone["actor outputs after"], strict=True)
-    assert len(alone["critic loss"]) == 10 and max(abs(a - b) for a, b in moved) > 0.5
-    for name, (world_size, layout) in layouts.items():
-        for ours in run_distributed_test(train, world_size, folder, ParallelConfig(**layout), timeout_s=120):
-            for key, values in alone.items():
-                worst = max(abs(a - b) for a, b in zip(ours[key], values, strict=True))
-                assert worst <= 1e-5, f"{name}: {key} differs by {worst:.1e}"
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Each is trained once."""
+
+    @functools.cache
+    def make(family: str, tied: bool) -> tuple[Path, dict[str, list[float]]]:
+        folder = save_tiny_model(tmp_path_factory.mktemp(family) / "hf", family, tied)
+        alone = run_distributed_test(train, 1, folder, ParallelConfig())[0]
+        moved = zip(alone["actor outputs before"], alone["actor outputs after"], strict=True)
+        assert len(alone["critic loss"]) == 10 and max(abs(a - b) for a, b in moved) > 0.5
+        return folder, alone
+
+    return make
+
+
+def assert_same_training(model: tuple[Path, dict[str, list[float]]], layout: tuple[int, dict[str, Any]]) -> None:
+    (folder, alone), (world_size, sizes) = model, layout
+    for ours in run_distributed_test(train, world_size, folder, ParallelConfig(**sizes), timeout_s=120):
+        for key, values in alone.items():
+            worst = max(abs(a - b) for a, b in zip(ours[key], values, strict=True))
+            assert worst <= 1e-5, f"{key} differs by {worst:.1e}"
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -128,15 +145,18 @@ MORE_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def test_training_is_the_same_with_shared_sequences(tmp_path: Path) -> None:
-    compare(save_tiny_model(tmp_path / "hf", "qwen3"), LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_is_the_same_with_shared_sequences(models: Trained, layout: str) -> None:
+    assert_same_training(models("qwen3", False), LAYOUTS[layout])
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layout", LAYOUTS | MORE_LAYOUTS)
 @pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("llama", False)])
-def test_training_is_the_same_for_more_families_and_layouts(tmp_path: Path, family: str, tied: bool) -> None:
-    compare(save_tiny_model(tmp_path / "hf", family, tied), {**LAYOUTS, **MORE_LAYOUTS})
+def test_training_is_the_same_for_more_families_and_layouts(
+    models: Trained, family: str, tied: bool, layout: str
+) -> None:
+    assert_same_training(models(family, tied), (LAYOUTS | MORE_LAYOUTS)[layout])
 
 
 @pytest.mark.slow
@@ -144,8 +164,8 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "hf")
 
     def losses(parallel: ParallelConfig) -> list[float]:
-        actor, _ = test_checkpoint.start(folder, parallel, "bfloat16")
-        return [test_checkpoint.step(actor, parallel, seed)[0] for seed in range(4)]
+        actor, _ = training.start(folder, parallel, "bfloat16")
+        return [training.step(actor, parallel, seed)[0] for seed in range(4)]
 
     ours = run_distributed_test(losses, 2, ParallelConfig(cp=2, distributed_optimizer=True))[0]
     alone = run_distributed_test(losses, 1, ParallelConfig())[0]
@@ -159,15 +179,15 @@ def test_a_reward_models_step_is_the_same(tmp_path: Path, settings: RewardModelC
     examples = []
     for number, sequence in enumerate(make_sequences(3)):
         good = number % 3 > 0
-        zeros = (0.0,) * (len(sequence) - 1)
-        fields = {"last_mask": (*zeros, 1.0), "label": (*zeros, float(good))}
+        no, zeros = (False,) * (len(sequence) - 1), (0.0,) * (len(sequence) - 1)
+        fields = {"last_mask": (*no, True), "label": (*zeros, float(good))}
         examples.append((TrainSequence(sequence.token_ids, fields), good))
 
     def body(parallel: ParallelConfig) -> tuple[dict[str, float], float]:
-        _, critic = test_checkpoint.start(folder, parallel)
+        _, critic = training.start(folder, parallel)
         multiple, segment_multiple = rounding(parallel)
-        packing = Packer(160, multiple, critic.runtime.dp_rank, critic.runtime.dp_size, segment_multiple)
-        result = critic.train_step(*step_of(units(examples, settings), packing, settings))
+        packer = Packer(160, multiple, critic.runtime.dp_rank, critic.runtime.dp_size, segment_multiple)
+        result = critic.train_step(*make_step(training_units(examples, settings), packer, settings))
         return result.metrics, result.grad_norm
 
     (metrics, norm), *_ = run_distributed_test(body, 1, ParallelConfig())
@@ -182,9 +202,9 @@ def test_a_reward_models_step_is_the_same(tmp_path: Path, settings: RewardModelC
 def test_a_checkpoint_continues_without_context_parallelism(tmp_path: Path, distributed_optimizer: bool) -> None:
     hf, folder = save_tiny_model(tmp_path / "hf"), tmp_path / "ck"
     shared, alone = (ParallelConfig(cp=cp, distributed_optimizer=distributed_optimizer) for cp in (2, 1))
-    through = run_distributed_test(test_checkpoint.train, 2, hf, folder, shared, range(6), save_at=3)[0]
+    through = run_distributed_test(training.train, 2, hf, folder, shared, range(6), save_at=3)[0]
     for world_size, parallel in ((1, alone), (2, shared)):
-        ours = run_distributed_test(test_checkpoint.train, world_size, hf, folder, parallel, range(3, 6))[0]
+        ours = run_distributed_test(training.train, world_size, hf, folder, parallel, range(3, 6))[0]
         for (loss, norm), (expected_loss, expected_norm) in zip(ours, through[6:], strict=True):
             assert loss == pytest.approx(expected_loss, abs=1e-5) and norm == pytest.approx(expected_norm, abs=1e-4)
     assert ours == through[6:], "the same layout must continue bit-equal"
@@ -210,6 +230,7 @@ def test_gradients_of_outputs_that_no_loss_reads_are_skipped() -> None:
         read, unread = ((torch.arange(4.0) + 10 * shard.rank).requires_grad_() for _ in range(2))
         whole, _ = shard.gather_outputs(read, Watch.apply(unread))
         (whole * torch.arange(8.0)).sum().backward()
+        assert read.grad is not None
         return [*whole.tolist(), *read.grad.tolist()], gradients in ([], [None])
 
     whole = [0.0, 1.0, 10.0, 11.0, 12.0, 13.0, 2.0, 3.0]

@@ -10,17 +10,17 @@ from safetensors.torch import load_file
 from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.convert.export_check import TOLERANCE, compare_logits
 from megatron_vcppo.hf.convert.exporter import export_hf
 from megatron_vcppo.hf.convert.importer import import_hf
 from megatron_vcppo.mcore import export_logits, runtime
 from megatron_vcppo.mcore.checkpoint import load_model
-from megatron_vcppo.mcore.export_check import TOLERANCE, compare_logits
 from megatron_vcppo.mcore.learner import Actor
 from megatron_vcppo.mcore.model import build_actor
-from megatron_vcppo.stages.stage import mark_done
+from megatron_vcppo.run.folder import StageFolder
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.tiny_models import FAMILIES, save_tiny_model
+from tools.benchmarks._tiny_models import FAMILIES, save_tiny_model
 
 CASES = [(family, tied) for family in FAMILIES for tied in (False, True)]
 TOKEN_IDS = [3, 1, 65, 20, 7, 7, 0, 41]
@@ -57,7 +57,7 @@ def test_an_import_for_one_layout_loads_in_another(tmp_path):
     import_hf(hf, tmp_path / "imported", 1, 4)
     stage = tmp_path / "sft"
     run_distributed_test(load_and_save, 2, tmp_path / "imported", stage / "checkpoints", ParallelConfig(tp=2))
-    mark_done(stage, checkpoint=stage / "checkpoints" / "iter_0000007")
+    StageFolder(stage).mark_done(checkpoint=stage / "checkpoints" / "iter_0000007")
     export_hf(stage, tmp_path / "out", verify_logits=False)  # of a done stage its last checkpoint is meant
     before, after = load_file(hf / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
@@ -97,5 +97,5 @@ def test_the_logits_check_passes_a_good_export_and_stops_a_wrong_one(tmp_path):
 
 def test_too_little_memory_skips_the_logits_and_says_so(tmp_path, monkeypatch):
     arch = Architecture.from_hf(save_tiny_model(tmp_path))
-    monkeypatch.setattr("megatron_vcppo.mcore.export_check._BASE_BYTES", 1 << 60)
+    monkeypatch.setattr("megatron_vcppo.hf.convert.export_check._BASE_BYTES", 1 << 60)
     assert compare_logits(tmp_path, tmp_path, arch).startswith("logits not compared: that takes about")

@@ -17,7 +17,7 @@ from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.model import build_actor, build_critic
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.tiny_models import save_tiny_model
+from tools.benchmarks._tiny_models import save_tiny_model
 
 WEIGHTS = "model.safetensors"
 

@@ -9,14 +9,13 @@ from safetensors.torch import load_file
 from megatron_vcppo.config.schema import ModelConfig, ParallelConfig
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.export_stream import stream_hf
-from megatron_vcppo.mcore.hf_weights_io import load_hf
+from megatron_vcppo.mcore.hf_weights_io import load_hf, stream_hf
 from megatron_vcppo.mcore.model import build_actor
 from megatron_vcppo.rollout.node_folder import NodeFolder
 from megatron_vcppo.weight_sync.rank_role import place_on_node
 from megatron_vcppo.weight_sync.transport import HostTransport
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.tiny_models import save_tiny_model
+from tools.benchmarks._tiny_models import save_tiny_model
 
 Weights = dict[str, torch.Tensor]
 
@@ -29,7 +28,7 @@ def write(hf: Path, rendezvous: Path) -> tuple[bool, Weights, Weights, bool]:
     load_hf(model, hf)
     node, local_rank = divmod(world.rank, 2)
     place = place_on_node(world.pp_rank, world.rank, local_rank, world.tp_size)
-    assert place.takes_part and place.num_stages == 1 and place.is_driver == (world.rank == 0)
+    assert place.takes_part and place.pp_size == 1 and place.is_driver == (world.rank == 0)
     folder = NodeFolder(rendezvous, node)
     transport = HostTransport(folder, rendezvous, 1 << 14)
     if not place.is_sender:

@@ -17,15 +17,11 @@ from megatron_vcppo.mcore import checkpoint as checkpoint_module
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder, complete_checkpoints
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.records import Rollout
-from megatron_vcppo.stages.advantage_batch import compute_advantages
-from megatron_vcppo.stages.stage import packer_of
-from megatron_vcppo.stages.token_outputs import token_outputs
-from megatron_vcppo.stages.training_losses import bounded
-from megatron_vcppo.stages.unfinished import Unfinished
-from megatron_vcppo.stages.updates import UpdateMetrics, update
-from tests.distributed.test_ppo_update import build, make_config, make_rollouts, save_models
+from megatron_vcppo.stages.unfinished import Unfinished, UpdateUnderWay
+from megatron_vcppo.stages.updates import UpdateMetrics
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import RanksFailed, run_distributed_test
+from tests.helpers.ppo_update import build, make_config, make_rollouts, save_models
 
 VARIANT = {
     "loss": {"kl_coef": 0.05, "kl_in": "reward", "tis_cap": 2.0},
@@ -40,41 +36,39 @@ def train_up_to(config: Config, rollouts: list[Rollout], folder: Path, num_steps
 
     Returns metrics and outputs of both models once all steps are done; else None.
     """
-    world, actor, critic, reference = build(config)
-    assert critic is not None and reference is not None
+    models, batch, seed = build(config), make_batch(rollouts), config.run.seed
+    assert models.critic is not None and models.reference is not None
     checkpoints = CheckpointFolder(folder, config, CheckpointConfig())
-    learners: dict[str, Learner] = {"actor": actor, "critic": critic}
-    batch, packing = make_batch(rollouts), packer_of(config, world)
+    learners: dict[str, Learner] = {"actor": models.actor, "critic": models.critic}
     resumed = checkpoints.resume(learners)
     if resumed is None:
-        report = UpdateMetrics()
-        fields = {
-            "old_logprobs": token_outputs(batch, packing, actor.logprobs),
-            "rollout_logprobs": batch.rollout_logprobs,
-            "ref_logprobs": token_outputs(batch, packing, reference.logprobs),
-            "values": bounded(token_outputs(batch, packing, critic.values), config.ppo.critic),
-        }
+        metrics, outputs = UpdateMetrics(), models.outputs(batch)
     else:
         unfinished = Unfinished.from_checkpoint(resumed.state["unfinished"], resumed.tensors)
-        assert unfinished.fits(batch, config) and not unfinished.fits(make_batch(rollouts[::-1]), config)
-        report, fields = UpdateMetrics.from_state(unfinished.report), unfinished.fields(batch)
-    credit = compute_advantages(
-        batch, fields["values"], fields["old_logprobs"], fields["ref_logprobs"], config, config.ppo.loss.kl_coef, None
-    )
+        assert unfinished.fits(batch, config.ppo, seed)
+        assert not unfinished.fits(make_batch(rollouts[::-1]), config.ppo, seed)
+        metrics, outputs = UpdateMetrics.from_state(unfinished.metrics), unfinished.outputs(batch)
+    under_way = UpdateUnderWay(batch, outputs, metrics, config.ppo, seed)
 
     def stop_there() -> None:
-        if report.num_all_steps == num_steps:
+        if under_way.num_updates == num_steps:
             raise Stopped
 
     try:
-        update(actor, critic, batch, credit, fields, packing, config, 1, 0.0, report, stop_there)
+        models.updater.update(
+            batch,
+            models.advantages(batch, outputs),
+            outputs,
+            iteration=1,
+            kl_coef=config.ppo.loss.kl_coef,
+            metrics=metrics,
+            before_step=stop_there,
+        )
     except Stopped:
-        unfinished = Unfinished.of(batch, fields, report, config)
-        checkpoints.save(0, learners, {"unfinished": unfinished.state_dict()}, unfinished.tensors)
+        checkpoints.save(0, learners, {"unfinished": under_way.state_dict()}, under_way.tensors())
         return None
-    assert report.num_all_steps == NUM_STEPS
-    after = {"logprobs": token_outputs(batch, packing, actor.logprobs)}
-    return report.means() | after | {"values": token_outputs(batch, packing, critic.values)}
+    assert under_way.num_updates == NUM_STEPS
+    return metrics.means() | models.token_outputs(batch)
 
 
 @pytest.mark.parametrize(
@@ -113,22 +107,22 @@ def test_a_kill_while_a_checkpoint_takes_the_place_of_another_leaves_one_of_them
         return resumed.state | {"x": resumed.tensors["x"].tolist()}
 
     def save_twice(kill: bool) -> dict[str, Any]:
-        _, actor, _, _ = build(config)
+        actor = build(config).actor
         checkpoints = checkpoint_folder(folder, Path(config.model.hf))
         checkpoints.save(3, {"actor": actor}, {"save": 1}, {"x": torch.ones(2)})
-        replace = os.replace
+        move = checkpoint_module.move
 
         def kill_before_the_new_one(source: Path, target: Path) -> None:
-            if kill and Path(source).name == ".iter_0000003.tmp":
+            if kill and source.name == ".iter_0000003.tmp":
                 os.kill(os.getpid(), signal.SIGKILL)
-            replace(source, target)
+            move(source, target)
 
-        checkpoint_module.os.replace = kill_before_the_new_one  # type: ignore[assignment]
+        checkpoint_module.move = kill_before_the_new_one
         checkpoints.save(3, {"actor": actor}, {"save": 2}, {"x": torch.zeros(2)})
         return resumed_state(checkpoints, actor)
 
     def resume() -> dict[str, Any]:
-        _, actor, _, _ = build(config)
+        actor = build(config).actor
         return resumed_state(checkpoint_folder(folder, Path(config.model.hf)), actor)
 
     with pytest.raises(RanksFailed, match="exit code -9"):

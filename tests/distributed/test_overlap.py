@@ -10,11 +10,11 @@ from megatron_vcppo.config.schema import ParallelConfig
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.learner import Actor
-from megatron_vcppo.stages.ppo import Ppo
+from megatron_vcppo.stages.ppo_models import push_actor
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.te.scenarios import Case, make_learner, packed, train_step
-from tests.helpers.tiny_models import save_tiny_model
+from tools.benchmarks._tiny_models import save_tiny_model
 
 
 class Recorder:
@@ -29,12 +29,11 @@ def two_steps(case: Case, folder: Path) -> list[dict[str, torch.Tensor]]:
     runtime.start(case.parallel, seed=3, timeout_s=60)
     actor = make_learner(case)
     assert isinstance(actor, Actor)
-    ppo = Ppo.__new__(Ppo)
-    ppo.actor, ppo.seconds, ppo.generation = actor, {}, Recorder()  # type: ignore[assignment]
+    engines: Any = Recorder()
     found: list[Any] = []
     for seed in (0, 1):
         train_step(actor, case, seed)
-        found.append(ppo.push(seed))
+        found.append(push_actor(actor, engines, seed))
         found.append({"logprobs": torch.cat(actor.logprobs(packed(case, 5)))})
     train_step(actor, case, 2)
     checkpoint_folder(folder, case.hf).save(3, {"actor": actor}, {})

@@ -24,7 +24,7 @@ from tests.helpers.te.scenarios import (
     outputs_and_gradients,
     train,
 )
-from tests.helpers.tiny_models import save_tiny_model
+from tools.benchmarks._tiny_models import save_tiny_model
 
 TE = {"layers": "transformer_engine"}
 SIDES = {"torch": {"layers": "torch"}, "te": TE}

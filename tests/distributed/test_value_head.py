@@ -16,7 +16,7 @@ from megatron_vcppo.mcore.learner import Critic
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.te.scenarios import Case, make_learner, packed, train
-from tests.helpers.tiny_models import save_tiny_model
+from tools.benchmarks._tiny_models import save_tiny_model
 
 TARGET = 1.003
 """bfloat16 has 1 and 1.0078 next to each other."""
@@ -79,7 +79,7 @@ def test_a_head_that_was_saved_in_bfloat16_loads(tmp_path: Path, distributed: bo
         model: Any = make_learner(case).model
         model.value_head.to(torch.bfloat16)
         critic = Critic(model, case.parallel, case.optimizer, ScheduleConfig(), 10)
-        copy = critic.model.value_head.weight.main_param
+        copy = model.value_head.weight.main_param
         with torch.no_grad():
             copy.add_(1e-4)
         checkpoint_folder(tmp_path / "ck", hf).save(1, {"critic": critic}, {})

@@ -10,8 +10,9 @@ import torch
 from megatron_vcppo.rollout.broadcast import receive, send, unpack
 from megatron_vcppo.rollout.group import join_group, reach_store, serve_store
 from megatron_vcppo.rollout.rendezvous import Engine
+from megatron_vcppo.run.processes import free_port
 from megatron_vcppo.weight_sync.push_plan import Target, first_ranks, streams_of, world_size
-from tests.helpers.distributed import free_port, run_distributed_test
+from tests.helpers.distributed import run_distributed_test
 
 CPU = torch.device("cpu")
 
@@ -46,7 +47,7 @@ def exchange_tensors(port: int, bucket_bytes: int, rounds: int) -> list[list[tup
 
 @pytest.mark.parametrize("bucket_bytes", [1 << 10, 10_000, 1 << 20])
 def test_every_receiver_gets_every_tensor_bit_by_bit(bucket_bytes: int) -> None:
-    results = run_distributed_test(exchange_tensors, 3, free_port(), bucket_bytes, 2)
+    results = run_distributed_test(exchange_tensors, 3, free_port("127.0.0.1"), bucket_bytes, 2)
     for rounds in results[1:]:
         for taken in rounds:
             assert [name for name, _ in taken] == [name for name, _ in make_tensors()]
@@ -72,13 +73,13 @@ def stall(port: int) -> tuple[str, float]:
 
 
 def test_a_stalled_receiver_ends_the_push_within_its_deadline() -> None:
-    (error, seconds), _ = run_distributed_test(stall, 2, free_port())
+    (error, seconds), _ = run_distributed_test(stall, 2, free_port("127.0.0.1"))
     assert error and seconds < 3.5
 
 
 def test_a_store_that_nobody_serves_is_reported() -> None:
     with pytest.raises(Exception, match=r"(?i)timed? ?out|refused|connect"):
-        reach_store("127.0.0.1", free_port(), 1.0)
+        reach_store("127.0.0.1", free_port("127.0.0.1"), 1.0)
 
 
 def test_ranks_are_counted_over_all_workers_of_all_engines() -> None:

@@ -18,10 +18,11 @@ from megatron_vcppo.rollout.broadcast import ahead, receive, send, unpack
 from megatron_vcppo.rollout.group import Group, join_group, reach_store, run_within
 from megatron_vcppo.rollout.lane import Lane
 from megatron_vcppo.rollout.rendezvous import Engine
+from megatron_vcppo.run.processes import free_port
 from megatron_vcppo.weight_sync import rank_role
 from megatron_vcppo.weight_sync.push_plan import Target
 from megatron_vcppo.weight_sync.transport import NetworkTransport
-from tests.helpers.distributed import free_port, run_distributed_test
+from tests.helpers.distributed import run_distributed_test
 
 CPU = torch.device("cpu")
 DEADLINE_S = 2.0
@@ -70,7 +71,7 @@ def receiver(fault: str, port: int) -> tuple[str, float, int]:
         if fault == "never connects":
             return fault, 0.0, 0
         if fault == "hangs before it connects":  # it has met the others: its main thread is stopped after that
-            group_module._make_gloo = lambda *_: time.sleep(2 * DEADLINE_S)  # type: ignore[assignment]
+            group_module._make_gloo = lambda *_: time.sleep(2 * DEADLINE_S)
             with pytest.raises(RuntimeError):
                 join(meeting, 2, 3)
             return fault, 0.0, 0
@@ -99,7 +100,9 @@ def test_a_faulty_receiver_costs_the_push_and_the_next_one_works(fault: str) -> 
     def rank(port: int) -> tuple[str, float, int]:
         return (receiver if int(os.environ["RANK"]) else sender)(fault, port)
 
-    (error, seconds, sent), (other_error, other_seconds, taken), _ = run_distributed_test(rank, 3, free_port())
+    (error, seconds, sent), (other_error, other_seconds, taken), _ = run_distributed_test(
+        rank, 3, free_port("127.0.0.1")
+    )
     assert error and other_error, "the fault was not noticed"
     assert max(seconds, other_seconds) < DEADLINE_S + 1.5
     assert sent == taken == 8 << 20
@@ -110,7 +113,7 @@ def test_a_faulty_receiver_costs_the_push_and_the_next_one_works(fault: str) -> 
 def test_a_sender_that_was_killed_before_a_receiver_came_is_not_waited_for() -> None:
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"the sender of the push, at 127.0.0.1:\d+, is gone"):
-        reach_store("127.0.0.1", free_port(), 60.0)
+        reach_store("127.0.0.1", free_port("127.0.0.1"), 60.0)
     assert time.monotonic() - started < 20
 
 
@@ -163,7 +166,7 @@ def slow(port: int) -> tuple[str, float]:
 
 
 def test_all_waits_of_a_push_share_one_deadline() -> None:
-    (error, seconds), _ = run_distributed_test(slow, 2, free_port())
+    (error, seconds), _ = run_distributed_test(slow, 2, free_port("127.0.0.1"))
     assert error and seconds < DEADLINE_S + 1.0
 
 

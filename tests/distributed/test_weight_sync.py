@@ -15,8 +15,7 @@ from megatron_vcppo.config.schema import Config, ModelConfig, OptimizerConfig, P
 from megatron_vcppo.data.packing import pack_all, unpack_all
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.export_stream import stream_hf
-from megatron_vcppo.mcore.hf_weights_io import load_hf
+from megatron_vcppo.mcore.hf_weights_io import load_hf, stream_hf
 from megatron_vcppo.mcore.learner import Actor
 from megatron_vcppo.mcore.model import build_actor
 from megatron_vcppo.records import Rollout, TrainSequence
@@ -25,7 +24,7 @@ from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.weight_sync.rank_role import make_weight_sync, role_of
 from megatron_vcppo.weight_sync.sync import PushResult
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.rollout_node import RolloutNode, make_prompts, save_policy
+from tools.benchmarks._rollout_node import RolloutNode, make_prompts, save_policy
 
 pytestmark = pytest.mark.timeout(400)
 

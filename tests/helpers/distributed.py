@@ -3,13 +3,11 @@
 Forking after importing Megatron once costs milliseconds a rank; a fresh interpreter costs seven seconds.
 """
 
-import ctypes
 import faulthandler
 import importlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -22,7 +20,8 @@ from typing import Any
 
 import torch
 
-PR_SET_PDEATHSIG = 1
+from megatron_vcppo.run.processes import die_with_parent, free_port
+
 GRACE_S = 3.0
 """How long the other ranks may go on once one has failed: long enough to report a failure of their own."""
 LOG_TAIL_CHARACTERS = 1500
@@ -41,11 +40,12 @@ def run_distributed_test(
     ``fn`` may be a closure; its result is anything torch.save takes. Joining the process group is up to ``fn``.
     Raises RanksFailed if a rank raises, dies, or is not done after ``timeout_s``; a hung rank's stack is reported.
     """
+    importlib.import_module("megatron_vcppo.mcore.cpu_shim").install()  # imports much of Megatron, here once for all
     importlib.import_module("megatron_vcppo.mcore.runtime")
     torch.set_num_threads(1)  # a forked child must not inherit a pool of threads that exist only in its parent
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="ranks_") as name:
-        folder, port = Path(name), free_port()
+        folder, port = Path(name), free_port("127.0.0.1")
         ranks = [
             # not daemons: a rank may start processes of its own
             context.Process(target=_rank_main, args=(fn, rank, world_size, port, folder, args, kwargs))
@@ -63,18 +63,6 @@ def run_distributed_test(
                 process.kill()
                 process.join()
         return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(world_size)]
-
-
-def end_with_parent() -> None:
-    """A killed pytest leaves nothing behind."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def free_port() -> int:
-    """A TCP port on the loopback interface that nothing listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _join(ranks: Sequence[BaseProcess], timeout_s: float) -> None:
@@ -126,7 +114,7 @@ def _rank_main(
     fn: Callable[..., Any], rank: int, world_size: int, port: int, folder: Path, args: tuple[Any, ...], kwargs: Any
 ) -> None:
     """The forked child: environment, output to a file, the function, its result or its traceback to a file."""
-    end_with_parent()
+    die_with_parent()
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),

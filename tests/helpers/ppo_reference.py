@@ -97,6 +97,7 @@ def reference_update(
     advantages, returns = [], []
     for rollout, row in zip(rollouts, values, strict=True):
         rewards = torch.zeros(len(row))
+        assert rollout.reward is not None
         rewards[-1] = rollout.reward
         lam, alpha = ppo.advantage.lam_actor, ppo.advantage.length_adaptive_alpha
         if alpha is not None:

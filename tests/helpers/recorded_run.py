@@ -9,7 +9,7 @@ import torch
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import dump_config
-from megatron_vcppo.data.rollout_batch import make_batch
+from megatron_vcppo.data.rollout_batch import ModelOutputs, make_batch
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.run.metrics_log import MetricsLog
 from megatron_vcppo.run.rollout_store import write_rollouts
@@ -44,7 +44,7 @@ def record_run(folder: Path, collapsing: bool, iterations: int = 12, num_rollout
             mean_length = 90 * 0.05**share if collapsing else 70 + 40 * share
             rollouts = make_rollouts(generator, iteration, mean_length, num_rollouts)
             write_rollouts(folder / "ppo" / "rollouts", iteration, rollouts)
-            metrics, profiles = credit_of(config, rollouts, generator, -2.6 if collapsing else None)
+            metrics, profiles = diagnostics_of(config, rollouts, generator, -2.6 if collapsing else None)
             metrics |= {"critic/value_loss": 0.4 + 0.1 * generator.random(), "actor/approx_kl": 2e-3}
             metrics |= {"time/generation_s": 3 + generator.random(), "time/update_s": 2.0, "time/iteration_s": 6.3}
             log.log(
@@ -76,7 +76,7 @@ def make_rollouts(generator: np.random.Generator, iteration: int, mean_length: f
     return rollouts
 
 
-def credit_of(
+def diagnostics_of(
     config: Config, rollouts: list[Rollout], generator: np.random.Generator, level: float | None
 ) -> tuple[dict[str, float], dict[str, list[float | None]]]:
     """level: a critic that says this everywhere; None: one that sees half of the outcome. Group baselines have none."""
@@ -86,5 +86,13 @@ def credit_of(
     if config.ppo.advantage.baseline == "critic":
         values = (0.5 * batch.rewards[:, None] if level is None else level) + noise
     old_logprobs = batch.rollout_logprobs + 0.01 * noise
-    credit = compute_advantages(batch, values, old_logprobs, None, config, 0.0, END_OF_THINKING)
-    return credit.metrics, credit.profiles
+    found = compute_advantages(
+        batch,
+        ModelOutputs(old_logprobs, batch.rollout_logprobs, values=values),
+        config.ppo.advantage,
+        config.ppo.loss,
+        kl_coef=0.0,
+        max_tokens=MAX_TOKENS,
+        end_of_thinking_id=END_OF_THINKING,
+    )
+    return found.metrics, found.profiles

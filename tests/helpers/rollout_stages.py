@@ -1,4 +1,4 @@
-"""Stages that generate, on forked ranks beside engines that outlive them: a killed stage starts again in seconds."""
+"""Stages that generate, on forked ranks with engines that outlive them: a killed stage starts again in seconds."""
 
 import json
 import os
@@ -6,25 +6,29 @@ import random
 import shutil
 import signal
 import sys
-import threading
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from omegaconf import OmegaConf
 
 from megatron_vcppo.cli import main as vcppo
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.prompts import PromptStream, load_prompts
 from megatron_vcppo.data.tokenizer import load_tokenizer
+from megatron_vcppo.mcore.checkpoint import CheckpointFolder
+from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import read_rollouts
 from megatron_vcppo.stages.__main__ import main as run_rank
+from megatron_vcppo.stages.rollout_session import RolloutSession
 from tests.helpers.distributed import RanksFailed, run_distributed_test
-from tests.helpers.rollout_node import RolloutNode
-from tests.slurm.support import write_config
+from tests.helpers.stops import at_call
+from tools.benchmarks._rollout_node import RolloutNode
+from tools.benchmarks._tiny_chains import write_config
 
 NUM_PROMPTS = 20
 """Iterations of 8 prompts cross the borders between epochs."""
@@ -61,6 +65,23 @@ def make_config(task: Path, run: Path, sections: dict[str, Any]) -> Config:
     return OmegaConf.to_object(merged)  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class KillPoint:
+    """A method at whose n-th call a rank may be killed, n up to ``max_calls``."""
+
+    owner: type
+    method: str
+    max_calls: int
+
+
+KILL_POINTS = (
+    KillPoint(RolloutSession, "store", 1),
+    KillPoint(Learner, "train_step", 2),
+    KillPoint(CheckpointFolder, "save", 1),
+)
+"""Early enough in every attempt that what is left of six steps, saved every second one, has room for two more kills."""
+
+
 class Stage:
     """One stage of a run, again and again until it is done."""
 
@@ -86,26 +107,20 @@ class Stage:
 
         return run_distributed_test(rank, self.num_ranks, timeout_s=200)
 
-    def run_with_kills(self, kills: int, seconds: float, seed: int) -> int:
-        """Kill random ranks at random moments, so many times at most, then let it end; returns the kills that hit."""
+    def run_with_kills(self, kills: int, seed: int, points: Sequence[KillPoint] = KILL_POINTS) -> None:
+        """As many attempts in which a random rank is killed at a random one of the points, then one to the end."""
         chance = random.Random(seed)
-        hits = 0
         for _ in range(kills):
-            victim, delay = chance.randrange(self.num_ranks), chance.uniform(0.1, 1.0) * seconds
+            victim, point = chance.randrange(self.num_ranks), chance.choice(points)
+            number = chance.randint(1, point.max_calls)
 
-            def kill_later(victim: int = victim, delay: float = delay) -> None:
+            def kill_there(victim: int = victim, point: KillPoint = point, number: int = number) -> None:
                 if int(os.environ["RANK"]) == victim:
-                    threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+                    at_call(point.owner, point.method, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
-            try:
-                assert set(self.run(kill_later)) == {0}
-                break
-            except RanksFailed as failure:
-                assert f"rank {victim}: exit code -9" in str(failure), failure
-                hits += 1
-        if not self.done:
-            assert set(self.run()) == {0}
-        return hits
+            with pytest.raises(RanksFailed, match=f"rank {victim}: exit code -9"):
+                self.run(kill_there)
+        assert set(self.run()) == {0}
 
     def assert_every_prompt_once(self, num_prompts: int, iterations: int, seed: int) -> None:
         """Stored rollouts and log are those of a stream that nothing interrupted."""
@@ -129,7 +144,7 @@ class Stage:
             shutil.copytree(before, folder / "value_pretrain", symlinks=True)
         assert set(again.run()) == {0}
         for path in (self.folder / "rollouts").iterdir():
-            assert path.read_bytes() == (again.folder / "rollouts" / path.name).read_bytes(), "generated anew"
+            assert path.read_bytes() == (again.folder / "rollouts" / path.name).read_bytes(), "generated again"
         return again
 
     def checkpoint(self) -> dict[str, Any]:

@@ -23,13 +23,12 @@ from megatron_vcppo.rollout import engine_http, messages
 from megatron_vcppo.rollout.auth import bearer, read_secret
 from megatron_vcppo.rollout.client import RolloutError
 from megatron_vcppo.rollout.messages import Sampling
-from megatron_vcppo.rollout.rendezvous import Engine
-from megatron_vcppo.rollout.seeds import greedy
 from megatron_vcppo.run.processes import alive
 from megatron_vcppo.weight_sync.joiners import begin, finish_with_joiners
 from megatron_vcppo.weight_sync.sync import WeightSyncError
 from megatron_vcppo.weight_sync.transport import DiskTransport
-from tests.helpers.rollout_node import RolloutNode, make_prompts, save_policy, weights_of
+from tests.helpers.engines import processes_of, wait_for_successor, wait_until
+from tools.benchmarks._rollout_node import GREEDY, RolloutNode, make_prompts, save_policy, weights_of
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -62,27 +61,6 @@ def node(tmp_path_factory, models) -> Iterator[RolloutNode]:
 def sampled(node: RolloutNode, count: int, iteration: int = 0, version: int = 1, **changes) -> list[Rollout]:
     client = node.client(**{"max_tokens": 200, **changes})
     return client.generate(make_prompts(count), iteration, version, Sampling(ignore_eos=True), 1)
-
-
-def wait_until(condition, timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        time.sleep(0.1)
-
-
-def wait_for_successor(node: RolloutNode, victim: Engine) -> None:
-    """Until the engine in the victim's place was started again and answers."""
-
-    def is_back() -> bool:
-        return any(e.name == victim.name and e.generation == victim.generation + 1 for e in node.engines())
-
-    wait_until(is_back, 240, f"{victim.name} is back")
-
-
-def processes_of(pid: int) -> list[psutil.Process]:
-    process = psutil.Process(pid)
-    return [process, *process.children(recursive=True)]
 
 
 def test_every_route_of_every_engine_asks_for_the_secret(node) -> None:
@@ -123,7 +101,7 @@ def test_greedy_output_and_logprobs_are_those_of_transformers_after_a_push(node,
     for version, transport in ((101, None), (102, DiskTransport(tmp_path / "weights", 1 << 14))):
         result = node.weight_sync(transport=transport).sync(version, weights_of(models[1]))
         assert len(result.engines) == 2 and result.policy_version == version
-        rollouts = node.client(max_tokens=24).generate(PROMPTS, 0, version, greedy(), 1)
+        rollouts = node.client(max_tokens=24).generate(PROMPTS, 0, version, GREEDY, 1)
         assert [r.response_ids for r in rollouts] != before
         for rollout in rollouts:
             assert rollout.policy_version == version
@@ -176,7 +154,7 @@ def test_a_request_that_is_refused_is_an_error_not_a_loop(node) -> None:
 def test_without_an_engine_of_the_wanted_version_generation_fails_in_time(node) -> None:
     started = time.monotonic()
     with pytest.raises(RolloutError, match=r"no engine with policy version 55 .*policy version 1"):
-        node.client(all_dead_timeout_s=2.0).generate(PROMPTS, 0, 55, greedy(), 1)
+        node.client(all_dead_timeout_s=2.0).generate(PROMPTS, 0, 55, GREEDY, 1)
     assert time.monotonic() - started < 6
 
 

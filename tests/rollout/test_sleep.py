@@ -20,14 +20,12 @@ from megatron_vcppo.rollout.client import RolloutError
 from megatron_vcppo.rollout.messages import CACHE, WEIGHTS, Sampling, Status
 from megatron_vcppo.rollout.node_folder import TRAINER, Hold, NodeFolder
 from megatron_vcppo.rollout.rendezvous import Engine
-from megatron_vcppo.rollout.seeds import greedy
 from megatron_vcppo.run.processes import alive
-from megatron_vcppo.weight_sync.push_plan import SINGLE
 from megatron_vcppo.weight_sync.sync import WeightSync, WeightSyncError
 from megatron_vcppo.weight_sync.transport import HostTransport, Tensors
 from megatron_vcppo.weight_sync.turns import SleepingSync
-from tests.helpers.rollout_node import RolloutNode, make_prompts, save_policy, weights_of
-from tests.rollout.test_node import processes_of, wait_for_successor, wait_until
+from tests.helpers.engines import processes_of, wait_for_successor, wait_until
+from tools.benchmarks._rollout_node import GREEDY, SINGLE, RolloutNode, make_prompts, save_policy, weights_of
 
 pytestmark = pytest.mark.timeout(300)
 PROMPTS = make_prompts(4)
@@ -78,7 +76,7 @@ def test_a_new_engine_is_published_asleep_and_cannot_be_used(node, models, sync,
     assert shared.starting() == []
     assert [status.state for status in states(node)] == ["asleep"] * 2
     with pytest.raises(RolloutError, match="asleep, policy version -1"):
-        node.client(all_dead_timeout_s=2.0).generate(PROMPTS, 0, messages.NO_VERSION, greedy(), 1)
+        node.client(all_dead_timeout_s=2.0).generate(PROMPTS, 0, messages.NO_VERSION, GREEDY, 1)
     with pytest.raises(WeightSyncError, match=r"engine_0_0 at .*asleep: its weights must wake first"):
         WeightSync.push(sync, 1, weights_of(models[0]), sync.answering())
     assert [status.state for status in states(node)] == ["asleep"] * 2

@@ -16,7 +16,7 @@ from megatron_vcppo.rollout.node_folder import TRAINER, NodeFolder
 from megatron_vcppo.rollout.rendezvous import SECRET, engines
 from megatron_vcppo.rollout.supervisor import Limits, Slot
 from megatron_vcppo.run.processes import alive
-from tests.rollout.test_node import wait_until
+from tests.helpers.engines import wait_until
 
 ENGINE = """
 import sys

@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.devcluster import DevCluster, missing_programs
-from tests.slurm.support import processes_with, tiny_config, wait_until, write_config
-
-TINY = RoleCommands(trainer="tests.slurm.tiny_stage", rollout="tests.slurm.tiny_rollout")
+from tools.benchmarks._tiny_chains import processes_with, tiny_config, wait_until, write_config
 
 
 @pytest.fixture

@@ -13,15 +13,15 @@ import megatron_vcppo.launch.local_chain
 from megatron_vcppo.cli import main
 from megatron_vcppo.config import Config
 from megatron_vcppo.launch.local_chain import run_chain
-from megatron_vcppo.launch.role_commands import RoleCommands, free_port
+from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.processes import free_port
 from megatron_vcppo.slurm.chain_status import run_status, table
 from megatron_vcppo.slurm.devcluster import DevCluster, missing_programs
 from megatron_vcppo.slurm.devcluster_conf import ACCOUNT
 from megatron_vcppo.slurm.submission import submit
-from tests.slurm.conftest import TINY
-from tests.slurm.support import cluster_config, result, wait_for_jobs, write_config
+from tools.benchmarks._tiny_chains import TINY, cluster_config, result, wait_for_jobs, write_config
 
 
 def refused(config: Config, folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
@@ -84,7 +84,7 @@ def test_an_unknown_account_or_qos(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         config.cluster.qos = None
         run = write_config(config)
         states = wait_for_jobs(submit(run, config, ["sft"], TINY).values(), 60)
-        assert {state.state for state in states.values()} == {"COMPLETED"} and run.done("sft")
+        assert {state.state for state in states.values()} == {"COMPLETED"} and run.stage("sft").is_done()
     finally:
         cluster.down()
         root.rmdir()
@@ -130,7 +130,7 @@ def test_a_port_taken_meanwhile_costs_an_attempt_and_one_taken_for_good_is_named
         said = f"sft: trainer 0 left with exit code 1: port {taken} of 127.0.0.1 is taken"
         assert said in capsys.readouterr().out
         assert said.removeprefix("sft: ") in table(run_status(run, config))
-        assert len(run.attempts("sft")) == 2
+        assert len(run.stage("sft").attempts()) == 2
         ports = iter([taken, free_port("127.0.0.1")])
         monkeypatch.setattr(megatron_vcppo.launch.local_chain, "free_port", lambda address: next(ports))
         assert run_chain(run, config, ["sft"], TINY) == 0

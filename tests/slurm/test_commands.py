@@ -9,12 +9,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_vcppo.cli import main
-from megatron_vcppo.launch.prepare import open_run
+from megatron_vcppo.run.config_file import open_run
 from megatron_vcppo.slurm.devcluster import DevCluster
 from megatron_vcppo.slurm.slurm_cli import Unreachable, job_states, patiently
 from megatron_vcppo.slurm.submission import submitted_jobs
-from tests.slurm.conftest import TINY
-from tests.slurm.support import cluster_config, result, wait_for_jobs, wait_until
+from tools.benchmarks._tiny_chains import TINY, cluster_config, result, wait_for_jobs, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -51,7 +50,7 @@ def test_a_chain_watched_cancelled_and_resumed(cluster: DevCluster, tmp_path: Pa
     run, _ = open_run(tmp_path / "run")
     following = vcppo("logs", folder, "-f")
     watching = vcppo("status", folder, "--watch", "--every", "1")
-    wait_until(lambda: run.checkpoint_iteration("sft"), "a checkpoint", 60)
+    wait_until(lambda: run.stage("sft").checkpoint_iteration(), "a checkpoint", 60)
     assert main(["submit", str(file)]) == 2
     assert "this run is active, jobs" in capsys.readouterr().err
     assert main(["status", folder]) == 0
@@ -74,7 +73,7 @@ def test_a_chain_watched_cancelled_and_resumed(cluster: DevCluster, tmp_path: Pa
     assert "nothing to cancel" in capsys.readouterr().out
     assert main(["status", folder]) == 0
     assert f"go on with: vcppo resume {folder}" in capsys.readouterr().out
-    saved = run.checkpoint_iteration("sft")
+    saved = run.stage("sft").checkpoint_iteration()
 
     assert main(["resume", folder, "sft.steps=50"]) == 0
     wait_for_jobs(submitted_jobs(run).values(), 120)
@@ -84,12 +83,12 @@ def test_a_chain_watched_cancelled_and_resumed(cluster: DevCluster, tmp_path: Pa
     followed = following.communicate(timeout=30)[0]
     heads = [line for line in followed.splitlines() if line.startswith("==>")]
     attempts = [("sft", 1), ("sft", 2), ("ppo", 1)]
-    assert heads == [f"==> {run.stage(s)}/logs/attempt_{n}/trainer_0.log <==" for s, n in attempts]
+    assert heads == [f"==> {run.stage(s).logs}/attempt_{n}/trainer_0.log <==" for s, n in attempts]
     assert following.returncode == 0 and f"rank 0/2 starts after iteration {saved}" in followed
     assert main(["logs", folder, "sft", "--attempt", "1"]) == 0
     assert "after iteration 0" in capsys.readouterr().out
     assert main(["logs", folder, "ppo", "--role", "rollout"]) == 0
-    assert capsys.readouterr().out.startswith("generation 0")
+    assert capsys.readouterr().out.startswith("incarnation 0")
     assert main(["logs", folder, "--role", "job"]) == 0
     assert "ppo: done" in capsys.readouterr().out
     assert main(["resume", folder]) == 0
@@ -122,7 +121,9 @@ def test_a_silent_controller_is_not_a_failed_stage(cluster: DevCluster, tmp_path
     file, folder = config_file(tmp_path, ("sft",), steps=60, seconds=0.2), str(tmp_path / "run")
     assert main(["submit", str(file)]) == 0
     run, _ = open_run(tmp_path / "run")
-    wait_until(lambda: run.checkpoint_iteration("sft"), "a checkpoint", 60)  # by then slurmctld has saved its state
+    wait_until(
+        lambda: run.stage("sft").checkpoint_iteration(), "a checkpoint", 60
+    )  # by then slurmctld has saved its state
     watching = vcppo("status", folder, "--watch", "--every", "1")
     jobs = submitted_jobs(run)
     cluster.kill("slurmctld")
@@ -141,4 +142,4 @@ def test_a_silent_controller_is_not_a_failed_stage(cluster: DevCluster, tmp_path
     wait_for_jobs(jobs.values(), 90)
     watched = watching.communicate(timeout=30)[0]
     assert watching.returncode == 0 and "asking again" in watched and "failed" not in watched
-    assert run.done("sft")
+    assert run.stage("sft").is_done()

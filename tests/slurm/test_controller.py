@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcppo.launch.controller import SAVED, RoleProcess, first_death, supervise
+from megatron_vcppo.launch.controller import RoleProcess, first_death, reported_code, supervise
 from megatron_vcppo.launch.role_commands import role_environment
-from tests.slurm.support import processes_with, tiny_config, wait_until
+from megatron_vcppo.run import events
+from megatron_vcppo.run.exit_codes import SAVED
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.processes import alive
+from tools.benchmarks._tiny_chains import processes_with, tiny_config, wait_until
 
 
 def python(role: str, index: int, code: str, **kwargs) -> RoleProcess:
@@ -24,13 +28,6 @@ def python(role: str, index: int, code: str, **kwargs) -> RoleProcess:
 
 def sleeper(tag: str, role: str = "trainer", index: int = 1) -> RoleProcess:
     return RoleProcess(role, index, ("sleep", tag), {}, f"{role}_{index}.log", end_signal=signal.SIGKILL)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_returns_zero_when_every_rank_is_done(tmp_path: Path) -> None:
@@ -170,13 +167,12 @@ def test_rank_zero_is_shown_on_the_terminal(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_events_survive_a_torn_line(tmp_path: Path) -> None:
-    from megatron_vcppo.run import events
 
     events.append(tmp_path, "one", stage="sft")
-    with (tmp_path / events.EVENTS_NAME).open("a") as file:
+    with RunFolder(tmp_path).events.open("a") as file:
         file.write('{"time": 1, "ev')
     assert [event["event"] for event in events.read(tmp_path)] == ["one"]
-    assert json.loads((tmp_path / events.EVENTS_NAME).read_text().splitlines()[0])["stage"] == "sft"
+    assert json.loads(RunFolder(tmp_path).events.read_text().splitlines()[0])["stage"] == "sft"
 
 
 def test_an_empty_variable_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,3 +181,18 @@ def test_an_empty_variable_is_removed(tmp_path: Path, monkeypatch: pytest.Monkey
     command = (sys.executable, "-c", "import sys; print(sys.dont_write_bytecode)")
     assert supervise([RoleProcess("trainer", 0, command, env, "trainer_0.log")], tmp_path / "logs").code == 0
     assert (tmp_path / "logs" / "trainer_0.log").read_text() == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("srun: error: n1: task 1: Exited with exit code 2\nsrun: error: n0: task 0: Terminated", 2),
+        ("srun: error: n1: tasks 3-5,7: Killed\nsrun: error: n0: task 0: Exited with exit code 1", 137),
+        ("srun: error: n1: task 1: Exited with exit code 75\nsrun: error: n0: task 0: Exited with exit code 75", 0),
+        ("srun: error: n0: task 0: Exited with exit code 1\nsrun: error: n1: task 1: Killed", 137),
+        ("srun: error: n1: task 1: Aborted (core dumped)", 134),
+        ("srun: Job 7 step creation temporarily disabled, retrying", 0),
+    ],
+)
+def test_the_task_that_is_the_cause_decides(text: str, code: int) -> None:
+    assert reported_code(text) == code

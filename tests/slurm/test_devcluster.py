@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.run.processes import free_port
 from megatron_vcppo.slurm import devcluster_net
-from megatron_vcppo.slurm.devcluster import DevCluster, free_ports, missing_programs
-from tests.slurm.support import processes_with, wait_until
+from megatron_vcppo.slurm.devcluster import DevCluster, missing_programs
+from tools.benchmarks._tiny_chains import processes_with, wait_until
 
 
 def test_every_virtual_node_runs_its_task(cluster: DevCluster) -> None:
@@ -70,7 +71,7 @@ REACH = "import socket; socket.create_connection(('{address}', {port}), 2)"
 def test_a_listener_on_loopback_is_not_reached_from_another_node(cluster: DevCluster) -> None:
     """The one on the node's own address is: otherwise nodes would share one loopback interface, as processes do."""
     first, second = cluster.node_names[:2]
-    address, port = cluster.node_addresses[first], free_ports(1)[0]
+    address, port = cluster.node_addresses[first], free_port()
 
     def reached(at: str, node: str) -> bool:
         argv = ("srun", "--mem=50", "-N1", "-n1", "-w", node, "python3", "-c")

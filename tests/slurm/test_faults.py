@@ -7,7 +7,7 @@ import pytest
 
 from megatron_vcppo.run import events
 from megatron_vcppo.slurm.devcluster import DevCluster
-from tests.slurm.faults import FAULTS, LONG, suffer
+from tools.benchmarks._faults import FAULTS, LONG, suffer
 
 SHORT = [name for name, fault in FAULTS.items() if fault.stages != LONG.stages]
 

@@ -13,14 +13,14 @@ import pytest
 from megatron_vcppo.cli import main
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.launch.local_chain import run_chain
-from megatron_vcppo.launch.prepare import open_run
 from megatron_vcppo.run import events
+from megatron_vcppo.run.config_file import open_run
+from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.chain_status import run_status, table
 from megatron_vcppo.slurm.devcluster import DevCluster
 from megatron_vcppo.slurm.submission import submitted_jobs
-from megatron_vcppo.stages.stopping import SAVED
-from tests.slurm.support import wait_for_jobs, wait_until, write_config
+from tools.benchmarks._tiny_chains import wait_for_jobs, wait_until, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -58,10 +58,10 @@ def attempts_of(run: RunFolder) -> list[dict[str, Any]]:
 
 def assert_trained_once(run: RunFolder) -> None:
     """Each iteration is logged once, on prompts of its own, and nothing of an interruption is left."""
-    assert [record["iteration"] for record in run.metrics("ppo")] == [1, 2]
-    state = json.loads((run.stage("ppo") / "checkpoints" / "iter_0000002" / "state.json").read_text())["state"]
+    assert [record["iteration"] for record in run.stage("ppo").recent_metrics()] == [1, 2]
+    state = json.loads((run.stage("ppo").checkpoint(2) / "state.json").read_text())["state"]
     assert state["prompts"]["samples_seen"] == 96 and "unfinished" not in state
-    assert sorted(path.name for path in (run.stage("ppo") / "rollouts").glob("*.zst")) == [
+    assert sorted(path.name for path in run.stage("ppo").rollouts.glob("*.zst")) == [
         f"iter_000000{iteration}_0of1.jsonl.zst" for iteration in (1, 2)
     ]
 
@@ -72,7 +72,7 @@ def test_a_stop_after_more_than_the_time_out_keeps_the_iteration(tmp_path: Path)
     run = write_config(config)
 
     def ask() -> None:
-        wait_until(lambda: list(run.stage("ppo").glob("rollouts/iter_*")), "the rollouts of iteration 1", 300)
+        wait_until(lambda: list(run.stage("ppo").rollouts.glob("iter_*")), "the rollouts of iteration 1", 300)
         time.sleep(1.1 * TIMEOUT_S)
         os.kill(os.getpid(), signal.SIGUSR2)
 
@@ -82,9 +82,9 @@ def test_a_stop_after_more_than_the_time_out_keeps_the_iteration(tmp_path: Path)
     asker.join()
     (end,) = attempts_of(run)
     assert end["leaving_s"] < TIMEOUT_S, "it leaves between two steps, not at the end of the iteration"
-    iteration, steps, complete, _ = run.progress("ppo", run.stage("ppo") / "rollouts")
+    iteration, steps, complete, _ = run.stage("ppo").progress(run.stage("ppo").rollouts)
     assert (iteration, complete) == (0, 1) and 0 < steps < 2 * MINIBATCHES * ppo_epochs
-    assert run.metrics("ppo") == [], "the iteration is longer than the time until the request"
+    assert run.stage("ppo").recent_metrics() == [], "the iteration is longer than the time until the request"
     assert run_chain(run, config, ["ppo"]) == 0
     assert_trained_once(run)
 

@@ -14,8 +14,7 @@ from megatron_vcppo.slurm.chain_status import run_status, table
 from megatron_vcppo.slurm.devcluster import DevCluster
 from megatron_vcppo.slurm.doctor_checks import checks
 from megatron_vcppo.slurm.submission import submit
-from tests.slurm.conftest import TINY
-from tests.slurm.support import cluster_config, wait_for_jobs, write_config
+from tools.benchmarks._tiny_chains import TINY, cluster_config, wait_for_jobs, write_config
 
 own_addresses = pytest.mark.skipif(not devcluster_net.possible(), reason="network namespaces need root, and ip")
 
@@ -53,7 +52,7 @@ def test_an_interface_that_nodes_lack_is_named_with_what_they_have(cluster: DevC
     has = {name: f"lo 127.0.0.1, eth0 {address}" for name, address in cluster.node_addresses.items()}
     lines = [f"{name}: no IPv4 interface or address ib7; there are: {there}" for name, there in has.items()]
     assert any(line in table(run_status(run, config)) for line in lines)
-    assert not run.attempts("sft"), "found before the stage started"
+    assert not run.stage("sft").attempts(), "found before the stage started"
     with pytest.raises(UserError) as error:
         dict(checks(config, RoleCommands(), tmp_path))["file system, Python, network"]()
     assert any(line in str(error.value) for line in lines)

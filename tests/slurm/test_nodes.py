@@ -14,8 +14,7 @@ from megatron_vcppo.slurm.chain_status import run_status, table
 from megatron_vcppo.slurm.devcluster import DevCluster
 from megatron_vcppo.slurm.doctor_checks import checks, examine
 from megatron_vcppo.slurm.submission import submit
-from tests.slurm.conftest import TINY
-from tests.slurm.support import cluster_config, wait_for_jobs, write_config
+from tools.benchmarks._tiny_chains import TINY, cluster_config, wait_for_jobs, write_config
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="hiding a folder from a node needs root")
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.cli import main
-from megatron_vcppo.launch.prepare import open_run
 from megatron_vcppo.run import events
+from megatron_vcppo.run.config_file import open_run
 from megatron_vcppo.slurm.chain_status import run_status, table
 from megatron_vcppo.slurm.devcluster import DevCluster
 from megatron_vcppo.slurm.submission import submitted_jobs
-from tests.slurm.faults import kill_processes, wait_for_checkpoint
-from tests.slurm.support import wait_for_jobs
+from tools.benchmarks._faults import kill_processes, wait_for_checkpoint
+from tools.benchmarks._tiny_chains import wait_for_jobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -55,13 +55,13 @@ def test_real_stages_train_every_iteration_once(cluster: DevCluster, tmp_path: P
     states = wait_for_jobs(submitted_jobs(run).values(), 300)
     text = table(run_status(run, config))
     assert {state.state for state in states.values()} == {"COMPLETED"}, text
-    assert all(run.done(stage) for stage in config.stages)
+    assert all(run.stage(stage).is_done() for stage in config.stages)
     for stage, total in (("sft", 24), ("ppo", 3)):
-        records = [json.loads(line) for line in (run.stage(stage) / "metrics.jsonl").read_text().splitlines()]
+        records = [json.loads(line) for line in run.stage(stage).metrics.read_text().splitlines()]
         assert [record["iteration"] for record in records] == list(range(1, total + 1)), stage
-        assert len(run.attempts(stage)) == 2
+        assert len(run.stage(stage).attempts()) == 2
     rollout_node = events.of_stage(run.path, "job", "ppo")[0]["nodes"][-1]
     engine = f"engine_0_0 at {cluster.node_addresses[rollout_node]}:"
-    assert engine in (run.attempts("ppo")[-1] / "rollout_0.log").read_text(), "not on its node's own address"
+    assert engine in (run.stage("ppo").attempts()[-1] / "rollout_0.log").read_text(), "not on its node's own address"
     assert main(["status", str(run.path)]) == 0
     assert capsys.readouterr().out.count("done") >= 3

@@ -8,8 +8,7 @@ from megatron_vcppo.slurm.chain_status import run_status, table
 from megatron_vcppo.slurm.devcluster import DevCluster
 from megatron_vcppo.slurm.slurm_cli import job_states
 from megatron_vcppo.slurm.submission import cancel_jobs, dry_run, submit
-from tests.slurm.conftest import TINY
-from tests.slurm.support import cluster_config, result, wait_for_jobs, wait_until, write_config
+from tools.benchmarks._tiny_chains import TINY, cluster_config, result, wait_for_jobs, wait_until, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -26,7 +25,7 @@ def test_a_chain_of_jobs_runs_to_its_end(cluster: DevCluster, tmp_path) -> None:
         assert result(run, stage)["trained"] == [1, 2, 3, 4, 5, 6]
     assert [status.state for status in run_status(run, config)] == ["done"] * 3
     assert submit(run, config, list(config.stages), TINY) == {}
-    assert (run.attempts("ppo")[-1] / "rollout_0.log").read_text().startswith("generation 0\n")
+    assert (run.stage("ppo").attempts()[-1] / "rollout_0.log").read_text().startswith("incarnation 0\n")
     assert {event["code"] for event in events.read(run.path) if event["event"] in ("submitted", "job")} == {
         folder.name for folder in (run.path / "code").iterdir()
     }, "the jobs ran the snapshot"
@@ -39,12 +38,12 @@ def test_a_colocated_layout_and_a_change_of_it_at_a_resume(cluster: DevCluster, 
     config.cluster.rollout_nodes = 0
     run = write_config(config)
     jobs = submit(run, config, ["ppo"], TINY)
-    wait_until(lambda: run.checkpoint_iteration("ppo"), "a checkpoint")
+    wait_until(lambda: run.stage("ppo").checkpoint_iteration(), "a checkpoint")
     assert [len(event["nodes"]) for event in events.of_stage(run.path, "job", "ppo")] == [2]
-    assert {path.name for path in run.attempts("ppo")[0].glob("rollout*")} == {"rollout_0.log", "rollout_1.log"}
+    assert {path.name for path in run.stage("ppo").attempts()[0].glob("rollout*")} == {"rollout_0.log", "rollout_1.log"}
     cancel_jobs(list(jobs.values()))
     wait_for_jobs(jobs.values(), 60)
-    reached = run.checkpoint_iteration("ppo")
+    reached = run.stage("ppo").checkpoint_iteration()
     assert reached
     config.cluster.trainer_nodes, config.cluster.trainer_ranks, config.cluster.rollout_nodes = 1, 1, 2
     config.sft.steps = reached + 3
@@ -64,7 +63,7 @@ def test_bad_data_cancels_the_dependents_and_status_says_why(cluster: DevCluster
     assert states[jobs["sft"]].state == "FAILED" and states[jobs["ppo"]].state == "CANCELLED"
     text = table(run_status(run, config))
     assert "data.jsonl:7: sample has no response" in text and f"vcppo resume {run.path}" in text
-    assert len(run.attempts("sft")) == 1
+    assert len(run.stage("sft").attempts()) == 1
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import make_task
+from tools.benchmarks._rollout_node import RolloutNode
 
 
 @pytest.fixture(scope="package")

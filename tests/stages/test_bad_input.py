@@ -11,9 +11,9 @@ from megatron_vcppo.run.manifest import write_manifest
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import read_rollouts, stored_iterations
 from tests.helpers.distributed import RanksFailed
-from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import Stage, make_config
-from tests.helpers.tiny_models import save_tiny_model
+from tools.benchmarks._rollout_node import RolloutNode
+from tools.benchmarks._tiny_models import save_tiny_model
 
 PPO = {"critic": {"init": "sft"}, "evaluate_every": 0}
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_vcppo.cli import main as vcppo
 from megatron_vcppo.run import events
 from megatron_vcppo.run.metrics_log import read_metrics
-from tests.slurm.support import processes_with, wait_until
+from tools.benchmarks._tiny_chains import processes_with, wait_until
 
 STAGES = ["sft", "reward_model", "value_pretrain", "ppo", "export", "evaluate"]
 

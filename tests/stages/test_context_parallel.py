@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.run.metrics_log import read_metrics
-from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import Stage, make_config, make_task
+from tools.benchmarks._rollout_node import RolloutNode
 
 
 @pytest.mark.slow

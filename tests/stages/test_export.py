@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.convert.importer import import_hf
+from megatron_vcppo.run.folder import StageFolder
 from megatron_vcppo.run.manifest import verify_manifest, write_manifest
 from megatron_vcppo.stages import export
-from megatron_vcppo.stages.stage import mark_done
-from tests.helpers.tiny_models import save_tiny_model
+from tools.benchmarks._tiny_models import save_tiny_model
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def config(tmp_path: Path) -> Config:
     iteration = tmp_path / "run" / "sft" / "checkpoints" / "iter_0000003"
     import_hf(hf, iteration / "actor", 2, 1)
     write_manifest(iteration, {"iteration": 3})
-    mark_done(tmp_path / "run" / "sft", checkpoint=iteration)
+    StageFolder(tmp_path / "run" / "sft").mark_done(checkpoint=iteration)
     config = Config()
     config.run.dir, config.model.hf, config.stages = str(tmp_path / "run"), str(hf), ["sft", "export"]
     config.export.verify_logits = False

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import read_rollouts, stored_iterations
 from megatron_vcppo.stages import rollout_session
 from megatron_vcppo.stages.rollout_source import StoredRollouts
-from megatron_vcppo.stages.stopping import SAVED
-from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import Stage, make_config
+from tools.benchmarks._rollout_node import RolloutNode
 
 pytestmark = pytest.mark.timeout(600)  # the first test also waits for the node
 

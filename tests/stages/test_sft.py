@@ -25,11 +25,11 @@ from megatron_vcppo.config.training import ScheduleConfig
 from megatron_vcppo.hf.convert.exporter import export_hf
 from megatron_vcppo.launch.local_chain import run_chain
 from megatron_vcppo.mcore.checkpoint import complete_checkpoints
+from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.metrics_log import MetricsLog, read_metrics
 from megatron_vcppo.stages.__main__ import main as run_rank
-from megatron_vcppo.stages.stopping import SAVED
 from tests.helpers.distributed import RanksFailed, run_distributed_test
-from tests.slurm.support import wait_until, write_config
+from tools.benchmarks._tiny_chains import wait_until, write_config
 
 SAMPLES, BATCH_SIZE, EPOCHS = 36, 8, 3
 STEPS = math.ceil(EPOCHS * SAMPLES / BATCH_SIZE)
@@ -307,12 +307,12 @@ def test_the_command_on_real_processes_saves_when_asked(task: Path, tmp_path: Pa
     run = write_config(config)
 
     def ask() -> None:
-        wait_until(lambda: len(run.metrics("sft")) > 2, "three steps", 120)
+        wait_until(lambda: len(run.stage("sft").recent_metrics()) > 2, "three steps", 120)
         os.kill(os.getpid(), signal.SIGUSR2)
 
     asker = threading.Thread(target=ask)
     asker.start()
     assert run_chain(run, config, ["sft"]) == SAVED
     asker.join()
-    records = read_metrics(run.stage("sft"))
-    assert run.checkpoint_iteration("sft") == records[-1]["iteration"] == len(records) < 100_000
+    records = read_metrics(run.stage("sft").path)
+    assert run.stage("sft").checkpoint_iteration() == records[-1]["iteration"] == len(records) < 100_000

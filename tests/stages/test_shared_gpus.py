@@ -19,18 +19,17 @@ from megatron_vcppo.config.rollout import WeightSyncConfig
 from megatron_vcppo.rollout.messages import CACHE, WEIGHTS
 from megatron_vcppo.rollout.node_folder import TRAINER, NodeFolder, weights_path
 from megatron_vcppo.rollout.rendezvous import engines
+from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import partial_iterations
-from megatron_vcppo.stages import ppo as ppo_module
 from megatron_vcppo.stages import rollout_session
 from megatron_vcppo.stages.shared_gpus import SharedGpus
-from megatron_vcppo.stages.stopping import SAVED
-from megatron_vcppo.weight_sync.push_plan import SINGLE
+from megatron_vcppo.stages.updates import Updater
 from megatron_vcppo.weight_sync.transport import HostTransport
 from megatron_vcppo.weight_sync.turns import SleepingSync
-from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import Stage, make_config, make_task
-from tests.stages.test_stops import ask_to_stop, hold_responses
+from tests.helpers.stops import ask_to_stop, hold_responses
+from tools.benchmarks._rollout_node import SINGLE, RolloutNode
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -102,10 +101,10 @@ def test_an_engine_killed_in_the_update_waits_and_one_killed_in_generation_joins
 
     def faults() -> None:
         sys.stdout = sys.stderr = log.open("w", buffering=1)
-        update, begin = ppo_module.update, rollout_session.begin
+        update, begin = Updater.update, rollout_session.begin
         hit: list[str] = []
 
-        def kill_then_update(*arguments: Any) -> Any:
+        def kill_then_update(*arguments: Any, **keywords: Any) -> Any:
             if not hit:
                 hit.append("update")
                 kill_engine(node)
@@ -113,7 +112,7 @@ def test_an_engine_killed_in_the_update_waits_and_one_killed_in_generation_joins
                 shared = NodeFolder(node.rendezvous, 0)
                 assert shared.is_held(TRAINER) and not shared.engines_turn
                 assert not shared.starting() and not engines(node.rendezvous), "it must wait for its turn"
-            return update(*arguments)
+            return update(*arguments, **keywords)
 
         def begin_then_kill(produce: Any) -> Any:
             future = begin(produce)
@@ -132,8 +131,8 @@ def test_an_engine_killed_in_the_update_waits_and_one_killed_in_generation_joins
             give_turn(gpus, holder)
 
         SharedGpus._give_turn = look_at_the_weights  # type: ignore[assignment,method-assign]
-        ppo_module.update = kill_then_update  # type: ignore[assignment]
-        rollout_session.begin = begin_then_kill  # type: ignore[assignment]
+        Updater.update = kill_then_update  # type: ignore[method-assign]
+        rollout_session.begin = begin_then_kill
 
     stage = make_stage(node, task, tmp_path / "run")
     started = node.log.read_text().count("starting, pid")
@@ -148,7 +147,7 @@ def test_a_killed_trainer_leaves_engines_that_the_next_attempt_uses(
 ) -> None:
     pids = [engine.pid for engine in node.engines()]
     stage = make_stage(node, task, tmp_path / "run")
-    assert stage.run_with_kills(2, 8.0, seed=2) >= 1
+    stage.run_with_kills(1, seed=2)
     stage.assert_every_prompt_once(8, 4, stage.config.run.seed)
     assert [engine.pid for engine in node.engines()] == pids
     assert not weights_path(node.rendezvous, 0).exists()

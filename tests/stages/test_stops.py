@@ -1,11 +1,8 @@
 """Stages that are asked to stop within an iteration: nothing that was generated or trained is lost or done twice."""
 
-import asyncio
 import json
 import os
-import signal
 import sys
-from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,58 +11,20 @@ import pytest
 
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.records import Rollout
-from megatron_vcppo.rollout import engine_http
+from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import partial_iterations, read_partial, read_rollouts, stored_iterations
 from megatron_vcppo.stages import ppo as ppo_module
-from megatron_vcppo.stages.stopping import SAVED
-from tests.helpers.rollout_node import RolloutNode
 from tests.helpers.rollout_stages import Stage, make_config
-from tests.slurm.support import wait_until
+from tests.helpers.stops import ask_to_stop, at_call, hold_responses
+from tools.benchmarks._rollout_node import RolloutNode
+from tools.benchmarks._tiny_chains import wait_until
 
 PPO: dict[str, Any] = {"iterations": 3, "ppo_epochs": 2, "minibatches": 2, "checkpoint": {"save_every": 100}}
 """Only what is asked for is saved, and the end."""
 
 
 pytestmark = pytest.mark.timeout(600)  # the first test also waits for the node
-
-
-def ask_to_stop(rank: int = 0) -> None:
-    """As Slurm or the controller does, on one rank: the others must follow."""
-    if os.environ["RANK"] == str(rank):
-        os.kill(os.getpid(), signal.SIGUSR2)
-
-
-def hold_responses(after: int, then: Callable[[], None] = lambda: None) -> Callable[[], bool]:
-    """In this process: the engines answer no more after so many responses. Returns whether they have come to that."""
-    generate, seen, held = engine_http.generate, 0, False
-
-    async def answer(*arguments: Any) -> AsyncIterator[Any]:
-        nonlocal seen, held
-        async for response in generate(*arguments):
-            if seen >= after:
-                held = True
-                then()
-                await asyncio.sleep(3600)
-            seen += 1
-            yield response
-
-    engine_http.generate = answer  # type: ignore[assignment]
-    return lambda: held
-
-
-def at_call(owner: Any, name: str, number: int, do: Callable[[], None]) -> None:
-    """In this process: do something at the beginning of the n-th call of a function."""
-    function, calls = getattr(owner, name), 0
-
-    def counted(*arguments: Any, **keywords: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            do()
-        return function(*arguments, **keywords)
-
-    setattr(owner, name, counted)
 
 
 def assert_kept(stage: Stage, tag: int, kept: list[Rollout]) -> None:

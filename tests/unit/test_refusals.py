@@ -9,7 +9,7 @@ from megatron_vcppo.cli import main
 from megatron_vcppo.config.value_sources import CONFIGS
 from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
-from tests.slurm.support import tiny_model
+from tools.benchmarks._tiny_chains import tiny_model
 
 
 @pytest.fixture

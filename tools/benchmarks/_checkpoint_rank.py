@@ -21,7 +21,7 @@ def measure(rank: int, config: Any, folder: Path) -> dict[str, float]:
 
     from megatron_vcppo.config.schema import OptimizerConfig, ScheduleConfig
     from megatron_vcppo.config.training import CheckpointConfig
-    from megatron_vcppo.data.rollout_batch import Packer
+    from megatron_vcppo.data.packer import Packer
     from megatron_vcppo.hf.architecture import Architecture
     from megatron_vcppo.mcore import runtime
     from megatron_vcppo.mcore.checkpoint import CheckpointFolder, load_learner
@@ -36,7 +36,7 @@ def measure(rank: int, config: Any, folder: Path) -> dict[str, float]:
     arch = Architecture.from_hf(config.model.hf)
     ids = torch.randint(arch.vocab_size, (world.dp_size, LENGTH)).tolist()
     batch = [TrainSequence(tuple(row), {"loss_mask": (False,) + (True,) * (LENGTH - 1)}) for row in ids]
-    microbatches = Packer(LENGTH, parallel.tp, world.dp_rank, world.dp_size).pack(batch, ["loss_mask"])
+    microbatches = Packer(LENGTH, parallel.tp, world.dp_rank, world.dp_size).pack(batch, {"loss_mask": bool})
     actor = Actor(build_actor(arch, config.model, parallel), parallel, OptimizerConfig(), ScheduleConfig(), 100)
 
     def step() -> None:

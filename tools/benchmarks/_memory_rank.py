@@ -14,7 +14,7 @@ def measure(rank: int, config: Any, stage: str) -> tuple[int, int]:
     import torch
 
     from megatron_vcppo.config.schema import OptimizerConfig, ScheduleConfig
-    from megatron_vcppo.data.rollout_batch import Packer
+    from megatron_vcppo.data.packer import Packer
     from megatron_vcppo.hf.architecture import Architecture
     from megatron_vcppo.launch.memory_plan import models_of
     from megatron_vcppo.mcore import runtime
@@ -27,11 +27,11 @@ def measure(rank: int, config: Any, stage: str) -> tuple[int, int]:
     parallel = config.parallel
     world = runtime.start(parallel, seed=0, timeout_s=300)
     arch = Architecture.from_hf(config.model.hf)
-    packing = Packer(parallel.tokens_per_microbatch, parallel.tp, world.dp_rank, world.dp_size)
+    packer = Packer(parallel.tokens_per_microbatch, parallel.tp, world.dp_rank, world.dp_size)
     length = parallel.tokens_per_microbatch // 2
     ids = torch.randint(arch.vocab_size, (2 * MICROBATCHES, length)).tolist()
     batch = [TrainSequence(tuple(row), {"loss_mask": (False,) + (True,) * (length - 1)}) for row in ids]
-    microbatches = packing.pack(batch, ["loss_mask"])
+    microbatches = packer.pack(batch, {"loss_mask": bool})
     assert len(microbatches) == MICROBATCHES, "micro-batches are full"
 
     def critic_loss(values: torch.Tensor, microbatch: Any) -> tuple[torch.Tensor, dict[str, Any]]:

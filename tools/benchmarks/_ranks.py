@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_vcppo.launch.role_commands import free_port
+from megatron_vcppo.run.processes import free_port
 
 
 def run_ranks(function: Callable[..., Any], ranks: int, timeout_s: float, *args: Any) -> list[Any]:

@@ -111,8 +111,7 @@ def parallel_config(work: Work) -> Any:
 def megatron_side(work: Work) -> Step:
     """This rank of the actor: packing (part of every step's work), forward, backward, AdamW."""
     from megatron_vcppo.config.schema import ModelConfig, OptimizerConfig, ScheduleConfig
-    from megatron_vcppo.data.context_split import rounding
-    from megatron_vcppo.data.rollout_batch import Packer
+    from megatron_vcppo.data.packer import Packer
     from megatron_vcppo.mcore import runtime
     from megatron_vcppo.mcore.hf_weights_io import load_hf
     from megatron_vcppo.mcore.learner import Actor
@@ -127,8 +126,7 @@ def megatron_side(work: Work) -> Step:
     if work.hf is not None:
         load_hf(model, work.hf)
     actor = Actor(model, parallel, OptimizerConfig(lr=work.learning_rate), ScheduleConfig(), total_steps=1)
-    multiple, segment_multiple = rounding(parallel, settings)
-    packing = Packer(parallel.tokens_per_microbatch, multiple, world.dp_rank, world.dp_size, segment_multiple)
+    packer = Packer.of(parallel, settings, world.dp_rank, world.dp_size)
     sequences = [
         TrainSequence(tuple(ids), {"loss_mask": (False,) * PROMPT_TOKENS + (True,) * (len(ids) - PROMPT_TOKENS)})
         for ids in work.sequences
@@ -136,8 +134,8 @@ def megatron_side(work: Work) -> Step:
     num_loss_tokens = sum(len(ids) - PROMPT_TOKENS for ids in work.sequences)
 
     def step() -> float:
-        mine = [sequences[i] for i in packing.share([len(s) for s in sequences])]
-        result = actor.train_step(packing.pack(mine, ["loss_mask"]), TokenLoss(num_loss_tokens))
+        mine = [sequences[i] for i in packer.shard([len(s) for s in sequences])]
+        result = actor.train_step(packer.pack(mine, {"loss_mask": bool}), TokenLoss(num_loss_tokens))
         assert result.applied, f"not finite: {result}"
         return result.metrics["loss"]
 

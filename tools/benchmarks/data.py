@@ -42,17 +42,18 @@ def _bins(lengths: list[int], repeats: int) -> Iterator[dict[str, Any]]:
         least = -(-sum(lengths) // budget)
         yield {"case": "pack_into_microbatches", "items": len(lengths), "budget": budget, "bins": len(bins),
                "least_possible": least, **timing["bins"]}  # fmt: skip
-    for num_ranks, quadratic in ((8, 0.0), (64, 0.0), (64, 1e-4)):
-        costs = np.array(lengths) + quadratic * np.array(lengths, dtype=float) ** 2
-        loads = [costs[indices].sum() for indices in balance(lengths, num_ranks, quadratic)]
-        timing = time_together({"ranks": partial(balance, lengths, num_ranks, quadratic)}, repeats)
-        yield {"case": "balance", "items": len(lengths), "ranks": num_ranks, "quadratic": quadratic,
+    for num_ranks in (8, 64):
+        loads = [sum(lengths[i] for i in indices) for indices in balance(lengths, num_ranks)]
+        timing = time_together({"ranks": partial(balance, lengths, num_ranks)}, repeats)
+        yield {"case": "balance", "items": len(lengths), "ranks": num_ranks,
                "max_over_mean": round(max(loads) / np.mean(loads), 5), **timing["ranks"]}  # fmt: skip
 
 
 def _tensors(lengths: list[int], repeats: int) -> Iterator[dict[str, Any]]:
     names = ("loss_mask", "advantages", "old_logprobs", "returns")
-    sequences = [TrainSequence(tuple(range(n)), dict.fromkeys(names, (0.0,) * n)) for n in lengths]
+    sequences = [
+        TrainSequence(tuple(range(n)), dict.fromkeys(names, (0.0,) * n) | {"loss_mask": (False,) * n}) for n in lengths
+    ]
     microbatches = pack_all(sequences, 8192, multiple=8)
     timing = time_together({"pack": lambda: pack_all(sequences, 8192, multiple=8)}, repeats)["pack"]
     yield {"case": "pack_all", "tokens": sum(lengths), "fields": len(names), "microbatches": len(microbatches),

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_vcppo.commands.sweep import text_table
 from megatron_vcppo.slurm.devcluster import DevCluster
-from tests.slurm.faults import FAULTS, suffer
+from tools.benchmarks._faults import FAULTS, suffer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

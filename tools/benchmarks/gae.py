@@ -7,6 +7,7 @@ import argparse
 import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,9 @@ def _case(num_rows: int, num_tokens: int, mask_kind: str, args: argparse.Namespa
 
     def ours() -> tuple[Tensor, Tensor]:
         gamma, lam_actor, lam_critic = settings
-        return decoupled_gae(rewards, values, mask, gamma=gamma, lam_actor=lam_actor, lam_critic=lam_critic)
+        return decoupled_gae(
+            rewards=rewards, values=values, mask=mask, gamma=gamma, lam_actor=lam_actor, lam_critic=lam_critic
+        )
 
     advantages, returns = ours()
     tensors = (rewards, values, mask, advantages, returns)
@@ -117,9 +120,10 @@ def _token_loop(
 def _largest_error(rewards: Tensor, values: Tensor, mask: Tensor, settings: tuple[float, float, float]) -> float:
     """Against the float64 oracle, on one row."""
     gamma, lam_actor, lam_critic = settings
-    options = {"gamma": gamma, "lam_actor": lam_actor, "lam_critic": lam_critic}
-    got = decoupled_gae(rewards, values, mask, **options)
-    return max(float((a.cpu() - b).abs().max()) for a, b in zip(got, gae_reference(rewards, values, mask, **options)))
+    options: dict[str, Any] = {"rewards": rewards, "values": values, "mask": mask}
+    options |= {"gamma": gamma, "lam_actor": lam_actor, "lam_critic": lam_critic}
+    got = decoupled_gae(**options)
+    return max(float((a.cpu() - b).abs().max()) for a, b in zip(got, gae_reference(**options)))
 
 
 def _load(peer: str) -> Callable[..., object]:

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         stage, began = event["stage"], event["time"]
         ends = [end["time"] for end in events.of_stage(folder.path, "attempt_end", stage) if end["time"] >= began]
         end = min(ends, default=float("inf"))
-        started = [start for start in read_startups(folder.stage(stage)) if began <= start["timestamp"] < end]
+        started = [start for start in read_startups(folder.stage(stage).path) if began <= start["timestamp"] < end]
         if not started:
             continue
         phases = dict(started[0])
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         jobs = [job for job in events.of_stage(folder.path, "job", stage) if earlier < job["time"] <= began]
         ready = [
             float(seconds)
-            for log in (folder.stage(stage) / "logs" / event["attempt"]).glob("rollout_*.log")
+            for log in (folder.stage(stage).logs / event["attempt"]).glob("rollout_*.log")
             for seconds in READY.findall(log.read_text(errors="replace"))
         ]
         yield {

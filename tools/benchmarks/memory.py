@@ -1,4 +1,4 @@
-"""The memory plan (launch/memory_plan.py) compared with what real ranks hold under several layouts, float32 on CPU."""
+"""The memory plan (launch/memory_plan.py) against what real ranks of several layouts hold, in float32 on the CPU."""
 
 import argparse
 import tempfile

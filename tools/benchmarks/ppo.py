@@ -1,7 +1,7 @@
 """PPO iterations of a run: seconds per phase, tokens/s, idle time; padding and balance of its batches under any dp.
 
 Reads the run that is named (``vcppo run configs/demo/vcppo.yaml`` makes one). Its first iteration, which compiles and
-connects, does not count.
+connects, is not counted.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from typing import Any
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.schema import ParallelConfig
-from megatron_vcppo.data.context_split import rounding
-from megatron_vcppo.data.rollout_batch import Packer, make_batch
+from megatron_vcppo.data.packer import Packer
+from megatron_vcppo.data.rollout_batch import make_batch
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import read_rollouts, stored_iterations
 from megatron_vcppo.stages.updates import minibatches
@@ -78,20 +78,17 @@ def iteration_case(run_folder: Path) -> dict[str, Any]:
 def packing_case(run_folder: Path, config: Config, parallel: ParallelConfig, dp_size: int) -> dict[str, Any]:
     """Shares out and packs every minibatch of the run's rollouts as an update would on ``dp_size`` replicas."""
     settings, folder = config.ppo, run_folder / "ppo" / "rollouts"
-    multiple, segment_multiple = rounding(parallel, config.model)
-    replicas = [
-        Packer(parallel.tokens_per_microbatch, multiple, rank, dp_size, segment_multiple) for rank in range(dp_size)
-    ]
+    replicas = [Packer.of(parallel, config.model, rank, dp_size) for rank in range(dp_size)]
     num_tokens = num_padding = num_microbatches = 0
     imbalance = []
     for iteration in stored_iterations(folder):
         batch = make_batch(read_rollouts(folder, iteration))
-        lengths = [len(r.prompt.token_ids) + len(r.response_ids) for r in batch.rollouts]
+        lengths = batch.sequence_lengths
         for part in minibatches(len(batch), settings.minibatches, config.run.seed, iteration, 0):
             part_lengths = [lengths[i] for i in part]
             imbalance.append(replicas[0].imbalance(part_lengths))
             for replica in replicas:
-                mine = [part[i] for i in replica.share(part_lengths)]
+                mine = [part[i] for i in replica.shard(part_lengths)]
                 microbatches = replica.pack(batch.sequences(mine, {}))
                 num_tokens += sum(m.num_tokens for m in microbatches)
                 num_padding += sum(m.padding_tokens for m in microbatches)

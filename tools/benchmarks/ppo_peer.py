@@ -1,9 +1,9 @@
 """PPO iterations of ``vcppo run`` compared with TRL's PPOTrainer on CPU: samples/s of both, per phase, and their ratio.
 
 The same Hugging Face model as actor, one of the same size as critic, the same prompts (token ids), response lengths,
-PPO epochs and minibatches, float32, the same cores. TRL has its own environment, made at the first call, and is
+PPO epochs and minibatches, float32, the same cores. TRL gets its own environment, made at the first call, and is
 measured with each requested number of threads; its best counts. Rounds alternate between the sides; the first
-iteration of each run, which compiles and connects, does not count. The machine must be idle: where another process
+iteration of each run, which compiles and connects, is not counted. The machine must be idle: where another process
 takes a core, TRL's threads wait for each other and it falls behind by far more than its share.
 """
 

@@ -1,4 +1,4 @@
-"""Generation through a server at 64 and 256 concurrent requests with log-probs, compared with vLLM in the same process.
+"""Generation through a server at 64 and 256 concurrent requests with log-probs, compared with vLLM in the process.
 
 Rounds alternate between the two, so that both meet the same disturbances. Processor seconds say where time goes:
 in the client, in the HTTP server's process, in the engine's core.
@@ -27,7 +27,7 @@ from megatron_vcppo.rollout.engine_command import Placement, environment
 from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.run.processes import without_trainer
 from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
-from tests.helpers.rollout_node import MAX_LENGTH, RolloutNode, make_prompts, save_policy
+from tools.benchmarks._rollout_node import MAX_LENGTH, RolloutNode, make_prompts, save_policy
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,7 +131,7 @@ def vllm_route(node: RolloutNode, prompts: list[Prompt], new_tokens: int) -> flo
 
 
 class InProcess:
-    """vLLM's LLM class in its own child process, under the same environment as an engine."""
+    """vLLM's LLM class in a child process, under the same environment as an engine."""
 
     def __init__(self, model: Path, node: RolloutNode) -> None:
         engine = node.settings.engine

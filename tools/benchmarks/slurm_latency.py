@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vcppo.slurm.devcluster import DevCluster
-from tests.slurm.support import tiny_model
+from tools.benchmarks._tiny_chains import tiny_model
 
 STAGES = ("sft", "reward_model", "value_pretrain", "ppo", "evaluate", "export")
 

@@ -152,7 +152,7 @@ def _sizes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _random_model(args: argparse.Namespace, folder: Path) -> Path:
-    from tests.helpers.tiny_models import save_tiny_model
+    from tools.benchmarks._tiny_models import save_tiny_model
 
     return save_tiny_model(folder / "hf", **_sizes(args))
 
@@ -168,11 +168,11 @@ def _sequences(args: argparse.Namespace, vocab_size: int) -> list[list[int]]:
 @contextmanager
 def _started(side: str, work: Work, num_processes: int) -> Iterator[list[Connection]]:
     """A side's processes, ready to step; killed at the end."""
-    from tests.helpers.distributed import free_port
+    from megatron_vcppo.run.processes import free_port
 
     context = multiprocessing.get_context("spawn")
     connections, processes = [], []
-    port = str(free_port())
+    port = str(free_port("127.0.0.1"))
     # Read when torch is imported, which a spawned process does first of all.
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(work.threads)
     try:

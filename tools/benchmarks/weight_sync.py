@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 
 from megatron_vcppo.rollout.group import Group, join_group, serve_store
 from megatron_vcppo.weight_sync.transport import DiskTransport, NetworkTransport, Transport
-from tests.helpers.rollout_node import RolloutNode, save_policy
 from tools.benchmarks._broadcast_child import acknowledge
+from tools.benchmarks._rollout_node import RolloutNode, save_policy
 
 CHILD = Path(__file__).with_name("_broadcast_child.py")
 WARM_UP = 2

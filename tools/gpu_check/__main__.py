@@ -1,6 +1,6 @@
 """What only a GPU can show, part by part, on one GPU and without network; one table at the end.
 
-Each part runs in a process of its own, for ten minutes at most, says what it needs, and is skipped with the reason
+Each part runs in a separate process, for ten minutes at most, names what it needs, and is skipped with the reason
 where that is missing. Needed for any: a CUDA build of PyTorch. For most: megatron-core and some small packages, which
 ``--download DIR`` fetches on a machine with network and ``--wheels DIR`` installs without one. For some: Transformer
 Engine, vLLM. ``--device cpu --size tiny`` runs the same code on a CPU, to test the check itself: its verdicts mean

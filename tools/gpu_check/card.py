@@ -33,8 +33,8 @@ def identity(target: str) -> list[Row]:
         rows.append(Row("card", f"{torch.cuda.get_device_name()}, {gib:.0f} GiB"))
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.split()
-        rows.append(Row("driver", said[0] if said else "unknown"))
+        output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.split()
+        rows.append(Row("driver", output[0] if output else "unknown"))
     return rows
 
 

@@ -4,19 +4,18 @@
 Standard library only, so that a machine without PyTorch can say what it lacks.
 """
 
-import ctypes
 import importlib
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-PR_SET_PDEATHSIG = 1
+from megatron_vcppo.run.processes import die_with_parent, free_port
+
 EXTRA_SITE = "GPU_CHECK_SITE"
 """Variable with the folder of unpacked wheels, which comes last on the path."""
 
@@ -33,9 +32,7 @@ def call(function: str, timeout_s: float, *, device: str = "cuda", layers: str =
     env = dict(os.environ)
     if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port("127.0.0.1"))
     env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as name:
         request, result, error = (Path(name) / file for file in ("request", "result", "error"))
@@ -65,7 +62,7 @@ def find_packages() -> None:
 
 def main() -> None:
     """Serve one request."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     function, layers, arguments, result, error = pickle.loads(Path(sys.argv[1]).read_bytes())
     find_packages()
     if layers == "own":

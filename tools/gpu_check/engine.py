@@ -29,7 +29,7 @@ def pushed(folder: Path, target: str) -> list[Row]:
     Over the file system: NCCL takes no two processes of one GPU (tests/gpu has a stream over NCCL).
     """
     from megatron_vcppo.weight_sync.transport import DiskTransport
-    from tests.helpers.rollout_node import RolloutNode, make_prompts, save_policy, weights_of
+    from tools.benchmarks._rollout_node import RolloutNode, make_prompts, save_policy, weights_of
 
     models = [save_policy(folder / f"model_{seed}", "qwen2", tied=True, seed=seed) for seed in range(2)]
     began = time.monotonic()

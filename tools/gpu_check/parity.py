@@ -86,7 +86,10 @@ def outputs(folder: Path, dtype: Any, size: str) -> Outputs:
         result = learner.train_step(batch, loss)  # at a learning rate of 0
         assert result.applied, f"not finite: {result}"
         kind = learner.model.kind
-        gradients = {entry.name: p.main_grad.flatten().clone() for p, entry in local_parameters(learner.model)}
+        gradients = {
+            entry.name: p.main_grad.flatten().clone()  # type: ignore[attr-defined]  # Megatron's
+            for p, entry in local_parameters(learner.model)
+        }
         found[f"gradients {kind}"] = torch.cat([gradients[name] for name in sorted(gradients)])
     return {name: tensor.detach().float().cpu() for name, tensor in found.items()}
 

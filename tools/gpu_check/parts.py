@@ -13,7 +13,7 @@ PART_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class Part:
-    """A group of rows that is run in a process of its own, at most PART_TIMEOUT_S."""
+    """A group of rows that is run in a separate process, at most PART_TIMEOUT_S."""
 
     name: str
     summary: str
@@ -60,7 +60,7 @@ def _there(module: str) -> bool:
 
 
 def reason_to_skip(part: Part, found: dict[str, Any], device: str) -> str:
-    """Why a part cannot run, or "". found: what ``look`` said."""
+    """Why a part cannot run, or "". found: what ``look`` reported."""
     missing = [name for name in part.modules if name in found["missing"]]
     if missing:
         return f"{', '.join(missing)} not installed (see --wheels)"

@@ -33,7 +33,7 @@ def download(folder: Path, python_version: str) -> int:
 
 
 def unpack(wheels: Path, target: Path) -> None:
-    """Install the folder's wheels into a folder of their own; RuntimeError with pip's last line."""
+    """Install the folder's wheels into a separate folder. Raises RuntimeError with pip's last line."""
     files = sorted(str(path) for path in wheels.glob("*.whl"))
     if not files:
         raise RuntimeError(f"--wheels {wheels}: no .whl file there; --download DIR fetches them")

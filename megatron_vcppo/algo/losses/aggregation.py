@@ -36,7 +36,7 @@ def loss_denominator(aggregation: str, num_tokens: int, num_sequences: int, max_
 def weighted_loss(token_losses: Tensor, mask: Tensor, denominator: float, weights: Tensor | None) -> Tensor:
     """Σ weights · token_losses over valid tokens / denominator: a part's share of the batch's loss, 0-d.
 
-    token_losses, mask, weights: one shape; weights left out: 1. A denominator of 0 is allowed if nothing is valid
+    token_losses, mask, weights: one shape; weights: default 1. A denominator of 0 is allowed if nothing is valid
     (a batch without correct rollouts has no positive examples): the loss is 0 and still differentiable.
     """
     assert token_losses.shape == mask.shape, f"{tuple(token_losses.shape)} losses, {tuple(mask.shape)} mask"
@@ -50,5 +50,8 @@ def weighted_loss(token_losses: Tensor, mask: Tensor, denominator: float, weight
 
 
 def masked_difference(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    """a - b, 0 where masked: later operations see no NaN there, so neither do gradients."""
+    """a - b, 0 where masked: later operations see no NaN there, so neither do gradients.
+
+    a, b, mask (bool): one shape, which is that of the result.
+    """
     return torch.where(mask, a - b, 0.0)

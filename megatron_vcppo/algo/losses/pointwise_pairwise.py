@@ -5,31 +5,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vcppo.algo.losses.aggregation import masked_difference, weighted_loss
-from megatron_vcppo.algo.masked import check_finite
 from megatron_vcppo.algo.metrics import Metrics, mean_metric, total_metric
 
 
 def pointwise_loss(
     scores: Tensor,
+    *,
     labels: Tensor,
     last_mask: Tensor,
-    *,
     kind: str,
     denominator: float,
     label_smoothing: float = 0.0,
-    check: bool = True,
 ) -> tuple[Tensor, Metrics]:
     """Regression on, or classification of, single responses: Σ over responses / denominator.
 
-    scores, labels: [B, T] or packed [N], read where ``last_mask`` (bool, the last token of each response, see
-    ``masked.last_valid``); the gradient goes to scores. denominator: responses in the whole batch.
-    kind: mse: ½(score - label)²; bce: the score is the logit of "good" and labels lie in [0, 1];
-    label_smoothing s (bce) moves labels to s + (1 - 2s) · label, which keeps the scores finite.
-    Metrics: reward_model_loss, accuracy (the score lies on the label's side of the middle: 0 of the logit for bce, and
-    the label's sign for mse), score.
+    Args:
+        scores: [B, T] or packed [N]; gets the gradient.
+        labels: the same shape.
+        last_mask: bool, the same shape: the last token of each response (``masked.last_valid``), which is all that is
+            read of scores and labels.
+        kind: mse: ½(score - label)²; bce: the score is the logit of "good" and labels lie in [0, 1].
+        denominator: responses in the whole batch.
+        label_smoothing: s moves the labels of bce to s + (1 - 2s) · label, which keeps the scores finite.
+
+    Returns the loss, 0-d, and the metrics reward_model_loss, accuracy (the score lies on the label's side of the
+    middle: 0 of the logit for bce, and the label's sign for mse), score.
     """
-    if check:
-        check_finite(last_mask, scores=scores, labels=labels)
     if kind == "mse":
         losses = 0.5 * masked_difference(scores, labels, last_mask).square()
         good = labels > 0
@@ -48,17 +49,13 @@ def pointwise_loss(
     }
 
 
-def pairwise_loss(
-    chosen: Tensor, rejected: Tensor, *, denominator: float, check: bool = True
-) -> tuple[Tensor, Metrics]:
+def pairwise_loss(*, chosen: Tensor, rejected: Tensor, denominator: float) -> tuple[Tensor, Metrics]:
     """-Σ log σ(chosen - rejected) / denominator (Bradley–Terry; arXiv 2203.02155, Eq. 1).
 
     chosen, rejected: [P], the scores at the last tokens of the two responses of each pair, so both must be in one
     micro-batch; denominator: pairs in the whole batch. Metrics: reward_model_loss, accuracy, margin.
     """
     everything = torch.ones_like(chosen, dtype=torch.bool)
-    if check:
-        check_finite(everything, chosen=chosen, rejected=rejected)
     margin = chosen - rejected
     loss = weighted_loss(-F.logsigmoid(margin), everything, denominator, None)
     return loss, {

@@ -4,34 +4,37 @@ import torch
 from torch import Tensor
 
 from megatron_vcppo.algo.losses.aggregation import masked_difference, weighted_loss
-from megatron_vcppo.algo.masked import check_finite
 from megatron_vcppo.algo.metrics import Metrics, mean_metric, moment_metrics, total_metric
 
 
 def value_loss(
     values: Tensor,
+    *,
     returns: Tensor,
     mask: Tensor,
-    *,
     denominator: float,
     weights: Tensor | None = None,
     old_values: Tensor | None = None,
-    clip_value: float | None = None,
+    value_clip: float | None = None,
     huber_delta: float | None = None,
-    check: bool = True,
 ) -> tuple[Tensor, Metrics]:
-    """Σ w ½(V - R)² / denominator (VC-PPO, Algorithm 1). All tensors [B, T] or packed [N]; gradient to ``values``.
+    """Σ w ½(V - R)² / denominator (VC-PPO, Algorithm 1).
 
-    denominator, weights: see ``aggregation``. huber_delta δ: beyond |V - R| = δ linear, δ(|e| - δ/2).
-    clip_value c, with old_values: the larger of the losses at V and at old + clip(V - old, ±c), as in the PPO code;
-    the paper shows none. check: raise FloatingPointError on NaN or inf among valid tokens.
+    Args:
+        values: [B, T] or packed [N]; gets the gradient.
+        returns: the critic's targets, the same shape.
+        mask: bool, the same shape.
+        denominator: see ``aggregation``.
+        weights: see ``aggregation``, the same shape; default: 1.
+        old_values: the critic's values before the update, the same shape; needed with value_clip.
+        value_clip: c takes the larger of the losses at V and at old + clip(V - old, ±c), as in the PPO code; the paper
+            shows none. Default: off.
+        huber_delta: δ makes the loss linear beyond |V - R| = δ: δ(|e| - δ/2). Default: off.
 
-    Metrics: value_loss; values, returns and value_errors (returns - values) with their squares, from whose means
-    ``metrics.explained_variance`` follows; value_clip_fraction.
+    Returns the loss, 0-d, and the metrics value_loss; values, returns and value_errors (returns - values) with their
+    squares, from whose means ``metrics.explained_variance`` follows; with value_clip, value_clip_fraction.
     """
-    assert (clip_value is None) == (old_values is None), "value clipping needs both clip_value and old_values"
-    if check:
-        check_finite(mask, values=values, returns=returns, old_values=old_values, weights=weights)
+    assert (value_clip is None) == (old_values is None), "value clipping needs both value_clip and old_values"
     errors = masked_difference(values, returns, mask)
     losses = _regression(errors, huber_delta)
     metrics = {
@@ -39,8 +42,8 @@ def value_loss(
         **moment_metrics("returns", returns, mask),
         **moment_metrics("value_errors", -errors, mask),
     }
-    if clip_value is not None and old_values is not None:
-        moved = masked_difference(values, old_values, mask).clamp(-clip_value, clip_value)
+    if value_clip is not None and old_values is not None:
+        moved = masked_difference(values, old_values, mask).clamp(-value_clip, value_clip)
         clipped = _regression(masked_difference(old_values, returns, mask) + moved, huber_delta)
         metrics["value_clip_fraction"] = mean_metric(clipped > losses, mask)
         losses = torch.maximum(losses, clipped)

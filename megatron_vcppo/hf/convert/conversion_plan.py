@@ -40,7 +40,7 @@ def new_chunks(parameter: Parameter, dtype: torch.dtype, arch: Architecture, tp:
 def jobs(parameter: Parameter, chunks: Sequence[Chunk], itemsize: int, wide: Mapping[str, Matrix]) -> Iterator[Job]:
     """The copies between a parameter's chunks (any layout) and its Hugging Face tensors.
 
-    ``itemsize``: bytes of an element in the chunks. AssertionError if the chunks do not cover a tensor exactly.
+    ``itemsize``: bytes of an element in the chunks. Raises AssertionError if the chunks do not cover a tensor exactly.
     """
     boxes = [_Box(chunk, len(parameter.shape), itemsize) for chunk in chunks]
     row_bytes = itemsize * (parameter.shape[1] if len(parameter.shape) > 1 else 1)

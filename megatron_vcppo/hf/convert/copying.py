@@ -1,4 +1,4 @@
-"""Copying rows between matrices that lie in files, in buckets, by several threads. Knows bytes only, no models.
+"""Copying rows between matrices that are stored in files, in buckets, by several threads. Knows bytes only, no models.
 
 Rows of a matrix are contiguous in its file. A job reads or writes a range of rows of one wide matrix; the other side
 is a set of narrow matrices, each with a range of the wide matrix's byte columns (the shards of tensor parallelism).
@@ -36,7 +36,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Strip:
-    """Where byte columns [column, column + matrix.row_bytes) of a job's rows lie: from ``row`` of ``matrix`` on."""
+    """Byte columns [column, column + matrix.row_bytes) of a job's rows are the rows of ``matrix`` from ``row`` on."""
 
     matrix: Matrix
     row: int

@@ -1,8 +1,8 @@
-"""Megatron's "torch_dist" checkpoints on disk: where each tensor's chunks lie, and writing such a folder's frame.
+"""Megatron's "torch_dist" checkpoints on disk: where tensors' chunks are stored, and writing such a folder's frame.
 
 The folder holds ``metadata.json`` (the backend), ``common.pt`` (what is not sharded), ``.metadata`` (a pickled
 torch.distributed.checkpoint Metadata: per key the global size, the chunks, and for each chunk file, offset, length)
-and ``*.distcp`` files, in which every chunk is one torch.save archive. A tensor's bytes lie uncompressed inside its
+and ``*.distcp`` files, in which every chunk is one torch.save archive. A tensor's bytes are uncompressed inside its
 archive, so chunks are read and written in place, without a process group and without loading them.
 """
 
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -76,10 +76,10 @@ class NewChunk:
 
 
 def read_model(folder: Path) -> dict[str, GlobalTensor]:
-    """All tensors of the model in a checkpoint (optimizer state left out), with their chunks' places.
+    """All tensors of the model in a checkpoint (without optimizer state), with their chunks' places.
 
-    UserError: not such a folder, or chunks that are not plain contiguous tensors. Like every reader of this format
-    it unpickles ``.metadata``: read only checkpoints that you trust.
+    Raises UserError if it is not such a folder or a chunk is not a plain contiguous tensor. Like every reader of this
+    format it unpickles ``.metadata``: read only checkpoints that you trust.
     """
     metadata = _read_metadata(folder)
     tensors = {}
@@ -96,7 +96,7 @@ def read_model(folder: Path) -> dict[str, GlobalTensor]:
 
 
 def write_frame(folder: Path, new_chunks: Sequence[NewChunk]) -> list[Chunk]:
-    """Write everything of a checkpoint but the chunks' bytes; say, in the same order, where those go."""
+    """Write everything of a checkpoint but the chunks' bytes; returns, in the same order, where those go."""
     ends: dict[str, int] = {}
     storage = {}
     chunks = []
@@ -111,7 +111,7 @@ def write_frame(folder: Path, new_chunks: Sequence[NewChunk]) -> list[Chunk]:
         allocate(folder / file_name, size)
     _write_archives(chunks, new_chunks)
     metadata = Metadata(
-        state_dict_metadata=_tensor_metadata(new_chunks),
+        state_dict_metadata={**_tensor_metadata(new_chunks)},
         planner_data=None,
         storage_data=storage,
         storage_meta=StorageMeta(),
@@ -141,7 +141,8 @@ def _locate(folder: Path, place: _StorageInfo, key: str, chunk: ChunkStorageMeta
     path, sizes = folder / place.relative_path, tuple(chunk.sizes)
     try:
         with open(path, "rb") as stream, FakeTensorMode():
-            tensor = torch.load(_create_file_view(stream, place.offset, place.length), weights_only=True)
+            view = cast(IO[bytes], _create_file_view(stream, place.offset, place.length))
+            tensor = torch.load(view, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise UserError(f"{path}: chunk of {key} cannot be read: {error}") from None
     storage = tensor.untyped_storage()

@@ -13,10 +13,10 @@ from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert import conversion_plan
 from megatron_vcppo.hf.convert.copying import Job, Matrix, Progress, gather
 from megatron_vcppo.hf.convert.dist_format import Chunk, GlobalTensor, read_model
+from megatron_vcppo.hf.convert.export_check import check_export, compare_logits
 from megatron_vcppo.hf.convert.folders import copy_small_files, new_folder
 from megatron_vcppo.hf.mapping import Parameter, checkpoint_key, hf_shapes, parameters
 from megatron_vcppo.hf.safetensors_files import plan_files
-from megatron_vcppo.mcore.export_check import check_export, compare_logits
 from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest, verify_manifest
 
 MAX_FILE_BYTES = 2_000_000_000
@@ -31,15 +31,14 @@ def export_hf(
     out: Path,
     dtype: torch.dtype | None = None,
     verify_logits: bool = True,
-    max_file_bytes: int = MAX_FILE_BYTES,
     progress: Progress | None = None,
 ) -> str:
     """Write the model in ``checkpoint`` (an import, a component of an iteration, or what ``actor_folder`` takes).
 
     A critic becomes a token-classification model whose one logit per token is the value of the prefix.
 
-    dtype: converts every tensor; None keeps the checkpoint's. Returns one line that says what was checked.
-    UserError: damaged or unsuitable checkpoint, failed checks, an output folder in use; ``out`` is then not made.
+    dtype: converts every tensor; None keeps the checkpoint's. Returns one line about what was checked. Raises UserError
+    if the checkpoint is damaged or unsuitable, a check fails, or ``out`` is in use; ``out`` is then not made.
     """
     checkpoint = actor_folder(Path(checkpoint))
     meta = verify_manifest(checkpoint)
@@ -57,13 +56,13 @@ def export_hf(
     with new_folder(Path(out), needed_bytes=total_bytes) as folder:
         copy_small_files(checkpoint / "hf", folder)
         _describe(folder / "config.json", arch, dtypes["model.norm.weight"], meta["kind"])
-        placed = plan_files(folder, tensors, max_file_bytes)
+        placed = plan_files(folder, tensors, MAX_FILE_BYTES)
         wide = {name: Matrix(place.path, place.offset, place.row_bytes) for name, place in placed.items()}
         for source, some in _by_dtype(table, stored).items():
             convert = None if dtype in (None, source) else _converter(source, dtype)
             gather(_jobs(some, stored, wide), total_bytes, progress, convert)
         check_export(folder, tensors)
-        return compare_logits(checkpoint, folder, arch, dtype) if verify_logits else "logits not compared, as asked"
+        return compare_logits(checkpoint, folder, arch, dtype) if verify_logits else "logits not compared, as requested"
 
 
 def actor_folder(checkpoint: Path) -> Path:
@@ -92,7 +91,7 @@ def _architecture(checkpoint: Path, meta: Mapping[str, Any]) -> Architecture:
 def _check_keys(
     checkpoint: Path, arch: Architecture, table: list[Parameter], stored: Mapping[str, GlobalTensor]
 ) -> None:
-    """UserError lists every missing, unexpected, misshaped or incomplete key."""
+    """Raises UserError that lists every missing, unexpected, misshaped or incomplete key, if there is one."""
     expected = {}
     for parameter in table:
         key, layer = checkpoint_key(parameter.name)

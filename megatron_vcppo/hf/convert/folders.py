@@ -3,12 +3,11 @@
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.manifest import sync_folder
+from megatron_vcppo.run.files import move, sync
 
 _SMALL_FILE_SUFFIXES = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 _INDEX_SUFFIX = ".index.json"
@@ -16,9 +15,9 @@ _INDEX_SUFFIX = ".index.json"
 
 @contextmanager
 def new_folder(final: Path, needed_bytes: int) -> Iterator[Path]:
-    """A folder beside ``final`` to fill; on leaving it is synced to disk and renamed, on an exception removed.
+    """A folder next to ``final`` to fill; at the end it is synced to disk and renamed, on an exception removed.
 
-    UserError: ``final`` exists and is not empty, too little space, or the system refuses to write.
+    Raises UserError if ``final`` exists and is not empty, the disk is too small, or the system refuses to write.
     """
     final = Path(os.path.abspath(final))
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
@@ -32,9 +31,8 @@ def new_folder(final: Path, needed_bytes: int) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            _sync(temporary)
-            os.rename(temporary, final)
-            sync_folder(final.parent)
+            sync(temporary)
+            move(temporary, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
@@ -42,7 +40,7 @@ def new_folder(final: Path, needed_bytes: int) -> Iterator[Path]:
 
 
 def unfinished(final: Path) -> list[Path]:
-    """What processes that were killed left beside ``final``; one that still works on it has such a folder too."""
+    """What processes that were killed left next to ``final``; one that still works on it has such a folder too."""
     return sorted(final.absolute().parent.glob(f"{_partial(final)}*"))
 
 
@@ -58,13 +56,3 @@ def copy_small_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
         elif path.is_dir() and path.name == "additional_chat_templates":
             shutil.copytree(path, target / path.name)
-
-
-def _sync(folder: Path) -> None:
-    def sync(path: Path) -> None:
-        with open(path, "rb") as stream:
-            os.fsync(stream.fileno())
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(sync, (path for path in folder.rglob("*") if path.is_file())))
-    sync_folder(folder)

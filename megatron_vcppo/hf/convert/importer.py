@@ -20,7 +20,7 @@ from megatron_vcppo.run.manifest import write_manifest
 def import_hf(hf: Path, out: Path, tp: int, pp: int, progress: Progress | None = None) -> Architecture:
     """Write a weights-only checkpoint of the model in ``hf`` to the new folder ``out``; the dtypes stay as they are.
 
-    UserError: an unsupported model, weights that do not match config.json, an output folder in use.
+    Raises UserError if the model is not supported, weights do not match config.json, or ``out`` is in use.
     """
     hf, out = Path(hf), Path(out)
     arch = Architecture.from_hf(hf)

@@ -16,7 +16,7 @@ ROOT = str(Path(__file__).resolve().parents[3])
 """The folder that this package is imported from."""
 NONE = "none"
 SCRATCH = "/scratch"
-"""The one folder that can be written, where a program has a root of its own; under landlock a temporary folder."""
+"""The one folder that can be written, where a program has its own root; under landlock a temporary folder."""
 SCRATCH_BYTES, SCRATCH_FILES = 64 << 20, 4096
 _THREADS = 256
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", "/etc/localtime",
@@ -75,7 +75,7 @@ def interpreter() -> str:
 
 def visible_paths(python: str) -> list[str]:
     """Files and folders that a program may read: the system's, the interpreter's, packages, and this package's part
-    that runs inside; never a home, a run folder or /tmp as such. No path lies below another one."""
+    that runs inside; never a home, a run folder or /tmp as such. No path is below another one."""
     prefixes = {os.path.realpath(sys.base_prefix)} if python == interpreter() else set()
     wanted = [*_SYSTEM, python, str(Path(__file__).resolve().parent)]
     wanted += [f"{prefix}/{name}" for prefix in prefixes for name in ("bin", "lib", "lib64")]
@@ -119,7 +119,7 @@ def _site_folders() -> list[str]:
 
 @functools.cache
 def _mapped_libraries() -> tuple[str, ...]:
-    """Shared libraries of this interpreter, wherever they lie: file by file, not their folders."""
+    """Shared libraries of this interpreter, wherever they are: file by file, not their folders."""
     lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     paths = {parts[5] for line in lines if len(parts := line.split(None, 5)) == 6}
     return tuple(sorted(path for path in paths if ".so" in Path(path).name and os.path.isfile(path)))

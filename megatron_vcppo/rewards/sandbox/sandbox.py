@@ -41,7 +41,7 @@ class Outcome:
 
 
 class Sandbox:
-    """Programs one after the other, each in a process of its own behind the same walls; started at the first one.
+    """Programs one after the other, each in a new process behind the same walls; started at the first one.
 
     Use it from one thread: the sandbox ends with that. Example: ``Sandbox("landlock").script("print(1)", "", 5.0)``.
     Methods raise SandboxError.

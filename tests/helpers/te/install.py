@@ -55,7 +55,7 @@ def install() -> None:
             return getattr(torch.cuda, name)
 
     # Transformer Engine refuses tensors that are not CUDA's; torch and Megatron must be told the truth.
-    torch.Tensor.is_cuda = property(  # type: ignore[assignment,method-assign]
+    torch.Tensor.is_cuda = property(  # type: ignore[assignment]
         lambda _: sys._getframe(1).f_globals["__name__"].startswith("transformer_engine")
     )
     torch.Tensor.to = cpu_shim.on_cpu(torch.Tensor.to)  # type: ignore[method-assign]

@@ -50,9 +50,10 @@ def te_process() -> Iterator[Call]:
 
 def _serve(connection: Connection) -> None:
     """Answer calls until the other end closes."""
-    from tests.helpers.distributed import end_with_parent, run_distributed_test
+    from megatron_vcppo.run.processes import die_with_parent
+    from tests.helpers.distributed import run_distributed_test
 
-    end_with_parent()
+    die_with_parent()
     install()
     import torch
 

@@ -16,13 +16,12 @@ from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.mapping import canonical_name
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_model
-from megatron_vcppo.mcore.export_stream import stream_hf
-from megatron_vcppo.mcore.hf_weights_io import load_hf
+from megatron_vcppo.mcore.hf_weights_io import load_hf, stream_hf
 from megatron_vcppo.mcore.learner import Actor, Critic, Learner
 from megatron_vcppo.mcore.model import build_actor, build_critic, transformer_config
 from megatron_vcppo.mcore.offload import drop_fp8_copies
-from tests.distributed.test_actor import make_sequences
 from tests.helpers.checkpoints import checkpoint_folder
+from tests.helpers.training import make_sequences
 
 Kind = Literal["actor", "critic"]
 LEARNERS: dict[Kind, Any] = {"actor": (build_actor, Actor), "critic": (build_critic, Critic)}

@@ -1,5 +1,6 @@
 """λ by length, group baselines, whitening over splits, the explained-variance gate."""
 
+import functools
 import itertools
 
 import pytest
@@ -8,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vcppo.algo.advantages import (
+    broadcast_to_tokens,
     gate_on_explained_variance,
     group_advantages,
     length_adaptive_lam,
-    spread,
     whiten,
 )
 from megatron_vcppo.algo.masked import masked_moments, mean_and_variance
@@ -22,8 +23,6 @@ def test_length_adaptive_lam_has_vapos_values_and_is_clamped():
     lengths = torch.tensor([0, 1, 10, 20, 100, 1000, 4000])
     expected = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.8, 0.98, 0.995], dtype=torch.float64)
     torch.testing.assert_close(length_adaptive_lam(lengths, 0.05), expected)
-    clamped = length_adaptive_lam(lengths, 0.05, lam_min=0.5, lam_max=0.99)
-    assert clamped.min() == 0.5 and clamped.max() == 0.99
 
 
 def test_grpo_and_rloo_by_hand():
@@ -33,7 +32,6 @@ def test_grpo_and_rloo_by_hand():
     grpo = torch.tensor([2 / 3, -1, -4 / 3, -1, 2 / 3, 2])
     expected = grpo / torch.tensor([std_7, std_3, std_7, std_3, std_7, std_3])
     torch.testing.assert_close(group_advantages(rewards, groups, "grpo"), expected)
-    torch.testing.assert_close(group_advantages(rewards, groups, "grpo", divide_by_std=False), grpo)
     rloo = torch.tensor([1.0, -1.5, -2.0, -1.5, 1.0, 3.0])
     torch.testing.assert_close(group_advantages(rewards, groups, "rloo"), rloo)
 
@@ -50,10 +48,10 @@ def test_a_group_of_one_is_a_user_error():
         group_advantages(torch.ones(3), torch.tensor([0, 0, 1]), "rloo")
 
 
-def test_spread_fills_valid_tokens_only():
+def test_broadcast_fills_valid_tokens_only():
     mask = torch.tensor([[True, False, True], [False, True, False]])
     expected = torch.tensor([[2.0, 0.0, 2.0], [0.0, -1.0, 0.0]])
-    assert torch.equal(spread(torch.tensor([2.0, -1.0]), mask), expected)
+    assert torch.equal(broadcast_to_tokens(torch.tensor([2.0, -1.0]), mask), expected)
 
 
 @settings(max_examples=60, deadline=None)
@@ -75,22 +73,17 @@ def test_whitening_does_not_depend_on_the_split(seed, num_tokens, cuts):
         torch.testing.assert_close(variance, torch.ones_like(variance), atol=1e-4, rtol=0.0)
 
 
-def test_whitening_without_shift_keeps_signs_and_constants_stay():
-    x = torch.tensor([[1.0, 2.0, -3.0, 9.9]])
-    mask = torch.tensor([[True, True, True, False]])
-    scaled = whiten(x, mask, masked_moments(x, mask), shift_mean=False)
-    std = (14 / 3) ** 0.5
-    torch.testing.assert_close(scaled, torch.tensor([[1 / std, 2 / std, -3 / std, 0.0]]))
+def test_whitening_does_not_blow_up_a_constant():
     constant = torch.full((1, 5), 0.1)
     everything = torch.ones(1, 5, dtype=torch.bool)
     moments = masked_moments(constant, everything)
     assert whiten(constant, everything, moments).abs().max() < 1e-6
-    assert torch.equal(whiten(constant, everything, moments, shift_mean=False), constant)
 
 
 def test_gate_falls_back_to_the_batch_mean():
     advantages, returns = torch.randn(2, 3), torch.tensor([[1.0, 1.0, 1.0], [-1.0, -1.0, -1.0]])
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    assert gate_on_explained_variance(advantages, returns, mask, 0.01, -0.2) is advantages
-    gated = gate_on_explained_variance(advantages, returns, mask, 0.0, -0.2)
+    gate = functools.partial(gate_on_explained_variance, advantages, returns=returns, mask=mask, mean_return=-0.2)
+    assert gate(explained_variance=0.01) is advantages
+    gated = gate(explained_variance=0.0)
     torch.testing.assert_close(gated, torch.tensor([[1.2, 1.2, 0.0], [-0.8, -0.8, -0.8]]))

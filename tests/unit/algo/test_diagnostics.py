@@ -1,5 +1,7 @@
 """Profiles, trends and batch diagnostics: by hand, and the same for every split of the batch."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,15 +10,15 @@ from hypothesis import strategies as st
 from megatron_vcppo.algo import metrics as m
 from megatron_vcppo.algo.diagnostics import batch_diagnostics, length_statistics, summarize
 from megatron_vcppo.algo.position_profiles import (
+    decile_profile,
     position_profile,
     relative_position,
-    relative_profile,
     terminal_share,
     trend,
     trend_metrics,
 )
 
-OPTIONS = {"decay_actor": 0.95, "decay_critic": 1.0, "bin_width": 4, "num_bins": 5}
+OPTIONS: dict[str, Any] = {"decay_actor": 0.95, "decay_critic": 1.0, "bin_width": 4, "num_bins": 5}
 
 
 def test_profiles_by_hand():
@@ -26,8 +28,9 @@ def test_profiles_by_hand():
     assert sums.tolist() == [33.0, 7.0] and counts.tolist() == [4.0, 2.0]
     sums, counts = position_profile(x, mask, bin_width=1, num_bins=2)
     assert sums.tolist() == [11.0, 29.0], "the last bin takes the rest"
-    sums, counts = relative_profile(x, mask, num_bins=2)
-    assert sums.tolist() == [13.0, 27.0] and counts.tolist() == [3.0, 3.0]
+    sums, counts = decile_profile(x, mask)
+    assert sums.tolist() == [11.0, 0, 2.0, 0, 0, 23.0, 0, 4.0, 0, 0]
+    assert counts.tolist() == [2.0, 0, 1.0, 0, 0, 2.0, 0, 1.0, 0, 0]
     torch.testing.assert_close(relative_position(mask)[0, mask[0]], torch.tensor([0.125, 0.375, 0.625, 0.875]))
 
 
@@ -59,20 +62,19 @@ def _batch(seed: int = 0):
     values, returns, advantages = torch.randn(3, 6, 30, generator=generator).unbind()
     mask = torch.arange(30) < torch.randint(2, 31, (6, 1), generator=generator)
     give_up = torch.rand(6, 30, generator=generator) < 0.1
-    return values, returns, advantages, mask, give_up
+    return {"values": values, "returns": returns, "advantages": advantages, "mask": mask, "give_up_mask": give_up}
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 5))
 def test_every_split_gives_the_same_summary(seed, cut):
-    tensors = _batch(seed)
-    whole = batch_diagnostics(*tensors[:4], give_up_mask=tensors[4], **OPTIONS)
+    batch = _batch(seed)
+    whole = batch_diagnostics(**batch, **OPTIONS)
     parts = [
-        batch_diagnostics(*(x[rows] for x in tensors[:4]), give_up_mask=tensors[4][rows], **OPTIONS)
+        batch_diagnostics(**{name: x[rows] for name, x in batch.items()}, **OPTIONS)
         for rows in (slice(None, cut), slice(cut, None))
     ]
-    vector = m.to_vector(parts[0]) + m.to_vector(parts[1])
-    numbers, profiles = summarize(m.from_vector(vector, parts[0]))
+    numbers, profiles = summarize(m.add(parts))
     expected_numbers, expected_profiles = summarize(whole)
     assert numbers == pytest.approx(expected_numbers, rel=1e-9, abs=1e-9)
     assert profiles.keys() == expected_profiles.keys()
@@ -81,8 +83,9 @@ def test_every_split_gives_the_same_summary(seed, cut):
 
 
 def test_summary_by_definition():
-    values, returns, advantages, mask, give_up = _batch()
-    numbers, profiles = summarize(batch_diagnostics(values, returns, advantages, mask, give_up_mask=give_up, **OPTIONS))
+    batch = _batch()
+    values, returns, advantages, mask, give_up = batch.values()
+    numbers, profiles = summarize(batch_diagnostics(**batch, **OPTIONS))
     a = advantages[mask].double()
     assert numbers["actor/advantage_std"] == pytest.approx(float(a.std(correction=0)))
     assert numbers["critic/value_first_token"] == pytest.approx(float(values[:, 0].mean()))
@@ -103,12 +106,16 @@ def test_early_tokens_above_late_ones_show_as_a_gap():
     values = torch.zeros(2, 20)
     mask = torch.ones(2, 20, dtype=torch.bool)
     advantages = torch.linspace(1.0, -1.0, 20).expand(2, 20)
-    numbers, _ = summarize(batch_diagnostics(values, values, advantages, mask, **OPTIONS))
+    numbers, _ = summarize(
+        batch_diagnostics(values=values, returns=values, advantages=advantages, mask=mask, **OPTIONS)
+    )
     assert numbers["actor/advantage_early_late_gap"] == pytest.approx(float(advantages[0, :4].mean() * 2), rel=1e-5)
     assert numbers["actor/advantage_position_correlation"] == pytest.approx(-1.0)
     assert numbers["actor/advantage_position_slope"] == pytest.approx(-2 / 19, rel=1e-5)
     values = torch.linspace(0.0, 1.0, 20).expand(2, 20)
-    numbers, _ = summarize(batch_diagnostics(values, values, advantages, mask, **OPTIONS))
+    numbers, _ = summarize(
+        batch_diagnostics(values=values, returns=values, advantages=advantages, mask=mask, **OPTIONS)
+    )
     assert numbers["critic/value_position_correlation"] == pytest.approx(1.0)
     assert numbers["critic/value_position_slope"] == pytest.approx(1 / 19, rel=1e-5)
     assert numbers["critic/value_relative_slope"] == pytest.approx(20 / 19, rel=1e-5)
@@ -126,8 +133,8 @@ def test_length_statistics():
 
 
 def test_metrics_of_different_names_do_not_add():
-    values, returns, advantages, mask, give_up = _batch()
-    with_mask = batch_diagnostics(values, returns, advantages, mask, give_up_mask=give_up, **OPTIONS)
-    without = batch_diagnostics(values, returns, advantages, mask, **OPTIONS)
+    batch = _batch()
+    with_mask = batch_diagnostics(**batch, **OPTIONS)
+    without = batch_diagnostics(**(batch | {"give_up_mask": None}), **OPTIONS)
     with pytest.raises(AssertionError, match="give_up"):
         m.add([with_mask, without])

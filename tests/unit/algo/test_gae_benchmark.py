@@ -28,5 +28,5 @@ def test_the_token_loop_computes_the_same(kind):
     mask = benchmark._mask(3, 400, kind, generator)
     assert bool(mask.all()) == (kind == "full")
     loop = benchmark._token_loop(rewards, values, mask, 1.0, 0.95, 1.0)
-    ours = decoupled_gae(rewards, values, mask, gamma=1.0, lam_actor=0.95, lam_critic=1.0)
+    ours = decoupled_gae(rewards=rewards, values=values, mask=mask, gamma=1.0, lam_actor=0.95, lam_critic=1.0)
     torch.testing.assert_close(loop, ours, rtol=1e-4, atol=1e-4)

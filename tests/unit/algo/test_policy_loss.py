@@ -12,6 +12,7 @@ from megatron_vcppo.algo import metrics as m
 from megatron_vcppo.algo.losses.aggregation import AGGREGATIONS, loss_denominator, token_weights
 from megatron_vcppo.algo.losses.auxiliary import entropy_bonus, kl_loss, positive_lm_loss
 from megatron_vcppo.algo.losses.policy import policy_loss
+from megatron_vcppo.algo.masked import check_finite
 
 CLIPS: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
 
@@ -36,7 +37,12 @@ def _single(ratio: float, advantage: float, **options: float | None) -> tuple[fl
     logprobs = (old + math.log(ratio)).requires_grad_()
     mask = torch.ones(1, dtype=torch.bool)
     loss, metrics = policy_loss(
-        logprobs, old, torch.tensor([advantage], dtype=torch.float64), mask, denominator=1, **{**CLIPS, **options}
+        logprobs,
+        old_logprobs=old,
+        advantages=torch.tensor([advantage], dtype=torch.float64),
+        mask=mask,
+        denominator=1,
+        **{**CLIPS, **options},
     )
     loss.backward()
     assert logprobs.grad is not None
@@ -74,9 +80,16 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens():
 def test_ratios_far_away_stay_finite():
     old = torch.tensor([-200.0, -1.0])
     logprobs = torch.tensor([-1.0, -200.0], requires_grad=True)
-    loss, metrics = policy_loss(logprobs, old, -torch.ones(2), torch.ones(2, dtype=torch.bool), denominator=2, **CLIPS)
+    loss, metrics = policy_loss(
+        logprobs,
+        old_logprobs=old,
+        advantages=-torch.ones(2),
+        mask=torch.ones(2, dtype=torch.bool),
+        denominator=2,
+        **CLIPS,
+    )
     loss.backward()
-    assert loss.isfinite() and logprobs.grad.isfinite().all()
+    assert loss.isfinite() and logprobs.grad is not None and logprobs.grad.isfinite().all()
     assert all(x.isfinite() for x in m.means(metrics).values())
 
 
@@ -87,9 +100,16 @@ def test_gradcheck(options):
 
     def loss(x: torch.Tensor) -> torch.Tensor:
         return policy_loss(
-            x, old, advantages, mask, denominator=7, weights=token_weights(mask, "sequence"), rollout_logprobs=rollout,
-            **CLIPS, **options,
-        )[0]  # fmt: skip
+            x,
+            old_logprobs=old,
+            advantages=advantages,
+            mask=mask,
+            denominator=7,
+            weights=token_weights(mask, "sequence"),
+            rollout_logprobs=rollout,
+            **CLIPS,
+            **options,
+        )[0]
 
     assert torch.autograd.gradcheck(loss, logprobs)
 
@@ -99,9 +119,15 @@ def test_truncated_importance_sampling_by_hand():
     rollout = torch.log(torch.tensor([0.4, 0.1], dtype=torch.float64))
     logprobs = old.detach().clone().requires_grad_()
     loss, metrics = policy_loss(
-        logprobs, old, torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.bool), denominator=2,
-        rollout_logprobs=rollout, tis_cap=2.0, **CLIPS,
-    )  # fmt: skip
+        logprobs,
+        old_logprobs=old,
+        advantages=torch.ones(2, dtype=torch.float64),
+        mask=torch.ones(2, dtype=torch.bool),
+        denominator=2,
+        rollout_logprobs=rollout,
+        tis_cap=2.0,
+        **CLIPS,
+    )
     loss.backward()
     torch.testing.assert_close(logprobs.grad, -torch.tensor([1.25, 2.0], dtype=torch.float64) / 2)
     means = {name: float(x) for name, x in m.means(metrics).items()}
@@ -116,10 +142,18 @@ def test_every_split_gives_the_same_loss_gradients_and_metrics(seed, aggregation
     logprobs, old, rollout, advantages, mask = _batch(seed)
     weights = token_weights(mask, aggregation)
     denominator = loss_denominator(aggregation, int(mask.sum()), int(mask.any(1).sum()), 16)
-    options = {"denominator": denominator, "tis_cap": 2.0, "dual_clip": 3.0, **CLIPS}
+    options: dict[str, Any] = {"denominator": denominator, "tis_cap": 2.0, "dual_clip": 3.0, **CLIPS}
 
     whole = logprobs.clone().requires_grad_()
-    loss, metrics = policy_loss(whole, old, advantages, mask, weights=weights, rollout_logprobs=rollout, **options)
+    loss, metrics = policy_loss(
+        whole,
+        old_logprobs=old,
+        advantages=advantages,
+        mask=mask,
+        weights=weights,
+        rollout_logprobs=rollout,
+        **options,
+    )
     loss.backward()
 
     split = logprobs.clone().requires_grad_()
@@ -131,11 +165,17 @@ def test_every_split_gives_the_same_loss_gradients_and_metrics(seed, aggregation
             return x[rows].flatten()
 
         part_loss, part_metrics = policy_loss(
-            packed(split), packed(old), packed(advantages), packed(mask), weights=packed(weights),
-            rollout_logprobs=packed(rollout), **options,
-        )  # fmt: skip
+            packed(split),
+            old_logprobs=packed(old),
+            advantages=packed(advantages),
+            mask=packed(mask),
+            weights=packed(weights),
+            rollout_logprobs=packed(rollout),
+            **options,
+        )
         part_loss.backward()
         parts.append(part_metrics)
+    assert whole.grad is not None
     torch.testing.assert_close(split.grad, whole.grad, rtol=1e-12, atol=1e-15)
     assert (whole.grad[~mask] == 0).all(), "garbage on masked tokens must not reach gradients"
     together, expected = m.means(m.add(parts)), m.means(metrics)
@@ -152,19 +192,24 @@ def test_aggregations_by_hand():
     expected = {"token": 7 / 4, "sequence": 5 / 2, "constant_length": 7 / (2 * 10)}
     for aggregation in AGGREGATIONS:
         loss, _ = policy_loss(
-            zeros, zeros, advantages, mask, weights=token_weights(mask, aggregation),
-            denominator=loss_denominator(aggregation, 4, 2, 10), **CLIPS,
-        )  # fmt: skip
+            zeros,
+            old_logprobs=zeros,
+            advantages=advantages,
+            mask=mask,
+            weights=token_weights(mask, aggregation),
+            denominator=loss_denominator(aggregation, 4, 2, 10),
+            **CLIPS,
+        )
         assert float(loss) == pytest.approx(expected[aggregation])
 
 
 def test_bad_numbers_are_named_and_counted():
-    logprobs, old, rollout, advantages, mask = _batch()
+    logprobs, old, _, advantages, mask = _batch()
     first, second = mask.nonzero()[:2].tolist()
     advantages[tuple(first)], old[tuple(first)], old[tuple(second)] = torch.nan, torch.inf, torch.nan
-    with pytest.raises(FloatingPointError, match=r"old_logprobs: 1 NaN, 1 inf; advantages: 1 NaN, 0 inf$"):
-        policy_loss(logprobs, old, advantages, mask, denominator=1, rollout_logprobs=rollout, **CLIPS)
-    loss, _ = policy_loss(logprobs, old, advantages, mask, denominator=1, check=False, **CLIPS)
+    with pytest.raises(FloatingPointError, match=r"old: 1 NaN, 1 inf; advantages: 1 NaN, 0 inf$"):
+        check_finite(mask, logprobs=logprobs, old=old, missing=None, advantages=advantages)
+    loss, _ = policy_loss(logprobs, old_logprobs=old, advantages=advantages, mask=mask, denominator=1, **CLIPS)
     assert not loss.isfinite()
 
 
@@ -178,7 +223,7 @@ def test_terms_by_hand_and_gradcheck():
     torch.testing.assert_close(m.means(metrics)["entropy"], -chosen.mean().detach())
     assert not entropy_bonus(-logprobs, mask, coef=0.0, denominator=count)[0].requires_grad
 
-    loss, metrics = kl_loss(logprobs, old, mask, coef=0.5, kind="k2", denominator=count)
+    loss, metrics = kl_loss(logprobs, ref_logprobs=old, mask=mask, coef=0.5, kind="k2", denominator=count)
     torch.testing.assert_close(loss, 0.25 * (chosen - ref).square().mean())
     torch.testing.assert_close(m.means(metrics)["kl_ref"], 2 * loss.detach())
 
@@ -192,7 +237,8 @@ def test_terms_by_hand_and_gradcheck():
     assert float(loss.detach()) == 0 and float(m.means(metrics)["positive_nll"]) == 0 and (logprobs.grad == 0).all()
     for kind in ("k1", "k2", "k3"):
         assert torch.autograd.gradcheck(
-            lambda x, kind=kind: kl_loss(x, old, mask, coef=0.5, kind=kind, denominator=9)[0], logprobs
+            lambda x, kind=kind: kl_loss(x, ref_logprobs=old, mask=mask, coef=0.5, kind=kind, denominator=9)[0],
+            logprobs,
         )
     assert torch.autograd.gradcheck(lambda x: positive_lm_loss(x, mask, coef=0.1, denominator=9)[0], logprobs)
 

@@ -24,8 +24,9 @@ def _batch(seed: int = 0):
 def _single(value: float, returned: float, **options: Any) -> tuple[float, float]:
     values = torch.tensor([value], dtype=torch.float64, requires_grad=True)
     target = torch.tensor([returned], dtype=torch.float64)
-    loss, _ = value_loss(values, target, torch.ones(1, dtype=torch.bool), denominator=1, **options)
+    loss, _ = value_loss(values, returns=target, mask=torch.ones(1, dtype=torch.bool), denominator=1, **options)
     loss.backward()
+    assert values.grad is not None
     return float(loss.detach()), float(values.grad)
 
 
@@ -37,22 +38,23 @@ def test_squared_and_huber_by_hand():
 
 
 def test_value_clipping_by_hand():
-    clip = {"clip_value": 0.5, "old_values": torch.zeros(1, dtype=torch.float64)}
+    clip = {"value_clip": 0.5, "old_values": torch.zeros(1, dtype=torch.float64)}
     assert _single(0.4, 1.0, **clip) == pytest.approx((0.18, -0.6)), "inside: the plain loss"
     assert _single(0.8, 1.0, **clip) == pytest.approx((0.125, 0.0)), "towards the target, beyond the clip: held"
     assert _single(-0.8, 1.0, **clip) == pytest.approx((1.62, -1.8)), "away from the target: full gradient back"
 
 
 @pytest.mark.parametrize("huber_delta", [None, 0.7])
-@pytest.mark.parametrize("clip_value", [None, 0.2])
-def test_gradcheck(huber_delta, clip_value):
+@pytest.mark.parametrize("value_clip", [None, 0.2])
+def test_gradcheck(huber_delta, value_clip):
     values, returns, old_values, mask = _batch()
-    options = {"huber_delta": huber_delta, "clip_value": clip_value}
-    if clip_value:
+    options = {"huber_delta": huber_delta, "value_clip": value_clip}
+    if value_clip:
         options["old_values"] = old_values
 
     def loss(x: torch.Tensor) -> torch.Tensor:
-        return value_loss(x, returns, mask, denominator=5, weights=token_weights(mask, "sequence"), **options)[0]
+        weights = token_weights(mask, "sequence")
+        return value_loss(x, returns=returns, mask=mask, denominator=5, weights=weights, **options)[0]
 
     assert torch.autograd.gradcheck(loss, values.requires_grad_())
 
@@ -61,11 +63,11 @@ def test_gradcheck(huber_delta, clip_value):
 @given(st.integers(0, 2**31), st.integers(0, 3))
 def test_splits_agree_and_explain_the_same_variance(seed, cut):
     values, returns, old_values, mask = _batch(seed)
-    options: dict[str, Any] = {"denominator": int(mask.sum()), "clip_value": 0.2}
-    loss, metrics = value_loss(values, returns, mask, old_values=old_values, **options)
+    options: dict[str, Any] = {"denominator": int(mask.sum()), "value_clip": 0.2}
+    loss, metrics = value_loss(values, returns=returns, mask=mask, old_values=old_values, **options)
     parts = [
         value_loss(
-            values[rows].flatten(), returns[rows].flatten(), mask[rows].flatten(),
+            values[rows].flatten(), returns=returns[rows].flatten(), mask=mask[rows].flatten(),
             old_values=old_values[rows].flatten(), **options,
         )
         for rows in (slice(None, cut), slice(cut, None))
@@ -81,7 +83,7 @@ def test_splits_agree_and_explain_the_same_variance(seed, cut):
 
 def test_explained_variance_of_equal_returns_is_zero():
     values, mask = torch.randn(4), torch.ones(4, dtype=torch.bool)
-    _, metrics = value_loss(values, torch.full((4,), 0.3), mask, denominator=4)
+    _, metrics = value_loss(values, returns=torch.full((4,), 0.3), mask=mask, denominator=4)
     assert m.explained_variance({name: float(x) for name, x in m.means(metrics).items()}) == pytest.approx(0.0)
 
 
@@ -89,7 +91,7 @@ def test_explained_variance_of_equal_returns_is_zero():
 def test_rounding_is_no_variance(constant, count):
     """Means of squares of these constants differ from the squared mean in the last places."""
     values, mask = torch.randn(count), torch.ones(count, dtype=torch.bool)
-    _, metrics = value_loss(values, torch.full((count,), constant), mask, denominator=count)
+    _, metrics = value_loss(values, returns=torch.full((count,), constant), mask=mask, denominator=count)
     assert m.explained_variance({name: float(x) for name, x in m.means(metrics).items()}) == 0.0
 
 
@@ -101,11 +103,4 @@ def test_bounded_values():
     assert torch.autograd.gradcheck(lambda x: bound_values(x, -1.0, 3.0), near)
     middle = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
     bound_values(middle, -1.0, 3.0).backward()
-    assert float(bound_values(middle, -1.0, 3.0)) == 1.0 and float(middle.grad) == 1.0
-
-
-def test_bad_numbers_are_named():
-    values, returns, _, mask = _batch()
-    values[0, 0] = torch.inf
-    with pytest.raises(FloatingPointError, match="values: 0 NaN, 1 inf"):
-        value_loss(values, returns, mask, denominator=1)
+    assert float(bound_values(middle, -1.0, 3.0)) == 1.0 and middle.grad is not None and float(middle.grad) == 1.0

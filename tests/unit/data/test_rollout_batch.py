@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.packing import unpack_all
-from megatron_vcppo.data.rollout_batch import Packer, make_batch
+from megatron_vcppo.data.rollout_batch import make_batch
 from megatron_vcppo.records import Prompt, Rollout
 
 
@@ -25,6 +26,7 @@ def test_tensors_of_rollouts() -> None:
     batch = make_batch(ROLLOUTS)
     assert batch.response_mask.tolist() == [[True, True, True, False], [True, True, False, False], [True] * 4]
     assert batch.lengths.tolist() == [3, 2, 4] and batch.rewards.tolist() == [1.0, -1.0, -1.0]
+    assert batch.sequence_lengths == [6, 3, 7] and batch.is_correct.tolist() == [True, False, False]
     assert batch.group_ids.tolist() == [0, 1, 0] and batch.truncated.tolist() == [False, False, True]
     assert torch.equal(batch.rollout_logprobs[1], torch.tensor([-0.1, -0.2, 0.0, 0.0]))
 
@@ -44,12 +46,12 @@ def test_fields_come_back_from_packed_microbatches(dp_size: int, multiple: int) 
     field = torch.arange(12.0).view(3, 4) + 1
     total = torch.zeros(3, 4)
     for dp_rank in range(dp_size):
-        packing = Packer(9, multiple, dp_rank, dp_size)
-        share = packing.share([len(r.prompt.token_ids) + len(r.response_ids) for r in ROLLOUTS])
-        microbatches = packing.pack(batch.sequences(share, {"x": field}), ["x"])
+        packer = Packer(9, multiple, dp_rank, dp_size)
+        shard = packer.shard(batch.sequence_lengths)
+        microbatches = packer.pack(batch.sequences(shard, {"x": field}), {"x": float})
         assert microbatches and all(m.num_tokens % multiple == 0 for m in microbatches)
         rows = unpack_all(microbatches, [m.fields["x"] for m in microbatches])
-        total += batch.to_rows(rows, share)
+        total += batch.to_rows(rows, shard)
     assert torch.equal(total, field.masked_fill(~batch.response_mask, 0.0))
 
 

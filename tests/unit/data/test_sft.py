@@ -106,14 +106,14 @@ BAD_LINES: list[dict | str] = [
 ]
 
 
-@pytest.mark.parametrize(("policy", "used", "truncated"), [("skip", 2, 0), ("truncate", 3, 1)])
+@pytest.mark.parametrize(("on_bad_sample", "used", "truncated"), [("skip", 2, 0), ("truncate", 3, 1)])
 def test_bad_samples_are_counted_and_named(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, policy: str, used: int, truncated: int
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, on_bad_sample: str, used: int, truncated: int
 ) -> None:
     source = write_lines(tmp_path / "t.jsonl", BAD_LINES)
-    dataset, report = load_sft_dataset(source, tokenizer, 16, policy)
+    dataset, report = load_sft_dataset(source, tokenizer, 16, on_bad_sample)
     assert len(dataset) == report.num_used == used and report.num_samples == 13
-    assert report.num_truncated == truncated and report.num_bad == 11
+    assert report.num_truncated == truncated and sum(report.counts.values()) == 11
     assert report.problems == {
         "malformed": [2, 9, 13, 14],
         "missing key": [3],

@@ -17,7 +17,7 @@ from megatron_vcppo.report.samples import HEAD, TAIL, choose, shorten
 from megatron_vcppo.run.manifest import write_manifest
 from megatron_vcppo.run.metrics_log import MetricsLog, read_history
 from megatron_vcppo.run.rollout_store import read_rollouts
-from tests.helpers.recorded_run import credit_of, make_config, make_rollouts, record_run
+from tests.helpers.recorded_run import diagnostics_of, make_config, make_rollouts, record_run
 
 RESULTS = [
     {
@@ -170,7 +170,7 @@ def test_nothing_is_said_about_a_critic_that_is_not_there(tmp_path: Path) -> Non
     config = make_config(tmp_path / "run", 1.0)
     config.ppo.advantage.baseline = "rloo"
     generator = np.random.default_rng(0)
-    metrics, profiles = credit_of(config, make_rollouts(generator, 1, 60, 16), generator, None)
+    metrics, profiles = diagnostics_of(config, make_rollouts(generator, 1, 60, 16), generator, None)
     assert not [name for name in metrics if name.startswith("critic/")]
     assert set(profiles) == {"advantage_by_position", "advantage_by_decile"}
 

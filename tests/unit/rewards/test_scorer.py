@@ -11,6 +11,7 @@ import pytest
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.rewards.scorer import Scorer
+from megatron_vcppo.run.processes import alive
 
 VERIFIERS = """
 import os, time
@@ -113,8 +114,7 @@ def test_rollouts_are_scored_in_order_by_their_task() -> None:
         assert [s.reward for s in scored] == [1.0, -1.0, 1.0, 1.0, -1.0, -1.0] * 20
         assert [s.verdict for s in scored[:6]] == ["correct", "wrong", "correct", "correct", "truncated", "no answer"]
         assert [(s.prompt, s.response_ids) for s in scored] == [(r.prompt, r.response_ids) for r in rollouts]
-        assert scorer.take_counts() == {"correct": 60, "wrong": 20, "truncated": 20, "no answer": 20}
-        assert scorer.take_counts() == {} and scorer.take_problems() == []
+        assert scorer.take_problems() == []
 
 
 def test_bad_verifiers_cost_their_answer_only(own_verifiers: dict[str, str], tmp_path: Path) -> None:
@@ -135,8 +135,6 @@ def test_bad_verifiers_cost_their_answer_only(own_verifiers: dict[str, str], tmp
         assert {s.prompt.task: s.reward for s in scored} == dict.fromkeys(names, -1.0) | {"chatters": 0.25}
         problems = scorer.take_problems()
         assert len(problems) == 10 and "p:hangs (task hangs): timeout: 0.5 s" in problems
-        counts = scorer.take_counts()
-        assert (counts["timeout"], counts["error"], counts["correct"]) == (4, 6, 2)
     assert not alive(int((tmp_path / "own_verifiers.py.pid").read_text()))
 
 
@@ -203,11 +201,3 @@ def wait_until(condition: Callable[[], Any]) -> Any:
         assert time.monotonic() < deadline, "still waiting after 30 s"
         time.sleep(0.05)
     return value
-
-
-def alive(pid: int) -> bool:
-    """Whether the process exists and is not a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

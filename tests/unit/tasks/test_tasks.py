@@ -15,8 +15,7 @@ from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.tasks.generate import TASKS, demonstration_rows, problems, prompt_rows, split_of
 from megatron_vcppo.tasks.task import Style, Task, read_answer
-from megatron_vcppo.tasks.vocabulary import WORDS
-from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
+from megatron_vcppo.tasks.word_tokenizer import WORDS, build_tokenizer
 
 PERFECT = Style(mistake_rate=0.0, check_mistake_rate=0.0, quit_early=0.0)
 all_tasks = pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
@@ -137,7 +136,7 @@ def test_make_task_writes_a_model_and_data_that_fit(tmp_path: Path, family: str)
     assert command("--out", str(out), "--task", "running_sum", "search", "--family", family, *SMALL) == 0
     tokenizer = load_tokenizer(out / "base_model")
     dataset, report = load_sft_dataset(str(out / "sft_train.jsonl"), tokenizer, 400)
-    assert report.num_used == len(dataset) == 80 and report.num_bad == 0
+    assert report.num_used == len(dataset) == 80 and not report.counts
     rows = [json.loads(line) for line in (out / "sft_train.jsonl").open()]
     for i, row in enumerate(rows):
         words = ["<bos>", *row["prompt"].split(), *row["response"].split(), "<eos>"]

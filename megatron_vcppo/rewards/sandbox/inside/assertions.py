@@ -164,6 +164,7 @@ class Remote:
         return peer.decode(self._ask("apply", function=function, args=[peer.encode(value) for value in args]))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the object in the program; arguments that the call changed there are changed here too."""
         peer = object.__getattribute__(self, "_peer")
         reply = self._ask(
             "call",

@@ -1,4 +1,4 @@
-"""A root of its own: namespaces for users, mounts, processes, network and IPC, with what a program may see bound in."""
+"""A separate root: namespaces for users, mounts, processes, network and IPC, with what a program may see bound in."""
 
 import contextlib
 import errno
@@ -23,7 +23,7 @@ def enter(parent: int, readable: list[str], scratch: str, scratch_bytes: int, sc
     """Become process 1 of new namespaces, as an ordinary user without capabilities; the caller waits for it outside.
 
     readable: files and folders that keep their places, read-only; symbolic links are copied. scratch: an empty folder
-    in memory, the only one that can be written, of so many bytes and files; ``/tmp`` leads to it. Whoever kills the
+    in memory of this many bytes and files, the only one that can be written; ``/tmp`` leads to it. Whoever kills the
     process that waits, which ends with its own parent, kills this one and all in it. Raises OSError where the system
     does not allow namespaces.
     """

@@ -119,7 +119,7 @@ def _program(pid: int) -> list[bytes]:
         do(_LOAD, _NUMBER),
         do(_GREATER, _NEWEST, 0, 1),  # the calls of x32 too, whose numbers start at 2^30
         do(_RETURN, _NO_SUCH_CALL),
-        # The flags of clone3 lie in memory, where a filter cannot look; the C library falls back on clone.
+        # The flags of clone3 are in memory, where a filter cannot look; the C library falls back on clone.
         *case("clone3", do(_RETURN, _NO_SUCH_CALL)),
         *case("clone", argument(0), do(_ANY_BIT, _CLONE_THREAD, 1, 0), deny, allow),
         *case("kill", *unless(0, [pid])),

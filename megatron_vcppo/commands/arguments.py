@@ -1,0 +1,59 @@
+"""Arguments that several commands have, and what they name: a run, its configuration, a part of the chain."""
+
+import argparse
+from pathlib import Path
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.load import load_config
+from megatron_vcppo.config.value_sources import local_overrides, profile_files
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.run.folder import RunFolder
+
+
+def add_chain_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every command that starts stages."""
+    parser.add_argument("config", type=Path, help="configuration file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to override")
+    add_stage_arguments(parser)
+    add_base_argument(parser)
+
+
+def add_base_argument(parser: argparse.ArgumentParser) -> None:
+    """Whose finished stages to begin with."""
+    parser.add_argument(
+        "--base", type=Path, metavar="RUN", help="take the stages before --from from this run, which finished them"
+    )
+
+
+def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which part of the chain."""
+    parser.add_argument("--from", dest="first", metavar="STAGE", help="start at this stage")
+    parser.add_argument("--until", dest="last", metavar="STAGE", help="stop after this stage")
+    parser.add_argument("--only", metavar="STAGE", help="this stage alone")
+
+
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
+    """The run that a command is about."""
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
+
+
+def prepare(config_path: Path, overrides: list[str], cluster: str | None = None) -> tuple[RunFolder, Config]:
+    """Resolve the configuration and its run folder. Nothing is written: whoever starts stages does that, once nothing
+    is refused any more."""
+    config = load_config(config_path, [*local_overrides(cluster), *overrides], profiles=profile_files(cluster))
+    config.run.dir = str(Path(config.run.dir).absolute())
+    return RunFolder.of(config), config
+
+
+def chosen_stages(stages: list[str], first: str | None, last: str | None, only: str | None) -> list[str]:
+    """The part of the chain that --from, --until and --only name. UserError for a name that is not in the chain."""
+    for name in (first, last, only):
+        if name is not None and name not in stages:
+            raise UserError(f"stage {name!r} is not in this configuration's stages: {', '.join(stages)}")
+    if only is not None:
+        return [only]
+    start = stages.index(first) if first else 0
+    end = stages.index(last) + 1 if last else len(stages)
+    if start >= end:
+        raise UserError(f"--from {first} comes after --until {last} in stages: {', '.join(stages)}")
+    return stages[start:end]

@@ -1,0 +1,28 @@
+"""The seed of every random choice outside the engines, as a function of ``run.seed``.
+
+Nothing else in training draws random numbers, so these are all that an exact resume needs. The numbers are fixed: other
+ones would change the data order of runs that exist. Sampling seeds are in ``rollout/seeds.py``.
+"""
+
+TRUNCATION = 17
+
+
+def epoch_seed(run_seed: int, epoch: int) -> list[int]:
+    """Of the permutation of an epoch's samples, for ``numpy.random.default_rng``."""
+    return [run_seed, epoch]
+
+
+def fixed_policy_seed(run_seed: int) -> int:
+    """Of the prompt order in stages that sample from a policy that stays as it is, so that it differs
+    from the order in PPO."""
+    return run_seed + 1
+
+
+def truncation_seed(run_seed: int) -> list[int]:
+    """Of which responses the reward model sees truncated, and where, for ``numpy.random.default_rng``."""
+    return [run_seed, TRUNCATION]
+
+
+def minibatch_seed(run_seed: int, iteration: int, ppo_epoch: int) -> int:
+    """Of the partition of a batch into minibatches, for torch; distinct below 1,009 passes and 1,000,003 iterations."""
+    return (run_seed * 1_000_003 + iteration) * 1_009 + ppo_epoch

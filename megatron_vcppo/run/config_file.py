@@ -1,0 +1,38 @@
+"""RUN/config.yaml: the resolved configuration of a run, which every process of it reads."""
+
+from pathlib import Path
+
+import yaml
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.load import dump_config, load_config
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.run import events
+from megatron_vcppo.run.files import write_text
+from megatron_vcppo.run.folder import RunFolder
+
+
+def open_run(path: Path) -> tuple[RunFolder, Config]:
+    """An existing run and its configuration. UserError if the folder is not a run."""
+    run = RunFolder(path.absolute())
+    if not run.config.exists():
+        raise UserError(f"{path}: not a run folder: it has no {run.config.name}")
+    return run, load_config(run.config)
+
+
+def write_config(run: RunFolder, config: Config) -> None:
+    """Write the configuration; a change from before becomes an event. Only for the holder of the run's lock.
+
+    A file with the same values is left alone. UserError if it cannot be written.
+    """
+    text = dump_config(config)
+    try:
+        before = run.config.read_text(encoding="utf-8") if run.config.exists() else None
+        if before is not None and yaml.safe_load(before) == yaml.safe_load(text):
+            return
+        write_text(run.config, text)
+    except OSError as error:
+        raise UserError(f"run.dir {run.path}: {error.strerror}") from None
+    if before is not None:
+        old, new = set(before.splitlines()), set(text.splitlines())
+        events.append(run.path, "config_changed", removed=sorted(old - new), added=sorted(new - old))

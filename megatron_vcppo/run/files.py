@@ -1,0 +1,140 @@
+"""How files are written and read: each appears whole or not at all, and is on disk once a call has returned.
+
+A file or folder is made under a temporary name in the folder that it belongs to, synced, and renamed; then the folder
+is synced, too, so that the name outlives a power cut. Lines of a log are appended by one write each, so that lines of
+several writers do not mix, and a reader drops what a kill has torn.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
+    """A path for the caller to make a file or a folder at, which takes the place of ``path`` at the end of the block.
+
+    On an exception it is removed, and ``path`` stays what it was. One writer at a time: the temporary name is
+    ``.NAME.tmp``, so that what a kill left of an earlier attempt is removed by the next one. durable: False for what
+    only passes from one process to another; it appears whole, but is not synced.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    remove(temporary)
+    try:
+        yield temporary
+        if durable:
+            sync(temporary)
+        if path.is_dir():
+            shutil.rmtree(path)  # a rename replaces files only
+        os.replace(temporary, path)
+        if durable:
+            sync_folder(path.parent)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write or replace a file."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write or replace a UTF-8 file."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """Write or replace a JSON file."""
+    write_text(path, json.dumps(value, indent=indent))
+
+
+def append_json_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one object to a JSONL file, in one write; a torn line before it is ended first.
+
+    Not synced: a line that a power cut takes from a log is not worth a sync per iteration.
+    """
+    line = json.dumps(record, allow_nan=False) + "\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, ("\n" * torn + line).encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_json_lines(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The objects of a JSONL file in order; none if there is no file. Lines that are torn or no objects are dropped.
+
+    last_bytes: look only at the complete lines among this many bytes at the file's end.
+    """
+    try:
+        with path.open("rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - last_bytes) if last_bytes is not None else 0
+            file.seek(start)
+            lines = file.read().splitlines(keepends=True)[1 if start else 0 :]
+    except FileNotFoundError:
+        return []
+    return [record for line in lines if (record := parse_json_line(line)) is not None]
+
+
+def parse_json_line(line: bytes) -> dict[str, Any] | None:
+    """The object of one line of a JSONL file, None if the line is torn or holds something else."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if line.endswith(b"\n") and isinstance(record, dict) else None
+
+
+def make_private_folder(path: Path) -> Path:
+    """A folder that only this user may enter, made if it is not there."""
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(0o700)
+    return path
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename within one file system, and make the new name durable. A file that has it is replaced."""
+    os.replace(source, target)
+    sync_folder(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or all files below a folder, to disk."""
+    if not path.is_dir():
+        _sync_file(path)
+        return
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(_sync_file, (file for file in path.rglob("*") if file.is_file())))
+    for folder in (path, *(folder for folder in path.rglob("*") if folder.is_dir())):
+        sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,265 @@
+"""The one training loop: resume, the steps that are left, checkpoints, stops on request, the log.
+
+A stage calls it explicitly, there are no hooks::
+
+    loop = TrainLoop(stage, {"actor": actor}, total_steps, settings.checkpoint)
+    loop.track(order=order)
+    with loop:
+        for step in loop:
+            result = actor.train_step(...)
+            loop.log(metrics, count=num_tokens, shown={"loss": loss}, skipped={"actor": [not result.applied]})
+
+A step is one optimizer step or, in PPO, one iteration.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, NoReturn, Protocol
+
+from torch import Tensor
+
+from megatron_vcppo.config.training import CheckpointConfig
+from megatron_vcppo.errors import Stopped
+from megatron_vcppo.mcore.checkpoint import CheckpointFolder
+from megatron_vcppo.mcore.learner import Learner
+from megatron_vcppo.run.log import say
+from megatron_vcppo.run.metrics_log import MetricsLog
+from megatron_vcppo.run.progress import Progress
+from megatron_vcppo.run.startup import startup
+from megatron_vcppo.stages.nonfinite import NonfiniteUpdates
+from megatron_vcppo.stages.rollout_session import RolloutSession
+from megatron_vcppo.stages.stage import Stage
+from megatron_vcppo.stages.stopping import Saved, stopping
+
+
+class Stateful(Protocol):
+    """A part of a stage's state besides its models, such as the position in the data."""
+
+    def state_dict(self) -> Any:
+        """What JSON can hold; not changed afterwards by the owner."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Continue where ``state`` was taken."""
+
+
+class PartialStep(Protocol):
+    """How far the step under way is, once its first optimizer steps have moved the weights."""
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps so far, over all models."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What JSON can hold."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """On the CPU; what the rest of the step reads and moved weights no longer give."""
+
+
+class PhaseTimer:
+    """Seconds of each phase since the last ``take``."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Measure a part of the step. Parts of one name are added."""
+        started = time.monotonic()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - started
+
+    def take(self) -> dict[str, float]:
+        """time/PHASE_s, and time/iteration_s: all the time since the last call. Starts again from zero."""
+        found = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
+        found["time/iteration_s"] = time.monotonic() - self.started
+        self.started, self.seconds = time.monotonic(), {}
+        return found
+
+
+class TrainLoop:
+    """The steps of a stage. Iterating, entering and leaving are collective over all ranks.
+
+    Leaving without an error marks the stage as done. Leaving with Stopped, which the body or the loop itself raises
+    when any rank was asked to stop, saves what is not saved yet and raises Saved; the state that is saved is that of
+    the last complete step.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        learners: Mapping[str, Learner],
+        total_steps: int,
+        checkpoint: CheckpointConfig,
+        *,
+        session: RolloutSession | None = None,
+        unit: str = "tok",
+        step_name: str = "step",
+    ) -> None:
+        """Resume the learners from the stage's newest good checkpoint, if there is one.
+
+        session: its pending rollouts are kept at a stop. unit: what progress counts. step_name: step | iteration;
+        an iteration is long, each gets a line of progress.
+        """
+        self.stage, self.learners, self.total_steps = stage, learners, total_steps
+        self.session, self.unit, self.step_name, self.save_every = session, unit, step_name, checkpoint.save_every
+        self.nonfinite = NonfiniteUpdates(stage.config.ppo.skip_limit)
+        self.timer = PhaseTimer()
+        self.partial: PartialStep | None = None
+        """Of the step under way: what a stop within it saves."""
+        self.checkpoints = CheckpointFolder(stage.folder.checkpoints, stage.config, checkpoint)
+        self.resumed = self.checkpoints.resume(learners)
+        self.step = 0
+        """Complete steps."""
+        if self.resumed is not None:
+            self.step = self.resumed.iteration
+            self.nonfinite.in_a_row = self.resumed.state.get("skipped_in_a_row", {})
+        startup.done("checkpoint")
+        self._tracked: dict[str, Stateful] = {}
+        self._state: dict[str, Any] = {}
+        """Of everything that is tracked, after the last complete step."""
+        self._saved = self._reached
+        """What is in the newest checkpoint; the start needs none."""
+        self._ended = False
+        self._log: MetricsLog | None = None
+        self._progress: Progress | None = None
+        self._step_started = time.monotonic()
+
+    def track(self, **parts: Stateful) -> None:
+        """Make these a part of every checkpoint; they continue where the resumed one was."""
+        for name, part in parts.items():
+            if self.resumed is not None:
+                part.load_state_dict(self.resumed.state[name])
+        self._tracked |= parts
+
+    def resume_within(self, partial: PartialStep) -> None:
+        """The resumed checkpoint was saved within the next step, by which ``partial`` tells how far that is."""
+        self.partial = partial
+        self._saved = self._reached
+
+    def __enter__(self) -> "TrainLoop":
+        stage = self.stage
+        self._state = self._current_state()
+        if stage.runtime.is_main:
+            every_s = 0.0 if self.step_name == "iteration" else 10.0
+            self._log = MetricsLog(stage.folder.path, stage.config, stage.name, self.step, self.total_steps)
+            self._progress = Progress(stage.name, self.total_steps, self.step, self.unit, every_s)
+        return self
+
+    def __iter__(self) -> Iterator[int]:
+        """The numbers of the steps that are left, from 1. Raises Stopped on every rank if any was asked to stop,
+        UserError after too many skipped updates."""
+        self.timer.take()
+        while not self._is_done:
+            self._step_started = time.monotonic()
+            yield self.step + 1
+            self.step, self.partial = self.step + 1, None
+            self._state = self._current_state()
+            self._end_step()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Stopped):
+            self._leave()
+        if error is not None:
+            return
+        self.checkpoints.finish()
+        if self._log is not None and self._progress is not None:
+            self._log.close()
+            self._progress.close()
+            # More steps than total_steps were done if they were lowered before this resume.
+            folder = self.stage.folder
+            folder.mark_done(checkpoint=folder.checkpoint(self.step))
+
+    def end(self) -> None:
+        """No step after the one under way, or none at all before the first."""
+        self._ended = True
+
+    def point(self) -> None:
+        """A place within a step where the stage can stop: raises Stopped if any rank was asked to; collective."""
+        self.checkpoints.poll()
+        stopping.point()
+
+    @property
+    def step_seconds(self) -> float:
+        """Since the step began."""
+        return time.monotonic() - self._step_started
+
+    def log(
+        self,
+        metrics: Mapping[str, float],
+        *,
+        count: int,
+        shown: Mapping[str, float],
+        skipped: Mapping[str, Sequence[bool]],
+    ) -> None:
+        """Log the step, its last call; on every rank, of which the main one writes.
+
+        count: how many of the loop's unit it worked through. shown: on the progress line. skipped: per model and
+        optimizer step, whether loss or gradient was not finite.
+        """
+        warning = self.nonfinite.count(skipped)
+        if self._log is None or self._progress is None:
+            return
+        self._log.log(self.step + 1, {**metrics, **stopping.metrics(self.checkpoints.save_time_s)})
+        startup.finish(self.stage.folder.path)
+        self._progress.update(self.step + 1, count, shown)
+        if warning:
+            self.warn(warning)
+
+    def warn(self, text: str) -> None:
+        """Print a warning about the step under way, on the main rank."""
+        if self.stage.runtime.is_main:
+            say(f"warning: {self.step_name} {self.step + 1}: {text}")
+
+    @property
+    def _is_done(self) -> bool:
+        return self._ended or self.step >= self.total_steps
+
+    @property
+    def _reached(self) -> tuple[int, int]:
+        """Complete steps, and optimizer steps of the one under way."""
+        return self.step, self.partial.num_updates if self.partial is not None else 0
+
+    def _current_state(self) -> dict[str, Any]:
+        state = {name: part.state_dict() for name, part in self._tracked.items()}
+        return state | {"skipped_in_a_row": dict(self.nonfinite.in_a_row)}
+
+    def _end_step(self) -> None:
+        """Save when it is time, then end the stage if it has to end."""
+        self.checkpoints.poll()
+        stop, last = stopping.agreed(), self._is_done
+        if last or self.nonfinite.too_many or self.step % self.save_every == 0:
+            self._save()
+        if self.nonfinite.too_many:
+            self.checkpoints.finish()
+            raise self.nonfinite.error(self.stage.name, self.step)
+        if stop and not last:
+            raise Stopped
+
+    def _save(self) -> None:
+        """A checkpoint of the last complete step, and of how far the next one is."""
+        state, tensors = dict(self._state), {}
+        if self.partial is not None and self.partial.num_updates:
+            state["unfinished"], tensors = self.partial.state_dict(), self.partial.tensors()
+        with self.timer("save"), stopping.saving():
+            self.checkpoints.save(self.step, self.learners, state, tensors)
+        self._saved = self._reached
+
+    def _leave(self) -> NoReturn:
+        """Keep what there is, and raise Saved."""
+        if self.session is not None:
+            self.session.keep_finished()
+        if self._reached != self._saved:
+            self._save()
+        self.checkpoints.finish()
+        step, num_updates = self._reached
+        where = f"at {self.step_name} {step} of {self.total_steps}"
+        if num_updates:
+            where = f"within {self.step_name} {step + 1} of {self.total_steps}, after {num_updates} optimizer steps"
+        kept = "; finished responses are stored" if self.session is not None else ""
+        raise Saved(f"asked to stop: saved {where}{kept}")

@@ -1,0 +1,66 @@
+"""The models of PPO, and what they say of a batch."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.data.packer import Packer
+from megatron_vcppo.data.packing import PackedMicrobatch, unpack_all
+from megatron_vcppo.data.rollout_batch import RolloutBatch
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.hf_weights_io import stream_hf
+from megatron_vcppo.mcore.learner import Actor, Critic, Learner, Reference
+from megatron_vcppo.stages.initial_models import starting_actor, starting_critic
+from megatron_vcppo.stages.rollout_session import RolloutSession
+from megatron_vcppo.weight_sync.sync import PushResult
+
+
+class PpoModels:
+    """Actor, critic and reference, with the weights that the stage starts from."""
+
+    def __init__(self, config: Config) -> None:
+        settings = config.ppo
+        steps_per_iteration = settings.ppo_epochs * settings.minibatches
+        self.actor = Actor(
+            starting_actor(config, "ppo"),
+            config.parallel,
+            settings.optimizer,
+            settings.schedule,
+            max(0, settings.iterations - settings.critic_only_iterations) * steps_per_iteration,
+            temperature=config.rollout.temperature,
+        )
+        self.learners: dict[str, Learner] = {"actor": self.actor}
+        self.critic: Critic | None = None
+        if settings.advantage.baseline == "critic":
+            self.critic = Critic(
+                starting_critic(config, "ppo", settings.critic.init, settings.critic.checkpoint_path),
+                config.parallel,
+                settings.critic.optimizer,
+                settings.critic.schedule,
+                settings.iterations * steps_per_iteration * settings.critic.updates_per_actor_update,
+            )
+            self.learners["critic"] = self.critic
+        self.reference: Reference | None = None
+        if settings.loss.kl_coef:
+            self.reference = Reference(starting_actor(config, "ppo"), config.rollout.temperature)
+
+
+def push_actor(actor: Actor, session: RolloutSession, policy_version: int) -> PushResult:
+    """Give the engines the weights that the last optimizer step made; collective."""
+    model = actor.gathered_model()
+    return session.push(policy_version, lambda: stream_hf(model))
+
+
+def token_outputs(
+    batch: RolloutBatch, packer: Packer, run: Callable[[Sequence[PackedMicrobatch]], list[Tensor]]
+) -> Tensor:
+    """float32 [B, T]: log-probs or values of every response token; collective.
+
+    run: ``Actor.logprobs`` or ``Critic.values``. Each replica works on its shard, and rows are added over replicas:
+    all but one have zeros there, so the sum is exact.
+    """
+    shard = packer.shard(batch.sequence_lengths)
+    microbatches = packer.pack(batch.sequences(shard, {}))
+    rows = unpack_all(microbatches, run(microbatches))
+    return runtime.sum_over_replicas(batch.to_rows(rows, shard))

@@ -1,0 +1,140 @@
+"""A small batch of rollouts, the models that learn from it, and one update under any layout."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.data.packer import Packer
+from megatron_vcppo.data.rollout_batch import ModelOutputs, RolloutBatch
+from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.hf_weights_io import load_hf
+from megatron_vcppo.mcore.learner import Actor, Critic, Reference
+from megatron_vcppo.mcore.model import ActorModel, build_actor, build_critic
+from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.stages.advantage_batch import AdvantageBatch, compute_advantages
+from megatron_vcppo.stages.ppo_models import token_outputs
+from megatron_vcppo.stages.training_losses import bounded
+from megatron_vcppo.stages.updates import Updater
+from tools.benchmarks._tiny_models import VOCAB_SIZE, save_tiny_model
+
+MAX_TOKENS = 24
+SIZES: dict[str, Any] = {"num_hidden_layers": 2}
+HEAD = torch.randn(64, generator=torch.Generator().manual_seed(5)) * 0.1
+
+
+def make_config(folder: Path, ppo: dict[str, Any]) -> Config:
+    # A large eps: the division by the root of tiny second moments would magnify float32 noise in the weights.
+    optimizer = {"lr": 5e-4, "weight_decay": 0.1, "eps": 1e-5}
+    base = {
+        "run": {"dir": str(folder), "seed": 3},
+        "model": {"hf": str(folder), "dtype": "float32", "max_length": 64},
+        "sft": {"train": ""},
+        "prompts": {"train": ""},
+        "parallel": {"tokens_per_microbatch": 96},
+        "rollout": {"max_tokens": MAX_TOKENS, "temperature": 0.8, "num_samples": 2},
+        "ppo": {"minibatches": 2, "ppo_epochs": 2, "optimizer": optimizer, "critic": {"optimizer": optimizer}},
+    }
+    merged = OmegaConf.merge(OmegaConf.structured(Config), base, {"ppo": ppo})
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+
+
+def save_models(folder: Path, family: str = "qwen2") -> Path:
+    """The model that actor and critic start from, and another as the reference of KL terms."""
+    save_tiny_model(folder / "reference", family, seed=1, **SIZES)
+    return save_tiny_model(folder / "hf", family, **SIZES)
+
+
+def reference_of(config: Config) -> Path:
+    return Path(config.model.hf).with_name("reference")
+
+
+def make_rollouts(num_prompts: int = 8, num_samples: int = 2, seed: int = 0) -> list[Rollout]:
+    """Two samples of each prompt; one group has equal rewards, one response was truncated."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    rollouts = []
+    for number in range(num_prompts):
+        prompt = Prompt(f"p{number}", tuple(draw(0, VOCAB_SIZE) for _ in range(draw(2, 9))), "", "", "test")
+        for sample in range(num_samples):
+            length = MAX_TOKENS if number == 2 and sample == 0 else draw(3, MAX_TOKENS)
+            ids = tuple(draw(0, VOCAB_SIZE) for _ in range(length))
+            logprobs = tuple((torch.rand(length, generator=generator) * -4).tolist())
+            reason = "length" if length == MAX_TOKENS else "stop"
+            reward = 1.0 if (number + sample) % 2 or number == 5 else -1.0
+            rollouts.append(Rollout(prompt, sample, 0, ids, "", logprobs, reason, 0, reward, ""))
+    return rollouts
+
+
+@dataclass
+class Models:
+    """This rank's part of the models, and how it works on a batch."""
+
+    config: Config
+    packer: Packer
+    actor: Actor
+    critic: Critic | None
+    reference: Reference | None
+
+    def token_outputs(self, batch: RolloutBatch) -> dict[str, Tensor]:
+        """Log-probs and values under the weights of now, by name: [B, T]."""
+        found = {"logprobs": token_outputs(batch, self.packer, self.actor.logprobs)}
+        if self.critic is not None:
+            found["values"] = token_outputs(batch, self.packer, self.critic.values)
+        return found
+
+    def outputs(self, batch: RolloutBatch) -> ModelOutputs:
+        """What an update of this batch reads."""
+        ref = None if self.reference is None else token_outputs(batch, self.packer, self.reference.logprobs)
+        found = self.token_outputs(batch)
+        values = bounded(found["values"], self.config.ppo.critic) if self.critic is not None else None
+        return ModelOutputs(found["logprobs"], batch.rollout_logprobs, ref, values)
+
+    def advantages(self, batch: RolloutBatch, outputs: ModelOutputs) -> AdvantageBatch:
+        ppo = self.config.ppo
+        return compute_advantages(
+            batch,
+            outputs,
+            ppo.advantage,
+            ppo.loss,
+            kl_coef=ppo.loss.kl_coef,
+            max_tokens=MAX_TOKENS,
+            end_of_thinking_id=None,
+        )
+
+    @property
+    def updater(self) -> Updater:
+        seed = self.config.run.seed
+        return Updater(self.actor, self.critic, self.packer, self.config.ppo, run_seed=seed, max_tokens=MAX_TOKENS)
+
+
+def build(config: Config) -> Models:
+    """Join the ranks and load the models."""
+    joined = runtime.start(config.parallel, config.run.seed, 60)
+    arch = Architecture.from_hf(config.model.hf)
+
+    def loaded(folder: str | Path) -> ActorModel:
+        model = build_actor(arch, config.model, config.parallel)
+        load_hf(model, folder)
+        return model
+
+    ppo, temperature = config.ppo, config.rollout.temperature
+    actor = Actor(loaded(config.model.hf), config.parallel, ppo.optimizer, ppo.schedule, 4, temperature=temperature)
+    critic = None
+    if ppo.advantage.baseline == "critic":
+        model = build_critic(arch, config.model, config.parallel)
+        load_hf(model, config.model.hf)
+        if joined.is_last_stage:
+            model.value_head.weight.data.copy_(HEAD[None])
+        critic = Critic(model, config.parallel, ppo.critic.optimizer, ppo.critic.schedule, 4)
+    reference = Reference(loaded(reference_of(config)), temperature) if ppo.loss.kl_coef else None
+    packer = Packer.of(config.parallel, config.model, joined.dp_rank, joined.dp_size)
+    return Models(config, packer, actor, critic, reference)

@@ -1,0 +1,51 @@
+"""The wait for responses, without engines."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vcppo.config.rollout import WeightSyncConfig
+from megatron_vcppo.errors import Stopped
+from megatron_vcppo.weight_sync import joiners
+from megatron_vcppo.weight_sync.sync import WeightSync
+from megatron_vcppo.weight_sync.transport import NetworkTransport
+from tools.benchmarks._rollout_node import SINGLE
+
+
+def make_sync(folder: Path, exchange: Callable[[Any], list[Any]] = lambda value: [value]) -> WeightSync:
+    transport = NetworkTransport("127.0.0.1", torch.device("cpu"), 1 << 16, 10.0)
+    return WeightSync(WeightSyncConfig(), folder, SINGLE, exchange, transport)
+
+
+def test_the_wait_ends_with_the_last_response_and_not_at_the_next_look_at_the_engines(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(joiners, "TICK_S", 60.0)
+    sync = make_sync(tmp_path)
+    started = time.monotonic()
+
+    def produce() -> str:
+        time.sleep(0.2)
+        return "responses"
+
+    begun = joiners.begin(produce)
+    assert joiners.finish_with_joiners(sync, 0, lambda: iter(()), begun) == "responses"
+    assert 0.2 <= time.monotonic() - started < 30
+
+
+def test_a_stop_on_any_rank_ends_the_wait_on_all_but_not_when_all_are_done(tmp_path: Path) -> None:
+    def with_a_rank_that_stops(value: Any) -> list[Any]:
+        return [value, ("", True)] if isinstance(value, tuple) else [value]
+
+    sync, release = make_sync(tmp_path, with_a_rank_that_stops), threading.Event()
+    begun = joiners.begin(lambda: release.wait(60))
+    with pytest.raises(Stopped):
+        joiners.finish_with_joiners(sync, 0, lambda: iter(()), begun)
+    release.set()
+    assert begun is not None and begun.result(60)
+    assert joiners.finish_with_joiners(sync, 0, lambda: iter(()), begun), "what is complete is taken"
+    with pytest.raises(Stopped):
+        sync.wait_for_engines(1, 60.0)

@@ -1,0 +1,134 @@
+"""Named failures from histories: the shapes that were measured on collapsing and on sound runs."""
+
+import math
+from typing import Any
+
+import pytest
+
+from megatron_vcppo.algo.failure_signatures import diagnose, warnings_of
+
+
+def _history(**series: list[Any]) -> list[dict[str, float]]:
+    """One row per iteration; ``__`` stands for the slash of a metric's name."""
+    count = max(map(len, series.values()))
+    return [
+        {"iteration": i, **{name.replace("__", "/"): s[i] for name, s in series.items() if i < len(s)}}
+        for i in range(count)
+    ]
+
+
+def _states(history: list[dict[str, float]], worst_reward: float | None = -1.0) -> dict[str, str]:
+    findings = diagnose(history, worst_reward)
+    assert [f.signature for f in findings] == [
+        "length_collapse",
+        "value_misalignment",
+        "reward_decay",
+        "value_loss_oscillation",
+        "truncation",
+    ]
+    for finding in findings:
+        assert bool(finding.advice) == (finding.state == "found")
+        assert finding.evidence
+    return {f.signature: f.state for f in findings}
+
+
+def test_a_collapsing_run_is_named_with_its_numbers():
+    lengths = [92.0, 90.0, 74.0, 51.0, 30.0, 18.0, 10.0, 6.0, 5.0, 5.0]
+    history = _history(
+        rollout__length_mean=lengths,
+        rollout__truncated_share=[0.0] * 10,
+        critic__explained_variance=[-0.05] * 10,
+        critic__value_first_token=[-2.65] * 10,
+        critic__value_loss=[1.0 - 0.05 * i for i in range(10)],
+        critic__terminal_share_first_token=[0.95**n for n in (91, 89, 73, 50, 29, 17, 9, 5, 4, 4)],
+        actor__advantage_early_late_gap=[-1.58] * 10,
+        actor__advantage_std=[1.1] * 10,
+        actor__give_up_advantage_sigma=[1.53] * 10,
+    )
+    states = _states(history)
+    assert states["length_collapse"] == "found" and states["value_misalignment"] == "found"
+    assert states["value_loss_oscillation"] == "absent" and states["truncation"] == "absent"
+    collapse, misalignment = diagnose(history, -1.0)[:2]
+    assert "91.0 tokens at the start, lowest 5.0 at iteration 8 (-95%)" in collapse.evidence
+    assert misalignment.evidence.count("(bad)") == 4 and "-2.650" in misalignment.evidence
+
+
+def test_a_sound_run_has_no_findings():
+    states = _states(
+        _history(
+            rollout__length_mean=[92.0, 95.0, 91.0, 99.0, 110.0, 118.0, 125.0, 131.0, 130.0, 132.0],
+            rollout__truncated_share=[0.02] * 10,
+            critic__explained_variance=[0.23, 0.2, 0.2, 0.18, 0.15, 0.12, 0.1, 0.1, 0.08, 0.06],
+            critic__value_first_token=[-0.3] * 10,
+            critic__value_loss=[0.41, 0.4, 0.38, 0.41, 0.37, 0.33, 0.35, 0.3, 0.31, 0.28],
+            critic__terminal_share_first_token=[1.0] * 10,
+            actor__advantage_early_late_gap=[-0.1, 0.05, -0.2, -0.1, 0.1, -0.1, -0.1, 0.0, -0.1, -0.1],
+            actor__advantage_std=[0.8] * 10,
+            actor__give_up_advantage_sigma=[-1.19] * 10,
+        )
+    )
+    assert set(states.values()) == {"absent"}
+
+
+def test_reward_decay_depends_on_the_critics_lambda():
+    decayed = _history(critic__terminal_share_first_token=[0.95**1000] * 3)
+    assert _states(decayed)["reward_decay"] == "found"
+    assert _states(_history(critic__terminal_share_first_token=[1.0] * 3))["reward_decay"] == "absent"
+
+
+@pytest.mark.parametrize(
+    ("losses", "state"),
+    [
+        ([1.0 + 0.8 * (-1) ** i for i in range(12)], "found"),
+        ([1.0 + 0.7 * math.sin(i * math.pi / 2 + 0.3) for i in range(16)], "found"),
+        ([3.0 * 0.7**i + 0.2 for i in range(12)], "absent"),  # a steep curve that bends once
+        ([1.0 + 0.02 * (-1) ** i for i in range(12)], "absent"),  # swings, but small
+        ([1.0, 2.0, 1.0], "unknown"),
+    ],
+)
+def test_value_loss_oscillation(losses, state):
+    assert _states(_history(critic__value_loss=losses))["value_loss_oscillation"] == state
+
+
+def test_one_odd_batch_is_not_a_collapse():
+    assert _states(_history(rollout__length_mean=[90.0, 92.0, 20.0, 91.0, 93.0]))["length_collapse"] == "absent"
+
+
+def test_an_early_late_gap_must_keep_its_sign():
+    gap = [1.0, -1.2, 1.0, 1.3, 1.1]
+    options = {"actor__advantage_std": [1.0] * 5}
+    assert _states(_history(actor__advantage_early_late_gap=gap, **options))["value_misalignment"] == "absent"
+    gap = [abs(x) for x in gap]
+    assert _states(_history(actor__advantage_early_late_gap=gap, **options))["value_misalignment"] == "found"
+
+
+def test_truncation():
+    assert _states(_history(rollout__truncated_share=[0.1, 0.2, 0.5, 0.6, 0.7, 0.8]))["truncation"] == "found"
+
+
+def test_missing_or_broken_metrics_are_unknown_not_fine():
+    assert set(_states([]).values()) == {"unknown"}
+    broken = _history(critic__terminal_share_first_token=[math.nan] * 4, rollout__length_mean=["nan", 3.0, 4.0])
+    assert set(_states(broken).values()) == {"unknown"}
+
+
+def test_a_warning_comes_once_when_its_signature_first_shows():
+    lengths = [92.0, 90.0, 85.0, 80.0, 60.0, 40.0, 30.0, 20.0]
+    history = _history(rollout__length_mean=lengths, critic__explained_variance=[0.2] * 8)
+    warned = [warnings_of(history[: i + 1]) for i in range(8)]
+    (line,) = [line for lines in warned for line in lines]
+    assert line.startswith("length_collapse: mean length: ") and "pretrain the critic" in line
+    assert warnings_of([]) == []
+
+
+def test_equal_rewards_leave_no_variance_to_explain():
+    equal = _history(critic__explained_variance=[0.0, 0.0], rollout__reward_std=[0.0, 0.0])
+    assert _states(equal)["value_misalignment"] == "unknown"
+    varied = _history(critic__explained_variance=[0.0, 0.0], rollout__reward_std=[0.0, 0.5])
+    assert _states(varied)["value_misalignment"] == "found"
+
+
+def test_evidence_counts_the_iterations_that_there_are():
+    early = _history(critic__explained_variance=[-0.1], rollout__truncated_share=[0.5])
+    evidence = [finding.evidence for finding in diagnose(early) if finding.state == "found"]
+    assert len(evidence) == 2 and all("first iteration" in text for text in evidence)

@@ -1,0 +1,37 @@
+"""vcppo rollouts."""
+
+import argparse
+
+import pytest
+
+from megatron_vcppo.commands import rollouts as command
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.run.rollout_store import (
+    write_rollouts,
+)
+
+
+def make_rollout(index: int, reward: float | None = None) -> Rollout:
+    prompt = Prompt(f"chain/{index}", (1, 12, 40), "3 + 4 ?", "7", "running_sum")
+    return Rollout(prompt, index, 5, (9, 8, index), f"first line\nseven ½ {index}", (-0.5, -1.25, -1e-7), "stop", 3,
+                   reward, "wrong" if reward == 0 else "correct")  # fmt: skip
+
+
+def test_the_command_shows_the_worst_first(tmp_path, capsys) -> None:
+    folder = tmp_path / "ppo" / "rollouts"
+    write_rollouts(folder, 1, [make_rollout(i, reward=r) for i, r in enumerate((1.0, 0.0, 0.5))])
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["rollouts", str(tmp_path), "--iteration", "1", "--worst", "2"])
+    assert args.run(args) == 0
+    shown = capsys.readouterr().out
+    assert "3 rollouts, mean reward 0.500, mean length 3.0, 0.0% cut" in shown
+    assert shown.index("chain/1 sample 1: reward 0 (wrong)") < shown.index("chain/2 sample 2: reward 0.5")
+    assert "chain/0" not in shown and "seven ½ 1" in shown
+    with pytest.raises(UserError, match="iteration 9; there are iterations 1 to 1"):
+        args = parser.parse_args(["rollouts", str(tmp_path), "--iteration", "9"])
+        args.run(args)
+    with pytest.raises(UserError, match=r"stages that have some: ppo \(--stage\)"):
+        args = parser.parse_args(["rollouts", str(tmp_path), "--stage", "sft"])
+        args.run(args)

@@ -1,0 +1,128 @@
+"""Reading config.json: sizes against transformers' own models, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.architecture import Architecture, RopeScaling
+from megatron_vcppo.hf.mapping import hf_shapes, parameters
+from tools.benchmarks._tiny_models import FAMILIES, save_tiny_model
+
+CASES = [(family, tied) for family in FAMILIES for tied in (False, True)]
+
+
+@pytest.mark.parametrize(("family", "tied"), CASES)
+def test_sizes_and_names_are_those_of_transformers(tmp_path, family, tied):
+    folder = save_tiny_model(tmp_path, family, tied)
+    arch = Architecture.from_hf(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    assert arch.parameter_count() == sum(tensor.numel() for tensor in model.parameters())
+    assert hf_shapes(parameters(arch)) == shapes
+    assert arch.tied == tied
+    assert arch.max_positions == model.config.max_position_embeddings
+    assert arch.norm_eps == model.config.rms_norm_eps
+    assert arch.rope_theta == model.config.rope_parameters["rope_theta"]
+
+
+def test_flops_are_those_that_torch_counts(tmp_path):
+    folder = save_tiny_model(tmp_path)
+    arch = Architecture.from_hf(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    lengths = (24, 40)
+    with FlopCounterMode(display=False) as counter:
+        for length in lengths:
+            model(torch.zeros(1, length, dtype=torch.long)).logits.sum().backward()
+    # torch computes and counts the full attention square, of which causal attention needs half
+    upper_half = arch.num_layers * 3 * 2 * arch.q_size * sum(length**2 for length in lengths)
+    assert counter.get_total_flops() == arch.training_flops(lengths) + upper_half
+
+
+def test_round_trip_through_json(tmp_path):
+    for family in FAMILIES:
+        arch = Architecture.from_hf(save_tiny_model(tmp_path / family, family))
+        again = Architecture.from_dict(json.loads(json.dumps(arch.to_dict())))
+        assert again == arch
+        assert again.config == arch.config
+
+
+def test_both_spellings_of_rope_scaling_mean_the_same(tmp_path):
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    base = json.loads((save_tiny_model(tmp_path, "llama") / "config.json").read_text())
+    base.pop("rope_parameters")
+    new = Architecture.from_config(base | {"rope_parameters": scaling | {"rope_theta": 5e5}})
+    old = Architecture.from_config(base | {"rope_scaling": scaling, "rope_theta": 5e5})
+    assert new == old
+    assert new.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
+    assert new.rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mixtral"}, "'mixtral' is not supported; supported: qwen2, qwen3, llama"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}, "rope type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None}, "lacks low_freq_factor"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
+        ({"layer_types": None, "use_sliding_window": True, "max_window_layers": 2}, "sliding window"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"num_local_experts": 8}, "mixture of experts"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
+        ({"torch_dtype": "float64", "dtype": None}, "dtype float64"),
+        ({"num_key_value_heads": 3}, "4 attention heads over 3"),
+    ],
+)
+def test_what_megatron_would_compute_differently_is_refused(tmp_path, change, message):
+    config = json.loads((save_tiny_model(tmp_path, "qwen2") / "config.json").read_text())
+    Architecture.from_config(config)
+    with pytest.raises(UserError, match=message):
+        Architecture.from_config(config | change)
+
+
+def test_a_window_that_no_layer_uses_is_no_obstacle(tmp_path):
+    config = json.loads((save_tiny_model(tmp_path) / "config.json").read_text())
+    del config["layer_types"]
+    window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": config["num_hidden_layers"]}
+    Architecture.from_config(config | window)
+
+
+def test_unreadable_folders_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json: no such file"):
+        Architecture.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        Architecture.from_hf(tmp_path)
+
+
+def test_a_layout_that_does_not_fit_is_refused_with_the_numbers(tmp_path):
+    arch = Architecture.from_hf(save_tiny_model(tmp_path))
+    arch.check_parallel(2, 4)
+    with pytest.raises(UserError, match=r"key-value heads 2 is not divisible by tp 4.*layers 4 .* pp 3"):
+        arch.check_parallel(4, 3)
+
+
+def test_sequences_longer_than_the_models_positions_are_refused_with_the_numbers(tmp_path):
+    arch = Architecture.from_hf(save_tiny_model(tmp_path))
+    arch.check_length(256)
+    with pytest.raises(UserError, match=r"model\.max_length 257 is more than the model's 256 positions"):
+        arch.check_length(257)
+
+
+def test_head_size_without_the_key_follows_transformers(tmp_path):
+    config = json.loads((save_tiny_model(tmp_path, "qwen3") / "config.json").read_text())
+    del config["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Architecture.from_hf(tmp_path).head_dim == AutoConfig.from_pretrained(tmp_path).head_dim

@@ -1,0 +1,50 @@
+"""Runs that begin with the finished stages of another one."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.launch.inherit import take_stages
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.manifest import write_manifest
+from tools.benchmarks._tiny_chains import tiny_config, tiny_model, write_config
+
+
+def finish(run: RunFolder, stage: str, size: int = 100_000) -> None:
+    """A stage as it is when it is done: a checkpoint, a log, and what only belongs to that attempt."""
+    checkpoint = run.stage(stage).checkpoint(1)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_bytes(bytes(size))
+    run.stage(stage).rendezvous.mkdir()
+    run.stage(stage).metrics.write_text('{"iteration": 1}\n')
+    write_manifest(checkpoint, {})
+    run.stage(stage).mark_done(checkpoint=checkpoint)
+
+
+def test_a_run_begins_with_the_stages_of_another(tmp_path: Path) -> None:
+    chain = ("sft", "value_pretrain", "ppo")
+    configs = [tiny_config(tmp_path / name, chain) for name in ("base", "arm")]
+    for config in configs:
+        config.value_pretrain.init = "sft"
+    base, run = map(write_config, configs)
+    with pytest.raises(UserError, match="stage sft is not done there"):
+        take_stages(run, config, base.path, "ppo")
+    with pytest.raises(UserError, match="takes the stages before --from STAGE"):
+        take_stages(run, config, base.path, None)
+    finish(base, "sft")
+    finish(base, "value_pretrain")
+    finish(base, "ppo")
+    take_stages(run, config, base.path, "ppo")
+    take_stages(run, config, base.path, "ppo")
+    assert run.stage("sft").is_done() and run.stage("value_pretrain").is_done() and not run.stage("ppo").path.exists()
+    weights = "checkpoints/iter_0000001/weights"
+    assert (run.stage("sft").path / weights).samefile(base.stage("sft").path / weights)
+    assert not run.stage("sft").metrics.samefile(base.stage("sft").metrics)
+    assert not run.stage("sft").rendezvous.exists()
+    run.stage("value_pretrain").manifest.unlink()
+    with pytest.raises(UserError, match="was begun here"):
+        take_stages(run, config, base.path, "ppo")
+    config.model.hf = str(tiny_model(tmp_path / "another"))
+    with pytest.raises(UserError, match=r"its model\.hf is"):
+        take_stages(run, config, base.path, "ppo")

@@ -1,0 +1,115 @@
+"""What the memory plan says, against what real ranks held, and how it follows layout and settings."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.load import load_config
+from megatron_vcppo.config.value_sources import CONFIGS
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.launch.memory_plan import check_memory, plan, plan_of_rank
+from tools.benchmarks._tiny_chains import tiny_model
+
+
+def measured_model(folder: Path) -> Architecture:
+    """The model that ``tools/bench.py memory`` builds by default: 103 M parameters."""
+    sizes = {"hidden_size": 768, "intermediate_size": 2112, "num_hidden_layers": 8, "num_attention_heads": 12}
+    sizes |= {"num_key_value_heads": 6, "vocab_size": 32768, "max_position_embeddings": 1024}
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "torch_dtype": "float32", **sizes}))
+    return Architecture.from_hf(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("stage", "layout", "held_gib", "peak_gib"),
+    [
+        ("sft", {}, 1.56, 2.42),
+        ("sft", {"tp": 2}, 0.79, 1.30),
+        ("sft", {"tp": 2, "sequence_parallel": True}, 0.79, 1.23),
+        ("sft", {"pp": 2}, 0.80, 1.41),
+        ("sft", {"dp": 2, "distributed_optimizer": True}, 1.18, 2.04),
+        ("sft", {"recompute": "full"}, 1.56, 1.85),
+        ("sft", {"pp": 2, "recompute": "full"}, 0.80, 1.07),
+        ("value_pretrain", {}, 1.57, 2.19),
+        ("ppo", {}, 2.73, 3.59),
+    ],
+)
+def test_the_plan_is_what_real_ranks_held(
+    tmp_path: Path, stage: str, layout: dict[str, Any], held_gib: float, peak_gib: float
+) -> None:
+    """The figures that tools/bench.py memory measured, between steps and within one (docs/slurm.md)."""
+    arch, config = measured_model(tmp_path), Config()
+    config.model.dtype, config.model.max_length, config.parallel.tokens_per_microbatch = "float32", 1024, 1024
+    for key, value in layout.items():
+        setattr(config.parallel, key, value)
+    parts = plan(arch, config, stage)
+    held = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    assert held == pytest.approx(held_gib, rel=0.05)
+    assert sum(parts.values()) - parts["overhead"] == pytest.approx(peak_gib, rel=0.05)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> tuple[Architecture, Config]:
+    config = load_config(CONFIGS / "models" / "tiny.yaml", complete=False)
+    return Architecture.from_hf(str(tiny_model(tmp_path))), config
+
+
+def test_bfloat16_halves_what_is_not_the_optimizers(tiny: tuple[Architecture, Config]) -> None:
+    arch, config = tiny
+    float32 = plan(arch, config, "ppo")
+    config.model.dtype = "bfloat16"
+    bfloat16 = plan(arch, config, "ppo")
+    for name in ("weights", "activations", "logits"):
+        assert bfloat16[name] == float32[name] / 2, name
+    assert bfloat16["gradients"] == float32["gradients"], "summed in float32"
+    assert bfloat16["optimizer"] == float32["optimizer"] * 1.5, "a float32 copy of the weights next to two moments"
+
+
+def test_a_stage_holds_the_models_that_it_trains_and_pushes(tiny: tuple[Architecture, Config]) -> None:
+    arch, config = tiny
+    sft, value_pretrain, ppo = (plan(arch, config, stage) for stage in ("sft", "value_pretrain", "ppo"))
+    assert value_pretrain["weights"] == ppo["weights"], "a critic and the actor that generates"
+    assert value_pretrain["gradients"] == ppo["gradients"] - sft["gradients"] and not value_pretrain["logits"]
+    config.ppo.loss.kl_coef = 0.1
+    assert plan(arch, config, "ppo")["weights"] == ppo["weights"] + sft["weights"], "the frozen reference"
+
+
+def test_fp8_adds_a_byte_per_parameter_of_layers_that_run(tiny: tuple[Architecture, Config]) -> None:
+    arch, config = tiny
+    assert "8-bit weights" not in plan(arch, config, "ppo")
+    config.model.fp8, config.ppo.loss.kl_coef = "hybrid", 0.1
+    layers_gib = (arch.parameter_count() - 2 * arch.vocab_size * arch.hidden_size) / 2**30
+    for stage, copies in (("ppo", 5), ("value_pretrain", 2), ("evaluate", 0)):
+        assert plan(arch, config, stage)["8-bit weights"] == pytest.approx(copies * layers_gib), stage
+
+
+def test_the_plan_follows_the_layout(tiny: tuple[Architecture, Config]) -> None:
+    arch, config = tiny
+    alone = plan(arch, config, "sft")
+    config.parallel.tp = 2
+    assert plan(arch, config, "sft")["gradients"] == alone["gradients"] / 2
+    assert alone["activations"] / 2 < plan(arch, config, "sft")["activations"] < alone["activations"]
+    config.parallel.sequence_parallel = True
+    assert plan(arch, config, "sft")["activations"] == alone["activations"] / 2
+    config.parallel.tp, config.parallel.sequence_parallel, config.parallel.dp = 1, False, 4
+    config.parallel.distributed_optimizer = True
+    assert plan(arch, config, "sft")["optimizer"] == alone["optimizer"] / 4
+    config.parallel.dp, config.parallel.cp = None, 2
+    shared = plan(arch, config, "sft")
+    for name in ("activations", "optimizer"):
+        assert shared[name] == pytest.approx(alone[name] / 2), name
+    assert shared["weights"] == alone["weights"] and shared["gradients"] == alone["gradients"]
+    config.parallel.cp, config.parallel.pp = 1, 2
+    first, last = (plan_of_rank(arch, config, "sft", rank) for rank in (0, 1))
+    assert first["activations"] == alone["activations"] and not first["logits"], "two micro-batches of half the layers"
+    assert last["activations"] == alone["activations"] / 2 and last["logits"] == alone["logits"]
+
+
+def test_what_does_not_fit_is_refused_with_its_parts(tiny: tuple[Architecture, Config]) -> None:
+    arch, config = tiny
+    config.cluster.gpu_memory_gib = 3
+    with pytest.raises(UserError, match=r"ppo needs about 3 GiB per GPU \(weights 0\.0, "):
+        check_memory(arch, config, ["ppo"])

@@ -1,0 +1,54 @@
+"""What the roles of a stage are, here and on a cluster."""
+
+from pathlib import Path
+
+from megatron_vcppo.launch.local_chain import local_processes
+from megatron_vcppo.launch.role_commands import role_environment
+from megatron_vcppo.run.stored_set import stored_set
+from megatron_vcppo.slurm.srun import stage_nodes
+from tools.benchmarks._tiny_chains import tiny_config, units_on, write_config
+
+
+def test_what_only_trainer_ranks_on_gpus_get(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    queue, allocator = "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF"
+    assert not {queue, allocator} & set(role_environment(config, "trainer")), "no GPUs"
+    config.cluster.gpus_per_node = 8
+    assert role_environment(config, "trainer")[queue] == "1"
+    assert role_environment(config, "trainer")[allocator] == "expandable_segments:True"
+    assert not {queue, allocator} & set(role_environment(config, "rollout")), "vLLM's sleep mode refuses the second"
+    config.cluster.engines_on = "trainer_gpus"
+    assert allocator not in role_environment(config, "trainer")
+    config.cluster.environment = {queue: "8"}
+    assert role_environment(config, "trainer")[queue] == "8"
+
+
+def test_an_export_is_one_process_on_one_node(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, ("sft", "export"), ranks=16)
+    cluster = config.cluster
+    cluster.trainer_nodes, cluster.gpus_per_node, cluster.cpus_per_node = 2, 8, 64
+    run = write_config(config)
+    assert (stage_nodes(config, "sft"), stage_nodes(config, "export")) == (2, 1)
+    (unit,) = units_on(run, config, "export", ["a"])
+    assert {"--nodelist=a", "--ntasks=1", "--cpus-per-task=64"} <= set(unit.command)
+    (unit,) = local_processes(run, config, "export")
+    assert unit.env["WORLD_SIZE"] == "1" and len(local_processes(run, config, "sft")) == 16
+
+
+def test_no_engines_start_where_the_set_of_rollouts_is_complete(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", ("value_pretrain",))
+    config.value_pretrain.init, config.value_pretrain.rollouts = "sft", "stored"
+    run = write_config(config)
+
+    def roles() -> list[str]:
+        here = local_processes(run, config, "value_pretrain")
+        there = units_on(run, config, "value_pretrain", ["a"])
+        assert {unit.role for unit in here} == {unit.role for unit in there}
+        return [unit.role for unit in here]
+
+    assert roles() == ["trainer", "trainer", "rollout"]
+    made = stored_set(config, "value_pretrain")
+    assert made is not None
+    made.folder.mkdir(parents=True)
+    made.mark_complete()
+    assert roles() == ["trainer", "trainer"]

@@ -1,0 +1,102 @@
+"""The metrics log across kills and resumes, and what reaches Weights & Biases."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.run.folder import StageFolder
+from megatron_vcppo.run.metrics_log import WANDB_ID_NAME, MetricsLog, read_metrics
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    config = Config()
+    config.run.dir, config.model.hf = str(tmp_path / "run"), "models/x"
+    return config
+
+
+def fill(folder: Path, config: Config, first: int, last: int, resume: int = 0) -> None:
+    with MetricsLog(folder, config, "sft", resume_iteration=resume, total_iterations=9) as log:
+        for iteration in range(first, last + 1):
+            log.log(iteration, {"sft/loss": 1.0 / iteration})
+
+
+def test_a_record_per_iteration(tmp_path: Path, config: Config) -> None:
+    fill(tmp_path, config, 1, 3)
+    records = read_metrics(tmp_path)
+    assert [record["iteration"] for record in records] == [1, 2, 3]
+    assert records[1]["sft/loss"] == 0.5 and records[1]["total_iterations"] == 9
+    assert records[0]["timestamp"] <= records[2]["timestamp"]
+
+
+def test_a_resume_logs_nothing_twice(tmp_path: Path, config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(tmp_path, config, 1, 5)
+    fill(tmp_path, config, 4, 6, resume=3)
+    assert [record["iteration"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert "dropped 2 of 5 lines, resuming at iteration 3" in capsys.readouterr().out
+    fill(tmp_path, config, 1, 1)  # from the start again
+    assert [record["iteration"] for record in read_metrics(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize("tail", ['{"iteration": 4, "sft/lo', '{"iteration": 4}', "\x00\x00", "{}\n", "3\n"])
+def test_a_torn_last_line_is_mended(tmp_path: Path, config: Config, tail: str) -> None:
+    fill(tmp_path, config, 1, 3)
+    with StageFolder(tmp_path).metrics.open("a") as file:
+        file.write(tail)
+    assert [record["iteration"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+    fill(tmp_path, config, 4, 4, resume=3)
+    lines = StageFolder(tmp_path).metrics.read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_what_is_not_finite_stays_readable_json(tmp_path: Path, config: Config) -> None:
+    with MetricsLog(tmp_path, config, "sft") as log:
+        log.log(1, {"a": float("nan"), "b": float("-inf"), "c": 2})
+    assert "NaN" not in StageFolder(tmp_path).metrics.read_text()
+    record = read_metrics(tmp_path)[0]
+    assert (record["a"], record["b"], record["c"]) == ("nan", "-inf", 2)
+
+
+def test_a_killed_process_loses_no_record(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\n"
+        "from megatron_vcppo.config import Config\nfrom megatron_vcppo.run.metrics_log import MetricsLog\n"
+        "log = MetricsLog(Path(sys.argv[1]), Config(), 'sft')\n"
+        "[log.log(i, {'x': i}) for i in range(1, 51)]\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
+    assert result.returncode == -signal.SIGKILL
+    assert [record["x"] for record in read_metrics(tmp_path)] == list(range(1, 51))
+
+
+def test_online_without_a_key_is_the_users_to_mend(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config.run.wandb = "online"
+    with pytest.raises(UserError, match="no API key"):
+        MetricsLog(tmp_path, config, "sft")
+
+
+def test_offline_runs_keep_their_id_and_no_secret(tmp_path: Path, config: Config) -> None:
+    config.run.wandb = "offline"
+    config.cluster.environment["PRIVATE"] = "do-not-publish"
+    fill(tmp_path, config, 1, 2)
+    identifier = (tmp_path / WANDB_ID_NAME).read_text()
+    fill(tmp_path, config, 3, 3, resume=2)
+    assert (tmp_path / WANDB_ID_NAME).read_text() == identifier
+    stored = sorted((tmp_path / "wandb").glob(f"offline-run-*/run-{identifier}.wandb"))
+    assert len(stored) == 2
+    assert b"sft/loss" in stored[0].read_bytes()
+    for folder, _, files in os.walk(tmp_path):
+        for name in files:
+            assert b"do-not-publish" not in (Path(folder) / name).read_bytes(), name

@@ -1,0 +1,170 @@
+"""From rollouts and values to advantages: the definition, what changes it, and what is reported."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vcppo.algo.gae import gae_reference
+from megatron_vcppo.config import Config
+from megatron_vcppo.data.packer import Packer
+from megatron_vcppo.data.packing import PackedMicrobatch
+from megatron_vcppo.data.rollout_batch import ModelOutputs, RolloutBatch, make_batch
+from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.stages.advantage_batch import AdvantageBatch, compute_advantages, reward_statistics
+from megatron_vcppo.stages.training_losses import CriticLoss
+from megatron_vcppo.stages.value_pretrain import learn_returns
+
+LENGTHS, REWARDS = (5, 3, 8, 6), (1.0, -1.0, -1.0, 1.0)
+END_OF_THINKING = 9
+
+
+def make_config() -> Config:
+    config = Config()
+    config.rollout.max_tokens = 8
+    return config
+
+
+def batch_of(rewards: tuple[float, ...] = REWARDS) -> RolloutBatch:
+    rollouts = []
+    for i, (length, reward) in enumerate(zip(LENGTHS, rewards, strict=True)):
+        ids = (*(3 for _ in range(length - 2)), END_OF_THINKING, 2)
+        reason = "length" if length == 8 else "stop"
+        prompt = Prompt(f"p{i // 2}", (1, 2), "", "", "t")
+        rollouts.append(Rollout(prompt, i % 2, 0, ids, "", (-1.0,) * length, reason, 0, reward))
+    return make_batch(rollouts)
+
+
+def values_of(batch: RolloutBatch) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch.response_mask.shape, generator=generator).masked_fill(~batch.response_mask, 0)
+
+
+def advantages_of(
+    config: Config, batch: RolloutBatch, values: torch.Tensor | None, ref: torch.Tensor | None = None
+) -> AdvantageBatch:
+    old = batch.rollout_logprobs + 0.25 * batch.response_mask
+    return compute_advantages(
+        batch,
+        ModelOutputs(old, batch.rollout_logprobs, ref, values),
+        config.ppo.advantage,
+        config.ppo.loss,
+        kl_coef=config.ppo.loss.kl_coef,
+        max_tokens=config.rollout.max_tokens,
+        end_of_thinking_id=END_OF_THINKING,
+    )
+
+
+def test_advantages_and_targets_have_their_own_lambda() -> None:
+    config, batch = make_config(), batch_of()
+    config.ppo.advantage.whiten, config.ppo.advantage.lam_actor, config.ppo.advantage.lam_critic = False, 0.9, 1.0
+    values = values_of(batch)
+    found = advantages_of(config, batch, values)
+    rewards = torch.zeros(values.shape)
+    rewards[range(4), batch.lengths - 1] = batch.rewards
+    advantages, returns = gae_reference(
+        rewards=rewards, values=values, mask=batch.response_mask, gamma=1.0, lam_actor=0.9, lam_critic=1.0
+    )
+    assert torch.allclose(found.advantages.double(), advantages, atol=1e-6)
+    assert torch.allclose(found.returns.double(), returns, atol=1e-6)
+    assert torch.equal(found.returns[0, :5], torch.ones(5))  # Monte Carlo
+    assert found.metrics["rollout/logprob_gap"] == pytest.approx(0.25)
+
+
+def test_whitened_over_the_tokens_that_are_trained_on() -> None:
+    config, batch = make_config(), batch_of()
+    config.ppo.advantage.overlong_filter = True
+    found = advantages_of(config, batch, values_of(batch))
+    assert not found.mask[2].any() and torch.equal(found.mask[0], batch.response_mask[0])
+    assert float(found.advantages[2].abs().max()) == 0.0
+    trained = found.advantages[found.mask]
+    assert float(trained.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(trained.std(correction=0)) == pytest.approx(1, abs=1e-5)
+
+
+def test_group_baseline_needs_no_critic_and_reports_none() -> None:
+    config, batch = make_config(), batch_of((1.0, -1.0, 1.0, 1.0))
+    config.ppo.advantage.baseline, config.ppo.advantage.whiten = "grpo", False
+    found = advantages_of(config, batch, None)
+    std = 2**0.5
+    assert found.advantages[0, :5].tolist() == pytest.approx([1 / std] * 5)
+    assert found.advantages[1, :3].tolist() == pytest.approx([-1 / std] * 3)
+    assert float(found.advantages[2:].abs().max()) == 0.0
+    assert not [name for name in found.metrics if name.startswith("critic/")]
+
+
+def test_kl_in_the_reward_lowers_the_returns_token_by_token() -> None:
+    config, batch = make_config(), batch_of()
+    config.ppo.loss.kl_in, config.ppo.loss.kl_coef, config.ppo.loss.kl_kind = "reward", 0.1, "k1"
+    plain = advantages_of(make_config(), batch, values_of(batch)).returns
+    ref = batch.rollout_logprobs + 0.25 * batch.response_mask - 0.5 * batch.response_mask  # KL of 0.5 per token
+    returns = advantages_of(config, batch, values_of(batch), ref).returns
+    assert advantages_of(config, batch, values_of(batch), ref).metrics["actor/kl_ref"] == pytest.approx(0.5)
+    tokens_left = torch.arange(5, 0, -1)
+    assert torch.allclose(plain[0, :5] - returns[0, :5], 0.05 * tokens_left, atol=1e-6)
+
+
+def test_overlong_penalty_reaches_the_returns() -> None:
+    config, batch = make_config(), batch_of()
+    config.ppo.advantage.overlong_penalty_tokens = 4
+    returns = advantages_of(config, batch, values_of(batch)).returns
+    assert returns[0, 0] == pytest.approx(1.0 - 0.25) and returns[2, 0] == pytest.approx(-2.0)
+    assert returns[1, 0] == pytest.approx(-1.0)
+
+
+def test_a_critic_that_knows_nothing_is_gated() -> None:
+    config, batch = make_config(), batch_of()
+    config.ppo.advantage.explained_variance_gate, config.ppo.advantage.whiten = True, False
+    found = advantages_of(config, batch, values_of(batch) * 10)
+    assert found.metrics["critic/explained_variance"] < 0
+    mean = float(found.returns[batch.response_mask].mean())
+    assert torch.allclose(found.advantages, (found.returns - mean).masked_fill(~batch.response_mask, 0))
+
+
+def test_equal_rewards_and_a_constant_critic_stay_finite() -> None:
+    config, batch = make_config(), batch_of((-1.0,) * 4)
+    found = advantages_of(config, batch, torch.full(batch.response_mask.shape, -1.0))
+    assert float(found.advantages.abs().max()) == 0.0
+    assert all(value == value for value in found.metrics.values()), found.metrics
+
+
+def test_reward_statistics() -> None:
+    assert reward_statistics(batch_of((1.0, -1.0, 1.0, 1.0))) == {
+        "rollout/reward_mean": 0.5,
+        "rollout/reward_std": pytest.approx(0.75**0.5),
+        "rollout/accuracy": 0.75,
+        "rollout/equal_groups": 0.5,
+        "rollout/verifier_timeouts": 0.0,
+        "rollout/verifier_errors": 0.0,
+    }
+
+
+def test_answers_without_a_verdict_are_counted() -> None:
+    verdicts = ("correct", "timeout: 10 s", "error: ZeroDivisionError: division by zero", "error: it died")
+    rollouts = [replace(r, verdict=verdict) for r, verdict in zip(batch_of().rollouts, verdicts, strict=True)]
+    statistics = reward_statistics(make_batch(rollouts))
+    assert (statistics["rollout/verifier_timeouts"], statistics["rollout/verifier_errors"]) == (1.0, 2.0)
+
+
+def test_pretraining_learns_the_returns_that_ppo_has() -> None:
+    """The penalty for length, γ and the filter of truncated responses; λ is 1 whatever PPO's is."""
+    config, batch = make_config(), batch_of()
+    settings = config.ppo.advantage
+    settings.overlong_penalty_tokens, settings.overlong_filter, settings.gamma = 4, True, 0.99
+    settings.lam_critic = 1.0
+    ppo = advantages_of(config, batch, values_of(batch))
+    settings.lam_critic = 0.5
+    seen: list[PackedMicrobatch] = []
+
+    class Recorder:
+        def train_step(self, microbatches: list[PackedMicrobatch], loss: CriticLoss) -> None:
+            seen.extend(microbatches)
+            assert loss.denominator == int(ppo.mask.sum())
+
+    critic: Any = Recorder()
+    learn_returns(critic, batch, Packer(512, 1, 0, 1), config.ppo, config.rollout.max_tokens)
+    (microbatch,) = seen
+    mask = microbatch.fields["response_mask"]
+    assert torch.allclose(microbatch.fields["returns"][mask], ppo.returns[ppo.mask], atol=1e-6)
+    assert int(mask.sum()) == int(ppo.mask.sum()) < int(batch.response_mask.sum())

@@ -1,0 +1,193 @@
+"""The training loop by itself: when it saves, how it stops, what a resume continues with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_vcppo.config import Config
+from megatron_vcppo.config.training import CheckpointConfig
+from megatron_vcppo.errors import Stopped, UserError
+from megatron_vcppo.mcore.checkpoint import Resumed
+from megatron_vcppo.run.folder import StageFolder
+from megatron_vcppo.run.metrics_log import read_metrics
+from megatron_vcppo.stages import loop as loop_module
+from megatron_vcppo.stages.loop import TrainLoop
+from megatron_vcppo.stages.stage import Stage
+from megatron_vcppo.stages.stopping import Saved, Stopping
+
+
+@dataclass
+class Checkpoints:
+    """In memory; takes the place of CheckpointFolder."""
+
+    resumed: Resumed | None = None
+    saves: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    save_time_s: float = 0.0
+
+    def resume(self, components: Any) -> Resumed | None:
+        return self.resumed
+
+    def save(self, iteration: int, components: Any, state: dict[str, Any], tensors: Any) -> None:
+        self.saves.append((iteration, state))
+
+    def poll(self) -> None:
+        """Nothing is in the background."""
+
+    finish = poll
+
+
+class Counter:
+    """A part of the state."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def state_dict(self) -> int:
+        return self.value
+
+    def load_state_dict(self, state: int) -> None:
+        self.value = state
+
+
+class Request(Stopping):
+    """On one rank without a group; ``when`` is looked at at every point."""
+
+    def __init__(self, when: Callable[[], bool]) -> None:
+        super().__init__()
+        self.when = when
+
+    def agreed(self) -> bool:
+        return self.when()
+
+
+@dataclass
+class Run:
+    """Steps of a loop over a counter, with a fake of everything that needs a model."""
+
+    folder: StageFolder
+    monkeypatch: pytest.MonkeyPatch
+    counter: Counter = field(default_factory=Counter)
+    done: list[int] = field(default_factory=list)
+
+    def __call__(
+        self,
+        checkpoints: Checkpoints,
+        total: int = 5,
+        stop: Callable[[], bool] = lambda: False,
+        body: Callable[[TrainLoop, int], None] = lambda loop, step: None,
+        skipped: bool = False,
+    ) -> None:
+        config = Config()
+        config.ppo.skip_limit = 2
+        self.monkeypatch.setattr(loop_module, "CheckpointFolder", lambda *_: checkpoints)
+        self.monkeypatch.setattr(loop_module, "stopping", Request(stop))
+        self.monkeypatch.setattr(
+            StageFolder, "mark_done", lambda _, checkpoint: self.done.append(int(checkpoint.name[-7:]))
+        )
+        main: Any = SimpleNamespace(is_main=True)
+        loop = TrainLoop(Stage(config, self.folder, main), {}, total, CheckpointConfig(save_every=2))
+        loop.track(count=self.counter)
+        with loop:
+            for step in loop:
+                self.counter.value += 10
+                body(loop, step)
+                loop.log({"x": 1.0}, count=1, shown={}, skipped={"actor": [skipped]})
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    return Run(StageFolder(tmp_path / "sft").make(), monkeypatch)
+
+
+def counts(checkpoints: Checkpoints) -> list[tuple[int, int]]:
+    return [(iteration, state["count"]) for iteration, state in checkpoints.saves]
+
+
+def test_it_saves_at_boundaries_and_at_the_end(run: Run) -> None:
+    checkpoints = Checkpoints()
+    run(checkpoints)
+    assert counts(checkpoints) == [(2, 20), (4, 40), (5, 50)] and run.done == [5]
+    assert [record["iteration"] for record in read_metrics(run.folder.path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_resume_continues_after_the_last_complete_step(run: Run) -> None:
+    checkpoints = Checkpoints(Resumed(4, {"count": 40, "skipped_in_a_row": {"actor": 1}}, {}))
+    run(checkpoints)
+    assert counts(checkpoints) == [(5, 50)] and run.done == [5]
+
+
+def test_a_stage_whose_steps_were_lowered_is_done_with_what_it_has(run: Run) -> None:
+    checkpoints = Checkpoints(Resumed(4, {"count": 40}, {}))
+    run(checkpoints, total=3)
+    assert checkpoints.saves == [] and run.done == [4]
+
+
+@pytest.mark.parametrize(("step", "expected"), [(3, [(2, 20), (3, 30)]), (4, [(2, 20), (4, 40)])])
+def test_a_stop_between_steps_saves_once(run: Run, step: int, expected: list[tuple[int, int]]) -> None:
+    checkpoints = Checkpoints()
+    with pytest.raises(Saved, match=f"saved at step {step} of 5"):
+        run(checkpoints, stop=lambda: run.counter.value == 10 * step)
+    assert counts(checkpoints) == expected and run.done == []
+
+
+def test_a_stop_within_a_step_saves_the_state_before_it(run: Run) -> None:
+    def stop(loop: TrainLoop, step: int) -> None:
+        if step == 4:
+            raise Stopped
+
+    checkpoints = Checkpoints()
+    with pytest.raises(Saved, match="saved at step 3 of 5"):
+        run(checkpoints, body=stop)
+    assert counts(checkpoints) == [(2, 20), (3, 30)]
+    with pytest.raises(Saved):
+        run(Checkpoints(Resumed(3, {"count": 30}, {})), body=stop)
+
+
+def test_a_stop_after_the_last_step_does_not_matter(run: Run) -> None:
+    run(Checkpoints(), stop=lambda: run.counter.value == 50)
+    assert run.done == [5]
+
+
+def test_a_step_can_be_the_last(run: Run) -> None:
+    checkpoints = Checkpoints()
+    run(checkpoints, body=lambda loop, step: loop.end() if step == 3 else None)
+    assert counts(checkpoints) == [(2, 20), (3, 30)] and run.done == [3]
+
+
+def test_too_many_skipped_steps_end_the_stage_saved(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = Checkpoints()
+    with pytest.raises(UserError, match="2 updates of the actor in a row"):
+        run(checkpoints, skipped=True)
+    assert counts(checkpoints) == [(2, 20)] and checkpoints.saves[0][1]["skipped_in_a_row"] == {"actor": 2}
+    assert "warning: step 1: skipped 1 of 1 updates of the actor (1 in a row)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="3 updates of the actor in a row"):
+        run(Checkpoints(Resumed(2, checkpoints.saves[0][1], {})), skipped=True)
+
+
+@dataclass
+class Partial:
+    """Two optimizer steps of an unfinished step."""
+
+    num_updates: int
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.num_updates}
+
+    def tensors(self) -> dict[str, Any]:
+        return {}
+
+
+def test_a_stop_within_an_update_saves_how_far_it_is(run: Run) -> None:
+    def stop(loop: TrainLoop, step: int) -> None:
+        loop.partial = Partial(2)
+        raise Stopped
+
+    checkpoints = Checkpoints()
+    with pytest.raises(Saved, match="within step 1 of 5, after 2 optimizer steps"):
+        run(checkpoints, body=stop)
+    [(iteration, state)] = checkpoints.saves
+    assert iteration == 0 and state["count"] == 0 and state["unfinished"] == {"updates": 2}
