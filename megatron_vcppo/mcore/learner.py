@@ -17,7 +17,7 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_vcppo.algo.metrics import Metrics, add, means
+from megatron_vcppo.algo.metrics import Metrics, add, means, total_metric
 from megatron_vcppo.config.schema import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.mcore import optimizer as optim
@@ -72,7 +72,7 @@ class Runner(abc.ABC):
 
             def loss(model_output: Tensor, non_loss_data: bool = True) -> Metrics:
                 value, metrics = loss_function(self.outputs(model_output, microbatch, shard), microbatch)
-                return {**metrics, "loss": (value, torch.zeros_like(value))}
+                return {**metrics, "loss": total_metric(value)}
 
             return self.model.run(microbatch, shard), loss
 
@@ -218,7 +218,7 @@ class Learner(Runner):
             def loss(model_output: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
                 value, metrics = loss_function(self.outputs(model_output, microbatch, shard), microbatch)
                 detached = {name: (s.detach().clone(), w.detach().clone()) for name, (s, w) in metrics.items()}
-                detached["loss"] = (value.detach().clone(), torch.zeros_like(value))
+                detached["loss"] = total_metric(value)
                 return value * undo_means, detached
 
             return self.model.run(microbatch, shard), loss
