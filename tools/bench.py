@@ -1,4 +1,4 @@
-"""Measure speed: ``python tools/bench.py NAME [options]`` prints one JSON line per case; without NAME, what there is.
+"""Measure speed: ``python tools/bench.py NAME [options]`` prints one JSON line per case; without NAME, all names.
 
 A benchmark is a module tools/benchmarks/NAME.py with ``add_arguments(parser)`` and ``run(args)``, which yields one
 dict per case. Modules whose name begins with "_" are shared helpers.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# tools/check_node.sh [PYTHON]: what a GPU node needs before tools/setup.sh gpu downloads anything, and to run jobs later.
-# Prints one line per failed check, with what to do, and one line of what was found. Exit code 2 if a check failed.
+# tools/check_node.sh [PYTHON]: checks what a GPU node needs for tools/setup.sh gpu, before it downloads anything, and for jobs.
+# Prints one line per failed check, with what to do, and one line with what was found. Exit code 2 if a check failed.
 # tools/setup.sh gpu runs it; on compute nodes, which also compile (Triton, Megatron's fusions), run it yourself.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit

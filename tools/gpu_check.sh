@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # tools/gpu_check.sh [part…] [--wheels DIR] [--json FILE] [--device cpu] [--size tiny]: what only a GPU can show, on one
-# GPU, without network. One table at the end. tools/gpu_check.sh --help says the rest.
+# GPU, without network. One table at the end. See tools/gpu_check.sh --help.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -15,6 +15,6 @@ for candidate in ${PYTHON:+"$PYTHON"} "$root/.venv/bin/python" python3 python; d
     fi
 done
 [ -n "$python" ] || { echo "gpu_check: error: no Python found; set PYTHON=/path/to/python" >&2; exit 2; }
-# The folder that it is called from stays: paths in arguments are relative to it; but nothing is imported from there.
+# Keep the working directory, to which paths in arguments are relative, but import nothing from it.
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 exec "$python" -m tools.gpu_check "$@"

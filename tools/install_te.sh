@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Puts Transformer Engine's Python package (its pure wheel) into .te/, for the tests that run it on CPU over
-# tests/helpers/te. What its import needs and .venv lacks goes there too; versions are those of requirements-gpu.lock.
-# Nothing is installed into .venv. Exit code 3: the packages cannot be had here; the caller then skips those tests.
+# tests/helpers/te. Packages that it imports and .venv lacks go there too; versions are those of requirements-gpu.lock.
+# Nothing is installed into .venv. Exit code 3: the packages cannot be downloaded here; the caller then skips those tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

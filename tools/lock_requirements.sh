@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Writes requirements-cpu.lock and requirements-gpu.lock: every package that the pins lead to, for Python 3.11 and 3.12.
-# The resolver (uv) reads metadata only, so that this also proves, on any machine, that the GPU pins go together.
+# Writes requirements-cpu.lock and requirements-gpu.lock: the pins and all packages that they require, for Python 3.11 and 3.12.
+# The resolver (uv) reads metadata only, so this also verifies, on any machine, that the GPU pins fit together.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -8,7 +8,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 uv=$(command -v uv || true)
 if [ -z "$uv" ]; then
-    echo "uv is not installed: using a throw-away copy"
+    echo "uv is not installed: using a temporary copy"
     python3 -m venv "$scratch/venv"
     "$scratch/venv/bin/pip" install --quiet uv
     uv=$scratch/venv/bin/uv
@@ -28,7 +28,7 @@ lock() { # lock KIND [uv option…]
     echo "requirements-$kind.lock: $(grep -c == requirements-"$kind".lock) packages"
 }
 
-# Text only: vLLM's CPU build asks for these three, and torchvision breaks its import without image libraries.
+# Text only: vLLM's CPU build requires these three, and torchvision breaks its import without image libraries.
 no_media=(--no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec)
 if [ -n "${PIP_FIND_LINKS:-}" ]; then
     cpu_torch=(--find-links "$PIP_FIND_LINKS")
@@ -38,7 +38,7 @@ fi
 lock cpu "${no_media[@]}" "${cpu_torch[@]}"
 lock gpu
 
-# Everything but transformer-engine-torch is a wheel that the oldest supported system takes; check_node.sh names it.
+# Everything but transformer-engine-torch is a wheel that installs on the oldest supported system; check_node.sh names it.
 glibc=$(sed -n 's/^glibc_needed=\([0-9.]*\).*/\1/p' tools/check_node.sh)
 for python in 3.11 3.12; do
     "$uv" pip install --quiet --dry-run --no-deps --only-binary :all: --target "$scratch/target" --python-version "$python" \

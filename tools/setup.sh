@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# tools/setup.sh cpu|gpu: makes .venv with everything that requirements-KIND.lock names and this package, editable.
-# Succeeds at once if that is already there; installs again when a requirement or the package's metadata changed.
-# PYTHON=/path/to/python3.12 chooses the interpreter. gpu: tools/check_node.sh says first what this node lacks.
+# tools/setup.sh cpu|gpu [3.11|3.12]: makes .venv with all packages of requirements-KIND.lock and this one, editable.
+# Returns at once if it is up to date; installs again when a requirement or the package's metadata has changed.
+# PYTHON=/path/to/python3.12 selects the interpreter (default: the first 3.11 or 3.12 found). With a version, the
+# environment is .venv-VERSION and its interpreter is of that version; exit code 3 if this machine has none.
+# gpu: tools/check_node.sh first lists what this node lacks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 kind=${1:-}
-if [ "$kind" != cpu ] && [ "$kind" != gpu ]; then
-    echo "usage: tools/setup.sh cpu|gpu" >&2
-    exit 2
-fi
-venv=.venv
+version=${2:-}
+case $kind,$version in
+cpu, | gpu, | cpu,3.11 | gpu,3.11 | cpu,3.12 | gpu,3.12) ;;
+*) echo "usage: tools/setup.sh cpu|gpu [3.11|3.12]" >&2; exit 2 ;;
+esac
+venv=.venv${version:+-$version}
 stamp=$venv/setup.stamp
 lock=requirements-$kind.lock
 wanted="$kind $(cat "$lock" pyproject.toml tools/setup.sh | sha256sum | cut -d' ' -f1) $PWD"
@@ -20,18 +23,25 @@ if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
 fi
 
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then
+    local candidate candidates=(${PYTHON:+"$PYTHON"} python3.11 python3.12 python3)
+    # pyenv's python3.12 on the path fails unless that version is activated; the installed one is below its root.
+    candidates+=("${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.1[12].*/bin/python3)
+    for candidate in "${candidates[@]}"; do
+        if "$candidate" -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1].split())' \
+            "${version:-3.11 3.12}" 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
+    if [ -n "$version" ]; then
+        echo "setup: no Python $version found; install it or set PYTHON=/path/to/python$version" >&2
+        exit 3
+    fi
     echo "setup: error: no Python 3.11 or 3.12 found; install one or set PYTHON=/path/to/python3.12" >&2
     exit 2
 }
 
-pip_install() { # long output becomes one line a package where nobody watches a progress bar
+pip_install() { # without a terminal: one line per package instead of progress bars
     local pip=("$venv/bin/python" -m pip install --no-deps --no-compile --disable-pip-version-check)
     if [ -t 1 ]; then
         "${pip[@]}" "$@"
@@ -40,7 +50,7 @@ pip_install() { # long output becomes one line a package where nobody watches a 
     fi
 }
 
-build_jobs() { # compilers at a time: one takes up to 2 GB
+build_jobs() { # number of concurrent compilers, at 2 GB of memory each
     local free_gb jobs
     free_gb=$(($(awk '/^MemAvailable/ { print $2 }' /proc/meminfo) / 1000000))
     jobs=$((free_gb / 2 < $(nproc) ? free_gb / 2 : $(nproc)))
@@ -64,16 +74,25 @@ fi
 
 echo "setup: installing $(grep -c == "$lock") pinned packages (minutes on the first call)"
 torch=$(grep -o '^torch==[^ ]*' "$lock")
-torch_source=()
-if [ "$kind" = cpu ] && ! "$venv/bin/python" -m pip install --quiet --dry-run --no-deps "$torch" >/dev/null 2>&1; then
-    torch_source=(--extra-index-url https://download.pytorch.org/whl/cpu)
+is_available() { # is_available PIP-ARGUMENT…: the configured package sources have it for this interpreter
+    "$venv/bin/python" -m pip install --quiet --dry-run --no-deps --retries 0 "$@" >/dev/null 2>&1
+}
+if [ "$kind" = gpu ] || is_available "$torch"; then
+    pip_install "$torch"
+elif pytorch=(--extra-index-url https://download.pytorch.org/whl/cpu) && is_available "${pytorch[@]}" "$torch"; then
+    pip_install "${pytorch[@]}" "$torch"
+else
+    # The GPU build of the same release computes the same on the CPU, but its import needs the CUDA libraries (3 GB).
+    echo "setup: $torch cannot be downloaded here: installing the GPU build of that release"
+    libraries="cublas|cuda-(cupti|nvrtc|runtime)|cudnn-cu|cufft|cufile|curand|cusolver|cusparse|nccl|nvjitlink"
+    libraries+="|nvshmem|nvtx"
+    pip_install -r <(grep -E "^(torch==|nvidia-($libraries))" requirements-gpu.lock)
 fi
-pip_install "${torch_source[@]}" "$torch"
-# Transformer Engine's torch extension is built, or fetched, against the torch and the wheels that are then installed:
-# the headers of CUDA, cuDNN and NCCL lie in those, and so does ninja. No CUDA toolkit is needed.
-pip_install -r <(grep -v '^transformer-engine-torch==' "$lock")
+# Transformer Engine's torch extension is built, or fetched, against the torch and the wheels installed here: those
+# contain the headers of CUDA, cuDNN and NCCL, and ninja. No CUDA toolkit is needed.
+pip_install -r <(grep -Ev '^(torch|transformer-engine-torch)==' "$lock")
 if [ "$kind" = gpu ]; then
-    echo "setup: transformer-engine-torch: fetching its ready-made build, else compiling (minutes)"
+    echo "setup: transformer-engine-torch: downloading its prebuilt wheel, or else compiling it (minutes)"
     PATH=$PWD/$venv/bin:$PATH NVTE_BUILD_USE_NVIDIA_WHEELS=1 MAX_JOBS=${MAX_JOBS:-$(build_jobs)} \
         pip_install --no-build-isolation "$(grep -o '^transformer-engine-torch==[^ ]*' "$lock")"
 else

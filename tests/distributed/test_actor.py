@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -121,35 +120,63 @@ def test_gradients_equal_transformers(tmp_path: Path) -> None:
     assert (torch.tensor(ours["logprobs"]) - new).abs().max() <= 1e-4
 
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "tp2": (2, {"tp": 2}),
-    "pp2": (2, {"pp": 2}),
-    "dp2-distributed-optimizer": (2, {"distributed_optimizer": True}),
-    "tp2pp2": (4, {"tp": 2, "pp": 2}),
-    "tp2pp2-sequence-parallel": (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
-    "tp2dp2-overlap-recompute": (4, {"tp": 2, "overlap": True, "recompute": "full", "sequence_parallel": True}),
-    "tp2pp2dp2-all": (
-        8,
-        {
-            **{"tp": 2, "pp": 2, "sequence_parallel": True, "recompute": "selective"},
-            **{"distributed_optimizer": True, "overlap": True},
-        },
+LAYOUTS: dict[str, ParallelConfig] = {
+    "tp2": ParallelConfig(tp=2, dp=1),
+    "pp2": ParallelConfig(pp=2, dp=1),
+    "dp2-distributed-optimizer": ParallelConfig(dp=2, distributed_optimizer=True),
+    "tp2pp2": ParallelConfig(tp=2, pp=2, dp=1),
+    "tp2pp2-sequence-parallel": ParallelConfig(tp=2, pp=2, dp=1, sequence_parallel=True),
+    "tp2dp2-overlap-recompute": ParallelConfig(tp=2, dp=2, overlap=True, recompute="full", sequence_parallel=True),
+    "tp2pp2dp2-all": ParallelConfig(
+        tp=2,
+        pp=2,
+        dp=2,
+        sequence_parallel=True,
+        recompute="selective",
+        distributed_optimizer=True,
+        overlap=True,
     ),
 }
+CASES = [
+    # The layouts without sequence parallelism or replicas are parts of the others.
+    pytest.param(tied, name, id=f"{'tied' if tied else 'untied'}-{name}", marks=pytest.mark.slow if slow else ())
+    for tied, name, slow in (
+        (False, "tp2", True),
+        (False, "pp2", False),
+        (False, "dp2-distributed-optimizer", False),
+        (False, "tp2pp2", True),
+        (False, "tp2pp2-sequence-parallel", False),
+        (False, "tp2dp2-overlap-recompute", False),
+        (False, "tp2pp2dp2-all", True),
+        (True, "pp2", False),
+        (True, "tp2pp2dp2-all", False),
+    )
+]
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_training_is_the_same_under_every_layout(tmp_path: Path, tied: bool) -> None:
-    folder = save_tiny_model(tmp_path / "hf", tied=tied)
-    reference = run_distributed_test(train, 1, folder, ParallelConfig(), 10)[0]
-    assert reference["loss"][0] > 1.0 and len(reference["loss"]) == 10
-    layouts = LAYOUTS if not tied else {name: LAYOUTS[name] for name in ("pp2", "tp2pp2dp2-all")}
-    for name, (world_size, layout) in layouts.items():
-        for ours in run_distributed_test(train, world_size, folder, ParallelConfig(**layout), 10, timeout_s=120):
-            for key, values in reference.items():
-                worst = max(abs(a - b) for a, b in zip(ours[key], values, strict=True))
-                limit = 1e-5 if key != "logprobs" else 1e-4  # AdamW's division magnifies float32 noise in weights
-                assert worst <= limit, f"{name}: {key} differs by {worst:.1e}"
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[Path, dict[str, list[float]]]]:
+    """Tied embeddings or not: the model, and ten steps on one rank."""
+    folders = {tied: save_tiny_model(tmp_path_factory.mktemp("hf"), tied=tied) for tied in (False, True)}
+    return {
+        tied: (folder, run_distributed_test(train, 1, folder, ParallelConfig(), 10)[0])
+        for tied, folder in folders.items()
+    }
+
+
+@pytest.mark.parametrize(("tied", "name"), CASES)
+def test_training_is_the_same_under_every_layout(
+    reference: dict[bool, tuple[Path, dict[str, list[float]]]], tied: bool, name: str
+) -> None:
+    folder, expected = reference[tied]
+    assert expected["loss"][0] > 1.0 and len(expected["loss"]) == 10
+    parallel = LAYOUTS[name]
+    ranks = parallel.tp * parallel.pp * (parallel.dp or 1)
+    for ours in run_distributed_test(train, ranks, folder, parallel, 10, timeout_s=120):
+        for key, values in expected.items():
+            worst = max(abs(a - b) for a, b in zip(ours[key], values, strict=True))
+            limit = 1e-5 if key != "logprobs" else 1e-4  # AdamW's division magnifies float32 noise in weights
+            assert worst <= limit, f"{key} differs by {worst:.1e}"
 
 
 def test_bfloat16_trains(tmp_path: Path) -> None:

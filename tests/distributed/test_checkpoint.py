@@ -35,7 +35,10 @@ from tools.benchmarks._tiny_models import save_tiny_model
 TP2PP2 = ParallelConfig(tp=2, pp=2, sequence_parallel=True)
 
 
-@pytest.mark.parametrize("distributed_optimizer", [False, True], ids=["plain", "distributed-optimizer"])
+@pytest.mark.parametrize(
+    "distributed_optimizer",
+    [pytest.param(False, id="plain", marks=pytest.mark.slow), pytest.param(True, id="distributed-optimizer")],
+)
 def test_any_layout_continues_as_if_nothing_had_happened(tmp_path: Path, distributed_optimizer: bool) -> None:
     hf = save_tiny_model(tmp_path / "hf", tied=True)
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(400)
 
 PROMPTS = make_prompts(8)
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
-"""Tensor- and pipeline-parallel sizes of the trainer."""
+"""Tensor- and pipeline-parallel sizes of the trainer; each alone streams the same bytes (test_export_stream.py)."""
 
 
 def push(folders: list[Path], versions: list[int], rendezvous: Path, tp: int, pp: int) -> list[PushResult]:
@@ -69,19 +69,22 @@ def check_logprob_gap(folder: Path, rollouts: list[Rollout]) -> None:
         assert (trained - torch.tensor(rollout.rollout_logprobs)).abs().max() <= 1e-3
 
 
-def case(family: str, tied: bool, slow: bool = True, **engine: int) -> Any:
-    """Model family, tied embeddings, layout of the engine; every engine layout has one case that is not slow."""
+def case(family: str, tied: bool, layouts: list[tuple[int, int]] | None = None, **engine: int) -> Any:
+    """Model family, tied embeddings, layout of the engine. Slow with all of the trainer's layouts, quick with some."""
     layout = "-".join(f"{key}{value}" for key, value in engine.items()) or "tp1"
-    name = f"{family}-{'tied' if tied else 'untied'}-{layout}"
-    return pytest.param(family, tied, engine, id=name, marks=pytest.mark.slow if slow else ())
+    name = f"{family}-{'tied' if tied else 'untied'}-{layout}" + ("-quick" if layouts else "")
+    marks = () if layouts else pytest.mark.slow
+    return pytest.param(family, tied, layouts or LAYOUTS, engine, id=name, marks=marks)
 
 
 @pytest.mark.parametrize(
-    ("family", "tied", "engine"),
+    ("family", "tied", "layouts", "engine"),
     [
-        case("qwen2", True, slow=False),
-        case("qwen3", False, slow=False, tp=2),
-        case("qwen2", False, slow=False, dp=2),
+        # Engines with tp 1 and tied embeddings get pushes in tests/rollout/test_node.py and in every test of a stage.
+        case("qwen3", False, layouts=[(1, 1), (2, 2)], tp=2),
+        case("qwen2", True),
+        case("qwen3", False, tp=2),
+        case("qwen2", False, dp=2),
         case("qwen3", True),
         case("qwen2", False),
         case("qwen3", False),
@@ -89,7 +92,7 @@ def case(family: str, tied: bool, slow: bool = True, **engine: int) -> Any:
         case("qwen2", True, dp=2),
     ],
 )
-def test_greedy_output_after_a_push_is_a_fresh_engines(tmp_path, family, tied, engine) -> None:
+def test_greedy_output_after_a_push_is_a_fresh_engines(tmp_path, family, tied, layouts, engine) -> None:
     target = save_policy(tmp_path / "target", family, tied, seed=1)
     other = save_policy(tmp_path / "other", family, tied, seed=2)
     with RolloutNode(tmp_path / "node", target, {"engine": engine}) as node:
@@ -97,7 +100,7 @@ def test_greedy_output_after_a_push_is_a_fresh_engines(tmp_path, family, tied, e
         fresh = node.greedy(messages.NO_VERSION, PROMPTS)
         run_distributed_test(push, 1, [other], [1], node.rendezvous, 1, 1)
         assert node.greedy(1, PROMPTS) != fresh
-        for version, (tp, pp) in enumerate(LAYOUTS, start=2):
+        for version, (tp, pp) in enumerate(layouts, start=2):
             versions = [100 + version, version]
             per_rank = run_distributed_test(push, tp * pp, [other, target], versions, node.rendezvous, tp, pp)
             assert node.greedy(version, PROMPTS) == fresh, f"trainer tp {tp} pp {pp}"

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,23 +12,11 @@ from megatron_vcppo.run.manifest import write_manifest
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import read_rollouts, stored_iterations
 from tests.helpers.distributed import RanksFailed
-from tests.helpers.rollout_stages import Stage, make_config, make_task
+from tests.helpers.rollout_stages import Stage, make_config
 from tools.benchmarks._rollout_node import RolloutNode
 from tools.benchmarks._tiny_models import save_tiny_model
 
 PPO = {"critic": {"init": "sft"}, "evaluate_every": 0}
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_task(tmp_path_factory.mktemp("bad_input") / "task")
-
-
-@pytest.fixture(scope="module")
-def node(task: Path) -> Iterator[RolloutNode]:
-    with RolloutNode(task.parent / "node", task / "base_model", {"engine": {"max_num_seqs": 8}}) as node:
-        node.wait()
-        yield node
 
 
 def output_of(stage: Stage, log: Path) -> tuple[str, int]:

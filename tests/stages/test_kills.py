@@ -1,6 +1,5 @@
 """Stages that generate, killed at random points while engines live: nothing is trained twice, or otherwise."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import read_rollouts
 from megatron_vcppo.stages.rollout_session import RolloutSession
-from tests.helpers.rollout_stages import KILL_POINTS, KillPoint, Stage, make_config, make_task
+from tests.helpers.rollout_stages import KILL_POINTS, KillPoint, Stage, make_config
 from tools.benchmarks._rollout_node import RolloutNode
 
 PPO_POINTS = (
@@ -24,18 +23,6 @@ REWARD_MODEL_POINTS = (KillPoint(Learner, "train_step", 2), KillPoint(Checkpoint
 """Its rollouts are stored once."""
 
 pytestmark = pytest.mark.timeout(600)  # the first test also waits for the node
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_task(tmp_path_factory.mktemp("kills") / "task")
-
-
-@pytest.fixture(scope="module")
-def node(task: Path) -> Iterator[RolloutNode]:
-    with RolloutNode(task.parent / "node", task / "base_model", {"engine": {"max_num_seqs": 8}}) as node:
-        node.wait()
-        yield node
 
 
 def assert_replays(stage: Stage, node: RolloutNode, folder: Path) -> None:

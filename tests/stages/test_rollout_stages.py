@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,10 @@ from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import read_rollouts, stored_iterations
 from megatron_vcppo.stages import rollout_session
 from megatron_vcppo.stages.rollout_source import StoredRollouts
-from tests.helpers.rollout_stages import Stage, make_config, make_task
+from tests.helpers.rollout_stages import Stage, make_config
 from tools.benchmarks._rollout_node import RolloutNode
 
 pytestmark = pytest.mark.timeout(600)  # the first test also waits for the node
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_task(tmp_path_factory.mktemp("stages") / "task")
-
-
-@pytest.fixture(scope="module")
-def node(task: Path) -> Iterator[RolloutNode]:
-    with RolloutNode(task.parent / "node", task / "base_model", {"engine": {"max_num_seqs": 8}}) as node:
-        node.wait()
-        yield node
 
 
 def without_engines(stage: Stage) -> Stage:

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import partial_iterations, read_partial, read_rollouts, stored_iterations
 from megatron_vcppo.stages import ppo as ppo_module
-from tests.helpers.rollout_stages import Stage, make_config, make_task
+from tests.helpers.rollout_stages import Stage, make_config
 from tests.helpers.stops import ask_to_stop, at_call, hold_responses
 from tools.benchmarks._rollout_node import RolloutNode
 from tools.benchmarks._tiny_chains import wait_until
@@ -26,18 +25,6 @@ PPO: dict[str, Any] = {"iterations": 3, "ppo_epochs": 2, "minibatches": 2, "chec
 
 
 pytestmark = pytest.mark.timeout(600)  # the first test also waits for the node
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_task(tmp_path_factory.mktemp("stops") / "task")
-
-
-@pytest.fixture(scope="module")
-def node(task: Path) -> Iterator[RolloutNode]:
-    with RolloutNode(task.parent / "node", task / "base_model", {"engine": {"max_num_seqs": 8}}) as node:
-        node.wait()
-        yield node
 
 
 def assert_kept(stage: Stage, tag: int, kept: list[Rollout]) -> None:

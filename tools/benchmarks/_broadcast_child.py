@@ -1,4 +1,4 @@
-"""Child of the weight-sync benchmark: receives bare broadcasts, as often as the rounds ask, and does nothing else."""
+"""Child of the weight-sync benchmark: receives bare broadcasts, one series per round, and does nothing else."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""One rank of the checkpoint benchmark: trains a step, saves, trains on, loads; says what that took."""
+"""One rank of the checkpoint benchmark: trains a step, saves, trains on, loads; returns time, bytes and memory."""
 
 import os
 import threading
@@ -45,7 +45,7 @@ def measure(rank: int, config: Any, folder: Path) -> dict[str, float]:
     _, step_mib = _peak_mib(step)
     settings = CheckpointConfig(save_every=1, async_save=config.sft.checkpoint.async_save)
     checkpoints = CheckpointFolder(folder, config, settings)
-    checkpoints.save(1, {"actor": actor}, {})  # what only the first one pays for: imports, plans
+    checkpoints.save(1, {"actor": actor}, {})  # the first save also pays for imports and plans
     checkpoints.finish()
     waits: dict[str, float] = {}
 

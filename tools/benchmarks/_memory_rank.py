@@ -1,4 +1,4 @@
-"""One rank of the memory benchmark: builds the models of a stage, trains two steps, says what it held."""
+"""One rank of the memory benchmark: builds the models of a stage, trains two steps, returns the bytes that it held."""
 
 import os
 from typing import Any

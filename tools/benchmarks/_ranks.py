@@ -1,4 +1,4 @@
-"""Shared by benchmarks: real ranks in processes of their own, and a model's sizes to build one from."""
+"""Shared by benchmarks: real ranks, one process each, and a model's sizes to build one from."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The two sides of the training benchmark: processes that build a model, then do one optimizer step whenever asked."""
+"""The two sides of the training benchmark: processes that build a model, then do one optimizer step per message."""
 
 import os
 import sys
@@ -46,7 +46,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a process says after a step."""
+    """A process's answer after a step."""
 
     loss: float
     cpu_s: float
@@ -87,7 +87,7 @@ def planned_gib(work: Work) -> float:
     config.model.dtype = work.model["dtype"]
     config.model.max_length = max(map(len, work.sequences))
     config.parallel = parallel_config(work)
-    # The plan takes fused layers for a mark of a GPU cluster.
+    # The plan takes fused layers as a sign of a GPU cluster.
     ranks = config.parallel.tp * config.parallel.pp * config.parallel.cp * (config.parallel.dp or 1)
     config.cluster.gpus_per_node = ranks if uses_transformer_engine(config.model) else 0
     parts = plan(work.arch, config, "sft")

@@ -36,7 +36,7 @@ class NoReference(nn.Module):
 
 
 class TokenReward(nn.Module):
-    """In place of the reward model, which PPOTrainer insists on: +1 or -1 by the last token's id, at no cost."""
+    """In place of the reward model, which PPOTrainer requires: +1 or -1 by the last token's id, at no cost."""
 
     base_model_prefix = "backbone"
 

@@ -1,7 +1,7 @@
 """Import and export against a plain file copy of the same bytes, each in its own process: GB/s and peak memory.
 
-A random model of at least the asked size is written to a scratch folder, and everything is removed afterwards.
-Every case ends with its bytes synced to disk. A random model says as much as a trained one: bytes are bytes.
+A random model of at least the given size is written to a scratch folder, and everything is removed afterwards.
+Every case ends with its bytes synced to disk. Random weights take as long as trained ones.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _write_model(folder: Path, gigabytes: float, pp: int) -> tuple[int, int]:
-    """A Llama of random bytes, about as many layers as the size asks for; returns layers and the largest tensor."""
+    """A Llama of random bytes with about as many layers as the size needs; returns layers and the largest tensor."""
     import numpy as np
     import torch
 

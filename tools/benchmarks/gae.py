@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--loop", action="store_true", help="also time a loop over tokens, vectorised over rows")
+    parser.add_argument("--loop", action="store_true", help="also time a loop over tokens, vectorized over rows")
     parser.add_argument("--peers", nargs="*", default=[], metavar="FILE:FUNCTION")
 
 

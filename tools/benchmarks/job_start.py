@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One case per attempt. The main rank's phases follow each other; the engines start beside them.
+    """One case per attempt. The main rank's phases follow each other; the engines start at the same time.
 
     - controller: from the job's first line to its controller at work; nodes_checked: the probe of all nodes;
     - launch: from the order to start the roles to the main rank's process; then that rank's own phases;

@@ -219,7 +219,7 @@ def _receive(side: str, connections: list[Connection]) -> list[Any]:
         try:
             results.append(connection.recv())
         except EOFError:
-            raise RuntimeError(f"rank {rank} of {side} ended; its output says why") from None
+            raise RuntimeError(f"rank {rank} of {side} ended; its output shows why") from None
     return results
 
 

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def limit_link(gbit: float) -> None:
-    """Move this process, and all that it starts from now on, to a network whose loopback is a link of that speed."""
+    """Move this process and its later children to a network whose loopback is a link of that speed."""
     clone_newnet = 0x40000000
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(clone_newnet):

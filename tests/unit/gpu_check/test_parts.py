@@ -166,6 +166,7 @@ def test_sleep_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdicts(engine.asleep(Path())) == ["ok", "FAIL", "FAIL"]
 
 
+@pytest.mark.slow
 def test_marked_tests_run_and_are_skipped_without_a_gpu() -> None:
     rows = call("tools.gpu_check.marked:run", 200.0, device="cpu", target="cpu", size="tiny")
     assert rows and all(row.verdict.startswith("skipped: ") for row in rows)
