@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 from megatron_vcppo import __version__
-
 from megatron_vcppo.launch.snapshot import sources, take_snapshot
 from megatron_vcppo.run.folder import RunFolder
 from tests.unit.test_imports import imports
