@@ -26,7 +26,7 @@ def test_the_command_shows_the_worst_first(tmp_path, capsys) -> None:
     args = parser.parse_args(["rollouts", str(tmp_path), "--iteration", "1", "--worst", "2"])
     assert args.run(args) == 0
     shown = capsys.readouterr().out
-    assert "3 rollouts, mean reward 0.500, mean length 3.0, 0.0% cut" in shown
+    assert "3 rollouts, mean reward 0.500, mean length 3.0, 0.0% truncated at the token limit" in shown
     assert shown.index("chain/1 sample 1: reward 0 (wrong)") < shown.index("chain/2 sample 2: reward 0.5")
     assert "chain/0" not in shown and "seven ½ 1" in shown
     with pytest.raises(UserError, match="iteration 9; there are iterations 1 to 1"):
