@@ -12,8 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_vcppo import __version__
-from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.exit_codes import FAILED, SIGNALLED, USER_ERROR
+from megatron_vcppo.errors import FAILED, SIGNALLED, USER_ERROR, UserError
 
 COMMANDS = {
     "config": ("megatron_vcppo.commands.config", "check a configuration and print it resolved; explain every key"),

@@ -5,13 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.errors import DONE, SAVED, UserError
 from megatron_vcppo.launch.save_timing import iteration_seconds
 from megatron_vcppo.report.text_table import text_table
 from megatron_vcppo.run import events
-from megatron_vcppo.run.exit_codes import DONE, SAVED
 from megatron_vcppo.run.folder import RunFolder
-from megatron_vcppo.run.log_files import last_lines
+from megatron_vcppo.run.log import last_lines
 from megatron_vcppo.slurm.slurm_cli import JobState, first_node, job_states
 from megatron_vcppo.slurm.submission import submitted_jobs
 

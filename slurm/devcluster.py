@@ -21,9 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.errors import DONE, FAILED, USER_ERROR, UserError
 from megatron_vcppo.launch.guard import descendants
-from megatron_vcppo.run.exit_codes import DONE, FAILED, USER_ERROR
 from megatron_vcppo.run.processes import alive, die_with_parent, free_ports
 from megatron_vcppo.slurm import devcluster_net
 from megatron_vcppo.slurm.devcluster_conf import ACCOUNT, FIRST_NODE, Layout, gres_conf, slurm_conf, slurmdbd_conf

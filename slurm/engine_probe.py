@@ -10,11 +10,11 @@ from pathlib import Path
 
 from megatron_vcppo.config import EngineConfig
 from megatron_vcppo.config.load import dump_config, load_config
+from megatron_vcppo.errors import DONE, FAILED
 from megatron_vcppo.rollout import rendezvous
-from megatron_vcppo.run.exit_codes import DONE, FAILED
 from megatron_vcppo.run.files import make_private_folder
 from megatron_vcppo.run.folder import RunFolder, StageFolder
-from megatron_vcppo.run.log_files import last_lines
+from megatron_vcppo.run.log import last_lines
 
 TIMEOUT_S = 420.0
 POLL_S = 0.2

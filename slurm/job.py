@@ -14,18 +14,17 @@ import submitit
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.network import node_network
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.errors import DONE, SAVED, USER_ERROR, UserError
 from megatron_vcppo.launch.attempts import run_stage
 from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.launch.save_timing import save_clock
 from megatron_vcppo.run import events, log
 from megatron_vcppo.run.config_file import open_run
-from megatron_vcppo.run.exit_codes import DONE, SAVED, USER_ERROR
+from megatron_vcppo.run.events import process_age_s
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.processes import free_port
-from megatron_vcppo.run.startup import process_age_s
-from megatron_vcppo.run.stored_set import rollouts_folder
+from megatron_vcppo.run.rollout_store import rollouts_folder
 from megatron_vcppo.slurm.slurm_cli import ENDED, job_end_time, patiently, show_job, slurm, slurm_message
 from megatron_vcppo.slurm.srun import STEP_ENVIRONMENT, probe_command, srun_processes, stage_nodes
 

@@ -9,7 +9,7 @@ from megatron_vcppo.commands.arguments import add_run_argument
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.config_file import open_run
 from megatron_vcppo.run.folder import RunFolder
-from megatron_vcppo.run.log_files import Follower
+from megatron_vcppo.run.log import Follower
 
 
 class NotYet(UserError):

@@ -2,22 +2,18 @@
 
 from megatron_vcppo.config.schema import Config, Stage
 from megatron_vcppo.config.sections.cluster import ClusterConfig
-from megatron_vcppo.config.sections.evaluate import EvaluateConfig
-from megatron_vcppo.config.sections.export import ExportConfig
-from megatron_vcppo.config.sections.model import Dtype, ModelConfig
-from megatron_vcppo.config.sections.parallel import ParallelConfig
+from megatron_vcppo.config.sections.evaluate import EvaluateConfig, ExportConfig
+from megatron_vcppo.config.sections.model import Dtype, ModelConfig, ParallelConfig
 from megatron_vcppo.config.sections.ppo import AdvantageConfig, CriticConfig, PolicyLossConfig, PpoConfig
 from megatron_vcppo.config.sections.prompts import PromptsConfig
-from megatron_vcppo.config.sections.returns import ReturnsConfig
 from megatron_vcppo.config.sections.reward_model import RewardModelConfig
 from megatron_vcppo.config.sections.rewards import CodeRewardConfig, Isolation, RewardsConfig
-from megatron_vcppo.config.sections.rollout import EngineConfig, RolloutConfig
+from megatron_vcppo.config.sections.rollout import EngineConfig, RolloutConfig, WeightSyncConfig
 from megatron_vcppo.config.sections.run import RunConfig
 from megatron_vcppo.config.sections.sft import SftConfig
 from megatron_vcppo.config.sections.training import CheckpointConfig, OptimizerConfig, ScheduleConfig
 from megatron_vcppo.config.sections.value_pretrain import ValuePretrainConfig
-from megatron_vcppo.config.sections.values import ValuesConfig
-from megatron_vcppo.config.sections.weight_sync import WeightSyncConfig
+from megatron_vcppo.config.sections.values import ReturnsConfig, ValuesConfig
 
 __all__ = [
     "AdvantageConfig",

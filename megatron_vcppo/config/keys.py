@@ -1,6 +1,8 @@
-"""Every configuration key with its type, range, default and text, read from the dataclasses and their source."""
+"""Every configuration key with its type, range, default and text, read from the dataclasses and their source;
+the names that keys had in earlier versions."""
 
 import ast
+import copy
 import difflib
 import functools
 import inspect
@@ -8,7 +10,7 @@ import itertools
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -114,3 +116,36 @@ def _type_text(annotation: Any) -> str:
     if origin is dict:
         return f"a map from {_type_text(arguments[0])} to {_plural(arguments[1])}"
     return PLAIN_TYPES.get(annotation, str(annotation))
+
+
+RENAMED = {
+    "ppo.skip_limit": "run.skip_limit",
+    "ppo.advantage.gamma": "returns.gamma",
+    "ppo.advantage.overlong_penalty_tokens": "returns.overlong_penalty_tokens",
+    "ppo.advantage.overlong_filter": "returns.overlong_filter",
+    "ppo.critic.bounds": "values.bounds",
+    "ppo.critic.huber_delta": "values.huber_delta",
+}
+"""Old name → new name; the value is taken."""
+REMOVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "rollout.interface": (("lo",), "engines use cluster.network_interface, as everything else does; remove this line"),
+    "run.check_numerics": ((True, False), "PPO always checks; remove this line"),
+}
+"""Old name → the values that are ignored, because stored configurations hold them, and advice for any other value."""
+
+
+def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested values of a stored configuration under the present names, without removed keys."""
+    renamed = copy.deepcopy(dict(values))
+    for old in (*RENAMED, *REMOVED):
+        *sections, key = old.split(".")
+        holder: Any = renamed
+        for section in sections:
+            holder = holder.get(section) if isinstance(holder, dict) else None
+        if not isinstance(holder, dict) or key not in holder:
+            continue
+        value = holder.pop(key)
+        if old in RENAMED:
+            section, name = RENAMED[old].split(".")
+            renamed.setdefault(section, {}).setdefault(name, value)
+    return renamed

@@ -15,8 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_vcppo.config.keys import all_keys, all_sections, nearest_key
-from megatron_vcppo.config.old_keys import REMOVED, RENAMED
+from megatron_vcppo.config.keys import REMOVED, RENAMED, all_keys, all_sections, nearest_key
 from megatron_vcppo.config.schema import Config
 from megatron_vcppo.config.validation import check_config
 from megatron_vcppo.config.value_sources import Source, command_line_source, file_sources

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from megatron_vcppo.config.schema import Config
-from megatron_vcppo.config.sections.parallel import ParallelConfig
+from megatron_vcppo.config.sections.model import ParallelConfig
 from megatron_vcppo.errors import UserError
 
 Placement = Literal["rollout_nodes", "trainer_nodes", "trainer_gpus"]

@@ -4,21 +4,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_vcppo.config.sections.cluster import ClusterConfig
-from megatron_vcppo.config.sections.evaluate import EvaluateConfig
-from megatron_vcppo.config.sections.export import ExportConfig
-from megatron_vcppo.config.sections.model import ModelConfig
-from megatron_vcppo.config.sections.parallel import ParallelConfig
+from megatron_vcppo.config.sections.evaluate import EvaluateConfig, ExportConfig
+from megatron_vcppo.config.sections.model import ModelConfig, ParallelConfig
 from megatron_vcppo.config.sections.ppo import PpoConfig
 from megatron_vcppo.config.sections.prompts import PromptsConfig
-from megatron_vcppo.config.sections.returns import ReturnsConfig
 from megatron_vcppo.config.sections.reward_model import RewardModelConfig
 from megatron_vcppo.config.sections.rewards import RewardsConfig
-from megatron_vcppo.config.sections.rollout import RolloutConfig
+from megatron_vcppo.config.sections.rollout import RolloutConfig, WeightSyncConfig
 from megatron_vcppo.config.sections.run import RunConfig
 from megatron_vcppo.config.sections.sft import SftConfig
 from megatron_vcppo.config.sections.value_pretrain import ValuePretrainConfig
-from megatron_vcppo.config.sections.values import ValuesConfig
-from megatron_vcppo.config.sections.weight_sync import WeightSyncConfig
+from megatron_vcppo.config.sections.values import ReturnsConfig, ValuesConfig
 
 Stage = Literal["sft", "reward_model", "value_pretrain", "ppo", "evaluate", "export"]
 

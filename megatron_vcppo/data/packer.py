@@ -7,13 +7,13 @@ from types import MappingProxyType
 import numpy as np
 
 from megatron_vcppo.config import ModelConfig, ParallelConfig
-from megatron_vcppo.data.context_split import rounding
 from megatron_vcppo.data.packing import (
     PackedMicrobatch,
     balance,
     pack,
     pack_all,
     pack_into_microbatches,
+    rounding,
 )
 from megatron_vcppo.integers import round_up
 from megatron_vcppo.records import TrainSequence

@@ -6,6 +6,7 @@ segment, so every per-token field is moved one place to the left inside its segm
 """
 
 import heapq
+import math
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_vcppo.config import ModelConfig, ParallelConfig
 from megatron_vcppo.integers import round_up
 from megatron_vcppo.records import TrainSequence
 
@@ -213,3 +215,35 @@ def _exchange(ranks: list[list[int]], loads: np.ndarray, costs: np.ndarray) -> N
         ranks[light].append(moved)
         for rank in (heavy, light):
             loads[rank] = costs[ranks[rank]].sum()
+
+
+FP8_TOKENS = {"delayed": 16, "current": 16, "blockwise": 128}
+"""Tokens per rank of which FP8's matrix products take multiples: their rows are 16 bytes; blocks are 128 tokens."""
+
+
+def rounding(parallel: ParallelConfig, model: ModelConfig | None = None) -> tuple[int, int]:
+    """(multiple, segment_multiple) to which ``packing.pack`` must round micro-batches and segments in this layout.
+
+    Each rank's part of a segment is two chunks of whole tokens, and sequence parallelism splits that part of the
+    micro-batch over tp. With FP8 (``model``; None: without) the tokens that are left to a rank are rounded too.
+    """
+    segment_multiple = 2 * parallel.cp if parallel.cp > 1 else 1
+    multiple = parallel.cp * parallel.tp if parallel.sequence_parallel else 1
+    if model is not None and model.fp8 != "off":
+        multiple = math.lcm(multiple, parallel.cp) * FP8_TOKENS[model.fp8_recipe]
+    return math.lcm(multiple, segment_multiple), segment_multiple
+
+
+def rank_order(cu_seqlens: Tensor, cp_size: int) -> Tensor:
+    """Places of the tokens in the micro-batch, rank by rank: int64 [T], of which rank r holds the r-th equal part.
+
+    cu_seqlens: [S + 1], segments that are multiples of 2 · cp_size tokens. A rank keeps the order of the segments, and
+    its early chunk comes before its late one.
+    Example: cu_seqlens 0 4 12 on two ranks gives 0 3 4 5 10 11 and 1 2 6 7 8 9.
+    """
+    spans = cu_seqlens.diff().long()
+    assert not (spans % (2 * cp_size)).any(), f"segments of {spans.tolist()} tokens on {cp_size} context-parallel ranks"
+    starts, chunk_lengths = (x.repeat_interleave(spans) for x in (cu_seqlens[:-1].long(), spans // (2 * cp_size)))
+    chunk = (torch.arange(len(starts)) - starts) // chunk_lengths
+    owner = torch.minimum(chunk, 2 * cp_size - 1 - chunk)
+    return owner.argsort(stable=True)

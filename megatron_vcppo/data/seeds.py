@@ -1,8 +1,10 @@
-"""The seed of every random choice outside the engines, as a function of ``run.seed``.
+"""The seed of every random choice, as a function of ``run.seed``.
 
 Nothing else in training draws random numbers, so these are all that an exact resume needs. The numbers are fixed: other
-ones would change the data order of runs that exist. Sampling seeds are in ``rollout/seeds.py``.
+ones would change the data order of runs that exist.
 """
+
+import hashlib
 
 TRUNCATION = 17
 
@@ -26,3 +28,9 @@ def truncation_seed(run_seed: int) -> list[int]:
 def minibatch_seed(run_seed: int, iteration: int, ppo_epoch: int) -> int:
     """Of the partition of a batch into minibatches, for torch; distinct below 1,009 passes and 1,000,003 iterations."""
     return (run_seed * 1_000_003 + iteration) * 1_009 + ppo_epoch
+
+
+def sample_seed(run_seed: int, iteration: int, prompt_id: str, sample_index: int) -> int:
+    """A seed in [0, 2**31), the same on every machine and in every process."""
+    key = f"{run_seed}\n{iteration}\n{prompt_id}\n{sample_index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") >> 1

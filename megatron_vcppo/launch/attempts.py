@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.errors import DONE, FAILED, SAVED, USER_ERROR, UserError
 from megatron_vcppo.launch.controller import Outcome, RoleProcess, supervise
 from megatron_vcppo.launch.save_timing import save_allowance_s
 from megatron_vcppo.run import events
-from megatron_vcppo.run.exit_codes import DONE, FAILED, SAVED, USER_ERROR
 from megatron_vcppo.run.files import make_private_folder, move, remove
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say

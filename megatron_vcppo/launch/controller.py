@@ -14,9 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron_vcppo.run.exit_codes import DONE, FAILED, SAVED, SIGNALLED, USER_ERROR
-from megatron_vcppo.run.log import say
-from megatron_vcppo.run.log_files import Follower, last_lines
+from megatron_vcppo.errors import DONE, FAILED, SAVED, SIGNALLED, USER_ERROR
+from megatron_vcppo.run.log import Follower, last_lines, say
 
 GUARD_ARGUMENTS = ("-I", "-S", str(Path(__file__).with_name("guard.py")))
 """To be put between an interpreter and the command."""
@@ -63,7 +62,7 @@ class Outcome:
     """How an attempt ended."""
 
     code: int
-    """As in run/exit_codes.py; 128 + n: killed by signal n."""
+    """As in errors.py; 128 + n: killed by signal n."""
     cause: str = ""
     """Who ended first and how, in one line."""
     details: list[str] = field(default_factory=list)

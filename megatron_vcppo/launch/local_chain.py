@@ -10,6 +10,7 @@ from types import FrameType
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.network import node_network
 from megatron_vcppo.config.placement import engine_nodes
+from megatron_vcppo.errors import DONE, SAVED, USER_ERROR
 from megatron_vcppo.launch.attempts import run_stage
 from megatron_vcppo.launch.controller import RoleProcess
 from megatron_vcppo.launch.role_commands import (
@@ -21,7 +22,6 @@ from megatron_vcppo.launch.role_commands import (
 )
 from megatron_vcppo.run import events
 from megatron_vcppo.run.config_file import write_config
-from megatron_vcppo.run.exit_codes import DONE, SAVED, USER_ERROR
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say, speaking_as
 from megatron_vcppo.run.processes import free_port

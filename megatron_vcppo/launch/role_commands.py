@@ -7,7 +7,7 @@ from typing import Literal
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement, trainer_ranks
 from megatron_vcppo.run.folder import RunFolder
-from megatron_vcppo.run.stored_set import needs_engines
+from megatron_vcppo.run.rollout_store import needs_engines
 
 
 @dataclass(frozen=True)

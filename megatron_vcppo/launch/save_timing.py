@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 
+from megatron_vcppo.errors import SAVED
 from megatron_vcppo.run import events
-from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.metrics_log import LONGEST_PIECE, SAVE_TIME
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_vcppo.config.keys import all_keys
-from megatron_vcppo.config.old_keys import RENAMED
+from megatron_vcppo.config.keys import RENAMED, all_keys
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.files import write_text
 

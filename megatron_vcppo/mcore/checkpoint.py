@@ -39,7 +39,7 @@ from megatron_vcppo.run.files import move, remove, sync, write_text
 from megatron_vcppo.run.folder import STATE_NAME, iteration_name, iteration_of
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.manifest import read_manifest, verify_manifest, write_manifest
-from megatron_vcppo.run.watchdog import deadline
+from megatron_vcppo.run.processes import deadline
 
 TENSORS_NAME = "tensors.safetensors"
 ASIDE = ".replaced"

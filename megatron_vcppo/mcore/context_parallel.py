@@ -14,8 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_vcppo.data.context_split import rank_order
-from megatron_vcppo.data.packing import PackedMicrobatch
+from megatron_vcppo.data.packing import PackedMicrobatch, rank_order
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_vcppo.hf.hf_weights import model_tensors
 from megatron_vcppo.hf.mapping import Parameter, canonical_name, merge, parameters, shard, split, unshard
+from megatron_vcppo.hf.safetensors_files import model_tensors
 from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.offload import check_resident, weights
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megatron_vcppo.report.chart_data import Chart, Line, Lines, Stack, extent, thin
 from megatron_vcppo.report.inline_svg import HotSpot, inline_svg
-from megatron_vcppo.report.number_text import short
+from megatron_vcppo.report.text_table import short
 
 STYLE = {
     "font.family": ["DejaVu Sans"],  # comes with matplotlib

@@ -8,10 +8,10 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_vcppo.report.drawing import page_svg
-from megatron_vcppo.report.number_text import duration, percent_interval, short
 from megatron_vcppo.report.run_charts import PPO_PLOTS, STAGE_PLOTS, metric_charts, profile_charts, time_charts
 from megatron_vcppo.report.run_data import RunData, differences
 from megatron_vcppo.report.samples import shorten
+from megatron_vcppo.report.text_table import duration, percent_interval, short
 
 OUTCOMES = {
     "sft": (("loss", "sft/loss"), ("validation", "sft/validation_loss")),

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vcppo.report.chart_data import Chart, Line, Lines, Stack, extent, group_size
-from megatron_vcppo.report.number_text import short
 from megatron_vcppo.report.run_data import RunData, setting
+from megatron_vcppo.report.text_table import short
 
 MOST_BARS = 60
 """More iterations than this are averaged in groups."""

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from megatron_vcppo.algo.failure_signatures import Finding, diagnose
-from megatron_vcppo.config.old_keys import with_new_names
+from megatron_vcppo.config.keys import with_new_names
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.report.samples import Samples
 from megatron_vcppo.rewards.verifier import NO_ANSWER

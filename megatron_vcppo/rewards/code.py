@@ -5,18 +5,66 @@ compared here; asserts are executed in a process that the program cannot reach a
 """
 
 import json
+import re
+import textwrap
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_vcppo.records import Prompt
-from megatron_vcppo.rewards.code_blocks import find_program
 from megatron_vcppo.rewards.code_compare import CHECKERS, Checker, output_limit
 from megatron_vcppo.rewards.code_tests import AssertTests, CallTests, OutputTests, parse_tests
 from megatron_vcppo.rewards.sandbox.inside import plain
 from megatron_vcppo.rewards.sandbox.isolation_choice import AUTO, choose
 from megatron_vcppo.rewards.sandbox.sandbox import Outcome, Sandbox
 from megatron_vcppo.rewards.verifier import CORRECT, NO_ANSWER, Verdict, after_thinking, wrong
+
+_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([^`]*)$")
+_PYTHON = {"python", "python2", "python3", "py", "py3", "pypy", "pypy3", "cpython"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of Markdown."""
+
+    language: str
+    """The first word behind the fence, in lower case; "" if there is none."""
+    text: str
+
+
+def find_program(text: str) -> str | None:
+    """The last block that is marked as Python, else the last without a language; None if there is neither.
+
+    A block that is never closed is none: the response was not finished. Blocks may be indented, as in lists, and lines
+    may end in CR LF. A fence of four or more characters holds shorter ones.
+    """
+    blocks = _blocks(text.replace("\r\n", "\n").replace("\r", "\n"))
+    for wanted in (_PYTHON, {""}):
+        if matching := [block.text for block in blocks if block.language in wanted]:
+            return matching[-1]
+    return None
+
+
+def _blocks(text: str) -> list[Block]:
+    blocks = []
+    fence, language, lines = "", "", list[str]()
+    for line in text.split("\n"):
+        match = _FENCE.match(line)
+        if not fence and match:
+            fence, lines = match[1], []
+            words = re.findall(r"[\w+#-]+", match[2])
+            language = words[0].lower() if words else ""
+        elif fence and match and match[1].startswith(fence) and not match[2].strip():
+            blocks.append(Block(language, textwrap.dedent("\n".join(lines)) + "\n"))
+            fence = ""
+        elif fence:
+            lines.append(line)
+    # Some models close the last block on the line of its last statement.
+    if fence and lines and lines[-1].rstrip().endswith(fence):
+        lines[-1] = lines[-1].rstrip().removesuffix(fence)
+        blocks.append(Block(language, textwrap.dedent("\n".join(lines)) + "\n"))
+    return blocks
 
 
 class CodeVerifier:

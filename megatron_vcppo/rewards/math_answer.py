@@ -12,8 +12,15 @@ import sympy
 
 from megatron_vcppo.records import Prompt
 from megatron_vcppo.rewards.algebra import by_name, intersection, read, same_list
-from megatron_vcppo.rewards.evaluate_expression import TooLarge, Tree, plain
-from megatron_vcppo.rewards.exact import is_decimal, last_place, rational, rationals_equal
+from megatron_vcppo.rewards.evaluate_expression import (
+    TooLarge,
+    Tree,
+    is_decimal,
+    last_place,
+    plain,
+    rational,
+    rationals_equal,
+)
 from megatron_vcppo.rewards.notation import expand_signs, has_degrees, join_thousands, split_top, tidy
 from megatron_vcppo.rewards.units import split_unit, units_agree
 from megatron_vcppo.rewards.verifier import CORRECT, NO_ANSWER, Verdict, final_answer, wrong

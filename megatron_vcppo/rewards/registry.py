@@ -7,12 +7,24 @@ from typing import Any
 
 from megatron_vcppo.config import CodeRewardConfig
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.records import Prompt
 from megatron_vcppo.rewards.choice import verify_choice
 from megatron_vcppo.rewards.code import CodeVerifier
 from megatron_vcppo.rewards.math_answer import MathVerifier, verify_math
-from megatron_vcppo.rewards.synthetic import verify_synthetic
-from megatron_vcppo.rewards.verifier import Verifier
-from megatron_vcppo.tasks.generate import TASKS
+from megatron_vcppo.rewards.verifier import CORRECT, NO_ANSWER, Verdict, Verifier, wrong
+from megatron_vcppo.tasks.generate import TASKS, get_task
+from megatron_vcppo.tasks.task import read_answer
+from megatron_vcppo.tasks.word_tokenizer import BOS
+
+
+def verify_synthetic(prompt: Prompt, response_text: str) -> Verdict:
+    """The response must end in ``</think> = answer``, and the answer must solve the prompt of its task."""
+    given = read_answer(response_text)
+    if given is None:
+        return NO_ANSWER
+    question = prompt.text.removeprefix(BOS).strip()  # a chat template writes BOS itself
+    return CORRECT if get_task(prompt.task).is_correct(question, prompt.answer, given) else wrong()
+
 
 VERIFIERS: dict[str, Verifier] = {
     **dict.fromkeys(TASKS, verify_synthetic),

@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vcppo.integers import round_up
-from megatron_vcppo.rollout.group import Group
-from megatron_vcppo.rollout.lane import Lane
+from megatron_vcppo.rollout.group import Group, Lane
 
 
 class TensorHeader(msgspec.Struct, frozen=True, array_like=True):

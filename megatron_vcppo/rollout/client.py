@@ -16,13 +16,13 @@ from pathlib import Path
 import aiohttp
 
 from megatron_vcppo.config import RolloutConfig
+from megatron_vcppo.data.seeds import sample_seed
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.rollout import engine_http
 from megatron_vcppo.rollout.auth import read_secret
 from megatron_vcppo.rollout.fleet import Fleet, Member
 from megatron_vcppo.rollout.messages import GenerateBatch, GenerateRequest, Response, Sampling
 from megatron_vcppo.rollout.rendezvous import SECRET
-from megatron_vcppo.rollout.seeds import sample_seed
 from megatron_vcppo.run.progress import Progress
 
 log = logging.getLogger(__name__)

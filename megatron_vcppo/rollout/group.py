@@ -10,7 +10,7 @@ work on the GPU, would wait for. gloo gives deadlines to every operation. NCCL d
   First all ranks meet in the store, under the deadline; a peer that hangs between that and the call holds the call up
   in a thread that is abandoned at the deadline. NCCL's own non-blocking start has one deadline per process, read once
   from the environment.
-- What hangs, hangs on a separate stream (lane.py).
+- What hangs, hangs on a separate stream (``Lane``).
 
 vLLM's StatelessProcessGroup with PyNcclCommunicator is no way out: it makes its communicator by the same call without
 a deadline, has no time-out or abort in its collectives, and would bring vLLM into the trainer.
@@ -22,7 +22,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +32,47 @@ import torch
 import torch.distributed as dist
 
 from megatron_vcppo.config.network import listen
-from megatron_vcppo.rollout.lane import Lane
+
+
+class Lane:
+    """A stream on one device. Example: ``with lane.entered(): group.wait(work)``, in any thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Device and stream of the calling thread are the lane's: a new thread's are GPU 0 and its default stream."""
+        if self.stream is None:
+            yield
+            return
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            yield
+
+    def follow(self) -> None:
+        """What the lane does from now on comes after what the calling thread's stream was given so far."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def hand_over(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Tensors made in the lane may be used on the calling thread's stream.
+
+        That stream waits for what fills them, and their memory is given to a later tensor of the lane only when that
+        stream has passed the point at which they are freed.
+        """
+        if self.stream is None:
+            return
+        user = torch.cuda.current_stream(self.device)
+        user.wait_stream(self.stream)
+        for tensor in tensors:
+            tensor.record_stream(user)
+
+    def finish(self) -> None:
+        """Wait until the lane has done what it was given."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
 
 T = TypeVar("T")
 

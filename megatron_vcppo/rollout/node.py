@@ -16,17 +16,15 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_config
-from megatron_vcppo.config.network import node_network
-from megatron_vcppo.config.node_environment import node_environment
+from megatron_vcppo.config.network import node_environment, node_network
 from megatron_vcppo.config.placement import engine_gpus_per_node, engine_placement
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.errors import USER_ERROR, UserError
 from megatron_vcppo.rollout import engine_command
 from megatron_vcppo.rollout.auth import make_secret
 from megatron_vcppo.rollout.node_folder import NodeFolder, remove_stale
 from megatron_vcppo.rollout.rendezvous import SECRET
 from megatron_vcppo.rollout.supervisor import Limits, Slot, run
 from megatron_vcppo.run import log
-from megatron_vcppo.run.exit_codes import USER_ERROR
 
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Of NVIDIA, of AMD, of Windows' subsystem for Linux: where there is a GPU, there is one of these."""

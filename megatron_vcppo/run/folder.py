@@ -79,7 +79,7 @@ class StageFolder:
 
     @property
     def startup(self) -> Path:
-        """Where the time of each start went (run/startup.py)."""
+        """Where the time of each start went (run/events.py)."""
         return self.path / "startup.jsonl"
 
     @property

@@ -1,12 +1,21 @@
-"""The life of processes: their death with their parent, whether they live, ports and variables for those to be started.
+"""The life of processes: their death with their parent, whether they live, ports and variables for those to be started,
+and a deadline for waits that have none.
 
 launch/guard.py runs without this package and has its own ``die_with_parent``.
 """
 
 import ctypes
+import faulthandler
+import os
 import signal
 import socket
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from megatron_vcppo.errors import FAILED
+from megatron_vcppo.run.log import say
 
 PR_SET_PDEATHSIG = 1
 
@@ -55,3 +64,32 @@ def alive(pid: int) -> bool:
             return stat.read().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@contextmanager
+def deadline(what: str, timeout_s: float, progress: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """End this process as failed if the block hangs: not done, and no other ``progress()`` for ``timeout_s``.
+
+    Such a wait cannot be interrupted, so there is no exception: the stacks of all threads and ``what`` are printed.
+    progress: called every few seconds in a thread; must not raise.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        seen, since = progress(), time.monotonic()
+        while not done.wait(min(10.0, timeout_s / 5)):
+            now = progress()
+            if now != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > timeout_s:
+                faulthandler.dump_traceback()
+                say(f"{what} has made no progress for {timeout_s:g} s")
+                os._exit(FAILED)
+
+    watcher = threading.Thread(target=watch, name=f"deadline of {what}", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()

@@ -8,16 +8,19 @@ iteration is complete.
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zstandard
 
+from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Rollout
-from megatron_vcppo.run.files import replacing
-from megatron_vcppo.run.folder import iteration_name, iteration_of
+from megatron_vcppo.run.files import replacing, write_json
+from megatron_vcppo.run.folder import RunFolder, iteration_name, iteration_of
+from megatron_vcppo.run.log import say
 
 _decoder = msgspec.json.Decoder(Rollout)
 _SUFFIX = ".jsonl.zst"
@@ -102,3 +105,98 @@ def stored_iterations(folder: Path) -> list[int]:
 
 def _path(folder: Path, iteration: int) -> Path:
     return folder / f"{iteration_name(iteration)}_0of1{_SUFFIX}"
+
+
+Origin = dict[str, Any]
+"""Dotted key → value."""
+
+FILE_NAME = "origin.json"
+
+
+def differences(folder: Path, made: Origin) -> list[str]:
+    """The keys in which what made a folder's rollouts differs; empty if nothing is recorded."""
+    try:
+        known = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return []
+    return [key for key, value in json.loads(json.dumps(made)).items() if known.get(key) != value]
+
+
+def claim(folder: Path, made: Origin, reached: int) -> None:
+    """Record what makes the rollouts of a folder, and delete those that no longer match. Main rank only.
+
+    Rollouts that something else made are dropped if they belong to iterations after ``reached``: an interrupted
+    iteration is trained again on the responses that it had, but not on those of another policy.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if different := differences(folder, made):
+        later = [iteration for iteration in stored_iterations(folder) if iteration > reached]
+        if later:
+            say(
+                f"{folder}: iterations {later[0]} to {later[-1]} were generated under other settings "
+                f"({', '.join(different)}): they are generated again"
+            )
+        for iteration in later:
+            drop_rollouts(folder, iteration)
+        # Negative: evaluations within a stage, of an actor that other settings may no longer lead to.
+        for iteration in partial_iterations(folder):
+            if iteration > reached or iteration < 0:
+                drop_partial(folder, iteration)
+        unmark_complete(folder)
+    write_json(folder / FILE_NAME, made)
+
+
+FILE_NAME = "set.json"
+"""Written last of all into the folder of a set."""
+
+
+@dataclass(frozen=True)
+class StoredSet:
+    """A folder of rollouts and how many of them a stage wants."""
+
+    folder: Path
+    num_rollouts: int
+    is_own: bool
+    """False: value_pretrain.stored_path names the folder, so another run may have made the set."""
+
+    @property
+    def is_complete(self) -> bool:
+        """True if a set of at least ``num_rollouts`` was made here."""
+        try:
+            made = json.loads((self.folder / FILE_NAME).read_text(encoding="utf-8"))["num_rollouts"]
+            return bool(made >= self.num_rollouts)
+        except (FileNotFoundError, ValueError, KeyError):
+            return False
+
+    def mark_complete(self) -> None:
+        """Record that all rollouts are there."""
+        write_json(self.folder / FILE_NAME, {"num_rollouts": self.num_rollouts}, indent=None)
+
+
+def unmark_complete(folder: Path) -> None:
+    """Forget that a set was complete: some of its rollouts are gone."""
+    (folder / FILE_NAME).unlink(missing_ok=True)
+
+
+def stored_set(config: Config, stage: str) -> StoredSet | None:
+    """The set that a stage trains on; None if its rollouts are made for every step, or if it has none."""
+    own = RunFolder.of(config).stage(stage).rollouts
+    if stage == "reward_model":
+        return StoredSet(own, config.reward_model.num_prompts * config.rollout.num_samples, True)
+    settings = config.value_pretrain
+    if stage == "value_pretrain" and settings.rollouts == "stored":
+        folder = Path(settings.stored_path) if settings.stored_path else own
+        return StoredSet(folder, settings.stored_rollouts, settings.stored_path is None)
+    return None
+
+
+def rollouts_folder(config: Config, stage: str) -> Path:
+    """Where a stage stores what it generates."""
+    found = stored_set(config, stage)
+    return found.folder if found is not None else RunFolder.of(config).stage(stage).rollouts
+
+
+def needs_engines(config: Config, stage: str) -> bool:
+    """Whether a stage that generates has anything left to generate."""
+    found = stored_set(config, stage)
+    return found is None or not found.is_complete

@@ -14,11 +14,10 @@ def main() -> int:
     import warnings
 
     from megatron_vcppo.config.load import load_config
-    from megatron_vcppo.config.node_environment import node_environment
-    from megatron_vcppo.errors import UserError
+    from megatron_vcppo.config.network import node_environment
+    from megatron_vcppo.errors import DONE, SAVED, USER_ERROR, UserError
     from megatron_vcppo.run import log
-    from megatron_vcppo.run.exit_codes import DONE, SAVED, USER_ERROR
-    from megatron_vcppo.run.startup import startup
+    from megatron_vcppo.run.events import startup
     from megatron_vcppo.stages.stopping import Saved, stopping
 
     parser = argparse.ArgumentParser(prog="python -m megatron_vcppo.stages", description=__doc__)

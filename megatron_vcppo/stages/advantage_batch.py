@@ -14,9 +14,8 @@ from megatron_vcppo.algo.advantages import (
 )
 from megatron_vcppo.algo.diagnostics import batch_diagnostics, length_statistics, summarize
 from megatron_vcppo.algo.gae import decoupled_gae
-from megatron_vcppo.algo.kl import kl_estimate
+from megatron_vcppo.algo.kl import filter_overlong, kl_estimate, soft_overlong_penalty, token_rewards
 from megatron_vcppo.algo.masked import masked_moments
-from megatron_vcppo.algo.token_rewards import filter_overlong, soft_overlong_penalty, token_rewards
 from megatron_vcppo.config import AdvantageConfig, PolicyLossConfig, ReturnsConfig
 from megatron_vcppo.data.rollout_batch import ModelOutputs, RolloutBatch
 from megatron_vcppo.integers import ceil_div

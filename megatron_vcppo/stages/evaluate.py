@@ -12,13 +12,12 @@ from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.hf_weights_io import load_hf, stream_hf
 from megatron_vcppo.mcore.model import ActorModel, build_actor
 from megatron_vcppo.records import Rollout
-from megatron_vcppo.report.number_text import percent_interval
-from megatron_vcppo.report.text_table import text_table
+from megatron_vcppo.report.text_table import percent_interval, text_table
+from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.files import write_json
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say
-from megatron_vcppo.run.rollout_origin import claim
-from megatron_vcppo.run.startup import startup
+from megatron_vcppo.run.rollout_store import claim
 from megatron_vcppo.stages.held_out import evaluation_prompts, evaluation_rollouts, scores
 from megatron_vcppo.stages.provenance import origin_of_evaluation
 from megatron_vcppo.stages.rollout_session import BatchNumber, RolloutSession

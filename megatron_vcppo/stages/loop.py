@@ -15,23 +15,56 @@ A step is one optimizer step or, in PPO, one iteration.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 
 from megatron_vcppo.config import CheckpointConfig
-from megatron_vcppo.errors import Stopped
+from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder
 from megatron_vcppo.mcore.learner import Learner
+from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.metrics_log import MetricsLog
 from megatron_vcppo.run.progress import Progress
-from megatron_vcppo.run.startup import startup
-from megatron_vcppo.stages.nonfinite import NonfiniteUpdates
 from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.stages.stage import Stage
 from megatron_vcppo.stages.stopping import Saved, stopping
+
+
+@dataclass
+class NonfiniteUpdates:
+    """How many of the last steps of each model were skipped in a row; plain numbers, saved with the checkpoint."""
+
+    limit: int
+    in_a_row: dict[str, int] = field(default_factory=dict)
+    """actor | critic → steps"""
+
+    def count(self, skipped: Mapping[str, Sequence[bool]]) -> str:
+        """Take in, per model, whether each step was skipped; returns what to warn about, "" if nothing was."""
+        texts = []
+        for who, steps in skipped.items():
+            for one in steps:
+                self.in_a_row[who] = self.in_a_row.get(who, 0) + 1 if one else 0
+            if any(steps):
+                texts.append(f"{sum(steps)} of {len(steps)} updates of the {who} ({self.in_a_row[who]} in a row)")
+        return f"skipped {', '.join(texts)}: loss or gradient was not finite" if texts else ""
+
+    @property
+    def too_many(self) -> bool:
+        """Whether the stage has to end."""
+        return max(self.in_a_row.values(), default=0) >= self.limit
+
+    def error(self, stage: str, saved_at: int) -> UserError:
+        """What ends the stage."""
+        who = max(self.in_a_row, key=lambda name: self.in_a_row[name])
+        return UserError(
+            f"{stage}: {self.in_a_row[who]} updates of the {who} in a row had a loss or gradient that was not finite "
+            f"(run.skip_limit {self.limit}); saved at iteration {saved_at}. Lower its learning rate, or train in "
+            "float32, and resume"
+        )
 
 
 class Stateful(Protocol):

@@ -14,9 +14,9 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import complete_checkpoints
 from megatron_vcppo.records import Rollout
+from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.log import say
-from megatron_vcppo.run.rollout_origin import claim
-from megatron_vcppo.run.startup import startup
+from megatron_vcppo.run.rollout_store import claim
 from megatron_vcppo.stages.advantage_batch import END_OF_THINKING, compute_advantages
 from megatron_vcppo.stages.held_out import evaluate_engines
 from megatron_vcppo.stages.initial_models import continue_pretraining

@@ -1,4 +1,4 @@
-"""Which actor and which settings make a stage's rollouts: what run/rollout_origin.py records next to them."""
+"""Which actor and which settings make a stage's rollouts: what run/rollout_store.py records next to them."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest
-from megatron_vcppo.run.rollout_origin import Origin
+from megatron_vcppo.run.rollout_store import Origin
 from megatron_vcppo.stages.stage import actor_before
 
 NO_EFFECT = ("iterations", "evaluate_every", "checkpoint")

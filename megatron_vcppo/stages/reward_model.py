@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from megatron_vcppo.algo.losses.pointwise_pairwise import pairwise_loss, pointwise_loss
+from megatron_vcppo.algo.losses.value import pairwise_loss, pointwise_loss
 from megatron_vcppo.algo.metrics import Metrics
 from megatron_vcppo.config import Config, RewardModelConfig
 from megatron_vcppo.data.epoch_order import EpochOrder
@@ -20,7 +20,7 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.learner import Critic
 from megatron_vcppo.records import Rollout, TrainSequence
-from megatron_vcppo.run.startup import startup
+from megatron_vcppo.run.events import startup
 from megatron_vcppo.stages.initial_models import starting_critic
 from megatron_vcppo.stages.loop import TrainLoop
 from megatron_vcppo.stages.rollout_session import RolloutSession

@@ -23,10 +23,17 @@ from megatron_vcppo.rewards.registry import check_answer, isolation_of_code, res
 from megatron_vcppo.rewards.scorer import Scorer
 from megatron_vcppo.rollout.client import RequestId, RolloutClient
 from megatron_vcppo.rollout.messages import Sampling
+from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.log import say
-from megatron_vcppo.run.rollout_store import drop_partial, read_partial, read_rollouts, write_partial, write_rollouts
-from megatron_vcppo.run.startup import startup
-from megatron_vcppo.run.stored_set import needs_engines, rollouts_folder
+from megatron_vcppo.run.rollout_store import (
+    drop_partial,
+    needs_engines,
+    read_partial,
+    read_rollouts,
+    rollouts_folder,
+    write_partial,
+    write_rollouts,
+)
 from megatron_vcppo.stages.shared_gpus import Model, SharedGpus
 from megatron_vcppo.stages.stage import Stage
 from megatron_vcppo.stages.stopping import Saved, stopping

@@ -13,11 +13,9 @@ from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.mcore.hf_weights_io import stream_hf
 from megatron_vcppo.mcore.model import ActorModel
 from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.log import say
-from megatron_vcppo.run.rollout_origin import claim, differences
-from megatron_vcppo.run.rollout_store import read_rollouts, stored_iterations
-from megatron_vcppo.run.startup import startup
-from megatron_vcppo.run.stored_set import StoredSet, stored_set
+from megatron_vcppo.run.rollout_store import StoredSet, claim, differences, read_rollouts, stored_iterations, stored_set
 from megatron_vcppo.stages.initial_models import starting_actor
 from megatron_vcppo.stages.prompt_sampler import PromptSampler
 from megatron_vcppo.stages.provenance import origin_of

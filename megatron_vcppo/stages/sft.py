@@ -15,10 +15,10 @@ from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.learner import Actor, StepResult
 from megatron_vcppo.mcore.model import ActorModel, build_actor
 from megatron_vcppo.records import TrainSequence
+from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.folder import StageFolder
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.progress import Progress
-from megatron_vcppo.run.startup import startup
 from megatron_vcppo.stages.loop import TrainLoop
 from megatron_vcppo.stages.stage import start_stage
 from megatron_vcppo.stages.training_losses import TokenLoss

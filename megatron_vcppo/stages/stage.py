@@ -7,8 +7,8 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
+from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.folder import RunFolder, StageFolder
-from megatron_vcppo.run.startup import startup
 
 ACTOR_STAGES = ("sft", "ppo")
 """Stages that leave an actor for the next ones."""

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_vcppo.algo.losses.aggregation import loss_denominator, token_weights
-from megatron_vcppo.algo.losses.auxiliary import entropy_bonus, kl_loss, positive_lm_loss
-from megatron_vcppo.algo.losses.policy import policy_loss
+from megatron_vcppo.algo.losses.policy import entropy_bonus, kl_loss, policy_loss, positive_lm_loss
 from megatron_vcppo.algo.losses.value import bound_values, value_loss
 from megatron_vcppo.algo.metrics import Metrics
 from megatron_vcppo.config import PolicyLossConfig, ValuesConfig

@@ -3,15 +3,15 @@
 import torch
 
 from megatron_vcppo.algo.gae import decoupled_gae
+from megatron_vcppo.algo.kl import token_rewards
 from megatron_vcppo.algo.metrics import explained_variance
-from megatron_vcppo.algo.token_rewards import token_rewards
 from megatron_vcppo.config import Config, ReturnsConfig, ValuePretrainConfig, ValuesConfig
 from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.rollout_batch import RolloutBatch, field_types, make_batch
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.learner import Critic, StepResult
+from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.log import say
-from megatron_vcppo.run.startup import startup
 from megatron_vcppo.stages.advantage_batch import episode_rewards, reward_statistics, trained_mask
 from megatron_vcppo.stages.initial_models import starting_critic
 from megatron_vcppo.stages.loop import TrainLoop

@@ -10,9 +10,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vcppo.config import ModelConfig, OptimizerConfig, ParallelConfig, RewardModelConfig, ScheduleConfig
-from megatron_vcppo.data.context_split import rounding
 from megatron_vcppo.data.packer import Packer
-from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack, pack_all, unpack_all
+from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack, pack_all, rounding, unpack_all
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.context_parallel import WHOLE, PackedParams, shard_of

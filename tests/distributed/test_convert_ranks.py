@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 from megatron_vcppo.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
-from megatron_vcppo.hf.convert.export_check import TOLERANCE, compare_logits
-from megatron_vcppo.hf.convert.exporter import export_hf
+from megatron_vcppo.hf.convert.exporter import TOLERANCE, compare_logits, export_hf
 from megatron_vcppo.hf.convert.importer import import_hf
 from megatron_vcppo.mcore import export_logits, runtime
 from megatron_vcppo.mcore.checkpoint import load_model
@@ -97,5 +96,5 @@ def test_the_logits_check_passes_a_good_export_and_stops_a_wrong_one(tmp_path):
 
 def test_too_little_memory_skips_the_logits_and_says_so(tmp_path, monkeypatch):
     arch = Architecture.from_hf(save_tiny_model(tmp_path))
-    monkeypatch.setattr("megatron_vcppo.hf.convert.export_check._BASE_BYTES", 1 << 60)
+    monkeypatch.setattr("megatron_vcppo.hf.convert.exporter._BASE_BYTES", 1 << 60)
     assert compare_logits(tmp_path, tmp_path, arch).startswith("logits not compared: that takes about")

@@ -15,8 +15,7 @@ import torch
 from megatron_vcppo.config import Config
 from megatron_vcppo.rollout import group as group_module
 from megatron_vcppo.rollout.broadcast import ahead, receive, send, unpack
-from megatron_vcppo.rollout.group import Group, join_group, reach_store, run_within
-from megatron_vcppo.rollout.lane import Lane
+from megatron_vcppo.rollout.group import Group, Lane, join_group, reach_store, run_within
 from megatron_vcppo.rollout.rendezvous import Engine
 from megatron_vcppo.run.processes import free_port
 from megatron_vcppo.weight_sync import rank_role

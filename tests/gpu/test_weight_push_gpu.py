@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from megatron_vcppo.rollout.broadcast import ahead, send
-from megatron_vcppo.rollout.group import Group, join_group, reach_store, serve_store
-from megatron_vcppo.rollout.lane import Lane
+from megatron_vcppo.rollout.group import Group, Lane, join_group, reach_store, serve_store
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
@@ -125,7 +124,7 @@ def test_a_worker_on_another_gpu_opens_no_context_on_the_first() -> None:
         pytest.skip("needs two GPUs")
     code = (
         "import torch; from megatron_vcppo.rollout.broadcast import ahead\n"
-        "from megatron_vcppo.rollout.lane import Lane\n"
+        "from megatron_vcppo.rollout.group import Lane\n"
         "torch.cuda.set_device(1); lane = Lane(torch.device('cuda', 1))\n"
         "make = lambda: (yield [([], torch.ones(4, device=lane.device))])\n"
         "list(ahead(make(), lane)); assert not torch._C._cuda_hasPrimaryContext(0)\n"

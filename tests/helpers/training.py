@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 
 from megatron_vcppo.config import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_vcppo.data.context_split import rounding
-from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all
+from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all, rounding
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.hf_weights_io import load_hf

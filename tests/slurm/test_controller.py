@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vcppo.errors import SAVED
 from megatron_vcppo.launch.controller import RoleProcess, first_death, reported_code, supervise
 from megatron_vcppo.launch.role_commands import role_environment
 from megatron_vcppo.run import events
-from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.processes import alive
 from tools.benchmarks._tiny_chains import processes_with, tiny_config, wait_until

@@ -12,7 +12,7 @@ import pytest
 from megatron_vcppo.config import ClusterConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.slurm import doctor_findings
-from megatron_vcppo.slurm.link_rate import link_rate
+from megatron_vcppo.slurm.allreduce_probe import link_rate
 from megatron_vcppo.slurm.software_probe import driver_version
 
 GOOD = {

@@ -12,10 +12,10 @@ import pytest
 
 from megatron_vcppo.cli import main
 from megatron_vcppo.config.load import load_config
+from megatron_vcppo.errors import SAVED
 from megatron_vcppo.launch.local_chain import run_chain
 from megatron_vcppo.run import events
 from megatron_vcppo.run.config_file import open_run
-from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.chain_status import run_status, table
 from megatron_vcppo.slurm.devcluster import DevCluster

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vcppo.run.exit_codes import SAVED
+from megatron_vcppo.errors import SAVED
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import read_rollouts, stored_iterations
 from megatron_vcppo.stages import rollout_session

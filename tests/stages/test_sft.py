@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 
 from megatron_vcppo.cli import main as vcppo
 from megatron_vcppo.config import Config, ParallelConfig, ScheduleConfig
+from megatron_vcppo.errors import SAVED
 from megatron_vcppo.hf.convert.exporter import export_hf
 from megatron_vcppo.launch.local_chain import run_chain
 from megatron_vcppo.mcore.checkpoint import complete_checkpoints
-from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.metrics_log import MetricsLog, read_metrics
 from megatron_vcppo.stages.__main__ import main as run_rank
 from tests.helpers.distributed import RanksFailed, run_distributed_test

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from megatron_vcppo.config import WeightSyncConfig
+from megatron_vcppo.errors import SAVED
 from megatron_vcppo.rollout.messages import CACHE, WEIGHTS
 from megatron_vcppo.rollout.node_folder import TRAINER, NodeFolder, weights_path
 from megatron_vcppo.rollout.rendezvous import engines
-from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import partial_iterations
 from megatron_vcppo.stages import rollout_session

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from megatron_vcppo.errors import SAVED
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.records import Rollout
-from megatron_vcppo.run.exit_codes import SAVED
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import partial_iterations, read_partial, read_rollouts, stored_iterations
 from megatron_vcppo.stages import ppo as ppo_module

@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from megatron_vcppo.config.load import load_config
-from megatron_vcppo.config.node_environment import node_environment
+from megatron_vcppo.config.network import node_environment
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.manifest import FORMAT, MANIFEST_NAME, file_record, verify_manifest, write_manifest
 

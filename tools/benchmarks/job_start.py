@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vcppo.run import events
+from megatron_vcppo.run.events import read_startups
 from megatron_vcppo.run.folder import RunFolder
-from megatron_vcppo.run.startup import read_startups
 
 READY = re.compile(r"ready after ([\d.]+) s")
 

@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_vcppo.config import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_vcppo.data.context_split import rounding
-from megatron_vcppo.data.packing import PackedMicrobatch, pack_all
+from megatron_vcppo.data.packing import PackedMicrobatch, pack_all, rounding
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.mapping import hf_shapes, parameters
 from megatron_vcppo.mcore.hf_weights_io import load_hf

@@ -1,6 +1,7 @@
-"""Section ``evaluate``."""
+"""Sections ``evaluate`` and ``export``."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron_vcppo.config.ranges import NonNegativeFloat, PositiveFraction, PositiveInt
 
@@ -21,3 +22,17 @@ class EvaluateConfig:
     """Nucleus sampling in the evaluation; 1: all tokens."""
     checkpoints: dict[str, str] = field(default_factory=dict)
     """name: Hugging Face folder, to be compared. Default: the results of the chain's stages."""
+
+
+@dataclass
+class ExportConfig:
+    """The last actor in Hugging Face format, verified."""
+
+    out: str | None = None
+    """Output folder. Default: RUN/export/hf."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the exported weights. Default: as in model.hf."""
+    verify_logits: bool = True
+    """Compare the logits of a short prompt with those of the Megatron model."""
+    critic: bool = False
+    """Also export the critic, to RUN/export/critic."""

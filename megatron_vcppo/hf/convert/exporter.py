@@ -1,11 +1,18 @@
-"""A Megatron checkpoint of any layout to a Hugging Face folder. One process; needs only the checkpoint folder."""
+"""A Megatron checkpoint of any layout to a Hugging Face folder. One process; needs only the checkpoint folder.
+
+An export must pass checks of its names, shapes, dtypes and sizes, and of the logits of a short prompt."""
 
 import json
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from megatron_vcppo.errors import UserError
@@ -13,11 +20,68 @@ from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert import conversion_plan
 from megatron_vcppo.hf.convert.copying import Job, Matrix, Progress, gather
 from megatron_vcppo.hf.convert.dist_format import Chunk, GlobalTensor, read_model
-from megatron_vcppo.hf.convert.export_check import check_export, compare_logits
 from megatron_vcppo.hf.convert.folders import copy_small_files, new_folder
 from megatron_vcppo.hf.mapping import Parameter, checkpoint_key, hf_shapes, parameters
-from megatron_vcppo.hf.safetensors_files import plan_files
+from megatron_vcppo.hf.safetensors_files import INDEX_NAME, check_shapes, plan_files, read_folder
 from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest, verify_manifest
+
+TOLERANCE = 1e-4
+"""Largest difference of logits in float32, relative to the largest logit (at least 1)."""
+TIMEOUT_S = 3600.0
+_BASE_BYTES = 2 << 30
+
+
+def check_export(folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    """Raises UserError if the files on disk do not hold exactly these tensors: name -> (shape, dtype)."""
+    found = read_folder(folder)
+    check_shapes(folder, found, {name: shape for name, (shape, _) in tensors.items()})
+    wrong = [
+        f"  {name}: {found[name].dtype}, should be {dtype}"
+        for name, (_, dtype) in tensors.items()
+        if found[name].dtype != dtype
+    ]
+    if wrong:
+        raise UserError(f"{folder}: wrong dtypes:\n" + "\n".join(wrong))
+    total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
+    index = folder / INDEX_NAME
+    if index.exists():
+        recorded = json.loads(index.read_text(encoding="utf-8"))["metadata"]["total_size"]
+        if recorded != total:
+            raise UserError(f"{index}: total_size is {recorded}, should be {total}")
+
+
+def compare_logits(checkpoint: Path, exported: Path, arch: Architecture, dtype: torch.dtype | None = None) -> str:
+    """Run one prompt through Megatron (TP 1, PP 1) and transformers on the CPU in float32; returns how far they differ.
+
+    A separate process does it and holds one model at a time: 4 bytes per parameter. If the memory does not suffice,
+    the comparison is skipped and the returned line reports that. ``dtype`` is what the export rounded the weights to,
+    if it did. Raises UserError if the logits differ.
+    """
+    needed = int(4.5 * arch.parameter_count()) + _BASE_BYTES
+    available = psutil.virtual_memory().available
+    if needed > available:
+        return (
+            f"logits not compared: that takes about {needed / 2**30:.0f} GiB of memory, "
+            f"{available / 2**30:.0f} GiB are available"
+        )
+    command = [sys.executable, "-m", "megatron_vcppo.mcore.export_logits", str(checkpoint), str(exported)]
+    if dtype is not None:
+        command.append(str(dtype).removeprefix("torch."))
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{exported}: comparing logits took longer than {TIMEOUT_S:.0f} s") from None
+    if done.returncode:
+        raise RuntimeError(f"comparing logits failed:\n{done.stderr[-4000:]}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    difference, largest = result["difference"], result["largest"]
+    if not difference <= TOLERANCE * max(1.0, largest):
+        raise UserError(
+            f"{exported}: logits differ from Megatron's by {difference:.3g} (largest logit {largest:.3g}); not exported"
+        )
+    return f"logits of {result['tokens']} tokens agree with Megatron's within {difference:.1e}"
+
 
 MAX_FILE_BYTES = 2_000_000_000
 _CRITIC_CLASSES = {

@@ -11,9 +11,8 @@ from megatron_vcppo.hf.convert import conversion_plan
 from megatron_vcppo.hf.convert.copying import Job, Matrix, Progress, scatter
 from megatron_vcppo.hf.convert.dist_format import write_frame
 from megatron_vcppo.hf.convert.folders import copy_small_files, new_folder
-from megatron_vcppo.hf.hf_weights import model_tensors
 from megatron_vcppo.hf.mapping import Parameter, checkpoint_key, parameters
-from megatron_vcppo.hf.safetensors_files import TensorInFile
+from megatron_vcppo.hf.safetensors_files import TensorInFile, model_tensors
 from megatron_vcppo.run.manifest import write_manifest
 
 

@@ -1,15 +1,67 @@
 """A sandbox as its user sees it: programs go in, what they printed or returned comes out, all within a deadline."""
 
+import contextlib
+import fcntl
 import json
 import os
 import secrets
 import socket
 import subprocess
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from megatron_vcppo.rewards.sandbox.folder import ScratchFolder
+from megatron_vcppo.rewards.sandbox.inside.scratch import empty
 from megatron_vcppo.rewards.sandbox.isolation import interpreter, launch
+
+_PREFIX = "vcppo_code_"
+_ENOUGH_BYTES = 256 << 20
+
+
+class ScratchFolder:
+    """Made private to this user, locked while it is in use; folders that killed processes have left are removed."""
+
+    def __init__(self) -> None:
+        _remove_abandoned()
+        self.path = tempfile.mkdtemp(prefix=_PREFIX, dir=_place())
+        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def remove(self) -> None:
+        """With all in it."""
+        with contextlib.suppress(OSError):  # what cannot be removed now is removed with the next one
+            _remove(self.path)
+        os.close(self._lock)
+
+
+def _place() -> str:
+    """Memory, if there is room: on a disk a program can make folders far faster than they can be removed."""
+    memory = "/dev/shm"
+    with contextlib.suppress(OSError):
+        room = os.statvfs(memory)
+        if os.access(memory, os.W_OK | os.X_OK) and room.f_bavail * room.f_frsize >= _ENOUGH_BYTES:
+            return memory
+    return tempfile.gettempdir()
+
+
+def _remove_abandoned() -> None:
+    for path in Path(_place()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if path.lstat().st_uid != os.getuid():
+                continue
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its owner lives
+                _remove(str(path))
+            finally:
+                os.close(descriptor)
+
+
+def _remove(path: str) -> None:
+    empty(path)
+    os.rmdir(path)
+
 
 _START_S = 60.0
 _GRACE_S = 1.5

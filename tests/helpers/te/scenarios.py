@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_vcppo.config import Dtype, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_vcppo.data.context_split import rounding
-from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all
+from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all, rounding
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.mapping import canonical_name

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from megatron_vcppo.algo.kl import kl_estimate, next_kl_coef
-from megatron_vcppo.algo.token_rewards import filter_overlong, soft_overlong_penalty, token_rewards
+from megatron_vcppo.algo.kl import filter_overlong, kl_estimate, next_kl_coef, soft_overlong_penalty, token_rewards
 
 
 def test_kl_estimates_by_hand():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_vcppo.algo import metrics as m
-from megatron_vcppo.algo.losses.pointwise_pairwise import pairwise_loss, pointwise_loss
+from megatron_vcppo.algo.losses.value import pairwise_loss, pointwise_loss
 from megatron_vcppo.algo.masked import last_valid
 
 

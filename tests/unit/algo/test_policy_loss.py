@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_vcppo.algo import metrics as m
 from megatron_vcppo.algo.losses.aggregation import AGGREGATIONS, loss_denominator, token_weights
-from megatron_vcppo.algo.losses.auxiliary import entropy_bonus, kl_loss, positive_lm_loss
-from megatron_vcppo.algo.losses.policy import policy_loss
+from megatron_vcppo.algo.losses.policy import entropy_bonus, kl_loss, policy_loss, positive_lm_loss
 from megatron_vcppo.algo.masked import check_finite
 
 CLIPS: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}

@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.config import ClusterConfig, network
-from megatron_vcppo.config.network import NodeNetwork, default_route_interface, listen, node_network
-from megatron_vcppo.config.node_environment import CACHES, node_environment, private_folder
+from megatron_vcppo.config.network import (
+    CACHES,
+    NodeNetwork,
+    default_route_interface,
+    listen,
+    node_environment,
+    node_network,
+    private_folder,
+)
 from megatron_vcppo.errors import UserError
 
 NODE = {"lo": "127.0.0.1", "eth0": "10.1.0.7", "ib0": "10.2.0.7"}

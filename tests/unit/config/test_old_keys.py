@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from megatron_vcppo.config.keys import all_keys
+from megatron_vcppo.config.keys import REMOVED, RENAMED, all_keys, with_new_names
 from megatron_vcppo.config.load import load_config
-from megatron_vcppo.config.old_keys import REMOVED, RENAMED, with_new_names
 from megatron_vcppo.config.validation import leaves
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.sweep_points import points

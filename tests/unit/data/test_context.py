@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vcppo.config import ModelConfig, ParallelConfig
-from megatron_vcppo.data.context_split import rank_order, rounding
-from megatron_vcppo.data.packing import pack
+from megatron_vcppo.data.packing import pack, rank_order, rounding
 from megatron_vcppo.records import TrainSequence
 
 

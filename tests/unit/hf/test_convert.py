@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 from megatron_vcppo import cli
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.convert import copying
-from megatron_vcppo.hf.convert.export_check import check_export
-from megatron_vcppo.hf.convert.exporter import export_hf
+from megatron_vcppo.hf.convert.exporter import check_export, export_hf
 from megatron_vcppo.hf.convert.importer import import_hf
 from megatron_vcppo.run.manifest import read_manifest, write_manifest
 from tools.benchmarks._tiny_models import FAMILIES, save_tiny_model

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_vcppo.launch.local_chain import local_processes
 from megatron_vcppo.launch.role_commands import role_environment
-from megatron_vcppo.run.stored_set import stored_set
+from megatron_vcppo.run.rollout_store import stored_set
 from megatron_vcppo.slurm.srun import stage_nodes
 from tools.benchmarks._tiny_chains import tiny_config, units_on, write_config
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_vcppo.rewards.code_blocks import find_program
+from megatron_vcppo.rewards.code import find_program
 
 ONE = "```python\nprint(1)\n```"
 

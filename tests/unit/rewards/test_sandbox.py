@@ -15,11 +15,10 @@ from textwrap import dedent
 import pytest
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.rewards.sandbox.folder import ScratchFolder
 from megatron_vcppo.rewards.sandbox.inside import seccomp
 from megatron_vcppo.rewards.sandbox.isolation import strongest_first
 from megatron_vcppo.rewards.sandbox.isolation_choice import _problem, choose
-from megatron_vcppo.rewards.sandbox.sandbox import Sandbox, SandboxError
+from megatron_vcppo.rewards.sandbox.sandbox import Sandbox, SandboxError, ScratchFolder
 from tests.helpers.code_judge import ROOT, Judge, nobody_python
 
 GOOD = {"inputs": ["1 2\n"], "outputs": ["3"]}
@@ -126,7 +125,7 @@ def test_a_scratch_folder_goes_with_its_sandbox_and_its_killed_owner() -> None:
         path = Path(sandbox._scratch.path)
         assert path.is_dir() and path.stat().st_mode & 0o777 == 0o700
     assert not path.exists()
-    make = "from megatron_vcppo.rewards.sandbox.folder import ScratchFolder; print(ScratchFolder().path)"
+    make = "from megatron_vcppo.rewards.sandbox.sandbox import ScratchFolder; print(ScratchFolder().path)"
     done = subprocess.run([sys.executable, "-c", make], capture_output=True, text=True, cwd=ROOT, check=True)
     abandoned, kept = Path(done.stdout.strip()), ScratchFolder()
     assert not abandoned.exists() and Path(kept.path).is_dir()

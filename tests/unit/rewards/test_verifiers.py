@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_vcppo.records import Prompt
-from megatron_vcppo.rewards.synthetic import verify_synthetic
+from megatron_vcppo.rewards.registry import verify_synthetic
 from megatron_vcppo.tasks.generate import TASKS, demonstration_rows
 
 

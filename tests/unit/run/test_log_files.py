@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_vcppo.run.log_files import last_lines
+from megatron_vcppo.run.log import last_lines
 
 
 def test_last_lines_of_a_long_file(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcppo.run.startup import Startup, forked_at_s, process_age_s, read_startups
+from megatron_vcppo.run.events import Startup, forked_at_s, process_age_s, read_startups
 
 
 def test_a_process_knows_its_age() -> None:

@@ -1,6 +1,6 @@
 """Updates that were skipped because something was not finite."""
 
-from megatron_vcppo.stages.nonfinite import NonfiniteUpdates
+from megatron_vcppo.stages.loop import NonfiniteUpdates
 
 
 def test_skipped_updates_are_counted_for_each_model_alone() -> None:

@@ -10,9 +10,17 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.run.manifest import write_manifest
-from megatron_vcppo.run.rollout_origin import claim, differences
-from megatron_vcppo.run.rollout_store import partial_iterations, stored_iterations, write_partial, write_rollouts
-from megatron_vcppo.run.stored_set import StoredSet, needs_engines, stored_set
+from megatron_vcppo.run.rollout_store import (
+    StoredSet,
+    claim,
+    differences,
+    needs_engines,
+    partial_iterations,
+    stored_iterations,
+    stored_set,
+    write_partial,
+    write_rollouts,
+)
 from megatron_vcppo.stages.provenance import origin_of
 from megatron_vcppo.stages.rollout_source import check_fit
 from tools.benchmarks._tiny_models import VOCAB_SIZE, save_tiny_model
