@@ -1,4 +1,4 @@
-"""The `vcppo` command: one module per sub-command, imported only when it is the one that was asked for.
+"""The `vcppo` command: one module per sub-command, imported only when it is called.
 
 A sub-command is a module with ``add_parser(subparsers)``, which calls ``set_defaults(run=…)``, and
 ``run(args) -> exit code``; it is made known by one line in ``COMMANDS``.
@@ -35,7 +35,7 @@ EPILOG = "A user's mistake costs one line and exit code 2. vcppo COMMAND --help 
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser for this call: only the sub-command that is asked for has its arguments, the others are names."""
+    """The parser for this call: only the requested sub-command has its arguments, the others are names."""
     parser = argparse.ArgumentParser(
         prog="vcppo",
         description="Train long chain-of-thought models with Value-Calibrated PPO: Megatron-Core, vLLM, Slurm.",

@@ -72,7 +72,7 @@ def stage_status(
 
 
 def pending_note(state: JobState) -> str:
-    """Why a job waits, in words."""
+    """Why a job waits, as text."""
     words = {
         "Dependency": "waits for the stage before",
         "Priority": "other jobs come first",
@@ -81,7 +81,7 @@ def pending_note(state: JobState) -> str:
     }
     text = words.get(state.reason, state.reason)
     if "held" in state.reason.lower():
-        return f"{text}: once its cause is mended, scontrol release {state.job_id}"
+        return f"{text}: once its cause is fixed, scontrol release {state.job_id}"
     return text + (f", expected {state.start}" if state.start not in ("", "N/A", "Unknown") else "")
 
 
@@ -119,9 +119,9 @@ def add_ending(status: StageStatus, run: RunFolder, mine: list[dict[str, Any]], 
     go_on = f"vcppo resume {run.path}"
     last = next((event for event in reversed(mine) if event["event"] in ("attempt_end", "refused", "attempt")), None)
     if slurm_state and slurm_state.state.startswith("CANCELLED"):
-        status.state, status.note = "cancelled", f"go on with: {go_on}"
+        status.state, status.note = "cancelled", f"continue with: {go_on}"
         if last is None:
-            status.note = f"never started; once the stage before is mended: {go_on}"
+            status.note = f"never started; once the stage before is fixed: {go_on}"
     elif last is None:
         if slurm_state:
             said = last_lines(run.job_log(status.job), 1)
@@ -140,11 +140,11 @@ def add_ending(status: StageStatus, run: RunFolder, mine: list[dict[str, Any]], 
             verdict = f"Slurm says {slurm_state.state}" if slurm_state else "ended without a word, as by a power cut"
             status.state, status.note = "failed", f"{verdict}; {go_on}"
     elif last.get("code") == SAVED:
-        status.state, status.note = "saved", f"go on with: {go_on}"
+        status.state, status.note = "saved", f"continue with: {go_on}"
     elif last.get("code") != DONE:
         line = (last.get("details") or [""])[-1]
         status.state = "failed"
-        status.note = f"{last['cause']}" + (f": {line}" if line else "") + f"; mend it, then {go_on}"
+        status.note = f"{last['cause']}" + (f": {line}" if line else "") + f"; fix it, then {go_on}"
 
 
 def table(statuses: list[StageStatus], stream: TextIO | None = None) -> str:

@@ -1,7 +1,7 @@
 """A real Slurm on this machine: munged, slurmctld and several slurmd as virtual nodes; optionally slurmdbd + MariaDB.
 
 From the distribution's packages, as root or an ordinary user, without systemd and cgroups, everything below one folder.
-As root every node has a network namespace and an address of its own (devcluster_net.py); otherwise nodes share the
+As root every node has its own network namespace and address (devcluster_net.py); otherwise nodes share the
 machine's loopback interface. Used by the tests, the demo and ``tools/devcluster.sh``.
 """
 
@@ -214,7 +214,7 @@ class DevCluster:
                 raise UserError(f"sacctmgr add {entity[0]}: {(done.stdout + done.stderr).strip()[-300:]}")
 
     def start_controller(self) -> None:
-        """Start slurmctld; it goes on from its saved state."""
+        """Start slurmctld; it continues from its saved state."""
         self._spawn("slurmctld", "slurmctld", "-D")
 
     def start_node(self, name: str, hidden: Path | None = None) -> None:

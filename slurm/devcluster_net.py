@@ -1,7 +1,7 @@
 """The network of the one-machine Slurm, as root: a namespace per virtual node, joined by a switch, the host on it too.
 
-Every node has an interface ``eth0`` with an address of its own and a default route, so a listener on 127.0.0.1 of one
-node is not reachable from another, as on a real cluster. The switch is a bridge in a namespace of its own, which a
+Every node has an interface ``eth0`` with its own address and a default route, so a listener on 127.0.0.1 of one
+node is not reachable from another, as on a real cluster. The switch is a bridge in a separate namespace, which a
 ``sleep`` holds: all namespaces are anonymous and vanish with their last process, and with them the host's interface.
 """
 
@@ -41,7 +41,7 @@ def free_network(root: Path) -> str:
 
 
 def enter_namespace() -> None:
-    """Give this process (between fork and exec) a network of its own, without interfaces."""
+    """Give this process (between fork and exec) its own network, without interfaces."""
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNET)")
 

@@ -100,7 +100,7 @@ def checks(config: Config, programs: RoleCommands, folder: Path) -> Iterator[tup
 def test_job(
     config: Config, argv: tuple[str, ...], nodes: int | None = None, tasks_per_node: int = 1, cpus_per_task: int = 1
 ) -> str:
-    """Run a step's command line in an allocation of its own, bounded; default: on all nodes. Returns its output."""
+    """Run a step's command line in a separate allocation, bounded; default: on all nodes. Returns its output."""
     cluster = config.cluster
     nodes = nodes or num_nodes(cluster)
     options = {

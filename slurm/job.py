@@ -204,7 +204,7 @@ def requeue(run: RunFolder, config: Config, stage: str) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         patiently(lambda: slurm("scontrol", "requeue", job_id()))
     except UserError as error:
-        say(f"{stage}: could not be requeued ({error}); go on with: vcppo resume {run.path}")
+        say(f"{stage}: could not be requeued ({error}); continue with: vcppo resume {run.path}")
         return SAVED
     time.sleep(REQUEUE_TIMEOUT_S)
     return SAVED

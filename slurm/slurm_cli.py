@@ -164,7 +164,7 @@ def check_slurm_installed() -> None:
 def check_scripts(requests: Iterable[tuple[str, str]], folder: Path) -> None:
     """Let Slurm judge each different batch script without queueing it; its own message is the error.
 
-    requests: (script, what it asks for in words).
+    requests: (script, what it requests, as text).
     """
     for script, request in dict.fromkeys(requests):
         path = folder / "test_only.sh"

@@ -28,7 +28,7 @@ RANK_SHELL = 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLU
 
 
 def stage_nodes(config: Config, stage: str) -> int:
-    """Nodes of a stage's allocation: rollout nodes are asked for only where something may be generated."""
+    """Nodes of a stage's allocation: rollout nodes are requested only where something may be generated."""
     nodes, _ = trainer_layout(config, stage)
     return nodes + (config.cluster.rollout_nodes if stage in ENGINE_STAGES else 0)
 
@@ -44,7 +44,7 @@ def in_container(config: Config, command: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def inside(config: Config, programs: RoleCommands) -> RoleCommands:
-    """The programs as the roles call them: an image has an interpreter of its own."""
+    """The programs as the roles call them: an image has its own interpreter."""
     cluster = config.cluster
     if not cluster.container_image or not cluster.container_python:
         return programs
@@ -128,7 +128,7 @@ def srun_processes(
 
 
 def guarded(programs: RoleCommands, command: tuple[str, ...]) -> tuple[str, ...]:
-    """The command under a guard on its node, so that a killed role leaves no worker of its own behind."""
+    """The command under a guard on its node, so that a killed role leaves none of its workers behind."""
     return (programs.python, *GUARD_ARGUMENTS, ALONE, *command)
 
 

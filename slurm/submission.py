@@ -84,10 +84,10 @@ def executor(
 
 
 def request_text(config: Config, stage: str) -> str:
-    """What the stage's job asks Slurm for, in words."""
+    """What the stage's job requests from Slurm, as text."""
     cluster = config.cluster
     gpus = f"{cluster.gpus_per_node} GPUs and " if cluster.gpus_per_node else ""
-    text = f"asked for {stage_nodes(config, stage)} nodes with {gpus}{cluster.cpus_per_node} CPUs each"
+    text = f"requested {stage_nodes(config, stage)} nodes with {gpus}{cluster.cpus_per_node} CPUs each"
     names = [f"{name} {value}" for name in ("partition", "account", "qos") if (value := getattr(cluster, name))]
     return ", ".join([text, *names])
 

@@ -8,7 +8,7 @@ from megatron_vcppo.run.config_file import open_run
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the command."""
-    parser = subparsers.add_parser("cancel", description="Cancel the jobs of a run; vcppo resume goes on later.")
+    parser = subparsers.add_parser("cancel", description="Cancel the jobs of a run; vcppo resume continues later.")
     add_run_argument(parser)
     parser.set_defaults(run=run)
 

@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert in the direction that was asked for."""
+    """Convert in the requested direction."""
     args.convert(args)
     return 0
 

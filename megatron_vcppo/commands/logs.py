@@ -27,7 +27,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--rank", type=int, default=0, help="rank of the trainer, node of the rollout role")
     parser.add_argument("--attempt", type=int, help="default: the newest")
     parser.add_argument(
-        "-f", "--follow", action="store_true", help="go on as the log grows and with later attempts, until all is done"
+        "-f",
+        "--follow",
+        action="store_true",
+        help="continue as the log grows and with later attempts, until all is done",
     )
     parser.set_defaults(run=run)
 
@@ -62,7 +65,7 @@ def find_log(run: RunFolder, stages: list[str], args: argparse.Namespace) -> Pat
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the file; with -f go on with the attempts and stages that follow, until what is meant is done."""
+    """Print the file; with -f continue with the attempts and stages that follow, until what is meant is done."""
     folder, config = open_run(args.run_folder)
     stages: list[str] = list(config.stages)
     if not args.follow:

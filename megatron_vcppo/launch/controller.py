@@ -94,7 +94,7 @@ class _Started:
 
 
 def describe(code: int) -> str:
-    """An exit code in words."""
+    """An exit code as text."""
     if code > SIGNALLED:
         try:
             return f"was killed by {signal.Signals(code - SIGNALLED).name}"

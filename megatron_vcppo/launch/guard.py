@@ -20,7 +20,7 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 def descendants(root: int) -> list[int]:
-    """Process ids below ``root``, from /proc; processes that vanish meanwhile are left out."""
+    """Process ids below ``root``, from /proc; processes that vanish meanwhile are skipped."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():

@@ -107,9 +107,9 @@ def run_chain(run: RunFolder, config: Config, stages: list[str], programs: RoleC
                 say(f"{head} done in {seconds:.1f} s")
                 continue
             if outcome.code == SAVED:
-                say(f"{head} saved after {seconds:.1f} s; the same command goes on from there")
+                say(f"{head} saved after {seconds:.1f} s; the same command continues from there")
             else:
-                hint = "mend it and run the same command again" if outcome.code == USER_ERROR else "see the log"
+                hint = "fix it and run the same command again" if outcome.code == USER_ERROR else "see the log"
                 say(f"{head} failed after {seconds:.1f} s: {outcome.cause}; {hint}")
             return outcome.code
     events.append(run.path, "chain_done", stages=stages)

@@ -84,7 +84,7 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
     tokens = max(parallel.tokens_per_microbatch, config.model.max_length) / parallel.cp
     layers, at_once = arch.num_layers / parallel.pp, parallel.pp - pp_rank
     given, kept = layer_activations(arch, config)
-    # Logits and their gradient; then that gradient beside the one of the output layer, in the weights' type.
+    # Logits and their gradient; then that gradient and the one of the output layer, in the weights' type.
     logits = max(2 * tokens, tokens + arch.hidden_size) * arch.vocab_size / parallel.tp
     if "actor" not in trained or pp_rank < parallel.pp - 1:
         logits = 0.0

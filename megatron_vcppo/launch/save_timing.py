@@ -21,7 +21,7 @@ SAFETY = 2.0
 def iteration_seconds(run: RunFolder, stage: str) -> list[float]:
     """Seconds from record to record of metrics.jsonl: an iteration, with its checkpoint where it saved one.
 
-    Times across which a new attempt began are left out: they hold the wait in the queue.
+    Times across which a new attempt began are dropped: they include the wait in the queue.
     """
     stamps = [record["timestamp"] for record in run.stage(stage).recent_metrics() if "timestamp" in record]
     begun = [event["time"] for event in events.of_stage(run.path, "attempt", stage)]

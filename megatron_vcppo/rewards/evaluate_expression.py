@@ -13,7 +13,7 @@ import sympy
 from latex2sympy2_extended.logic import And
 from sympy.core.function import AppliedUndef
 
-_DIGITS = 4000
+_EXACT_DIGITS = 4000
 """Longer numbers are not read as numbers (Python refuses texts beyond 4,300 digits)."""
 _ROUNDED = 10
 """Significant digits from which on a decimal may stand for a number that has no finite decimal."""
@@ -28,7 +28,7 @@ _NUMBER = re.compile(
 
 def rational(text: str) -> Fraction | None:
     r"""The value of an integer, decimal, a/b, ``\frac{a}{b}`` or mixed number; None for anything else."""
-    match = _NUMBER.fullmatch(text) if len(text) <= _DIGITS else None
+    match = _NUMBER.fullmatch(text) if len(text) <= _EXACT_DIGITS else None
     if match is None:
         return None
     if match["decimal"]:
@@ -45,7 +45,7 @@ def rational(text: str) -> Fraction | None:
 def is_decimal(text: str) -> bool:
     """Whether the text is a decimal with enough digits to stand for a rounded number."""
     digits = text.lstrip("+-").replace(".", "", 1)
-    return "." in text and digits.isdigit() and _ROUNDED <= len(digits.strip("0")) <= _DIGITS
+    return "." in text and digits.isdigit() and _ROUNDED <= len(digits.strip("0")) <= _EXACT_DIGITS
 
 
 def is_finite_decimal(value: Fraction) -> bool:

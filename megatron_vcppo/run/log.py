@@ -4,12 +4,14 @@ A process that belongs to a run calls ``configure`` once, first of all: a traine
 rollout node as ("rollout", its index), a job that starts and watches them as ("controller"). From then on
 
 - ``say(text)`` prints what a user must see: a result, ``note: …``, ``warning: …``. The caller decides which rank says
-  it. A table begins on a line of its own: ``say(f"results:\n{table}")``;
+  it. A table begins on a new line: ``say(f"results:\n{table}")``;
 - ``logging.getLogger(__name__)`` of a module is for what only someone who reads that rank's log looks for. Its records
   appear in the same format, from INFO of this package and from WARNING of libraries on.
 
 Both go to standard output, which is the log file of the role; that of rank 0 is shown on the terminal, too. Before
-``configure``, in tests and in ``vcppo`` commands that start nothing, ``say`` prints the text alone. The log files of roles are read and followed here, too.
+``configure``, in tests and in ``vcppo`` commands that start nothing, ``say`` prints the text alone.
+
+The log files of roles are read and followed here, too.
 """
 
 import codecs

@@ -45,7 +45,7 @@ def write_manifest(
 ) -> None:
     """Record the files below ``folder`` and mark it complete: temporary name, fsync, rename.
 
-    ``only`` names the files and sub-folders that count; left out, all do. ``known`` gives the records (as
+    ``only`` names the files and sub-folders that count; default: all. ``known`` gives the records (as
     ``file_record`` makes them) of files that were hashed and synced already; all others are read and synced here. An
     earlier manifest is replaced.
     """

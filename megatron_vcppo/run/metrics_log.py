@@ -1,6 +1,6 @@
 """The metrics log of a stage: metrics.jsonl, one JSON object per iteration, and Weights & Biases if asked.
 
-One rank logs; the caller decides which. After a resume the log goes on as if nothing had happened: what was logged
+One rank logs; the caller decides which. After a resume the log continues as if nothing had happened: what was logged
 beyond the resumed checkpoint is dropped, because it will be logged again.
 """
 
@@ -67,7 +67,7 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The complete records of a stage's log, oldest first; empty if there is none. A torn last line is left out."""
+    """The complete records of a stage's log, oldest first; empty if there is none. A torn last line is dropped."""
     return read_records(StageFolder(folder).metrics)
 
 
@@ -77,7 +77,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
-    """The records of a stage's log as numbers: NaN and infinities are numbers again, what is text is left out."""
+    """The records of a stage's log as numbers: NaN and infinities are numbers again, text is dropped."""
     return [
         {name: number for name, value in record.items() if (number := _number(value)) is not None}
         for record in read_metrics(folder)

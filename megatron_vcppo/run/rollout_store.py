@@ -110,13 +110,13 @@ def _path(folder: Path, iteration: int) -> Path:
 Origin = dict[str, Any]
 """Dotted key → value."""
 
-FILE_NAME = "origin.json"
+ORIGIN_NAME = "origin.json"
 
 
-def differences(folder: Path, made: Origin) -> list[str]:
+def origin_differences(folder: Path, made: Origin) -> list[str]:
     """The keys in which what made a folder's rollouts differs; empty if nothing is recorded."""
     try:
-        known = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+        known = json.loads((folder / ORIGIN_NAME).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return []
     return [key for key, value in json.loads(json.dumps(made)).items() if known.get(key) != value]
@@ -129,7 +129,7 @@ def claim(folder: Path, made: Origin, reached: int) -> None:
     iteration is trained again on the responses that it had, but not on those of another policy.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if different := differences(folder, made):
+    if different := origin_differences(folder, made):
         later = [iteration for iteration in stored_iterations(folder) if iteration > reached]
         if later:
             say(
@@ -143,10 +143,10 @@ def claim(folder: Path, made: Origin, reached: int) -> None:
             if iteration > reached or iteration < 0:
                 drop_partial(folder, iteration)
         unmark_complete(folder)
-    write_json(folder / FILE_NAME, made)
+    write_json(folder / ORIGIN_NAME, made)
 
 
-FILE_NAME = "set.json"
+SET_NAME = "set.json"
 """Written last of all into the folder of a set."""
 
 
@@ -163,19 +163,19 @@ class StoredSet:
     def is_complete(self) -> bool:
         """True if a set of at least ``num_rollouts`` was made here."""
         try:
-            made = json.loads((self.folder / FILE_NAME).read_text(encoding="utf-8"))["num_rollouts"]
+            made = json.loads((self.folder / SET_NAME).read_text(encoding="utf-8"))["num_rollouts"]
             return bool(made >= self.num_rollouts)
         except (FileNotFoundError, ValueError, KeyError):
             return False
 
     def mark_complete(self) -> None:
         """Record that all rollouts are there."""
-        write_json(self.folder / FILE_NAME, {"num_rollouts": self.num_rollouts}, indent=None)
+        write_json(self.folder / SET_NAME, {"num_rollouts": self.num_rollouts}, indent=None)
 
 
 def unmark_complete(folder: Path) -> None:
     """Forget that a set was complete: some of its rollouts are gone."""
-    (folder / FILE_NAME).unlink(missing_ok=True)
+    (folder / SET_NAME).unlink(missing_ok=True)
 
 
 def stored_set(config: Config, stage: str) -> StoredSet | None:

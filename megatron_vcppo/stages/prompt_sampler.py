@@ -73,7 +73,7 @@ class PromptSampler:
     def last_number(self, iteration: int) -> int:
         """The highest number under which rollouts of this iteration, or of one before, are stored.
 
-        Each round of dynamic sampling has a number of its own: seeds and stored files must not meet.
+        Each round of dynamic sampling has its own number: seeds and stored files must not meet.
         """
         if not self.config.dynamic_sampling:
             return iteration
@@ -133,8 +133,8 @@ def training_sampling(config: RolloutConfig, is_main: bool) -> Sampling:
     ]
     if filters and is_main:
         say(
-            f"warning: {' and '.join(filters)}: responses are drawn from the filtered distribution and their log-probs are renormalized "
-            "over the kept tokens, so they are higher than the policy's own (by 0.1 to 1.4 per token in measurements) "
-            "and PPO's ratio is biased. Set top_p to 1 and top_k to 0 in training."
+            f"warning: {' and '.join(filters)}: responses are drawn from the filtered distribution and their log-probs "
+            "are renormalized over the kept tokens, so they are higher than the policy's own (by 0.1 to 1.4 "
+            "per token in measurements) and PPO's ratio is biased. Set top_p to 1 and top_k to 0 in training."
         )
     return Sampling(config.temperature, config.top_p, config.top_k, list(config.stop), config.ignore_eos)

@@ -15,7 +15,14 @@ from megatron_vcppo.mcore.model import ActorModel
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.log import say
-from megatron_vcppo.run.rollout_store import StoredSet, claim, differences, read_rollouts, stored_iterations, stored_set
+from megatron_vcppo.run.rollout_store import (
+    StoredSet,
+    claim,
+    origin_differences,
+    read_rollouts,
+    stored_iterations,
+    stored_set,
+)
 from megatron_vcppo.stages.initial_models import starting_actor
 from megatron_vcppo.stages.prompt_sampler import PromptSampler
 from megatron_vcppo.stages.provenance import origin_of
@@ -121,7 +128,7 @@ class StoredRollouts:
     def _check_origin(self, wanted: StoredSet, stage: Stage) -> None:
         """A set that is there is taken, with a warning if another policy made it; one begun by another is dropped."""
         made = origin_of(stage.config, stage.name)
-        different = differences(wanted.folder, made)
+        different = origin_differences(wanted.folder, made)
         if not wanted.is_complete and (wanted.is_own or not stored_iterations(wanted.folder)):
             claim(wanted.folder, made, 0)
         elif different:

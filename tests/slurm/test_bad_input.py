@@ -50,7 +50,7 @@ def test_no_sbatch_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     ("key", "value", "message"),
     [
         ("partition", "nowhere", "invalid partition specified: nowhere"),
-        ("gpus_per_node", 9, "node configuration is not available; asked for 2 nodes with 9 GPUs and 2 CPUs each"),
+        ("gpus_per_node", 9, "node configuration is not available; requested 2 nodes with 9 GPUs and 2 CPUs each"),
         ("cpus_per_node", 99, "node configuration is not available|CPU count"),
         ("trainer_nodes", 7, "[Mm]ore processors requested than permitted|not available|Node count"),
         ("sbatch", {"reservation": "none-such"}, "[Rr]eservation"),

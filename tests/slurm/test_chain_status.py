@@ -18,4 +18,4 @@ def test_why_a_job_waits() -> None:
     assert pending_note(JobState("7", "PENDING", "Dependency")) == "waits for the stage before"
     assert pending_note(JobState("7", "PENDING", "Resources", start="12:00")) == "waits for free nodes, expected 12:00"
     held = pending_note(JobState("7", "PENDING", "launch failed requeued held", start="N/A"))
-    assert held == "launch failed requeued held: once its cause is mended, scontrol release 7"
+    assert held == "launch failed requeued held: once its cause is fixed, scontrol release 7"

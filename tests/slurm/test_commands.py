@@ -74,7 +74,7 @@ def test_a_chain_watched_cancelled_and_resumed(cluster: DevCluster, tmp_path: Pa
     assert main(["cancel", folder]) == 0
     assert "nothing to cancel" in capsys.readouterr().out
     assert main(["status", folder]) == 0
-    assert f"go on with: vcppo resume {folder}" in capsys.readouterr().out
+    assert f"continue with: vcppo resume {folder}" in capsys.readouterr().out
     saved = run.stage("sft").checkpoint_iteration()
 
     assert main(["resume", folder, "sft.steps=50"]) == 0

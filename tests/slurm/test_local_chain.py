@@ -61,7 +61,7 @@ def test_bad_data_ends_the_chain_with_code_2(tiny_run: tuple[RunFolder, Config],
     write_config(config)
     assert run_chain(run, config, ["sft"], TINY) == 2
     text = table(run_status(run, config))
-    assert "failed" in text and f"sample has no response; mend it, then vcppo resume {run.path}" in text
+    assert "failed" in text and f"sample has no response; fix it, then vcppo resume {run.path}" in text
     assert "data.jsonl:7: sample has no response" in capsys.readouterr().out
     assert len(run.stage("sft").attempts()) == 1
 

@@ -176,7 +176,7 @@ def restart_slurmctld(cluster: DevCluster, run: RunFolder, config: Config) -> No
 
 
 def full_disk(cluster: DevCluster, run: RunFolder, config: Config) -> None:
-    """The stage fails at a checkpoint, says so, and goes on once there is room."""
+    """The stage fails at a checkpoint, says so, and continues once there is room."""
     wait_until(lambda: any(e["event"] == "attempt_end" for e in events.read(run.path)), "the failure", 90)
     end = next(e for e in events.read(run.path) if e["event"] == "attempt_end")
     assert end["code"] not in (0, 75) and "No space left" in " ".join(end["details"]), end
@@ -186,12 +186,12 @@ def full_disk(cluster: DevCluster, run: RunFolder, config: Config) -> None:
 
 
 def fail_for_good(cluster: DevCluster, run: RunFolder, config: Config) -> None:
-    """Bad data: the dependents are cancelled, the status names the line; mended, the chain goes on."""
+    """Bad data: the dependents are cancelled, the status names the line; fixed, the chain continues."""
     jobs = submitted_jobs(run)
     states = wait_for_jobs(jobs.values(), 60)
     assert [states[job].state for job in jobs.values()] == ["FAILED", "CANCELLED"]
     text = table(run_status(run, config))
-    assert "data.jsonl:7: sample has no response" in text and f"mend it, then vcppo resume {run.path}" in text
+    assert "data.jsonl:7: sample has no response" in text and f"fix it, then vcppo resume {run.path}" in text
     assert len(run.stage("sft").attempts()) == 1
     config.sft.train = "unused"
     write_config(config)
@@ -210,7 +210,7 @@ FAULTS = {
     "power cut: the controller's node": Fault(cut_power(0)),
     "slurmctld killed and restarted": Fault(restart_slurmctld),
     "disk full at a checkpoint": Fault(full_disk, small_disk=True),
-    "bad data, mended": Fault(fail_for_good, data="bad"),
+    "bad data, fixed": Fault(fail_for_good, data="bad"),
     "none, six longer stages": LONG,
     "time limit in each of six stages": replace(LONG, limit_minutes=1),
 }

@@ -6,9 +6,9 @@ what to do. ``load_config`` runs all of them, so every command does. What needs 
 
 from collections.abc import Callable, Iterator
 
-from megatron_vcppo.config.rules.chain import CHAIN_RULES
 from megatron_vcppo.config.rules.layout import LAYOUT_RULES
 from megatron_vcppo.config.rules.nodes import NODE_RULES
+from megatron_vcppo.config.rules.stages import CHAIN_RULES
 from megatron_vcppo.config.schema import Config
 
 RULES: tuple[Callable[[Config], Iterator[str]], ...] = (*LAYOUT_RULES, *NODE_RULES, *CHAIN_RULES)

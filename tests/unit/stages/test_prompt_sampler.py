@@ -1,4 +1,4 @@
-"""Which groups dynamic sampling keeps."""
+"""Which groups dynamic sampling keeps, and warnings about sampling that biases training."""
 
 import pytest
 

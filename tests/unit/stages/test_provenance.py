@@ -13,8 +13,8 @@ from megatron_vcppo.run.manifest import write_manifest
 from megatron_vcppo.run.rollout_store import (
     StoredSet,
     claim,
-    differences,
     needs_engines,
+    origin_differences,
     partial_iterations,
     stored_iterations,
     stored_set,
@@ -74,9 +74,9 @@ def test_an_origin_of_an_earlier_version_fits_and_renamed_keys_still_count(confi
     recorded = json.loads((folder / "origin.json").read_text())
     assert recorded["ppo.advantage"]["overlong_penalty_tokens"] == 4 and recorded["ppo.critic"]["bounds"] == [-2.0, 2.0]
     config.run.skip_limit = 99
-    assert differences(folder, origin_of(config, "ppo")) == []
+    assert origin_differences(folder, origin_of(config, "ppo")) == []
     config.returns.gamma, config.values.huber_delta = 0.5, 1.0
-    assert differences(folder, origin_of(config, "ppo")) == ["ppo.advantage", "ppo.critic"]
+    assert origin_differences(folder, origin_of(config, "ppo")) == ["ppo.advantage", "ppo.critic"]
 
 
 def test_an_actor_is_known_by_its_weights(config: Config, tmp_path: Path) -> None:
@@ -85,15 +85,15 @@ def test_an_actor_is_known_by_its_weights(config: Config, tmp_path: Path) -> Non
     claim(folder, made, 0)
     moved = replace(config, run=replace(config.run, dir=str(tmp_path / "copy"), seed=7))
     (tmp_path / "run").rename(tmp_path / "copy")
-    assert differences(folder, origin_of(moved, "value_pretrain")) == []
+    assert origin_differences(folder, origin_of(moved, "value_pretrain")) == []
     actor = tmp_path / "copy/sft/checkpoints/iter_0000001/actor"
     (actor / "w.safetensors").write_text("trained on")
     write_manifest(actor, {})
-    assert differences(folder, origin_of(moved, "value_pretrain")) == ["actor"]
+    assert origin_differences(folder, origin_of(moved, "value_pretrain")) == ["actor"]
     moved.rollout.temperature = 0.5
-    assert differences(folder, origin_of(moved, "value_pretrain")) == ["actor", "rollout.temperature"]
+    assert origin_differences(folder, origin_of(moved, "value_pretrain")) == ["actor", "rollout.temperature"]
     (folder / "origin.json").unlink()
-    assert differences(folder, made) == []
+    assert origin_differences(folder, made) == []
 
 
 def test_a_complete_set_needs_no_engines(config: Config, tmp_path: Path) -> None:
