@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_vcppo.data.bad_samples import BadSample, DataReport, require
 from megatron_vcppo.data.epoch_order import EpochOrder
+from megatron_vcppo.data.named_sources import named_source
 from megatron_vcppo.data.readers import Sample, read_samples
 from megatron_vcppo.data.tokenizer import encode_texts, prompt_text
 from megatron_vcppo.records import Prompt
@@ -42,13 +43,16 @@ def load_prompts(
 ) -> tuple[list[Prompt], DataReport]:
     """All prompts of a source (see ``read_samples``), in its order, with ids ``file:line``.
 
-    A prompt is text or chat messages; an answer that is not text becomes its JSON or number.
+    A prompt is text or chat messages; an answer that is not text becomes its JSON or number. keys: problems by name
+    have keys of their own.
     max_length: tokens of a prompt; a longer one cannot be truncated without losing the question, so truncate skips
     it, too. known_tasks: if given, any other task makes a sample bad; so does an answer that check_answer
     refuses.
     Raises UserError for bad samples with on_bad_sample error, and if no prompt is left.
     """
     report = DataReport(source, on_bad_sample)
+    if named_source(source):
+        keys = PromptKeys()
     prompts = list(_read(read_samples(source, split), tokenizer, max_length, keys, known_tasks, report, check_answer))
     report.finish()
     return prompts, report

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vcppo.data.named_sources import named_source, read_named
 from megatron_vcppo.errors import UserError
 
 
@@ -25,9 +26,12 @@ def read_samples(source: str, split: str = "train") -> Iterator[Sample]:
     """Stream the samples of a source in its order. Blank lines of a JSONL file are not samples.
 
     source: a .jsonl or .json (one object a line) or .parquet file; ``folder`` or ``folder:split`` written by
-    ``save_to_disk`` of `datasets`; else ``name``, ``name:split`` or ``name:configuration:split`` for its
-    ``load_dataset``. Raises UserError, before the first sample, if the source cannot be opened.
+    ``save_to_disk`` of `datasets`; problems by name (data/named_sources.py); else ``name``, ``name:split`` or
+    ``name:configuration:split`` for its ``load_dataset``.
+    Raises UserError, before the first sample, if the source cannot be opened.
     """
+    if named := named_source(source):
+        return (Sample(number, value) for number, value in enumerate(read_named(named)))
     path = Path(source)
     if path.is_file() and path.suffix in (".jsonl", ".json"):
         return _read_jsonl(path)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config, Stage
 from megatron_vcppo.config.placement import ENGINE_STAGES
+from megatron_vcppo.data.named_sources import check_named, named_source
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.launch.memory_plan import check_memory
@@ -52,6 +53,9 @@ def _check_data(config: Config, stages: Sequence[str]) -> None:
     if "evaluate" in stages or ("ppo" in stages and config.ppo.evaluate_every):
         named["prompts.test"] = config.prompts.test
     for key, source in named.items():
+        if source and (problems := named_source(source)):
+            check_named(problems, held_out=key == "prompts.test")
+            continue
         is_path = source is not None and (source.endswith((".json", ".jsonl")) or source.startswith(("/", ".", "~")))
         if source and is_path and not Path(source).exists():
             raise UserError(f"{key}: {source} does not exist")

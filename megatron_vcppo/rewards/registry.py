@@ -11,7 +11,16 @@ from megatron_vcppo.records import Prompt
 from megatron_vcppo.rewards.choice import verify_choice
 from megatron_vcppo.rewards.code import CodeVerifier
 from megatron_vcppo.rewards.math_answer import MathVerifier, verify_math
-from megatron_vcppo.rewards.verifier import CORRECT, NO_ANSWER, Verdict, Verifier, wrong
+from megatron_vcppo.rewards.verifier import (
+    CORRECT,
+    NO_ANSWER,
+    Verdict,
+    Verifier,
+    after_thinking,
+    final_answer,
+    wrong,
+)
+from megatron_vcppo.tasks import reasoning_gym
 from megatron_vcppo.tasks.generate import TASKS, get_task
 from megatron_vcppo.tasks.task import read_answer
 from megatron_vcppo.tasks.word_tokenizer import BOS
@@ -26,12 +35,28 @@ def verify_synthetic(prompt: Prompt, response_text: str) -> Verdict:
     return CORRECT if get_task(prompt.task).is_correct(question, prompt.answer, given) else wrong()
 
 
+def verify_reasoning_gym(prompt: Prompt, response_text: str) -> Verdict:
+    """Right if the problem's own scoring gives the full score to what stands between the last <answer> tags."""
+    given = _tagged_answer(response_text)
+    if not given:
+        return NO_ANSWER
+    score = reasoning_gym.score(prompt.answer, given)
+    return CORRECT if score >= 1.0 else wrong(f"score {score:.3g}")
+
+
+def _tagged_answer(response_text: str) -> str | None:
+    """Without tags: the final answer in any other form."""
+    tagged = re.findall(r"<answer>(.*?)</answer>", after_thinking(response_text), re.DOTALL)
+    return tagged[-1].strip() if tagged else final_answer(response_text)
+
+
 VERIFIERS: dict[str, Verifier] = {
     **dict.fromkeys(TASKS, verify_synthetic),
     "math": verify_math,
     "math_percent": MathVerifier(percent_as_decimal=True),
     "multiple_choice": verify_choice,
     "code": CodeVerifier(),
+    reasoning_gym.TASK: verify_reasoning_gym,
 }
 """Verifier by name; a prompt whose task has one of these names is judged by it."""
 _REFERENCE = re.compile(r"\w+(\.\w+)*:\w+")

@@ -34,7 +34,12 @@ MAY_IMPORT = {
     "cli": BASE | {"run"},
 }
 """Part of the package → the other parts that it may import; its own is always allowed."""
-ONLY_IN = {"megatron": "megatron_vcppo/mcore", "vllm": "megatron_vcppo/rollout", "submitit": "megatron_vcppo/slurm"}
+ONLY_IN = {
+    "megatron": "megatron_vcppo/mcore",
+    "vllm": "megatron_vcppo/rollout",
+    "submitit": "megatron_vcppo/slurm",
+    "reasoning_gym": "megatron_vcppo/tasks",
+}
 """Library → the only folder whose modules import it."""
 
 

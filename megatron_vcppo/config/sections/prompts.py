@@ -13,7 +13,7 @@ class PromptsConfig:
     """Problems with checkable answers, for reward model, value pretraining, PPO and evaluation."""
 
     train: str = MISSING
-    """JSONL file or `datasets` source with prompt, answer and task."""
+    """JSONL file or `datasets` source with prompt, answer and task, or problems by name: see docs/tasks.md."""
     test: str | None = None
     """Held-out problems for evaluation, in the same form."""
     prompt_key: str = "prompt"
