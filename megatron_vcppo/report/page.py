@@ -67,7 +67,9 @@ def render(runs: Sequence[RunData], written_at: str) -> str:
         stages=list(dict.fromkeys(stage for run in runs for stage in [*run.stages, *run.history])),
         findings=findings,
         results=results,
-        ks=list(dict.fromkeys(k for _, row in results for k in row["pass"])),
+        estimates=list(
+            dict.fromkeys((kind, k) for kind in ("pass", "maj") for _, row in results for k in row.get(kind, {}))
+        ),
         best_avg=max((row["avg"] for _, row in results), default=None),
         changed_keys=differences(runs),
         charts=charts,

@@ -22,9 +22,11 @@ def short(value: float) -> str:
     return f"{value:,.0f}" if size >= 1000 else f"{value:.3g}"
 
 
-def percent_interval(share: float, half_width: float) -> str:
-    """Example: (0.412, 0.031) → 41.2 ± 3.1 %."""
-    return f"{100 * share:.1f} ± {100 * half_width:.1f} %"
+def percent_interval(share: float, half_width: float, low: float | None = None, high: float | None = None) -> str:
+    """Example: (0.412, 0.031) → 41.2 ± 3.1 %; with the ends of the interval: 41.2 % (38.1 to 44.3)."""
+    if low is None or high is None:
+        return f"{100 * share:.1f} ± {100 * half_width:.1f} %"
+    return f"{100 * share:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def duration(seconds: float) -> str:
@@ -67,6 +69,13 @@ def text_table(rows: Sequence[Mapping[str, object]], stream: TextIO | None = Non
     for row in rows:
         table.add_row(*(_styled(_text(row.get(column, ""))) for column in columns))
     return "\n".join(line.rstrip() for line in _render(table, stream).splitlines())
+
+
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows of possibly different columns as a Markdown table; a bar in a cell is escaped."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_text(row.get(column, "")).replace("|", "\\|") for column in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *cells])
 
 
 def styled(word: str, stream: TextIO) -> str:

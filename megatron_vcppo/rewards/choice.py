@@ -34,19 +34,23 @@ def verify_choice(prompt: Prompt, response_text: str) -> Verdict:
     prompt lists; without those from the last "the answer is B". More than one letter is wrong. Raises ValueError if
     the prompt's answer names no option.
     """
-    options = listed_options(prompt.text)
-    expected = read_letters(prompt.answer, options)
+    expected = read_letters(prompt.answer, listed_options(prompt.text))
     if not expected:
         raise ValueError(
             f"{prompt.prompt_id}: the answer of a multiple-choice problem must be a letter or an option's text"
         )
-    given = final_answer(response_text)
-    letters = read_letters(given, options) if given else ""
-    if not letters:
-        letters = _stated_letters(after_thinking(response_text), options)
+    letters = chosen_letters(prompt, response_text)
     if not letters:
         return NO_ANSWER
     return CORRECT if letters == expected else wrong(letters)
+
+
+def chosen_letters(prompt: Prompt, response_text: str) -> str:
+    """The letters that a response settles on, in alphabetic order; "" for none."""
+    options = listed_options(prompt.text)
+    given = final_answer(response_text)
+    letters = read_letters(given, options) if given else ""
+    return letters or _stated_letters(after_thinking(response_text), options)
 
 
 def listed_options(text: str) -> dict[str, str]:

@@ -81,6 +81,16 @@ def answers_equal(given: str, expected: str, percent_as_decimal: bool = False) -
     return _values_equal(given, expected, percent_as_decimal)
 
 
+def canonical(answer: str) -> str:
+    """One text for answers that differ in layout or in how a number is written; "" only for a blank answer."""
+    answer = answer.strip()
+    if len(answer) > _MAX_LENGTH:
+        return "".join(answer.split())
+    text = join_thousands(tidy(answer)) or answer
+    value = rational(text)
+    return text.lower() if value is None else str(value)
+
+
 def _values_equal(given: str, expected: str, percent_as_decimal: bool) -> bool:
     """The answers without their units, if these agree."""
     (given, given_unit), (expected, expected_unit) = split_unit(given), split_unit(expected)

@@ -37,15 +37,15 @@ def verify_synthetic(prompt: Prompt, response_text: str) -> Verdict:
 
 def verify_reasoning_gym(prompt: Prompt, response_text: str) -> Verdict:
     """Right if the problem's own scoring gives the full score to what stands between the last <answer> tags."""
-    given = _tagged_answer(response_text)
+    given = tagged_answer(response_text)
     if not given:
         return NO_ANSWER
     score = reasoning_gym.score(prompt.answer, given)
     return CORRECT if score >= 1.0 else wrong(f"score {score:.3g}")
 
 
-def _tagged_answer(response_text: str) -> str | None:
-    """Without tags: the final answer in any other form."""
+def tagged_answer(response_text: str) -> str | None:
+    """What stands between the last <answer> tags behind the thinking; without tags, the final answer in any form."""
     tagged = re.findall(r"<answer>(.*?)</answer>", after_thinking(response_text), re.DOTALL)
     return tagged[-1].strip() if tagged else final_answer(response_text)
 

@@ -88,6 +88,11 @@ class StageFolder:
         return self.path / "results.json"
 
     @property
+    def results_table(self) -> Path:
+        """The same as a Markdown table."""
+        return self.path / "results.md"
+
+    @property
     def manifest(self) -> Path:
         """Written last: the stage is done."""
         return self.path / MANIFEST_NAME

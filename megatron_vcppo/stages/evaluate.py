@@ -1,4 +1,4 @@
-"""pass@k and avg@k of what the chain's stages left, or of any Hugging Face checkpoints, in one table."""
+"""avg@n, pass@k and maj@k of what the chain's stages left, or of any Hugging Face checkpoints, in one table."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,9 @@ from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.hf_weights_io import load_hf, stream_hf
 from megatron_vcppo.mcore.model import ActorModel, build_actor
 from megatron_vcppo.records import Rollout
-from megatron_vcppo.report.text_table import percent_interval, text_table
+from megatron_vcppo.report.text_table import markdown_table, percent_interval, text_table
 from megatron_vcppo.run.events import startup
-from megatron_vcppo.run.files import write_json
+from megatron_vcppo.run.files import write_json, write_text
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.rollout_store import claim
@@ -26,7 +26,7 @@ from megatron_vcppo.stages.stopping import Saved, stopping
 
 
 def run(config: Config) -> None:
-    """Evaluate; writes RUN/evaluate/results.json and the responses, and prints a table.
+    """Evaluate; writes RUN/evaluate/results.json, results.md and the responses, and prints a table.
 
     Raises Saved if asked to stop: responses that are stored are not generated again.
     """
@@ -50,7 +50,7 @@ def run(config: Config) -> None:
                     rollouts = generate(config, session, model, candidate, version)
                 except Stopped:
                     raise Saved(f"asked to stop: {version} of {len(found)} checkpoints are evaluated") from None
-            results.append({"name": name, **scores(rollouts, config.evaluate.k)})
+            results.append({"name": name, **scores(rollouts, config.evaluate.k, session.verifiers)})
             if stage.runtime.is_main:
                 startup.finish(stage.folder.path)
                 say(f"{name}:\n{table(results[-1:])}")
@@ -75,10 +75,12 @@ def generate(
 
 
 def write_results(stage: Stage, results: list[dict[str, Any]]) -> None:
-    """The file, the table, the manifest; main rank."""
-    write_json(stage.folder.results, results)
+    """The files, the table, the manifest; main rank."""
+    folder = stage.folder
+    write_json(folder.results, results)
+    write_text(folder.results_table, markdown(results, stage.config))
     say(f"results:\n{table(results)}")
-    stage.folder.mark_done(outputs=(stage.folder.results.name,))
+    folder.mark_done(outputs=(folder.results.name, folder.results_table.name))
 
 
 @dataclass(frozen=True)
@@ -111,20 +113,33 @@ def candidates(config: Config) -> dict[str, Candidate]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results as aligned text, in percent with 95 % intervals; the tasks of a mixture below each checkpoint."""
+    return text_table(_rows(results))
+
+
+def markdown(results: list[dict[str, Any]], config: Config) -> str:
+    """The same as Markdown, with the settings that made them."""
+    evaluate = config.evaluate
+    settings = (
+        f"Samples per problem: {evaluate.num_samples}; temperature {evaluate.temperature:g}, top-p {evaluate.top_p:g}, "
+        f"at most {config.rollout.max_tokens} tokens, run.seed {config.run.seed}. In brackets: 95 % intervals over "
+        "problems."
+    )
+    return f"# {config.prompts.test}\n\n{markdown_table(_rows(results))}\n\n{settings}\n"
+
+
+def _rows(results: list[dict[str, Any]]) -> list[dict[str, str]]:
     parts = [
         (name, part)
         for row in results
         for name, part in [(row["name"], row), *((f"  {task}", part) for task, part in row["tasks"].items())]
     ]
-    return text_table(
-        [
-            {
-                "checkpoint": name,
-                "avg": percent_interval(part["avg"], part["avg_interval"]),
-                **{f"pass@{k}": percent_interval(*value) for k, value in part["pass"].items()},
-                "length": f"{part['length_mean']:.1f}",
-                "truncated": f"{100 * part['truncated_share']:.1f} %",
-            }
-            for name, part in parts
-        ]
-    )
+    return [
+        {
+            "checkpoint": name,
+            "avg": percent_interval(part["avg"], part["avg_interval"], *part["avg_range"]),
+            **{f"{kind}@{k}": percent_interval(*value) for kind in ("pass", "maj") for k, value in part[kind].items()},
+            "length": f"{part['length_mean']:.1f}",
+            "truncated": f"{100 * part['truncated_share']:.1f} %",
+        }
+        for name, part in parts
+    ]

@@ -15,6 +15,7 @@ FILES = {
     "profiles.jsonl",
     "startup.jsonl",
     "results.json",
+    "results.md",
     "manifest.json",
     "state.json",
     "set.json",

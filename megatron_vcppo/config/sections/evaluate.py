@@ -8,12 +8,12 @@ from megatron_vcppo.config.ranges import NonNegativeFloat, PositiveFraction, Pos
 
 @dataclass
 class EvaluateConfig:
-    """avg@k and pass@k on prompts.test."""
+    """avg@n, pass@k and maj@k on prompts.test."""
 
     num_samples: PositiveInt = 1
     """Responses per problem: n of the estimators."""
     k: list[PositiveInt] = field(default_factory=lambda: [1])
-    """Values of k for pass@k; none above num_samples."""
+    """Values of k for pass@k and maj@k; none above num_samples."""
     num_prompts: PositiveInt | None = None
     """Evaluate only the first N problems; null: all of them."""
     temperature: NonNegativeFloat = 1.0

@@ -32,6 +32,12 @@ RESULTS = [
 ]
 
 
+# The first row is as runs had it before intervals had ends and majorities were counted.
+RESULTS[1] |= {
+    "avg_range": [0.81, 0.872],
+    "pass": {"1": [0.843, 0.031, 0.81, 0.872]},
+    "maj": {"2": [0.9, 0.1, 0.8, 1.0]},
+}
 RESULTS[1]["tasks"] = {"running_sum": RESULTS[1] | {"avg": 0.917}, "search": RESULTS[1] | {"avg": 0.769}}
 
 
@@ -135,10 +141,12 @@ def test_several_runs_share_one_page(runs: tuple[Path, Path], tmp_path: Path) ->
     assert main(["report", *map(str, runs), "--out", str(out)]) == 0
     page = Page(out.read_text())
     assert page.text.count("length collapse") == 2  # judged in both
-    found = {row[1]: row[2:] for row in page.rows if len(row) == 6}
-    assert found["actor of"] == ["avg", "pass@1", "mean length", "truncated"]
-    assert found["ppo"] == ["84.3 ± 3.1 %", "84.3 ± 3.1 %", "92.4", "1.0 %"]
-    assert found["running_sum"][0] == "91.7 ± 3.1 %" and found["search"][0] == "76.9 ± 3.1 %"
+    found = {row[1]: row[2:] for row in page.rows if len(row) == 7}
+    assert found["actor of"] == ["avg", "pass@1", "maj@2", "mean length", "truncated"]
+    assert found["sft"] == ["41.2 ± 3.1 %", "41.2 ± 3.1 %", "", "92.4", "1.0 %"]
+    share, majority = "84.3 % (81.0 to 87.2)", "90.0 % (80.0 to 100.0)"
+    assert found["ppo"] == [share, share, majority, "92.4", "1.0 %"]
+    assert found["running_sum"][0].startswith("91.7 %") and found["search"][0].startswith("76.9 %")
     assert ["ppo.advantage.lam_critic", "0.95", "1.0"] in page.rows
     assert "Advantage by position: vcppo" in page.text
     changed = differences(read_runs(runs))

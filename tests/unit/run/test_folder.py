@@ -27,7 +27,11 @@ def test_the_places_of_a_run_stay_where_earlier_runs_have_them(tmp_path: Path) -
     stage = run.stage("ppo")
     places = [run.config, run.events, run.job_log("7"), stage.checkpoint(120), stage.rollouts, stage.rendezvous]
     places += [stage.attempt(2), stage.metrics, stage.profiles, stage.startup, stage.manifest, stage.data("train")]
-    places += [run.stage("evaluate").results, run.stage("export").exported("actor")]
+    places += [
+        run.stage("evaluate").results,
+        run.stage("evaluate").results_table,
+        run.stage("export").exported("actor"),
+    ]
     assert [str(path.relative_to(tmp_path)) for path in places] == [
         "config.yaml",
         "events.jsonl",
@@ -42,6 +46,7 @@ def test_the_places_of_a_run_stay_where_earlier_runs_have_them(tmp_path: Path) -
         "ppo/manifest.json",
         "ppo/data/train",
         "evaluate/results.json",
+        "evaluate/results.md",
         "export/hf",
     ]
 
