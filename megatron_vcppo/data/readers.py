@@ -1,12 +1,13 @@
 """Samples from where users keep them: JSONL and Parquet files, saved data sets, names that `datasets` knows."""
 
+import csv
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_vcppo.data.named_sources import named_source, read_named
+from megatron_vcppo.data.named_sources import NamedSource, benchmark_row, made_rows, named_source
 from megatron_vcppo.errors import UserError
 
 
@@ -25,18 +26,20 @@ class Sample:
 def read_samples(source: str, split: str = "train") -> Iterator[Sample]:
     """Stream the samples of a source in its order. Blank lines of a JSONL file are not samples.
 
-    source: a .jsonl or .json (one object a line) or .parquet file; ``folder`` or ``folder:split`` written by
-    ``save_to_disk`` of `datasets`; problems by name (data/named_sources.py); else ``name``, ``name:split`` or
-    ``name:configuration:split`` for its ``load_dataset``.
+    source: a .jsonl or .json (one object a line), .csv (with a header) or .parquet file; ``folder`` or
+    ``folder:split`` written by ``save_to_disk`` of `datasets`; problems by name (data/named_sources.py); else ``name``,
+    ``name:split`` or ``name:configuration:split`` for its ``load_dataset``.
     Raises UserError, before the first sample, if the source cannot be opened.
     """
     if named := named_source(source):
-        return (Sample(number, value) for number, value in enumerate(read_named(named)))
+        return _read_named(named, split)
     path = Path(source)
     if path.is_file() and path.suffix in (".jsonl", ".json"):
         return _read_jsonl(path)
+    if path.is_file() and path.suffix == ".csv":
+        return _read_csv(path)
     if path.is_file() and path.suffix != ".parquet":
-        raise UserError(f"{source}: expected a .jsonl, .json or .parquet file, or a folder of a saved data set")
+        raise UserError(f"{source}: expected a .jsonl, .json, .csv or .parquet file, or a folder of a saved data set")
     if not _place(source, split)[0].exists() and (path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute()):
         raise UserError(f"{source}: no such file or folder")
     return _read_dataset(source, split)
@@ -57,6 +60,30 @@ def _read_jsonl(path: Path) -> Iterator[Sample]:
                 continue
             value, problem = _parse(line)
             yield Sample(number, value, problem, done / size)
+
+
+def _read_csv(path: Path) -> Iterator[Sample]:
+    csv.field_size_limit(1 << 30)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for number, row in enumerate(csv.DictReader(file)):
+            yield Sample(number, row)
+
+
+def _read_named(source: NamedSource, split: str) -> Iterator[Sample]:
+    if (rows := made_rows(source)) is not None:
+        yield from (Sample(number, row) for number, row in enumerate(rows))
+        return
+    for sample in read_samples(source.rest, split):
+        if sample.value is None:
+            yield sample
+            continue
+        try:
+            row = benchmark_row(source, sample.value)
+        except ValueError as error:
+            yield replace(sample, value=None, problem=str(error))
+            continue
+        if row is not None:
+            yield replace(sample, value=row)
 
 
 def _parse(line: bytes) -> tuple[dict[str, Any] | None, str]:

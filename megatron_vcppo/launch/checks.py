@@ -55,7 +55,7 @@ def _check_data(config: Config, stages: Sequence[str]) -> None:
     for key, source in named.items():
         if source and (problems := named_source(source)):
             check_named(problems, held_out=key == "prompts.test")
-            continue
+            source = problems.file
         is_path = source is not None and (source.endswith((".json", ".jsonl")) or source.startswith(("/", ".", "~")))
         if source and is_path and not Path(source).exists():
             raise UserError(f"{key}: {source} does not exist")
