@@ -44,18 +44,16 @@ def load_prompts(
     """All prompts of a source (see ``read_samples``), in its order, with ids ``file:line``.
 
     A prompt is text or chat messages; an answer that is not text becomes its JSON or number. keys: problems by name
-    have keys of their own, and are chat messages where the tokenizer has a chat template.
+    have keys of their own.
     max_length: tokens of a prompt; a longer one cannot be truncated without losing the question, so truncate skips
     it, too. known_tasks: if given, any other task makes a sample bad; so does an answer that check_answer
     refuses.
     Raises UserError for bad samples with on_bad_sample error, and if no prompt is left.
     """
     report = DataReport(source, on_bad_sample)
-    samples = read_samples(source, split)
     if named_source(source):
         keys = PromptKeys()
-        samples = map(_as_chat, samples) if tokenizer.chat_template else samples
-    prompts = list(_read(samples, tokenizer, max_length, keys, known_tasks, report, check_answer))
+    prompts = list(_read(read_samples(source, split), tokenizer, max_length, keys, known_tasks, report, check_answer))
     report.finish()
     return prompts, report
 
@@ -122,13 +120,6 @@ def _read(
                 continue
             report.num_used += 1
             yield Prompt(f"{name}:{number}", ids, text, answer, task)
-
-
-def _as_chat(sample: Sample) -> Sample:
-    """A problem by name, whose prompt is text, as a message of the user."""
-    if sample.value is None:
-        return sample
-    return replace(sample, value=sample.value | {"prompt": [{"role": "user", "content": sample.value["prompt"]}]})
 
 
 def _parts(

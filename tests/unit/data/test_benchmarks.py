@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from megatron_vcppo.data.benchmarks import pickled_text
 from megatron_vcppo.data.prompts import PromptKeys, load_prompts
@@ -190,13 +189,3 @@ def test_a_missing_file_is_seen_before_anything_is_queued(tmp_path: Path) -> Non
     config.prompts.train = "reasoning_gym:gsm_symbolic?split=test"
     with pytest.raises(UserError, match=r"^reasoning_gym:gsm_symbolic"):
         check_inputs(config, ["evaluate"])
-
-
-def test_problems_are_chat_where_the_tokenizer_has_a_template(tmp_path: Path) -> None:
-    source = f"aime_2024:{jsonl(tmp_path / 'x.jsonl', [AIME_2024])}"
-    base: PreTrainedTokenizerFast = build_tokenizer()
-    base.chat_template = None
-    chat = build_tokenizer()
-    chat.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
-    texts = [load_prompts(source, tokenizer, 1000)[0][0].text for tokenizer in (base, chat)]
-    assert texts[1] == f"[user]{texts[0]}[assistant]"
