@@ -78,5 +78,5 @@ def benchmark_row(source: NamedSource, row: Mapping[str, Any]) -> dict[str, str]
     """
     try:
         return BENCHMARKS[source.name](row, source.options)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a row of {source.name} ({type(error).__name__}: {error})") from None

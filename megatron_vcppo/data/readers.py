@@ -10,6 +10,8 @@ from typing import Any
 from megatron_vcppo.data.named_sources import NamedSource, benchmark_row, made_rows, named_source
 from megatron_vcppo.errors import UserError
 
+_LARGEST_FIELD = 1 << 30  # characters of a CSV file's cell
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -63,10 +65,13 @@ def _read_jsonl(path: Path) -> Iterator[Sample]:
 
 
 def _read_csv(path: Path) -> Iterator[Sample]:
-    csv.field_size_limit(1 << 30)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file)):
-            yield Sample(number, row)
+    csv.field_size_limit(_LARGEST_FIELD)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.DictReader(file)):
+                yield Sample(number, row)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as CSV in UTF-8: {error}") from None
 
 
 def _read_named(source: NamedSource, split: str) -> Iterator[Sample]:

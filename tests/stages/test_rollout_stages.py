@@ -153,4 +153,5 @@ def test_an_evaluation_goes_on_with_the_checkpoints_that_are_left(
     before = first.stat().st_mtime_ns
     assert set(stage.run()) == {0} and first.stat().st_mtime_ns == before
     results = json.loads((stage.folder / "results.json").read_text())
+    assert "| base |" in (stage.folder / "results.md").read_text()
     assert [row["name"] for row in results] == ["base", "other"] and results[0]["avg"] == results[1]["avg"]

@@ -171,12 +171,21 @@ def test_other_rows_and_options_are_named(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "x.jsonl", [{"text": "?"}])
     with pytest.raises(UserError, match=r"x\.jsonl:1: malformed: no 'question'; it has text"):
         read(f"math_500:{path}")
+    with pytest.raises(UserError, match="malformed: not a row of livecodebench"):
+        row = lcb(json.dumps([1]))
+        read(f"livecodebench:{jsonl(tmp_path / 'z.jsonl', [row])}")
     with pytest.raises(UserError, match="malformed: no 'public_test_cases'"):
         read(f"livecodebench:{jsonl(tmp_path / 'y.jsonl', [{'question_content': 'x'}])}")
     with pytest.raises(UserError, match="math_500 has no options, not seed"):
         read(f"math_500:{path}?seed=1")
     with pytest.raises(UserError, match="gpqa_diamond has the options seed, not size"):
         read(f"gpqa_diamond:{path}?size=1")
+
+
+def test_a_csv_file_that_is_none_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(b"Question,Correct Answer\n\xff,b\n")
+    with pytest.raises(UserError, match=r"x\.csv: cannot be read as CSV in UTF-8: "):
+        read(f"gpqa_diamond:{tmp_path / 'x.csv'}")
 
 
 def test_a_missing_file_is_seen_before_anything_is_queued(tmp_path: Path) -> None:
