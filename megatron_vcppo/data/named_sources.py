@@ -1,6 +1,6 @@
 """Problems by name instead of a file with the project's keys: ``NAME:REST?option=value&option=value``."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +71,7 @@ def made_rows(source: NamedSource) -> Iterator[dict[str, str]] | None:
     return None if source.name in BENCHMARKS else reasoning_gym.rows(source.rest, source.options)
 
 
-def benchmark_row(source: NamedSource, row: Mapping[str, Any]) -> dict[str, str] | None:
+def benchmark_row(source: NamedSource, row: Any) -> dict[str, str] | None:
     """A row of a benchmark's file with the keys prompt, answer and task; None if the options leave it out.
 
     Raises ValueError if it is malformed or cannot be judged.
