@@ -54,7 +54,10 @@ def _check_data(config: Config, stages: Sequence[str]) -> None:
         named["prompts.test"] = config.prompts.test
     for key, source in named.items():
         if source and (problems := named_source(source)):
-            check_named(problems, held_out=key == "prompts.test")
+            try:
+                check_named(problems, held_out=key == "prompts.test")
+            except UserError as error:
+                raise UserError(f"{key}: {error}") from None
             source = problems.file
         is_path = source is not None and (source.endswith((".json", ".jsonl")) or source.startswith(("/", ".", "~")))
         if source and is_path and not Path(source).exists():

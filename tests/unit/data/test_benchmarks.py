@@ -196,5 +196,5 @@ def test_a_missing_file_is_seen_before_anything_is_queued(tmp_path: Path) -> Non
     jsonl(tmp_path / "none.jsonl", [AIME_2024])
     check_inputs(config, ["evaluate"])
     config.prompts.train = "reasoning_gym:gsm_symbolic?split=test"
-    with pytest.raises(UserError, match=r"^reasoning_gym:gsm_symbolic"):
+    with pytest.raises(UserError, match=r"^prompts\.train: reasoning_gym:gsm_symbolic"):
         check_inputs(config, ["evaluate"])
