@@ -1,6 +1,5 @@
 """Prompts for rollouts: read once, handed out in a seeded order that a resume continues exactly."""
 
-import json
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -9,8 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_vcppo.data.bad_samples import BadSample, DataReport, require
+from megatron_vcppo.data.bad_samples import BadSample, DataReport
 from megatron_vcppo.data.epoch_order import EpochOrder
+from megatron_vcppo.data.fields import answer_text, find, require
 from megatron_vcppo.data.readers import Sample, read_samples
 from megatron_vcppo.data.tokenizer import encode_texts, prompt_text
 from megatron_vcppo.records import Prompt
@@ -22,7 +22,7 @@ _BATCH = 1024  # prompts that are tokenized in one call
 
 @dataclass(frozen=True)
 class PromptKeys:
-    """Where a sample keeps its parts, and the task of samples that do not say ("": each must)."""
+    """Where a sample keeps its parts (see data/fields.py), and the task of samples that do not say ("": each must)."""
 
     prompt: str = "prompt"
     answer: str = "answer"
@@ -42,7 +42,7 @@ def load_prompts(
 ) -> tuple[list[Prompt], DataReport]:
     """All prompts of a source (see ``read_samples``), in its order, with ids ``file:line``.
 
-    A prompt is text or chat messages; an answer that is not text becomes its JSON or number.
+    A prompt is text or chat messages; an answer that is not text becomes its number or JSON.
     max_length: tokens of a prompt; a longer one cannot be truncated without losing the question, so truncate skips
     it, too. known_tasks: if given, any other task makes a sample bad; so does an answer that check_answer
     refuses.
@@ -128,13 +128,13 @@ def _parts(
     """text, whether special tokens are to be added, answer, task"""
     prompt, answer = require(sample, [keys.prompt, keys.answer])
     assert sample.value is not None
-    task = sample.value.get(keys.task) or keys.default_task or require(sample, [keys.task])[0]
+    task = find(sample.value, keys.task) or keys.default_task or require(sample, [keys.task])[0]
     if known_tasks and task not in known_tasks:
         raise BadSample("unknown task", f"{task!r}; there are verifiers for {', '.join(sorted(known_tasks))}")
     text, special = prompt_text(tokenizer, prompt, keys.prompt)
     if not text.strip():
         raise BadSample("empty prompt", f"{keys.prompt!r} is blank")
-    answer = answer if isinstance(answer, str) else json.dumps(answer)
+    answer = answer_text(answer, keys.answer)
     if check_answer is not None:
         try:
             check_answer(str(task), answer)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_vcppo.data.bad_samples import BadSample, DataReport, require
+from megatron_vcppo.data.bad_samples import BadSample, DataReport
+from megatron_vcppo.data.fields import find, require
 from megatron_vcppo.data.readers import Sample, read_samples
 from megatron_vcppo.data.tokenizer import Messages, check_messages, encode_texts, prompt_text, render_chat
 from megatron_vcppo.records import TrainSequence
@@ -23,7 +24,7 @@ _BATCH = 512  # samples that are tokenized in one call
 
 @dataclass(frozen=True)
 class SftKeys:
-    """Where a sample keeps its parts. A sample with the key ``messages`` is a chat."""
+    """Where a sample keeps its parts (see data/fields.py). A sample with the key ``messages`` is a chat."""
 
     prompt: str = "prompt"
     response: str = "response"
@@ -150,8 +151,8 @@ def sample_pieces(tokenizer: PreTrainedTokenizerBase, sample: Sample, keys: SftK
 
     Raises BadSample: malformed, missing key, wrong type, empty response, bad chat.
     """
-    if sample.value is not None and sample.value.get(keys.messages) is not None:
-        return chat_pieces(tokenizer, check_messages(sample.value[keys.messages], keys.messages))
+    if sample.value is not None and (messages := find(sample.value, keys.messages)) is not None:
+        return chat_pieces(tokenizer, check_messages(messages, keys.messages))
     prompt, response = require(sample, [keys.prompt, keys.response])
     if not isinstance(response, str):
         raise BadSample("wrong type", f"{keys.response!r} is a {type(response).__name__}, not text")

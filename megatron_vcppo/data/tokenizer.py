@@ -93,9 +93,33 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Any, key: str) -> tu
 
 
 def check_messages(messages: Any, key: str) -> Messages:
-    """``messages`` if it is a chat: a list of {role, content}, both text. Raises BadSample that names ``key``."""
-    chat = messages if isinstance(messages, list) else []
-    parts = [m.get(part) if isinstance(m, dict) else None for m in chat or [None] for part in ("role", "content")]
-    if not all(isinstance(part, str) for part in parts):
+    """``messages`` as a chat: a list of {role, content}, both text. Raises BadSample that names ``key``.
+
+    Content may be a list of parts, which must be text; {from, value} with human and gpt is read as well.
+    """
+    chat = [_message(message) for message in messages] if isinstance(messages, list) else []
+    if not chat or None in chat:
         raise BadSample("wrong type", f"{key!r} is not a list of messages with text under role and content")
-    return chat
+    return [message for message in chat if message is not None]
+
+
+_SENDERS = {"human": "user", "gpt": "assistant"}
+
+
+def _message(message: Any) -> dict[str, Any] | None:
+    if not isinstance(message, dict):
+        return None
+    role, content = message.get("role"), message.get("content")
+    if role is None and "from" in message:
+        role, content = _SENDERS.get(str(message["from"]), message["from"]), message.get("value")
+    if isinstance(content, list):
+        content = _joined_parts(content)
+    is_text = isinstance(role, str) and isinstance(content, str)
+    return {**message, "role": role, "content": content} if is_text else None
+
+
+def _joined_parts(parts: list[Any]) -> str | None:
+    """The text of a message's parts; None if one of them is no text."""
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    whole = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return "".join(map(str, texts)) if whole else None

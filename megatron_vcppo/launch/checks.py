@@ -1,10 +1,10 @@
 """Checks that need files: data, the model and the run folder. Rules between keys are in config/rules/."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_vcppo.config import Config, Stage
 from megatron_vcppo.config.placement import ENGINE_STAGES
+from megatron_vcppo.data.readers import check_source
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.launch.memory_plan import check_memory
@@ -52,9 +52,11 @@ def _check_data(config: Config, stages: Sequence[str]) -> None:
     if "evaluate" in stages or ("ppo" in stages and config.ppo.evaluate_every):
         named["prompts.test"] = config.prompts.test
     for key, source in named.items():
-        is_path = source is not None and (source.endswith((".json", ".jsonl")) or source.startswith(("/", ".", "~")))
-        if source and is_path and not Path(source).exists():
-            raise UserError(f"{key}: {source} does not exist")
+        if source:
+            try:
+                check_source(source)
+            except UserError as error:
+                raise UserError(f"{key}: {error}") from None
 
 
 def check_run_folder(run: RunFolder) -> None:
