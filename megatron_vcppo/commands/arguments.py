@@ -10,6 +10,7 @@ from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.value_sources import local_overrides, profile_files
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.checks import check_inputs
+from megatron_vcppo.run.config_file import kept_defaults
 from megatron_vcppo.run.folder import RunFolder
 
 
@@ -48,7 +49,10 @@ def prepare(
 ) -> tuple[RunFolder, Config]:
     """Resolve the configuration and its run folder; writes nothing. note: see ``load_config``."""
     overrides = [*local_overrides(cluster), *overrides]
-    config = load_config(config_path, overrides, profiles=profile_files(cluster), note=note)
+    profiles = profile_files(cluster)
+    config = load_config(config_path, overrides, profiles=profiles, note=note)
+    if defaults := kept_defaults(RunFolder.of(config)):
+        config = load_config(config_path, overrides, profiles=profiles, defaults=defaults)
     config.run.dir = str(Path(config.run.dir).absolute())
     return RunFolder.of(config), config
 

@@ -153,7 +153,8 @@ def _open_dataset(source: str, split: str) -> Any:
     try:
         if path.is_file():
             return datasets.Dataset.from_parquet(str(path))
-        if not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
+        saved = (datasets.config.DATASET_STATE_JSON_FILENAME, datasets.config.DATASETDICT_JSON_FILENAME)
+        if not any((path / name).exists() for name in saved):
             return datasets.load_dataset(str(path), split=split)
         opened = datasets.load_from_disk(str(path))
     except Exception as error:  # `datasets` raises many kinds; each means that the source cannot be read

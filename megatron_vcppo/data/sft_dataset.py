@@ -1,7 +1,8 @@
 """Supervised examples: prompt and response, or a chat, as token ids with the loss on what the model should say."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -10,8 +11,18 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_vcppo.data.bad_samples import BadSample, DataReport
 from megatron_vcppo.data.fields import find, require
+from megatron_vcppo.data.mixture import repeated
+from megatron_vcppo.data.prompt_format import (
+    DEFAULT_FORMAT,
+    END_THINK,
+    PromptFormat,
+    after_opening,
+    opens_thinking,
+    render_chat,
+    render_prompt,
+)
 from megatron_vcppo.data.readers import Sample, read_samples
-from megatron_vcppo.data.tokenizer import Messages, check_messages, encode_texts, prompt_text, render_chat
+from megatron_vcppo.data.tokenizer import Messages, check_messages, encode_texts
 from megatron_vcppo.records import TrainSequence
 from megatron_vcppo.run.files import replacing
 
@@ -64,6 +75,20 @@ class SftDataset:
         """What ``save`` wrote, mapped rather than read: ranks on one node share the memory."""
         return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS))
 
+    @classmethod
+    def mixed(cls, sources: "Sequence[tuple[SftDataset, float]]") -> "SftDataset":
+        """The examples of (dataset, weight), one source after the other; see ``repeated``."""
+        if len(sources) == 1 and sources[0][1] == 1:
+            return sources[0][0]
+        ids, masks, lengths = [], [], []
+        for dataset, weight in sources:
+            chosen = repeated(len(dataset), weight)
+            parts = [slice(dataset._borders[index], dataset._borders[index + 1]) for index in chosen]
+            ids += [dataset._token_ids[part] for part in parts]
+            masks += [dataset._loss_mask[part] for part in parts]
+            lengths += dataset.lengths[chosen].tolist()
+        return cls(np.concatenate(ids), np.concatenate(masks), np.cumsum([0, *lengths], dtype=np.int64))
+
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, [examples] int64."""
@@ -90,17 +115,20 @@ def load_sft_dataset(
     keys: SftKeys = SftKeys(),
     split: str = "train",
     on_progress: Progress | None = None,
+    how: PromptFormat = DEFAULT_FORMAT,
 ) -> tuple[SftDataset, DataReport]:
     """Read, tokenize and check a source; a response ends with EOS.
 
     max_length: tokens; a longer example is bad. on_bad_sample: error | skip | truncate (an example that is too
-    long, skip what cannot be). The report says what became of each sample; the caller prints it.
+    long, skip what cannot be). how: see ``render_prompt``. The report says what became of each sample; the caller
+    prints it.
     Raises UserError for bad samples with on_bad_sample error, and if no sample is usable.
     """
     report = DataReport(source, on_bad_sample)
     token_ids: list[np.ndarray] = []
     masks: list[np.ndarray] = []
-    for ids, mask in _encode_all(read_samples(source, split), tokenizer, max_length, keys, report, on_progress):
+    parse = partial(sample_pieces, tokenizer, keys=keys, how=how)
+    for ids, mask in _encode_all(read_samples(source, split), tokenizer, max_length, parse, report, on_progress):
         token_ids.append(ids)
         masks.append(mask)
     report.finish()
@@ -112,7 +140,7 @@ def _encode_all(
     samples: Iterator[Sample],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    keys: SftKeys,
+    parse: Callable[[Sample], "list[Piece]"],
     report: DataReport,
     on_progress: Progress | None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -121,7 +149,7 @@ def _encode_all(
         for sample in batch:
             report.num_samples += 1
             try:
-                pieces.append(sample_pieces(tokenizer, sample, keys))
+                pieces.append(parse(sample))
             except BadSample as problem:
                 report.bad(sample.number, problem)
                 pieces.append(None)
@@ -146,42 +174,56 @@ def _encode_all(
             on_progress(report.num_samples, batch[-1].fraction)
 
 
-def sample_pieces(tokenizer: PreTrainedTokenizerBase, sample: Sample, keys: SftKeys) -> list[Piece]:
+def sample_pieces(
+    tokenizer: PreTrainedTokenizerBase, sample: Sample, keys: SftKeys, how: PromptFormat = DEFAULT_FORMAT
+) -> list[Piece]:
     """The text of one sample, in pieces with and without loss.
 
     Raises BadSample: malformed, missing key, wrong type, empty response, bad chat.
     """
     if sample.value is not None and (messages := find(sample.value, keys.messages)) is not None:
-        return chat_pieces(tokenizer, check_messages(messages, keys.messages))
+        return chat_pieces(tokenizer, how.chat(check_messages(messages, keys.messages)), how)
     prompt, response = require(sample, [keys.prompt, keys.response])
     if not isinstance(response, str):
         raise BadSample("wrong type", f"{keys.response!r} is a {type(response).__name__}, not text")
     if not response.strip():
         raise BadSample("empty response", f"{keys.response!r} is blank")
-    text, special = prompt_text(tokenizer, prompt, keys.prompt)
-    return [Piece(text, loss=False, special=special), Piece(response, loss=True)]
+    rendered = render_prompt(tokenizer, prompt, keys.prompt, how)
+    return [
+        Piece(rendered.text, loss=False, special=rendered.special),
+        Piece(after_opening(rendered.text, response), loss=True),
+    ]
 
 
-def chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[Piece]:
+def chat_pieces(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, how: PromptFormat = DEFAULT_FORMAT
+) -> list[Piece]:
     """A chat in pieces, assistant turns with loss, exactly where the template puts them.
 
     The template is rendered up to each assistant turn (opened, as for sampling) and through it; both must be the
     beginning of the whole rendering. A template that rewrites earlier turns (dropping their thinking, say) fails
-    that check, and the sample counts as bad: its turns would not be what the model sees when it samples.
+    that check, and the sample counts as bad: its turns would not be what the model sees when it samples. The last turn
+    is exempt where the template opens <think> for the response and drops the thinking of turns that are past: its
+    content, from behind the tag, is what the model would sample.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise BadSample("empty response", "the chat has no assistant turn")
     if turns[-1] != len(messages) - 1:
         messages = messages[: turns[-1] + 1]  # nothing after the last assistant turn is learned from
-    whole = render_chat(tokenizer, messages, for_response=False)
+    whole = render_chat(tokenizer, messages, for_response=False, how=how)
     pieces: list[Piece] = []
     done = 0
     for turn in turns:
         if not messages[turn]["content"].strip():
             raise BadSample("empty response", f"message {turn} is blank")
-        before = render_chat(tokenizer, messages[:turn], for_response=True)
-        through = render_chat(tokenizer, messages[: turn + 1], for_response=False)
+        before = render_chat(tokenizer, messages[:turn], for_response=True, how=how)
+        through = render_chat(tokenizer, messages[: turn + 1], for_response=False, how=how)
+        content = messages[turn]["content"]
+        thinks = opens_thinking(before) and END_THINK in content
+        if turn == turns[-1] and thinks and before.startswith(whole[:done]):
+            pieces += [Piece(before[done:], loss=False), Piece(after_opening(before, content), loss=True)]
+            return pieces
         if not (whole.startswith(through) and through.startswith(before) and len(before) >= done):
             raise BadSample("bad chat", f"the chat template does not append message {turn} to what it wrote before")
         # A turn ends at <|im_end|> or the like; the newline that a template writes behind it is never sampled.

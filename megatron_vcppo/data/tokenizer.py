@@ -66,32 +66,6 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: 
     return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, for_response: bool) -> str:
-    """The chat as text. for_response: followed by what opens an assistant turn.
-
-    Raises UserError if the tokenizer has no chat template, BadSample if the template refuses the messages.
-    """
-    if not tokenizer.chat_template:
-        raise UserError("the data holds chat messages but the tokenizer has no chat_template; use a tokenizer with one")
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_response))
-    except Exception as error:  # templates raise what they like (jinja2, KeyError, TypeError)
-        raise BadSample("bad chat", f"the chat template refuses it: {' '.join(str(error).split())[:120]}") from error
-
-
-def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Any, key: str) -> tuple[str, bool]:
-    """A prompt as text, and whether the tokenizer's special tokens still have to be added.
-
-    Text is taken as it is; a list of messages goes through the chat template, which writes its own BOS.
-    Raises BadSample that names ``key`` if the prompt is neither.
-    """
-    if isinstance(prompt, str):
-        return prompt, True
-    if not isinstance(prompt, list):
-        raise BadSample("wrong type", f"{key!r} is a {type(prompt).__name__}, neither text nor messages")
-    return render_chat(tokenizer, check_messages(prompt, key), for_response=True), False
-
-
 def check_messages(messages: Any, key: str) -> Messages:
     """``messages`` as a chat: a list of {role, content}, both text. Raises BadSample that names ``key``.
 
