@@ -127,9 +127,8 @@ def origin_differences(folder: Path, made: Origin) -> list[str]:
         known = json.loads((folder / ORIGIN_NAME).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return []
-    return [
-        key for key, value in json.loads(json.dumps(made)).items() if known.get(key, ORIGIN_BEFORE.get(key)) != value
-    ]
+    known = ORIGIN_BEFORE | known
+    return [key for key, value in json.loads(json.dumps(made)).items() if known.get(key) != value]
 
 
 def claim(folder: Path, made: Origin, reached: int) -> None:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,13 +89,14 @@ def test_what_changes_prompts_is_recorded_and_origins_from_before_these_keys_fit
         earlier = {key: value for key, value in made.items() if key not in ORIGIN_BEFORE}
         claim(tmp_path / stage, earlier, 0)
         assert origin_differences(tmp_path / stage, made) == [] and len(earlier) < len(made)
-    for name, value in {
+    changes: dict[str, Any] = {
         "apply_chat_template": True,
         "template": "Q: {prompt}",
         "system": "be brief",
         "chat_template_kwargs": {"enable_thinking": False},
         "mix": {"more.jsonl": 2.0},
-    }.items():
+    }
+    for name, value in changes.items():
         changed = replace(old, prompts=replace(old.prompts, **{name: value}))
         assert origin_differences(tmp_path / "ppo", origin_of(changed, "ppo")) == [f"prompts.{name}"]
         claim(tmp_path / name, origin_of(changed, "ppo"), 0)
