@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.value_sources import local_overrides, profile_files
+from megatron_vcppo.data.vocabulary import check_vocabulary
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.checks import check_inputs
 from megatron_vcppo.run.config_file import kept_defaults
@@ -66,6 +67,8 @@ def checked_stages(
     """
     stages = chosen_stages(list(config.stages), first, last, only)
     check_inputs(config, [stage for stage in stages if not run.stage(stage).marked_done()])
+    if note := check_vocabulary(Path(config.model.hf)):
+        print_note(f"note: {note}")
     return stages
 
 

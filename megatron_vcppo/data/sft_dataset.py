@@ -116,8 +116,9 @@ def load_sft_dataset(
     split: str = "train",
     on_progress: Progress | None = None,
     how: PromptFormat = DEFAULT_FORMAT,
+    stops: Sequence[int] = (),
 ) -> tuple[SftDataset, DataReport]:
-    """Read, tokenize and check a source; a response ends with EOS.
+    """Read, tokenize and check a source; a response ends with EOS, or with another of ``stops`` if it has one there.
 
     max_length: tokens; a longer example is bad. on_bad_sample: error | skip | truncate (an example that is too
     long, skip what cannot be). how: see ``render_prompt``. The report says what became of each sample; the caller
@@ -128,7 +129,7 @@ def load_sft_dataset(
     token_ids: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     parse = partial(sample_pieces, tokenizer, keys=keys, how=how)
-    for ids, mask in _encode_all(read_samples(source, split), tokenizer, max_length, parse, report, on_progress):
+    for ids, mask in _encode_all(read_samples(source, split), tokenizer, max_length, parse, report, on_progress, stops):
         token_ids.append(ids)
         masks.append(mask)
     report.finish()
@@ -143,6 +144,7 @@ def _encode_all(
     parse: Callable[[Sample], "list[Piece]"],
     report: DataReport,
     on_progress: Progress | None,
+    stops: Sequence[int],
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     while batch := list(islice(samples, _BATCH)):
         pieces: list[list[Piece] | None] = []
@@ -157,7 +159,7 @@ def _encode_all(
         for sample, row in zip(batch, pieces, strict=True):
             if row is None:
                 continue
-            ids, mask = _join(row, [next(encoded) for _ in row], tokenizer.eos_token_id)
+            ids, mask = _join(row, [next(encoded) for _ in row], tokenizer.eos_token_id, stops)
             if not any(mask):
                 report.bad(sample.number, BadSample("empty response", "it has no token that could be learned"))
                 continue
@@ -245,11 +247,13 @@ def _encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: list[Piece]) -> l
     return rows
 
 
-def _join(pieces: list[Piece], encoded: list[list[int]], eos_token_id: int) -> tuple[list[int], list[bool]]:
-    """One example; the last piece is a response, and EOS ends it."""
+def _join(
+    pieces: list[Piece], encoded: list[list[int]], eos_token_id: int, stops: Sequence[int]
+) -> tuple[list[int], list[bool]]:
+    """One example; the last piece is a response, and a token at which engines stop ends it."""
     ids = [i for part in encoded for i in part]
     mask = [piece.loss for piece, part in zip(pieces, encoded, strict=True) for _ in part]
-    if ids[-1:] != [eos_token_id]:
+    if not ids or ids[-1] not in (eos_token_id, *stops):
         ids.append(eos_token_id)
         mask.append(True)
     mask[0] = False  # nothing predicts the first token

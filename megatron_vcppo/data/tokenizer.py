@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from megatron_vcppo.data.bad_samples import BadSample
+from megatron_vcppo.data.vocabulary import check_ids
 from megatron_vcppo.errors import UserError
 
 Messages = list[dict[str, Any]]
@@ -18,8 +19,8 @@ _PROBE = " The answer's 1234.5 – it’ll do:\n\n\tdef f(x_1): return {'a': [x*
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved in a Hugging Face checkpoint folder; never looks at the network.
 
-    Raises UserError if the folder or its tokenizer is missing or broken, if it names no end-of-sequence token, or if
-    transformers does not follow the folder's tokenizer.json.
+    Raises UserError if the folder or its tokenizer is missing or broken, if it names no end-of-sequence token, if
+    transformers does not follow the folder's tokenizer.json, or if tokens have no row in the model's embedding.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -37,6 +38,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path} has no eos_token; set it in tokenizer_config.json")
     _check_against_file(tokenizer, path)
+    check_ids(path, tokenizer.get_vocab())
     return tokenizer
 
 

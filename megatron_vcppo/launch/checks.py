@@ -1,10 +1,12 @@
 """Checks that need files: data, the model and the run folder. Rules between keys are in config/rules/."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_vcppo.config import Config, Stage
 from megatron_vcppo.config.placement import ENGINE_STAGES
 from megatron_vcppo.data.readers import check_source
+from megatron_vcppo.data.vocabulary import check_vocabulary
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.launch.memory_plan import check_memory
@@ -12,7 +14,8 @@ from megatron_vcppo.run.folder import RunFolder
 
 
 def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
-    """Everything that these stages read from outside the configuration: data files, verifiers, the model, its memory.
+    """Everything that these stages read from outside the configuration: data files, verifiers, the model, its
+    tokenizer and memory.
 
     Every command that starts stages calls it (``commands.arguments.checked_stages``) before it writes anything.
     Returns the estimated GiB per rank of each stage. Raises UserError with the key and what is wrong.
@@ -24,6 +27,7 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
 
         check_names(config.prompts.verifiers, config.rewards.code)
     arch = Architecture.from_hf(config.model.hf)
+    check_vocabulary(Path(config.model.hf))
     arch.check_parallel(config.parallel.tp, config.parallel.pp)
     return check_memory(arch, config, list(stages))
 

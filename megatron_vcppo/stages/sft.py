@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_vcppo.config import Config, SftConfig
 from megatron_vcppo.data.epoch_order import EpochOrder
@@ -11,6 +12,7 @@ from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.prompt_format import PromptFormat
 from megatron_vcppo.data.sft_dataset import SftDataset, SftKeys, load_sft_dataset
 from megatron_vcppo.data.tokenizer import load_tokenizer
+from megatron_vcppo.data.vocabulary import stop_ids
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.hf_weights_io import load_hf
@@ -136,6 +138,7 @@ def shared_dataset(config: Config, folder: StageFolder, sources: dict[str, float
                 keys,
                 on_progress=progress_of_tokenizing(name, beat),
                 how=PromptFormat.of(config.prompts),
+                stops=stop_ids(Path(config.model.hf)),
             )
             say(str(report))
             loaded.append((dataset, weight))
