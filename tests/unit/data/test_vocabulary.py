@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from vllm import SamplingParams
 
 from megatron_vcppo.cli import main as vcppo
 from megatron_vcppo.data.sft_dataset import load_sft_dataset
@@ -41,21 +40,18 @@ def add_tokens(folder: Path, count: int, rows: int) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
 
 
-def test_more_tokens_than_rows_are_refused_wherever_model_and_tokenizer_meet(
-    model: Path, tmp_path: Path, capsys
-) -> None:
+def test_more_tokens_than_rows_are_refused_wherever_they_meet(model: Path, tmp_path: Path, capsys) -> None:
     add_tokens(model, 2, len(WORDS) + 1)
-    wanted = rf"1 tokens of the tokenizer have no row in the embedding .* '<new_1>' \({len(WORDS) + 1}\); resize"
+    wanted = rf"tokens without a row in the embedding .*: '<new_1>' \({len(WORDS) + 1}\); resize"
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"prompt": "3 ?", "response": "7"}))
     for meets in (check_vocabulary, load_tokenizer, lambda folder: import_hf(folder, tmp_path / "out", 1, 1)):
         with pytest.raises(UserError, match=wanted):
             meets(model)
     config = tmp_path / "c.yaml"
-    config.write_text(
-        f"run: {{dir: {tmp_path / 'run'}}}\nmodel: {{hf: {model}}}\nsft: {{train: {data}}}\nstages: [sft]\n"
-    )
-    assert vcppo(["run", str(config)]) == 2 and "have no row in the embedding" in capsys.readouterr().err
+    values = {"run": {"dir": str(tmp_path / "run")}, "model": {"hf": str(model)}, "sft": {"train": str(data)}}
+    config.write_text(json.dumps(values | {"stages": ["sft"]}))
+    assert vcppo(["run", str(config)]) == 2 and "without a row in the embedding" in capsys.readouterr().err
     assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
 
 
@@ -69,6 +65,8 @@ def test_added_tokens_that_fit_are_named(model: Path) -> None:
 def test_an_export_stops_where_responses_ended_in_training(model: Path, tmp_path: Path) -> None:
     turn_end, text_end = WORDS.index("back"), WORDS.index(EOS)
     assert read_vocabulary(model).eos_id == turn_end and stop_ids(model) == [text_end, turn_end]
+    from vllm import SamplingParams  # slow to import
+
     engine = SamplingParams()
     given = json.loads((model / "generation_config.json").read_text())
     engine.update_from_generation_config(given, load_tokenizer(model).eos_token_id)
