@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_vcppo.config import PromptsConfig
 from megatron_vcppo.data.bad_samples import BadSample, DataReport
 from megatron_vcppo.data.epoch_order import EpochOrder
 from megatron_vcppo.data.fields import answer_text, find, require
@@ -30,6 +31,11 @@ class PromptKeys:
     answer: str = "answer"
     task: str = "task"
     default_task: str = ""
+
+    @classmethod
+    def of(cls, prompts: PromptsConfig) -> "PromptKeys":
+        """As the configuration says."""
+        return cls(prompts.prompt_key, prompts.answer_key, prompts.task_key, prompts.task or "")
 
 
 def load_prompts(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from megatron_vcppo.config import SftConfig
 from megatron_vcppo.data.bad_samples import BadSample, DataReport
 from megatron_vcppo.data.fields import find, require
 from megatron_vcppo.data.mixture import repeated
@@ -40,6 +41,11 @@ class SftKeys:
     prompt: str = "prompt"
     response: str = "response"
     messages: str = "messages"
+
+    @classmethod
+    def of(cls, sft: SftConfig) -> "SftKeys":
+        """As the configuration says."""
+        return cls(sft.prompt_key, sft.response_key, sft.messages_key)
 
 
 @dataclass(frozen=True)

@@ -328,12 +328,7 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
             self.tokenizer,
             self.config.model.max_length - 1,
             prompts_config.bad_samples,
-            PromptKeys(
-                prompt=prompts_config.prompt_key,
-                answer=prompts_config.answer_key,
-                task=prompts_config.task_key,
-                default_task=prompts_config.task or "",
-            ),
+            PromptKeys.of(prompts_config),
             known_tasks=self.verifiers,
             check_answer=partial(check_answer, self.verifiers),
             how=PromptFormat.of(prompts_config),

@@ -126,7 +126,7 @@ def shared_dataset(config: Config, folder: StageFolder, sources: dict[str, float
     path = folder.data(name)
 
     def tokenize(beat: Callable[[], None]) -> None:
-        keys = SftKeys(config.sft.prompt_key, config.sft.response_key, config.sft.messages_key)
+        keys = SftKeys.of(config.sft)
         tokenizer = load_tokenizer(config.model.hf)
         loaded = []
         for source, weight in sources.items():
