@@ -16,6 +16,7 @@ from megatron_vcppo.errors import FAILED, SIGNALLED, USER_ERROR, UserError
 
 COMMANDS = {
     "config": ("megatron_vcppo.commands.config", "check a configuration and print it resolved; explain every key"),
+    "data": ("megatron_vcppo.commands.data", "look at the data of a run: lengths, duplicates, overlap, samples"),
     "convert": ("megatron_vcppo.commands.convert", "Hugging Face checkpoints to Megatron's and back, checked"),
     "make-task": ("megatron_vcppo.commands.make_task", "make a tiny base model and the data of a synthetic task"),
     "run": ("megatron_vcppo.commands.run", "run the chain on this machine, stage after stage"),

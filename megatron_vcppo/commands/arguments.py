@@ -8,8 +8,10 @@ from pathlib import Path
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.value_sources import local_overrides, profile_files
+from megatron_vcppo.data.vocabulary import check_vocabulary
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.checks import check_inputs
+from megatron_vcppo.run.config_file import kept_defaults
 from megatron_vcppo.run.folder import RunFolder
 
 
@@ -48,7 +50,10 @@ def prepare(
 ) -> tuple[RunFolder, Config]:
     """Resolve the configuration and its run folder; writes nothing. note: see ``load_config``."""
     overrides = [*local_overrides(cluster), *overrides]
-    config = load_config(config_path, overrides, profiles=profile_files(cluster), note=note)
+    profiles = profile_files(cluster)
+    config = load_config(config_path, overrides, profiles=profiles, note=note)
+    if defaults := kept_defaults(RunFolder.of(config)):
+        config = load_config(config_path, overrides, profiles=profiles, defaults=defaults)
     config.run.dir = str(Path(config.run.dir).absolute())
     return RunFolder.of(config), config
 
@@ -62,6 +67,8 @@ def checked_stages(
     """
     stages = chosen_stages(list(config.stages), first, last, only)
     check_inputs(config, [stage for stage in stages if not run.stage(stage).marked_done()])
+    if note := check_vocabulary(Path(config.model.hf)):
+        print_note(f"note: {note}")
     return stages
 
 

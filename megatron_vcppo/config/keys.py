@@ -17,7 +17,14 @@ from typing import Any
 from megatron_vcppo.config.ranges import range_of
 from megatron_vcppo.config.schema import Config
 
-PLAIN_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+PLAIN_TYPES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    types.NoneType: "null",
+    Any: "any value",
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,10 @@ def _is_literal(annotation: Any) -> bool:
 
 
 def _plural(annotation: Any) -> str:
-    return _type_text(annotation).replace("a whole number", "whole numbers").replace("a number", "numbers")
+    text = _type_text(annotation)
+    for one, several in (("a whole number", "whole numbers"), ("a number", "numbers"), ("any value", "any values")):
+        text = text.replace(one, several)
+    return text
 
 
 def _type_text(annotation: Any) -> str:
@@ -132,6 +142,8 @@ REMOVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "run.check_numerics": ((True, False), "PPO always checks; remove this line"),
 }
 """Old name → the values that are ignored, because stored configurations hold them, and advice for any other value."""
+BEFORE = {"prompts.apply_chat_template": False}
+"""Key → what runs did that were made before there was the key, where its default would change them."""
 
 
 def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:

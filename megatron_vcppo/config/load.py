@@ -9,13 +9,14 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_vcppo.config.keys import REMOVED, RENAMED, all_keys, all_sections, nearest_key
+from megatron_vcppo.config.keys import BEFORE, REMOVED, RENAMED, all_keys, all_sections, nearest_key
 from megatron_vcppo.config.schema import Config
 from megatron_vcppo.config.validation import check_config
 from megatron_vcppo.config.value_sources import Source, command_line_source, file_sources
@@ -41,6 +42,7 @@ def load_config(
     complete: bool = True,
     profiles: Sequence[str | Path] = (),
     note: Callable[[str], None] = lambda text: None,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> Config:
     """Read, merge and check a configuration.
 
@@ -51,11 +53,14 @@ def load_config(
             such as a model's file, and checks only its ranges.
         profiles: more YAML files, merged after the first, such as a cluster's.
         note: called with one line per key that has an old name.
+        defaults: by dotted key, in place of the key's default.
 
     Raises UserError naming file, line and key: unknown key (with the nearest known one), wrong type or word, value out
     of range, missing file or key, values that do not fit each other.
     """
     merged = copy.deepcopy(_defaults())
+    for name, value in defaults.items():
+        OmegaConf.update(merged, name, value)
     places: dict[str, str] = {}
     files = [source for file in (path, *profiles) for source in file_sources(Path(file))]
     for source in [*files, command_line_source(overrides)]:
@@ -67,6 +72,11 @@ def load_config(
     config = _build(Config, typing.cast(dict[str, Any], values))
     check_config(config, complete, lambda key: f"{_place(places, key) or path}: ")
     return config
+
+
+def load_stored_config(path: Path, complete: bool = True) -> Config:
+    """A run's config.yaml; what it lacks is as it was when the run was made. complete, errors: see ``load_config``."""
+    return load_config(path, complete=complete, defaults=BEFORE)
 
 
 def dump_config(config: Config) -> str:

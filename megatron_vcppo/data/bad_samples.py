@@ -1,9 +1,8 @@
 """What became of each sample: counted, named by place, never silent."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from megatron_vcppo.data.readers import Sample, sample_name
+from megatron_vcppo.data.readers import sample_name
 from megatron_vcppo.errors import UserError
 
 ON_BAD_SAMPLE = ("error", "skip", "truncate")
@@ -76,13 +75,3 @@ class DataReport:
         lines = "\n  ".join(self._details)
         advice = "fix them, or set bad_samples to skip or truncate"
         raise UserError(f"{self.source}: {at_least}{len(self._details)} bad samples; {advice}:\n  {lines}")
-
-
-def require(sample: Sample, keys: list[str]) -> list[Any]:
-    """The values of these keys. Raises BadSample if the sample was not readable or lacks one."""
-    if sample.value is None:
-        raise BadSample("malformed", sample.problem)
-    for key in keys:
-        if sample.value.get(key) is None:
-            raise BadSample("missing key", f"{key!r}; it has {', '.join(sample.value) or 'no keys'}")
-    return [sample.value[key] for key in keys]

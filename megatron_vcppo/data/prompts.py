@@ -1,19 +1,22 @@
 """Prompts for rollouts: read once, handed out in a seeded order that a resume continues exactly."""
 
-import json
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_vcppo.data.bad_samples import BadSample, DataReport, require
+from megatron_vcppo.config import PromptsConfig
+from megatron_vcppo.data.bad_samples import BadSample, DataReport
 from megatron_vcppo.data.epoch_order import EpochOrder
+from megatron_vcppo.data.fields import answer_text, find, require
 from megatron_vcppo.data.named_sources import named_source
+from megatron_vcppo.data.prompt_format import DEFAULT_FORMAT, PromptFormat, RenderedPrompt, render_prompt
 from megatron_vcppo.data.readers import Sample, read_samples
-from megatron_vcppo.data.tokenizer import encode_texts, prompt_text
+from megatron_vcppo.data.tokenizer import encode_texts
 from megatron_vcppo.records import Prompt
 
 CheckAnswer = Callable[[str, str], None]
@@ -23,12 +26,17 @@ _BATCH = 1024  # prompts that are tokenized in one call
 
 @dataclass(frozen=True)
 class PromptKeys:
-    """Where a sample keeps its parts, and the task of samples that do not say ("": each must)."""
+    """Where a sample keeps its parts (see data/fields.py), and the task of samples that do not say ("": each must)."""
 
     prompt: str = "prompt"
     answer: str = "answer"
     task: str = "task"
     default_task: str = ""
+
+    @classmethod
+    def of(cls, prompts: PromptsConfig) -> "PromptKeys":
+        """As the configuration says."""
+        return cls(prompts.prompt_key, prompts.answer_key, prompts.task_key, prompts.task or "")
 
 
 def load_prompts(
@@ -40,11 +48,12 @@ def load_prompts(
     known_tasks: Collection[str] = (),
     split: str = "train",
     check_answer: CheckAnswer | None = None,
+    how: PromptFormat = DEFAULT_FORMAT,
 ) -> tuple[list[Prompt], DataReport]:
     """All prompts of a source (see ``read_samples``), in its order, with ids ``file:line``.
 
-    A prompt is text or chat messages; an answer that is not text becomes its JSON or number. keys: problems by name
-    have keys of their own.
+    A prompt is text or chat messages, which ``how`` formats; an answer that is not text becomes its number or JSON.
+    keys: problems by name have keys of their own.
     max_length: tokens of a prompt; a longer one cannot be truncated without losing the question, so truncate skips
     it, too. known_tasks: if given, any other task makes a sample bad; so does an answer that check_answer
     refuses.
@@ -53,7 +62,8 @@ def load_prompts(
     report = DataReport(source, on_bad_sample)
     if named_source(source):
         keys = PromptKeys()
-    prompts = list(_read(read_samples(source, split), tokenizer, max_length, keys, known_tasks, report, check_answer))
+    parse = partial(_parts, tokenizer, keys=keys, how=how, known_tasks=known_tasks, check_answer=check_answer)
+    prompts = list(_read(read_samples(source, split), tokenizer, max_length, report, parse))
     report.finish()
     return prompts, report
 
@@ -95,53 +105,52 @@ def _read(
     samples: Iterator[Sample],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    keys: PromptKeys,
-    known_tasks: Collection[str],
     report: DataReport,
-    check_answer: CheckAnswer | None,
+    parse: Callable[[Sample], tuple[RenderedPrompt, str, str]],
 ) -> Iterator[Prompt]:
     name = Path(report.source).stem
     while batch := list(islice(samples, _BATCH)):
-        rows: list[tuple[int, str, bool, str, str]] = []
+        rows: list[tuple[int, RenderedPrompt, str, str]] = []
         for sample in batch:
             report.num_samples += 1
             try:
-                rows.append((sample.number, *_parts(tokenizer, sample, keys, known_tasks, check_answer)))
+                rows.append((sample.number, *parse(sample)))
             except BadSample as problem:
                 report.bad(sample.number, problem)
         encoded = {
-            special: iter(encode_texts(tokenizer, [row[1] for row in rows if row[2] == special], special))
+            special: iter(encode_texts(tokenizer, [row[1].text for row in rows if row[1].special == special], special))
             for special in (False, True)
         }
-        for number, text, special, answer, task in rows:
-            ids = tuple(next(encoded[special]))
+        for number, prompt, answer, task in rows:
+            ids = tuple(next(encoded[prompt.special]))
             if len(ids) > max_length:
                 report.bad(number, BadSample("too long", f"{len(ids)} tokens, a prompt may have {max_length}"))
                 continue
             report.num_used += 1
-            yield Prompt(f"{name}:{number}", ids, text, answer, task)
+            yield Prompt(f"{name}:{number}", ids, prompt.shown, answer, task)
 
 
 def _parts(
     tokenizer: PreTrainedTokenizerBase,
     sample: Sample,
     keys: PromptKeys,
+    how: PromptFormat,
     known_tasks: Collection[str],
     check_answer: CheckAnswer | None,
-) -> tuple[str, bool, str, str]:
-    """text, whether special tokens are to be added, answer, task"""
+) -> tuple[RenderedPrompt, str, str]:
+    """prompt, answer, task"""
     prompt, answer = require(sample, [keys.prompt, keys.answer])
     assert sample.value is not None
-    task = sample.value.get(keys.task) or keys.default_task or require(sample, [keys.task])[0]
+    task = find(sample.value, keys.task) or keys.default_task or require(sample, [keys.task])[0]
     if known_tasks and task not in known_tasks:
         raise BadSample("unknown task", f"{task!r}; there are verifiers for {', '.join(sorted(known_tasks))}")
-    text, special = prompt_text(tokenizer, prompt, keys.prompt)
-    if not text.strip():
+    rendered = render_prompt(tokenizer, prompt, keys.prompt, how)
+    if not rendered.shown.strip():
         raise BadSample("empty prompt", f"{keys.prompt!r} is blank")
-    answer = answer if isinstance(answer, str) else json.dumps(answer)
+    answer = answer_text(answer, keys.answer)
     if check_answer is not None:
         try:
             check_answer(str(task), answer)
         except ValueError as error:
             raise BadSample("malformed answer", f"{keys.answer!r}: {error}") from None
-    return text, special, answer, str(task)
+    return rendered, answer, str(task)

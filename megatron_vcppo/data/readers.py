@@ -1,5 +1,6 @@
-"""Samples from where users keep them: JSONL and Parquet files, saved data sets, names that `datasets` knows."""
+"""Samples from where users keep them: JSON and Parquet files, saved data sets, names that `datasets` knows."""
 
+import codecs
 import csv
 import json
 from collections.abc import Iterator
@@ -7,9 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_vcppo.data.compressed import SUFFIXES, open_file
+from megatron_vcppo.data.hub import hub_answers, open_hub_dataset
 from megatron_vcppo.data.named_sources import NamedSource, benchmark_row, made_rows, named_source
 from megatron_vcppo.errors import UserError
 
+Row = dict[str, Any] | list[Any]
+"""An object with named fields, or a list of objects, as Open-Reasoner-Zero publishes its problems."""
+
+_JSON = (".jsonl", ".json")
+_PEEK = 4096  # bytes
 _LARGEST_FIELD = 1 << 30  # characters of a CSV file's cell
 
 
@@ -18,8 +26,8 @@ class Sample:
     """One sample as it was read; ``value`` is None if it could not be, and ``problem`` says why."""
 
     number: int
-    """Line number from 1 (JSONL) or index from 0 (data sets)."""
-    value: dict[str, Any] | None
+    """Line or place in a JSON array, from 1 (JSON files), or index from 0 (data sets)."""
+    value: Row | None
     problem: str = ""
     fraction: float = 0.0
     """How much of the source has been read with it, for progress."""
@@ -28,40 +36,73 @@ class Sample:
 def read_samples(source: str, split: str = "train") -> Iterator[Sample]:
     """Stream the samples of a source in its order. Blank lines of a JSONL file are not samples.
 
-    source: a .jsonl or .json (one object a line), .csv (with a header) or .parquet file; ``folder`` or
-    ``folder:split`` written by ``save_to_disk`` of `datasets`; problems by name (data/named_sources.py); else ``name``,
-    ``name:split`` or ``name:configuration:split`` for its ``load_dataset``.
+    source: a .jsonl file (a sample a line), a .json file (the same, or one array of samples), either of them also as
+    .gz or .zst, a .csv file (with a header) or a .parquet file; ``folder`` or ``folder:split`` of a data set, as
+    ``save_to_disk`` writes it or as it is downloaded; problems by name (data/named_sources.py); else ``name``,
+    ``name:split`` or ``name:configuration:split`` for ``load_dataset`` of `datasets`.
     Raises UserError, before the first sample, if the source cannot be opened.
     """
     if named := named_source(source):
         return _read_named(named, split)
     path = Path(source)
-    if path.is_file() and path.suffix in (".jsonl", ".json"):
-        return _read_jsonl(path)
+    if path.is_file() and _is_json(source):
+        return _read_json(path)
     if path.is_file() and path.suffix == ".csv":
         return _read_csv(path)
     if path.is_file() and path.suffix != ".parquet":
-        raise UserError(f"{source}: expected a .jsonl, .json, .csv or .parquet file, or a folder of a saved data set")
-    if not _place(source, split)[0].exists() and (path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute()):
+        raise UserError(
+            f"{source}: expected a .jsonl, .json (also .gz or .zst), .csv or .parquet file, or a folder of a saved "
+            "data set"
+        )
+    if not _place(source, split)[0].exists() and is_path(source):
         raise UserError(f"{source}: no such file or folder")
     return _read_dataset(source, split)
 
 
+def is_path(source: str) -> bool:
+    """Whether a source is written as a file or folder, not as the name of a data set."""
+    return _is_json(source) or source.endswith((".csv", ".parquet")) or source.startswith(("/", ".", "~"))
+
+
+def check_source(source: str) -> None:
+    """Raise UserError if a source is not there: a missing file or folder, or a data set that nobody can load now.
+
+    A data set that the hub can be asked for is not loaded: the machine that checks may not be the one that reads.
+    """
+    path = _place(source, "")[0]
+    if path.exists():
+        return
+    if is_path(source):
+        raise UserError(f"{source} does not exist")
+    if not hub_answers():
+        open_hub_dataset(source, "train")
+
+
 def sample_name(source: str, number: int) -> str:
     """Where a sample is, as users write it: file.jsonl:17 or folder[17]."""
-    return f"{source}:{number}" if source.endswith((".jsonl", ".json")) else f"{source}[{number}]"
+    return f"{source}:{number}" if _is_json(source) else f"{source}[{number}]"
 
 
-def _read_jsonl(path: Path) -> Iterator[Sample]:
+def _is_json(source: str) -> bool:
+    return _plain(source).suffix in _JSON
+
+
+def _plain(source: str | Path) -> Path:
+    """The path without the ending of a compression."""
+    path = Path(source)
+    return path.with_suffix("") if path.suffix in SUFFIXES else path
+
+
+def _read_json(path: Path) -> Iterator[Sample]:
+    if _plain(path).suffix == ".json" and (array := _array(path)) is not None:
+        for number, value in enumerate(array, start=1):
+            yield Sample(number, *_checked(value, is_text=False), number / len(array))
+        return
     size = max(path.stat().st_size, 1)
-    done = 0
-    with path.open("rb") as file:
+    with open_file(path) as (file, raw):
         for number, line in enumerate(file, start=1):
-            done += len(line)
-            if not line.strip():
-                continue
-            value, problem = _parse(line)
-            yield Sample(number, value, problem, done / size)
+            if line.strip():
+                yield Sample(number, *_parse(line), raw.tell() / size)
 
 
 def _read_csv(path: Path) -> Iterator[Sample]:
@@ -91,18 +132,39 @@ def _read_named(source: NamedSource, split: str) -> Iterator[Sample]:
             yield replace(sample, value=row)
 
 
-def _parse(line: bytes) -> tuple[dict[str, Any] | None, str]:
-    """The object on a line, or what is wrong with it."""
+def _array(path: Path) -> list[Any] | None:
+    """The items of a file that is one JSON array; None if it is anything else, such as a sample a line."""
+    with open_file(path) as (file, _):
+        text = file.read(_PEEK)
+        if not text.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            return None
+        try:
+            found = json.loads((text + file.read()).decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            return None
+    return found if isinstance(found, list) else None
+
+
+def _parse(line: bytes) -> tuple[Row | None, str]:
+    """The sample on a line, or what is wrong with it."""
     try:
-        value = json.loads(line)
-        if b"\\ud" in line.lower():
-            # Half of an escaped pair, as cutting a text leaves it: JSON allows it, but no tokenizer takes it.
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        return None, f"not text ({error.reason})"
+        value = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # JSONDecodeError or UnicodeDecodeError; nested thousands deep
         return None, f"not JSON ({error})"
-    return (value, "") if isinstance(value, dict) else (None, f"not a JSON object but a {type(value).__name__}")
+    return _checked(value, is_text=b"\\ud" not in line.lower())
+
+
+def _checked(value: Any, is_text: bool) -> tuple[Row | None, str]:
+    """A parsed sample, or what is wrong with it. is_text: it is known to hold no half of an escaped pair."""
+    if not is_text:
+        try:
+            # Cutting a text may leave half of a pair: JSON allows it, but no tokenizer takes it.
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            return None, f"not text ({error.reason})"
+    if isinstance(value, dict) or (isinstance(value, list) and value and all(isinstance(v, dict) for v in value)):
+        return value, ""
+    return None, f"not a JSON object but a {type(value).__name__}"
 
 
 def _place(source: str, split: str) -> tuple[Path, str]:
@@ -119,18 +181,18 @@ def _read_dataset(source: str, split: str) -> Iterator[Sample]:
 
 
 def _open_dataset(source: str, split: str) -> Any:
+    path, split = _place(source, split)
+    if not path.exists():
+        return open_hub_dataset(source, split)
     import datasets  # slow to import, and most runs read JSONL
 
-    path, split = _place(source, split)
     try:
         if path.is_file():
             return datasets.Dataset.from_parquet(str(path))
-        if path.is_dir():
-            opened = datasets.load_from_disk(str(path))
-        else:
-            name, *rest = source.split(":")
-            split = rest[-1] if rest else split
-            return datasets.load_dataset(name, rest[0] if len(rest) > 1 else None, split=split)
+        saved = (datasets.config.DATASET_STATE_JSON_FILENAME, datasets.config.DATASETDICT_JSON_FILENAME)
+        if not any((path / name).exists() for name in saved):
+            return datasets.load_dataset(str(path), split=split)
+        opened = datasets.load_from_disk(str(path))
     except Exception as error:  # `datasets` raises many kinds; each means that the source cannot be read
         raise UserError(f"cannot read the data set {source}: {' '.join(str(error).split())[:300]}") from error
     if isinstance(opened, datasets.DatasetDict):

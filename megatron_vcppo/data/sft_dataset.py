@@ -1,16 +1,29 @@
 """Supervised examples: prompt and response, or a chat, as token ids with the loss on what the model should say."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_vcppo.data.bad_samples import BadSample, DataReport, require
+from megatron_vcppo.config import SftConfig
+from megatron_vcppo.data.bad_samples import BadSample, DataReport
+from megatron_vcppo.data.fields import find, require
+from megatron_vcppo.data.mixture import repeated
+from megatron_vcppo.data.prompt_format import (
+    DEFAULT_FORMAT,
+    END_THINK,
+    PromptFormat,
+    after_opening,
+    opens_thinking,
+    render_chat,
+    render_prompt,
+)
 from megatron_vcppo.data.readers import Sample, read_samples
-from megatron_vcppo.data.tokenizer import Messages, check_messages, encode_texts, prompt_text, render_chat
+from megatron_vcppo.data.tokenizer import Messages, check_messages, encode_texts
 from megatron_vcppo.records import TrainSequence
 from megatron_vcppo.run.files import replacing
 
@@ -23,11 +36,16 @@ _BATCH = 512  # samples that are tokenized in one call
 
 @dataclass(frozen=True)
 class SftKeys:
-    """Where a sample keeps its parts. A sample with the key ``messages`` is a chat."""
+    """Where a sample keeps its parts (see data/fields.py). A sample with the key ``messages`` is a chat."""
 
     prompt: str = "prompt"
     response: str = "response"
     messages: str = "messages"
+
+    @classmethod
+    def of(cls, sft: SftConfig) -> "SftKeys":
+        """As the configuration says."""
+        return cls(sft.prompt_key, sft.response_key, sft.messages_key)
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,20 @@ class SftDataset:
         """What ``save`` wrote, mapped rather than read: ranks on one node share the memory."""
         return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS))
 
+    @classmethod
+    def mixed(cls, sources: "Sequence[tuple[SftDataset, float]]") -> "SftDataset":
+        """The examples of (dataset, weight), one source after the other; see ``repeated``."""
+        if len(sources) == 1 and sources[0][1] == 1:
+            return sources[0][0]
+        ids, masks, lengths = [], [], []
+        for dataset, weight in sources:
+            chosen = repeated(len(dataset), weight)
+            parts = [slice(dataset._borders[index], dataset._borders[index + 1]) for index in chosen]
+            ids += [dataset._token_ids[part] for part in parts]
+            masks += [dataset._loss_mask[part] for part in parts]
+            lengths += dataset.lengths[chosen].tolist()
+        return cls(np.concatenate(ids), np.concatenate(masks), np.cumsum([0, *lengths], dtype=np.int64))
+
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, [examples] int64."""
@@ -89,17 +121,21 @@ def load_sft_dataset(
     keys: SftKeys = SftKeys(),
     split: str = "train",
     on_progress: Progress | None = None,
+    how: PromptFormat = DEFAULT_FORMAT,
+    stops: Sequence[int] = (),
 ) -> tuple[SftDataset, DataReport]:
-    """Read, tokenize and check a source; a response ends with EOS.
+    """Read, tokenize and check a source; a response ends with EOS, or with another of ``stops`` if it has one there.
 
     max_length: tokens; a longer example is bad. on_bad_sample: error | skip | truncate (an example that is too
-    long, skip what cannot be). The report says what became of each sample; the caller prints it.
+    long, skip what cannot be). how: see ``render_prompt``. The report says what became of each sample; the caller
+    prints it.
     Raises UserError for bad samples with on_bad_sample error, and if no sample is usable.
     """
     report = DataReport(source, on_bad_sample)
     token_ids: list[np.ndarray] = []
     masks: list[np.ndarray] = []
-    for ids, mask in _encode_all(read_samples(source, split), tokenizer, max_length, keys, report, on_progress):
+    parse = partial(sample_pieces, tokenizer, keys=keys, how=how)
+    for ids, mask in _encode_all(read_samples(source, split), tokenizer, max_length, parse, report, on_progress, stops):
         token_ids.append(ids)
         masks.append(mask)
     report.finish()
@@ -111,16 +147,17 @@ def _encode_all(
     samples: Iterator[Sample],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    keys: SftKeys,
+    parse: Callable[[Sample], "list[Piece]"],
     report: DataReport,
     on_progress: Progress | None,
+    stops: Sequence[int],
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     while batch := list(islice(samples, _BATCH)):
         pieces: list[list[Piece] | None] = []
         for sample in batch:
             report.num_samples += 1
             try:
-                pieces.append(sample_pieces(tokenizer, sample, keys))
+                pieces.append(parse(sample))
             except BadSample as problem:
                 report.bad(sample.number, problem)
                 pieces.append(None)
@@ -128,7 +165,7 @@ def _encode_all(
         for sample, row in zip(batch, pieces, strict=True):
             if row is None:
                 continue
-            ids, mask = _join(row, [next(encoded) for _ in row], tokenizer.eos_token_id)
+            ids, mask = _join(row, [next(encoded) for _ in row], tokenizer.eos_token_id, stops)
             if not any(mask):
                 report.bad(sample.number, BadSample("empty response", "it has no token that could be learned"))
                 continue
@@ -145,42 +182,56 @@ def _encode_all(
             on_progress(report.num_samples, batch[-1].fraction)
 
 
-def sample_pieces(tokenizer: PreTrainedTokenizerBase, sample: Sample, keys: SftKeys) -> list[Piece]:
+def sample_pieces(
+    tokenizer: PreTrainedTokenizerBase, sample: Sample, keys: SftKeys, how: PromptFormat = DEFAULT_FORMAT
+) -> list[Piece]:
     """The text of one sample, in pieces with and without loss.
 
     Raises BadSample: malformed, missing key, wrong type, empty response, bad chat.
     """
-    if sample.value is not None and sample.value.get(keys.messages) is not None:
-        return chat_pieces(tokenizer, check_messages(sample.value[keys.messages], keys.messages))
+    if sample.value is not None and (messages := find(sample.value, keys.messages)) is not None:
+        return chat_pieces(tokenizer, how.chat(check_messages(messages, keys.messages)), how)
     prompt, response = require(sample, [keys.prompt, keys.response])
     if not isinstance(response, str):
         raise BadSample("wrong type", f"{keys.response!r} is a {type(response).__name__}, not text")
     if not response.strip():
         raise BadSample("empty response", f"{keys.response!r} is blank")
-    text, special = prompt_text(tokenizer, prompt, keys.prompt)
-    return [Piece(text, loss=False, special=special), Piece(response, loss=True)]
+    rendered = render_prompt(tokenizer, prompt, keys.prompt, how)
+    return [
+        Piece(rendered.text, loss=False, special=rendered.special),
+        Piece(after_opening(rendered.text, response), loss=True),
+    ]
 
 
-def chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[Piece]:
+def chat_pieces(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, how: PromptFormat = DEFAULT_FORMAT
+) -> list[Piece]:
     """A chat in pieces, assistant turns with loss, exactly where the template puts them.
 
     The template is rendered up to each assistant turn (opened, as for sampling) and through it; both must be the
     beginning of the whole rendering. A template that rewrites earlier turns (dropping their thinking, say) fails
-    that check, and the sample counts as bad: its turns would not be what the model sees when it samples.
+    that check, and the sample counts as bad: its turns would not be what the model sees when it samples. The last turn
+    is exempt where the template opens <think> for the response and drops the thinking of turns that are past: its
+    content, from behind the tag, is what the model would sample.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise BadSample("empty response", "the chat has no assistant turn")
     if turns[-1] != len(messages) - 1:
         messages = messages[: turns[-1] + 1]  # nothing after the last assistant turn is learned from
-    whole = render_chat(tokenizer, messages, for_response=False)
+    whole = render_chat(tokenizer, messages, for_response=False, how=how)
     pieces: list[Piece] = []
     done = 0
     for turn in turns:
         if not messages[turn]["content"].strip():
             raise BadSample("empty response", f"message {turn} is blank")
-        before = render_chat(tokenizer, messages[:turn], for_response=True)
-        through = render_chat(tokenizer, messages[: turn + 1], for_response=False)
+        before = render_chat(tokenizer, messages[:turn], for_response=True, how=how)
+        through = render_chat(tokenizer, messages[: turn + 1], for_response=False, how=how)
+        content = messages[turn]["content"]
+        thinks = opens_thinking(before) and END_THINK in content
+        if turn == turns[-1] and thinks and before.startswith(whole[:done]):
+            pieces += [Piece(before[done:], loss=False), Piece(after_opening(before, content), loss=True)]
+            return pieces
         if not (whole.startswith(through) and through.startswith(before) and len(before) >= done):
             raise BadSample("bad chat", f"the chat template does not append message {turn} to what it wrote before")
         # A turn ends at <|im_end|> or the like; the newline that a template writes behind it is never sampled.
@@ -202,11 +253,13 @@ def _encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: list[Piece]) -> l
     return rows
 
 
-def _join(pieces: list[Piece], encoded: list[list[int]], eos_token_id: int) -> tuple[list[int], list[bool]]:
-    """One example; the last piece is a response, and EOS ends it."""
+def _join(
+    pieces: list[Piece], encoded: list[list[int]], eos_token_id: int, stops: Sequence[int]
+) -> tuple[list[int], list[bool]]:
+    """One example; the last piece is a response, and a token at which engines stop ends it."""
     ids = [i for part in encoded for i in part]
     mask = [piece.loss for piece, part in zip(pieces, encoded, strict=True) for _ in part]
-    if ids[-1:] != [eos_token_id]:
+    if not ids or ids[-1] not in (eos_token_id, *stops):
         ids.append(eos_token_id)
         mask.append(True)
     mask[0] = False  # nothing predicts the first token

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from megatron_vcppo.data.bad_samples import BadSample
+from megatron_vcppo.data.vocabulary import check_ids
 from megatron_vcppo.errors import UserError
 
 Messages = list[dict[str, Any]]
@@ -18,8 +19,8 @@ _PROBE = " The answer's 1234.5 – it’ll do:\n\n\tdef f(x_1): return {'a': [x*
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved in a Hugging Face checkpoint folder; never looks at the network.
 
-    Raises UserError if the folder or its tokenizer is missing or broken, if it names no end-of-sequence token, or if
-    transformers does not follow the folder's tokenizer.json.
+    Raises UserError if the folder or its tokenizer is missing or broken, if it names no end-of-sequence token, if
+    transformers does not follow the folder's tokenizer.json, or if tokens have no row in the model's embedding.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -37,6 +38,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path} has no eos_token; set it in tokenizer_config.json")
     _check_against_file(tokenizer, path)
+    check_ids(path, tokenizer.get_vocab())
     return tokenizer
 
 
@@ -66,36 +68,34 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: 
     return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, for_response: bool) -> str:
-    """The chat as text. for_response: followed by what opens an assistant turn.
-
-    Raises UserError if the tokenizer has no chat template, BadSample if the template refuses the messages.
-    """
-    if not tokenizer.chat_template:
-        raise UserError("the data holds chat messages but the tokenizer has no chat_template; use a tokenizer with one")
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_response))
-    except Exception as error:  # templates raise what they like (jinja2, KeyError, TypeError)
-        raise BadSample("bad chat", f"the chat template refuses it: {' '.join(str(error).split())[:120]}") from error
-
-
-def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Any, key: str) -> tuple[str, bool]:
-    """A prompt as text, and whether the tokenizer's special tokens still have to be added.
-
-    Text is taken as it is; a list of messages goes through the chat template, which writes its own BOS.
-    Raises BadSample that names ``key`` if the prompt is neither.
-    """
-    if isinstance(prompt, str):
-        return prompt, True
-    if not isinstance(prompt, list):
-        raise BadSample("wrong type", f"{key!r} is a {type(prompt).__name__}, neither text nor messages")
-    return render_chat(tokenizer, check_messages(prompt, key), for_response=True), False
-
-
 def check_messages(messages: Any, key: str) -> Messages:
-    """``messages`` if it is a chat: a list of {role, content}, both text. Raises BadSample that names ``key``."""
-    chat = messages if isinstance(messages, list) else []
-    parts = [m.get(part) if isinstance(m, dict) else None for m in chat or [None] for part in ("role", "content")]
-    if not all(isinstance(part, str) for part in parts):
+    """``messages`` as a chat: a list of {role, content}, both text. Raises BadSample that names ``key``.
+
+    Content may be a list of parts, which must be text; {from, value} with human and gpt is read as well.
+    """
+    chat = [_message(message) for message in messages] if isinstance(messages, list) else []
+    if not chat or None in chat:
         raise BadSample("wrong type", f"{key!r} is not a list of messages with text under role and content")
-    return chat
+    return [message for message in chat if message is not None]
+
+
+_SENDERS = {"human": "user", "gpt": "assistant"}
+
+
+def _message(message: Any) -> dict[str, Any] | None:
+    if not isinstance(message, dict):
+        return None
+    role, content = message.get("role"), message.get("content")
+    if role is None and "from" in message:
+        role, content = _SENDERS.get(str(message["from"]), message["from"]), message.get("value")
+    if isinstance(content, list):
+        content = _joined_parts(content)
+    is_text = isinstance(role, str) and isinstance(content, str)
+    return {**message, "role": role, "content": content} if is_text else None
+
+
+def _joined_parts(parts: list[Any]) -> str | None:
+    """The text of a message's parts; None if one of them is no text."""
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    whole = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return "".join(map(str, texts)) if whole else None

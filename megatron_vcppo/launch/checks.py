@@ -6,6 +6,8 @@ from pathlib import Path
 from megatron_vcppo.config import Config, Stage
 from megatron_vcppo.config.placement import ENGINE_STAGES
 from megatron_vcppo.data.named_sources import check_named, named_source
+from megatron_vcppo.data.readers import check_source
+from megatron_vcppo.data.vocabulary import check_vocabulary
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.launch.memory_plan import check_memory
@@ -13,7 +15,8 @@ from megatron_vcppo.run.folder import RunFolder
 
 
 def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
-    """Everything that these stages read from outside the configuration: data files, verifiers, the model, its memory.
+    """Everything that these stages read from outside the configuration: data files, verifiers, the model, its
+    tokenizer and memory.
 
     Every command that starts stages calls it (``commands.arguments.checked_stages``) before it writes anything.
     Returns the estimated GiB per rank of each stage. Raises UserError with the key and what is wrong.
@@ -25,6 +28,7 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
 
         check_names(config.prompts.verifiers, config.rewards.code)
     arch = Architecture.from_hf(config.model.hf)
+    check_vocabulary(Path(config.model.hf))
     arch.check_parallel(config.parallel.tp, config.parallel.pp)
     return check_memory(arch, config, list(stages))
 
@@ -50,18 +54,19 @@ def _check_data(config: Config, stages: Sequence[str]) -> None:
     named = {"sft.train": config.sft.train, "sft.validation": config.sft.validation} if "sft" in stages else {}
     if not set(stages).isdisjoint(ENGINE_STAGES):
         named["prompts.train"] = config.prompts.train
+        named |= {f"prompts.mix.{source}": source for source in config.prompts.mix}
     if "evaluate" in stages or ("ppo" in stages and config.ppo.evaluate_every):
         named["prompts.test"] = config.prompts.test
     for key, source in named.items():
-        if source and (problems := named_source(source)):
+        if source:
             try:
-                check_named(problems, held_out=key == "prompts.test")
+                if problems := named_source(source):
+                    check_named(problems, held_out=key == "prompts.test")
+                    source = problems.file
+                if source:
+                    check_source(source)
             except UserError as error:
                 raise UserError(f"{key}: {error}") from None
-            source = problems.file
-        is_path = source is not None and (source.endswith((".json", ".jsonl")) or source.startswith(("/", ".", "~")))
-        if source and is_path and not Path(source).exists():
-            raise UserError(f"{key}: {source} does not exist")
 
 
 def check_run_folder(run: RunFolder) -> None:

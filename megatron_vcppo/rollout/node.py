@@ -15,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.load import load_config
+from megatron_vcppo.config.load import load_stored_config
 from megatron_vcppo.config.network import node_environment, node_network
 from megatron_vcppo.config.placement import engine_gpus_per_node, engine_placement
 from megatron_vcppo.errors import USER_ERROR, UserError
@@ -43,7 +43,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     try:
-        config = load_config(args.config, complete=False)  # checked when the run began
+        config = load_stored_config(args.config, complete=False)  # checked when the run began
         os.environ.update(node_environment(config.cluster))
         shared = None
         if engine_placement(config) == "trainer_gpus":

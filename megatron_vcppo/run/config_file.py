@@ -1,11 +1,14 @@
 """RUN/config.yaml: the resolved configuration of a run, which every process of it reads."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.load import dump_config, load_config
+from megatron_vcppo.config.keys import BEFORE
+from megatron_vcppo.config.load import dump_config, load_stored_config
+from megatron_vcppo.config.validation import leaves
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run import events
 from megatron_vcppo.run.files import write_text
@@ -17,7 +20,15 @@ def open_run(path: Path) -> tuple[RunFolder, Config]:
     run = RunFolder(path.absolute())
     if not run.config.exists():
         raise UserError(f"{path}: not a run folder: it has no {run.config.name}")
-    return run, load_config(run.config)
+    return run, load_stored_config(run.config)
+
+
+def kept_defaults(run: RunFolder) -> dict[str, Any]:
+    """What a run that exists already has for keys whose default would change it; empty for a new run."""
+    if not run.config.exists():
+        return {}
+    stored = dict(leaves(load_stored_config(run.config, complete=False)))
+    return {name: stored[name] for name in BEFORE}
 
 
 def write_config(run: RunFolder, config: Config) -> None:

@@ -111,6 +111,14 @@ Origin = dict[str, Any]
 """Dotted key → value."""
 
 ORIGIN_NAME = "origin.json"
+ORIGIN_BEFORE: Origin = {
+    "prompts.mix": {},
+    "prompts.template": "{prompt}",
+    "prompts.system": None,
+    "prompts.apply_chat_template": False,
+    "prompts.chat_template_kwargs": {},
+}
+"""Keys that origins of earlier versions lack, with what these versions did: their rollouts stay valid."""
 
 
 def origin_differences(folder: Path, made: Origin) -> list[str]:
@@ -119,6 +127,7 @@ def origin_differences(folder: Path, made: Origin) -> list[str]:
         known = json.loads((folder / ORIGIN_NAME).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return []
+    known = ORIGIN_BEFORE | known
     return [key for key, value in json.loads(json.dumps(made)).items() if known.get(key) != value]
 
 

@@ -13,7 +13,7 @@ def main() -> int:
     import os
     import warnings
 
-    from megatron_vcppo.config.load import load_config
+    from megatron_vcppo.config.load import load_stored_config
     from megatron_vcppo.config.network import node_environment
     from megatron_vcppo.errors import DONE, SAVED, USER_ERROR, UserError
     from megatron_vcppo.run import log
@@ -28,7 +28,7 @@ def main() -> int:
     log.configure("trainer", rank)
     stopping.listen()
     try:
-        config = load_config(arguments.config)
+        config = load_stored_config(arguments.config)
         os.environ.update(node_environment(config.cluster))  # before torch is imported
         warnings.filterwarnings("ignore", module="megatron")  # at import, about parts that are not used here
         stage = importlib.import_module(f"megatron_vcppo.stages.{arguments.stage}")

@@ -41,7 +41,7 @@ def run(config: Config) -> None:
         models = PpoModels(config)
         session.share(models.actor, models.critic, models.reference)
         startup.done("model")
-        stream = PromptStream(session.prompts(config.prompts.train), config.run.seed)
+        stream = PromptStream(session.training_prompts(), config.run.seed)
         sampler = PromptSampler(config, session, stream)
         startup.done("data")
         kl = KlCoefficient(config.ppo.loss)

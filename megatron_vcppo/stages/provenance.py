@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.data.prompt_format import PromptFormat
 from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest
 from megatron_vcppo.run.rollout_store import Origin
 from megatron_vcppo.stages.stage import actor_before
@@ -41,6 +42,7 @@ def origin_of_evaluation(config: Config, candidates: dict[str, Path]) -> Origin:
     made |= {f"evaluate.{name}": getattr(config.evaluate, name) for name in ("temperature", "top_p")}
     made |= {"prompts.verifiers": config.prompts.verifiers, "prompts.task": config.prompts.task}
     made |= {"run.seed": config.run.seed, "rollout.max_tokens": config.rollout.max_tokens}
+    made |= {f"prompts.{name}": value for name, value in asdict(PromptFormat.of(config.prompts)).items()}
     return made | {"prompts.test": config.prompts.test, "model.max_length": config.model.max_length}
 
 

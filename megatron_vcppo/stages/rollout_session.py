@@ -14,6 +14,8 @@ from functools import partial
 import torch
 
 from megatron_vcppo.config.placement import engine_nodes, engine_placement
+from megatron_vcppo.data.mixture import mix_prompts, training_sources
+from megatron_vcppo.data.prompt_format import PromptFormat
 from megatron_vcppo.data.prompts import PromptKeys, load_prompts
 from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.errors import Stopped, UserError
@@ -311,6 +313,11 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
                 found = None
         return self.sync.exchange(found)[0]
 
+    def training_prompts(self) -> list[Prompt]:
+        """The problems of prompts.train and prompts.mix, each as often as its source's weight says."""
+        sources = training_sources(self.config.prompts.train, self.config.prompts.mix)
+        return mix_prompts([(self.prompts(source), weight) for source, weight in sources.items()])
+
     def prompts(self, source: str) -> list[Prompt]:
         """The problems of a source; what is wrong with it is printed or raised, once. Every rank reads it."""
         if source in self._prompts:
@@ -321,14 +328,10 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
             self.tokenizer,
             self.config.model.max_length - 1,
             prompts_config.bad_samples,
-            PromptKeys(
-                prompt=prompts_config.prompt_key,
-                answer=prompts_config.answer_key,
-                task=prompts_config.task_key,
-                default_task=prompts_config.task or "",
-            ),
+            PromptKeys.of(prompts_config),
             known_tasks=self.verifiers,
             check_answer=partial(check_answer, self.verifiers),
+            how=PromptFormat.of(prompts_config),
         )
         isolation = isolation_of_code(self.verifiers, {prompt.task for prompt in prompts})
         if self.runtime.is_main:

@@ -53,7 +53,7 @@ def rollout_source(stage: Stage, session: RolloutSession, reached: int) -> Rollo
     reached: the step from which the stage continues; stored rollouts after it that another policy made are dropped.
     """
     config = stage.config
-    stream = PromptStream(session.prompts(config.prompts.train), fixed_policy_seed(config.run.seed))
+    stream = PromptStream(session.training_prompts(), fixed_policy_seed(config.run.seed))
     fresh = FreshRollouts(session, PromptSampler(config, session, stream), lambda: starting_actor(config, stage.name))
     wanted = stored_set(config, stage.name)
     if wanted is not None:

@@ -3,12 +3,16 @@
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_vcppo.config import Config, SftConfig
 from megatron_vcppo.data.epoch_order import EpochOrder
+from megatron_vcppo.data.mixture import training_sources
 from megatron_vcppo.data.packer import Packer
+from megatron_vcppo.data.prompt_format import PromptFormat
 from megatron_vcppo.data.sft_dataset import SftDataset, SftKeys, load_sft_dataset
 from megatron_vcppo.data.tokenizer import load_tokenizer
+from megatron_vcppo.data.vocabulary import stop_ids
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.hf_weights_io import load_hf
@@ -107,32 +111,51 @@ def validate(actor: Actor, dataset: SftDataset, packer: Packer) -> dict[str, flo
 def load_datasets(config: Config, folder: StageFolder) -> tuple[SftDataset, SftDataset | None]:
     """Training and validation examples; collective."""
     settings = config.sft
-    train = shared_dataset(config, folder, settings.train, "train")
-    validation = shared_dataset(config, folder, settings.validation, "validation") if settings.validation else None
+    train = shared_dataset(config, folder, training_sources(settings.train, settings.mix), "train")
+    held_out = settings.validation
+    validation = shared_dataset(config, folder, {held_out: 1.0}, "validation") if held_out else None
     startup.done("data")
     return train, validation
 
 
-def shared_dataset(config: Config, folder: StageFolder, source: str, name: str) -> SftDataset:
-    """Tokenize once, on the main rank, into RUN/sft/data; every rank maps the arrays. Collective."""
+def shared_dataset(config: Config, folder: StageFolder, sources: dict[str, float], name: str) -> SftDataset:
+    """Tokenize once, on the main rank, into RUN/sft/data; every rank maps the arrays. Collective.
+
+    sources: source → weight.
+    """
     path = folder.data(name)
 
     def tokenize(beat: Callable[[], None]) -> None:
-        keys = SftKeys(config.sft.prompt_key, config.sft.response_key, config.sft.messages_key)
+        keys = SftKeys.of(config.sft)
         tokenizer = load_tokenizer(config.model.hf)
-        progress, seen = Progress(f"tokenize {name}", 100, unit="samples"), 0
+        loaded = []
+        for source, weight in sources.items():
+            dataset, report = load_sft_dataset(
+                source,
+                tokenizer,
+                config.model.max_length,
+                config.sft.bad_samples,
+                keys,
+                on_progress=progress_of_tokenizing(name, beat),
+                how=PromptFormat.of(config.prompts),
+                stops=stop_ids(Path(config.model.hf)),
+            )
+            say(str(report))
+            loaded.append((dataset, weight))
+        SftDataset.mixed(loaded).save(path)
 
-        def on_progress(num_samples: int, fraction: float) -> None:
-            nonlocal seen
-            progress.update(int(100 * fraction), num_samples - seen)
-            seen = num_samples
-            beat()
-
-        dataset, report = load_sft_dataset(
-            source, tokenizer, config.model.max_length, config.sft.bad_samples, keys, on_progress=on_progress
-        )
-        say(str(report))
-        dataset.save(path)
-
-    runtime.on_main(tokenize, f"tokenizing {source}")
+    runtime.on_main(tokenize, f"tokenizing {', '.join(sources)}")
     return SftDataset.load(path)
+
+
+def progress_of_tokenizing(name: str, beat: Callable[[], None]) -> Callable[[int, float], None]:
+    """Prints the progress of one source and calls ``beat``."""
+    progress, seen = Progress(f"tokenize {name}", 100, unit="samples"), 0
+
+    def on_progress(num_samples: int, fraction: float) -> None:
+        nonlocal seen
+        progress.update(int(100 * fraction), num_samples - seen)
+        seen = num_samples
+        beat()
+
+    return on_progress

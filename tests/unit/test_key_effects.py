@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from megatron_vcppo.config import CodeRewardConfig, Config, ModelConfig, ParallelConfig
+from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.importer import import_hf
 from megatron_vcppo.launch.local_chain import local_processes
@@ -24,6 +26,9 @@ from megatron_vcppo.run.manifest import write_manifest
 from megatron_vcppo.slurm.submission import resolve_python
 from megatron_vcppo.stages import export
 from megatron_vcppo.stages.held_out import evaluation_prompts
+from megatron_vcppo.stages.rollout_session import RolloutSession
+from megatron_vcppo.stages.sft import load_datasets
+from megatron_vcppo.tasks.base_model import write_base_model
 from megatron_vcppo.weight_sync.rank_role import make_weight_sync
 from megatron_vcppo.weight_sync.transport import DiskTransport, NetworkTransport
 from tests.helpers.distributed import run_distributed_test
@@ -112,3 +117,31 @@ def test_the_clusters_python_and_restarts_reach_the_roles(tmp_path: Path) -> Non
     units = local_processes(RunFolder(tmp_path), config, "evaluate", resolve_python(config))
     assert {unit.command[0] for unit in units} == {"/opt/python"}
     assert [unit.restarts for unit in units if unit.role == "rollout"] == [3]
+
+
+def test_keys_of_prompts_reach_what_the_model_reads(tmp_path: Path) -> None:
+    config = Config()
+    config.model.hf, config.model.max_length = str(tmp_path / "model"), 64
+    write_base_model(tmp_path / "model")
+    for name in ("a", "b"):
+        row = {"prompt": f"{len(name)} ?", "response": "= 1", "answer": "1", "task": "math"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    config.sft.train = config.prompts.train = str(tmp_path / "a.jsonl")
+    config.sft.mix = {str(tmp_path / "b.jsonl"): 2.0}
+    config.prompts.mix, config.prompts.template = {str(tmp_path / "b.jsonl"): 3.0}, "5 {prompt} 6"
+    config.prompts.system, config.prompts.apply_chat_template = "7", True
+    config.prompts.chat_template_kwargs = {"bos_token": "<unk>"}
+    tokenizer = load_tokenizer(config.model.hf)
+    session: Any = SimpleNamespace(config=config, tokenizer=tokenizer, verifiers=["math"], _prompts={})
+    session.runtime, session.verifiers = SimpleNamespace(is_main=False), resolve_verifiers({}, config.rewards.code)
+    session.prompts = partial(RolloutSession.prompts, session)
+    prompts = RolloutSession.training_prompts(session)
+    assert len(prompts) == 4 and {tokenizer.decode(prompt.token_ids) for prompt in prompts} == {"<unk> 7 5 1 ? 6"}
+
+    def body() -> int:
+        runtime.start(ParallelConfig(), 3, 60)
+        train, _ = load_datasets(config, RunFolder(tmp_path / "run").stage("sft"))
+        assert tokenizer.decode(train[0].token_ids) == "<unk> 7 5 1 ? 6 = 1 <eos>"
+        return len(train)
+
+    assert run_distributed_test(body, 1)[0] == 3

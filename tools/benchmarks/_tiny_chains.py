@@ -24,9 +24,10 @@ def tiny_config(folder: Path, stages: tuple[str, ...] = ("sft",), ranks: int = 2
     config.run.dir, config.run.timeout_s = str(folder), 30.0
     config.model.hf = str(tiny_model(folder.parent / "model"))
     config.stages = list(stages)  # type: ignore[arg-type]
-    config.sft.train, config.sft.steps, config.sft.checkpoint.save_every = "unused", steps, 2
+    data = str(Path(config.model.hf) / "config.json")  # never read, but it must be there
+    config.sft.train, config.sft.steps, config.sft.checkpoint.save_every = data, steps, 2
     config.sft.schedule.warmup_steps = 0
-    config.prompts.train = config.prompts.test = "unused"
+    config.prompts.train = config.prompts.test = data
     config.ppo.critic.init = "random_head"
     config.cluster.trainer_ranks, config.cluster.stop_grace_s = ranks, 2.0
     return config

@@ -35,6 +35,12 @@ def sft(config: Config) -> Iterator[str]:
         yield f"sft.schedule.warmup_steps {warmup} is more than sft.steps {steps}"
 
 
+def prompt_template(config: Config) -> Iterator[str]:
+    """The template has a place for the prompt."""
+    if "{prompt}" not in config.prompts.template:
+        yield f"prompts.template must contain {{prompt}}, where the prompt is put, got {config.prompts.template!r}"
+
+
 def response_length(config: Config) -> Iterator[str]:
     """rollout.max_tokens against the model's length and the overlong penalty."""
     if not uses_engines(config):
@@ -123,4 +129,4 @@ def evaluation(config: Config) -> Iterator[str]:
             yield f"evaluate.k {k} is more than evaluate.num_samples {config.evaluate.num_samples}"
 
 
-CHAIN_RULES = (stages, fp8, sft, response_length, values, value_pretrain, ppo, adaptive_kl, evaluation)
+CHAIN_RULES = (stages, fp8, sft, prompt_template, response_length, values, value_pretrain, ppo, adaptive_kl, evaluation)

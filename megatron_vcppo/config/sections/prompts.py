@@ -1,7 +1,7 @@
 """Section ``prompts``."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from omegaconf import MISSING
 
@@ -16,12 +16,25 @@ class PromptsConfig:
     """JSONL file or `datasets` source with prompt, answer and task, or problems by name: see docs/tasks.md."""
     test: str | None = None
     """Held-out problems for evaluation, in the same form."""
+    mix: dict[str, PositiveFloat] = field(default_factory=dict)
+    """More sources of training prompts, {source: weight}: how often each of their prompts comes in an epoch. 2 is
+    twice, 0.25 a quarter of the prompts once. prompts.train has weight 1 unless it is named here."""
     prompt_key: str = "prompt"
-    """Field of the data that holds the prompt."""
+    """Field of the data that holds the prompt: a name, a path such as extra_info.question or 0.value, or several of
+    these with | between them, of which the first that has a value counts."""
     answer_key: str = "answer"
-    """Field of the data that holds the answer."""
+    """Field of the data that holds the answer, written in the same way: reward_model.ground_truth."""
     task_key: str = "task"
-    """Field of the data that names the task."""
+    """Field of the data that names the task, written in the same way."""
+    template: str = "{prompt}"
+    """Text around every prompt, which stands for {prompt}; in a chat around the last user message. Used by SFT, too."""
+    system: str | None = None
+    """System message of chats that have none. Used by SFT, too."""
+    apply_chat_template: bool = True
+    """Format text prompts as a user's message by the tokenizer's chat template, if it has one; chats always are. Used
+    by SFT, too. Runs of versions without this key continue with false."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, such as {enable_thinking: false}. Used by SFT, too."""
     task: str | None = None
     """Verifier of problems that name no task."""
     bad_samples: Literal["error", "skip", "truncate"] = "error"

@@ -5,7 +5,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from megatron_vcppo.config.ranges import NonNegativeInt, PositiveInt
+from megatron_vcppo.config.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 from megatron_vcppo.config.sections.training import CheckpointConfig, OptimizerConfig, ScheduleConfig
 
 
@@ -17,10 +17,12 @@ class SftConfig:
     """JSONL file, folder or folder:split of a saved data set, or name or name:split of a `datasets` data set."""
     validation: str | None = None
     """Held-out samples in the same form as sft.train; without a split, the split train is read here too."""
+    mix: dict[str, PositiveFloat] = field(default_factory=dict)
+    """More sources of training samples, {source: weight}, as in prompts.mix."""
     prompt_key: str = "prompt"
-    """Field of the data that holds the prompt."""
+    """Field of the data that holds the prompt, written as in prompts.prompt_key."""
     response_key: str = "response"
-    """Field of the data that holds the response."""
+    """Field of the data that holds the response, such as generations.0."""
     messages_key: str = "messages"
     """Field of the data that holds a chat; samples that have it are formatted by the tokenizer's chat template."""
     bad_samples: Literal["error", "skip", "truncate"] = "error"

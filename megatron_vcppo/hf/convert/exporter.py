@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import torch
 
+from megatron_vcppo.data.vocabulary import complete_generation_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert import conversion_plan
@@ -119,6 +120,7 @@ def export_hf(
     total_bytes = sum(int(np.prod(shape)) * kind.itemsize for shape, kind in tensors.values())
     with new_folder(Path(out), needed_bytes=total_bytes) as folder:
         copy_small_files(checkpoint / "hf", folder)
+        complete_generation_config(folder)
         _describe(folder / "config.json", arch, dtypes["model.norm.weight"], meta["kind"])
         placed = plan_files(folder, tensors, MAX_FILE_BYTES)
         wide = {name: Matrix(place.path, place.offset, place.row_bytes) for name, place in placed.items()}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_vcppo.data.vocabulary import check_vocabulary
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert import conversion_plan
@@ -19,10 +20,11 @@ from megatron_vcppo.run.manifest import write_manifest
 def import_hf(hf: Path, out: Path, tp: int, pp: int, progress: Progress | None = None) -> Architecture:
     """Write a weights-only checkpoint of the model in ``hf`` to the new folder ``out``; the dtypes stay as they are.
 
-    Raises UserError if the model is not supported, weights do not match config.json, or ``out`` is in use.
+    Raises UserError if the model is not supported, weights or tokenizer do not match config.json, or ``out`` is in use.
     """
     hf, out = Path(hf), Path(out)
     arch = Architecture.from_hf(hf)
+    check_vocabulary(hf)
     arch.check_parallel(tp, pp)
     tensors = model_tensors(hf, arch)
     table = parameters(arch, tp)

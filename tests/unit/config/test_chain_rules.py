@@ -111,6 +111,11 @@ def test_the_recipe_for_32b_is_complete_but_for_paths_and_has_the_papers_setting
     assert (ppo.critic.init, ppo.critic.value_clip, config.model.max_length) == ("value_pretrain", None, 16384)
 
 
+def test_a_template_has_a_place_for_the_prompt() -> None:
+    with pytest.raises(UserError, match=r"prompts\.template must contain \{prompt\}"):
+        check_config(make_config("sft", prompts={"template": "Question: "}))
+
+
 def test_pretraining_from_a_checkpoint_names_it() -> None:
     config = make_config("sft", "value_pretrain", value_pretrain={"init": "checkpoint"})
     with pytest.raises(UserError, match=r"value_pretrain\.init checkpoint needs value_pretrain\.checkpoint_path"):

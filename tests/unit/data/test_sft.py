@@ -247,6 +247,7 @@ def test_a_response_that_leaves_no_token_to_learn_is_empty(tmp_path: Path) -> No
     """The first token of a sequence is never predicted: without a BOS before it, a response of EOS alone is nothing."""
     tokenizer = build_tokenizer()
     tokenizer.backend_tokenizer.post_processor = Sequence([])  # adds no BOS, like Qwen's
+    tokenizer.chat_template = None  # which would write one
     source = write_lines(tmp_path / "t.jsonl", [{"prompt": "", "response": "<eos>"}, {"prompt": "", "response": "7"}])
     dataset, report = load_sft_dataset(source, tokenizer, 100, "skip")
     assert report.problems == {"empty response": [1]} and len(dataset) == 1

@@ -15,7 +15,7 @@ def test_inputs_are_checked_before_anything_is_queued(tmp_path: Path) -> None:
     config.sft.train = "/no/such/file.jsonl"
     with pytest.raises(UserError, match=r"sft\.train: /no/such/file\.jsonl does not exist"):
         check_inputs(config, ["sft"])
-    config.sft.train, config.parallel.tp = "unused", 3
+    config.sft.train, config.parallel.tp = __file__, 3
     with pytest.raises(UserError, match="attention heads 4 is not divisible by tp 3"):
         check_inputs(config, ["sft"])
     config.model.hf = str(tmp_path / "nowhere")

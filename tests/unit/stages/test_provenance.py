@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.run.manifest import write_manifest
 from megatron_vcppo.run.rollout_store import (
+    ORIGIN_BEFORE,
     StoredSet,
     claim,
     needs_engines,
@@ -21,7 +23,7 @@ from megatron_vcppo.run.rollout_store import (
     write_partial,
     write_rollouts,
 )
-from megatron_vcppo.stages.provenance import origin_of
+from megatron_vcppo.stages.provenance import origin_of, origin_of_evaluation
 from megatron_vcppo.stages.rollout_source import check_fit
 from tools.benchmarks._tiny_models import VOCAB_SIZE, save_tiny_model
 
@@ -77,6 +79,30 @@ def test_an_origin_of_an_earlier_version_fits_and_renamed_keys_still_count(confi
     assert origin_differences(folder, origin_of(config, "ppo")) == []
     config.returns.gamma, config.values.huber_delta = 0.5, 1.0
     assert origin_differences(folder, origin_of(config, "ppo")) == ["ppo.advantage", "ppo.critic"]
+
+
+def test_what_changes_prompts_is_recorded_and_origins_from_before_these_keys_fit(
+    config: Config, tmp_path: Path
+) -> None:
+    old = replace(config, prompts=replace(config.prompts, apply_chat_template=False))
+    for stage, made in (("ppo", origin_of(old, "ppo")), ("evaluate", origin_of_evaluation(old, {}))):
+        earlier = {key: value for key, value in made.items() if key not in ORIGIN_BEFORE}
+        claim(tmp_path / stage, earlier, 0)
+        assert origin_differences(tmp_path / stage, made) == [] and len(earlier) < len(made)
+    changes: dict[str, Any] = {
+        "apply_chat_template": True,
+        "template": "Q: {prompt}",
+        "system": "be brief",
+        "chat_template_kwargs": {"enable_thinking": False},
+        "mix": {"more.jsonl": 2.0},
+    }
+    for name, value in changes.items():
+        changed = replace(old, prompts=replace(old.prompts, **{name: value}))
+        assert origin_differences(tmp_path / "ppo", origin_of(changed, "ppo")) == [f"prompts.{name}"]
+        claim(tmp_path / name, origin_of(changed, "ppo"), 0)
+        assert origin_differences(tmp_path / name, origin_of(old, "ppo")) == [f"prompts.{name}"]
+        evaluated = origin_differences(tmp_path / "evaluate", origin_of_evaluation(changed, {}))
+        assert evaluated == ([] if name == "mix" else [f"prompts.{name}"])
 
 
 def test_an_actor_is_known_by_its_weights(config: Config, tmp_path: Path) -> None:
