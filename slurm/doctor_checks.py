@@ -128,8 +128,8 @@ def run_bounded(argv: list[str]) -> str:
     except subprocess.TimeoutExpired:
         raise UserError(f"the test job did not end in {TEST_JOB_TIMEOUT_S} s") from None
     if done.returncode:
-        said = [line for line in done.stdout.splitlines() if not line.startswith("{")]
-        raise UserError(said[0] if said else slurm_message(done.stderr)[-600:] or f"exit code {done.returncode}")
+        shown = [line for line in done.stdout.splitlines() if not line.startswith("{")]
+        raise UserError(shown[0] if shown else slurm_message(done.stderr)[-600:] or f"exit code {done.returncode}")
     return done.stdout
 
 

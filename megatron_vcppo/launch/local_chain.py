@@ -34,12 +34,12 @@ def local_processes(
     env, address = role_environment(config, "trainer"), node_network(config.cluster).address
     nodes, ranks_per_node = trainer_layout(config, stage)
     ranks, port = nodes * ranks_per_node, str(free_port(address))
-    units = []
+    processes = []
     for rank in range(ranks):
         place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
         place |= {"MASTER_ADDR": address, "MASTER_PORT": port}
         file = f"trainer_{rank}.log"
-        units.append(
+        processes.append(
             RoleProcess(
                 role="trainer",
                 index=rank,
@@ -55,8 +55,8 @@ def local_processes(
         for node in range(engine_nodes(config)):
             command = programs.rollout_command(run, stage, node)
             restarts = config.cluster.rollout_restarts
-            units.append(RoleProcess("rollout", node, command, env, f"rollout_{node}.log", restarts=restarts))
-    return units
+            processes.append(RoleProcess("rollout", node, command, env, f"rollout_{node}.log", restarts=restarts))
+    return processes
 
 
 @contextmanager

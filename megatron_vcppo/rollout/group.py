@@ -33,6 +33,11 @@ import torch.distributed as dist
 
 from megatron_vcppo.config.network import listen
 
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+ABORT_TIMEOUT_S = 10.0
+"""What ending a communicator may take."""
+
 
 class Lane:
     """A stream on one device. Example: ``with lane.entered(): group.wait(work)``, in any thread."""
@@ -72,14 +77,6 @@ class Lane:
         """Wait until the lane has done what it was given."""
         if self.stream is not None:
             self.stream.synchronize()
-
-
-T = TypeVar("T")
-
-log = logging.getLogger(__name__)
-
-ABORT_TIMEOUT_S = 10.0
-"""What ending a communicator may take."""
 
 
 class Deadline:
