@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -55,11 +54,9 @@ def test_a_missing_program_is_named(tmp_path: Path) -> None:
 
 def test_one_dead_rank_ends_the_group_and_is_named(tmp_path: Path) -> None:
     dying = python("trainer", 1, "print('loss is NaN'); raise SystemExit(1)")
-    started = time.monotonic()
     outcome = supervise([sleeper("7001.5", index=0), dying], tmp_path)
     assert outcome.code == 1 and outcome.cause == "trainer 1 left with exit code 1"
     assert outcome.details == ["loss is NaN"]
-    assert time.monotonic() - started < 5
     assert not processes_with("sleep 7001.5")
 
 
