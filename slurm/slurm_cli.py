@@ -30,7 +30,7 @@ ENDED = (
 TIMEOUT_S = 30.0
 Answer = TypeVar("Answer")
 UNKNOWN_JOB = "Invalid job id"
-"""In the words of squeue and scontrol: Slurm has forgotten the job."""
+"""Message of squeue and scontrol: Slurm has forgotten the job."""
 SQUEUE_FORMAT = "%i|%T|%r|%N|%S"
 
 

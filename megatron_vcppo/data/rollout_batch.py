@@ -95,7 +95,7 @@ def make_batch(rollouts: Sequence[Rollout]) -> RolloutBatch:
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What the models say of a batch before its update; all float32 [B, T], 0 beyond the responses."""
+    """Outputs of the models for a batch before its update; all float32 [B, T], 0 beyond the responses."""
 
     old_logprobs: Tensor
     """Of the actor."""

@@ -20,12 +20,13 @@ from megatron_vcppo.run.log import Follower, last_lines, say
 GUARD_ARGUMENTS = ("-I", "-S", str(Path(__file__).with_name("guard.py")))
 """To be put between an interpreter and the command."""
 PORT_TAKEN = "address already in use"
-"""In the words of torch: the port was free when the attempt was laid out; the next attempt takes another."""
+"""torch's message: the port was free when the attempt was laid out; the next attempt takes another."""
 UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused", "Zero Bytes were trans")
-"""In the words of Slurm's commands: slurmctld is down, restarting or overloaded."""
+"""Messages of Slurm's commands: slurmctld is down, restarting or overloaded."""
 POLL_S = 0.05
 SETTLE_S = 0.5
-"""Deaths this close together are looked at together, so that a killed rank is named rather than its peers' errors."""
+"""Exits within this window are judged together, so that the killed rank is blamed and not the peers that failed
+because of it."""
 TASK_ENDED = re.compile(r"\btasks? (\d+)[\d,-]*: (?:Exited with exit code (\d+)|(.+))$", re.MULTILINE)
 """srun's report of ended tasks: "srun: error: node7: tasks 3-5: Exited with exit code 1", "…: task 2: Killed"."""
 SIGNAL_WORDS = {signal.strsignal(number): number for number in signal.valid_signals()}

@@ -32,14 +32,14 @@ BACKEND = "vcppo"
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """The push that is about to start: a wire.SyncRequest as plain types."""
+    """The push that is about to start: a messages.SyncRequest as plain types."""
 
     request: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Nothing: the streams describe themselves."""
+    """Empty: tensor names and shapes travel with the stream."""
 
 
 class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):

@@ -61,9 +61,9 @@ def test_one_dead_rank_ends_the_group_and_is_named(tmp_path: Path) -> None:
 
 
 def test_a_kill_is_named_before_the_errors_that_follow_from_it() -> None:
-    units = [RoleProcess("trainer", n, ("x",), {}, "x") for n in range(3)]
-    assert first_death([(units[0], 1), (units[2], 137), (units[1], 75)]) == (units[2], 137)
-    assert first_death([(units[0], 75), (units[1], 1)]) == (units[1], 1)
+    processes = [RoleProcess("trainer", n, ("x",), {}, "x") for n in range(3)]
+    assert first_death([(processes[0], 1), (processes[2], 137), (processes[1], 75)]) == (processes[2], 137)
+    assert first_death([(processes[0], 75), (processes[1], 1)]) == (processes[1], 1)
 
 
 def test_detached_grandchildren_die_with_their_rank(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_save_that_never_comes_is_bounded(tmp_path: Path) -> None:
     assert outcome.leaving_s is not None and outcome.leaving_s >= 0.5
 
 
-def test_a_rollout_unit_that_dies_alone_is_started_again(tmp_path: Path) -> None:
+def test_a_rollout_process_that_dies_alone_is_started_again(tmp_path: Path) -> None:
     life = tmp_path / "life"
     rollout = f"""
         import pathlib, sys, time
@@ -142,20 +142,20 @@ def test_a_rollout_unit_that_dies_alone_is_started_again(tmp_path: Path) -> None
         while not pathlib.Path({str(life)!r}).exists() or pathlib.Path({str(life)!r}).read_text() != "2":
             time.sleep(0.05)
     """
-    units = [python("trainer", 0, trainer), python("rollout", 0, rollout, restarts=2)]
-    assert supervise(units, tmp_path / "logs").code == 0
+    processes = [python("trainer", 0, trainer), python("rollout", 0, rollout, restarts=2)]
+    assert supervise(processes, tmp_path / "logs").code == 0
 
 
-def test_a_rollout_unit_that_dies_for_good_ends_the_attempt(tmp_path: Path) -> None:
-    units = [sleeper("7005.5", index=0), python("rollout", 0, "print('no GPU'); raise SystemExit(1)", restarts=0)]
-    outcome = supervise(units, tmp_path)
+def test_a_rollout_process_that_dies_for_good_ends_the_attempt(tmp_path: Path) -> None:
+    processes = [sleeper("7005.5", index=0), python("rollout", 0, "print('no GPU'); raise SystemExit(1)", restarts=0)]
+    outcome = supervise(processes, tmp_path)
     assert outcome.killed and "rollout 0 left with exit code 1 after 0 restarts" in outcome.cause
     assert outcome.details == ["no GPU"] and not processes_with("sleep 7005.5")
 
 
 def test_a_rollout_user_error_is_not_retried(tmp_path: Path) -> None:
-    units = [sleeper("7006.5", index=0), python("rollout", 0, "raise SystemExit(2)", restarts=5)]
-    assert supervise(units, tmp_path).code == 2
+    processes = [sleeper("7006.5", index=0), python("rollout", 0, "raise SystemExit(2)", restarts=5)]
+    assert supervise(processes, tmp_path).code == 2
 
 
 def test_rank_zero_is_shown_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

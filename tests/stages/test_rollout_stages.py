@@ -1,4 +1,4 @@
-"""What stages do with engines beside them: options of PPO, stored sets, evaluations that go on where they stopped."""
+"""What stages do with live engines: options of PPO, stored sets, evaluations that continue where they stopped."""
 
 import json
 import os

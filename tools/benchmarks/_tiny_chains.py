@@ -82,7 +82,7 @@ def cluster_config(folder: Path, stages: tuple[str, ...], steps: int = 6) -> Con
     return config
 
 
-def units_on(run: RunFolder, config: Config, stage: str, hosts: list[str]) -> list[RoleProcess]:
+def steps_of(run: RunFolder, config: Config, stage: str, hosts: list[str]) -> list[RoleProcess]:
     """A stage's steps on these nodes."""
     return srun_processes(
         run=run,
