@@ -145,7 +145,10 @@ def pack_all(
 
 
 def unpack_all(microbatches: Sequence[PackedMicrobatch], values: Sequence[Tensor]) -> list[list[float]]:
-    """``PackedMicrobatch.unpack`` over the result of ``pack_all``: one list per sequence, in the original order."""
+    """``PackedMicrobatch.unpack`` over the result of ``pack_all``: one list per sequence, in the original order.
+
+    values: per micro-batch one number per token, [T].
+    """
     rows: dict[int, list[float]] = {}
     for microbatch, output in zip(microbatches, values, strict=True):
         rows.update(zip(microbatch.sequence_index, microbatch.unpack(output), strict=True))

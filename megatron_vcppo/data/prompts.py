@@ -37,7 +37,6 @@ def load_prompts(
     on_bad_sample: str = "error",
     keys: PromptKeys = PromptKeys(),
     known_tasks: Collection[str] = (),
-    split: str = "train",
     check_answer: CheckAnswer | None = None,
 ) -> tuple[list[Prompt], DataReport]:
     """All prompts of a source (see ``read_samples``), in its order, with ids ``file:line``.
@@ -49,7 +48,7 @@ def load_prompts(
     Raises UserError for bad samples with on_bad_sample error, and if no prompt is left.
     """
     report = DataReport(source, on_bad_sample)
-    prompts = list(_read(read_samples(source, split), tokenizer, max_length, keys, known_tasks, report, check_answer))
+    prompts = list(_read(read_samples(source), tokenizer, max_length, keys, known_tasks, report, check_answer))
     report.finish()
     return prompts, report
 

@@ -113,7 +113,7 @@ class Group:
         return self.lane.device
 
     def broadcast(self, tensor: torch.Tensor) -> dist.Work:
-        """Start sending (rank 0) or filling (the others) a contiguous tensor on this group's device."""
+        """Start sending (rank 0) or filling (the others) a contiguous tensor of any shape on this group's device."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor, options.timeout = 0, 0, self.deadline.left()
         self.lane.follow()
