@@ -262,7 +262,7 @@ class _Generation:
 
     @staticmethod
     def release(member: Member, items: Iterable[PendingRequest]) -> None:
-        """These requests are with the engine no more."""
+        """These requests are no longer with the engine."""
         for item in items:
             member.requests_in_flight -= 1
             member.tokens_in_flight -= item.tokens

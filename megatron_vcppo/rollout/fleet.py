@@ -27,7 +27,7 @@ class Member:
     calls: set[asyncio.Task] = field(default_factory=set)
 
     def take_out(self, trouble: str) -> None:
-        """Use it no more until it answers again; its calls end, which gives their requests to others."""
+        """Stop using it until it answers again; its calls end, which gives their requests to others."""
         self.usable, self.trouble = False, trouble
         for call in self.calls - {asyncio.current_task()}:
             call.cancel()

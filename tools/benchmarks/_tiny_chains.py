@@ -88,7 +88,7 @@ def steps_of(run: RunFolder, config: Config, stage: str, hosts: list[str]) -> li
         run=run,
         config=config,
         stage=stage,
-        programs=RoleCommands(),
+        role_commands=RoleCommands(),
         hosts=hosts,
         address="10.0.0.1",
         port=29500,
