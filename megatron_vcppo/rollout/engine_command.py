@@ -43,6 +43,7 @@ class Placement:
 def command(
     model: Path,
     engine: EngineConfig,
+    *,
     dtype: str,
     max_length: int,
     address: str,
