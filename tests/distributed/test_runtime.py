@@ -22,7 +22,7 @@ def wait_for_main(beats: bool, timeout_s: float = 0.8) -> None:
 
     def body() -> None:
         runtime.start(ParallelConfig(), seed=0, timeout_s=60)
-        runtime._world = dataclasses.replace(runtime.current(), timeout_s=timeout_s)
+        runtime._runtime = dataclasses.replace(runtime.current(), timeout_s=timeout_s)
         runtime.BEAT_S = 0.1
 
         def work(beat: Callable[[], None]) -> None:
