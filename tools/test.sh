@@ -47,7 +47,7 @@ elif tools/setup.sh cpu "$other"; then
 elif [ $? = 3 ]; then
     notes+=("not run: Python $other (no such interpreter on this machine)")
 else
-    step "setup, Python $other" false
+    notes+=("not run: Python $other (its environment could not be made, see above)")
 fi
 echo "== summary"
 printf '%s\n' "${summary[@]}" "${notes[@]}"

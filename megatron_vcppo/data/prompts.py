@@ -45,7 +45,6 @@ def load_prompts(
     on_bad_sample: str = "error",
     keys: PromptKeys = PromptKeys(),
     known_tasks: Collection[str] = (),
-    split: str = "train",
     check_answer: CheckAnswer | None = None,
     how: PromptFormat = DEFAULT_FORMAT,
 ) -> tuple[list[Prompt], DataReport]:
@@ -59,7 +58,7 @@ def load_prompts(
     """
     report = DataReport(source, on_bad_sample)
     parse = partial(_parts, tokenizer, keys=keys, how=how, known_tasks=known_tasks, check_answer=check_answer)
-    prompts = list(_read(read_samples(source, split), tokenizer, max_length, report, parse))
+    prompts = list(_read(read_samples(source), tokenizer, max_length, report, parse))
     report.finish()
     return prompts, report
 

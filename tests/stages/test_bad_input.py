@@ -1,4 +1,4 @@
-"""What can go wrong in stages that generate, beside live engines: each ends in one line, and nothing is lost."""
+"""What can go wrong in stages that generate, with live engines: each ends in one line, and nothing is lost."""
 
 import json
 import os
@@ -128,8 +128,10 @@ def test_a_verifier_that_hangs_costs_its_answers_and_is_shown(
     assert "12 samples, 11 used, 1 skipped" in text
 
 
-def test_an_actor_out_of_range_is_named(node: RolloutNode, task: Path, tmp_path: Path) -> None:
-    """The last test: what such weights leave in an engine's cache can spoil later answers; a stage starts new ones."""
+def test_an_actor_out_of_range_is_named(task: Path, tmp_path: Path) -> None:
+    """On its own engine: what such weights leave in a cache can spoil later answers; a stage starts new ones."""
     config = make_config(task, tmp_path / "run", {"ppo": {**PPO, "optimizer": {"lr": 1e30}}})
-    with pytest.raises(RanksFailed, match=r"was refused: .* log-probs that are not finite: weights 1, or"):
-        Stage(node, config, "ppo").run()
+    with RolloutNode(tmp_path / "node", task / "base_model", {"engine": {"max_num_seqs": 8}}) as own:
+        own.wait()
+        with pytest.raises(RanksFailed, match=r"was refused: .* log-probs that are not finite: weights 1, or"):
+            Stage(own, config, "ppo").run()
