@@ -25,6 +25,23 @@ PLAIN_TYPES = {
     types.NoneType: "null",
     Any: "any value",
 }
+RENAMED = {
+    "ppo.skip_limit": "run.skip_limit",
+    "ppo.advantage.gamma": "returns.gamma",
+    "ppo.advantage.overlong_penalty_tokens": "returns.overlong_penalty_tokens",
+    "ppo.advantage.overlong_filter": "returns.overlong_filter",
+    "ppo.critic.bounds": "values.bounds",
+    "ppo.critic.huber_delta": "values.huber_delta",
+    "reward_model.cut_share": "reward_model.truncated_share",
+}
+"""Old name → new name; the value is taken."""
+REMOVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "rollout.interface": (("lo",), "engines use cluster.network_interface, as everything else does; remove this line"),
+    "run.check_numerics": ((True, False), "PPO always checks; remove this line"),
+}
+"""Old name → the values that are ignored, because stored configurations hold them, and advice for any other value."""
+BEFORE = {"prompts.apply_chat_template": False}
+"""Key → what runs did that were made before there was the key, where its default would change them."""
 
 
 @dataclass(frozen=True)
@@ -126,24 +143,6 @@ def _type_text(annotation: Any) -> str:
     if origin is dict:
         return f"a map from {_type_text(arguments[0])} to {_plural(arguments[1])}"
     return PLAIN_TYPES.get(annotation, str(annotation))
-
-
-RENAMED = {
-    "ppo.skip_limit": "run.skip_limit",
-    "ppo.advantage.gamma": "returns.gamma",
-    "ppo.advantage.overlong_penalty_tokens": "returns.overlong_penalty_tokens",
-    "ppo.advantage.overlong_filter": "returns.overlong_filter",
-    "ppo.critic.bounds": "values.bounds",
-    "ppo.critic.huber_delta": "values.huber_delta",
-}
-"""Old name → new name; the value is taken."""
-REMOVED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "rollout.interface": (("lo",), "engines use cluster.network_interface, as everything else does; remove this line"),
-    "run.check_numerics": ((True, False), "PPO always checks; remove this line"),
-}
-"""Old name → the values that are ignored, because stored configurations hold them, and advice for any other value."""
-BEFORE = {"prompts.apply_chat_template": False}
-"""Key → what runs did that were made before there was the key, where its default would change them."""
 
 
 def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:

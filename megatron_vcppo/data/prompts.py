@@ -46,7 +46,6 @@ def load_prompts(
     on_bad_sample: str = "error",
     keys: PromptKeys = PromptKeys(),
     known_tasks: Collection[str] = (),
-    split: str = "train",
     check_answer: CheckAnswer | None = None,
     how: PromptFormat = DEFAULT_FORMAT,
 ) -> tuple[list[Prompt], DataReport]:
@@ -63,7 +62,7 @@ def load_prompts(
     if named_source(source):
         keys = PromptKeys()
     parse = partial(_parts, tokenizer, keys=keys, how=how, known_tasks=known_tasks, check_answer=check_answer)
-    prompts = list(_read(read_samples(source, split), tokenizer, max_length, report, parse))
+    prompts = list(_read(read_samples(source), tokenizer, max_length, report, parse))
     report.finish()
     return prompts, report
 

@@ -19,6 +19,7 @@ Row = dict[str, Any] | list[Any]
 _JSON = (".jsonl", ".json")
 _PEEK = 4096  # bytes
 _LARGEST_FIELD = 1 << 30  # characters of a CSV file's cell
+DEFAULT_SPLIT = "train"
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,18 @@ class Sample:
     """How much of the source has been read with it, for progress."""
 
 
-def read_samples(source: str, split: str = "train") -> Iterator[Sample]:
+def read_samples(source: str) -> Iterator[Sample]:
     """Stream the samples of a source in its order. Blank lines of a JSONL file are not samples.
 
     source: a .jsonl file (a sample a line), a .json file (the same, or one array of samples), either of them also as
     .gz or .zst, a .csv file (with a header) or a .parquet file; ``folder`` or ``folder:split`` of a data set, as
     ``save_to_disk`` writes it or as it is downloaded; problems by name (data/named_sources.py); else ``name``,
-    ``name:split`` or ``name:configuration:split`` for ``load_dataset`` of `datasets`.
+    ``name:split`` or ``name:configuration:split`` for ``load_dataset`` of `datasets`; default: the split train.
+
     Raises UserError, before the first sample, if the source cannot be opened.
     """
     if named := named_source(source):
-        return _read_named(named, split)
+        return _read_named(named)
     path = Path(source)
     if path.is_file() and _is_json(source):
         return _read_json(path)
@@ -54,9 +56,9 @@ def read_samples(source: str, split: str = "train") -> Iterator[Sample]:
             f"{source}: expected a .jsonl, .json (also .gz or .zst), .csv or .parquet file, or a folder of a saved "
             "data set"
         )
-    if not _place(source, split)[0].exists() and is_path(source):
+    if not _place(source)[0].exists() and is_path(source):
         raise UserError(f"{source}: no such file or folder")
-    return _read_dataset(source, split)
+    return _read_dataset(source)
 
 
 def is_path(source: str) -> bool:
@@ -69,13 +71,13 @@ def check_source(source: str) -> None:
 
     A data set that the hub can be asked for is not loaded: the machine that checks may not be the one that reads.
     """
-    path = _place(source, "")[0]
+    path = _place(source)[0]
     if path.exists():
         return
     if is_path(source):
         raise UserError(f"{source} does not exist")
     if not hub_answers():
-        open_hub_dataset(source, "train")
+        open_hub_dataset(source, DEFAULT_SPLIT)
 
 
 def sample_name(source: str, number: int) -> str:
@@ -115,11 +117,11 @@ def _read_csv(path: Path) -> Iterator[Sample]:
         raise UserError(f"{path}: cannot be read as CSV in UTF-8: {error}") from None
 
 
-def _read_named(source: NamedSource, split: str) -> Iterator[Sample]:
+def _read_named(source: NamedSource) -> Iterator[Sample]:
     if (rows := made_rows(source)) is not None:
         yield from (Sample(number, row) for number, row in enumerate(rows))
         return
-    for sample in read_samples(source.rest, split):
+    for sample in read_samples(source.rest):
         if sample.value is None:
             yield sample
             continue
@@ -167,21 +169,21 @@ def _checked(value: Any, is_text: bool) -> tuple[Row | None, str]:
     return None, f"not a JSON object but a {type(value).__name__}"
 
 
-def _place(source: str, split: str) -> tuple[Path, str]:
+def _place(source: str) -> tuple[Path, str]:
     """The path and split of ``path`` or ``folder:split``; for anything else the path is one that does not exist."""
     folder, _, named = source.rpartition(":")
     is_named = folder and not Path(source).exists() and Path(folder).is_dir()
-    return (Path(folder), named) if is_named else (Path(source), split)
+    return (Path(folder), named) if is_named else (Path(source), DEFAULT_SPLIT)
 
 
-def _read_dataset(source: str, split: str) -> Iterator[Sample]:
-    dataset = _open_dataset(source, split)
+def _read_dataset(source: str) -> Iterator[Sample]:
+    dataset = _open_dataset(source)
     for number, value in enumerate(dataset):
         yield Sample(number, value, fraction=(number + 1) / len(dataset))
 
 
-def _open_dataset(source: str, split: str) -> Any:
-    path, split = _place(source, split)
+def _open_dataset(source: str) -> Any:
+    path, split = _place(source)
     if not path.exists():
         return open_hub_dataset(source, split)
     import datasets  # slow to import, and most runs read JSONL

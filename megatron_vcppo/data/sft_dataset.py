@@ -119,7 +119,6 @@ def load_sft_dataset(
     max_length: int,
     on_bad_sample: str = "error",
     keys: SftKeys = SftKeys(),
-    split: str = "train",
     on_progress: Progress | None = None,
     how: PromptFormat = DEFAULT_FORMAT,
     stops: Sequence[int] = (),
@@ -135,7 +134,7 @@ def load_sft_dataset(
     token_ids: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     parse = partial(sample_pieces, tokenizer, keys=keys, how=how)
-    for ids, mask in _encode_all(read_samples(source, split), tokenizer, max_length, parse, report, on_progress, stops):
+    for ids, mask in _encode_all(read_samples(source), tokenizer, max_length, parse, report, on_progress, stops):
         token_ids.append(ids)
         masks.append(mask)
     report.finish()
