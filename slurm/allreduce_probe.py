@@ -15,6 +15,11 @@ from megatron_vcppo.run.files import write_text
 SYS = Path("/sys/class")
 NVLINK_GB_PER_S = {"B300": 900, "B200": 900, "H200": 450, "H100": 450, "H800": 200, "A100": 300, "A800": 200}
 """One direction, all NVLinks of a GPU of the SXM kind together; PCIe cards of these names have less."""
+GPU_BYTES, CPU_BYTES = 1 << 30, 1 << 24
+"""Of the tensor of each rank: on GPUs as large as the gradients of a big layer group, else little work for a CPU."""
+REPEATS = 5
+TIMEOUT = timedelta(seconds=120)
+POLL_S = 0.05
 
 
 def link_rate(interface: str, gpu_name: str, sys: Path = SYS) -> tuple[float | None, str]:
@@ -39,13 +44,6 @@ def read(path: Path) -> str:
         return path.read_text().strip()
     except OSError:
         return ""
-
-
-GPU_BYTES, CPU_BYTES = 1 << 30, 1 << 24
-"""Of the tensor of each rank: on GPUs as large as the gradients of a big layer group, else little work for a CPU."""
-REPEATS = 5
-TIMEOUT = timedelta(seconds=120)
-POLL_S = 0.05
 
 
 def main() -> int:

@@ -124,12 +124,12 @@ def add_ending(status: StageStatus, run: RunFolder, mine: list[dict[str, Any]], 
             status.note = f"never started; once the stage before is fixed: {go_on}"
     elif last is None:
         if slurm_state:
-            said = last_lines(run.job_log(status.job), 1)
+            lines = last_lines(run.job_log(status.job), 1)
             status.state = "failed"
             status.note = (
                 f"Slurm says {slurm_state.state} {slurm_state.reason}; its controller never started on "
                 f"{first_node(slurm_state.nodes) or 'any node'}: "
-                + (said[0] if said else f"is {run.path} on a shared file system?")
+                + (lines[0] if lines else f"is {run.path} on a shared file system?")
                 + f"; vcppo doctor checks the nodes; then {go_on}"
             )
     elif last["event"] == "attempt":

@@ -33,6 +33,8 @@ SWITCH = "switch"
 """The process that holds the namespace of the nodes' switch."""
 DEFAULT_ROOT = Path(tempfile.gettempdir()) / f"vcppo-devcluster-{os.getuid()}"
 SEARCH_PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+_children: list["subprocess.Popen[bytes]"] = []
+"""Daemons started by this process, kept so that they are reaped."""
 
 
 def missing_programs(accounting: bool = False) -> list[str]:
@@ -277,10 +279,6 @@ class DevCluster:
         _kill_trees(daemons)
         if not keep:
             shutil.rmtree(self.root, ignore_errors=True)
-
-
-_children: list["subprocess.Popen[bytes]"] = []
-"""Daemons started by this process, kept so that they are reaped."""
 
 
 def _all_pids() -> list[int]:

@@ -28,7 +28,7 @@ JOB_MINUTES = 8
 TEST_JOB_TIMEOUT_S = WAIT_FOR_NODES_S + 60 * JOB_MINUTES
 
 
-def checks(config: Config, programs: RoleCommands, folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
+def checks(config: Config, role_commands: RoleCommands, folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
     """Name and body of every check, in order; a body returns what it found or raises UserError with what to do."""
     cluster = config.cluster
     config_file = RunFolder(folder).config
@@ -52,16 +52,16 @@ def checks(config: Config, programs: RoleCommands, folder: Path) -> Iterator[tup
     def request() -> str:
         run = RunFolder(folder)
         check_scripts(
-            [(executor(run, config, "ppo", folder, programs, None).script(), request_text(config, "ppo"))], folder
+            [(executor(run, config, "ppo", folder, role_commands, None).script(), request_text(config, "ppo"))], folder
         )
         return f"{cluster.trainer_nodes} + {cluster.rollout_nodes} nodes would be granted"
 
     def nodes() -> str:
-        found = test_job(config, probe_command(config, RunFolder(folder), programs, hosts=[]))
+        found = test_job(config, probe_command(config, RunFolder(folder), role_commands, hosts=[]))
         return found or f"all {num_nodes(cluster)} see {folder}, have the Python environment and the network"
 
     def probe(module: str, *arguments: str, **layout: int) -> list[dict[str, Any]]:
-        argv = in_container(config, (inside(config, programs).python, "-m", module, *arguments))
+        argv = in_container(config, (inside(config, role_commands).python, "-m", module, *arguments))
         output = test_job(config, (*step(config, [], 1, 1), *argv), **layout)
         return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
@@ -79,7 +79,7 @@ def checks(config: Config, programs: RoleCommands, folder: Path) -> Iterator[tup
 
     def isolation() -> str:
         argv = in_container(
-            config, (inside(config, programs).python, "-m", "megatron_vcppo.rewards.sandbox.isolation_choice")
+            config, (inside(config, role_commands).python, "-m", "megatron_vcppo.rewards.sandbox.isolation_choice")
         )
         return "; ".join(sorted(test_job(config, (*step(config, [], 1, 1), *argv)).splitlines()))
 
@@ -128,17 +128,17 @@ def run_bounded(argv: list[str]) -> str:
     except subprocess.TimeoutExpired:
         raise UserError(f"the test job did not end in {TEST_JOB_TIMEOUT_S} s") from None
     if done.returncode:
-        said = [line for line in done.stdout.splitlines() if not line.startswith("{")]
-        raise UserError(said[0] if said else slurm_message(done.stderr)[-600:] or f"exit code {done.returncode}")
+        shown = [line for line in done.stdout.splitlines() if not line.startswith("{")]
+        raise UserError(shown[0] if shown else slurm_message(done.stderr)[-600:] or f"exit code {done.returncode}")
     return done.stdout
 
 
-def examine(config: Config, programs: RoleCommands, parent: Path) -> bool:
+def examine(config: Config, role_commands: RoleCommands, parent: Path) -> bool:
     """Print one line per check; True if all passed. A check after a failed one may still be of use, so all run."""
     folder = Path(tempfile.mkdtemp(prefix=".vcppo_doctor_", dir=parent))
     good = True
     try:
-        for name, check in checks(config, programs, folder):
+        for name, check in checks(config, role_commands, folder):
             try:
                 print(f"{styled('ok', sys.stdout)}    {name}: {check()}", flush=True)
             except UserError as error:

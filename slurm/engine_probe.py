@@ -55,8 +55,8 @@ def start(folder: Path) -> tuple[float, str]:
             if server.poll() is None and not restarted and took < TIMEOUT_S:
                 time.sleep(POLL_S)
                 continue
-            said = [line for path in (*place.glob("*.log"), log) for line in last_lines(path, 3)]
-            return took, f"an engine with a tiny model does not answer after {took:.0f} s: {'; '.join(said)[-600:]}"
+            lines = [line for path in (*place.glob("*.log"), log) for line in last_lines(path, 3)]
+            return took, f"an engine with a tiny model does not answer after {took:.0f} s: {'; '.join(lines)[-600:]}"
         return time.monotonic() - started, ""
     finally:
         server.terminate()

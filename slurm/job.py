@@ -42,7 +42,7 @@ class StageJob:
 
     run: Path
     stage: str
-    programs: RoleCommands
+    role_commands: RoleCommands
 
     def __call__(self) -> None:
         """Run the stage. Leaves with the trainer's exit code if that is not 0: it is the job's."""
@@ -75,7 +75,7 @@ class StageJob:
             return DONE
         assert len(hosts) == stage_nodes(config, self.stage), (hosts, self.stage)
         try:
-            probe(run, config, self.programs, hosts, PROBE_TIMEOUT_S)
+            probe(run, config, self.role_commands, hosts, PROBE_TIMEOUT_S)
         except NodeLost as error:
             say(f"a node does not answer: {error}")
             return requeue(run, config, self.stage)
@@ -89,14 +89,14 @@ class StageJob:
                 run=run,
                 config=config,
                 stage=self.stage,
-                programs=self.programs,
+                role_commands=self.role_commands,
                 hosts=hosts,
                 address=address,
                 port=free_port(address),
                 logs=logs,
             ),
             save_requested=lambda: signals["save"] or signals["end"] or due(),
-            node_lost=lambda: lost_nodes(run, config, self.programs, hosts),
+            node_lost=lambda: lost_nodes(run, config, self.role_commands, hosts),
             end_time=end_time,
         )
         if outcome.code == DONE:
@@ -130,12 +130,12 @@ def note_signals() -> dict[str, bool]:
     return signals
 
 
-def probe(run: RunFolder, config: Config, programs: RoleCommands, hosts: list[str], timeout_s: float) -> None:
+def probe(run: RunFolder, config: Config, role_commands: RoleCommands, hosts: list[str], timeout_s: float) -> None:
     """UserError naming the first node that does not see the run folder or lacks the Python environment.
 
     NodeLost if the nodes do not all answer in time.
     """
-    argv = probe_command(config, run, programs, hosts)
+    argv = probe_command(config, run, role_commands, hosts)
     try:
         env = {name: value for name, value in (os.environ | STEP_ENVIRONMENT).items() if value}
         done = subprocess.run(
@@ -149,7 +149,7 @@ def probe(run: RunFolder, config: Config, programs: RoleCommands, hosts: list[st
         raise NodeLost(slurm_message(done.stderr) or f"a test step left with exit code {done.returncode}")
 
 
-def lost_nodes(run: RunFolder, config: Config, programs: RoleCommands, hosts: list[str]) -> bool:
+def lost_nodes(run: RunFolder, config: Config, role_commands: RoleCommands, hosts: list[str]) -> bool:
     """True if the allocation's nodes no longer all answer: then the job needs others.
 
     Without Slurm's controller no step starts anywhere: it is waited for first.
@@ -157,7 +157,7 @@ def lost_nodes(run: RunFolder, config: Config, programs: RoleCommands, hosts: li
     with suppress(UserError):
         patiently(lambda: show_job(job_id()))
     try:
-        probe(run, config, programs, hosts, LOST_TIMEOUT_S)
+        probe(run, config, role_commands, hosts, LOST_TIMEOUT_S)
     except (NodeLost, UserError) as error:
         say(f"a node is lost: {error}")
         return True

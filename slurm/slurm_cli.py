@@ -29,6 +29,9 @@ ENDED = (
 """All others are queued, running or between the two; there are many of those, such as SIGNALING."""
 TIMEOUT_S = 30.0
 Answer = TypeVar("Answer")
+UNKNOWN_JOB = "Invalid job id"
+"""Message of squeue and scontrol: Slurm has forgotten the job."""
+SQUEUE_FORMAT = "%i|%T|%r|%N|%S"
 
 
 class Unreachable(UserError):
@@ -51,10 +54,6 @@ class JobState:
     def active(self) -> bool:
         """Queued, running, or between the two."""
         return self.state not in ENDED
-
-
-UNKNOWN_JOB = "Invalid job id"
-"""In the words of squeue and scontrol: Slurm has forgotten the job."""
 
 
 def slurm(*argv: str, accept: str | None = None) -> str:
@@ -117,9 +116,6 @@ def job_states(job_ids: list[str]) -> dict[str, JobState]:
     return found
 
 
-SQUEUE_FORMAT = "%i|%T|%r|%N|%S"
-
-
 def parse_table(text: str) -> dict[str, JobState]:
     """Lines of id|state|reason|nodes|start; a state such as "CANCELLED by 0" loses its tail."""
     states = {}
@@ -174,7 +170,7 @@ def check_scripts(requests: Iterable[tuple[str, str]], folder: Path) -> None:
         except Unreachable:
             raise
         except UserError as error:
-            said = str(error).removeprefix("sbatch: ")
-            raise UserError(f"Slurm refuses the job: {said}; {request} (the keys cluster.*)") from None
+            reason = str(error).removeprefix("sbatch: ")
+            raise UserError(f"Slurm refuses the job: {reason}; {request} (the keys cluster.*)") from None
         finally:
             path.unlink()

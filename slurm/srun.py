@@ -12,19 +12,30 @@ from megatron_vcppo.launch.role_commands import RoleCommands, role_environment, 
 from megatron_vcppo.run.folder import RunFolder
 
 JOB_LAYOUT = (
-    *("NTASKS", "NPROCS", "NTASKS_PER_NODE", "TASKS_PER_NODE", "NTASKS_PER_SOCKET", "NTASKS_PER_CORE"),
-    *("NTASKS_PER_GPU", "NTASKS_PER_TRES", "CPUS_PER_TASK", "CPUS_PER_GPU", "THREADS_PER_CORE", "TRES_PER_TASK"),
-    *("GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "GPUS_PER_SOCKET", "GPU_BIND", "TRES_BIND", "GRES", "GRES_FLAGS"),
-    *("CPU_BIND", "CPU_BIND_LIST", "CPU_BIND_TYPE", "CPU_BIND_VERBOSE", "MEM_BIND", "MEM_BIND_LIST", "MEM_BIND_PREFER"),
-    *("MEM_BIND_SORT", "MEM_BIND_TYPE", "MEM_BIND_VERBOSE", "DISTRIBUTION", "DIST_PLANESIZE", "HINT", "HOSTFILE"),
-    *("EXACT", "EXCLUSIVE", "SPREAD_JOB", "USE_MIN_NODES"),
-)
+    "NTASKS", "NPROCS", "NTASKS_PER_NODE", "TASKS_PER_NODE", "NTASKS_PER_SOCKET", "NTASKS_PER_CORE", "NTASKS_PER_GPU",
+    "NTASKS_PER_TRES", "CPUS_PER_TASK", "CPUS_PER_GPU", "THREADS_PER_CORE", "TRES_PER_TASK", "GPUS", "GPUS_PER_NODE",
+    "GPUS_PER_TASK", "GPUS_PER_SOCKET", "GPU_BIND", "TRES_BIND", "GRES", "GRES_FLAGS", "CPU_BIND", "CPU_BIND_LIST",
+    "CPU_BIND_TYPE", "CPU_BIND_VERBOSE", "MEM_BIND", "MEM_BIND_LIST", "MEM_BIND_PREFER", "MEM_BIND_SORT",
+    "MEM_BIND_TYPE", "MEM_BIND_VERBOSE", "DISTRIBUTION", "DIST_PLANESIZE", "HINT", "HOSTFILE", "EXACT", "EXCLUSIVE",
+    "SPREAD_JOB", "USE_MIN_NODES",
+)  # fmt: skip
 """Variables (SLURM_…) of the batch job, or of the site, that srun takes for options: they would change a step's own
 layout or show a task only some of the GPUs. They are removed for the steps."""
 STEP_ENVIRONMENT = {f"SLURM_{name}": "" for name in JOB_LAYOUT} | {"SRUN_CPUS_PER_TASK": ""}
 """For every srun of a job; an empty value removes the variable."""
 RANK_SHELL = 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
 """Slurm's words for a rank's place, in ours."""
+NETWORK_CHECK = """
+import sys
+from megatron_vcppo.config import ClusterConfig
+from megatron_vcppo.config.network import node_network
+from megatron_vcppo.errors import UserError
+try:
+    node_network(ClusterConfig(**{keys}))
+except UserError as error:
+    print(error)
+    sys.exit(1)
+"""
 
 
 def stage_nodes(config: Config, stage: str) -> int:
@@ -43,12 +54,12 @@ def in_container(config: Config, command: tuple[str, ...]) -> tuple[str, ...]:
     return ("apptainer", "exec", *gpu, *mounts, cluster.container_image, *command)
 
 
-def inside(config: Config, programs: RoleCommands) -> RoleCommands:
-    """The programs as the roles call them: an image has its own interpreter."""
+def inside(config: Config, role_commands: RoleCommands) -> RoleCommands:
+    """The commands with the interpreter of the image, if there is one."""
     cluster = config.cluster
     if not cluster.container_image or not cluster.container_python:
-        return programs
-    return replace(programs, python=cluster.container_python)
+        return role_commands
+    return replace(role_commands, python=cluster.container_python)
 
 
 def step(config: Config, nodes: list[str], tasks_per_node: int, cpus_per_task: int) -> tuple[str, ...]:
@@ -87,7 +98,7 @@ def srun_processes(
     run: RunFolder,
     config: Config,
     stage: str,
-    programs: RoleCommands,
+    role_commands: RoleCommands,
     hosts: list[str],
     address: str,
     port: int,
@@ -97,7 +108,7 @@ def srun_processes(
 
     hosts: the job's nodes by name. address, port: where rank 0, on the first of them, serves the ranks' store.
     """
-    cluster, programs = config.cluster, inside(config, programs)
+    cluster, role_commands = config.cluster, inside(config, role_commands)
     nodes, ranks_per_node = trainer_layout(config, stage)
     trainers = hosts[:nodes]
     cpus = max(1, cluster.cpus_per_node // ranks_per_node)
@@ -106,12 +117,22 @@ def srun_processes(
         "--job-name=trainer",
         f"--output={logs}/trainer_%t.log",
         *in_container(
-            config, ("sh", "-c", RANK_SHELL, "rank", *guarded(programs, programs.trainer_command(run, stage)))
+            config, ("sh", "-c", RANK_SHELL, "rank", *guarded(role_commands, role_commands.trainer_command(run, stage)))
         ),
     )
     env = STEP_ENVIRONMENT | role_environment(config, "trainer")
     place = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-    units = [RoleProcess("trainer", 0, command, env | place, "srun_trainer.log", shown_log="trainer_0.log", step=True)]
+    processes = [
+        RoleProcess(
+            role="trainer",
+            index=0,
+            command=command,
+            env=env | place,
+            log="srun_trainer.log",
+            shown_log="trainer_0.log",
+            step=True,
+        )
+    ]
     if starts_engines(config, stage):
         env = STEP_ENVIRONMENT | role_environment(config, "rollout")
         own_nodes = engine_placement(config) == "rollout_nodes"
@@ -120,35 +141,31 @@ def srun_processes(
                 *step(config, [host], 1, cluster.cpus_per_node),
                 "--job-name=rollout",
                 f"--output={logs}/rollout_{node}.log",
-                *in_container(config, guarded(programs, programs.rollout_command(run, stage, node))),
+                *in_container(config, guarded(role_commands, role_commands.rollout_command(run, stage, node))),
             )
-            log = f"srun_rollout_{node}.log"
-            units.append(RoleProcess("rollout", node, command, env, log, restarts=cluster.rollout_restarts, step=True))
-    return units
+            processes.append(
+                RoleProcess(
+                    role="rollout",
+                    index=node,
+                    command=command,
+                    env=env,
+                    log=f"srun_rollout_{node}.log",
+                    restarts=cluster.rollout_restarts,
+                    step=True,
+                )
+            )
+    return processes
 
 
-def guarded(programs: RoleCommands, command: tuple[str, ...]) -> tuple[str, ...]:
+def guarded(role_commands: RoleCommands, command: tuple[str, ...]) -> tuple[str, ...]:
     """The command under a guard on its node, so that a killed role leaves none of its workers behind."""
-    return (programs.python, *GUARD_ARGUMENTS, ALONE, *command)
+    return (role_commands.python, *GUARD_ARGUMENTS, ALONE, *command)
 
 
-NETWORK_CHECK = """
-import sys
-from megatron_vcppo.config import ClusterConfig
-from megatron_vcppo.config.network import node_network
-from megatron_vcppo.errors import UserError
-try:
-    node_network(ClusterConfig(**{keys}))
-except UserError as error:
-    print(error)
-    sys.exit(1)
-"""
-
-
-def probe_command(config: Config, run: RunFolder, programs: RoleCommands, hosts: list[str]) -> tuple[str, ...]:
+def probe_command(config: Config, run: RunFolder, role_commands: RoleCommands, hosts: list[str]) -> tuple[str, ...]:
     """One task per node that names what the node lacks: run folder, interpreter, packages, network interface."""
-    programs = inside(config, programs)
-    folder, python = shlex.quote(str(run.config)), shlex.quote(programs.python)
+    role_commands = inside(config, role_commands)
+    folder, python = shlex.quote(str(run.config)), shlex.quote(role_commands.python)
     cluster = config.cluster
     keys = {name: getattr(cluster, name) for name in ("name", "trainer_nodes", "rollout_nodes", "network_interface")}
     network = shlex.quote(NETWORK_CHECK.format(keys=keys))
@@ -156,11 +173,11 @@ def probe_command(config: Config, run: RunFolder, programs: RoleCommands, hosts:
         where=$SLURMD_NODENAME
         lacks() {{ echo "$where: $1"; exit 3; }}
         test -r {folder} || lacks "does not see {run.config}: run.dir must be on a shared file system"
-        command -v {python} >/dev/null || lacks "has no interpreter {programs.python}: see cluster.python"
-        said=$({python} -c 'import importlib.util as u, sys
+        command -v {python} >/dev/null || lacks "has no interpreter {role_commands.python}: see cluster.python"
+        problem=$({python} -c 'import importlib.util as u, sys
 missing = [name for name in ("torch", "omegaconf", "megatron_vcppo") if u.find_spec(name) is None]
 sys.exit("the Python environment lacks " + ", ".join(missing) if missing else 0)' 2>&1) ||
-            lacks "{programs.python}: $said: see cluster.setup"
+            lacks "{role_commands.python}: $problem: see cluster.setup"
         {python} -c {network} || exit 3
     """
     return (*step(config, hosts, 1, 1), "--job-name=probe", *in_container(config, ("sh", "-c", script)))

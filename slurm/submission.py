@@ -44,11 +44,11 @@ class ScriptExecutor(submitit.SlurmExecutor):
 
 
 def executor(
-    run: RunFolder, config: Config, stage: str, code: Path, programs: RoleCommands, after: str | None
+    run: RunFolder, config: Config, stage: str, code: Path, role_commands: RoleCommands, after: str | None
 ) -> ScriptExecutor:
     """The batch job of one stage: a controller on its first node, signalled before the time limit."""
     cluster = config.cluster
-    made = ScriptExecutor(folder=run.slurm, python="exec " + shlex.quote(programs.python))
+    made = ScriptExecutor(folder=run.slurm, python="exec " + shlex.quote(role_commands.python))
     minutes = cluster.stage_time_limit_minutes.get(stage, cluster.time_limit_minutes)
     extra: dict[str, Any] = {
         "signal": f"B:USR2@{signal_margin_s(run, stage, cluster.save_margin_s, 60 * minutes)}",
@@ -108,7 +108,7 @@ def pending_stages(run: RunFolder, stages: list[str]) -> list[str]:
     return [stage for stage in stages if not run.stage(stage).is_done()]
 
 
-def dry_run(run: RunFolder, config: Config, stages: list[str], programs: RoleCommands = ROLE_COMMANDS) -> Path:
+def dry_run(run: RunFolder, config: Config, stages: list[str], role_commands: RoleCommands = ROLE_COMMANDS) -> Path:
     """Write every batch script, the dependency graph and the configuration to RUN/slurm/dry_run; returns that folder.
 
     A RUN/config.yaml that is there stays as it is: jobs of the run may be reading it.
@@ -121,7 +121,7 @@ def dry_run(run: RunFolder, config: Config, stages: list[str], programs: RoleCom
     folder.mkdir(parents=True, exist_ok=True)
     before, graph = None, []
     for stage in pending_stages(run, stages):
-        made = executor(run, config, stage, run.code / "SNAPSHOT", programs, before and f"JOB_OF_{before}")
+        made = executor(run, config, stage, run.code / "SNAPSHOT", role_commands, before and f"JOB_OF_{before}")
         (folder / f"{stage}.sh").write_text(made.script(), encoding="utf-8")
         line = f"{stage}: {stage_nodes(config, stage)} nodes, about {needs[stage]:.0f} GiB per rank"
         graph.append(line + (f", after the success of {before}" if before else ""))
@@ -131,7 +131,9 @@ def dry_run(run: RunFolder, config: Config, stages: list[str], programs: RoleCom
     return folder
 
 
-def submit(run: RunFolder, config: Config, stages: list[str], programs: RoleCommands = ROLE_COMMANDS) -> dict[str, str]:
+def submit(
+    run: RunFolder, config: Config, stages: list[str], role_commands: RoleCommands = ROLE_COMMANDS
+) -> dict[str, str]:
     """Queue the stages that are not done; returns their job ids.
 
     If anything is refused, nothing stays queued, and the configuration that the run had stays, too.
@@ -147,7 +149,7 @@ def submit(run: RunFolder, config: Config, stages: list[str], programs: RoleComm
             return {}
         code = take_snapshot(run)
         run.slurm.mkdir(exist_ok=True)
-        scripts = [executor(run, config, stage, code, programs, None).script() for stage in todo]
+        scripts = [executor(run, config, stage, code, role_commands, None).script() for stage in todo]
         asked = [request_text(config, stage) for stage in todo]
         check_scripts(zip(scripts, asked, strict=True), run.slurm)
         write_config(run, config)
@@ -155,8 +157,8 @@ def submit(run: RunFolder, config: Config, stages: list[str], programs: RoleComm
         try:
             before = None
             for stage in todo:
-                made = executor(run, config, stage, code, programs, before)
-                before = made.submit(StageJob(run.path, stage, programs)).job_id
+                made = executor(run, config, stage, code, role_commands, before)
+                before = made.submit(StageJob(run.path, stage, role_commands)).job_id
                 jobs_of[stage] = before
                 events.append(run.path, "submitted", stage=stage, job=before, code=code.name)
         except FailedJobError as error:
@@ -175,5 +177,5 @@ def cancel_jobs(jobs: list[str]) -> None:
 
 
 def resolve_python(config: Config) -> RoleCommands:
-    """The programs with the profile's interpreter."""
+    """The role_commands with the profile's interpreter."""
     return RoleCommands(python=config.cluster.python or sys.executable)

@@ -11,6 +11,8 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.launch.sweep_points import Point, points, read_points, write_points
 from megatron_vcppo.run.folder import RunFolder
 
+SHOWN_OF_PPO = ("rollout/accuracy", "rollout/length_mean", "critic/explained_variance")
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -89,9 +91,6 @@ def start(chain: Chain) -> int:
     jobs = submit(chain.run, chain.config, chain.stages, resolve_python(chain.config))
     print("  " + (", ".join(f"{stage} {job}" for stage, job in jobs.items()) or "done before"))
     return 0
-
-
-SHOWN_OF_PPO = ("rollout/accuracy", "rollout/length_mean", "critic/explained_variance")
 
 
 def results(folder: Path) -> list[dict[str, object]]:

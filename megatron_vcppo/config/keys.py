@@ -18,6 +18,21 @@ from megatron_vcppo.config.ranges import range_of
 from megatron_vcppo.config.schema import Config
 
 PLAIN_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+RENAMED = {
+    "ppo.skip_limit": "run.skip_limit",
+    "ppo.advantage.gamma": "returns.gamma",
+    "ppo.advantage.overlong_penalty_tokens": "returns.overlong_penalty_tokens",
+    "ppo.advantage.overlong_filter": "returns.overlong_filter",
+    "ppo.critic.bounds": "values.bounds",
+    "ppo.critic.huber_delta": "values.huber_delta",
+    "reward_model.cut_share": "reward_model.truncated_share",
+}
+"""Old name → new name; the value is taken."""
+REMOVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "rollout.interface": (("lo",), "engines use cluster.network_interface, as everything else does; remove this line"),
+    "run.check_numerics": ((True, False), "PPO always checks; remove this line"),
+}
+"""Old name → the values that are ignored, because stored configurations hold them, and advice for any other value."""
 
 
 @dataclass(frozen=True)
@@ -116,22 +131,6 @@ def _type_text(annotation: Any) -> str:
     if origin is dict:
         return f"a map from {_type_text(arguments[0])} to {_plural(arguments[1])}"
     return PLAIN_TYPES.get(annotation, str(annotation))
-
-
-RENAMED = {
-    "ppo.skip_limit": "run.skip_limit",
-    "ppo.advantage.gamma": "returns.gamma",
-    "ppo.advantage.overlong_penalty_tokens": "returns.overlong_penalty_tokens",
-    "ppo.advantage.overlong_filter": "returns.overlong_filter",
-    "ppo.critic.bounds": "values.bounds",
-    "ppo.critic.huber_delta": "values.huber_delta",
-}
-"""Old name → new name; the value is taken."""
-REMOVED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "rollout.interface": (("lo",), "engines use cluster.network_interface, as everything else does; remove this line"),
-    "run.check_numerics": ((True, False), "PPO always checks; remove this line"),
-}
-"""Old name → the values that are ignored, because stored configurations hold them, and advice for any other value."""
 
 
 def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:

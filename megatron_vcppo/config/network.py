@@ -16,6 +16,15 @@ from megatron_vcppo.errors import UserError
 
 ROUTES = Path("/proc/net/route")
 LOOPBACK = "lo"
+CACHES = {
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "torchinductor",
+    "VLLM_CACHE_ROOT": "vllm",
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+    "CUDA_CACHE_PATH": "cuda",
+}
+"""Variable → folder below cluster.node_cache. In a shared home directory many engines would lock and overwrite each
+other's compiled kernels, and load a network file system at every start."""
 
 
 @dataclass(frozen=True)
@@ -103,17 +112,6 @@ def listen(address: str, port: int = 0) -> socket.socket:
             raise OSError(error.errno, f"address already in use: {address}:{port}") from None
         raise OSError(error.errno, f"cannot listen on {address}:{port}: {error.strerror}") from None
     return listener
-
-
-CACHES = {
-    "TRITON_CACHE_DIR": "triton",
-    "TORCHINDUCTOR_CACHE_DIR": "torchinductor",
-    "VLLM_CACHE_ROOT": "vllm",
-    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
-    "CUDA_CACHE_PATH": "cuda",
-}
-"""Variable → folder below cluster.node_cache. In a shared home directory many engines would lock and overwrite each
-other's compiled kernels, and load a network file system at every start."""
 
 
 def node_environment(cluster: ClusterConfig, environment: Mapping[str, str] = os.environ) -> dict[str, str]:

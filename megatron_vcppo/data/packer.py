@@ -27,7 +27,7 @@ class Packer:
 
     tokens_per_microbatch: int
     multiple: int
-    """Micro-batch lengths are rounded up to it, see ``context_split.rounding``."""
+    """Micro-batch lengths are rounded up to it, see ``packing.rounding``."""
     dp_rank: int
     dp_size: int
     segment_multiple: int = 1

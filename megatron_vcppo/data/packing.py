@@ -20,6 +20,9 @@ from megatron_vcppo.config import ModelConfig, ParallelConfig
 from megatron_vcppo.integers import round_up
 from megatron_vcppo.records import TrainSequence
 
+FP8_TOKENS = {"delayed": 16, "current": 16, "blockwise": 128}
+"""Tokens per rank of which FP8's matrix products take multiples: their rows are 16 bytes; blocks are 128 tokens."""
+
 
 @dataclass(frozen=True)
 class PackedMicrobatch:
@@ -88,9 +91,9 @@ def pack(
     """Concatenate ``sequences[i] for i in sequence_index``; all have the same fields.
 
     multiple: T is rounded up to it by one dummy segment (sequence and context parallelism). segment_multiple: each
-    segment is rounded up to it by tokens at its end (context parallelism). ``context_split.rounding`` gives both. No
-    sequences: only the dummy segment, with ``empty_fields`` (name → bool | float), for a rank that has no work but must
-    join the collectives.
+    segment is rounded up to it by tokens at its end (context parallelism). ``rounding`` gives both. No sequences: only
+    the dummy segment, with ``empty_fields`` (name → bool | float), for a rank that has no work but must join the
+    collectives.
     """
     assert multiple % segment_multiple == 0, f"multiple {multiple} must contain segment_multiple {segment_multiple}"
     chosen = [sequences[i] for i in sequence_index]
@@ -142,7 +145,10 @@ def pack_all(
 
 
 def unpack_all(microbatches: Sequence[PackedMicrobatch], values: Sequence[Tensor]) -> list[list[float]]:
-    """``PackedMicrobatch.unpack`` over the result of ``pack_all``: one list per sequence, in the original order."""
+    """``PackedMicrobatch.unpack`` over the result of ``pack_all``: one list per sequence, in the original order.
+
+    values: per micro-batch one number per token, [T].
+    """
     rows: dict[int, list[float]] = {}
     for microbatch, output in zip(microbatches, values, strict=True):
         rows.update(zip(microbatch.sequence_index, microbatch.unpack(output), strict=True))
@@ -215,10 +221,6 @@ def _exchange(ranks: list[list[int]], loads: np.ndarray, costs: np.ndarray) -> N
         ranks[light].append(moved)
         for rank in (heavy, light):
             loads[rank] = costs[ranks[rank]].sum()
-
-
-FP8_TOKENS = {"delayed": 16, "current": 16, "blockwise": 128}
-"""Tokens per rank of which FP8's matrix products take multiples: their rows are 16 bytes; blocks are 128 tokens."""
 
 
 def rounding(parallel: ParallelConfig, model: ModelConfig | None = None) -> tuple[int, int]:

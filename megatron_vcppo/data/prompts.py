@@ -38,7 +38,6 @@ def load_prompts(
     on_bad_sample: str = "error",
     keys: PromptKeys = PromptKeys(),
     known_tasks: Collection[str] = (),
-    split: str = "train",
     check_answer: CheckAnswer | None = None,
 ) -> tuple[list[Prompt], DataReport]:
     """All prompts of a source (see ``read_samples``), in its order, with ids ``file:line``.
@@ -53,7 +52,7 @@ def load_prompts(
     report = DataReport(source, on_bad_sample)
     if named_source(source):
         keys = PromptKeys()
-    prompts = list(_read(read_samples(source, split), tokenizer, max_length, keys, known_tasks, report, check_answer))
+    prompts = list(_read(read_samples(source), tokenizer, max_length, keys, known_tasks, report, check_answer))
     report.finish()
     return prompts, report
 

@@ -11,6 +11,7 @@ from megatron_vcppo.data.named_sources import NamedSource, benchmark_row, made_r
 from megatron_vcppo.errors import UserError
 
 _LARGEST_FIELD = 1 << 30  # characters of a CSV file's cell
+DEFAULT_SPLIT = "train"
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,17 @@ class Sample:
     """How much of the source has been read with it, for progress."""
 
 
-def read_samples(source: str, split: str = "train") -> Iterator[Sample]:
+def read_samples(source: str) -> Iterator[Sample]:
     """Stream the samples of a source in its order. Blank lines of a JSONL file are not samples.
 
     source: a .jsonl or .json (one object a line), .csv (with a header) or .parquet file; ``folder`` or
     ``folder:split`` written by ``save_to_disk`` of `datasets`; problems by name (data/named_sources.py); else ``name``,
-    ``name:split`` or ``name:configuration:split`` for its ``load_dataset``.
+    ``name:split`` or ``name:configuration:split`` for its ``load_dataset``; default: the split train.
+
     Raises UserError, before the first sample, if the source cannot be opened.
     """
     if named := named_source(source):
-        return _read_named(named, split)
+        return _read_named(named)
     path = Path(source)
     if path.is_file() and path.suffix in (".jsonl", ".json"):
         return _read_jsonl(path)
@@ -42,9 +44,9 @@ def read_samples(source: str, split: str = "train") -> Iterator[Sample]:
         return _read_csv(path)
     if path.is_file() and path.suffix != ".parquet":
         raise UserError(f"{source}: expected a .jsonl, .json, .csv or .parquet file, or a folder of a saved data set")
-    if not _place(source, split)[0].exists() and (path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute()):
+    if not _place(source)[0].exists() and (path.suffix in (".jsonl", ".json", ".parquet") or path.is_absolute()):
         raise UserError(f"{source}: no such file or folder")
-    return _read_dataset(source, split)
+    return _read_dataset(source)
 
 
 def sample_name(source: str, number: int) -> str:
@@ -74,11 +76,11 @@ def _read_csv(path: Path) -> Iterator[Sample]:
         raise UserError(f"{path}: cannot be read as CSV in UTF-8: {error}") from None
 
 
-def _read_named(source: NamedSource, split: str) -> Iterator[Sample]:
+def _read_named(source: NamedSource) -> Iterator[Sample]:
     if (rows := made_rows(source)) is not None:
         yield from (Sample(number, row) for number, row in enumerate(rows))
         return
-    for sample in read_samples(source.rest, split):
+    for sample in read_samples(source.rest):
         if sample.value is None:
             yield sample
             continue
@@ -105,23 +107,23 @@ def _parse(line: bytes) -> tuple[dict[str, Any] | None, str]:
     return (value, "") if isinstance(value, dict) else (None, f"not a JSON object but a {type(value).__name__}")
 
 
-def _place(source: str, split: str) -> tuple[Path, str]:
+def _place(source: str) -> tuple[Path, str]:
     """The path and split of ``path`` or ``folder:split``; for anything else the path is one that does not exist."""
     folder, _, named = source.rpartition(":")
     is_named = folder and not Path(source).exists() and Path(folder).is_dir()
-    return (Path(folder), named) if is_named else (Path(source), split)
+    return (Path(folder), named) if is_named else (Path(source), DEFAULT_SPLIT)
 
 
-def _read_dataset(source: str, split: str) -> Iterator[Sample]:
-    dataset = _open_dataset(source, split)
+def _read_dataset(source: str) -> Iterator[Sample]:
+    dataset = _open_dataset(source)
     for number, value in enumerate(dataset):
         yield Sample(number, value, fraction=(number + 1) / len(dataset))
 
 
-def _open_dataset(source: str, split: str) -> Any:
+def _open_dataset(source: str) -> Any:
     import datasets  # slow to import, and most runs read JSONL
 
-    path, split = _place(source, split)
+    path, split = _place(source)
     try:
         if path.is_file():
             return datasets.Dataset.from_parquet(str(path))

@@ -95,7 +95,7 @@ def make_batch(rollouts: Sequence[Rollout]) -> RolloutBatch:
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What the models say of a batch before its update; all float32 [B, T], 0 beyond the responses."""
+    """Outputs of the models for a batch before its update; all float32 [B, T], 0 beyond the responses."""
 
     old_logprobs: Tensor
     """Of the actor."""
@@ -107,7 +107,7 @@ class ModelOutputs:
     """Of the critic; None with a group baseline."""
 
     def by_name(self) -> dict[str, Tensor]:
-        """Those that there are, under the names of the fields that losses read."""
+        """Those that there are, [B, T], under the names of the fields that losses read."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
 

@@ -87,7 +87,6 @@ def load_sft_dataset(
     max_length: int,
     on_bad_sample: str = "error",
     keys: SftKeys = SftKeys(),
-    split: str = "train",
     on_progress: Progress | None = None,
 ) -> tuple[SftDataset, DataReport]:
     """Read, tokenize and check a source; a response ends with EOS.
@@ -99,7 +98,7 @@ def load_sft_dataset(
     report = DataReport(source, on_bad_sample)
     token_ids: list[np.ndarray] = []
     masks: list[np.ndarray] = []
-    for ids, mask in _encode_all(read_samples(source, split), tokenizer, max_length, keys, report, on_progress):
+    for ids, mask in _encode_all(read_samples(source), tokenizer, max_length, keys, report, on_progress):
         token_ids.append(ids)
         masks.append(mask)
     report.finish()

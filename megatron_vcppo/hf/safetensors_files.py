@@ -23,6 +23,8 @@ INDEX_NAME = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
+_OUTPUT_LAYER = "lm_head.weight"
+_HEADS = {_OUTPUT_LAYER, "score.weight", "score.bias"}
 
 
 @dataclass(frozen=True)
@@ -201,10 +203,6 @@ def _write_header(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch
         placed[name] = TensorInFile(path, begin, shape, dtype)
         begin += placed[name].num_bytes
     return placed
-
-
-_OUTPUT_LAYER = "lm_head.weight"
-_HEADS = {_OUTPUT_LAYER, "score.weight", "score.bias"}
 
 
 def model_tensors(folder: Path, arch: Architecture, trunk_only: bool = False) -> dict[str, TensorInFile]:

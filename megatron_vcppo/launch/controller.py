@@ -1,6 +1,6 @@
 """Runs one attempt of a stage: starts its roles, watches all of them, ends all of them.
 
-A unit is one process that the controller starts: a rank or a supervisor here, or one srun step of many tasks.
+A role process is a rank or a supervisor on this machine, or one srun step of many tasks on a cluster.
 The trainer decides the outcome; a rollout supervisor that dies alone is started again, a bounded number of times.
 """
 
@@ -20,12 +20,16 @@ from megatron_vcppo.run.log import Follower, last_lines, say
 GUARD_ARGUMENTS = ("-I", "-S", str(Path(__file__).with_name("guard.py")))
 """To be put between an interpreter and the command."""
 PORT_TAKEN = "address already in use"
-"""In the words of torch: the port was free when the attempt was laid out; the next attempt takes another."""
+"""torch's message: the port was free when the attempt was laid out; the next attempt takes another."""
 UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused", "Zero Bytes were trans")
-"""In the words of Slurm's commands: slurmctld is down, restarting or overloaded."""
+"""Messages of Slurm's commands: slurmctld is down, restarting or overloaded."""
 POLL_S = 0.05
 SETTLE_S = 0.5
-"""Deaths this close together are looked at together, so that a killed rank is named rather than its peers' errors."""
+"""Exits within this window are judged together, so that the killed rank is blamed and not the peers that failed
+because of it."""
+TASK_ENDED = re.compile(r"\btasks? (\d+)[\d,-]*: (?:Exited with exit code (\d+)|(.+))$", re.MULTILINE)
+"""srun's report of ended tasks: "srun: error: node7: tasks 3-5: Exited with exit code 1", "…: task 2: Killed"."""
+SIGNAL_WORDS = {signal.strsignal(number): number for number in signal.valid_signals()}
 
 
 @dataclass(frozen=True)
@@ -78,15 +82,15 @@ class Outcome:
 
         A signal, a rollout role that died too often, a port taken meanwhile, a Slurm controller that did not answer.
         """
-        said = "".join(self.details)
+        log = "".join(self.details)
         return self.code > SIGNALLED or (
-            self.code == FAILED and any(words in said for words in (PORT_TAKEN, *UNREACHABLE))
+            self.code == FAILED and any(words in log for words in (PORT_TAKEN, *UNREACHABLE))
         )
 
 
 @dataclass
 class _Started:
-    unit: RoleProcess
+    role_process: RoleProcess
     process: subprocess.Popen[bytes]
     log_start: int
     restarts: int = 0
@@ -103,16 +107,12 @@ def describe(code: int) -> str:
     return f"left with exit code {code}"
 
 
-def taken_port(unit: RoleProcess, code: int, details: list[str]) -> str:
-    """Which port was taken, as the tail of a sentence, if that is why the unit failed."""
+def taken_port(role_process: RoleProcess, code: int, details: list[str]) -> str:
+    """Which port was taken, as the tail of a sentence, if that is why the process failed."""
     if code != FAILED or PORT_TAKEN not in "".join(details):
         return ""
-    return f": port {unit.env.get('MASTER_PORT', '?')} of {unit.env.get('MASTER_ADDR', 'its node')} is taken"
-
-
-TASK_ENDED = re.compile(r"\btasks? (\d+)[\d,-]*: (?:Exited with exit code (\d+)|(.+))$", re.MULTILINE)
-"""srun's report of ended tasks: "srun: error: node7: tasks 3-5: Exited with exit code 1", "…: task 2: Killed"."""
-SIGNAL_WORDS = {signal.strsignal(number): number for number in signal.valid_signals()}
+    env = role_process.env
+    return f": port {env.get('MASTER_PORT', '?')} of {env.get('MASTER_ADDR', 'its node')} is taken"
 
 
 def reported_code(text: str) -> int:
@@ -134,22 +134,22 @@ def reported_code(text: str) -> int:
 class Attempt:
     """The processes of one attempt and their logs, in ``logs``."""
 
-    def __init__(self, units: list[RoleProcess], logs: Path, grace_s: float) -> None:
+    def __init__(self, processes: list[RoleProcess], logs: Path, grace_s: float) -> None:
         self.logs, self.grace_s = logs, grace_s
         self.asked_at: float | None = None
         """When the trainer was asked to save and leave."""
         logs.mkdir(parents=True, exist_ok=True)
-        self.followers = [Follower(logs / unit.shown_log) for unit in units if unit.shown_log]
+        self.followers = [Follower(logs / one.shown_log) for one in processes if one.shown_log]
         self.started: list[_Started] = []
-        for unit in units:
-            self.started.append(_Started(unit, *self._start(unit)))
+        for role_process in processes:
+            self.started.append(_Started(role_process, *self._start(role_process)))
 
-    def _start(self, unit: RoleProcess) -> tuple[subprocess.Popen[bytes], int]:
+    def _start(self, role_process: RoleProcess) -> tuple[subprocess.Popen[bytes], int]:
         """The process and where its part of the log begins."""
-        env = {key: value for key, value in {**os.environ, **unit.env}.items() if value}
-        with (self.logs / unit.log).open("ab") as log:
+        env = {key: value for key, value in {**os.environ, **role_process.env}.items() if value}
+        with (self.logs / role_process.log).open("ab") as log:
             process = subprocess.Popen(
-                (sys.executable, *GUARD_ARGUMENTS, *unit.command),
+                (sys.executable, *GUARD_ARGUMENTS, *role_process.command),
                 env=env,
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -159,8 +159,8 @@ class Attempt:
             return process, log.tell()
 
     def of(self, role: str) -> list[_Started]:
-        """The units of a role."""
-        return [started for started in self.started if started.unit.role == role]
+        """The processes of a role."""
+        return [started for started in self.started if started.role_process.role == role]
 
     def send(self, role: str, number: int) -> None:
         """Send a signal to the running processes of a role."""
@@ -169,55 +169,55 @@ class Attempt:
                 started.process.send_signal(number)
 
     def ended(self, role: str) -> list[tuple[RoleProcess, int]]:
-        """The units of a role that have ended, with exit codes; 128 + n after a signal.
+        """The processes of a role that have ended, with exit codes; 128 + n after a signal.
 
         A step has ended, too, once one of its tasks has failed: srun itself may wait long for a node that is gone.
         """
-        codes = [(started.unit, self.code(started)) for started in self.of(role)]
-        return [(unit, code) for unit, code in codes if code is not None]
+        codes = [(started.role_process, self.code(started)) for started in self.of(role)]
+        return [(role_process, code) for role_process, code in codes if code is not None]
 
     def code(self, started: _Started) -> int | None:
-        """A unit's exit code, None while it runs."""
+        """Its exit code, None while it runs."""
         code = started.process.poll()
-        if started.unit.step:
-            with (self.logs / started.unit.log).open(errors="replace") as log:
+        if started.role_process.step:
+            with (self.logs / started.role_process.log).open(errors="replace") as log:
                 log.seek(started.log_start)
                 code = reported_code(log.read()) or code
         return code if code is None or code >= 0 else SIGNALLED - code
 
     def restart_rollouts(self) -> Outcome | None:
-        """Start ended rollout units again, after 1, 2, 4, … s; an outcome if one died for good."""
+        """Start ended rollout processes again, after 1, 2, 4, … s; an outcome if one died for good."""
         for started in self.of("rollout"):
             code = self.code(started)
             if code is None:
                 continue
             if started.start_again_at is None:
                 self.end(started)
-                if code == USER_ERROR or started.restarts >= started.unit.restarts:
-                    cause = f"{started.unit.name} {describe(code)} after {started.restarts} restarts"
+                if code == USER_ERROR or started.restarts >= started.role_process.restarts:
+                    cause = f"{started.role_process.name} {describe(code)} after {started.restarts} restarts"
                     code = code if code == USER_ERROR else SIGNALLED + signal.SIGKILL
-                    return Outcome(code, cause, self.tail(started.unit))
+                    return Outcome(code, cause, self.tail(started.role_process))
                 delay_s = min(30.0, 2.0**started.restarts)
-                say(f"{started.unit.name} {describe(code)}: started again in {delay_s:.0f} s")
+                say(f"{started.role_process.name} {describe(code)}: started again in {delay_s:.0f} s")
                 started.start_again_at = time.monotonic() + delay_s
             elif time.monotonic() >= started.start_again_at:
                 self._close(started)
                 started.restarts, started.start_again_at = started.restarts + 1, None
-                started.process, started.log_start = self._start(started.unit)
+                started.process, started.log_start = self._start(started.role_process)
         return None
 
-    def tail(self, unit: RoleProcess) -> list[str]:
-        """The last lines of a unit's log; for a step of many tasks those of the task that srun names first, too."""
-        lines = last_lines(self.logs / unit.log)
-        if unit.shown_log and unit.shown_log != unit.log:
+    def tail(self, role_process: RoleProcess) -> list[str]:
+        """The last lines of a process's log; for a step of many tasks those of the task that srun names first, too."""
+        lines = last_lines(self.logs / role_process.log)
+        if role_process.shown_log and role_process.shown_log != role_process.log:
             named = TASK_ENDED.search("\n".join(lines))
-            lines = lines[:4] + last_lines(self.logs / f"{unit.role}_{named[1] if named else 0}.log")
+            lines = lines[:4] + last_lines(self.logs / f"{role_process.role}_{named[1] if named else 0}.log")
         return lines
 
     def end(self, started: _Started) -> None:
-        """Ask one unit to end, if it still runs."""
-        if started.process.poll() is None and started.unit.end_signal != signal.SIGKILL:
-            started.process.send_signal(started.unit.end_signal)
+        """Ask one process to end, if it still runs."""
+        if started.process.poll() is None and started.role_process.end_signal != signal.SIGKILL:
+            started.process.send_signal(started.role_process.end_signal)
         else:
             self._close(started)
 
@@ -248,7 +248,7 @@ def first_death(ended: list[tuple[RoleProcess, int]]) -> tuple[RoleProcess, int]
 
 
 def supervise(
-    units: list[RoleProcess],
+    processes: list[RoleProcess],
     logs: Path,
     *,
     save_requested: Callable[[], bool] = lambda: False,
@@ -262,7 +262,7 @@ def supervise(
     save_allowance_s: called at that moment; seconds until an attempt that has not ended by itself is ended.
     follow_timeout_s: how long the other ranks may take once one has left well.
     """
-    attempt = Attempt(units, logs, grace_s)
+    attempt = Attempt(processes, logs, grace_s)
     try:
         outcome = _watch(attempt, save_requested, abort_requested, save_allowance_s, follow_timeout_s)
         if attempt.asked_at is None:
@@ -287,22 +287,21 @@ def _watch(
         ended = attempt.ended("trainer")
         if attempt.asked_at is not None:
             interrupted = SIGNALLED + signal.SIGUSR2
-            ended = [(unit, SAVED if code == interrupted else code) for unit, code in ended]
+            ended = [(role_process, SAVED if code == interrupted else code) for role_process, code in ended]
         if ended and settled_at == float("inf"):
             bad = any(code not in (DONE, SAVED) for _, code in ended)
             settled_at = now + (SETTLE_S if bad else follow_timeout_s)
         if ended and any(code not in (DONE, SAVED) for _, code in ended):
             settled_at = min(settled_at, now + SETTLE_S)
         if len(ended) == len(trainers) or now >= settled_at:
-            unit, code = first_death(ended)
+            role_process, code = first_death(ended)
+            how = f"{role_process.name} {describe(code)}"
             if code in (DONE, SAVED) and len(ended) < len(trainers):
-                return Outcome(
-                    FAILED, f"{unit.name} {describe(code)} but other ranks did not follow in {follow_timeout_s:.0f} s"
-                )
+                return Outcome(FAILED, f"{how} but other ranks did not follow in {follow_timeout_s:.0f} s")
             if code in (DONE, SAVED):
-                return Outcome(code, "" if code == DONE else f"{unit.name} {describe(code)}")
-            details = attempt.tail(unit)
-            return Outcome(code, f"{unit.name} {describe(code)}{taken_port(unit, code, details)}", details)
+                return Outcome(code, "" if code == DONE else how)
+            details = attempt.tail(role_process)
+            return Outcome(code, how + taken_port(role_process, code, details), details)
         if not ended and (outcome := attempt.restart_rollouts()):
             return outcome
         if abort_requested():

@@ -28,22 +28,22 @@ from megatron_vcppo.run.processes import free_port
 
 
 def local_processes(
-    run: RunFolder, config: Config, stage: str, programs: RoleCommands = ROLE_COMMANDS
+    run: RunFolder, config: Config, stage: str, role_commands: RoleCommands = ROLE_COMMANDS
 ) -> list[RoleProcess]:
     """One process per trainer rank, and one rollout supervisor if the stage generates."""
     env, address = role_environment(config, "trainer"), node_network(config.cluster).address
     nodes, ranks_per_node = trainer_layout(config, stage)
     ranks, port = nodes * ranks_per_node, str(free_port(address))
-    units = []
+    processes = []
     for rank in range(ranks):
         place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
         place |= {"MASTER_ADDR": address, "MASTER_PORT": port}
         file = f"trainer_{rank}.log"
-        units.append(
+        processes.append(
             RoleProcess(
                 role="trainer",
                 index=rank,
-                command=programs.trainer_command(run, stage),
+                command=role_commands.trainer_command(run, stage),
                 env=env | place,
                 log=file,
                 shown_log=file if rank == 0 else None,
@@ -53,10 +53,10 @@ def local_processes(
     if starts_engines(config, stage):
         env = role_environment(config, "rollout")
         for node in range(engine_nodes(config)):
-            command = programs.rollout_command(run, stage, node)
+            command = role_commands.rollout_command(run, stage, node)
             restarts = config.cluster.rollout_restarts
-            units.append(RoleProcess("rollout", node, command, env, f"rollout_{node}.log", restarts=restarts))
-    return units
+            processes.append(RoleProcess("rollout", node, command, env, f"rollout_{node}.log", restarts=restarts))
+    return processes
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def stop_requests() -> Iterator[dict[str, int]]:
             signal.signal(number, handler)
 
 
-def run_chain(run: RunFolder, config: Config, stages: list[str], programs: RoleCommands = ROLE_COMMANDS) -> int:
+def run_chain(run: RunFolder, config: Config, stages: list[str], role_commands: RoleCommands = ROLE_COMMANDS) -> int:
     """Run the stages that are not done, in order; returns DONE or the exit code of the stage that did not finish."""
     run.make()
     with speaking_as("controller"), run.full_disk_named(), run.locked(), stop_requests() as count:
@@ -92,7 +92,7 @@ def run_chain(run: RunFolder, config: Config, stages: list[str], programs: RoleC
             started = time.monotonic()
 
             def layout(_: Path, stage: str = stage) -> list[RoleProcess]:
-                return local_processes(run, config, stage, programs)
+                return local_processes(run, config, stage, role_commands)
 
             outcome = run_stage(
                 run,

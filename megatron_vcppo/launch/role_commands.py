@@ -40,7 +40,7 @@ def trainer_layout(config: Config, stage: str) -> tuple[int, int]:
 
 
 def starts_engines(config: Config, stage: str) -> bool:
-    """Whether a stage gets rollout units now: not if it generates nothing, or its set of rollouts is there already."""
+    """Whether a stage gets rollout processes: not if it generates nothing, or its set of rollouts is there already."""
     return stage in ENGINE_STAGES and needs_engines(config, stage)
 
 

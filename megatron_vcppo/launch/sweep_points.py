@@ -1,4 +1,4 @@
-"""A sweep: one chain per combination of values, below one folder, and one table of what came out."""
+"""A sweep: one chain per combination of values, below one folder."""
 
 import itertools
 import json

@@ -42,7 +42,7 @@ def megatron_logits(
 
 
 def hf_logits(folder: Path, kind: str, token_ids: list[int]) -> torch.Tensor:
-    """The same from transformers, in float32."""
+    """The same from transformers: [tokens, vocabulary] float32 (a critic: [tokens, 1])."""
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
     auto = AutoModelForTokenClassification if kind == "critic" else AutoModelForCausalLM

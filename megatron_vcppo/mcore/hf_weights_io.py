@@ -56,6 +56,7 @@ def stream_hf(model: PackedGPT) -> Iterator[tuple[str, Tensor]]:
 
 def local_parameters(model: PackedGPT) -> Iterator[tuple[Tensor, Parameter]]:
     """This rank's parameters that exist in the Hugging Face format, each with its row of the mapping table.
+    A tensor has the shape of this rank's shard.
 
     With tied embeddings and several pipeline stages, the last stage's copy of the embedding comes too.
     """

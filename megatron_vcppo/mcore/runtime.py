@@ -70,7 +70,7 @@ class Runtime:
         return self.pp_rank == self.pp_size - 1
 
 
-_world: Runtime | None = None
+_runtime: Runtime | None = None
 """What ``start`` made; None outside of a world."""
 
 
@@ -86,7 +86,7 @@ def start(parallel: ParallelConfig, seed: int, timeout_s: float) -> Runtime:
     Raises UserError if the sizes do not fit the number of ranks. Without CUDA, torch and Megatron are patched
     (cpu_shim.py); Megatron's warnings about parts that this project does not use are ignored.
     """
-    global _world
+    global _runtime
     cpu_shim.install()
     for ignored in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", **ignored)
@@ -106,7 +106,7 @@ def start(parallel: ParallelConfig, seed: int, timeout_s: float) -> Runtime:
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
     _seed_everything(seed)
-    _world = Runtime(
+    _runtime = Runtime(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -121,13 +121,13 @@ def start(parallel: ParallelConfig, seed: int, timeout_s: float) -> Runtime:
         seed=seed,
         timeout_s=timeout_s,
     )
-    return _world
+    return _runtime
 
 
 def current() -> Runtime:
     """This rank's place in the world that ``start`` made."""
-    assert _world is not None, "runtime.start was not called"
-    return _world
+    assert _runtime is not None, "runtime.start was not called"
+    return _runtime
 
 
 def on_main(work: Callable[[Callable[[], None]], None], what: str) -> None:
@@ -137,10 +137,10 @@ def on_main(work: Callable[[Callable[[], None]], None], what: str) -> None:
     wait as long as that happens within the deadline of ``start``; then they raise TimeoutError naming ``what``. If the
     main rank raises, its process ends, and the others are ended by whoever started them, or by their deadline.
     """
-    world, store = current(), dist.distributed_c10d._get_default_store()
-    key, num_others = f"on_main/{next(world.on_main_calls)}", world.world_size - 1
-    deadline = datetime.timedelta(seconds=world.timeout_s)
-    if world.is_main:
+    runtime, store = current(), dist.distributed_c10d._get_default_store()
+    key, num_others = f"on_main/{next(runtime.on_main_calls)}", runtime.world_size - 1
+    deadline = datetime.timedelta(seconds=runtime.timeout_s)
+    if runtime.is_main:
         last_beat = 0.0
 
         def beat() -> None:
@@ -164,7 +164,7 @@ def on_main(work: Callable[[Callable[[], None]], None], what: str) -> None:
         except dist.DistStoreError:
             beats = store.add(f"{key}/beats", 0)
             if beats == seen:
-                raise TimeoutError(f"{what} on rank 0 has made no progress for {world.timeout_s:g} s") from None
+                raise TimeoutError(f"{what} on rank 0 has made no progress for {runtime.timeout_s:g} s") from None
             seen = beats
 
 
@@ -191,8 +191,8 @@ def _seed_everything(seed: int) -> None:
 
 def stop() -> None:
     """Leave the world; collective in the ordinary case, safe to call twice."""
-    global _world
-    _world = None
+    global _runtime
+    _runtime = None
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

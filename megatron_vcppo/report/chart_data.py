@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from megatron_vcppo.integers import ceil_div
+
 MOST_POINTS = 300
 """Lines of more points are averaged in groups of neighbors."""
 
@@ -75,7 +77,7 @@ def thin(points: Sequence[Point]) -> list[Point]:
 
 def group_size(num_points: int, most: int = MOST_POINTS) -> int:
     """How many neighbors are averaged so that at most ``most`` points remain."""
-    return max(1, -(-num_points // most))
+    return max(1, ceil_div(num_points, most))
 
 
 def extent(values: Iterable[float | None], margin: float = 0.05) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.report.chart_data import Chart, Line, Lines, Stack, extent, thin
 from megatron_vcppo.report.inline_svg import HotSpot, inline_svg
 from megatron_vcppo.report.text_table import short
@@ -88,7 +89,7 @@ def paper_files(chart: Chart) -> dict[str, bytes]:
         handles = legend_handles(chart)
         longest = max((len(str(handle.get_label())) for handle in handles), default=0)
         columns = 3 if longest <= 15 else 2 if longest <= 27 else 1
-        legend_rows = -(-len(handles) // columns)
+        legend_rows = ceil_div(len(handles), columns)
         figure = Figure((COLUMN_INCHES, 2.1 + 0.14 * legend_rows), layout="constrained")
         axes = figure.add_subplot()
         draw(axes, chart)

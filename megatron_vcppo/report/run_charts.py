@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.report.chart_data import Chart, Line, Lines, Stack, extent, group_size
 from megatron_vcppo.report.run_data import RunData, setting
 from megatron_vcppo.report.text_table import short
@@ -230,7 +231,7 @@ def _profile_points(
     """Bins to x: the middle of each bin in tokens, or the number of the decile. Empty bins at the end are dropped."""
     width, offset = 1.0, 1.0
     if name.endswith("_by_position"):
-        width = max(1, -(-int(setting(config, "rollout.max_tokens") or len(means)) // len(means)))
+        width = max(1, ceil_div(int(setting(config, "rollout.max_tokens") or len(means)), len(means)))
         offset = width / 2
     last = max((i for i, mean in enumerate(means) if mean is not None), default=-1)
     return [(offset + i * width, mean) for i, mean in enumerate(means[: last + 1])]

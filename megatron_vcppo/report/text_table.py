@@ -11,6 +11,23 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+PIPE_WIDTH = 1_000_000
+"""Characters: nothing is wrapped or shortened where a line may be searched or parsed."""
+NUMBER = re.compile(r"[-+]?[.\d]")
+STYLES = {
+    "ok": "green",
+    "done": "green",
+    "running": "cyan",
+    "pending": "yellow",
+    "requeued": "yellow",
+    "saved": "yellow",
+    "cancelled": "yellow",
+    "failed": "bold red",
+    "damaged": "bold red",
+    "FAIL": "bold red",
+}
+"""Word → its style on a terminal."""
+
 
 def short(value: float) -> str:
     """Three digits, without a needless exponent."""
@@ -34,24 +51,6 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
-PIPE_WIDTH = 1_000_000
-"""Characters: nothing is wrapped or shortened where a line may be searched or parsed."""
-NUMBER = re.compile(r"[-+]?[.\d]")
-STYLES = {
-    "ok": "green",
-    "done": "green",
-    "running": "cyan",
-    "pending": "yellow",
-    "requeued": "yellow",
-    "saved": "yellow",
-    "cancelled": "yellow",
-    "failed": "bold red",
-    "damaged": "bold red",
-    "FAIL": "bold red",
-}
-"""Word → its style on a terminal."""
 
 
 def text_table(rows: Sequence[Mapping[str, object]], stream: TextIO | None = None) -> str:

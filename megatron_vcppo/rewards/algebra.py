@@ -1,7 +1,7 @@
 r"""Whether two mathematical objects are the same: read by math-verify, compared without rounding.
 
 math-verify reads the LaTeX and has the last word on what has no value (relations of several unknowns, functions that
-nobody defined). What has values is compared by them (evaluation.py), sets and intervals part by part.
+nobody defined). What has values is compared by them (evaluate_expression.py), sets and intervals part by part.
 """
 
 import logging

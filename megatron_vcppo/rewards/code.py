@@ -22,6 +22,7 @@ from megatron_vcppo.rewards.verifier import CORRECT, NO_ANSWER, Verdict, after_t
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([^`]*)$")
 _PYTHON = {"python", "python2", "python3", "py", "py3", "pypy", "pypy3", "cpython"}
+_NO_VALUE = object()
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,6 @@ class CodeVerifier:
     def _asserted(self, program: str, tests: AssertTests) -> str:
         assert self._sandbox
         return self._sandbox.tests(program, tests.statements, tests.setup, self._time_limit_s) or ""
-
-
-_NO_VALUE = object()
 
 
 def _value(line: bytes) -> Any:

@@ -24,6 +24,25 @@ _NUMBER = re.compile(
     r"|(?P<left>\d+)\s*/\s*(?P<right>\d+)"
     r")"
 )
+_MAX_BITS = 1 << 18
+_MAX_NODES = 2000
+_MAX_TERMS = 3000
+_DIGITS = 40
+TOLERANCE = sympy.Float("1e-25", _DIGITS)
+_ZERO = sympy.Float("1e-80", _DIGITS)
+POINTS = tuple(
+    tuple(map(sympy.Rational, values))
+    for values in (
+        ("1.7310585", "0.2689414", "2.3978953", "1.1472091"),
+        ("-0.6137056", "1.7080502", "-1.5596158", "0.8646647"),
+        ("0.4054651", "-2.1972246", "0.5108256", "-1.3862944"),
+        ("5", "3", "7", "4"),
+        ("4", "7", "6", "3"),
+        ("2", "5", "4", "9"),
+    )
+)
+Tree = Any
+"""A sympy object: expression, relation, set, tuple or matrix."""
 
 
 def rational(text: str) -> Fraction | None:
@@ -74,27 +93,6 @@ def rationals_equal(left_text: str, left: Fraction, right_text: str, right: Frac
             missing = (abs(exact) - abs(decimal)) / last_place(text)
             return (decimal < 0) == (exact < 0) and Fraction(-1, 2) <= missing < 1  # rounded or cut off
     return False
-
-
-_MAX_BITS = 1 << 18
-_MAX_NODES = 2000
-_MAX_TERMS = 3000
-_DIGITS = 40
-TOLERANCE = sympy.Float("1e-25", _DIGITS)
-_ZERO = sympy.Float("1e-80", _DIGITS)
-POINTS = tuple(
-    tuple(map(sympy.Rational, values))
-    for values in (
-        ("1.7310585", "0.2689414", "2.3978953", "1.1472091"),
-        ("-0.6137056", "1.7080502", "-1.5596158", "0.8646647"),
-        ("0.4054651", "-2.1972246", "0.5108256", "-1.3862944"),
-        ("5", "3", "7", "4"),
-        ("4", "7", "6", "3"),
-        ("2", "5", "4", "9"),
-    )
-)
-Tree = Any
-"""A sympy object: expression, relation, set, tuple or matrix."""
 
 
 class TooLarge(ValueError):

@@ -25,6 +25,9 @@ from megatron_vcppo.tasks.generate import TASKS, get_task
 from megatron_vcppo.tasks.task import read_answer
 from megatron_vcppo.tasks.word_tokenizer import BOS
 
+_REFERENCE = re.compile(r"\w+(\.\w+)*:\w+")
+_CODE_SHARE = 0.8  # of the time for an answer: the verifier reports a slow program before it is itself too slow
+
 
 def verify_synthetic(prompt: Prompt, response_text: str) -> Verdict:
     """The response must end in ``</think> = answer``, and the answer must solve the prompt of its task."""
@@ -59,8 +62,6 @@ VERIFIERS: dict[str, Verifier] = {
     reasoning_gym.TASK: verify_reasoning_gym,
 }
 """Verifier by name; a prompt whose task has one of these names is judged by it."""
-_REFERENCE = re.compile(r"\w+(\.\w+)*:\w+")
-_CODE_SHARE = 0.8  # of the time for an answer: the verifier reports a slow program before it is itself too slow
 
 
 def resolve_verifiers(

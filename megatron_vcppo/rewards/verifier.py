@@ -6,6 +6,16 @@ from typing import Protocol
 
 from megatron_vcppo.records import Prompt
 
+_BRACES = re.compile(r"\\{1,2}(?:boxed|fbox)[ \t\n]{0,8}\{|\\.|[{}]", re.DOTALL)
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s,;$]|\\[()\[\],; ]|\\q?quad|\\text\{)*(?:and|or)?(?:[\s,;$}]|\\[()\[\],; ]|\\q?quad)*"
+)
+_MAX_BETWEEN = 60
+_MAX_BOXES = 64
+_STATED = re.compile(r"\banswers?[*_ \t]{0,4}(?:is|are|:|：)[*_]{0,3}(?!\w)", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"\.[*_$]{0,4}\s+(?=\S)|[!?]\s|\s\(?(?=(?:because|since)\b)")
+_PROSE = re.compile(r"(?:the|there|so|thus|hence|therefore|it|its)\b.*\b(?:is|are|equals)\s", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -27,15 +37,6 @@ class Verifier(Protocol):
         """Judge one complete response, given as text without special tokens."""
 
 
-_BRACES = re.compile(r"\\{1,2}(?:boxed|fbox)[ \t\n]{0,8}\{|\\.|[{}]", re.DOTALL)
-_BETWEEN_BOXES = re.compile(
-    r"(?:[\s,;$]|\\[()\[\],; ]|\\q?quad|\\text\{)*(?:and|or)?(?:[\s,;$}]|\\[()\[\],; ]|\\q?quad)*"
-)
-_MAX_BETWEEN = 60
-_MAX_BOXES = 64
-_STATED = re.compile(r"\banswers?[*_ \t]{0,4}(?:is|are|:|：)[*_]{0,3}(?!\w)", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"\.[*_$]{0,4}\s+(?=\S)|[!?]\s|\s\(?(?=(?:because|since)\b)")
-_PROSE = re.compile(r"(?:the|there|so|thus|hence|therefore|it|its)\b.*\b(?:is|are|equals)\s", re.IGNORECASE)
 CORRECT = Verdict(1.0, "correct")
 NO_ANSWER = Verdict(-1.0, "no answer")
 

@@ -16,6 +16,11 @@ import torch.distributed as dist
 from megatron_vcppo.integers import round_up
 from megatron_vcppo.rollout.group import Group, Lane
 
+ALIGNMENT = 64
+"""Pieces start at multiples of this many bytes, so that every dtype can be viewed in place."""
+ALONE_BYTES = 1 << 20
+"""A tensor of this size is sent from where it is stored; smaller ones are copied together first."""
+
 
 class TensorHeader(msgspec.Struct, frozen=True, array_like=True):
     """One tensor in a payload."""
@@ -27,11 +32,6 @@ class TensorHeader(msgspec.Struct, frozen=True, array_like=True):
 
 Bucket = list[tuple[list[TensorHeader], torch.Tensor]]
 """Payloads, each with the tensors in it."""
-
-ALIGNMENT = 64
-"""Pieces start at multiples of this many bytes, so that every dtype can be viewed in place."""
-ALONE_BYTES = 1 << 20
-"""A tensor of this size is sent from where it is stored; smaller ones are copied together first."""
 
 
 def send(group: Group, tensors: Iterator[tuple[str, torch.Tensor]], bucket_bytes: int) -> int:

@@ -88,12 +88,12 @@ class RolloutClient:
         rollout.all_dead_timeout_s, if a request is refused, or, within a second, once ``cancelled`` returns true (the
         engines then drop the requests); ValueError if a prompt leaves no room for a response.
         """
-        wanted = self.plan(prompts, iteration, num_samples, known)
-        return asyncio.run(self.generate_async(wanted, policy_version, sampling, on_rollout, cancelled))
+        requests = self.plan(prompts, iteration, num_samples, known)
+        return asyncio.run(self.generate_async(requests, policy_version, sampling, on_rollout, cancelled))
 
     async def generate_async(
         self,
-        wanted: list[PendingRequest],
+        requests: list[PendingRequest],
         policy_version: int,
         sampling: Sampling,
         on_rollout: Callable[[Rollout], None],
@@ -102,13 +102,13 @@ class RolloutClient:
         """See generate."""
         async with engine_http.open_session(read_secret(self.rendezvous / SECRET)) as session:
             fleet = Fleet(self.rendezvous, session, policy_version, self.config.health_timeout_s)
-            return await _Generation(self, session, fleet, sampling, wanted, on_rollout, cancelled).run()
+            return await _Generation(self, session, fleet, sampling, requests, on_rollout, cancelled).run()
 
     def plan(
         self, prompts: Sequence[Prompt], iteration: int, num_samples: int, known: Collection[RequestId] = ()
     ) -> list[PendingRequest]:
         """The requests of an iteration without the ``known`` ones; the same prompts always give the same seeds."""
-        wanted: list[PendingRequest] = []
+        requests: list[PendingRequest] = []
         for prompt in prompts:
             room = min(self.config.max_tokens, self.max_length - len(prompt.token_ids))
             if room < 1:
@@ -120,9 +120,9 @@ class RolloutClient:
                 seed = sample_seed(self.run_seed, iteration, prompt.prompt_id, sample)
                 if (prompt.prompt_id, sample, seed) in known:
                     continue
-                request = GenerateRequest(len(wanted), list(prompt.token_ids), room, seed)
-                wanted.append(PendingRequest(prompt, sample, request))
-        return wanted
+                request = GenerateRequest(len(requests), list(prompt.token_ids), room, seed)
+                requests.append(PendingRequest(prompt, sample, request))
+        return requests
 
 
 class _Generation:
@@ -134,22 +134,22 @@ class _Generation:
         session: aiohttp.ClientSession,
         fleet: Fleet,
         sampling: Sampling,
-        wanted: list[PendingRequest],
+        requests: list[PendingRequest],
         on_rollout: Callable[[Rollout], None],
         cancelled: Callable[[], bool],
     ) -> None:
         self.client, self.config, self.session, self.fleet = client, client.config, session, fleet
-        self.sampling, self.wanted, self.on_rollout, self.cancelled = sampling, wanted, on_rollout, cancelled
-        self.waiting = deque(wanted)
+        self.sampling, self.requests, self.on_rollout, self.cancelled = sampling, requests, on_rollout, cancelled
+        self.waiting = deque(requests)
         self.rollouts: dict[int, Rollout] = {}
         self.failure: BaseException | None = None
-        self.progress = Progress("rollouts", len(wanted), unit="tok") if client.show_progress else None
+        self.progress = Progress("rollouts", len(requests), unit="tok") if client.show_progress else None
 
     async def run(self) -> list[Rollout]:
         """Until every response is there; raises what went wrong."""
         watch = asyncio.create_task(self.fleet.watch())
         try:
-            while len(self.rollouts) < len(self.wanted):
+            while len(self.rollouts) < len(self.requests):
                 self.fleet.changed.clear()
                 self.dispatch()
                 with suppress(TimeoutError):
@@ -159,7 +159,7 @@ class _Generation:
             watch.cancel()
             for member in self.fleet.members.values():
                 member.take_out("generation is over")
-        return [self.rollouts[index] for index in range(len(self.wanted))]
+        return [self.rollouts[index] for index in range(len(self.requests))]
 
     def check(self, watch: asyncio.Task) -> None:
         """Raise what went wrong, or if no engine could be used for too long."""
@@ -174,7 +174,7 @@ class _Generation:
             raise RolloutError(
                 f"no engine with policy version {self.fleet.policy_version} for {dead_s:.0f} s "
                 f"(rollout.all_dead_timeout_s = {self.config.all_dead_timeout_s:g}); "
-                f"{len(self.wanted) - len(self.rollouts)} of {len(self.wanted)} responses are missing. "
+                f"{len(self.requests) - len(self.rollouts)} of {len(self.requests)} responses are missing. "
                 f"{self.fleet.describe()}"
             )
 
@@ -262,7 +262,7 @@ class _Generation:
 
     @staticmethod
     def release(member: Member, items: Iterable[PendingRequest]) -> None:
-        """These requests are with the engine no more."""
+        """These requests are no longer with the engine."""
         for item in items:
             member.requests_in_flight -= 1
             member.tokens_in_flight -= item.tokens

@@ -1,5 +1,5 @@
-"""The command line and environment of one engine: vLLM's own HTTP server with this project's front, scheduler and
-weight receiver plugged in."""
+"""The command line and environment of one engine: vLLM's own HTTP server with this project's middleware, scheduler
+and weight receiver plugged in."""
 
 import json
 import os
@@ -43,6 +43,7 @@ class Placement:
 def command(
     model: Path,
     engine: EngineConfig,
+    *,
     dtype: str,
     max_length: int,
     address: str,

@@ -49,7 +49,7 @@ async def generate(
 
 
 async def status(session: aiohttp.ClientSession, engine: Engine, timeout_s: float) -> Status:
-    """What the engine says of itself. Raises one of FAILURES."""
+    """The state of the engine. Raises one of FAILURES."""
     async with session.get(engine.url + STATUS, timeout=aiohttp.ClientTimeout(total=timeout_s)) as reply:
         reply.raise_for_status()
         return msgspec.json.decode(await reply.read(), type=Status)

@@ -32,14 +32,14 @@ BACKEND = "vcppo"
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """The push that is about to start: a wire.SyncRequest as plain types."""
+    """The push that is about to start: a messages.SyncRequest as plain types."""
 
     request: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Nothing: the streams describe themselves."""
+    """Empty: tensor names and shapes travel with the stream."""
 
 
 class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -131,7 +131,7 @@ class WorkerExtension:
 
 
 def read_folder(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the safetensors files of a folder."""
+    """Name and tensor, in its shape in the Hugging Face format, from the safetensors files of a folder."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)

@@ -11,6 +11,7 @@ from megatron_vcppo.rollout import engine_http, rendezvous
 from megatron_vcppo.rollout.rendezvous import Engine
 
 PROBE_TIMEOUT_S = 10.0
+POLL_S = 1.0
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Member:
     calls: set[asyncio.Task] = field(default_factory=set)
 
     def take_out(self, trouble: str) -> None:
-        """Use it no more until it answers again; its calls end, which gives their requests to others."""
+        """Stop using it until it answers again; its calls end, which gives their requests to others."""
         self.usable, self.trouble = False, trouble
         for call in self.calls - {asyncio.current_task()}:
             call.cancel()
@@ -41,10 +42,9 @@ class Fleet:
         session: aiohttp.ClientSession,
         policy_version: int,
         health_timeout_s: float,
-        poll_s: float = 1.0,
     ) -> None:
         self.folder, self.session, self.policy_version = folder, session, policy_version
-        self.health_timeout_s, self.poll_s = health_timeout_s, poll_s
+        self.health_timeout_s = health_timeout_s
         self.members: dict[tuple[str, int, int], Member] = {}
         self.changed = asyncio.Event()
         """Set whenever an engine became usable or unusable."""
@@ -59,7 +59,7 @@ class Fleet:
         """Runs until cancelled."""
         while True:
             await self.look()
-            await asyncio.sleep(self.poll_s)
+            await asyncio.sleep(POLL_S)
 
     async def look(self) -> None:
         """One round of questions."""

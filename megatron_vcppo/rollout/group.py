@@ -33,6 +33,11 @@ import torch.distributed as dist
 
 from megatron_vcppo.config.network import listen
 
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+ABORT_TIMEOUT_S = 10.0
+"""What ending a communicator may take."""
+
 
 class Lane:
     """A stream on one device. Example: ``with lane.entered(): group.wait(work)``, in any thread."""
@@ -74,14 +79,6 @@ class Lane:
             self.stream.synchronize()
 
 
-T = TypeVar("T")
-
-log = logging.getLogger(__name__)
-
-ABORT_TIMEOUT_S = 10.0
-"""What ending a communicator may take."""
-
-
 class Deadline:
     """A moment that several waits share."""
 
@@ -116,7 +113,7 @@ class Group:
         return self.lane.device
 
     def broadcast(self, tensor: torch.Tensor) -> dist.Work:
-        """Start sending (rank 0) or filling (the others) a contiguous tensor on this group's device."""
+        """Start sending (rank 0) or filling (the others) a contiguous tensor of any shape on this group's device."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor, options.timeout = 0, 0, self.deadline.left()
         self.lane.follow()

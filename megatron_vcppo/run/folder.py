@@ -18,6 +18,7 @@ from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest, verify_man
 
 STATE_NAME = "state.json"
 """In a checkpoint: the iteration and what the stage keeps besides weights."""
+RECENT_BYTES = 1 << 18
 _ITERATION = re.compile(r"iter_(\d{7,})$")
 
 
@@ -161,9 +162,9 @@ class StageFolder:
         attempts = self.attempts()
         return self.attempt(_attempt_number(attempts[-1]) + 1 if attempts else 1)
 
-    def recent_metrics(self, limit_bytes: int = 1 << 18) -> list[dict[str, Any]]:
-        """The last records of the metrics log, as many as fit into ``limit_bytes``."""
-        return read_json_lines(self.metrics, limit_bytes)
+    def recent_metrics(self) -> list[dict[str, Any]]:
+        """The last records of the metrics log, as many as fit into RECENT_BYTES."""
+        return read_json_lines(self.metrics, RECENT_BYTES)
 
     def progress(self, rollouts: Path) -> list[int]:
         """What a start of the stage leaves to the next one, as numbers that change if there is more of it.

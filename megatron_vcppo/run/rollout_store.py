@@ -26,6 +26,11 @@ _decoder = msgspec.json.Decoder(Rollout)
 _SUFFIX = ".jsonl.zst"
 _NAME = re.compile(r"(iter_\d{7,})_0of1\.jsonl\.zst")
 _PARTIAL = re.compile(r"partial_(-?\d+)_\d+of\d+\.jsonl\.zst")
+Origin = dict[str, Any]
+"""Dotted key → value."""
+ORIGIN_NAME = "origin.json"
+SET_NAME = "set.json"
+"""Written last of all into the folder of a set."""
 
 
 def write_rollouts(folder: Path, iteration: int, rollouts: Iterable[Rollout]) -> Path:
@@ -107,12 +112,6 @@ def _path(folder: Path, iteration: int) -> Path:
     return folder / f"{iteration_name(iteration)}_0of1{_SUFFIX}"
 
 
-Origin = dict[str, Any]
-"""Dotted key → value."""
-
-ORIGIN_NAME = "origin.json"
-
-
 def origin_differences(folder: Path, made: Origin) -> list[str]:
     """The keys in which what made a folder's rollouts differs; empty if nothing is recorded."""
     try:
@@ -144,10 +143,6 @@ def claim(folder: Path, made: Origin, reached: int) -> None:
                 drop_partial(folder, iteration)
         unmark_complete(folder)
     write_json(folder / ORIGIN_NAME, made)
-
-
-SET_NAME = "set.json"
-"""Written last of all into the folder of a set."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is said of a PPO iteration besides its metrics: the progress line, profiles, warnings that name a failure."""
+"""Reports of a PPO iteration besides its metrics: the progress line, profiles, warnings that name a failure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

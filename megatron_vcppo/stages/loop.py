@@ -88,7 +88,7 @@ class PartialStep(Protocol):
         """What JSON can hold."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """On the CPU; what the rest of the step reads and moved weights no longer give."""
+        """On the CPU, of any shapes: what the rest of the step reads and moved weights no longer give."""
 
 
 class PhaseTimer:

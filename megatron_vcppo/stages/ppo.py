@@ -242,7 +242,7 @@ class Ppo:
         return bounded(self.outputs(batch, "values", critic.values), self.config.values)
 
     def check_outputs(self, mask: Tensor, outputs: ModelOutputs) -> None:
-        """Raise UserError for what is not finite.
+        """Raise UserError for a non-finite output; mask: bool [B, T].
 
         Non-finite updates are skipped, so a non-finite output here means that the weights themselves have diverged.
         """

@@ -1,4 +1,4 @@
-"""The models of PPO, and what they say of a batch."""
+"""The models of PPO, their push to the engines, and their outputs for a batch."""
 
 from collections.abc import Callable, Sequence
 

@@ -31,10 +31,8 @@ class PromptSampler:
 
     def __init__(self, config: Config, session: RolloutSession, stream: PromptStream) -> None:
         self.config, self.session, self.stream = config.ppo, session, stream
-        self.sampling, self.num_samples = (
-            training_sampling(config.rollout, session.runtime.is_main),
-            config.rollout.num_samples,
-        )
+        self.sampling = training_sampling(config.rollout, session.runtime.is_main)
+        self.num_samples = config.rollout.num_samples
         self.prefetched: Prefetched | None = None
 
     def next_batch(self, iteration: int) -> list[Rollout]:

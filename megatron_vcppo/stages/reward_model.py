@@ -1,7 +1,7 @@
 """A reward model: a scalar head on the SFT model that scores a response at its last token.
 
 The paper's baseline takes its critic from such a model. Trained to reject incomplete responses, it scores every
-prefix low, and a critic that starts from it favours giving up early: ``reward_model.cut_share`` is the dial.
+prefix low, and a critic that starts from it favors giving up early: ``reward_model.truncated_share`` is the dial.
 """
 
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ def label_responses(
     examples = []
     for rollout in rollouts:
         response, good = rollout.response_ids, rollout.is_correct
-        if generator.random() < settings.cut_share and len(response) > 1:
+        if generator.random() < settings.truncated_share and len(response) > 1:
             response, good = response[: int(generator.integers(1, len(response)))], False
         ids = (*rollout.prompt.token_ids, *response, 0)
         no, zeros = (False,) * (len(ids) - 1), (0.0,) * (len(ids) - 1)

@@ -78,7 +78,7 @@ def train_step(actor: Actor, batch: list[TrainSequence], packer: Packer) -> Step
 
 
 def step_metrics(result: StepResult, epoch: float, num_tokens: int, seconds: float) -> dict[str, float]:
-    """What the log says of a step."""
+    """The metrics of a step, as they are logged."""
     return {
         "sft/loss": result.metrics["loss"],
         "sft/entropy": result.metrics["entropy"],

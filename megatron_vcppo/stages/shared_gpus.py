@@ -18,7 +18,7 @@ from megatron_vcppo.mcore.model import torch_dtype
 from megatron_vcppo.mcore.offload import HostMemory, Storage, drop_fp8_copies, weights
 from megatron_vcppo.rollout.node_folder import TRAINER, Holder, NodeFolder
 from megatron_vcppo.stages.stage import Stage
-from megatron_vcppo.weight_sync.rank_role import make_sleeping_sync, place_on_node, role_of
+from megatron_vcppo.weight_sync.rank_role import make_sleeping_sync, role_of, role_on_node
 from megatron_vcppo.weight_sync.sync import POLL_S, WeightSyncError
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class SharedGpus:
                 "disk"
             )
         if uses_memory and num_nodes > 1:
-            role = place_on_node(runtime.pp_rank, runtime.rank, local_rank, runtime.tp_size)
+            role = role_on_node(runtime.pp_rank, runtime.rank, local_rank, runtime.tp_size)
         else:
             role = role_of(runtime.pp_rank, runtime.pp_size, runtime.tp_rank, runtime.dp_rank, runtime.cp_rank)
         self.sync = make_sleeping_sync(config, rendezvous, role, runtime.device, self.node, uses_memory)
@@ -108,7 +108,7 @@ class SharedGpus:
         self.sync.put_to_sleep(self.config.rollout.engine.sleep_level)
         self._wait_for_starting()  # those that were withdrawn meanwhile are being ended
         self.sync.held_version = None
-        if self.sync.place.is_sender:
+        if self.sync.role.is_sender:
             self.sync.transport.drop()
         self.host.give_back()
         self.engines_have_it = False

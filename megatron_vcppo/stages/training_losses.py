@@ -111,7 +111,7 @@ class CriticLoss:
 
 
 def bounded(values: Tensor, config: ValuesConfig) -> Tensor:
-    """Values as GAE and the loss read them."""
+    """Values, of any shape, as GAE and the loss read them: within ``config.bounds`` if there are any."""
     return values if config.bounds is None else bound_values(values, *config.bounds)
 
 

@@ -64,7 +64,7 @@ class Unfinished:
         return {"identity": self.identity, "report": self.metrics}
 
     def tensors(self) -> dict[str, Tensor]:
-        """As they were loaded."""
+        """As they were loaded: float32 [valid tokens of the batch] each."""
         return self.saved_outputs
 
     @property

@@ -49,7 +49,12 @@ def run(config: Config) -> None:
                 session.trainer_turn()
                 loop.point()
                 result = learn_returns(
-                    critic, batch, stage.packer, config.returns, config.values, config.rollout.max_tokens
+                    critic,
+                    batch,
+                    stage.packer,
+                    returns_config=config.returns,
+                    values_config=config.values,
+                    max_tokens=config.rollout.max_tokens,
                 )
                 metrics = step_metrics(result, batch, loop.step_seconds)
                 fit.add(metrics["critic/explained_variance"], metrics["critic/value_loss"])
@@ -63,30 +68,36 @@ def run(config: Config) -> None:
 
 
 def learn_returns(
-    critic: Critic, batch: RolloutBatch, packer: Packer, config: ReturnsConfig, values: ValuesConfig, max_tokens: int
+    critic: Critic,
+    batch: RolloutBatch,
+    packer: Packer,
+    *,
+    returns_config: ReturnsConfig,
+    values_config: ValuesConfig,
+    max_tokens: int,
 ) -> StepResult:
     """One optimizer step on ½(V - R)² with Monte-Carlo returns; the metrics are those of V before the step.
 
-    config: as in the PPO stage that follows, whose returns these are. max_tokens: the limit of a response.
+    returns_config: as in the PPO stage that follows, whose returns these are. max_tokens: the limit of a response.
     """
-    rewards = token_rewards(episode_rewards(batch, config, max_tokens), batch.response_mask)
+    rewards = token_rewards(episode_rewards(batch, returns_config, max_tokens), batch.response_mask)
     _, returns = decoupled_gae(
         rewards=rewards,
         values=torch.zeros_like(rewards),
         mask=batch.response_mask,
-        gamma=config.gamma,
+        gamma=returns_config.gamma,
         lam_actor=1.0,
         lam_critic=1.0,
     )
-    mask = trained_mask(batch, config)
+    mask = trained_mask(batch, returns_config)
     tensors = {"response_mask": mask, "returns": returns}
     shard = packer.shard(batch.sequence_lengths)
     microbatches = packer.pack(batch.sequences(shard, tensors), field_types(tensors))
-    return critic.train_step(microbatches, CriticLoss(values, float(mask.sum())))
+    return critic.train_step(microbatches, CriticLoss(values_config, float(mask.sum())))
 
 
 def step_metrics(result: StepResult, batch: RolloutBatch, seconds: float) -> dict[str, float]:
-    """What the log says of a step."""
+    """The metrics of a step, as they are logged."""
     metrics = {f"critic/{name}": value for name, value in result.metrics.items()}
     metrics["critic/explained_variance"] = explained_variance(result.metrics)
     metrics |= {"critic/grad_norm": result.grad_norm, "critic/learning_rate": result.learning_rate}

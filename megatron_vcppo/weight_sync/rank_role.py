@@ -24,7 +24,7 @@ NCCL, whose watchdog ends them after run.timeout_s. An engine that hangs would t
 
 
 def role_of(pp_rank: int, pp_size: int, tp_rank: int, dp_rank: int, cp_rank: int = 0) -> SyncRole:
-    """The place of a rank by its coordinates."""
+    """The role of a rank by its coordinates."""
     takes_part = dp_rank == 0 and cp_rank == 0
     is_sender = takes_part and tp_rank == 0
     return SyncRole(
@@ -36,8 +36,8 @@ def role_of(pp_rank: int, pp_size: int, tp_rank: int, dp_rank: int, cp_rank: int
     )
 
 
-def place_on_node(pp_rank: int, rank: int, local_rank: int, tp_size: int) -> SyncRole:
-    """The place of a rank where every node holds a whole replica and sends it to its own engines."""
+def role_on_node(pp_rank: int, rank: int, local_rank: int, tp_size: int) -> SyncRole:
+    """The role of a rank where every node holds a whole replica and sends it to its own engines."""
     return SyncRole(
         pp_rank=pp_rank,
         pp_size=1,
@@ -62,14 +62,14 @@ def make_exchange(timeout_s: float) -> Callable[[Any], list[Any]]:
     return exchange
 
 
-def make_weight_sync(config: Config, rendezvous: Path, place: SyncRole, device: torch.device) -> WeightSync:
+def make_weight_sync(config: Config, rendezvous: Path, role: SyncRole, device: torch.device) -> WeightSync:
     """The pushes of a stage; collective. With transport: disk the weights pass through the rendezvous folder."""
     exchange = make_exchange(config.weight_sync.timeout_s + EXCHANGE_MARGIN_S)
-    return WeightSync(config.weight_sync, rendezvous, place, exchange, _make_transport(config, rendezvous, device))
+    return WeightSync(config.weight_sync, rendezvous, role, exchange, _make_transport(config, rendezvous, device))
 
 
 def make_sleeping_sync(
-    config: Config, rendezvous: Path, place: SyncRole, device: torch.device, node: NodeFolder, uses_memory: bool
+    config: Config, rendezvous: Path, role: SyncRole, device: torch.device, node: NodeFolder, uses_memory: bool
 ) -> SleepingSync:
     """The same for engines on the trainer's GPUs. uses_memory: the weights pass through the memory of each node."""
     exchange = make_exchange(config.weight_sync.timeout_s + EXCHANGE_MARGIN_S)
@@ -78,7 +78,7 @@ def make_sleeping_sync(
         transport = HostTransport(node, rendezvous, config.weight_sync.bucket_mib * 2**20)
     else:
         transport = _make_transport(config, rendezvous, device, backend="gloo")
-    return SleepingSync(config.weight_sync, rendezvous, place, exchange, transport)
+    return SleepingSync(config.weight_sync, rendezvous, role, exchange, transport)
 
 
 def _make_transport(config: Config, rendezvous: Path, device: torch.device, backend: str | None = None) -> Transport:

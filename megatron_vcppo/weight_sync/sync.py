@@ -58,9 +58,9 @@ class WeightSync:
     """One trainer rank's part in all pushes of a stage."""
 
     def __init__(
-        self, config: WeightSyncConfig, folder: Path, place: SyncRole, exchange: Exchange, transport: Transport
+        self, config: WeightSyncConfig, folder: Path, role: SyncRole, exchange: Exchange, transport: Transport
     ) -> None:
-        self.config, self.folder, self.place, self.exchange = config, folder, place, exchange
+        self.config, self.folder, self.role, self.exchange = config, folder, role, exchange
         self.transport = transport
         self.pool = ThreadPoolExecutor(1, "weight_sync")
         self.held_version: int | None = None
@@ -109,7 +109,7 @@ class WeightSync:
 
     def answering(self, but: int | None = None) -> list[Target]:
         """The engines that answer now, as the driver sees them; ``but``: without those that hold this version."""
-        found = self.exchange(asyncio.run(self._ask(but)) if self.place.is_driver else None)
+        found = self.exchange(asyncio.run(self._ask(but)) if self.role.is_driver else None)
         return next(targets for targets in found if targets is not None)
 
     async def _ask(self, but: int | None) -> list[Target]:
@@ -138,17 +138,17 @@ class WeightSync:
         if not targets:
             raise WeightSyncError(f"no engine in {self.folder} answers: nothing to push to", [])
         started = time.monotonic()
-        mine = (self.place.pp_rank, *self.transport.meet(targets)) if self.place.is_sender else None
+        mine = (self.role.pp_rank, *self.transport.meet(targets)) if self.role.is_sender else None
         points = [point[1:] for point in sorted(point for point in self.exchange(mine) if point)]
         reports: Future[dict[Engine, SyncReport]] | None = None
-        if self.place.is_driver and self.transport.live:
+        if self.role.is_driver and self.transport.live:
             reports = self.pool.submit(asyncio.run, self._tell(policy_version, targets, points))
         if again and self.held_version == policy_version:
             errors, num_bytes = [""], 0
         else:
             errors, num_bytes = self._send_all(policy_version, source, targets)
             self.held_version = policy_version if not self.transport.live and not any(errors) else None
-        if self.place.is_driver and not self.transport.live and not any(errors):
+        if self.role.is_driver and not self.transport.live and not any(errors):
             reports = self.pool.submit(asyncio.run, self._tell(policy_version, targets, []))
         mine_told = (reports.result(), time.monotonic() - started) if reports else None
         told, seconds = next((answer for answer in self.exchange(mine_told) if answer), ({}, 0.0))
@@ -162,16 +162,16 @@ class WeightSync:
     def _send_all(self, policy_version: int, source: Source, targets: list[Target]) -> tuple[list[str], int]:
         """Send stage by stage; returns the error of each rank ("" if none) and the bytes of all stages."""
         error, sent, total = "", 0, 0
-        if self.place.is_sender:
+        if self.role.is_sender:
             try:
                 self.transport.connect(targets)
             except Exception as problem:
                 error = f"connecting: {problem}"
         errors = self.exchange(error)
-        for pp_rank in range(self.place.pp_size):
+        for pp_rank in range(self.role.pp_size):
             if any(errors):
                 break
-            if self.place.takes_part and self.place.pp_rank == pp_rank:
+            if self.role.takes_part and self.role.pp_rank == pp_rank:
                 error, sent = self._send_stage(policy_version, source, pp_rank)
             errors = self.exchange(error)
         total = sum(self.exchange(sent))
@@ -180,7 +180,7 @@ class WeightSync:
     def _send_stage(self, policy_version: int, source: Source, pp_rank: int) -> tuple[str, int]:
         tensors = source()
         try:
-            if self.place.is_sender:
+            if self.role.is_sender:
                 return "", self.transport.send(tensors, policy_version, pp_rank)
         except Exception as problem:
             log.warning("sending pipeline stage %d of policy version %d failed", pp_rank, policy_version, exc_info=True)

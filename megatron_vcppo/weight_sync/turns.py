@@ -29,9 +29,9 @@ class SleepingSync(WeightSync):
     """``WeightSync`` whose engines are awake from a push to ``put_to_sleep``."""
 
     def __init__(
-        self, config: WeightSyncConfig, folder: Path, place: SyncRole, exchange: Exchange, transport: Transport
+        self, config: WeightSyncConfig, folder: Path, role: SyncRole, exchange: Exchange, transport: Transport
     ) -> None:
-        super().__init__(config, folder, place, exchange, transport)
+        super().__init__(config, folder, role, exchange, transport)
         self.after_push: Callable[[], None] = lambda: None
         """Called on every rank when engines have their weights and before they take their cache."""
         self.turn_timeout_s = min(TURN_TIMEOUT_S, config.timeout_s)
@@ -58,7 +58,7 @@ class SleepingSync(WeightSync):
         """
         deadline = time.monotonic() + self.config.timeout_s
         request = SleepRequest(level, self.turn_timeout_s)
-        while awake := self._turn(rendezvous.engines(self.folder) if self.place.is_driver else [], request):
+        while awake := self._turn(rendezvous.engines(self.folder) if self.role.is_driver else [], request):
             if self.exchange(time.monotonic() > deadline)[0]:
                 raise WeightSyncError(
                     f"engines are not asleep after {self.config.timeout_s:g} s: {_causes(awake)}", list(awake)
@@ -67,7 +67,7 @@ class SleepingSync(WeightSync):
 
     def _turn(self, engines: Sequence[Engine], request: SleepRequest | WakeRequest) -> dict[Engine, str]:
         """The engines that did not do it, and why; the same on every rank."""
-        mine = asyncio.run(self._ask_turn(engines, request)) if self.place.is_driver and engines else {}
+        mine = asyncio.run(self._ask_turn(engines, request)) if self.role.is_driver and engines else {}
         return next((failed for failed in self.exchange(mine) if failed), {})
 
     async def _ask_turn(self, engines: Sequence[Engine], request: SleepRequest | WakeRequest) -> dict[Engine, str]:

@@ -127,13 +127,13 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(tmp_path: Path) -> No
 
     def resume() -> tuple[int, str]:
         actor, _ = start(hf, ParallelConfig())
-        sys.stdout = said = io.StringIO()
+        sys.stdout = printed = io.StringIO()
         resumed = checkpoint_folder(folder, hf).resume({"actor": actor})
-        return (resumed.iteration if resumed else -1), said.getvalue()
+        return (resumed.iteration if resumed else -1), printed.getvalue()
 
-    ((iteration, said),) = run_distributed_test(resume, 1)
+    ((iteration, printed),) = run_distributed_test(resume, 1)
     assert iteration == 2
-    assert said.startswith("warning: skipping a damaged checkpoint") and f"{shard.name}: corrupt" in said
+    assert printed.startswith("warning: skipping a damaged checkpoint") and f"{shard.name}: corrupt" in printed
 
 
 def test_checkpoints_of_another_model_or_chain_are_refused_in_words(tmp_path: Path) -> None:
@@ -263,25 +263,25 @@ def test_a_rank_that_ends_does_not_wait_for_its_writers(tmp_path: Path) -> None:
 
     process = multiprocessing.get_context("fork").Process(target=rank)
     process.start()
-    process.join(10)
+    process.join(50)
     try:
         assert process.exitcode == 2
     finally:
         process.kill()
 
 
-def test_a_changed_configuration_is_said(tmp_path: Path) -> None:
+def test_a_changed_configuration_is_reported(tmp_path: Path) -> None:
     hf = save_tiny_model(tmp_path / "hf")
 
     def body() -> list[str]:
         actor, _ = start(hf, ParallelConfig())
         checkpoint_folder(tmp_path / "ck", hf).save(1, {"actor": actor}, {})
-        said = []
+        printed = []
         for seed in (0, 1):
             sys.stdout = output = io.StringIO()
             checkpoint_folder(tmp_path / "ck", hf, seed=seed).resume({"actor": actor})
-            said.append(output.getvalue())
-        return said
+            printed.append(output.getvalue())
+        return printed
 
     same, changed = run_distributed_test(body, 1)[0]
     assert same == "" and "iter_0000001 was saved under another configuration" in changed

@@ -85,8 +85,8 @@ def test_logits_agree_with_transformers(tmp_path, family, tied, dtype):
 def test_the_logits_check_passes_a_good_export_and_stops_a_wrong_one(tmp_path):
     hf = save_tiny_model(tmp_path / "hf", "llama")
     import_hf(hf, tmp_path / "imported", 2, 1)
-    said = export_hf(tmp_path / "imported", tmp_path / "out")
-    assert said.startswith("logits of 16 tokens agree")
+    result = export_hf(tmp_path / "imported", tmp_path / "out")
+    assert result.startswith("logits of 16 tokens agree")
     # Another rope base changes no tensor: only the logits tell.
     config = (tmp_path / "out" / "config.json").read_text()
     (tmp_path / "out" / "config.json").write_text(config.replace("10000.0", "500.0"))

@@ -88,8 +88,8 @@ def test_what_does_not_fit_the_config_is_listed_and_nothing_is_loaded(tmp_path: 
         stream.truncate(100_000)
     folders.append(save_tiny_model(tmp_path / "tied", "llama", tied=True))
     rewrite(folders[-1], lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
-    said = [message for _, message in cases] + [r"truncated or damaged: 100000 bytes", "ties the output layer"]
-    for error, message in zip(load_all(folders), said, strict=True):
+    messages = [message for _, message in cases] + [r"truncated or damaged: 100000 bytes", "ties the output layer"]
+    for error, message in zip(load_all(folders), messages, strict=True):
         assert isinstance(error, str) and re.search(message, error), error
 
 

@@ -12,7 +12,7 @@ from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.hf_weights_io import load_hf, stream_hf
 from megatron_vcppo.mcore.model import build_actor
 from megatron_vcppo.rollout.node_folder import NodeFolder
-from megatron_vcppo.weight_sync.rank_role import place_on_node
+from megatron_vcppo.weight_sync.rank_role import role_on_node
 from megatron_vcppo.weight_sync.transport import HostTransport
 from tests.helpers.distributed import run_distributed_test
 from tools.benchmarks._tiny_models import save_tiny_model
@@ -27,11 +27,11 @@ def write(hf: Path, rendezvous: Path) -> tuple[bool, Weights, Weights, bool]:
     model = build_actor(Architecture.from_hf(hf), ModelConfig(hf=str(hf), dtype="float32"), parallel)
     load_hf(model, hf)
     node, local_rank = divmod(world.rank, 2)
-    place = place_on_node(world.pp_rank, world.rank, local_rank, world.tp_size)
-    assert place.takes_part and place.pp_size == 1 and place.is_driver == (world.rank == 0)
+    role = role_on_node(world.pp_rank, world.rank, local_rank, world.tp_size)
+    assert role.takes_part and role.pp_size == 1 and role.is_driver == (world.rank == 0)
     folder = NodeFolder(rendezvous, node)
     transport = HostTransport(folder, rendezvous, 1 << 14)
-    if not place.is_sender:
+    if not role.is_sender:
         assert [list(stream_hf(model)) for _ in range(2)] == [[], []]
         torch.distributed.barrier()
         torch.distributed.barrier()

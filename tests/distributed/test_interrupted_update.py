@@ -34,7 +34,7 @@ NUM_STEPS = 12
 
 
 def train_up_to(config: Config, rollouts: list[Rollout], folder: Path, num_steps: int) -> dict[str, Any] | None:
-    """On one rank: resume from the checkpoint in ``folder``, train until so many steps are done, save.
+    """On one rank: resume from the checkpoint in ``folder``, train until a number of steps is done, save.
 
     Returns metrics and outputs of both models once all steps are done; else None.
     """

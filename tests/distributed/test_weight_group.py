@@ -38,90 +38,82 @@ def join(port: int, rank: int, size: int) -> Group:
     return join_group(store, rank, size, "gloo", CPU, DEADLINE_S, "127.0.0.1")
 
 
-def sender(fault: str, port: int) -> tuple[str, float, int]:
+def sender(port: int) -> tuple[str, int]:
     """Rank 0 pushes to two receivers of which the second has a fault, then to the first alone.
 
-    Returns the first error, after how many seconds, and the bytes of the second push.
+    Returns the first error and the bytes of the second push.
     """
     transport = NetworkTransport("127.0.0.1", CPU, 1 << 20, DEADLINE_S)
     tell = torch.distributed.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
-    started, error = time.monotonic(), ""
+    error = ""
     tell.set("first", str(transport.meet(TARGETS)[1]))
     try:
         transport.connect(TARGETS)
         transport.send(tensors(), 1, 0)
     except RuntimeError as problem:
         error = str(problem)
-    seconds = time.monotonic() - started
     transport.close()
     tell.set("second", str(transport.meet(TARGETS[:1])[1]))
     transport.connect(TARGETS[:1])
     sent = transport.send(tensors(), 1, 0)
     tell.wait(["taken"])
-    return error, seconds, sent
+    return error, sent
 
 
-def receiver(fault: str, port: int) -> tuple[str, float, int]:
-    """Rank 1 is sound; rank 2 has the fault."""
+def receiver(fault: str, port: int) -> tuple[str, int]:
+    """Rank 1 is sound; rank 2 has the fault. What hangs there hangs until the second push is complete: that nobody
+    waits for it needs no clock."""
     rank = int(os.environ["RANK"])
     tell = torch.distributed.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False)
-    meeting, started = int(tell.get("first")), time.monotonic()
+    meeting = int(tell.get("first"))
     if rank == 2:
         if fault == "never connects":
-            return fault, 0.0, 0
+            return fault, 0
         if fault == "hangs before it connects":  # it has met the others: its main thread is stopped after that
-            group_module._make_gloo = lambda *_: time.sleep(2 * DEADLINE_S)
+            group_module._make_gloo = lambda *_: tell.wait(["taken"])
             with pytest.raises(RuntimeError):
                 join(meeting, 2, 3)
-            return fault, 0.0, 0
+            return fault, 0
         buckets = receive(join(meeting, 2, 3))
         next(buckets)
         if fault == "dies in the middle":
             held.append(buckets)  # what ends it is the process's exit, as if it were killed
-            return fault, 0.0, 0
-        time.sleep(2 * DEADLINE_S)
-        return fault, 0.0, 0
+            return fault, 0
+        tell.wait(["taken"])
+        return fault, 0
     error = ""
     try:
         list(receive(join(meeting, 1, 3)))
     except RuntimeError as problem:
         error = str(problem)
-    seconds = time.monotonic() - started
     taken = sum(tensor.nbytes for _, tensor in unpack(receive(join(int(tell.get("second")), 1, 2))))
     tell.set("taken", "")
-    return error, seconds, taken
+    return error, taken
 
 
 @pytest.mark.parametrize(
     "fault", ["never connects", "hangs before it connects", "hangs in the middle", "dies in the middle"]
 )
 def test_a_faulty_receiver_costs_the_push_and_the_next_one_works(fault: str) -> None:
-    def rank(port: int) -> tuple[str, float, int]:
-        return (receiver if int(os.environ["RANK"]) else sender)(fault, port)
+    def rank(port: int) -> tuple[str, int]:
+        return receiver(fault, port) if int(os.environ["RANK"]) else sender(port)
 
-    (error, seconds, sent), (other_error, other_seconds, taken), _ = run_distributed_test(
-        rank, 3, free_port("127.0.0.1")
-    )
+    (error, sent), (other_error, taken), _ = run_distributed_test(rank, 3, free_port("127.0.0.1"))
     assert error and other_error, "the fault was not noticed"
-    assert max(seconds, other_seconds) < DEADLINE_S + 1.5
     assert sent == taken == 8 << 20
     if fault == "never connects":
         assert "receivers 2 of 2 did not connect within 2 s" in error
 
 
 def test_a_sender_that_was_killed_before_a_receiver_came_is_not_waited_for() -> None:
-    started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"the sender of the push, at 127.0.0.1:\d+, is gone"):
         reach_store("127.0.0.1", free_port("127.0.0.1"), 60.0)
-    assert time.monotonic() - started < 20
 
 
 def test_what_hangs_in_a_thread_is_abandoned_and_named() -> None:
     never = threading.Event()
-    started = time.monotonic()
     with pytest.raises(RuntimeError, match="connecting 3 ranks over nccl is not done"):
         run_within(0.2, "connecting 3 ranks over nccl", never.wait)
-    assert time.monotonic() - started < 1
     with pytest.raises(TimeoutError, match="of the work"):
         run_within(5, "x", lambda: (_ for _ in ()).throw(TimeoutError("of the work")))
     never.set()
@@ -148,25 +140,24 @@ def test_a_sender_gives_up_before_the_watchdog_of_the_ranks_that_wait_for_it(tmp
     assert isinstance(shorter, NetworkTransport) and shorter.timeout_s == 60
 
 
-def slow(port: int) -> tuple[str, float]:
+def slow(port: int) -> str:
     """A receiver takes a bucket every half second: no single wait is long, all together are."""
     if int(os.environ["RANK"]):
         with suppress(RuntimeError):
             for _ in receive(join(port, 1, 2)):
                 time.sleep(0.5)
-        return "", 0.0
+        return ""
     store = torch.distributed.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
-    started = time.monotonic()
     try:
         send(join_group(store, 0, 2, "gloo", CPU, DEADLINE_S, "127.0.0.1"), tensors(), 1 << 20)
     except RuntimeError as error:
-        return str(error), time.monotonic() - started
-    return "", time.monotonic() - started
+        return str(error)
+    return ""
 
 
 def test_all_waits_of_a_push_share_one_deadline() -> None:
-    (error, seconds), _ = run_distributed_test(slow, 2, free_port("127.0.0.1"))
-    assert error and seconds < DEADLINE_S + 1.0
+    error, _ = run_distributed_test(slow, 2, free_port("127.0.0.1"))
+    assert error
 
 
 class RecordingLane(Lane):

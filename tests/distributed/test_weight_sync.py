@@ -39,8 +39,8 @@ def push(folders: list[Path], versions: list[int], rendezvous: Path, tp: int, pp
     me = runtime.start(parallel, seed=1, timeout_s=60)
     config = Config()
     config.weight_sync.timeout_s, config.weight_sync.bucket_mib = 60.0, 1
-    place = role_of(me.pp_rank, me.pp_size, me.tp_rank, me.dp_rank)
-    sync = make_weight_sync(config, rendezvous, place, torch.device("cpu"))
+    role = role_of(me.pp_rank, me.pp_size, me.tp_rank, me.dp_rank)
+    sync = make_weight_sync(config, rendezvous, role, torch.device("cpu"))
     results = []
     model = build_actor(Architecture.from_hf(folders[0]), ModelConfig(hf=str(folders[0]), dtype="float32"), parallel)
     for folder, version in zip(folders, versions):

@@ -23,7 +23,7 @@ import torch
 from megatron_vcppo.run.processes import die_with_parent, free_port
 
 GRACE_S = 3.0
-"""How long the other ranks may go on once one has failed: long enough to report a failure of their own."""
+"""How long the other ranks may continue once one has failed: long enough to report a failure of their own."""
 LOG_TAIL_CHARACTERS = 1500
 
 

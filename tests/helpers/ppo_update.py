@@ -85,7 +85,7 @@ class Models:
     reference: Reference | None
 
     def token_outputs(self, batch: RolloutBatch) -> dict[str, Tensor]:
-        """Log-probs and values under the weights of now, by name: [B, T]."""
+        """Log-probs and values under the current weights, by name: [B, T]."""
         found = {"logprobs": token_outputs(batch, self.packer, self.actor.logprobs)}
         if self.critic is not None:
             found["values"] = token_outputs(batch, self.packer, self.critic.values)

@@ -53,12 +53,20 @@ def make_config(task: Path, run: Path, sections: dict[str, Any]) -> Config:
         # The node outlives the trainer here: so long an engine may wait for one that was killed in a push.
         "weight_sync": {"timeout_s": 60},
         "value_pretrain": {
-            **{"init": "sft", "steps": 6, "batch_size": 8, "checkpoint": {"save_every": 2}},
-            **{"optimizer": {"lr": 1e-3}},
+            "init": "sft",
+            "steps": 6,
+            "batch_size": 8,
+            "checkpoint": {"save_every": 2},
+            "optimizer": {"lr": 1e-3},
         },
         "ppo": {
-            **{"iterations": 6, "prompts_per_iteration": 8, "minibatches": 2, "checkpoint": {"save_every": 2}},
-            **{"optimizer": {"lr": 1e-3}, "critic": {"optimizer": {"lr": 1e-3}}, "evaluate_every": 3},
+            "iterations": 6,
+            "prompts_per_iteration": 8,
+            "minibatches": 2,
+            "checkpoint": {"save_every": 2},
+            "optimizer": {"lr": 1e-3},
+            "critic": {"optimizer": {"lr": 1e-3}},
+            "evaluate_every": 3,
         },
     }
     merged = OmegaConf.merge(OmegaConf.structured(Config), base, sections)

@@ -16,7 +16,7 @@ def ask_to_stop(rank: int = 0) -> None:
 
 
 def hold_responses(after: int, then: Callable[[], None] = lambda: None) -> Callable[[], bool]:
-    """In this process: the engines answer no more after so many responses. Returns whether they have come to that."""
+    """In this process: engines stop answering after a number of responses. Returns whether they have come to that."""
     generate, seen, held = engine_http.generate, 0, False
 
     async def answer(*arguments: Any) -> AsyncIterator[Any]:

@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,20 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.rollout import engine_command
 from megatron_vcppo.rollout.auth import is_authorized, make_secret, read_secret
 from megatron_vcppo.run.processes import without_trainer
+
+
+def command(model: Path, on_gpu: bool = False, sleeps: bool = False) -> list[str]:
+    return engine_command.command(
+        model,
+        EngineConfig(),
+        dtype="float32",
+        max_length=512,
+        address="127.0.0.1",
+        port=1,
+        on_gpu=on_gpu,
+        seed=0,
+        sleeps=sleeps,
+    )
 
 
 def test_the_first_process_makes_the_secret_and_all_read_the_same(tmp_path) -> None:
@@ -68,7 +83,7 @@ def test_an_engine_is_not_told_that_it_is_a_rank(tmp_path) -> None:
 
 def test_the_secret_is_on_no_command_line(tmp_path) -> None:
     make_secret(tmp_path / "secret")
-    arguments = engine_command.command(tmp_path, EngineConfig(), "float32", 512, "127.0.0.1", 1, on_gpu=False, seed=0)
+    arguments = command(tmp_path)
     variables = engine_command.environment(
         os.environ, EngineConfig(), engine_command.Placement(), tmp_path / "secret", "127.0.0.1"
     )
@@ -92,5 +107,5 @@ def test_workers_share_the_cpus_of_their_engine() -> None:
 @pytest.mark.parametrize(("on_gpu", "sleeps"), [(False, False), (False, True), (True, False), (True, True)])
 def test_sleep_is_switched_on_where_vllm_has_it(tmp_path, on_gpu: bool, sleeps: bool) -> None:
     """On CPU vLLM refuses the option, and its engines can be told to sleep without it."""
-    arguments = engine_command.command(tmp_path, EngineConfig(), "float32", 512, "127.0.0.1", 1, on_gpu, 0, sleeps)
+    arguments = command(tmp_path, on_gpu, sleeps)
     assert ("--enable-sleep-mode" in arguments) == (on_gpu and sleeps)

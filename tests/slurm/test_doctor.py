@@ -16,8 +16,13 @@ from megatron_vcppo.slurm.allreduce_probe import link_rate
 from megatron_vcppo.slurm.software_probe import driver_version
 
 GOOD = {
-    **{"node": "gpu1", "compiler": "/usr/bin/g++", "python_header": True, "driver": "580.65.06", "cuda": "13.0"},
-    **{"transformer_engine": "2.20.2", "transformer_engine_error": ""},
+    "node": "gpu1",
+    "compiler": "/usr/bin/g++",
+    "python_header": True,
+    "driver": "580.65.06",
+    "cuda": "13.0",
+    "transformer_engine": "2.20.2",
+    "transformer_engine_error": "",
 }
 
 
@@ -36,7 +41,8 @@ def test_a_good_node_is_described() -> None:
         ("compiler", {"compiler": ""}, "gpu2: no C\\+\\+ compiler: install g\\+\\+"),
         ("compiler", {"python_header": False}, "gpu2: no Python.h: install the Python headers"),
         (
-            *("transformer_engine", {"transformer_engine": "", "transformer_engine_error": "OSError: libcudnn.so.9"}),
+            "transformer_engine",
+            {"transformer_engine": "", "transformer_engine_error": "OSError: libcudnn.so.9"},
             "gpu2: OSError: libcudnn.so.9: install it with tools/setup.sh gpu",
         ),
     ],

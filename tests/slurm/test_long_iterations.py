@@ -42,8 +42,12 @@ def write_recipe(folder: Path, ppo_epochs: int, cluster: dict[str, Any]) -> Path
         "stages": ["ppo"],
         "rollout": {"max_tokens": 40},
         "ppo": {
-            **{"iterations": 2, "prompts_per_iteration": 48, "minibatches": MINIBATCHES, "ppo_epochs": ppo_epochs},
-            **{"critic": {"init": "random_head"}, "checkpoint": {"save_every": 100}},
+            "iterations": 2,
+            "prompts_per_iteration": 48,
+            "minibatches": MINIBATCHES,
+            "ppo_epochs": ppo_epochs,
+            "critic": {"init": "random_head"},
+            "checkpoint": {"save_every": 100},
         },
         "cluster": cluster,
     }

@@ -30,12 +30,19 @@ def write_recipe(folder: Path) -> Path:
         "stages": ["sft", "ppo", "export"],
         "rollout": {"max_tokens": 40},
         "sft": {
-            **{"train": str(task / "sft_train.jsonl"), "validation": None, "steps": 24, "batch_size": 16},
-            **{"schedule": {"warmup_steps": 2}, "checkpoint": {"save_every": 4}},
+            "train": str(task / "sft_train.jsonl"),
+            "validation": None,
+            "steps": 24,
+            "batch_size": 16,
+            "schedule": {"warmup_steps": 2},
+            "checkpoint": {"save_every": 4},
         },
         "ppo": {
-            **{"iterations": 3, "prompts_per_iteration": 16, "minibatches": 2},
-            **{"critic": {"init": "sft"}, "checkpoint": {"save_every": 1}},
+            "iterations": 3,
+            "prompts_per_iteration": 16,
+            "minibatches": 2,
+            "critic": {"init": "sft"},
+            "checkpoint": {"save_every": 1},
         },
     }
     path = folder / "recipe.yaml"

@@ -67,7 +67,7 @@ FOUR_NODES = ["cluster.trainer_nodes=4", "weight_sync.offload_weights=true"]
     ("size", "profile", "overrides", "message"),
     [
         (
-            *("32b", "example-one-node", ["parallel.pp=1", "rollout.engine.gpu_memory_utilization=0.5"]),
+            "32b", "example-one-node", ["parallel.pp=1", "rollout.engine.gpu_memory_utilization=0.5"],
             r"(reward_model|ppo) needs about \d+ GiB per GPU \(weights 1.*there are 78",
         ),
         ("32b", "example-one-node", [], r"tp 8 × pp 2 × cp 1 = 16 must divide 8 trainer ranks"),
@@ -81,12 +81,12 @@ FOUR_NODES = ["cluster.trainer_nodes=4", "weight_sync.offload_weights=true"]
         ("7b", "example-h100", ["rollout.engine.tp=4"], r"4 engines × tp 4 × dp 1 take 16 GPUs of a node; .* is 8"),
         ("7b", "example-one-node", ["ppo.staleness=1"], r"trainer_gpus cannot be combined with ppo.staleness 1"),
         (
-            *("32b", "example-one-node"),
+            "32b", "example-one-node",
             [*FOUR_NODES, "rollout.engine={tp: 1, per_node: 8}", "cluster.gpu_memory_gib=70"],
             r"during a push a GPU holds the engine's weights \(61.* there are 70: raise rollout.engine.tp",
         ),
         (
-            *("7b", "example-one-node", ["rollout.engine.gpu_memory_utilization=0.95"]),
+            "7b", "example-one-node", ["rollout.engine.gpu_memory_utilization=0.95"],
             r"engines take 0.95 × 80 = 76.0 GiB of a GPU and the trainer keeps \d+\.\d \(.*_utilization to 0\.\d\d",
         ),
     ],

@@ -6,7 +6,7 @@ from megatron_vcppo.launch.controller import RoleProcess
 from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.slurm.srun import probe_command, stage_nodes
 from megatron_vcppo.slurm.submission import executor
-from tools.benchmarks._tiny_chains import tiny_config, units_on, write_config
+from tools.benchmarks._tiny_chains import steps_of, tiny_config, write_config
 
 
 def option(process: RoleProcess, name: str) -> str:
@@ -21,8 +21,8 @@ def test_trainer_and_rollout_steps_have_their_own_layout(tmp_path: Path) -> None
     cluster.trainer_nodes, cluster.rollout_nodes, cluster.gpus_per_node, cluster.cpus_per_node = 2, 2, 8, 64
     cluster.trainer_ranks = 16
     run = write_config(config)
-    trainer, *rollouts = units_on(run, config, "ppo", ["a", "b", "c", "d"])
-    assert [(unit.role, unit.index) for unit in (trainer, *rollouts)] == [
+    trainer, *rollouts = steps_of(run, config, "ppo", ["a", "b", "c", "d"])
+    assert [(step.role, step.index) for step in (trainer, *rollouts)] == [
         ("trainer", 0),
         ("rollout", 0),
         ("rollout", 1),
@@ -32,23 +32,23 @@ def test_trainer_and_rollout_steps_have_their_own_layout(tmp_path: Path) -> None
     assert option(trainer, "cpus-per-task") == "8", "a node's CPUs are shared among its ranks"
     assert option(trainer, "distribution") == "block", "ranks of a node follow each other"
     assert option(trainer, "kill-on-bad-exit") == "0", "peers of a rank that saved are still writing"
-    assert [option(unit, "nodelist") for unit in rollouts] == ["c", "d"], "each can be started again alone"
-    assert all(option(unit, "gpus-per-node") == "8" for unit in (trainer, *rollouts))
+    assert [option(step, "nodelist") for step in rollouts] == ["c", "d"], "each can be started again alone"
+    assert all(option(step, "gpus-per-node") == "8" for step in (trainer, *rollouts))
     assert trainer.env["MASTER_ADDR"] == "10.0.0.1"
     assert stage_nodes(config, "sft") == 2 and stage_nodes(config, "ppo") == 4
     cluster.rollout_nodes = 0
-    _, *colocated = units_on(run, config, "ppo", ["a", "b"])
-    assert [option(unit, "nodelist") for unit in colocated] == ["a", "b"]
+    _, *colocated = steps_of(run, config, "ppo", ["a", "b"])
+    assert [option(step, "nodelist") for step in colocated] == ["a", "b"]
 
 
 def test_a_sites_binding_and_layout_do_not_reach_the_steps(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     config.cluster.gpus_per_node, config.cluster.rollout_nodes = 8, 1
-    for unit in units_on(write_config(config), config, "ppo", ["a", "b"]):
-        assert "--gpu-bind=none" in unit.command, "all GPUs in one order: ranks and engines choose theirs by it"
+    for step in steps_of(write_config(config), config, "ppo", ["a", "b"]):
+        assert "--gpu-bind=none" in step.command, "all GPUs in one order: ranks and engines choose theirs by it"
         for name in ("TRES_PER_TASK", "CPU_BIND", "CPU_BIND_TYPE", "GPU_BIND", "GPUS_PER_TASK", "NTASKS_PER_GPU"):
-            assert unit.env[f"SLURM_{name}"] == ""
-        assert unit.env["SLURM_DISTRIBUTION"] == "" and unit.env["SRUN_CPUS_PER_TASK"] == ""
+            assert step.env[f"SLURM_{name}"] == ""
+        assert step.env["SLURM_DISTRIBUTION"] == "" and step.env["SRUN_CPUS_PER_TASK"] == ""
 
 
 def test_engines_run_on_the_nodes_of_their_placement(tmp_path: Path) -> None:
@@ -57,18 +57,18 @@ def test_engines_run_on_the_nodes_of_their_placement(tmp_path: Path) -> None:
     run = write_config(config)
     for engines_on, rollout_nodes, hosts in (("trainer_gpus", 0, ["a", "b"]), ("rollout_nodes", 1, ["c"])):
         config.cluster.engines_on, config.cluster.rollout_nodes = engines_on, rollout_nodes  # type: ignore[assignment]
-        units = units_on(run, config, "ppo", ["a", "b", "c"])[1:]
-        assert [option(unit, "nodelist") for unit in units] == hosts
+        steps = steps_of(run, config, "ppo", ["a", "b", "c"])[1:]
+        assert [option(step, "nodelist") for step in steps] == hosts
 
 
 def test_containers_wrap_the_roles(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     run = write_config(config)
     config.cluster.container_image, config.cluster.container_mounts = "image.sqsh", "/data:/data"
-    command = units_on(run, config, "sft", ["a"])[0].command
+    command = steps_of(run, config, "sft", ["a"])[0].command
     assert "--container-image=image.sqsh" in command and "--container-mounts=/data:/data" in command
     config.cluster.container_runtime = "apptainer"
-    command = units_on(run, config, "sft", ["a"])[0].command
+    command = steps_of(run, config, "sft", ["a"])[0].command
     start = command.index("apptainer")
     assert command[start : start + 5] == ("apptainer", "exec", "--bind", "/data:/data", "image.sqsh")
 
@@ -77,10 +77,10 @@ def test_an_image_has_an_interpreter_of_its_own(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     run, host = write_config(config), RoleCommands().python
     config.cluster.container_python = "/image/python"
-    assert host in units_on(run, config, "sft", ["a"])[0].command
+    assert host in steps_of(run, config, "sft", ["a"])[0].command
     config.cluster.container_image = "image.sqsh"
-    for unit in units_on(run, config, "ppo", ["a"]):
-        assert "/image/python" in unit.command and host not in unit.command
+    for step in steps_of(run, config, "ppo", ["a"]):
+        assert "/image/python" in step.command and host not in step.command
     probe = " ".join(probe_command(config, run, RoleCommands(), ["a"]))
     assert "/image/python" in probe and host not in probe
     assert host in executor(run, config, "ppo", tmp_path, RoleCommands(), None).script()

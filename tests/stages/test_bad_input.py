@@ -1,4 +1,4 @@
-"""What can go wrong in stages that generate, beside live engines: each ends in one line, and nothing is lost."""
+"""What can go wrong in stages that generate, with live engines: each ends in one line, and nothing is lost."""
 
 import json
 import os

@@ -47,7 +47,13 @@ def test_killed_stages_continue_as_if_nothing_had_happened(node: RolloutNode, ta
 
 
 def run_reward_model(node: RolloutNode, task: Path, folder: Path, kills: int, seed: int) -> None:
-    settings = {"num_prompts": 16, "steps": 12, "batch_size": 8, "cut_share": 0.25, "checkpoint": {"save_every": 2}}
+    settings = {
+        "num_prompts": 16,
+        "steps": 12,
+        "batch_size": 8,
+        "truncated_share": 0.25,
+        "checkpoint": {"save_every": 2},
+    }
     sections = {"stages": ["reward_model"], "reward_model": settings}
     stage = Stage(node, make_config(task, folder / "run", sections), "reward_model")
     stage.run_with_kills(kills, seed, REWARD_MODEL_POINTS)

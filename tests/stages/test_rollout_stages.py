@@ -1,4 +1,4 @@
-"""What stages do with engines beside them: options of PPO, stored sets, evaluations that go on where they stopped."""
+"""What stages do with live engines: options of PPO, stored sets, evaluations that continue where they stopped."""
 
 import json
 import os
@@ -58,11 +58,16 @@ def test_critic_first_then_both_and_what_an_iteration_reports(node: RolloutNode,
     named = [row | {"task": "math"} if i % 2 else row for i, row in enumerate(rows)]
     mixture.write_text("\n".join(map(json.dumps, named)) + "\n")
     ppo = {
-        **{"iterations": 3, "critic_only_iterations": 1, "evaluate_every": 3, "checkpoint": {"save_every": 1}},
-        **{"loss": {"kl_coef": 0.1, "kl_in": "reward"}, "minibatches": 1},
-        **{"schedule": {"kind": "cosine", "min_lr_ratio": 0.1}},
+        "iterations": 3,
+        "critic_only_iterations": 1,
+        "evaluate_every": 3,
+        "checkpoint": {"save_every": 1},
+        "loss": {"kl_coef": 0.1, "kl_in": "reward"},
+        "minibatches": 1,
+        "schedule": {"kind": "cosine", "min_lr_ratio": 0.1},
         "critic": {
-            **{"init": "random_head", "updates_per_actor_update": 2},
+            "init": "random_head",
+            "updates_per_actor_update": 2,
             "schedule": {"kind": "cosine", "min_lr_ratio": 0.5},
         },
     }

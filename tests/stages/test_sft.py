@@ -128,7 +128,7 @@ class Through:
         assert learned(config) == self.log
 
     def kill_and_resume(self, seed: int, folder: Path, kills: int) -> list[int]:
-        """Kill a random rank at a random moment, so many times; returns the steps from which the attempts began."""
+        """Kill a random rank at a random moment, ``kills`` times; returns the steps from which the attempts began."""
         chance = random.Random(seed)
         config = make_config(self.task, folder / "run", self.parallel)
         config.sft.checkpoint.save_every, config.sft.checkpoint.async_save = chance.randint(1, 4), bool(seed % 2)

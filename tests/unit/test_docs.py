@@ -8,8 +8,8 @@ import pytest
 
 from megatron_vcppo.config.keys import all_keys
 from megatron_vcppo.config.load import load_config
+from tests.helpers.source import ROOT, modules
 
-ROOT = Path(__file__).parents[2]
 DOCS = sorted(
     path for folder in (".", "docs", "docs/decisions", "tools/containers") for path in (ROOT / folder).glob("*.md")
 )
@@ -20,8 +20,10 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
 _FILE = re.compile(r"\b[a-z0-9_]+(?:/[a-z0-9_.-]+)*/[a-z0-9_.-]+\.(?:py|sh|md|def)\b")
 """A path with a folder, in lower case: RUN/… and FOLDER/… are examples."""
-
-
+_MODULE = re.compile(r"(?<![\w/.-])[a-z_][a-z0-9_]*\.py\b")
+"""A module without its folder."""
+EXAMPLES = {"my_rewards.py", "solution.py", "train.py"}
+"""Modules of a user, or of a program."""
 FORMER_KEYS = {"rollout.interface"}
 """Keys that are gone, which a document mentions as such."""
 
@@ -58,6 +60,15 @@ def test_files_that_are_named_exist(path: Path) -> None:
     named = set(_FILE.findall(prose(path)))
     missing = {name for name in named if not any((folder / name).exists() for folder in NAMED_FROM)}
     assert not missing, f"{path.name} names {sorted(missing)}"
+
+
+def test_modules_that_are_named_exist() -> None:
+    """In documents, docstrings and comments, where a module is named without its folder."""
+    package = modules("megatron_vcppo")
+    there = {path.name for folder in ("megatron_vcppo", "tools", "tests") for path in modules(folder)} | EXAMPLES
+    for path in [*package, *(path for path in DOCS if path.name != "CHANGELOG.md")]:
+        missing = set(_MODULE.findall(path.read_text(encoding="utf-8"))) - there
+        assert not missing, f"{path} names {sorted(missing)}"
 
 
 @pytest.mark.parametrize("path", [path for path in DOCS if path.name != "CHANGELOG.md"], ids=lambda path: path.name)

@@ -1,15 +1,13 @@
 """The direction of imports that docs/architecture.md draws, read from the source of every module."""
 
-import ast
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.source import ROOT, imports, modules, part_of
+
 BASE = {"config", "records", "errors", "integers"}
 PURE = BASE | {"algo", "run"}
 FEEDS = {"tasks", "rewards", "data", "report"}
@@ -41,27 +39,6 @@ ONLY_IN = {
     "reasoning_gym": "megatron_vcppo/tasks",
 }
 """Library → the only folder whose modules import it."""
-
-
-def modules(folder: str) -> list[Path]:
-    """In a checkout megatron_vcppo/slurm is a link, which rglob does not follow."""
-    walk = os.walk(ROOT / folder, followlinks=True)
-    return sorted(Path(below) / name for below, _, names in walk for name in names if name.endswith(".py"))
-
-
-def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """Absolute name and line of everything imported anywhere in a file, type-checking blocks included."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            assert node.module
-            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
-
-
-def part_of(path: Path) -> str:
-    return path.relative_to(ROOT / "megatron_vcppo").parts[0].removesuffix(".py")
 
 
 def test_every_part_is_in_the_picture() -> None:

@@ -15,9 +15,8 @@ import yaml
 from megatron_vcppo import __version__
 from megatron_vcppo.launch.snapshot import sources, take_snapshot
 from megatron_vcppo.run.folder import RunFolder
-from tests.unit.test_imports import imports
+from tests.helpers.source import ROOT, imports
 
-ROOT = Path(__file__).parents[2]
 PACKAGE_OF = {"antlr4": "antlr4-python3-runtime", "megatron": "megatron-core", "triton": "torch", "yaml": "pyyaml"}
 """Import name → what installs it, where the names differ or the package always brings it."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_imports import ROOT, modules, part_of
+from tests.helpers.source import ROOT, modules, part_of
 
 FILES = {
     "config.yaml",
@@ -24,9 +24,8 @@ FILES = {
 }
 FOLDERS = {"checkpoints", "rollouts", "rendezvous", "logs", "code"}
 PREFIXES = ("iter_", "attempt_", "partial_")
-"""Of names that go on with a number."""
+"""Of names that end in a number."""
 EXCEPTIONS = {
-    "config/rl_checks.py": "stands below run/, and asks only whether a stage is done",
     "mcore/checkpoint_writer.py": "streams gigabytes of tensors and hashes them on the way, into a folder not in place",
     "rewards/sandbox/inside/scratch.py": "runs inside the sandbox, without the package",
 }
@@ -104,6 +103,10 @@ def test_only_run_names_and_places_the_files_of_a_run(path: Path) -> None:
 )
 def test_the_rule_sees(code: str) -> None:
     assert list(faults(ast.parse(code)))
+
+
+def test_the_exceptions_are_modules() -> None:
+    assert all((ROOT / "megatron_vcppo" / path).is_file() for path in EXCEPTIONS)
 
 
 def test_the_rule_leaves_other_text_alone() -> None:

@@ -82,13 +82,13 @@ def cluster_config(folder: Path, stages: tuple[str, ...], steps: int = 6) -> Con
     return config
 
 
-def units_on(run: RunFolder, config: Config, stage: str, hosts: list[str]) -> list[RoleProcess]:
+def steps_of(run: RunFolder, config: Config, stage: str, hosts: list[str]) -> list[RoleProcess]:
     """A stage's steps on these nodes."""
     return srun_processes(
         run=run,
         config=config,
         stage=stage,
-        programs=RoleCommands(),
+        role_commands=RoleCommands(),
         hosts=hosts,
         address="10.0.0.1",
         port=29500,

@@ -70,6 +70,7 @@ def _write_model(folder: Path, gigabytes: float, pp: int) -> tuple[int, int]:
     from megatron_vcppo.hf.architecture import Architecture
     from megatron_vcppo.hf.mapping import hf_shapes, parameters
     from megatron_vcppo.hf.safetensors_files import plan_files
+    from megatron_vcppo.integers import ceil_div
 
     config = {
         "model_type": "llama",
@@ -85,7 +86,7 @@ def _write_model(folder: Path, gigabytes: float, pp: int) -> tuple[int, int]:
     }
     one_stack = Architecture.from_config(config).parameter_count()
     per_stack = one_stack - 2 * _VOCABULARY * _HIDDEN - _HIDDEN
-    stacks = -(-int(gigabytes * 1e9 / 2 - (one_stack - per_stack)) // per_stack)
+    stacks = ceil_div(int(gigabytes * 1e9 / 2 - (one_stack - per_stack)), per_stack)
     config["num_hidden_layers"] = max(1, stacks) * pp
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))

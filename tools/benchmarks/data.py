@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_vcppo.data.packing import balance, pack_all, pack_into_microbatches
 from megatron_vcppo.data.sft_dataset import load_sft_dataset
+from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.records import Prompt, Rollout, TrainSequence
 from megatron_vcppo.rewards.scorer import Scorer
 from megatron_vcppo.tasks.generate import TASKS, demonstration_rows
@@ -39,7 +40,7 @@ def _bins(lengths: list[int], repeats: int) -> Iterator[dict[str, Any]]:
     for budget in (8192, 32768):
         bins = pack_into_microbatches(lengths, budget)
         timing = time_together({"bins": partial(pack_into_microbatches, lengths, budget)}, repeats)
-        least = -(-sum(lengths) // budget)
+        least = ceil_div(sum(lengths), budget)
         yield {"case": "pack_into_microbatches", "items": len(lengths), "budget": budget, "bins": len(bins),
                "least_possible": least, **timing["bins"]}  # fmt: skip
     for num_ranks in (8, 64):

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, object]]:
 def _case(num_rows: int, num_tokens: int, mask_kind: str, args: argparse.Namespace) -> dict[str, object]:
     generator = torch.Generator().manual_seed(0)
     rewards, values = torch.randn(2, num_rows, num_tokens, generator=generator).to(args.device).unbind()
-    mask = _mask(num_rows, num_tokens, mask_kind, generator).to(args.device)
+    mask = make_mask(num_rows, num_tokens, mask_kind, generator).to(args.device)
     settings = (1.0, 0.95, 1.0)
 
     def ours() -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ def _case(num_rows: int, num_tokens: int, mask_kind: str, args: argparse.Namespa
     tensors = (rewards, values, mask, advantages, returns)
     functions: dict[str, Callable[[], object]] = {"ours": ours, "copy": lambda: [x.clone() for x in tensors]}
     if args.loop:
-        functions["token_loop"] = lambda: _token_loop(rewards, values, mask, *settings)
+        functions["token_loop"] = lambda: token_loop(rewards, values, mask, *settings)
     for peer in args.peers:
         functions[peer.rpartition(":")[2]] = partial(_load(peer), rewards, values, mask, *settings)
     measured = time_together(functions, args.repeats)
@@ -81,11 +81,12 @@ def _case(num_rows: int, num_tokens: int, mask_kind: str, args: argparse.Namespa
     if args.device == "cpu":
         inputs_bytes = rewards.nbytes + values.nbytes + mask.nbytes
         case["memory_in_input_tensors"] = round((inputs_bytes + peak_bytes(ours)) / rewards.nbytes, 2)
-        case["largest_error"] = _largest_error(rewards[:1], values[:1], mask[:1], settings)
+        case["largest_error"] = largest_error(rewards[:1], values[:1], mask[:1], settings)
     return case
 
 
-def _mask(num_rows: int, num_tokens: int, kind: str, generator: torch.Generator) -> Tensor:
+def make_mask(num_rows: int, num_tokens: int, kind: str, generator: torch.Generator) -> Tensor:
+    """A response mask [B, T] of one of the MASKS."""
     if kind == "full":
         return torch.ones(num_rows, num_tokens, dtype=torch.bool)
     if kind == "random":
@@ -100,10 +101,10 @@ def _mask(num_rows: int, num_tokens: int, kind: str, generator: torch.Generator)
     return mask
 
 
-def _token_loop(
+def token_loop(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam_actor: float, lam_critic: float
 ) -> tuple[Tensor, Tensor]:
-    """The usual form: one step of tensor operations over the batch per token, both λ in one loop."""
+    """The usual form of ``decoupled_gae``: one step of tensor operations per token, both λ in one loop."""
     next_value = running_actor = running_critic = torch.zeros_like(rewards[:, 0])
     advantages, returns = [], []
     for t in range(rewards.shape[1] - 1, -1, -1):
@@ -117,7 +118,7 @@ def _token_loop(
     return torch.stack(advantages[::-1], 1) * mask, torch.stack(returns[::-1], 1) * mask
 
 
-def _largest_error(rewards: Tensor, values: Tensor, mask: Tensor, settings: tuple[float, float, float]) -> float:
+def largest_error(rewards: Tensor, values: Tensor, mask: Tensor, settings: tuple[float, float, float]) -> float:
     """Against the float64 oracle, on one row."""
     gamma, lam_actor, lam_critic = settings
     options: dict[str, Any] = {"rewards": rewards, "values": values, "mask": mask}

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.rollout.group import Group, join_group, serve_store
 from megatron_vcppo.weight_sync.transport import DiskTransport, NetworkTransport, Transport
 from tools.benchmarks._broadcast_child import acknowledge
@@ -80,7 +81,7 @@ def measure(
     if args.transport == "disk":
         transport = DiskTransport(node.folder / "weights", bucket_bytes)
     sync = node.weight_sync(600.0, transport)
-    num_buckets = -(-num_bytes // bucket_bytes)
+    num_buckets = ceil_div(num_bytes, bucket_bytes)
     pushes, bare = [], []
     with Receivers(count, bucket_bytes, num_buckets, args.rounds + WARM_UP) as receivers:
         for round_number in range(args.rounds + WARM_UP):

@@ -30,8 +30,8 @@ def advantages(target: str, size: str) -> list[Row]:
             for case in gae.run(args)]  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     rewards, values = torch.randn(2, 4, 2000, generator=generator).to(target).unbind()
-    mask = gae._mask(4, 2000, "gaps", generator).to(target)
-    return [*rows, at_most("GAE, largest error", gae._largest_error(rewards, values, mask, (1.0, 0.95, 1.0)), 1e-3)]
+    mask = gae.make_mask(4, 2000, "gaps", generator).to(target)
+    return [*rows, at_most("GAE, largest error", gae.largest_error(rewards, values, mask, (1.0, 0.95, 1.0)), 1e-3)]
 
 
 def logprobs(target: str, size: str) -> list[Row]:

@@ -33,7 +33,7 @@ def loss_denominator(aggregation: str, num_tokens: int, num_sequences: int, max_
     return denominators[aggregation]
 
 
-def weighted_loss(token_losses: Tensor, mask: Tensor, denominator: float, weights: Tensor | None) -> Tensor:
+def weighted_loss(token_losses: Tensor, mask: Tensor, denominator: float, weights: Tensor | None = None) -> Tensor:
     """Σ weights · token_losses over valid tokens / denominator: a part's share of the batch's loss, 0-d.
 
     token_losses, mask, weights: one shape; weights: default 1. A denominator of 0 is allowed if nothing is valid

@@ -126,5 +126,5 @@ def positive_lm_loss(
     logprobs: [B, T] or [N]; positive_mask: bool, the same shape, valid tokens of correct rollouts; denominator: their
     number in the whole batch, which may be 0. Metrics: positive_nll (nats per such token), positive_loss.
     """
-    loss = coef * weighted_loss(-logprobs, positive_mask, denominator, None)
+    loss = coef * weighted_loss(-logprobs, positive_mask, denominator)
     return loss, {"positive_nll": mean_metric(-logprobs, positive_mask), "positive_loss": total_metric(loss)}

@@ -15,7 +15,6 @@ def value_loss(
     returns: Tensor,
     mask: Tensor,
     denominator: float,
-    weights: Tensor | None = None,
     old_values: Tensor | None = None,
     value_clip: float | None = None,
     huber_delta: float | None = None,
@@ -27,7 +26,6 @@ def value_loss(
         returns: the critic's targets, the same shape.
         mask: bool, the same shape.
         denominator: see ``aggregation``.
-        weights: see ``aggregation``, the same shape; default: 1.
         old_values: the critic's values before the update, the same shape; needed with value_clip.
         value_clip: c takes the larger of the losses at V and at old + clip(V - old, ±c), as in the PPO code; the paper
             shows none. Default: off.
@@ -49,7 +47,7 @@ def value_loss(
         clipped = _regression(masked_difference(old_values, returns, mask) + moved, huber_delta)
         metrics["value_clip_fraction"] = mean_metric(clipped > losses, mask)
         losses = torch.maximum(losses, clipped)
-    loss = weighted_loss(losses, mask, denominator, weights)
+    loss = weighted_loss(losses, mask, denominator)
     return loss, {"value_loss": total_metric(loss), **metrics}
 
 
@@ -106,7 +104,7 @@ def pointwise_loss(
             scores.masked_fill(~last_mask, 0.0), targets.to(scores.dtype), reduction="none"
         )
         good = labels > 0.5
-    loss = weighted_loss(losses, last_mask, denominator, None)
+    loss = weighted_loss(losses, last_mask, denominator)
     return loss, {
         "reward_model_loss": total_metric(loss),
         "accuracy": mean_metric((scores > 0) == good, last_mask),
@@ -122,7 +120,7 @@ def pairwise_loss(*, chosen: Tensor, rejected: Tensor, denominator: float) -> tu
     """
     everything = torch.ones_like(chosen, dtype=torch.bool)
     margin = chosen - rejected
-    loss = weighted_loss(-F.logsigmoid(margin), everything, denominator, None)
+    loss = weighted_loss(-F.logsigmoid(margin), everything, denominator)
     return loss, {
         "reward_model_loss": total_metric(loss),
         "accuracy": mean_metric(margin > 0, everything),

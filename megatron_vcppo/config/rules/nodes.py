@@ -1,4 +1,4 @@
-"""What the section ``cluster`` says of the nodes: their network, caches, containers, variables and time limits."""
+"""Settings of the nodes in the section ``cluster``: their network, caches, containers, variables and time limits."""
 
 import re
 from collections.abc import Iterator

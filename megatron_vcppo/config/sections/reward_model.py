@@ -18,7 +18,7 @@ class RewardModelConfig:
     prompt."""
     label_smoothing: Fraction = 0.0
     """Moves the labels of bce away from 0 and 1, which bounds the scores."""
-    cut_share: Fraction = 0.0
+    truncated_share: Fraction = 0.0
     """Fraction of responses truncated at a random token and labeled wrong. It sets how strongly incomplete answers are
     rejected, and so the initialization bias of a critic made from this model."""
     steps: PositiveInt = 100

@@ -29,6 +29,11 @@ TOLERANCE = 1e-4
 """Largest difference of logits in float32, relative to the largest logit (at least 1)."""
 TIMEOUT_S = 3600.0
 _BASE_BYTES = 2 << 30
+MAX_FILE_BYTES = 2_000_000_000
+_CRITIC_CLASSES = {
+    family: f"{name}ForTokenClassification"
+    for family, name in (("qwen2", "Qwen2"), ("qwen3", "Qwen3"), ("llama", "Llama"))
+}
 
 
 def check_export(folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
@@ -81,13 +86,6 @@ def compare_logits(checkpoint: Path, exported: Path, arch: Architecture, dtype: 
             f"{exported}: logits differ from Megatron's by {difference:.3g} (largest logit {largest:.3g}); not exported"
         )
     return f"logits of {result['tokens']} tokens agree with Megatron's within {difference:.1e}"
-
-
-MAX_FILE_BYTES = 2_000_000_000
-_CRITIC_CLASSES = {
-    family: f"{name}ForTokenClassification"
-    for family, name in (("qwen2", "Qwen2"), ("qwen3", "Qwen3"), ("llama", "Llama"))
-}
 
 
 def export_hf(

@@ -104,11 +104,19 @@ def _bubblewrap(readable: list[str]) -> tuple[str, ...]:
         shown += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         shown += ["--symlink", f"/proc/self/fd/{number}", f"/dev/{name}"]
+    walls = [
+        "--unshare-all",
+        "--die-with-parent",
+        "--as-pid-1",
+        "--new-session",
+        "--cap-drop",
+        "ALL",
+        "--proc",
+        "/proc",
+    ]
     scratch = ["--size", str(SCRATCH_BYTES), "--tmpfs", SCRATCH]
-    return (
-        *(binary, "--unshare-all", "--die-with-parent", "--as-pid-1", "--new-session", "--cap-drop", "ALL"),
-        *("--proc", "/proc", *shown, *scratch, "--remount-ro", "/", "--chdir", SCRATCH, "--"),
-    )
+    closed = ["--remount-ro", "/", "--chdir", SCRATCH, "--"]
+    return (binary, *walls, *shown, *scratch, *closed)
 
 
 def _site_folders() -> list[str]:

@@ -17,6 +17,17 @@ from megatron_vcppo.rewards.sandbox.isolation import interpreter, launch
 
 _PREFIX = "vcppo_code_"
 _ENOUGH_BYTES = 256 << 20
+_START_S = 60.0
+_GRACE_S = 1.5
+"""How much longer than a program's time limit its sandbox may take to report it, before it is ended."""
+_ENVIRONMENT = {
+    "PATH": os.defpath,
+    "LANG": "C.UTF-8",
+    "PYTHONHASHSEED": "0",
+    # Threads would reserve 64 MiB of address space each; numerical libraries would start one for every core.
+    "MALLOC_ARENA_MAX": "2",
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+}
 
 
 class ScratchFolder:
@@ -61,19 +72,6 @@ def _remove_abandoned() -> None:
 def _remove(path: str) -> None:
     empty(path)
     os.rmdir(path)
-
-
-_START_S = 60.0
-_GRACE_S = 1.5
-"""How much longer than a program's time limit its sandbox may take to report it, before it is ended."""
-_ENVIRONMENT = {
-    "PATH": os.defpath,
-    "LANG": "C.UTF-8",
-    "PYTHONHASHSEED": "0",
-    # Threads would reserve 64 MiB of address space each; numerical libraries would start one for every core.
-    "MALLOC_ARENA_MAX": "2",
-    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
-}
 
 
 class SandboxError(Exception):

@@ -25,8 +25,8 @@ def test_a_small_case_is_reported_whole():
 def test_the_token_loop_computes_the_same(kind):
     generator = torch.Generator().manual_seed(0)
     rewards, values = torch.randn(2, 3, 400, generator=generator).unbind()
-    mask = benchmark._mask(3, 400, kind, generator)
+    mask = benchmark.make_mask(3, 400, kind, generator)
     assert bool(mask.all()) == (kind == "full")
-    loop = benchmark._token_loop(rewards, values, mask, 1.0, 0.95, 1.0)
+    loop = benchmark.token_loop(rewards, values, mask, 1.0, 0.95, 1.0)
     ours = decoupled_gae(rewards=rewards, values=values, mask=mask, gamma=1.0, lam_actor=0.95, lam_critic=1.0)
     torch.testing.assert_close(loop, ours, rtol=1e-4, atol=1e-4)

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vcppo.algo import metrics as m
-from megatron_vcppo.algo.losses.aggregation import token_weights
 from megatron_vcppo.algo.losses.value import bound_values, value_loss
 
 
@@ -53,8 +52,7 @@ def test_gradcheck(huber_delta, value_clip):
         options["old_values"] = old_values
 
     def loss(x: torch.Tensor) -> torch.Tensor:
-        weights = token_weights(mask, "sequence")
-        return value_loss(x, returns=returns, mask=mask, denominator=5, weights=weights, **options)[0]
+        return value_loss(x, returns=returns, mask=mask, denominator=5, **options)[0]
 
     assert torch.autograd.gradcheck(loss, values.requires_grad_())
 

@@ -14,8 +14,12 @@ from megatron_vcppo.errors import UserError
 
 def make_config(*stages: str, **sections: Any) -> Config:
     base = {
-        **{"run": {"dir": "runs/x"}, "model": {"hf": "models/x"}, "sft": {"train": "x"}, "prompts": {"train": "x"}},
-        **{"stages": list(stages) or ["sft", "ppo"], "ppo": {"critic": {"init": "sft"}}},
+        "run": {"dir": "runs/x"},
+        "model": {"hf": "models/x"},
+        "sft": {"train": "x"},
+        "prompts": {"train": "x"},
+        "stages": list(stages) or ["sft", "ppo"],
+        "ppo": {"critic": {"init": "sft"}},
     }
     merged = OmegaConf.merge(OmegaConf.structured(Config), base, sections)
     return OmegaConf.to_object(merged)  # type: ignore[return-value]

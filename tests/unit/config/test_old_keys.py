@@ -19,6 +19,7 @@ VALUES = {
     "ppo.advantage.overlong_filter": True,
     "ppo.critic.bounds": [-2.0, 2.0],
     "ppo.critic.huber_delta": 0.25,
+    "reward_model.cut_share": 0.5,
 }
 
 

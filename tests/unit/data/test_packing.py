@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vcppo.data.packing import balance, pack, pack_all, pack_into_microbatches, unpack_all
+from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.records import TrainSequence
 
 
@@ -68,7 +69,7 @@ def test_padding_share_of_normal_batches_is_small() -> None:
     microbatches = pack_all(make_sequences(lengths), 4096, multiple=8)
     padding = sum(m.padding_tokens for m in microbatches)
     assert padding <= 0.03 * sum(lengths)
-    assert len(microbatches) <= -(-sum(lengths) // 4096) + 1
+    assert len(microbatches) <= ceil_div(sum(lengths), 4096) + 1
 
 
 def test_a_rank_without_sequences_gets_a_dummy() -> None:

@@ -162,8 +162,8 @@ def test_saved_data_sets_and_parquet_equal_jsonl(tmp_path: Path, tokenizer: PreT
     loaded = [load_sft_dataset(source, tokenizer, 100)[0] for source in sources]
     for other in loaded[1:]:
         assert [other[i] for i in range(10)] == [loaded[0][i] for i in range(10)]
-    with pytest.raises(UserError, match="has no split 'test'; it has train"):
-        load_sft_dataset(str(tmp_path / "splits"), tokenizer, 100, split="test")
+    with pytest.raises(UserError, match="splits:test has no split 'test'; it has train"):
+        load_sft_dataset(f"{tmp_path}/splits:test", tokenizer, 100)
 
 
 def test_a_split_of_a_saved_data_set_is_named_behind_its_folder(
@@ -176,7 +176,7 @@ def test_a_split_of_a_saved_data_set_is_named_behind_its_folder(
     DatasetDict(tables).save_to_disk(str(tmp_path / "splits"))
     for source, count in (("splits", 2), ("splits:train", 2), ("splits:held_out", 3)):
         assert len(load_sft_dataset(str(tmp_path / source), tokenizer, 100)[0]) == count
-    with pytest.raises(UserError, match="has no split 'test'; it has train, held_out"):
+    with pytest.raises(UserError, match="splits:test has no split 'test'; it has train, held_out"):
         load_sft_dataset(str(tmp_path / "splits:test"), tokenizer, 100)
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,10 +77,8 @@ def test_a_part_that_raises_or_dies_is_one_failed_row() -> None:
 
 
 def test_a_call_that_hangs_is_ended_at_its_deadline() -> None:
-    began = time.monotonic()
     with pytest.raises(ChildFailed, match=r"did not end within 1 s"):
         call("builtins:__import__", 1.0, name="tests.unit.gpu_check.hang")
-    assert time.monotonic() - began < 20
 
 
 def test_own_layers_hide_transformer_engine_and_cpu_hides_gpus() -> None:

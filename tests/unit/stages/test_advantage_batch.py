@@ -164,7 +164,14 @@ def test_pretraining_learns_the_returns_that_ppo_has() -> None:
             assert loss.denominator == int(ppo.mask.sum())
 
     critic: Any = Recorder()
-    learn_returns(critic, batch, Packer(512, 1, 0, 1), config.returns, config.values, config.rollout.max_tokens)
+    learn_returns(
+        critic,
+        batch,
+        Packer(512, 1, 0, 1),
+        returns_config=config.returns,
+        values_config=config.values,
+        max_tokens=config.rollout.max_tokens,
+    )
     (microbatch,) = seen
     mask = microbatch.fields["response_mask"]
     assert torch.allclose(microbatch.fields["returns"][mask], ppo.returns[ppo.mask], atol=1e-6)

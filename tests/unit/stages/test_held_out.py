@@ -26,8 +26,14 @@ def test_one_task() -> None:
     assert found["avg"] == 0.75 and found["pass"]["2"][0] == 1.0 and found["length_mean"] == 4 and not found["tasks"]
     metrics = evaluation_metrics(SUM, [1, 2], VERIFIERS)
     assert set(metrics) == {
-        *("evaluation/avg", "evaluation/avg_interval", "evaluation/length_mean", "evaluation/truncated_share"),
-        *("evaluation/pass@1", "evaluation/pass@1_interval", "evaluation/pass@2", "evaluation/pass@2_interval"),
+        "evaluation/avg",
+        "evaluation/avg_interval",
+        "evaluation/length_mean",
+        "evaluation/truncated_share",
+        "evaluation/pass@1",
+        "evaluation/pass@1_interval",
+        "evaluation/pass@2",
+        "evaluation/pass@2_interval",
     }
 
 

@@ -33,7 +33,7 @@ def test_the_score_is_read_behind_the_last_token() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_a_share_is_truncated_and_labeled_wrong(share: float) -> None:
-    examples = label_responses(rollouts(4000, 0), RewardModelConfig(cut_share=share), run_seed=1)
+    examples = label_responses(rollouts(4000, 0), RewardModelConfig(truncated_share=share), run_seed=1)
     truncated = [len(sequence) < 9 for sequence, _ in examples]
     assert sum(truncated) / 4000 == pytest.approx(share, abs=0.02)
     assert [good for _, good in examples] == [not one for one in truncated]

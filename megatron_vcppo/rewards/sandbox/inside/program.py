@@ -31,6 +31,16 @@ import bisect, collections, copy, datetime, decimal, fractions, functools, heapq
 import os, random, re, statistics, string, sys, time, typing
 """
 """Imports that data sets of such problems take for granted: programs get the names, and may bind them otherwise."""
+_FUNCTIONS: dict[str, Any] = {
+    **{name: getattr(operator, name) for name in ("getitem", "setitem", "delitem")},
+    **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "matmul", "neg")},
+    "bool": bool,
+    "len": len,
+    "str": str,
+    "repr": repr,
+    "hash": hash,
+}
 
 
 def preamble() -> dict[str, Any]:
@@ -157,12 +167,6 @@ def _next(peer: Peer, on: int) -> Any:
     return []
 
 
-_FUNCTIONS: dict[str, Any] = {
-    **{name: getattr(operator, name) for name in ("getitem", "setitem", "delitem")},
-    **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
-    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "matmul", "neg")},
-    **{"bool": bool, "len": len, "str": str, "repr": repr, "hash": hash},
-}
 _OPERATIONS: dict[str, Any] = {
     "call": _call, "get": _get, "set": _set, "apply": _apply, "iterate": _iterate, "next": _next,
 }  # fmt: skip
