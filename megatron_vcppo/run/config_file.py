@@ -8,7 +8,6 @@ import yaml
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.keys import BEFORE
 from megatron_vcppo.config.load import dump_config, load_stored_config
-from megatron_vcppo.config.validation import leaves
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run import events
 from megatron_vcppo.run.files import write_text
@@ -27,8 +26,9 @@ def kept_defaults(run: RunFolder) -> dict[str, Any]:
     """What a run that exists already has for keys whose default would change it; empty for a new run."""
     if not run.config.exists():
         return {}
-    stored = dict(leaves(load_stored_config(run.config, complete=False)))
-    return {name: stored[name] for name in BEFORE}
+    stored = yaml.safe_load(run.config.read_text(encoding="utf-8")) or {}
+    sections = {name: stored.get(name.partition(".")[0]) or {} for name in BEFORE}
+    return {name: sections[name].get(name.partition(".")[2], before) for name, before in BEFORE.items()}
 
 
 def write_config(run: RunFolder, config: Config) -> None:
