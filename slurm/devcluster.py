@@ -261,7 +261,8 @@ class DevCluster:
         marks = [f"\0{name}={node}\0".encode() for name in ("VCPPO_NODE", "SLURMD_NODENAME")]
         ours = f"SLURM_CONF={self.conf}\0".encode()
         roots = [pid for pid in _all_pids() if ours in (env := _environ(pid)) and any(m in b"\0" + env for m in marks)]
-        return _kill_trees(roots)
+        # Step daemons have a bare environment: they are known by what they started.
+        return _kill_trees([*roots, *filter(_is_daemon, map(_parent, roots))])
 
     def down(self, keep: bool = False) -> None:
         """End jobs, daemons and strays of this cluster; remove its folder unless ``keep``."""
@@ -312,12 +313,24 @@ def _wait_gone(pids: list[int], timeout_s: float) -> None:
         time.sleep(0.02)
 
 
+def _parent(pid: int) -> int:
+    """The process that started another one; 0 if that has gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 def _kill_trees(roots: list[int]) -> int:
-    """SIGKILL processes and all below them."""
+    """SIGKILL processes and all below them.
+
+    All are stopped first, as by a power cut: a step daemon that lives a moment longer would report its job as failed.
+    """
     pids = {pid for root in roots for pid in (root, *descendants(root))} - {os.getpid()}
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
     return len(pids)
 
 
