@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -70,7 +70,12 @@ def receiver(fault: str, port: int) -> tuple[str, int]:
         if fault == "never connects":
             return fault, 0
         if fault == "hangs before it connects":  # it has met the others: its main thread is stopped after that
-            group_module._make_gloo = lambda *_: tell.wait(["taken"])
+
+            def hang(*_: Any) -> NoReturn:
+                tell.wait(["taken"])
+                raise RuntimeError("the others have given up")
+
+            group_module._make_gloo = hang  # type: ignore[assignment]
             with pytest.raises(RuntimeError):
                 join(meeting, 2, 3)
             return fault, 0

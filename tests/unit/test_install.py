@@ -181,6 +181,8 @@ def test_every_library_that_the_package_imports_is_declared() -> None:
     declared = set()
     for name in ("requirements.txt", "requirements-cpu.txt", "requirements-gpu.txt"):
         declared |= set(re.findall(r"^([\w.-]+)(?:\[.*\])?==", (ROOT / name).read_text().lower(), re.MULTILINE))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("optional-dependencies", {})
+    declared |= {re.split(r"[^\w.-]", need.lower())[0] for needs in extras.values() for need in needs}
     imported: dict[str, str] = {}
     for path in sources().values():
         if path.suffix != ".py":

@@ -162,6 +162,8 @@ def _wait(deciding: int, time_limit_s: float, settings: dict[str, Any]) -> dict[
         pid, found = os.waitpid(deciding, os.WNOHANG)
         if pid:
             status = found
+            if os.WIFSIGNALED(found) and time.monotonic() >= deadline:
+                limit = "time limit"  # on a busy node the limit of processor time may come before this look at the clock
         elif remaining <= 0:
             limit = "time limit"
         elif is_over(settings["scratch"], settings["scratch_bytes"], settings["scratch_files"]):
