@@ -163,7 +163,7 @@ def _wait(deciding: int, time_limit_s: float, settings: dict[str, Any]) -> dict[
         if pid:
             status = found
             if os.WIFSIGNALED(found) and time.monotonic() >= deadline:
-                limit = "time limit"  # on a busy node the limit of processor time may come before this look at the clock
+                limit = "time limit"  # on a busy node the limit of processor time may come before this look
         elif remaining <= 0:
             limit = "time limit"
         elif is_over(settings["scratch"], settings["scratch_bytes"], settings["scratch_files"]):
