@@ -102,7 +102,7 @@ def test_with_staleness_the_batch_begun_ahead_is_kept_too(node: RolloutNode, tas
     state = newest(stage)["state"]
     assert state["prompts"]["samples_seen"] == 0 and "unfinished" in state, "iteration 1 is not done"
     kept = read_partial(rollouts, 2)
-    assert len(kept) == 2 and all(rollout.reward is not None for rollout in kept)
+    assert len(kept) == 2  # a verdict that is not there yet comes at the resume
     assert sorted(path.name for path in rollouts.glob("partial_*")) == [
         "partial_0000002_0of2.jsonl.zst",
         "partial_0000002_1of2.jsonl.zst",
