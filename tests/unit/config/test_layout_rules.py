@@ -9,19 +9,12 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import data_parallel_size, trainer_ranks
 from megatron_vcppo.config.validation import check_config
 from megatron_vcppo.errors import UserError
+from tests.helpers.small_config import error_of, small_config
 
 
 @pytest.fixture
 def config() -> Config:
-    config = Config()
-    config.run.dir, config.model.hf, config.sft.train, config.stages = "runs/x", "models/x", "x.jsonl", ["sft"]
-    return config
-
-
-def error_of(config: Config) -> str:
-    with pytest.raises(UserError) as failure:
-        check_config(config)
-    return str(failure.value)
+    return small_config()
 
 
 def test_sizes_that_do_not_divide_the_ranks(config: Config) -> None:
