@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024
-_WARPS = 4
+_BLOCK = 2048
+_WARPS = 8
 
 
 def gae_rows(
