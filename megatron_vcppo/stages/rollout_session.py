@@ -132,6 +132,7 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
                 config.prompts.verify_timeout_s,
                 config.prompts.verifiers,
                 config.rewards.code,
+                config.prompts.verify_memory_mib,
             )
             self.client = RolloutClient(
                 rendezvous,

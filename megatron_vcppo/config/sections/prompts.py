@@ -47,3 +47,6 @@ class PromptsConfig:
     """Time limit in seconds of a verifier per answer; on a timeout the answer counts as wrong and is reported."""
     verify_workers: PositiveInt = 2
     """Verifier processes per data-parallel replica."""
+    verify_memory_mib: PositiveInt = 2048
+    """Memory in MiB that a verifier process may allocate on top of what it has when it starts. An answer that needs
+    more is wrong, and at most costs its process."""
