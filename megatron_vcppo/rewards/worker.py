@@ -18,7 +18,7 @@ from megatron_vcppo.rewards.worker_messages import receive, send
 
 
 def main(descriptor: int, settings: dict[str, Any]) -> None:
-    """Serve until the other side closes the socket. settings: ``timeout_s``, ``memory_mib``, ``verifiers``, ``code``."""
+    """Serve until the other side closes the socket. settings: ``timeout_s``, ``memory_mib``, ``verifiers``, code."""
     connection, timeout_s = socket.socket(fileno=descriptor), settings["timeout_s"]
     verifiers = resolve_verifiers(settings["verifiers"], CodeRewardConfig(**settings["code"]), timeout_s)
     _limit_memory(settings["memory_mib"] << 20)
