@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.inherit import stages_to_take, take_stages
@@ -20,6 +21,24 @@ def finish(run: RunFolder, stage: str, size: int = 100_000) -> None:
     run.stage(stage).metrics.write_text('{"iteration": 1}\n')
     write_manifest(checkpoint, {})
     run.stage(stage).mark_done(checkpoint=checkpoint)
+
+
+def test_a_base_that_formatted_prompts_otherwise_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as a run that was made before prompts went through the chat template."""
+    configs = [tiny_config(tmp_path / name, ("sft", "ppo")) for name in ("base", "arm")]
+    for config in configs:
+        config.ppo.critic.init = "sft"
+    base, run = map(write_config, configs)
+    finish(base, "sft")
+    stages_to_take(run, configs[1], base.path, "ppo")
+    assert capsys.readouterr().out == ""
+    stored = yaml.safe_load(base.config.read_text())
+    del stored["prompts"]["apply_chat_template"]
+    base.config.write_text(yaml.safe_dump(stored))
+    stages_to_take(run, configs[1], base.path, "ppo")
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "formatted prompts otherwise" in out
+    assert "the prompts that its models know: prompts.apply_chat_template=false" in out
 
 
 def test_a_run_begins_with_the_stages_of_another(tmp_path: Path) -> None:
