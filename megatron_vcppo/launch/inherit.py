@@ -12,6 +12,7 @@ from megatron_vcppo.run.config_file import open_run
 from megatron_vcppo.run.files import replacing
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say
+from megatron_vcppo.run.manifest import check_links
 
 FORMAT = ("template", "system", "apply_chat_template", "chat_template_kwargs")
 """Keys of ``prompts`` that say how the model reads a prompt."""
@@ -38,6 +39,8 @@ def stages_to_take(run: RunFolder, config: Config, base: Path | None, first: str
     for stage in missing:
         if not source.stage(stage).is_done():
             raise UserError(f"--base {base}: stage {stage} is not done there")
+        for checkpoint in source.stage(stage).checkpoints.glob("*"):
+            check_links(checkpoint)  # a copy would hold what they lead to
         if run.stage(stage).path.exists():
             raise UserError(f"{run.stage(stage).path}: was started here; remove it, or run without --base")
     if missing and (differ := [key for key in FORMAT if getattr(theirs.prompts, key) != getattr(config.prompts, key)]):

@@ -29,6 +29,7 @@ from megatron_vcppo.config import CheckpointConfig, Config
 from megatron_vcppo.config.load import config_hash
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.convert.checkpoint_metadata import check_checkpoint
 from megatron_vcppo.hf.convert.folders import copy_small_files
 from megatron_vcppo.mcore import checkpoint_state, runtime
 from megatron_vcppo.mcore.checkpoint_writer import ComponentSave
@@ -176,7 +177,7 @@ class CheckpointFolder:
             if name not in content["components"]:
                 had = ", ".join(content["components"])
                 raise UserError(f"{path}: holds {had} but no {name}: remove {self.folder} or take another run.dir")
-            stored = Architecture.from_dict(read_manifest(path / name)["meta"]["architecture"])
+            stored = Architecture.of_manifest(path / name, read_manifest(path / name)["meta"])
             if differences := stored.differences(learner.model.arch):
                 raise UserError(
                     f"{path}: the {name} is another model than model.hf: {differences}; "
@@ -283,6 +284,7 @@ def load_learner(learner: Learner, folder: Path, weights: bool = True) -> None:
 
     weights: False if the model has the folder's weights already.
     """
+    check_checkpoint(folder)
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     wanted = {"tensors": checkpoint_state.tensors_to_load(learner, stored, weights)}
     loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
@@ -295,6 +297,7 @@ def load_model(model: PackedGPT, folder: Path, without: str | None = None) -> No
 
     without: prefix of parameters that the folder does not have and that keep their values ("value_head.").
     """
+    check_checkpoint(folder)
     wanted = model.sharded_state_dict()
     if without is not None:
         wanted = {name: value for name, value in wanted.items() if not name.startswith(without)}

@@ -1,6 +1,5 @@
 """What a run left on disk, read for a report: whatever is not there yet is empty."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from megatron_vcppo.config.keys import with_new_names
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.report.samples import Samples
 from megatron_vcppo.rewards.verifier import NO_ANSWER
+from megatron_vcppo.run.files import parse_json
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.metrics_log import read_history, read_records
 
@@ -116,7 +116,7 @@ def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 def _read_results(file: Path) -> list[dict[str, Any]]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     except ValueError as error:

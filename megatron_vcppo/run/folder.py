@@ -14,7 +14,7 @@ from typing import Any, Literal
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.files import read_json_lines
-from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest, verify_manifest, write_manifest
+from megatron_vcppo.run.manifest import MANIFEST_NAME, path_inside, read_manifest, verify_manifest, write_manifest
 
 STATE_NAME = "state.json"
 """In a checkpoint: the iteration and what the stage keeps besides weights."""
@@ -141,7 +141,7 @@ class StageFolder:
         """The component's folder in the final checkpoint; None if the stage is not done or has no such component."""
         if not self.marked_done():
             return None
-        path = self.path / read_manifest(self.path)["meta"]["checkpoint"] / component
+        path = path_inside(self.path, read_manifest(self.path)["meta"].get("checkpoint")) / component
         return path if path.is_dir() else None
 
     def checkpoint_iteration(self) -> int | None:

@@ -36,7 +36,7 @@ VERL = {
     "reward_model": {"style": "rule", "ground_truth": "7"},
     "extra_info": {"split": "train", "index": 0, "answer": "#### 7", "question": "3 #1 +4 ?"},
 }
-ORZ = [
+ORZ: list[dict[str, Any]] = [
     {"from": "human", "value": "3 #1 +4 ?"},
     {"from": "assistant", "ground_truth": {"value": "7", "pass_at_n": 0.5}},
 ]
