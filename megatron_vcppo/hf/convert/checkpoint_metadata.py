@@ -84,7 +84,8 @@ def check_checkpoint(folder: Path) -> None:
     except FileNotFoundError:
         raise UserError(f"{folder}: not a Megatron checkpoint: common.pt is missing") from None
     except Exception as error:  # whatever torch raises, the file cannot be read as tensors and numbers
-        raise UserError(f"{folder}/common.pt: cannot be read: {str(error).splitlines()[0]}") from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{folder}/common.pt: cannot be read: {reason}") from None
 
 
 def _problem(found: Any, only_tensors: bool) -> str:
