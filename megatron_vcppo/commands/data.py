@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vcppo.commands.arguments import prepare, print_note
+from megatron_vcppo.commands.arguments import positive, prepare, print_note
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import ENGINE_STAGES
 from megatron_vcppo.errors import FAILED
+from megatron_vcppo.run.log import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     inspect = actions.add_parser("inspect", help="counts, lengths, duplicates, overlap, samples")
     inspect.add_argument("config", type=Path, help="configuration file (YAML)")
     inspect.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to override")
-    inspect.add_argument("--samples", type=int, default=2, metavar="N", help="how many of each source to print (2)")
+    inspect.add_argument(
+        "--samples", type=positive, default=2, metavar="N", help="how many of each source to print (2)"
+    )
     inspect.set_defaults(run=run)
 
 
@@ -51,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     held_out: list[Inspected] = []
     problems: list[str] = []
     for found in (*_examples(config, tokenizer, args.samples), *_problems(config, tokenizer, args.samples)):
-        print("\n".join(found.lines()), flush=True)
+        print(printable("\n".join(found.lines())), flush=True)
         problems += found.problems()
         (held_out if found.key in ("sft.validation", "prompts.test") else training).append(found)
     # SFT's validation loss is measured on answers, so only its own training data count.
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         print(*found_overlap.lines(), sep="\n", end="\n" if found_overlap.shares else "")
         problems += found_overlap.problems()
     for problem in problems:
-        print(f"wrong: {problem}")
+        print(printable(f"wrong: {problem}"))
     if not problems:
         print("nothing is wrong")
     return FAILED if problems else 0

@@ -17,7 +17,7 @@ from megatron_vcppo.data.mixture import Mixture
 from megatron_vcppo.data.named_sources import named_source
 from megatron_vcppo.data.prompt_format import DEFAULT_FORMAT, PromptFormat, RenderedPrompt, render_prompt
 from megatron_vcppo.data.readers import Sample, read_samples
-from megatron_vcppo.data.tokenizer import encode_texts
+from megatron_vcppo.data.tokenizer import check_size, encode_texts
 from megatron_vcppo.records import Prompt
 
 CheckAnswer = Callable[[str, str], None]
@@ -116,7 +116,9 @@ def _read(
         for sample in batch:
             report.num_samples += 1
             try:
-                rows.append((sample.number, *parse(sample)))
+                found = parse(sample)
+                check_size(len(found[0].text), max_length)
+                rows.append((sample.number, *found))
             except BadSample as problem:
                 report.bad(sample.number, problem)
         encoded = {

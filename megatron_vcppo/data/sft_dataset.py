@@ -22,7 +22,7 @@ from megatron_vcppo.data.prompt_format import (
     render_prompt,
 )
 from megatron_vcppo.data.readers import Sample, read_samples
-from megatron_vcppo.data.tokenizer import Messages, check_messages, encode_texts
+from megatron_vcppo.data.tokenizer import Messages, check_messages, check_size, encode_texts
 from megatron_vcppo.records import TrainSequence
 from megatron_vcppo.run.files import replacing
 
@@ -160,7 +160,9 @@ def _encode_all(
         for sample in batch:
             report.num_samples += 1
             try:
-                pieces.append(parse(sample))
+                found = parse(sample)
+                check_size(sum(len(piece.text) for piece in found), max_length)
+                pieces.append(found)
             except BadSample as problem:
                 report.bad(sample.number, problem)
                 pieces.append(None)

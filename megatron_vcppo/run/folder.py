@@ -19,7 +19,8 @@ from megatron_vcppo.run.manifest import MANIFEST_NAME, path_inside, read_manifes
 STATE_NAME = "state.json"
 """In a checkpoint: the iteration and what the stage keeps besides weights."""
 RECENT_BYTES = 1 << 18
-_ITERATION = re.compile(r"iter_(\d{7,})$")
+_ATTEMPT = re.compile(r"attempt_\d{1,9}")
+_ITERATION = re.compile(r"iter_(\d{7,18})$")
 
 
 def iteration_name(iteration: int) -> str:
@@ -155,7 +156,8 @@ class StageFolder:
 
     def attempts(self) -> list[Path]:
         """The log folders of the stage's attempts, oldest first."""
-        return sorted(self.logs.glob("attempt_*"), key=_attempt_number)
+        named = (path for path in self.logs.glob("attempt_*") if _ATTEMPT.fullmatch(path.name))
+        return sorted(named, key=_attempt_number)
 
     def next_attempt(self) -> Path:
         """The log folder of the next attempt, not yet made."""
