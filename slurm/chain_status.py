@@ -145,9 +145,10 @@ def add_ending(status: StageStatus, run: RunFolder, mine: list[dict[str, Any]], 
     elif last.get("code") == SAVED:
         status.state, status.note = "saved", f"continue with: {go_on}"
     elif last.get("code") != DONE:
-        line = (last.get("details") or [""])[-1]
+        details = last.get("details")
+        line = details[-1] if isinstance(details, list) and details else ""
         status.state = "failed"
-        status.note = f"{last['cause']}" + (f": {line}" if line else "") + f"; fix it, then {go_on}"
+        status.note = str(last.get("cause", "")) + (f": {line}" if line else "") + f"; fix it, then {go_on}"
 
 
 def table(statuses: list[StageStatus], stream: TextIO | None = None) -> str:

@@ -43,7 +43,8 @@ def measured_save_s(run: RunFolder, stage: str) -> float | None:
         [value for record in records if isinstance(value := record.get(name), int | float)]
         for name in (LONGEST_PIECE, SAVE_TIME)
     )
-    stops = [event for event in events.of_stage(run.path, "attempt_end", stage) if event.get("leaving_s")]
+    ends = events.of_stage(run.path, "attempt_end", stage)
+    stops = [event for event in ends if isinstance(left := event.get("leaving_s"), int | float) and left]
     known = [event["leaving_s"] for event in stops if event["code"] != SAVED or not (pieces and saves)]
     if pieces and saves:
         known.append(max(pieces) + max(saves))

@@ -15,9 +15,9 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "submitted": {"stage": str, "job": str},
     "job": {"stage": str},
     "attempt": {"stage": str},
-    "attempt_end": {"stage": str, "code": int, "cause": str, "details": list, "leaving_s": (int, float, type(None))},
+    "attempt_end": {"stage": str, "code": int},
     "save_requested": {"stage": str, "seconds": int},
-    "refused": {"stage": str, "cause": str},
+    "refused": {"stage": str},
 }
 """Event → the fields that others read of it."""
 

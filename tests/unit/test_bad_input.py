@@ -59,7 +59,7 @@ def test_configurations(command: list[str], recipe: Path, tmp_path: Path, capsys
     deep.write_text("sft: " + "[" * 900 + "]" * 900)
     assert line_of(deep, command, capsys).endswith("nested too deeply")
     if command != ["config"]:
-        assert "model.max_length 4096 is more than the model's" in line("model.max_length=4096")
+        assert "model.max_length 8192 is more than the model's" in line("model.max_length=8192")
         assert "--only names one stage" in line("--only", "sft", "--from", "sft")
     assert not (tmp_path / "run").exists()
 

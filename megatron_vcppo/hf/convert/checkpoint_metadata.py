@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_vcppo.errors import UserError
@@ -31,6 +31,8 @@ _CLASSES = {
             "_MEM_FORMAT_ENCODING",
         ),
         filesystem: ("_StorageInfo",),
+        # Megatron's own writer leaves its plan in the file.
+        planner: ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
     }.items()
     for name in names
 } | {
