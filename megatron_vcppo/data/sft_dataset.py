@@ -77,7 +77,7 @@ class SftDataset:
         with replacing(folder) as temporary:
             temporary.mkdir()
             for name in _ARRAYS:
-                np.save(temporary / f"{name}.npy", getattr(self, f"_{name}"))
+                _write_array(temporary / f"{name}.npy", getattr(self, f"_{name}"))
 
     @classmethod
     def load(cls, folder: Path) -> "SftDataset":
@@ -115,6 +115,13 @@ class SftDataset:
         return TrainSequence(
             tuple(self._token_ids[part].tolist()), {"loss_mask": tuple(self._loss_mask[part].tolist())}
         )
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    """As np.save does, but for the error on a full disk, which does not say there that the disk is full."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))  # type: ignore[arg-type]
+        file.write(np.ascontiguousarray(array).data)
 
 
 def load_sft_dataset(
