@@ -120,7 +120,7 @@ class SftDataset:
 def _write_array(path: Path, array: np.ndarray) -> None:
     """As np.save does, but for the error on a full disk, which does not say there that the disk is full."""
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))  # type: ignore[arg-type]
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(np.ascontiguousarray(array).data)
 
 

@@ -267,7 +267,7 @@ def test_a_huge_text_is_not_tokenized(tmp_path: Path, monkeypatch: pytest.Monkey
     source = write_lines(tmp_path / "t.jsonl", rows)
     dataset, report = load_sft_dataset(source, tokenizer, 100, on_bad_sample)
     assert len(dataset) == 1 and report.problems == {"too long": [2, 3, 4]}
-    problems = [{"prompt": text, "answer": "7", "task": "math"} for text in (PROMPT, huge)]
+    problems: list[dict | str] = [{"prompt": text, "answer": "7", "task": "math"} for text in (PROMPT, huge)]
     prompts, report = load_prompts(write_lines(tmp_path / "p.jsonl", problems), tokenizer, 100, on_bad_sample)
     assert len(prompts) == 1 and report.problems == {"too long": [2]}
     assert 0 < longest < 1000
