@@ -36,7 +36,7 @@ from megatron_vcppo.mcore.checkpoint_writer import ComponentSave
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.offload import check_resident
-from megatron_vcppo.run.files import move, remove, sync, write_text
+from megatron_vcppo.run.files import move, parse_json, remove, sync, write_text
 from megatron_vcppo.run.folder import STATE_NAME, iteration_name, iteration_of
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.manifest import read_manifest, verify_manifest, write_manifest
@@ -172,7 +172,7 @@ class CheckpointFolder:
         path = self.latest()
         if path is None:
             return None
-        content = json.loads((path / STATE_NAME).read_text())
+        content = _read_state(path / STATE_NAME)
         for name, learner in components.items():
             if name not in content["components"]:
                 had = ", ".join(content["components"])
@@ -243,6 +243,18 @@ class CheckpointFolder:
             "pp": self.runtime.pp_size,
             "iteration": iteration,
         }
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """UserError if the file is not what ``save`` wrote."""
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+        kinds = {"iteration": int, "components": list, "state": dict}
+        if not all(isinstance(content[key], kind) for key, kind in kinds.items()):
+            raise ValueError("iteration, components or state is of another type")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged: {error!r}") from None
+    return content
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ import pytest
 from megatron_vcppo.cli import main
 from megatron_vcppo.commands.arguments import prepare
 from megatron_vcppo.config.load import dump_config
+from megatron_vcppo.data.vocabulary import stop_ids
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.records import Prompt, Rollout
@@ -94,6 +95,28 @@ def test_model_folders(message: str, recipe: Path, tmp_path: Path, capsys: pytes
     line = refused(capsys, "run", recipe)
     assert line.startswith(f"vcppo: error: {file}: ") and message in line
     assert not (tmp_path / "run").exists()
+
+
+TOKENIZERS: dict[str, tuple[str, object]] = {
+    "malformed tokenizer files": ("tokenizer.json", {"model": {"vocab": {"a": "first"}}}),
+    "malformed tokenizer files: TypeError": ("tokenizer.json", {"added_tokens": ["x"]}),
+    "malformed tokenizer files: ValueError": (
+        "tokenizer_config.json",
+        {"added_tokens_decoder": {"x": {"content": ""}}},
+    ),
+    "malformed tokenizer files: AttributeError": ("tokenizer.json", {"model": [1]}),
+}
+
+
+@pytest.mark.parametrize("message", TOKENIZERS)
+def test_tokenizers(message: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, content = TOKENIZERS[message]
+    (tmp_path / "model" / name).write_text(json.dumps(content))
+    assert message in refused(capsys, "run", recipe)
+    (tmp_path / "model" / name).write_text("{}")
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": ["x"]}')
+    with pytest.raises(UserError, match=r"eos_token_id \['x'\] is neither"):
+        stop_ids(tmp_path / "model")
 
 
 def test_null_in_a_model_folder_means_the_default(recipe: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Runs that begin with the finished stages of another one."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,13 @@ def test_a_run_begins_with_the_stages_of_another(tmp_path: Path) -> None:
     assert (run.stage("sft").path / weights).samefile(base.stage("sft").path / weights)
     assert not run.stage("sft").metrics.samefile(base.stage("sft").metrics)
     assert not run.stage("sft").rendezvous.exists()
+    shutil.rmtree(run.stage("value_pretrain").path)
+    secret = base.stage("value_pretrain").checkpoint(1) / "hf.json"
+    secret.symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match="a symbolic link that leads out of"):
+        take_stages(run, stages_to_take(run, config, base.path, "ppo"))
+    secret.unlink()
+    take_stages(run, stages_to_take(run, config, base.path, "ppo"))
     run.stage("value_pretrain").manifest.unlink()
     with pytest.raises(UserError, match="was started here"):
         take_stages(run, stages_to_take(run, config, base.path, "ppo"))
