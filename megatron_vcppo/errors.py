@@ -24,7 +24,6 @@ _OF_THE_SYSTEM = {
     errno.EEXIST: "something else has that name",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "a symbolic link leads to itself",
-    errno.ENOENT: "is it being removed?",
 }
 
 
