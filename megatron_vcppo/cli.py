@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from megatron_vcppo import __version__
-from megatron_vcppo.errors import FAILED, SIGNALLED, USER_ERROR, UserError
+from megatron_vcppo.errors import FAILED, SIGNALLED, USER_ERROR, UserError, system_error
+from megatron_vcppo.run.log import printable
 
 COMMANDS = {
     "config": ("megatron_vcppo.commands.config", "check a configuration and print it resolved; explain every key"),
@@ -72,11 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = parse(arguments)
         return int(args.run(args))
     except UserError as error:
-        print(f"vcppo: error: {error}", file=sys.stderr)
+        print(f"vcppo: error: {printable(str(error))}", file=sys.stderr)
         return USER_ERROR
     except BrokenPipeError:  # vcppo … | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except OSError as error:
+        found = system_error(error)
+        if found is None:
+            raise
+        print(f"vcppo: error: {printable(str(found))}", file=sys.stderr)
+        return USER_ERROR
     except KeyboardInterrupt:
         print("vcppo: interrupted", file=sys.stderr)
         return SIGNALLED + signal.SIGINT

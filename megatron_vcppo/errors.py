@@ -1,6 +1,8 @@
 """Two exceptions that are no bugs (what the user can fix, printed as one line with exit code 2; a stop on request), and
 what the exit codes of this project's processes mean. Every other code is a failure."""
 
+import errno
+
 
 class UserError(ValueError):
     """Something outside the code is wrong: a configuration key, a file, a checkpoint, a cluster.
@@ -8,6 +10,33 @@ class UserError(ValueError):
     The message is one line (or a list under one line) that says what is wrong, where (file, line, key)
     and what to do. Everything else that goes wrong is a bug and keeps its traceback.
     """
+
+
+_OF_THE_SYSTEM = {
+    errno.ENOSPC: "make room, then run the same command again",
+    errno.EDQUOT: "make room, then run the same command again",
+    errno.EFBIG: "make room, or raise the limit on the size of files",
+    errno.EROFS: "it is read-only",
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.EISDIR: "a file is expected there",
+    errno.ENOTDIR: "a folder is expected there",
+    errno.EEXIST: "something else has that name",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "a symbolic link leads to itself",
+}
+
+
+def system_error(error: OSError) -> UserError | None:
+    """What the file system refuses, as the user's to fix, in one line; None for errors that are not about a file.
+
+    For the outermost handler of a process: full disks, permissions, files where folders are expected, and the like can
+    come from every read and write, so no call handles them by itself.
+    """
+    advice = _OF_THE_SYSTEM.get(error.errno or 0)
+    if advice is None or (error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        return None
+    return UserError(f"{error.filename or 'a file'}: {error.strerror}: {advice}")
 
 
 class Stopped(Exception):

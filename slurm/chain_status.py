@@ -10,7 +10,7 @@ from megatron_vcppo.launch.save_timing import iteration_seconds
 from megatron_vcppo.report.text_table import text_table
 from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
-from megatron_vcppo.run.log import last_lines
+from megatron_vcppo.run.log import last_lines, printable
 from megatron_vcppo.slurm.slurm_cli import JobState, first_node, job_states
 from megatron_vcppo.slurm.submission import submitted_jobs
 
@@ -97,12 +97,15 @@ def leaving_note(mine: list[dict[str, Any]]) -> str:
 
 def add_progress(status: StageStatus, run: RunFolder) -> None:
     """Iteration, total, ETA and newest metrics from metrics.jsonl."""
-    records = [record for record in run.stage(status.stage).recent_metrics() if "iteration" in record]
+    records = [
+        record for record in run.stage(status.stage).recent_metrics() if isinstance(record.get("iteration"), int)
+    ]
     if not records:
         status.iteration = run.stage(status.stage).checkpoint_iteration()
         return
     newest = records[-1]
-    status.iteration, status.total = newest["iteration"], newest.get("total_iterations")
+    total = newest.get("total_iterations")
+    status.iteration, status.total = newest["iteration"], total if isinstance(total, int) else None
     shown = {
         key: value
         for key, value in newest.items()
@@ -142,9 +145,10 @@ def add_ending(status: StageStatus, run: RunFolder, mine: list[dict[str, Any]], 
     elif last.get("code") == SAVED:
         status.state, status.note = "saved", f"continue with: {go_on}"
     elif last.get("code") != DONE:
-        line = (last.get("details") or [""])[-1]
+        details = last.get("details")
+        line = details[-1] if isinstance(details, list) and details else ""
         status.state = "failed"
-        status.note = f"{last['cause']}" + (f": {line}" if line else "") + f"; fix it, then {go_on}"
+        status.note = str(last.get("cause", "")) + (f": {line}" if line else "") + f"; fix it, then {go_on}"
 
 
 def table(statuses: list[StageStatus], stream: TextIO | None = None) -> str:
@@ -170,7 +174,7 @@ def table(statuses: list[StageStatus], stream: TextIO | None = None) -> str:
             notes.append(f"{status.stage}: {values}")
         if status.note:
             notes.append(f"{status.stage}: {status.note}")
-    return "\n".join([text_table(rows, stream), *notes])
+    return "\n".join([text_table(rows, stream), *map(printable, notes)])
 
 
 def duration(seconds: float) -> str:

@@ -37,6 +37,14 @@ def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="STAGE", help="this stage alone")
 
 
+def positive(text: str) -> int:
+    """The type of an argument that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
     """The run that a command is about."""
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
@@ -82,6 +90,8 @@ def chosen_stages(stages: list[str], first: str | None, last: str | None, only: 
     for name in (first, last, only):
         if name is not None and name not in stages:
             raise UserError(f"stage {name!r} is not in this configuration's stages: {', '.join(stages)}")
+    if only is not None and (first is not None or last is not None):
+        raise UserError("--only names one stage: leave out --from and --until")
     if only is not None:
         return [only]
     start = stages.index(first) if first else 0

@@ -1,20 +1,23 @@
 """``vcppo data inspect CONFIG``: what a run would read, as tokens; exit code 1 if something is wrong with it.
 
 Wrong is: bad or too long samples at which a run stops, or more than 5 % of them otherwise; prompts of which more than
-half are copies; held-out prompts among those of training.
+half are copies; held-out prompts that training has, too, or half of their 13-grams.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vcppo.commands.arguments import prepare, print_note
+from megatron_vcppo.commands.arguments import positive, prepare, print_note
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import ENGINE_STAGES
 from megatron_vcppo.errors import FAILED
+from megatron_vcppo.run.log import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,35 +32,62 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     inspect = actions.add_parser("inspect", help="counts, lengths, duplicates, overlap, samples")
     inspect.add_argument("config", type=Path, help="configuration file (YAML)")
     inspect.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to override")
-    inspect.add_argument("--samples", type=int, default=2, metavar="N", help="how many of each source to print (2)")
+    inspect.add_argument(
+        "--samples", type=positive, default=2, metavar="N", help="how many of each source to print (2)"
+    )
     inspect.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what there is to say; returns 1 if something is wrong."""
     _, config = prepare(args.config, args.overrides, note=print_note)
-    from megatron_vcppo.data.inspection import overlap  # imports transformers: seconds
-    from megatron_vcppo.data.tokenizer import load_tokenizer
+    from megatron_vcppo.data.contamination import compare
     from megatron_vcppo.data.vocabulary import check_vocabulary
 
-    tokenizer = load_tokenizer(config.model.hf)
+    with _without_torch():
+        from megatron_vcppo.data.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(config.model.hf)
     if note := check_vocabulary(Path(config.model.hf)):
         print(f"note: {note}")
     training: list[Inspected] = []
     held_out: list[Inspected] = []
     problems: list[str] = []
     for found in (*_examples(config, tokenizer, args.samples), *_problems(config, tokenizer, args.samples)):
-        print("\n".join(found.lines()), flush=True)
+        print(printable("\n".join(found.lines())), flush=True)
         problems += found.problems()
         (held_out if found.key in ("sft.validation", "prompts.test") else training).append(found)
     # SFT's validation loss is measured on answers, so only its own training data count.
     pairs = [(a, b) for a in training for b in held_out if b.key == "prompts.test" or a.key.startswith("sft.")]
-    problems += [text for pair in pairs if (text := overlap(*pair))]
+    for known, new in pairs:
+        found_overlap = compare(known.key, known.prompts, new.key, new.prompts)
+        print(*found_overlap.lines(), sep="\n", end="\n" if found_overlap.shares else "")
+        problems += found_overlap.problems()
     for problem in problems:
-        print(f"wrong: {problem}")
+        print(printable(f"wrong: {problem}"))
     if not problems:
         print("nothing is wrong")
     return FAILED if problems else 0
+
+
+@contextmanager
+def _without_torch() -> Iterator[None]:
+    """Meanwhile transformers finds no torch, whose import takes longer than everything else here.
+
+    A tokenizer does not need it. Where torch was imported before, nothing changes.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # it would warn that there are no models
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    sys.modules["torch"] = None  # type: ignore[assignment]  # an import fails, as if it were not installed
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
 def _examples(config: Config, tokenizer: "PreTrainedTokenizerBase", num_shown: int) -> "Iterator[Inspected]":

@@ -5,9 +5,11 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_vcppo.commands.arguments import positive
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Rollout
 from megatron_vcppo.run.folder import RunFolder, StageFolder
+from megatron_vcppo.run.log import printable
 
 WIDTH = 110
 
@@ -18,7 +20,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder, or the folder of one of its stages")
     parser.add_argument("--stage", default="ppo", help="stage whose rollouts are read (ppo)")
     parser.add_argument("--iteration", type=int, help="default: the last one stored")
-    parser.add_argument("--worst", type=int, default=5, metavar="K", help="how many to show (5)")
+    parser.add_argument("--worst", type=positive, default=5, metavar="K", help="how many to show (5)")
     parser.set_defaults(run=run)
 
 
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     rollouts = read_rollouts(folder, iteration)
     print(f"iteration {iteration}: {summary(rollouts)}")
     for rollout in worst(rollouts, args.worst):
-        print("\n".join(["", *describe(rollout)]))
+        print(printable("\n".join(["", *describe(rollout)])))
     return 0
 
 

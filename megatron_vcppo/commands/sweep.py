@@ -1,7 +1,6 @@
 """vcppo sweep: several chains, one table."""
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +116,7 @@ def results(folder: Path) -> list[dict[str, object]]:
 
 def evaluation(path: Path) -> dict[str, object]:
     """Example: ``{"avg of sft": "45.3 ± 4.3", "avg of ppo": "83.4 ± 3.2"}``; empty before the evaluation is done."""
-    if not path.exists():
-        return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
+    from megatron_vcppo.report.run_data import read_results
+
+    found = read_results(path)
     return {f"avg of {row['name']}": f"{100 * row['avg']:.1f} ± {100 * row['avg_interval']:.1f}" for row in found}

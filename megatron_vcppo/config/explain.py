@@ -51,7 +51,9 @@ def _by_section(prefix: str) -> Iterator[tuple[str, list[Key]]]:
         if not prefix or key.name == prefix or key.name.startswith(f"{prefix}."):
             sections.setdefault(key.name.rpartition(".")[0], []).append(key)
     if not sections:
-        raise UserError(f"no configuration key starts with {prefix}; did you mean {nearest_key(prefix)}?")
+        near = nearest_key(prefix)
+        hint = f"did you mean {near}?" if near else "vcppo config --explain lists all"
+        raise UserError(f"no configuration key starts with {prefix}; {hint}")
     yield from sections.items()
 
 

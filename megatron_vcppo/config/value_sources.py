@@ -84,6 +84,8 @@ def command_line_source(overrides: Sequence[str]) -> Source:
             parts.append(OmegaConf.from_dotlist([override]))
         except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             raise UserError(f"override {override!r}: {str(error).splitlines()[0]}") from None
+        except RecursionError:
+            raise UserError(f"override {override[:60]!r}…: nested too deeply") from None
     return Source("command line", typing.cast(DictConfig, OmegaConf.merge(OmegaConf.create(), *parts)))
 
 
@@ -98,13 +100,16 @@ def _read(path: Path) -> Source:
         if tree is not None and not isinstance(tree, yaml.MappingNode):
             raise UserError(f"{path}:{tree.start_mark.line + 1}: expected keys and values at the top level")
         values = OmegaConf.create(text) if tree is not None else OmegaConf.create()
+        lines = dict(_lines(tree, "")) if tree is not None else {}
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     assert isinstance(values, DictConfig)
-    return Source(str(path), values, dict(_lines(tree, "")) if tree is not None else {})
+    return Source(str(path), values, lines)
 
 
 def _lines(node: Any, prefix: str) -> Iterator[tuple[str, int]]:

@@ -72,17 +72,6 @@ class Inspected:
             yield f"{self.key}: {_share(self.num_copies, count)} are copies of earlier prompts; remove them"
 
 
-def overlap(training: Inspected, held_out: Inspected) -> str | None:
-    """A problem if held-out prompts are among those of training; None if there are none."""
-    known = set(training.prompts)
-    found = [prompt for prompt in held_out.prompts if prompt in known]
-    if not found:
-        return None
-    example = found[0] if len(found[0]) <= 80 else f"{found[0][:77]}…"
-    share = _share(len(found), len(held_out.prompts))
-    return f"{held_out.key}: {share} prompts are in {training.key}, too, such as {example!r}"
-
-
 def as_sequences(prompts: Sequence[Prompt]) -> list[TrainSequence]:
     """Prompts like examples: no token has loss."""
     return [TrainSequence(prompt.token_ids, {"loss_mask": (False,) * len(prompt.token_ids)}) for prompt in prompts]

@@ -99,7 +99,9 @@ def render_chat(
             messages, tokenize=False, add_generation_prompt=for_response, **how.chat_template_kwargs
         )
     except Exception as error:  # templates raise what they like (jinja2, KeyError, TypeError)
-        raise BadSample("bad chat", f"the chat template refuses it: {' '.join(str(error).split())[:120]}") from error
+        raise BadSample(
+            "bad chat", f"the chat template refuses it: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        ) from error
     return str(rendered)
 
 

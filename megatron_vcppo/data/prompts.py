@@ -13,10 +13,11 @@ from megatron_vcppo.config import PromptsConfig
 from megatron_vcppo.data.bad_samples import BadSample, DataReport
 from megatron_vcppo.data.epoch_order import EpochOrder
 from megatron_vcppo.data.fields import answer_text, find, require
+from megatron_vcppo.data.mixture import Mixture
 from megatron_vcppo.data.named_sources import named_source
 from megatron_vcppo.data.prompt_format import DEFAULT_FORMAT, PromptFormat, RenderedPrompt, render_prompt
 from megatron_vcppo.data.readers import Sample, read_samples
-from megatron_vcppo.data.tokenizer import encode_texts
+from megatron_vcppo.data.tokenizer import check_size, encode_texts
 from megatron_vcppo.records import Prompt
 
 CheckAnswer = Callable[[str, str], None]
@@ -68,18 +69,17 @@ def load_prompts(
 
 
 class PromptStream:
-    """Endless batches of prompts. No prompt comes twice or is missing within an epoch, across any resumes.
+    """Endless batches of prompts. No prompt comes too often or too seldom in an epoch, across any resumes.
 
-    A batch may cross the border between two epochs; ids end in ``@epoch`` so that they stay distinct there.
+    A batch may cross the border between two epochs; ids end in ``@epoch`` so that they stay distinct there. A second
+    copy within an epoch gets ``+1`` before that.
     """
 
-    def __init__(self, prompts: list[Prompt], seed: int) -> None:
-        """Raises UserError if there are no prompts."""
+    def __init__(self, prompts: list[Prompt], seed: int, mixture: Mixture | None = None) -> None:
+        """mixture: how often each prompt comes in an epoch; default: once. UserError if there are no prompts."""
         self._prompts = prompts
-        self._order = EpochOrder(len(prompts), seed, "prompts")
-
-    def __len__(self) -> int:
-        return len(self._prompts)
+        self._mixture = mixture or Mixture([(len(prompts), 1.0)], seed)
+        self._order = EpochOrder(self._mixture.num_samples, seed, "prompts")
 
     @property
     def epoch(self) -> int:
@@ -88,8 +88,7 @@ class PromptStream:
 
     def next(self, num_prompts: int) -> list[Prompt]:
         """The next prompts."""
-        batch = self._order.next(num_prompts)
-        return [replace(p, prompt_id=f"{p.prompt_id}@{epoch}") for epoch, i in batch for p in (self._prompts[i],)]
+        return [self._prompt(epoch, *self._mixture.at(epoch, place)) for epoch, place in self._order.next(num_prompts)]
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the stream, as plain numbers for a checkpoint."""
@@ -98,6 +97,10 @@ class PromptStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was taken. Raises UserError if the prompts or the seed are not the same."""
         self._order.load_state_dict(state)
+
+    def _prompt(self, epoch: int, index: int, copy: int) -> Prompt:
+        prompt = self._prompts[index]
+        return replace(prompt, prompt_id=f"{prompt.prompt_id}{f'+{copy}' if copy else ''}@{epoch}")
 
 
 def _read(
@@ -113,7 +116,9 @@ def _read(
         for sample in batch:
             report.num_samples += 1
             try:
-                rows.append((sample.number, *parse(sample)))
+                found = parse(sample)
+                check_size(len(found[0].text), max_length)
+                rows.append((sample.number, *found))
             except BadSample as problem:
                 report.bad(sample.number, problem)
         encoded = {

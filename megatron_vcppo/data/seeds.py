@@ -7,11 +7,17 @@ ones would change the data order of runs that exist.
 import hashlib
 
 TRUNCATION = 17
+MIXTURE = 23
 
 
 def epoch_seed(run_seed: int, epoch: int) -> list[int]:
     """Of the permutation of an epoch's samples, for ``numpy.random.default_rng``."""
     return [run_seed, epoch]
+
+
+def mixture_seed(run_seed: int, epoch: int, source: int) -> list[int]:
+    """Of the part of a source with a fractional weight that an epoch has, for ``numpy.random.default_rng``."""
+    return [run_seed, epoch, source, MIXTURE]
 
 
 def fixed_policy_seed(run_seed: int) -> int:

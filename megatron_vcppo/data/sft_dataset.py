@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from megatron_vcppo.config import SftConfig
 from megatron_vcppo.data.bad_samples import BadSample, DataReport
 from megatron_vcppo.data.fields import find, require
-from megatron_vcppo.data.mixture import repeated
 from megatron_vcppo.data.prompt_format import (
     DEFAULT_FORMAT,
     END_THINK,
@@ -23,14 +22,14 @@ from megatron_vcppo.data.prompt_format import (
     render_prompt,
 )
 from megatron_vcppo.data.readers import Sample, read_samples
-from megatron_vcppo.data.tokenizer import Messages, check_messages, encode_texts
+from megatron_vcppo.data.tokenizer import Messages, check_messages, check_size, encode_texts
 from megatron_vcppo.records import TrainSequence
 from megatron_vcppo.run.files import replacing
 
 Progress = Callable[[int, float], None]
 """Called now and then with (samples read, fraction of the source read)."""
 
-_ARRAYS = ("token_ids", "loss_mask", "borders")
+_ARRAYS = ("token_ids", "loss_mask", "borders", "sizes")
 _BATCH = 512  # samples that are tokenized in one call
 
 
@@ -61,9 +60,13 @@ class Piece:
 class SftDataset:
     """All examples in three flat arrays: 5 bytes a token, whatever the size of the source."""
 
-    def __init__(self, token_ids: np.ndarray, loss_mask: np.ndarray, borders: np.ndarray) -> None:
-        """token_ids [N] int32, loss_mask [N] bool, borders [examples + 1] int64."""
+    def __init__(
+        self, token_ids: np.ndarray, loss_mask: np.ndarray, borders: np.ndarray, sizes: np.ndarray | None = None
+    ) -> None:
+        """token_ids [N] int32, loss_mask [N] bool, borders [examples + 1] int64, sizes [sources] int64: examples of
+        each source (default: of one)."""
         self._token_ids, self._loss_mask, self._borders = token_ids, loss_mask, borders
+        self._sizes = np.array([len(borders) - 1]) if sizes is None else sizes
 
     def __len__(self) -> int:
         return len(self._borders) - 1
@@ -74,7 +77,7 @@ class SftDataset:
         with replacing(folder) as temporary:
             temporary.mkdir()
             for name in _ARRAYS:
-                np.save(temporary / f"{name}.npy", getattr(self, f"_{name}"))
+                _write_array(temporary / f"{name}.npy", getattr(self, f"_{name}"))
 
     @classmethod
     def load(cls, folder: Path) -> "SftDataset":
@@ -82,18 +85,19 @@ class SftDataset:
         return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS))
 
     @classmethod
-    def mixed(cls, sources: "Sequence[tuple[SftDataset, float]]") -> "SftDataset":
-        """The examples of (dataset, weight), one source after the other; see ``repeated``."""
-        if len(sources) == 1 and sources[0][1] == 1:
-            return sources[0][0]
-        ids, masks, lengths = [], [], []
-        for dataset, weight in sources:
-            chosen = repeated(len(dataset), weight)
-            parts = [slice(dataset._borders[index], dataset._borders[index + 1]) for index in chosen]
-            ids += [dataset._token_ids[part] for part in parts]
-            masks += [dataset._loss_mask[part] for part in parts]
-            lengths += dataset.lengths[chosen].tolist()
-        return cls(np.concatenate(ids), np.concatenate(masks), np.cumsum([0, *lengths], dtype=np.int64))
+    def joined(cls, sources: "Sequence[SftDataset]") -> "SftDataset":
+        """The examples of several sources, one after the other."""
+        return cls(
+            np.concatenate([source._token_ids for source in sources]),
+            np.concatenate([source._loss_mask for source in sources]),
+            np.concatenate([[0], *(source.lengths for source in sources)]).cumsum(),
+            np.array([len(source) for source in sources], dtype=np.int64),
+        )
+
+    @property
+    def sizes(self) -> list[int]:
+        """Examples of each source."""
+        return self._sizes.tolist()
 
     @property
     def lengths(self) -> np.ndarray:
@@ -111,6 +115,13 @@ class SftDataset:
         return TrainSequence(
             tuple(self._token_ids[part].tolist()), {"loss_mask": tuple(self._loss_mask[part].tolist())}
         )
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    """As np.save does, but for the error on a full disk, which does not say there that the disk is full."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(np.ascontiguousarray(array).data)
 
 
 def load_sft_dataset(
@@ -156,7 +167,9 @@ def _encode_all(
         for sample in batch:
             report.num_samples += 1
             try:
-                pieces.append(parse(sample))
+                found = parse(sample)
+                check_size(sum(len(piece.text) for piece in found), max_length)
+                pieces.append(found)
             except BadSample as problem:
                 report.bad(sample.number, problem)
                 pieces.append(None)

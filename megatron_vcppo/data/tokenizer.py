@@ -13,6 +13,10 @@ from megatron_vcppo.errors import UserError
 
 Messages = list[dict[str, Any]]
 
+CHARACTERS_PER_TOKEN = 256
+"""More than the longest tokens of any vocabulary have (128 blanks, in Qwen's)."""
+LONGEST_TEXT = 32 << 20
+"""Characters of a sample, whatever the limit in tokens is."""
 _PROBE = " The answer's 1234.5 – it’ll do:\n\n\tdef f(x_1): return {'a': [x**2]}  # naïve, 数学 №7 +3 #4 </think>"
 
 
@@ -59,6 +63,16 @@ def _check_against_file(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
             f"{path}: transformers reads its tokenizer as {type(tokenizer).__name__}, which splits text differently "
             "from its tokenizer.json; the model_type in config.json must be one that the tokenizer was made for"
         )
+
+
+def check_size(num_characters: int, max_length: int) -> None:
+    """Raises BadSample for a text that is far longer than ``max_length`` tokens can be, before it is tokenized.
+
+    A tokenizer takes gigabytes and minutes for a text of 100 MB, only to find that it is too long.
+    """
+    most = min(max_length * CHARACTERS_PER_TOKEN, LONGEST_TEXT)
+    if num_characters > most:
+        raise BadSample("too long", f"{num_characters:,} characters; {most:,} are the most that is tokenized")
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.files import write_text
+from megatron_vcppo.run.files import parse_json, write_text
 
 _SHOWN = 5
 
@@ -28,9 +28,21 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
-    """From tokenizer.json, tokenizer_config.json and added_tokens.json; what is missing or broken counts as empty."""
+    """From tokenizer.json, tokenizer_config.json and added_tokens.json; what is missing or no JSON counts as empty.
+
+    Raises UserError for JSON of another form.
+    """
     files = [_read(folder / name) for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")]
-    tokenizer, config, added = files
+    try:
+        found = _vocabulary(*files)
+        if not all(type(index) is int for index in (*found.base.values(), *found.added.values())):
+            raise TypeError("a token's number is none")
+    except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"{folder}: malformed tokenizer files: {type(error).__name__}: {error}") from None
+    return found
+
+
+def _vocabulary(tokenizer: dict[str, Any], config: dict[str, Any], added: dict[str, Any]) -> Vocabulary:
     words = (tokenizer.get("model") or {}).get("vocab") or {}
     base = words if isinstance(words, dict) else {word[0]: index for index, word in enumerate(words)}
     also = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
@@ -92,13 +104,16 @@ def complete_generation_config(folder: Path) -> None:
 def _configured(folder: Path) -> list[int]:
     path = folder / "generation_config.json"
     eos = _read(path if path.exists() else folder / "config.json").get("eos_token_id")
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    tokens = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(type(token) is int for token in tokens):
+        raise UserError(f"{path}: eos_token_id {eos!r} is neither a token's number nor a list of such")
+    return tokens
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The object in a file; empty if it is not there or is none, which others report."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

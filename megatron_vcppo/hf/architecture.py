@@ -4,16 +4,18 @@ Supported: Qwen2 and Qwen2.5 (model_type qwen2), Qwen3 (qwen3), Llama 3 (llama).
 would silently compute differently (sliding windows, other rope types, extra biases, quantized weights) is an error.
 """
 
-import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.run.files import parse_json
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 DTYPES = ("float32", "bfloat16", "float16")
+_ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _REQUIRED = (
     "hidden_size",
     "num_hidden_layers",
@@ -22,6 +24,19 @@ _REQUIRED = (
     "vocab_size",
     "max_position_embeddings",
 )
+
+
+_LARGEST = {
+    "num_layers": 10_000,
+    "hidden_size": 1 << 20,
+    "num_heads": 1 << 16,
+    "num_kv_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "ffn_size": 1 << 24,
+    "vocab_size": 1 << 28,
+    "max_positions": 1 << 40,
+}
+"""Far above every model: a larger number is a mistake, and the work to find that out elsewhere would not end."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +81,10 @@ class Architecture:
         """Read ``path``/config.json. Raises UserError if it is missing, is not JSON, lacks keys or is not supported."""
         file = Path(path) / "config.json"
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = parse_json(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{file}: no such file; expected the folder of a Hugging Face checkpoint") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{file}: cannot be read as JSON: {error}") from None
         if not isinstance(config, dict):
             raise UserError(f"{file}: expected a JSON object")
@@ -84,13 +99,15 @@ class Architecture:
         missing = [key for key in _REQUIRED if not _is_positive_int(config.get(key))]
         if missing:
             raise UserError(f"{source}: missing or not a positive integer: {', '.join(missing)}")
-        rope = _rope_parameters(config)
+        rope = _rope_parameters(config, source)
+        if malformed := _malformed(config, rope):
+            raise UserError(f"{source}: {'; '.join(malformed)}")
         problems = _unsupported(config, rope)
         if problems:
             raise UserError(f"{source}: not supported: " + "; ".join(problems))
         num_heads = config["num_attention_heads"]
         default_head_dim = 128 if family == "qwen3" else config["hidden_size"] // num_heads
-        return cls(
+        found = cls(
             family=family,
             num_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
@@ -99,28 +116,43 @@ class Architecture:
             head_dim=config.get("head_dim") or default_head_dim,
             ffn_size=config["intermediate_size"],
             vocab_size=config["vocab_size"],
-            rope_theta=float(rope.get("rope_theta", 10000.0)),
+            rope_theta=float(rope.get("rope_theta") or 10000.0),
             rope_scaling=_rope_scaling(rope, source),
             max_positions=config["max_position_embeddings"],
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            norm_eps=float(config.get("rms_norm_eps") or 1e-6),
             tied=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
             dtype=_dtype(config),
             config=dict(config),
         )
+        sizes = {name: getattr(found, name) for name in _LARGEST}
+        if too_large := [f"{name} {size}" for name, size in sizes.items() if size > _LARGEST[name]]:
+            raise UserError(f"{source}: larger than any model: {', '.join(too_large)}")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; ``from_dict`` is the inverse."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Architecture":
-        """Inverse of ``to_dict``."""
-        values = {f.name: data[f.name] for f in fields(cls)}
+    def from_dict(cls, data: Any, source: str = "architecture") -> "Architecture":
+        """Inverse of ``to_dict``. Raises UserError, which names ``source``, for anything that it did not make."""
+        values = _typed(cls, data, source)
         if values["rope_scaling"] is not None:
-            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+            values["rope_scaling"] = RopeScaling(
+                **_typed(RopeScaling, values["rope_scaling"], f"{source}.rope_scaling")
+            )
+        if not isinstance(values["config"], Mapping):
+            raise UserError(f"{source}: config is no object")
+        if wrong := [f"{name} {values[name]}" for name, most in _LARGEST.items() if not 0 < values[name] <= most]:
+            raise UserError(f"{source}: out of range: {', '.join(wrong)}")
         return cls(**values)
+
+    @classmethod
+    def of_manifest(cls, folder: Path, meta: Mapping[str, Any]) -> "Architecture":
+        """The architecture that the manifest of a checkpoint names. Raises UserError if it is malformed."""
+        return cls.from_dict(meta.get("architecture"), f"{folder}: damaged manifest: architecture")
 
     def differences(self, wanted: "Architecture") -> str:
         """What makes this another model than ``wanted``, such as "num_layers 4 (not 2)"; "" if nothing does."""
@@ -190,8 +222,43 @@ def _is_positive_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+def _is_positive_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _typed(cls: type, data: Any, source: str) -> dict[str, Any]:
+    """The fields of a dataclass from what JSON holds. UserError if one is missing or of another type."""
+    values: dict[str, Any] = {}
+    for one in fields(cls):
+        value = data.get(one.name) if isinstance(data, Mapping) else None
+        wanted = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}.get(cast(type, one.type))
+        if wanted and type(value) not in wanted:
+            raise UserError(f"{source}: {one.name} {value!r} is no {wanted[-1].__name__}")
+        values[one.name] = value
+    return values
+
+
+def _malformed(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str]:
+    """Keys with a default whose value is of another kind; null counts as absent, as in transformers."""
+    problems = []
+    for key in ("num_key_value_heads", "head_dim"):
+        if config.get(key) is not None and not _is_positive_int(config[key]):
+            problems.append(f"{key} {config[key]!r} is not a positive integer")
+    for key, value in (("rms_norm_eps", config.get("rms_norm_eps")), *((key, rope.get(key)) for key in _ROPE_NUMBERS)):
+        if value is not None and not _is_positive_number(value):
+            problems.append(f"{key} {value!r} is not a positive number")
+    if not isinstance(config.get("layer_types") or [], list):
+        problems.append(f"layer_types {config['layer_types']!r} is not a list")
+    if config.get("use_sliding_window") and not isinstance(config.get("max_window_layers", 0), int):
+        problems.append(f"max_window_layers {config['max_window_layers']!r} is not a whole number")
+    return problems
+
+
+def _rope_parameters(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """transformers 5 keeps everything in ``rope_parameters``; before, ``rope_theta`` and ``rope_scaling``."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise UserError(f"{source}: {key} {config[key]!r} is not an object")
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     if "rope_theta" in config:
         rope.setdefault("rope_theta", config["rope_theta"])

@@ -18,6 +18,7 @@ import torch
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.mapping import hf_shapes, parameters
+from megatron_vcppo.run.files import parse_json
 
 INDEX_NAME = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -133,7 +134,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_json(path.read_text(encoding="utf-8"))["weight_map"]
         if not isinstance(weight_map, dict) or not all(_is_plain_name(name) for name in weight_map.values()):
             raise ValueError("weight_map must name files of this folder")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -162,9 +163,12 @@ def _read_header(path: Path) -> dict[str, TensorInFile]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
                 raise UserError(f"{path}: truncated, or not a safetensors file")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
         header.pop("__metadata__", None)
         entries = [(name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()]
+        for name, _, shape, begin, finish in entries:
+            if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, finish)):
+                raise ValueError(f"the shape or place of tensor {name}")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UserError:

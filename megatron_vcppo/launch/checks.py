@@ -29,6 +29,8 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
         check_names(config.prompts.verifiers, config.rewards.code)
     arch = Architecture.from_hf(config.model.hf)
     check_vocabulary(Path(config.model.hf))
+    if set(stages) - {"export"}:
+        arch.check_length(config.model.max_length)
     arch.check_parallel(config.parallel.tp, config.parallel.pp)
     return check_memory(arch, config, list(stages))
 

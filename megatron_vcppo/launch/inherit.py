@@ -1,5 +1,6 @@
 """A run that begins with the finished stages of another one: one SFT model and one critic, many PPO arms."""
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -10,7 +11,11 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.config_file import open_run
 from megatron_vcppo.run.files import replacing
 from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.log import say
+from megatron_vcppo.run.manifest import check_links
 
+FORMAT = ("template", "system", "apply_chat_template", "chat_template_kwargs")
+"""Keys of ``prompts`` that say how the model reads a prompt."""
 LINKED_BYTES = 1 << 16
 """Larger files are hard-linked where the file system can: checkpoints and rollouts, which are never written again."""
 NOT_TAKEN = shutil.ignore_patterns("rendezvous", "logs", "wandb*")
@@ -34,8 +39,13 @@ def stages_to_take(run: RunFolder, config: Config, base: Path | None, first: str
     for stage in missing:
         if not source.stage(stage).is_done():
             raise UserError(f"--base {base}: stage {stage} is not done there")
+        for checkpoint in source.stage(stage).checkpoints.glob("*"):
+            check_links(checkpoint)  # a copy would hold what they lead to
         if run.stage(stage).path.exists():
             raise UserError(f"{run.stage(stage).path}: was started here; remove it, or run without --base")
+    if missing and (differ := [key for key in FORMAT if getattr(theirs.prompts, key) != getattr(config.prompts, key)]):
+        values = ", ".join(f"prompts.{key}={json.dumps(getattr(theirs.prompts, key))}" for key in differ)
+        say(f"note: --base {base} formatted prompts otherwise; for the prompts that its models know: {values}")
     return [source.stage(stage).path for stage in missing]
 
 

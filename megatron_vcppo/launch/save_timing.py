@@ -23,7 +23,8 @@ def iteration_seconds(run: RunFolder, stage: str) -> list[float]:
 
     Times across which a new attempt began are dropped: they include the wait in the queue.
     """
-    stamps = [record["timestamp"] for record in run.stage(stage).recent_metrics() if "timestamp" in record]
+    found = [record.get("timestamp") for record in run.stage(stage).recent_metrics()]
+    stamps = [stamp for stamp in found if isinstance(stamp, int | float)]
     begun = [event["time"] for event in events.of_stage(run.path, "attempt", stage)]
     return [
         after - before for before, after in pairwise(stamps) if not any(before <= start <= after for start in begun)
@@ -38,8 +39,12 @@ def measured_save_s(run: RunFolder, stage: str) -> float | None:
     because it took too long always counts.
     """
     records = run.stage(stage).recent_metrics()
-    pieces, saves = ([r[name] for r in records if name in r] for name in (LONGEST_PIECE, SAVE_TIME))
-    stops = [event for event in events.of_stage(run.path, "attempt_end", stage) if event.get("leaving_s")]
+    pieces, saves = (
+        [value for record in records if isinstance(value := record.get(name), int | float)]
+        for name in (LONGEST_PIECE, SAVE_TIME)
+    )
+    ends = events.of_stage(run.path, "attempt_end", stage)
+    stops = [event for event in ends if isinstance(left := event.get("leaving_s"), int | float) and left]
     known = [event["leaving_s"] for event in stops if event["code"] != SAVED or not (pieces and saves)]
     if pieces and saves:
         known.append(max(pieces) + max(saves))

@@ -10,7 +10,7 @@ import yaml
 
 from megatron_vcppo.config.keys import RENAMED, all_keys
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.files import write_text
+from megatron_vcppo.run.files import parse_json, write_text
 
 POINTS_NAME = "sweep.json"
 
@@ -69,7 +69,12 @@ def write_points(folder: Path, made: list[Point]) -> None:
 def read_points(folder: Path) -> list[Point]:
     """The recorded sweep."""
     try:
-        recorded = json.loads((folder / POINTS_NAME).read_text(encoding="utf-8"))
+        recorded = parse_json((folder / POINTS_NAME).read_text(encoding="utf-8"))
+        found = {name: [str(override) for override in overrides] for name, overrides in recorded.items()}
     except FileNotFoundError:
         raise UserError(f"{folder}: not a sweep: it has no {POINTS_NAME}") from None
-    return [Point(name, tuple(overrides)) for name, overrides in recorded.items()]
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"{folder / POINTS_NAME}: damaged: not the points of a sweep") from None
+    if outside := [name for name in found if Path(name).name != name or name in (".", "..")]:
+        raise UserError(f"{folder / POINTS_NAME}: damaged: {outside[0]!r} is no name of a point")
+    return [Point(name, tuple(overrides)) for name, overrides in found.items()]

@@ -29,13 +29,14 @@ from megatron_vcppo.config import CheckpointConfig, Config
 from megatron_vcppo.config.load import config_hash
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.convert.checkpoint_metadata import check_checkpoint
 from megatron_vcppo.hf.convert.folders import copy_small_files
 from megatron_vcppo.mcore import checkpoint_state, runtime
 from megatron_vcppo.mcore.checkpoint_writer import ComponentSave
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.offload import check_resident
-from megatron_vcppo.run.files import move, remove, sync, write_text
+from megatron_vcppo.run.files import move, parse_json, remove, sync, write_text
 from megatron_vcppo.run.folder import STATE_NAME, iteration_name, iteration_of
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.manifest import read_manifest, verify_manifest, write_manifest
@@ -171,12 +172,12 @@ class CheckpointFolder:
         path = self.latest()
         if path is None:
             return None
-        content = json.loads((path / STATE_NAME).read_text())
+        content = _read_state(path / STATE_NAME)
         for name, learner in components.items():
             if name not in content["components"]:
                 had = ", ".join(content["components"])
                 raise UserError(f"{path}: holds {had} but no {name}: remove {self.folder} or take another run.dir")
-            stored = Architecture.from_dict(read_manifest(path / name)["meta"]["architecture"])
+            stored = Architecture.of_manifest(path / name, read_manifest(path / name)["meta"])
             if differences := stored.differences(learner.model.arch):
                 raise UserError(
                     f"{path}: the {name} is another model than model.hf: {differences}; "
@@ -244,6 +245,18 @@ class CheckpointFolder:
         }
 
 
+def _read_state(path: Path) -> dict[str, Any]:
+    """UserError if the file is not what ``save`` wrote."""
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+        kinds = {"iteration": int, "components": list, "state": dict}
+        if not all(isinstance(content[key], kind) for key, kind in kinds.items()):
+            raise ValueError("iteration, components or state is of another type")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged: {error!r}") from None
+    return content
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Folders that carry a final name; whether they are undamaged is for ``verify_manifest`` to check."""
     return [path for path in folder.glob("*") if iteration_of(path.name) is not None]
@@ -283,6 +296,7 @@ def load_learner(learner: Learner, folder: Path, weights: bool = True) -> None:
 
     weights: False if the model has the folder's weights already.
     """
+    check_checkpoint(folder)
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     wanted = {"tensors": checkpoint_state.tensors_to_load(learner, stored, weights)}
     loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
@@ -295,6 +309,7 @@ def load_model(model: PackedGPT, folder: Path, without: str | None = None) -> No
 
     without: prefix of parameters that the folder does not have and that keep their values ("value_head.").
     """
+    check_checkpoint(folder)
     wanted = model.sharded_state_dict()
     if without is not None:
         wanted = {name: value for name, value in wanted.items() if not name.startswith(without)}

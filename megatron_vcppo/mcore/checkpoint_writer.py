@@ -30,11 +30,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.api import _wrap_exception
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _StoragePrefix, _write_item
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_vcppo.errors import system_error
 from megatron_vcppo.run.manifest import BLOCK_BYTES
 
 FILES_PER_RANK = 2
@@ -71,11 +72,18 @@ class ComponentSave:
     def finish(self) -> Mapping[str, Mapping[str, Any]]:
         """Once this rank has written: gather the places of all ranks' chunks, and store them.
 
-        Returns the manifest's records of this rank's files. Raises CheckpointException if any rank could not write.
+        Returns the manifest's records of this rank's files. Raises CheckpointException if any rank could not write,
+        UserError if the disk was full or the like.
         """
         self.wait()
-        for finalize in self._finalize:
-            finalize()
+        try:
+            for finalize in self._finalize:
+                finalize()
+        except CheckpointException as error:
+            for cause, _ in error.failures.values():
+                if isinstance(cause, OSError) and (named := system_error(cause)):
+                    raise named from None
+            raise
         return self._writer.records
 
 
@@ -162,7 +170,11 @@ class _HashedFile(io.RawIOBase):
                 raise RuntimeError(f"{self._path}: this rank ended before it was written")
             block = view[start : start + BLOCK_BYTES]
             self._digest.update(block)
-            self._file.write(block)
+            try:
+                self._file.write(block)
+            except OSError as error:
+                error.filename = str(self._path)
+                raise
         self._size += len(view)
         return len(view)
 

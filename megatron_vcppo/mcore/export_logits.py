@@ -55,7 +55,7 @@ def main() -> None:
     """Compare and print."""
     checkpoint, folder = Path(sys.argv[1]), Path(sys.argv[2])
     meta = read_manifest(checkpoint)["meta"]
-    arch, kind = Architecture.from_dict(meta["architecture"]), meta["kind"]  # not the export's own
+    arch, kind = Architecture.of_manifest(checkpoint, meta), meta["kind"]  # not the export's own
     port = str(free_port("127.0.0.1"))
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     runtime.start(ParallelConfig(), seed=0, timeout_s=600)

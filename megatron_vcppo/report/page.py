@@ -12,6 +12,7 @@ from megatron_vcppo.report.run_charts import PPO_PLOTS, STAGE_PLOTS, metric_char
 from megatron_vcppo.report.run_data import RunData, differences
 from megatron_vcppo.report.samples import shorten
 from megatron_vcppo.report.text_table import duration, percent_interval, short
+from megatron_vcppo.run.log import printable
 
 OUTCOMES = {
     "sft": (("loss", "sft/loss"), ("validation", "sft/validation_loss")),
@@ -84,6 +85,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.globals |= {
         "stage_summary": stage_summary,

@@ -1,6 +1,5 @@
 """What a run left on disk, read for a report: whatever is not there yet is empty."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from megatron_vcppo.config.keys import with_new_names
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.report.samples import Samples
 from megatron_vcppo.rewards.verifier import NO_ANSWER
+from megatron_vcppo.run.files import parse_json
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.metrics_log import read_history, read_records
 
@@ -61,9 +61,10 @@ def read_run(
     stages = [str(stage) for stage in config.get("stages") or []]
     names = dict.fromkeys([*stages, *(stage.name for stage in run.stages())])
     history = {name: rows for name in names if (rows := read_history(run.stage(name).path))}
-    by_iteration = {record["iteration"]: record for record in read_records(run.stage("ppo").profiles)}
+    found = filter(_is_profile, read_records(run.stage("ppo").profiles))
+    by_iteration = {record["iteration"]: record for record in found}
     profiles = [by_iteration[iteration] for iteration in sorted(by_iteration)]
-    results = _read_results(run.stage("evaluate").results)
+    results = read_results(run.stage("evaluate").results)
     return RunData(name, color, config, stages, done, history, profiles, results, list(samples))
 
 
@@ -74,7 +75,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a run folder: it has no {file.name}")
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(config, dict):
         raise UserError(f"{file}: not a configuration: it holds no keys")
@@ -114,10 +115,42 @@ def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [leaf for key, part in value.items() for leaf in _leaves(part, f"{prefix}.{key}" if prefix else str(key))]
 
 
-def _read_results(file: Path) -> list[dict[str, Any]]:
+def _is_profile(record: dict[str, Any]) -> bool:
+    """Whether everything in a record of profiles.jsonl is a number or a list of numbers and nulls."""
+    lists = (value if isinstance(value, list) else [value] for value in record.values())
+    return all(one is None or _is_number(one) for some in lists for one in some)
+
+
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """The rows of the evaluation, a checkpoint each; empty before it is done. UserError if the file is damaged."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     except ValueError as error:
         raise UserError(f"{file}: cannot be read as JSON: {error}") from None
+    if not isinstance(found, list) or not all(isinstance(row, dict) and _is_result(row) for row in found):
+        raise UserError(f"{file}: not the results of an evaluation")
+    return found
+
+
+def _is_result(row: dict[str, Any]) -> bool:
+    tasks = row.get("tasks", {})
+    return (
+        isinstance(row.get("name"), str)
+        and isinstance(tasks, dict)
+        and all(isinstance(scores, dict) and _are_scores(scores) for scores in (row, *tasks.values()))
+    )
+
+
+def _are_scores(scores: dict[str, Any]) -> bool:
+    numbers = [scores.get(name) for name in ("avg", "avg_interval", "length_mean", "truncated_share")]
+    ranges = [
+        scores.get("avg_range", []),
+        *(v for kind in ("pass", "maj") for v in dict(scores.get(kind, {})).values()),
+    ]
+    return all(map(_is_number, numbers)) and all(isinstance(one, list) and all(map(_is_number, one)) for one in ranges)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -11,6 +11,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megatron_vcppo.run.log import printable
+
 PIPE_WIDTH = 1_000_000
 """Characters: nothing is wrapped or shortened where a line may be searched or parsed."""
 NUMBER = re.compile(r"[-+]?[.\d]")
@@ -83,7 +85,7 @@ def styled(word: str, stream: TextIO) -> str:
 
 
 def _text(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
 def _styled(text: str) -> Text:

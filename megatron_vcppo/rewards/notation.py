@@ -7,6 +7,8 @@ repeating decimals, degrees, ±. Nothing here knows what an answer means.
 import re
 from fractions import Fraction
 
+from megatron_vcppo.rewards.tex_arguments import brace_arguments
+
 _CHARACTERS = str.maketrans(
     {
         **dict.fromkeys("−–—‐‑", "-"),
@@ -56,7 +58,6 @@ _REPLACED = [
     for pattern, replacement in (
         (r"\\(?:d|t|c)frac(?![A-Za-z])", r"\\frac"),
         (r"\\(?:d|t)binom(?![A-Za-z])", r"\\binom"),
-        (r"\\binom\s*(\d)\s*(\d)", r"\\binom{\1}{\2}"),
         (r"\{\s*([^{}]*?)\s*\\choose\s*([^{}]*?)\s*\}", r"\\binom{\1}{\2}"),
         (r"\\(?:infin|text\{infinity\})(?![A-Za-z])", r"\\infty"),
         (r"(?<![\\A-Za-z])inf(?:inity)?(?![A-Za-z])", r"\\infty"),
@@ -115,6 +116,7 @@ def tidy(answer: str) -> str:
             break
     for pattern, replacement in _REPLACED:
         text = pattern.sub(replacement, text)
+    text = brace_arguments(text)
     text = _PLAIN_FUNCTION.sub(lambda match: "\\" + match[0] + " ", text)
     text = _roots(text)
     text = _BRACED_THOUSANDS.sub("", text)

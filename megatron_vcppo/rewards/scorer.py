@@ -45,13 +45,22 @@ class Scorer:
         timeout_s: float = 10.0,
         verifiers: Mapping[str, str] | None = None,
         code: CodeRewardConfig | None = None,
+        memory_mib: int = 2048,
     ) -> None:
-        """timeout_s: for one answer. verifiers: as in ``resolve_verifiers``, whose UserError it raises at once."""
+        """timeout_s: for one answer. verifiers: as in ``resolve_verifiers``, whose UserError it raises at once.
+
+        memory_mib: what a worker may allocate on top of what it has when it starts.
+        """
         code = code or CodeRewardConfig()
         self.tasks = frozenset(resolve_verifiers(verifiers or {}, code))
         """Tasks that can be judged."""
         self._timeout_s = timeout_s
-        self._settings = {"timeout_s": timeout_s, "verifiers": dict(verifiers or {}), "code": asdict(code)}
+        self._settings = {
+            "timeout_s": timeout_s,
+            "memory_mib": memory_mib,
+            "verifiers": dict(verifiers or {}),
+            "code": asdict(code),
+        }
         self._queue: queue.SimpleQueue[tuple[Rollout, Future[Rollout]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._problems: list[str] = []

@@ -5,6 +5,7 @@ A separate process, because a verifier may hang, leak, or die, and is then kille
 
 import json
 import math
+import resource
 import signal
 import socket
 import sys
@@ -17,9 +18,10 @@ from megatron_vcppo.rewards.worker_messages import receive, send
 
 
 def main(descriptor: int, settings: dict[str, Any]) -> None:
-    """Serve until the other side closes the socket. settings: ``timeout_s``, ``verifiers``, ``code``."""
+    """Serve until the other side closes the socket. settings: ``timeout_s``, ``memory_mib``, ``verifiers``, code."""
     connection, timeout_s = socket.socket(fileno=descriptor), settings["timeout_s"]
     verifiers = resolve_verifiers(settings["verifiers"], CodeRewardConfig(**settings["code"]), timeout_s)
+    _limit_memory(settings["memory_mib"] << 20)
     send(connection, "ready")  # imports do not count against the first answer's time
     while True:
         try:
@@ -38,6 +40,18 @@ def main(descriptor: int, settings: dict[str, Any]) -> None:
             reply = {"reward": -1.0, "verdict": f"error: {type(error).__name__}: {error}"}
         signal.alarm(0)
         send(connection, {"id": request["id"], **reply})
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """Let this process allocate so much on top of what it has: an allocation beyond it fails, here and nowhere else.
+
+    The limit on data, not on addresses: libraries reserve large ranges of addresses that they never write to. A soft
+    one: a sandbox, which this process starts, sets limits for its programs.
+    """
+    with open("/proc/self/statm", encoding="ascii") as file:
+        data_pages = int(file.read().split()[5])
+    limit, hard = data_pages * resource.getpagesize() + num_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,11 @@ def kept_defaults(run: RunFolder) -> dict[str, Any]:
     """What a run that exists already has for keys whose default would change it; empty for a new run."""
     if not run.config.exists():
         return {}
-    stored = yaml.safe_load(run.config.read_text(encoding="utf-8")) or {}
-    sections = {name: stored.get(name.partition(".")[0]) or {} for name in BEFORE}
+    try:
+        stored = yaml.safe_load(run.config.read_text(encoding="utf-8")) or {}
+        sections = {name: dict(stored.get(name.partition(".")[0]) or {}) for name in BEFORE}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, AttributeError, TypeError, ValueError):
+        raise UserError(f"{run.config}: not the configuration of a run: remove it, or choose another run.dir") from None
     return {name: sections[name].get(name.partition(".")[2], before) for name, before in BEFORE.items()}
 
 

@@ -11,6 +11,16 @@ from megatron_vcppo.run.files import append_json_line, read_json_lines
 from megatron_vcppo.run.folder import RunFolder, StageFolder
 from megatron_vcppo.run.log import say
 
+_FIELDS: dict[str, dict[str, Any]] = {
+    "submitted": {"stage": str, "job": str},
+    "job": {"stage": str},
+    "attempt": {"stage": str},
+    "attempt_end": {"stage": str, "code": int},
+    "save_requested": {"stage": str, "seconds": int},
+    "refused": {"stage": str},
+}
+"""Event → the fields that others read of it."""
+
 
 def append(run: Path, event: str, **fields: Any) -> None:
     """Append one event to a run's folder."""
@@ -18,8 +28,13 @@ def append(run: Path, event: str, **fields: Any) -> None:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """All events in order."""
-    return read_json_lines(RunFolder(run).events)
+    """All events in order. Lines that are none, or lack what their kind of event has, are dropped."""
+    return [record for record in read_json_lines(RunFolder(run).events) if _is_event(record)]
+
+
+def _is_event(record: dict[str, Any]) -> bool:
+    fields = {"event": str, "time": (int, float), **_FIELDS.get(str(record.get("event")), {})}
+    return all(isinstance(record.get(name), kind) for name, kind in fields.items())
 
 
 def of_stage(run: Path, event: str, stage: str) -> list[dict[str, Any]]:

@@ -34,8 +34,10 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
         os.replace(temporary, path)
         if durable:
             sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         remove(temporary)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk does not say for which file
         raise
 
 
@@ -85,10 +87,18 @@ def read_json_lines(path: Path, last_bytes: int | None = None) -> list[dict[str,
     return [record for line in lines if (record := parse_json_line(line)) is not None]
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What JSON text from outside holds. ValueError for what is none, or nests deeper than Python's parser can go."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def parse_json_line(line: bytes) -> dict[str, Any] | None:
     """The object of one line of a JSONL file, None if the line is torn or holds something else."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
     return record if line.endswith(b"\n") and isinstance(record, dict) else None

@@ -14,12 +14,13 @@ from typing import Any, Literal
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.files import read_json_lines
-from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest, verify_manifest, write_manifest
+from megatron_vcppo.run.manifest import MANIFEST_NAME, path_inside, read_manifest, verify_manifest, write_manifest
 
 STATE_NAME = "state.json"
 """In a checkpoint: the iteration and what the stage keeps besides weights."""
 RECENT_BYTES = 1 << 18
-_ITERATION = re.compile(r"iter_(\d{7,})$")
+_ATTEMPT = re.compile(r"attempt_\d{1,9}")
+_ITERATION = re.compile(r"iter_(\d{7,18})$")
 
 
 def iteration_name(iteration: int) -> str:
@@ -141,7 +142,7 @@ class StageFolder:
         """The component's folder in the final checkpoint; None if the stage is not done or has no such component."""
         if not self.marked_done():
             return None
-        path = self.path / read_manifest(self.path)["meta"]["checkpoint"] / component
+        path = path_inside(self.path, read_manifest(self.path)["meta"].get("checkpoint")) / component
         return path if path.is_dir() else None
 
     def checkpoint_iteration(self) -> int | None:
@@ -155,7 +156,8 @@ class StageFolder:
 
     def attempts(self) -> list[Path]:
         """The log folders of the stage's attempts, oldest first."""
-        return sorted(self.logs.glob("attempt_*"), key=_attempt_number)
+        named = (path for path in self.logs.glob("attempt_*") if _ATTEMPT.fullmatch(path.name))
+        return sorted(named, key=_attempt_number)
 
     def next_attempt(self) -> Path:
         """The log folder of the next attempt, not yet made."""

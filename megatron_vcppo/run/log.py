@@ -16,6 +16,7 @@ The log files of roles are read and followed here, too.
 
 import codecs
 import logging
+import re
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _speaker = ""
 """Role and rank of this process."""
 
@@ -51,8 +53,20 @@ def speaking_as(role: str) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Print a line that a user must see, such as ``say(f"warning: step {step}: …")``; more lines may follow in it."""
-    print(line(text), flush=True)
+    """Print a line that a user must see, such as ``say(f"warning: step {step}: …")``; more lines may follow in it.
+
+    What a model wrote may be in it: control characters are shown escaped.
+    """
+    print(line(printable(text)), flush=True)
+
+
+def printable(text: str) -> str:
+    r"""The text with every control character but line breaks and tabs written out: ESC as ``\x1b``.
+
+    For everything that a model or a file from elsewhere wrote, wherever it is shown: a terminal would obey it (clear
+    the screen, change the title, answer into the shell), and marks of text direction show a text as another one.
+    """
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def line(text: str) -> str:
@@ -97,7 +111,7 @@ class Follower:
                 file.seek(self._position)
                 while chunk := file.read(65536):
                     self._position += len(chunk)
-                    sys.stdout.write(self._decoder.decode(chunk))
+                    sys.stdout.write(printable(self._decoder.decode(chunk).replace("\r\n", "\n").replace("\r", "\n")))
         except FileNotFoundError:
             return
         sys.stdout.flush()

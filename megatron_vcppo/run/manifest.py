@@ -3,16 +3,15 @@
 ``{"format": 1, "meta": {…}, "files": {"relative/path": {"size": bytes, "xxh3": hex digest}}}``
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.files import sync, write_json
+from megatron_vcppo.run.files import parse_json, sync, write_json
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
@@ -70,7 +69,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest's content, files not looked at. UserError if there is none or it cannot be read."""
     path = Path(folder) / MANIFEST_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         known_format = content["format"] == FORMAT and isinstance(content["meta"], dict)
         complete = known_format and isinstance(content["files"], dict)
     except FileNotFoundError:
@@ -79,7 +78,27 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged: {error}") from None
     if not complete:
         raise UserError(f"{path}: not a manifest of format {FORMAT}")
+    for name, record in content["files"].items():
+        path_inside(Path(folder), name)
+        if not isinstance(record, dict) or set(record) != {"size", "xxh3"} or type(record["size"]) is not int:
+            raise UserError(f"{path}: damaged: the record of {name!r} is no size and checksum")
     return content
+
+
+def path_inside(folder: Path, name: Any) -> Path:
+    """``folder``/``name`` for a name that a file in the folder gives. UserError if it leads out of the folder."""
+    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+    if not parts or ".." in parts or "/" in parts or "\0" in name:
+        raise UserError(f"{folder / MANIFEST_NAME}: damaged: {name!r} is no name inside of the folder")
+    return folder / name
+
+
+def check_links(folder: Path) -> None:
+    """UserError if a symbolic link below ``folder`` leads out of it: what came with a folder must not name others."""
+    home = folder.resolve()
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise UserError(f"{path}: a symbolic link that leads out of {folder}; put the file itself there")
 
 
 def verify_manifest(

@@ -18,7 +18,7 @@ import zstandard
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Rollout
-from megatron_vcppo.run.files import replacing, write_json
+from megatron_vcppo.run.files import parse_json, replacing, write_json
 from megatron_vcppo.run.folder import RunFolder, iteration_name, iteration_of
 from megatron_vcppo.run.log import say
 
@@ -85,9 +85,12 @@ def _write(path: Path, rollouts: Iterable[Rollout]) -> None:
 
 
 def _read(path: Path) -> Iterator[Rollout]:
-    with zstandard.open(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            yield _decoder.decode(line)
+    try:
+        with zstandard.open(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                yield _decoder.decode(line)
+    except (zstandard.ZstdError, msgspec.MsgspecError, ValueError, EOFError, RecursionError) as error:
+        raise UserError(f"{path}: damaged: {' '.join(str(error).split())[:200]}") from None
 
 
 def read_rollouts(folder: Path, iteration: int) -> list[Rollout]:
@@ -123,8 +126,8 @@ def _path(folder: Path, iteration: int) -> Path:
 def origin_differences(folder: Path, made: Origin) -> list[str]:
     """The keys in which what made a folder's rollouts differs; empty if nothing is recorded."""
     try:
-        known = json.loads((folder / ORIGIN_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        known = dict(parse_json((folder / ORIGIN_NAME).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
         return []
     known = ORIGIN_BEFORE | known
     return [key for key, value in json.loads(json.dumps(made)).items() if known.get(key) != value]
@@ -167,9 +170,9 @@ class StoredSet:
     def is_complete(self) -> bool:
         """True if a set of at least ``num_rollouts`` was made here."""
         try:
-            made = json.loads((self.folder / SET_NAME).read_text(encoding="utf-8"))["num_rollouts"]
+            made = parse_json((self.folder / SET_NAME).read_text(encoding="utf-8"))["num_rollouts"]
             return bool(made >= self.num_rollouts)
-        except (FileNotFoundError, ValueError, KeyError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False
 
     def mark_complete(self) -> None:

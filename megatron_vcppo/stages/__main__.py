@@ -15,7 +15,7 @@ def main() -> int:
 
     from megatron_vcppo.config.load import load_stored_config
     from megatron_vcppo.config.network import node_environment
-    from megatron_vcppo.errors import DONE, SAVED, USER_ERROR, UserError
+    from megatron_vcppo.errors import DONE, SAVED, USER_ERROR, UserError, system_error
     from megatron_vcppo.run import log
     from megatron_vcppo.run.events import startup
     from megatron_vcppo.stages.stopping import Saved, stopping
@@ -36,6 +36,12 @@ def main() -> int:
         stage.run(config)
     except UserError as error:
         log.say(f"error: {error}")
+        return USER_ERROR
+    except OSError as error:
+        found = system_error(error)
+        if found is None:
+            raise
+        log.say(f"error: {found}")
         return USER_ERROR
     except Saved as saved:
         if rank == 0:

@@ -70,5 +70,5 @@ def _check_same_model(folder: Path, arch: Architecture) -> None:
     meta = read_manifest(folder)["meta"]
     if meta.get("kind") != "critic":
         raise UserError(f"{folder}: holds {meta.get('kind')!r}, not a critic")
-    if differences := Architecture.from_dict(meta["architecture"]).differences(arch):
+    if differences := Architecture.of_manifest(folder, meta).differences(arch):
         raise UserError(f"{folder}: the critic is another model than model.hf: {differences}")

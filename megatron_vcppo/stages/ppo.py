@@ -8,7 +8,6 @@ from megatron_vcppo.algo.kl import next_kl_coef
 from megatron_vcppo.algo.masked import check_finite
 from megatron_vcppo.config import Config, PolicyLossConfig
 from megatron_vcppo.data.packing import PackedMicrobatch
-from megatron_vcppo.data.prompts import PromptStream
 from megatron_vcppo.data.rollout_batch import ModelOutputs, RolloutBatch, make_batch
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
@@ -41,7 +40,7 @@ def run(config: Config) -> None:
         models = PpoModels(config)
         session.share(models.actor, models.critic, models.reference)
         startup.done("model")
-        stream = PromptStream(session.training_prompts(), config.run.seed)
+        stream = session.training_prompts(config.run.seed)
         sampler = PromptSampler(config, session, stream)
         startup.done("data")
         kl = KlCoefficient(config.ppo.loss)

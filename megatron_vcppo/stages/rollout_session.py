@@ -14,9 +14,9 @@ from functools import partial
 import torch
 
 from megatron_vcppo.config.placement import engine_nodes, engine_placement
-from megatron_vcppo.data.mixture import mix_prompts, training_sources
+from megatron_vcppo.data.mixture import Mixture, join_prompts, training_sources
 from megatron_vcppo.data.prompt_format import PromptFormat
-from megatron_vcppo.data.prompts import PromptKeys, load_prompts
+from megatron_vcppo.data.prompts import PromptKeys, PromptStream, load_prompts
 from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.hf.architecture import Architecture
@@ -132,6 +132,7 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
                 config.prompts.verify_timeout_s,
                 config.prompts.verifiers,
                 config.rewards.code,
+                config.prompts.verify_memory_mib,
             )
             self.client = RolloutClient(
                 rendezvous,
@@ -313,10 +314,12 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
                 found = None
         return self.sync.exchange(found)[0]
 
-    def training_prompts(self) -> list[Prompt]:
-        """The problems of prompts.train and prompts.mix, each as often as its source's weight says."""
-        sources = training_sources(self.config.prompts.train, self.config.prompts.mix)
-        return mix_prompts([(self.prompts(source), weight) for source, weight in sources.items()])
+    def training_prompts(self, seed: int) -> PromptStream:
+        """The problems of prompts.train and prompts.mix, in every epoch as often as their source's weight says."""
+        weights = training_sources(self.config.prompts.train, self.config.prompts.mix)
+        loaded = [self.prompts(source) for source in weights]
+        mixture = Mixture([(len(part), weight) for part, weight in zip(loaded, weights.values(), strict=True)], seed)
+        return PromptStream(join_prompts(loaded), seed, mixture)
 
     def prompts(self, source: str) -> list[Prompt]:
         """The problems of a source; what is wrong with it is printed or raised, once. Every rank reads it."""

@@ -5,7 +5,6 @@ from typing import Any, Protocol
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.epoch_order import EpochOrder
-from megatron_vcppo.data.prompts import PromptStream
 from megatron_vcppo.data.seeds import fixed_policy_seed
 from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.hf.architecture import Architecture
@@ -53,7 +52,7 @@ def rollout_source(stage: Stage, session: RolloutSession, reached: int) -> Rollo
     reached: the step from which the stage continues; stored rollouts after it that another policy made are dropped.
     """
     config = stage.config
-    stream = PromptStream(session.training_prompts(), fixed_policy_seed(config.run.seed))
+    stream = session.training_prompts(fixed_policy_seed(config.run.seed))
     fresh = FreshRollouts(session, PromptSampler(config, session, stream), lambda: starting_actor(config, stage.name))
     wanted = stored_set(config, stage.name)
     if wanted is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config, SftConfig
 from megatron_vcppo.data.epoch_order import EpochOrder
-from megatron_vcppo.data.mixture import training_sources
+from megatron_vcppo.data.mixture import Mixture, training_sources
 from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.prompt_format import PromptFormat
 from megatron_vcppo.data.sft_dataset import SftDataset, SftKeys, load_sft_dataset
@@ -35,23 +35,30 @@ def run(config: Config) -> None:
     stage, settings = start_stage(config, "sft"), config.sft
     model = base_actor(config)
     train, validation = load_datasets(config, stage.folder)
-    order = EpochOrder(len(train), config.run.seed, settings.train)
-    total_steps = num_steps(settings, len(train), stage.runtime.is_main)
+    mixture = mixture_of(config, train)
+    order = EpochOrder(mixture.num_samples, config.run.seed, settings.train)
+    total_steps = num_steps(settings, order.num_samples, stage.runtime.is_main)
     actor = Actor(model, config.parallel, settings.optimizer, settings.schedule, total_steps)
     startup.done("model")
     loop = TrainLoop(stage, {"actor": actor}, total_steps, settings.checkpoint)
     loop.track(order=order)
     with loop:
         for step in loop:
-            batch = [train[index] for _, index in order.next(settings.batch_size)]
+            batch = [train[mixture.at(*place)[0]] for place in order.next(settings.batch_size)]
             result = train_step(actor, batch, stage.packer)
             num_tokens = sum(map(len, batch))
-            metrics = step_metrics(result, order.samples_seen / len(train), num_tokens, loop.step_seconds)
+            metrics = step_metrics(result, order.samples_seen / order.num_samples, num_tokens, loop.step_seconds)
             if validation and is_validated(step, settings, total_steps):
                 metrics |= validate(actor, validation, stage.packer)
             shown = {"loss": result.metrics["loss"], "lr": result.learning_rate}
             loop.log(metrics, count=num_tokens, shown=shown, skipped={"actor": [not result.applied]})
     runtime.stop()
+
+
+def mixture_of(config: Config, train: SftDataset) -> Mixture:
+    """How often the examples of sft.train and sft.mix come."""
+    weights = training_sources(config.sft.train, config.sft.mix).values()
+    return Mixture(list(zip(train.sizes, weights, strict=True)), config.run.seed)
 
 
 def base_actor(config: Config) -> ActorModel:
@@ -111,25 +118,22 @@ def validate(actor: Actor, dataset: SftDataset, packer: Packer) -> dict[str, flo
 def load_datasets(config: Config, folder: StageFolder) -> tuple[SftDataset, SftDataset | None]:
     """Training and validation examples; collective."""
     settings = config.sft
-    train = shared_dataset(config, folder, training_sources(settings.train, settings.mix), "train")
+    train = shared_dataset(config, folder, list(training_sources(settings.train, settings.mix)), "train")
     held_out = settings.validation
-    validation = shared_dataset(config, folder, {held_out: 1.0}, "validation") if held_out else None
+    validation = shared_dataset(config, folder, [held_out], "validation") if held_out else None
     startup.done("data")
     return train, validation
 
 
-def shared_dataset(config: Config, folder: StageFolder, sources: dict[str, float], name: str) -> SftDataset:
-    """Tokenize once, on the main rank, into RUN/sft/data; every rank maps the arrays. Collective.
-
-    sources: source → weight.
-    """
+def shared_dataset(config: Config, folder: StageFolder, sources: list[str], name: str) -> SftDataset:
+    """Tokenize once, on the main rank, into RUN/sft/data; every rank maps the arrays. Collective."""
     path = folder.data(name)
 
     def tokenize(beat: Callable[[], None]) -> None:
         keys = SftKeys.of(config.sft)
         tokenizer = load_tokenizer(config.model.hf)
         loaded = []
-        for source, weight in sources.items():
+        for source in sources:
             dataset, report = load_sft_dataset(
                 source,
                 tokenizer,
@@ -141,8 +145,8 @@ def shared_dataset(config: Config, folder: StageFolder, sources: dict[str, float
                 stops=stop_ids(Path(config.model.hf)),
             )
             say(str(report))
-            loaded.append((dataset, weight))
-        SftDataset.mixed(loaded).save(path)
+            loaded.append(dataset)
+        SftDataset.joined(loaded).save(path)
 
     runtime.on_main(tokenize, f"tokenizing {', '.join(sources)}")
     return SftDataset.load(path)

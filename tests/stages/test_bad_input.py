@@ -114,7 +114,7 @@ def test_a_verifier_that_hangs_costs_its_answers_and_is_shown(
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, renamed)) + "\n")
     prompts = {"train": str(tmp_path / "prompts.jsonl"), "bad_samples": "skip", "verify_timeout_s": 0.5}
     prompts |= {"prompt_key": "q", "answer_key": "a", "task_key": "kind", "task": "running_sum", "test": None}
-    prompts |= {"verifiers": {"running_sum": "own_verifiers:hangs"}, "verify_workers": 4}
+    prompts |= {"verifiers": {"running_sum": "own_verifiers:hangs"}, "verify_workers": 4, "verify_memory_mib": 512}
     sections = {"prompts": prompts, "ppo": {**PPO, "iterations": 1}, "rollout": {"max_tokens": 200}}
     stage = Stage(node, make_config(task, tmp_path / "run", sections), "ppo")
     text, code = output_of(stage, tmp_path / "log")

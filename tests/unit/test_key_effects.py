@@ -27,7 +27,7 @@ from megatron_vcppo.slurm.submission import resolve_python
 from megatron_vcppo.stages import export
 from megatron_vcppo.stages.held_out import evaluation_prompts
 from megatron_vcppo.stages.rollout_session import RolloutSession
-from megatron_vcppo.stages.sft import load_datasets
+from megatron_vcppo.stages.sft import load_datasets, mixture_of
 from megatron_vcppo.tasks.base_model import write_base_model
 from megatron_vcppo.weight_sync.rank_role import make_weight_sync
 from megatron_vcppo.weight_sync.transport import DiskTransport, NetworkTransport
@@ -135,13 +135,14 @@ def test_keys_of_prompts_reach_what_the_model_reads(tmp_path: Path) -> None:
     session: Any = SimpleNamespace(config=config, tokenizer=tokenizer, verifiers=["math"], _prompts={})
     session.runtime, session.verifiers = SimpleNamespace(is_main=False), resolve_verifiers({}, config.rewards.code)
     session.prompts = partial(RolloutSession.prompts, session)
-    prompts = RolloutSession.training_prompts(session)
+    prompts = RolloutSession.training_prompts(session, seed=0).next(4)
+    assert sorted(prompt.prompt_id for prompt in prompts) == ["a:1@0", "b:1+1@0", "b:1+2@0", "b:1@0"]
     assert len(prompts) == 4 and {tokenizer.decode(prompt.token_ids) for prompt in prompts} == {"<unk> 7 5 1 ? 6"}
 
     def body() -> int:
         runtime.start(ParallelConfig(), 3, 60)
         train, _ = load_datasets(config, RunFolder(tmp_path / "run").stage("sft"))
         assert tokenizer.decode(train[0].token_ids) == "<unk> 7 5 1 ? 6 = 1 <eos>"
-        return len(train)
+        return mixture_of(config, train).num_samples
 
     assert run_distributed_test(body, 1)[0] == 3

@@ -37,7 +37,7 @@ def tiny_model(folder: Path) -> Path:
     """A model's config.json: what is checked before anything is queued."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes |= {"intermediate_size": 128, "vocab_size": 256, "max_position_embeddings": 512}
+    sizes |= {"intermediate_size": 128, "vocab_size": 256, "max_position_embeddings": 4096}
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "torch_dtype": "float32", **sizes}))
     return folder
 

@@ -13,6 +13,8 @@ def stages(config: Config) -> Iterator[str]:
     for stage in dict.fromkeys(config.stages):
         if config.stages.count(stage) > 1:
             yield f"stages names {stage} {config.stages.count(stage)} times: name it once"
+    if "export" in config.stages and not {"sft", "ppo"} & set(config.stages[: config.stages.index("export")]):
+        yield f"stages {', '.join(config.stages)}: export has no actor to export: put it behind sft or ppo"
 
 
 def fp8(config: Config) -> Iterator[str]:

@@ -18,7 +18,8 @@ class PromptsConfig:
     """Held-out problems for evaluation, in the same form."""
     mix: dict[str, PositiveFloat] = field(default_factory=dict)
     """More sources of training prompts, {source: weight}: how often each of their prompts comes in an epoch. 2 is
-    twice, 0.25 a quarter of the prompts once. prompts.train has weight 1 unless it is named here."""
+    twice, 0.25 a quarter of the prompts once, each epoch another quarter. prompts.train has weight 1 unless it is named
+    here."""
     prompt_key: str = "prompt"
     """Field of the data that holds the prompt: a name, a path such as extra_info.question or 0.value, or several of
     these with | between them, of which the first that has a value counts."""
@@ -47,3 +48,6 @@ class PromptsConfig:
     """Time limit in seconds of a verifier per answer; on a timeout the answer counts as wrong and is reported."""
     verify_workers: PositiveInt = 2
     """Verifier processes per data-parallel replica."""
+    verify_memory_mib: PositiveInt = 2048
+    """Memory in MiB that a verifier process may allocate on top of what it has when it starts. An answer that needs
+    more is wrong, and at most costs its process."""

@@ -1,11 +1,11 @@
 """Section ``run``."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from omegaconf import MISSING
 
-from megatron_vcppo.config.ranges import NonNegativeInt, PositiveFloat, PositiveInt
+from megatron_vcppo.config.ranges import PositiveFloat, PositiveInt, Range
 
 
 @dataclass
@@ -14,7 +14,7 @@ class RunConfig:
 
     dir: str = MISSING
     """Run folder; every stage writes below it. On a cluster it must be on the shared file system."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Range("[0, 4294967296)")] = 0
     """Seed of data order, sampling and new heads. Two runs with the same seed and layout give the same numbers."""
     wandb: Literal["online", "offline", "off"] = "off"
     """Also log metrics to Weights & Biases; upload offline runs later with `wandb sync`."""

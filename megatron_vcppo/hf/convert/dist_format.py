@@ -32,9 +32,9 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import skip_data
 
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.convert.checkpoint_metadata import METADATA_NAME, read_metadata
 from megatron_vcppo.hf.convert.copying import allocate
 
-_METADATA_NAME = ".metadata"
 _BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -78,14 +78,17 @@ class NewChunk:
 def read_model(folder: Path) -> dict[str, GlobalTensor]:
     """All tensors of the model in a checkpoint (without optimizer state), with their chunks' places.
 
-    Raises UserError if it is not such a folder or a chunk is not a plain contiguous tensor. Like every reader of this
-    format it unpickles ``.metadata``: read only checkpoints that you trust.
+    Raises UserError if it is not such a folder or a chunk is not a plain contiguous tensor.
     """
-    metadata = _read_metadata(folder)
+    metadata = read_metadata(folder)
     tensors = {}
     for key, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata) or key.startswith("optimizer."):
             continue
+        if missing := [
+            chunk for chunk in entry.chunks if MetadataIndex(key, chunk.offsets) not in metadata.storage_data
+        ]:
+            raise UserError(f"{folder}: damaged checkpoint metadata: {len(missing)} chunks of {key} are nowhere")
         places = (metadata.storage_data[MetadataIndex(key, chunk.offsets)] for chunk in entry.chunks)
         chunks = [
             _locate(folder, place, key, chunk, entry.properties.dtype)
@@ -116,24 +119,11 @@ def write_frame(folder: Path, new_chunks: Sequence[NewChunk]) -> list[Chunk]:
         storage_data=storage,
         storage_meta=StorageMeta(),
     )
-    with open(folder / _METADATA_NAME, "xb") as stream:
+    with open(folder / METADATA_NAME, "xb") as stream:
         pickle.dump(metadata, stream)
     torch.save({}, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps(_BACKEND), encoding="utf-8")
     return chunks
-
-
-def _read_metadata(folder: Path) -> Metadata:
-    try:
-        backend = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["sharded_backend"]
-        if backend != "torch_dist":
-            raise UserError(f"{folder}: checkpoint format {backend!r}; supported: torch_dist")
-        with open(folder / _METADATA_NAME, "rb") as stream:
-            return cast(Metadata, pickle.load(stream))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: not a Megatron checkpoint: {Path(error.filename).name} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"{folder}: damaged checkpoint metadata: {error!r}") from None
 
 
 def _locate(folder: Path, place: _StorageInfo, key: str, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> Chunk:

@@ -19,12 +19,13 @@ from megatron_vcppo.data.vocabulary import complete_generation_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert import conversion_plan
+from megatron_vcppo.hf.convert.checkpoint_metadata import check_checkpoint
 from megatron_vcppo.hf.convert.copying import Job, Matrix, Progress, gather
 from megatron_vcppo.hf.convert.dist_format import Chunk, GlobalTensor, read_model
 from megatron_vcppo.hf.convert.folders import copy_small_files, new_folder
 from megatron_vcppo.hf.mapping import Parameter, checkpoint_key, hf_shapes, parameters
 from megatron_vcppo.hf.safetensors_files import INDEX_NAME, check_shapes, plan_files, read_folder
-from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest, verify_manifest
+from megatron_vcppo.run.manifest import MANIFEST_NAME, path_inside, read_manifest, verify_manifest
 
 TOLERANCE = 1e-4
 """Largest difference of logits in float32, relative to the largest logit (at least 1)."""
@@ -105,8 +106,13 @@ def export_hf(
     """
     checkpoint = actor_folder(Path(checkpoint))
     meta = verify_manifest(checkpoint)
+    check_checkpoint(checkpoint)
     arch = _architecture(checkpoint, meta)
-    table = parameters(arch, meta["tp"], meta["kind"])
+    tp = meta.get("tp")
+    if not isinstance(tp, int) or tp < 1:
+        raise UserError(f"{checkpoint}/{MANIFEST_NAME}: damaged: tp {tp!r} is no number of ranks")
+    arch.check_parallel(tp, 1)
+    table = parameters(arch, tp, meta["kind"])
     stored = read_model(checkpoint)
     _check_keys(checkpoint, arch, table, stored)
     dtypes = {
@@ -134,7 +140,7 @@ def actor_folder(checkpoint: Path) -> Path:
     if not (checkpoint / MANIFEST_NAME).exists():
         return checkpoint
     last = read_manifest(checkpoint)["meta"].get("checkpoint")
-    iteration = checkpoint / last if last else checkpoint
+    iteration = path_inside(checkpoint, last) if last else checkpoint
     inner = iteration / "actor"
     return inner if (inner / MANIFEST_NAME).exists() else iteration
 
@@ -146,7 +152,7 @@ def _architecture(checkpoint: Path, meta: Mapping[str, Any]) -> Architecture:
         raise UserError(f"{checkpoint}: holds no actor; it has {inside}: name the folder of what is to be exported")
     if kind not in ("actor", "critic"):
         raise UserError(f"{checkpoint}: holds {kind!r}; only an actor or a critic has a Hugging Face form")
-    arch = Architecture.from_dict(meta["architecture"])
+    arch = Architecture.of_manifest(checkpoint, meta)
     if Architecture.from_hf(checkpoint / "hf") != arch:
         raise UserError(f"{checkpoint}/hf/config.json: describes another model than the checkpoint's manifest")
     return arch

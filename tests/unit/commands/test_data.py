@@ -1,12 +1,15 @@
 """``vcppo data inspect``: what it counts, and what it calls wrong."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_vcppo.cli import main as vcppo
+from megatron_vcppo.data.contamination import compare
 from megatron_vcppo.data.inspection import length_text, show
 from megatron_vcppo.data.sft_dataset import load_sft_dataset
 from megatron_vcppo.run.files import write_text
@@ -106,6 +109,50 @@ def test_bad_and_long_samples_are_wrong_where_they_stop_a_run(inspect: Inspect) 
     ]
     inspect.write("train", *(f"{i} {j} ?" for i in range(6) for j in range(6)), "1 " * 70)
     assert inspect()[0] == 1 and inspect("prompts.bad_samples=skip")[0] == 0
+
+
+def test_long_pieces_of_training_prompts_in_held_out_ones_are_wrong(inspect: Inspect) -> None:
+    steps = [" ".join(f"#{i} +{(7 * i * k) % 10}" for i in range(1, 11)) for k in range(1, 5)]
+    inspect.write("train", *(f"{k} {text} ?" for k, text in enumerate(steps)))
+    inspect.write("test", f"9 {steps[0]} ?", "5 #1 +1 #2 +1 #3 +1 #4 +1 #5 +1 #6 +1 #7 +1 #8 +1 ?")
+    code, out, wrong = inspect()
+    assert "prompts.test in prompts.train: of the 13-grams of a prompt 44.4% on average, 88.9% at most" in out
+    assert code == 1 and len(wrong) == 1
+    assert "1 of 2 (50.0%) prompts have half or more of their 13-grams in prompts.train, such as '9 #1" in wrong[0]
+
+
+def test_what_all_prompts_have_in_common_is_no_overlap() -> None:
+    template = "please solve the following problem step by step and put the answer at the very end of the text: "
+    own = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi"
+    known = [*(f"{template}Runner{i} covers {i} miles." for i in range(20)), f"{template}Ann has $12$ boats, {own}."]
+    new = [f"{template}Tom{i} swims {i} laps and rests" for i in range(4)]
+    found = compare("train", known, "test", [*new, f"{template}RUNNER3 covers 3  miles", f"{template}Eve has 7. {own}"])
+    assert found.equal == (f"{template}RUNNER3 covers 3  miles",)
+    assert [share for share, _ in found.shares[:4]] == [0.0] * 4 and found.shares[4][0] > 0.1
+    # Few held-out prompts do not show what their template is; many training prompts do.
+    assert compare("train", known, "test", new[:1]).shares == ((0.0, new[0]),)
+
+
+@pytest.mark.parametrize(("one", "other", "same"), [
+    ("Find  $\\frac{1}{2}+X$.", "find \\frac12 + x", True),
+    ("What is 'a', b?", "what is a b", True),
+    ("3 #1 +4 ?", "3 #1 -4 ?", False),
+    ("Find 1.5", "find 15", False),
+    ("1 2 ?", "12 ?", False),
+    ("Find 5!", "find 5", False),
+])  # fmt: skip
+def test_only_layout_is_ignored(one: str, other: str, same: bool) -> None:
+    assert bool(compare("a", [one], "b", [other]).equal) is same
+
+
+def test_torch_is_not_imported(inspect: Inspect) -> None:
+    program = (
+        "import sys; from megatron_vcppo.cli import main\n"
+        f"assert main(['data', 'inspect', {str(inspect.folder / 'c.yaml')!r}]) == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0 and "PyTorch" not in found.stderr, found.stderr
 
 
 def test_every_source_of_a_mix_is_read(inspect: Inspect) -> None:

@@ -147,7 +147,8 @@ def test_required_keys_count_for_the_stages_that_read_them(base: Path, tmp_path:
     assert load_config(nothing, complete=False).run.dir == "???"
     base.write_text(COMPLETE.replace("sft: {train: data.jsonl}", ""))
     assert "sft.train is required" in error_of(base)
-    assert load_config(base, ["stages=[export]"]).stages == ["export"]
+    evaluated = ["stages=[evaluate]", "prompts.train=x.jsonl", "prompts.test=x.jsonl"]
+    assert load_config(base, evaluated).stages == ["evaluate"]
 
 
 def test_a_dump_loads_as_an_equal_configuration(base: Path, tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from megatron_vcppo.data.mixture import mix_prompts, repeated, training_sources
+from megatron_vcppo.data.mixture import Mixture, join_prompts, training_sources
 from megatron_vcppo.data.prompt_format import PromptFormat, after_opening, render_prompt
-from megatron_vcppo.data.prompts import load_prompts
+from megatron_vcppo.data.prompts import PromptStream, load_prompts
 from megatron_vcppo.data.sft_dataset import SftDataset, load_sft_dataset
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Prompt
@@ -91,26 +91,55 @@ def test_examples_start_after_the_thinking_that_a_template_opens(tmp_path: Path,
 
 def test_weights_say_how_often_a_sample_comes() -> None:
     assert training_sources("a", {"b": 2.0}) == {"a": 1.0, "b": 2.0} and training_sources("a", {"a": 0.5}) == {"a": 0.5}
-    assert repeated(3, 1) == [0, 1, 2] and repeated(3, 2) == [0, 1, 2, 0, 1, 2]
-    part = repeated(100, 1.25)
-    assert part[:100] == list(range(100)) and len(set(part[100:])) == 25 and part == repeated(100, 1.25)
-    assert part[100:] != list(range(25))
+    first = Mixture([(3, 1.0), (2, 2.0)], seed=1)
+    assert first.num_samples == 7
+    assert [first.at(0, place) for place in range(7)] == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (3, 1), (4, 1)]
 
 
-def test_mixed_prompts_keep_distinct_ids() -> None:
-    first, other = ([Prompt(f"p:{i}", (i,), text, "", "math") for i in range(2)] for text in "ab")
-    mixed = mix_prompts([(first, 1), (other, 2)])
-    assert [prompt.text for prompt in mixed] == ["a", "a", "b", "b", "b", "b"]
-    assert len({prompt.prompt_id for prompt in mixed}) == 6
-    assert mix_prompts([(first, 1)]) == first
+def test_a_fractional_weight_draws_another_part_in_each_epoch() -> None:
+    def epochs(seed: int) -> list[list[tuple[int, int]]]:
+        mixture = Mixture([(10, 1.0), (100, 1.25)], seed)
+        assert mixture.num_samples == 135
+        return [[mixture.at(epoch, place) for place in range(135)] for epoch in (0, 1, 2, 0)]
+
+    drawn = epochs(seed=1)
+    parts = [{index for index, copy in epoch if copy} for epoch in drawn]
+    assert all(len(part) == 25 and min(part) >= 10 for part in parts)
+    assert parts[0] != parts[1] != parts[2] and drawn[3] == drawn[0]
+    assert drawn == epochs(seed=1) and drawn != epochs(seed=2)
+    assert all(sorted(index for index, copy in epoch if not copy) == list(range(110)) for epoch in drawn)
 
 
-def test_mixed_examples(tmp_path: Path) -> None:
+def test_mixed_prompts_come_as_often_as_their_weights_say_across_resumes() -> None:
+    one, other = ([Prompt(f"p:{i}", (i,), text, "", "math") for i in range(4)] for text in "ab")
+    prompts = join_prompts([one, other])
+    assert [prompt.prompt_id for prompt in prompts[3:6]] == ["p:3", "p:0~1", "p:1~1"]
+    assert join_prompts([one]) == one
+
+    def stream() -> PromptStream:
+        return PromptStream(prompts, 3, Mixture([(4, 2.0), (4, 0.5)], 3))
+
+    whole, count = stream(), 10 * 4
+    got = whole.next(count)
+    ids = [prompt.prompt_id for prompt in got]
+    assert len(set(ids)) == count and whole.epoch == 4
+    assert sum(prompt.text == "a" for prompt in got) == 8 * 4
+    assert sum(id.startswith("p:1+1@") for id in ids) == 4
+    assert len({id.split("@")[0] for id in ids if "~" in id}) > 2, "not the same half in every epoch"
+    resumed = stream()
+    state = stream()
+    state.next(17)
+    resumed.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert resumed.next(count - 17) == got[17:]
+
+
+def test_joined_examples(tmp_path: Path) -> None:
     datasets = []
     for name, digits in (("a", "123"), ("b", "45")):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"prompt": "?", "response": digit}) + "\n" for digit in digits))
         datasets.append(load_sft_dataset(str(path), build_tokenizer(), 50)[0])
-    mixed = SftDataset.mixed([(datasets[0], 1), (datasets[1], 2)])
-    alone = [dataset[i] for dataset in datasets for i in range(len(dataset))]
-    assert [mixed[i] for i in range(len(mixed))] == [*alone, *alone[3:]]
+    SftDataset.joined(datasets).save(tmp_path / "saved")
+    joined = SftDataset.load(tmp_path / "saved")
+    assert [joined[i] for i in range(5)] == [dataset[i] for dataset in datasets for i in range(len(dataset))]
+    assert joined.sizes == [3, 2] and len(joined) == 5

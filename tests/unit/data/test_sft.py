@@ -12,8 +12,9 @@ from tokenizers.processors import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from megatron_vcppo.data.epoch_order import EpochOrder
+from megatron_vcppo.data.prompts import load_prompts
 from megatron_vcppo.data.sft_dataset import SftDataset, load_sft_dataset
-from megatron_vcppo.data.tokenizer import load_tokenizer
+from megatron_vcppo.data.tokenizer import encode_texts, load_tokenizer
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
 
@@ -241,6 +242,35 @@ def test_order_depends_on_seed_and_refuses_other_data() -> None:
         EpochOrder(51, 0).load_state_dict(state)
     with pytest.raises(UserError, match="train: no samples"):
         EpochOrder(0, 0, "train")
+
+
+@pytest.mark.parametrize("on_bad_sample", ["skip", "truncate"])
+def test_a_huge_text_is_not_tokenized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_bad_sample: str) -> None:
+    """Of 100 MB, a tokenizer makes 18 GB before anyone can see that the sample is too long."""
+    tokenizer = build_tokenizer()
+    huge = "1 " * 50_000
+    rows: list[dict | str] = [
+        {"prompt": PROMPT, "response": RESPONSE},
+        {"prompt": PROMPT, "response": huge},
+        {"prompt": huge, "response": RESPONSE},
+        {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": huge}]},
+    ]
+    longest = 0
+
+    def encode(own: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int]]:
+        nonlocal longest
+        longest = max(longest, *map(len, texts), 0) if texts else longest
+        return encode_texts(own, texts, special)
+
+    for module in ("sft_dataset", "prompts"):
+        monkeypatch.setattr(f"megatron_vcppo.data.{module}.encode_texts", encode)
+    source = write_lines(tmp_path / "t.jsonl", rows)
+    dataset, report = load_sft_dataset(source, tokenizer, 100, on_bad_sample)
+    assert len(dataset) == 1 and report.problems == {"too long": [2, 3, 4]}
+    problems: list[dict | str] = [{"prompt": text, "answer": "7", "task": "math"} for text in (PROMPT, huge)]
+    prompts, report = load_prompts(write_lines(tmp_path / "p.jsonl", problems), tokenizer, 100, on_bad_sample)
+    assert len(prompts) == 1 and report.problems == {"too long": [2]}
+    assert 0 < longest < 1000
 
 
 def test_a_response_that_leaves_no_token_to_learn_is_empty(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ VERL = {
     "reward_model": {"style": "rule", "ground_truth": "7"},
     "extra_info": {"split": "train", "index": 0, "answer": "#### 7", "question": "3 #1 +4 ?"},
 }
-ORZ = [
+ORZ: list[dict[str, Any]] = [
     {"from": "human", "value": "3 #1 +4 ?"},
     {"from": "assistant", "ground_truth": {"value": "7", "pass_at_n": 0.5}},
 ]
@@ -44,15 +44,35 @@ OPEN_R1 = {
     "problem": "3 #1 +4 ?",
     "solution": "<think> #1 +4 7 </think> = 7",
     "answer": "7",
+    "problem_type": "Algebra",
+    "question_type": "math-word-problem",
+    "source": "olympiads",
     "uuid": "x",
     "is_reasoning_complete": [True, True],
     "generations": ["<think> #1 +4 7 </think> = 7", "<think> 7 </think> = 7"],
+    "correctness_math_verify": [True, True],
+    "correctness_llama": None,
+    "finish_reasons": ["stop", "stop"],
+    "correctness_count": 2,
     "messages": [
         {"role": "user", "content": "3 #1 +4 ?"},
         {"role": "assistant", "content": "<think> #1 +4 7 </think> = 7"},
     ],
 }
+ORZ_TABLE = {"0": {**ORZ[0], "ground_truth": None}, "1": {**ORZ[1], "value": None}}
+"""The same as a table: the places of the list are its columns."""
+DAPO_PROCESSED = {
+    "prompt": "3 #1 +4 ?",
+    "solution": "7",
+    "data_source": "math_dapo",
+    "source_prompt": DAPO["prompt"],
+    "ability": "MATH",
+    "reward_model": DAPO["reward_model"],
+    "extra_info": {"index": "9a9b6eb4-a1cb-49d1-8c1e-62eaf2f74079"},
+}
 SCHEMAS = {
+    "dapo_processed": (DAPO_PROCESSED, PromptKeys("prompt", "solution", default_task="math")),
+    "orz_table": (ORZ_TABLE, PromptKeys("0.value", "1.ground_truth.value", default_task="math")),
     "dapo": (DAPO, PromptKeys("prompt", "reward_model.ground_truth", default_task="math")),
     "verl": (VERL, PromptKeys("prompt", "reward_model.ground_truth", "ability")),
     "orz": (ORZ, PromptKeys("0.value", "1.ground_truth.value", default_task="math")),

@@ -1,8 +1,10 @@
 """Runs that begin with the finished stages of another one."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.inherit import stages_to_take, take_stages
@@ -20,6 +22,24 @@ def finish(run: RunFolder, stage: str, size: int = 100_000) -> None:
     run.stage(stage).metrics.write_text('{"iteration": 1}\n')
     write_manifest(checkpoint, {})
     run.stage(stage).mark_done(checkpoint=checkpoint)
+
+
+def test_a_base_that_formatted_prompts_otherwise_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as a run that was made before prompts went through the chat template."""
+    configs = [tiny_config(tmp_path / name, ("sft", "ppo")) for name in ("base", "arm")]
+    for config in configs:
+        config.ppo.critic.init = "sft"
+    base, run = map(write_config, configs)
+    finish(base, "sft")
+    stages_to_take(run, configs[1], base.path, "ppo")
+    assert capsys.readouterr().out == ""
+    stored = yaml.safe_load(base.config.read_text())
+    del stored["prompts"]["apply_chat_template"]
+    base.config.write_text(yaml.safe_dump(stored))
+    stages_to_take(run, configs[1], base.path, "ppo")
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "formatted prompts otherwise" in out
+    assert "the prompts that its models know: prompts.apply_chat_template=false" in out
 
 
 def test_a_run_begins_with_the_stages_of_another(tmp_path: Path) -> None:
@@ -42,6 +62,13 @@ def test_a_run_begins_with_the_stages_of_another(tmp_path: Path) -> None:
     assert (run.stage("sft").path / weights).samefile(base.stage("sft").path / weights)
     assert not run.stage("sft").metrics.samefile(base.stage("sft").metrics)
     assert not run.stage("sft").rendezvous.exists()
+    shutil.rmtree(run.stage("value_pretrain").path)
+    secret = base.stage("value_pretrain").checkpoint(1) / "hf.json"
+    secret.symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match="a symbolic link that leads out of"):
+        take_stages(run, stages_to_take(run, config, base.path, "ppo"))
+    secret.unlink()
+    take_stages(run, stages_to_take(run, config, base.path, "ppo"))
     run.stage("value_pretrain").manifest.unlink()
     with pytest.raises(UserError, match="was started here"):
         take_stages(run, stages_to_take(run, config, base.path, "ppo"))

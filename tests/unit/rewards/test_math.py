@@ -161,6 +161,8 @@ HOSTILE = {
     "1,000 ±": r"\pm1" * 250,
     "2,000 thousands": "1,234" * 390,
     "roots": "sqrt(" * 390,
+    "arguments": r"\frac\sqrt{" * 150 + "}" * 150,
+    "open arguments": r"\frac{" * 300,
 }
 
 

@@ -1,5 +1,6 @@
 """The scorer: verifiers that raise, hang, die or chatter cost their answer, and nothing else."""
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -23,6 +24,19 @@ def hangs(prompt, response):
     with open(__file__ + ".pid", "w") as file:
         file.write(str(os.getpid()))
     time.sleep(3600)
+
+def hogs(prompt, response):
+    return Verdict(float(len(bytearray(3 << 30)) > 0), "it got 3 GiB")
+
+def aborts(prompt, response):
+    # What a library in C does where it gets no memory.
+    try:
+        bytearray(3 << 30)
+    except MemoryError:
+        os.abort()
+
+def towers(prompt, response):
+    return Verdict(1.0, str((1 << (1 << (1 << 5))).bit_length()))
 
 def spins(prompt, response):
     while True:
@@ -76,7 +90,7 @@ def chatters(prompt, response):
     print("noise on standard output")
     return Verdict(0.25, os.environ.get("WANDB_API_KEY", "no key"))
 """
-NAMES = ("hangs", "spins", "raises", "dies", "nonsense", "chatters", "shows")
+NAMES = ("hangs", "spins", "raises", "dies", "nonsense", "chatters", "shows", "hogs", "aborts", "towers")
 FORGERIES = {
     "forges": "error: the verifier process sent a reply to another request",
     "forges_nan": "error: the verifier process sent a reply that is no verdict",
@@ -136,6 +150,21 @@ def test_bad_verifiers_cost_their_answer_only(own_verifiers: dict[str, str], tmp
         problems = scorer.take_problems()
         assert len(problems) == 10 and "p:hangs (task hangs): timeout: 0.5 s" in problems
     assert not alive(int((tmp_path / "own_verifiers.py.pid").read_text()))
+
+
+def test_an_answer_that_takes_the_nodes_memory_costs_its_worker_at_most(own_verifiers: dict[str, str]) -> None:
+    with Scorer(1, 10.0, own_verifiers, memory_mib=256) as scorer:
+        bad = [rollout("hogs", "x"), rollout("aborts", "x"), rollout("towers", "x")]
+        scored = scorer.score(r for one in bad for r in (one, rollout("math", r"\boxed{7}")))
+        program = "```python\nprint(len(bytearray(1 << 30)))\n```"
+        large = rollout("code", program, json.dumps({"inputs": [""], "outputs": [str(1 << 30)]}))
+        assert scorer.score([large])[0].verdict == "correct", "a program has its own limit"
+    assert [s.verdict for s in scored[::2]] == [
+        "error: MemoryError: ",
+        "error: the verifier process died (exit code -6)",
+        "error: MemoryError: ",
+    ]
+    assert [s.verdict for s in scored[1::2]] == ["correct"] * 3
 
 
 @pytest.mark.parametrize("name", FORGERIES)

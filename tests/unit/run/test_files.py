@@ -1,12 +1,16 @@
 """Files appear whole or not at all, and lines are read as far as they were written."""
 
+import errno
 import os
 import stat
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megatron_vcppo.data import sft_dataset
+from megatron_vcppo.errors import system_error
 from megatron_vcppo.run import files
 from megatron_vcppo.run.files import (
     append_json_line,
@@ -16,6 +20,16 @@ from megatron_vcppo.run.files import (
     write_json,
     write_text,
 )
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, replacing(tmp_path / "data"):
+        sft_dataset._write_array(Path("/dev/full"), np.arange(100_000))
+    named = system_error(caught.value)
+    assert str(named) == f"{tmp_path / 'data'}: No space left on device: make room, then run the same command again"
+    assert list(tmp_path.iterdir()) == []
+    assert system_error(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")) is None
+    assert system_error(BlockingIOError(errno.EAGAIN, "again")) is None
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ def _give_up_everything_else(descriptors: list[int], request: dict[str, Any], se
     for kind, limit in (
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_AS, request["memory_bytes"]),
+        (resource.RLIMIT_DATA, request["memory_bytes"]),  # of the verifier process is another one
         (resource.RLIMIT_FSIZE, request["file_bytes"]),
         (resource.RLIMIT_NOFILE, _OPEN_FILES),
         (resource.RLIMIT_NPROC, settings["max_threads"]),
