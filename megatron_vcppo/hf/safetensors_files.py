@@ -226,6 +226,23 @@ def model_tensors(folder: Path, arch: Architecture, trunk_only: bool = False) ->
     return {name: tensors[name] for name in expected}
 
 
+def reward_model_tensors(folder: Path, arch: Architecture) -> dict[str, TensorInFile]:
+    """The same of a checkpoint for sequence classification with one label: trunk, ``score.weight``, ``score.bias`` if
+    there is one. Raises UserError also for a head that is missing or has several labels."""
+    tensors = read_folder(folder)
+    expected = hf_shapes(parameters(arch, kind="critic"))
+    head = tensors.get("score.weight")
+    if head is None:
+        raise UserError(f"{folder}: has no score.weight: it is not a checkpoint for sequence classification")
+    if head.shape[0] != 1:
+        raise UserError(f"{folder}: score.weight has {head.shape[0]} labels, a reward model has one")
+    if "score.bias" not in tensors:
+        del expected["score.bias"]
+    ignored = {name for name in tensors if name.endswith(".rotary_emb.inv_freq")} | {_OUTPUT_LAYER}
+    check_shapes(folder, tensors, expected, ignored)
+    return {name: tensors[name] for name in expected}
+
+
 def _check_copy(folder: Path, embedding: TensorInFile, output_layer: TensorInFile) -> None:
     """A tied model's output layer may be stored next to the embedding, as long as it is the same."""
     if not np.array_equal(_bytes(embedding), _bytes(output_layer)):

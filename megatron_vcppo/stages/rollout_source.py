@@ -24,6 +24,7 @@ from megatron_vcppo.run.rollout_store import (
     stored_set,
 )
 from megatron_vcppo.stages.initial_models import starting_actor
+from megatron_vcppo.stages.model_rewards import ModelRewards
 from megatron_vcppo.stages.prompt_sampler import PromptSampler
 from megatron_vcppo.stages.provenance import origin_of
 from megatron_vcppo.stages.rollout_session import RolloutSession
@@ -47,14 +48,18 @@ class RolloutSource(Protocol):
         """Continue where ``state`` was taken."""
 
 
-def rollout_source(stage: Stage, session: RolloutSession, reached: int) -> RolloutSource:
+def rollout_source(
+    stage: Stage, session: RolloutSession, reached: int, model_rewards: ModelRewards | None = None
+) -> RolloutSource:
     """Rollouts of the policy that the stage starts from: fresh ones for every step, or its stored set.
 
     reached: the step from which the stage continues; stored rollouts after it that another policy made are dropped.
+    model_rewards: scores them.
     """
     config = stage.config
     stream = PromptStream(session.training_prompts(), fixed_policy_seed(config.run.seed))
-    fresh = FreshRollouts(session, PromptSampler(config, session, stream), lambda: starting_actor(config, stage.name))
+    sampler = PromptSampler(config, session, stream, model_rewards.score if model_rewards is not None else None)
+    fresh = FreshRollouts(session, sampler, lambda: starting_actor(config, stage.name))
     wanted = stored_set(config, stage.name)
     if wanted is not None:
         return StoredRollouts(wanted, fresh, stage)
@@ -148,7 +153,7 @@ class StoredRollouts:
             if part in stored:
                 fresh.skip(count)
                 found = read_rollouts(wanted.folder, part) if self.is_main else None
-                rollouts += session.sync.exchange(found)[0]
+                rollouts += fresh.sampler.score(session.sync.exchange(found)[0])  # of a run without a reward model
                 continue
             try:
                 stopping.point()
