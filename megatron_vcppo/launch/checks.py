@@ -37,7 +37,8 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
 
 
 def check_critics(config: Config, stages: Sequence[str]) -> None:
-    """UserError if a critic, or the reward model, comes from a stage that is neither earlier in the chain nor done in the run folder."""
+    """UserError if a critic, or the reward model, comes from a stage that is neither earlier in the chain nor done in
+    the run folder."""
     run, chain = RunFolder.of(config), [str(stage) for stage in config.stages]
     starts: list[tuple[str, str, str]] = []
     if config.rewards.model.stage is not None:

@@ -1,6 +1,7 @@
 """Rollouts of a fixed policy: new ones for every step, or one stored set that is drawn from again and again."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from megatron_vcppo.config import Config
@@ -111,6 +112,8 @@ class StoredRollouts:
     def __init__(self, wanted: StoredSet, fresh: FreshRollouts, stage: Stage) -> None:
         """Raises UserError for a set that this model cannot read, Saved if asked to stop while it is made."""
         self.is_main = stage.runtime.is_main
+        self.other_scores = False
+        """Whether another reward model scored the set, as the main rank knows it."""
         if self.is_main:
             self._check_origin(wanted, stage)
         self.rollouts = self._load_or_make(wanted, fresh)
@@ -134,6 +137,7 @@ class StoredRollouts:
         """A set that is there is taken, with a warning if another policy made it; one begun by another is dropped."""
         made = origin_of(stage.config, stage.name)
         different = origin_differences(wanted.folder, made)
+        self.other_scores = not {"rewards.model", "rewards.model.input"}.isdisjoint(different)
         if not wanted.is_complete and (wanted.is_own or not stored_iterations(wanted.folder)):
             claim(wanted.folder, made, 0)
         elif different:
@@ -153,7 +157,9 @@ class StoredRollouts:
             if part in stored:
                 fresh.skip(count)
                 found = read_rollouts(wanted.folder, part) if self.is_main else None
-                rollouts += fresh.sampler.score(session.sync.exchange(found)[0])  # of a run without a reward model
+                if found is not None and self.other_scores:
+                    found = [replace(rollout, model_score=None) for rollout in found]
+                rollouts += fresh.sampler.score(session.sync.exchange(found)[0])
                 continue
             try:
                 stopping.point()
