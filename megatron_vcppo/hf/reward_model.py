@@ -19,18 +19,18 @@ def uses_reward_model(config: Config, stage: str) -> bool:
     return stage in REWARDED and (model.path is not None or model.stage is not None)
 
 
-def reward_architecture(config: Config) -> Architecture:
-    """Of the reward model: the one of its folder, or model.hf's for that of a stage. Raises UserError with the key."""
+def reward_architecture(config: Config, policy: Architecture) -> Architecture:
+    """Of the reward model: that of its folder, or the policy's for the one of a stage. Raises UserError with the key."""
     path = config.rewards.model.path
-    return Architecture.from_hf(config.model.hf) if path is None else under_path_key(lambda: Architecture.from_hf(path))
+    return policy if path is None else under_path_key(lambda: Architecture.from_hf(path))
 
 
 def check_reward_model(config: Config) -> None:
     """Raise UserError if rewards.model.path is no reward model that the layout can split; reads headers only."""
     path = config.rewards.model.path
-    arch = reward_architecture(config)
 
     def check(folder: Path) -> None:
+        arch = Architecture.from_hf(folder)
         from megatron_vcppo.hf.safetensors_files import reward_model_tensors  # imports torch
 
         reward_model_tensors(folder, arch)

@@ -82,7 +82,7 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
     learned = sum(parameters_of(arch, config, kind, pp_rank) for kind in trained)
     held = learned + sum(parameters_of(arch, config, kind, pp_rank) for kind in frozen)
     if uses_reward_model(config, stage):
-        held += parameters_of(reward_architecture(config), config, "critic", pp_rank)
+        held += parameters_of(reward_architecture(config, arch), config, "critic", pp_rank)
     size = WEIGHT_BYTES[dtype]
     tokens = max(parallel.tokens_per_microbatch, config.model.max_length) / parallel.cp
     layers, at_once = arch.num_layers / parallel.pp, parallel.pp - pp_rank

@@ -122,7 +122,7 @@ def load(config: Config) -> CriticModel:
     """The reward model on this rank, in model.dtype, without 8-bit products. Raises UserError as ``ModelRewards``."""
     folder, path = reward_model_folder(config), config.rewards.model.path
     assert folder is not None, "called for a run with a reward model"
-    arch = reward_architecture(config)
+    arch = reward_architecture(config, Architecture.from_hf(config.model.hf))
     model = build_critic(arch, replace(config.model, fp8="off"), config.parallel)
     if path is None:
         check_same_model(folder, arch)

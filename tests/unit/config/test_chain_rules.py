@@ -74,6 +74,14 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "critic of no path": ({"ppo": {"critic": {"init": "checkpoint"}}}, "ppo.critic.checkpoint_path"),
     "adaptive KL": ({"ppo": {"loss": {"kl_target": 0.1}}}, "it needs ppo.loss.kl_coef > 0 (got 0)"),
+    "two reward models": (
+        {"rewards": {"model": {"path": "models/rm", "stage": "reward_model"}}},
+        "rewards.model.path models/rm and rewards.model.stage reward_model are both set: set one of them",
+    ),
+    "a chat for the chain's reward model": (
+        {"rewards": {"model": {"stage": "reward_model", "input": "chat"}}},
+        "rewards.model.input chat is for a rewards.model.path",
+    ),
     "overlong": (
         {"returns": {"overlong_penalty_tokens": 2000}},
         "returns.overlong_penalty_tokens 2000 is more than rollout.max_tokens 1024",
