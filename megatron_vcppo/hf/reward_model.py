@@ -20,7 +20,7 @@ def uses_reward_model(config: Config, stage: str) -> bool:
 
 
 def reward_architecture(config: Config, policy: Architecture) -> Architecture:
-    """Of the reward model: that of its folder, or the policy's for the one of a stage. Raises UserError with the key."""
+    """Of the reward model: its folder's, or the policy's for the one of a stage. Raises UserError with the key."""
     path = config.rewards.model.path
     return policy if path is None else under_path_key(lambda: Architecture.from_hf(path))
 
