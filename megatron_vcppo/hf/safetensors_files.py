@@ -18,6 +18,7 @@ import torch
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.mapping import hf_shapes, parameters
+from megatron_vcppo.hf.reward_model import HEAD, check_head
 
 INDEX_NAME = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -231,11 +232,7 @@ def reward_model_tensors(folder: Path, arch: Architecture) -> dict[str, TensorIn
     there is one. Raises UserError also for a head that is missing or has several labels."""
     tensors = read_folder(folder)
     expected = hf_shapes(parameters(arch, kind="critic"))
-    head = tensors.get("score.weight")
-    if head is None:
-        raise UserError(f"{folder}: has no score.weight: it is not a checkpoint for sequence classification")
-    if head.shape[0] != 1:
-        raise UserError(f"{folder}: score.weight has {head.shape[0]} labels, a reward model has one")
+    check_head(folder, tensors[HEAD].shape if HEAD in tensors else None)
     if "score.bias" not in tensors:
         del expected["score.bias"]
     ignored = {name for name in tensors if name.endswith(".rotary_emb.inv_freq")} | {_OUTPUT_LAYER}

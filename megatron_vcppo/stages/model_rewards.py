@@ -28,7 +28,13 @@ from megatron_vcppo.data.rollout_batch import RolloutBatch
 from megatron_vcppo.data.tokenizer import encode_texts, load_tokenizer, splits_alike
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
-from megatron_vcppo.hf.reward_model import check_reward_model, reward_architecture, under_path_key, uses_reward_model
+from megatron_vcppo.hf.reward_model import (
+    OTHER_TOKENIZER,
+    check_reward_model,
+    reward_architecture,
+    under_path_key,
+    uses_reward_model,
+)
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.hf_weights_io import load_reward_model
@@ -183,10 +189,7 @@ def reader_of(path: str, kind: str, policy_tokenizer: PreTrainedTokenizerBase) -
     padding = Architecture.from_hf(path).config.get("pad_token_id")
     if kind == "tokens":
         if not splits_alike(tokenizer, policy_tokenizer):
-            raise UserError(
-                f"rewards.model.path {path}: its tokenizer is not that of model.hf: set rewards.model.input=chat, "
-                "which reads the text of prompt and response with the reward model's tokenizer"
-            )
+            raise UserError(f"rewards.model.path: {OTHER_TOKENIZER.format(folder=path)}")
         return lambda rollout: without_padding(policy_tokens(rollout), padding)
     if not tokenizer.chat_template:
         raise UserError(f"rewards.model.input chat: the tokenizer of {path} has no chat template")

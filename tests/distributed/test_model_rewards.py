@@ -12,7 +12,9 @@ from megatron_vcppo.config import Config, ParallelConfig
 from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.reward_model import check_reward_model
+from megatron_vcppo.hf.safetensors_files import reward_model_tensors
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.learner import FrozenValues
 from megatron_vcppo.records import Prompt, Rollout
@@ -131,6 +133,12 @@ def test_what_cannot_read_the_policys_text_is_refused(tmp_path: Path, policy: Pa
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"its tokenizer is not that of model\.hf: set rewards\.model\.input=chat"):
         reader_of(str(reward_model), "tokens", tokenizer)
+    config = Config()
+    config.model.hf, config.model.max_length, config.rewards.model.path = str(policy), 64, str(reward_model)
+    with pytest.raises(UserError, match=r"its tokenizer is not that of model\.hf"):
+        check_reward_model(config)
+    config.rewards.model.input = "chat"
+    check_reward_model(config)
     special = tokenizer.all_special_tokens[0]
     check_texts([Prompt("a", (), "plain text", "", "t")], tokenizer)
     with pytest.raises(UserError, match="the prompt b is a chat, or holds special tokens"):
@@ -162,7 +170,8 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     config.parallel.tp = 1
     tensors = load_file(good / "model.safetensors")
     save_file(tensors | {"score.2.weight": torch.zeros(1, 64)}, good / "model.safetensors", metadata={"format": "pt"})
-    assert "unexpected: score.2.weight" in error_of(good)
+    with pytest.raises(UserError, match=r"unexpected: score\.2\.weight"):
+        reward_model_tensors(good, Architecture.from_hf(good))
     (good / "config.json").write_text(json.dumps({"model_type": "bert"}))
     assert "model_type 'bert' is not supported; supported: qwen2, qwen3, llama" in error_of(good)
     assert "no such file" in error_of(tmp_path / "nowhere")

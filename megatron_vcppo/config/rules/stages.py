@@ -118,6 +118,12 @@ def model_reward(config: Config) -> Iterator[str]:
             f"rewards.model.input {model.input} is for a rewards.model.path: the model of stage {model.stage} was "
             "trained on tokens"
         )
+    unrewarded = model.verifier_weight == 0 and (model.path or model.stage)
+    if unrewarded and "ppo" in config.stages and config.ppo.dynamic_sampling:
+        yield (
+            "ppo.dynamic_sampling keeps prompts whose verdicts differ, which rewards.model.verifier_weight 0 does not "
+            "reward: change one of them"
+        )
 
 
 def adaptive_kl(config: Config) -> Iterator[str]:

@@ -82,6 +82,14 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"rewards": {"model": {"stage": "reward_model", "input": "chat"}}},
         "rewards.model.input chat is for a rewards.model.path",
     ),
+    "dynamic sampling by verdicts without weight": (
+        {
+            "rewards": {"model": {"path": "models/rm", "verifier_weight": 0.0}},
+            "ppo": {"dynamic_sampling": True},
+            "rollout": {"num_samples": 2},
+        },
+        "ppo.dynamic_sampling keeps prompts whose verdicts differ, which rewards.model.verifier_weight 0",
+    ),
     "overlong": (
         {"returns": {"overlong_penalty_tokens": 2000}},
         "returns.overlong_penalty_tokens 2000 is more than rollout.max_tokens 1024",
