@@ -58,7 +58,6 @@ class ModelRewards:
         """Load the model. Raises UserError if the folder is no reward model, or cannot read what the policy writes."""
         config = stage.config
         self.settings, self.packer, self.session = config.rewards.model, stage.packer, session
-        self.is_main = stage.runtime.is_main
         self.read_ids: ReadIds = policy_tokens
         if self.settings.path is not None:
             check_reward_model(config)
