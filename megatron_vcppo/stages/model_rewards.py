@@ -145,13 +145,8 @@ def score_all(model: FrozenValues, rollouts: Sequence[Rollout], packer: Packer, 
     max_positions = model.model.arch.max_positions
     mine = packer.shard([len(r.prompt.token_ids) + len(r.response_ids) for r in rollouts])
     read = [read_ids(rollouts[index]) for index in mine]
-    # Outputs belong to the token that follows; the last token has one more, which causal attention cannot see.
-    sequences = [TrainSequence((*ids[-max_positions:], 0)) for ids in read]
-    microbatches = packer.pack(sequences)
-    rows = unpack_all(microbatches, model.values(microbatches))
     found = torch.zeros(len(rollouts) + 1, dtype=torch.float64)
-    for index, row in zip(mine, rows, strict=True):
-        found[index] = row[-1]
+    found[mine] = torch.tensor(score_shard(model, [ids[-max_positions:] for ids in read], packer), dtype=torch.float64)
     found[-1] = sum(len(ids) > max_positions for ids in read)
     found = runtime.sum_over_replicas(found)
     if model.runtime.is_main and (num_long := int(found[-1])):
@@ -160,6 +155,13 @@ def score_all(model: FrozenValues, rollouts: Sequence[Rollout], packer: Packer, 
             f"{max_positions} positions: it read their ends"
         )
     return found[:-1].tolist()
+
+
+def score_shard(model: FrozenValues, token_ids: Sequence[Sequence[int]], packer: Packer) -> list[float]:
+    """The scores of this replica's sequences, at their last tokens; collective over its ranks. There may be none."""
+    # Outputs belong to the token that follows; the last token has one more, which causal attention cannot see.
+    microbatches = packer.pack([TrainSequence((*ids, 0)) for ids in token_ids])
+    return [row[-1] for row in unpack_all(microbatches, model.values(microbatches))]
 
 
 def policy_tokens(rollout: Rollout) -> tuple[int, ...]:
