@@ -40,6 +40,8 @@ class Rollout:
     reward: float | None = None
     verdict: str = ""
     """Why the reward is what it is: "correct", "wrong", "no answer", "timeout", "error: …"."""
+    model_score: float | None = None
+    """What the reward model gave, before normalization; None without one. ``reward`` is the verifier's alone."""
 
     @property
     def truncated(self) -> bool:

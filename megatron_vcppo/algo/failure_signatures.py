@@ -22,9 +22,18 @@ TERMINAL_SHARE = 0.01
 # Scatter around the straight trend, relative to the mean loss.
 OSCILLATION = 0.3
 TRUNCATED_SHARE = 0.3
+# In standard deviations of the first scores: a rise of a batch's mean by half of one is no chance at 64 responses.
+SCORE_RISE = 0.5
+# Accuracy points: the verifier's verdict on what the reward model came to like.
+ACCURACY_DROP = 0.05
+# Mean of the last iterations; where score and verdict are independent it is within 0.06 of 0 at 64 responses.
+AGAINST_VERIFIER = -0.15
+# Beyond it the scores tell hardly more than how long a response is.
+LENGTH_CORRELATION = 0.8
 _RECENT = 5
 _MIN_ITERATIONS = 3
 _MIN_ITERATIONS_OSCILLATION = 8
+_LIKED = ("verifier", "length")
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Finding:
 
 
 def diagnose(history: History, worst_reward: float | None = None) -> list[Finding]:
-    """One finding per signature, in a fixed order.
+    """One finding per signature, in a fixed order; reward_hacking only for a run with a reward model.
 
     history: one mapping per iteration, oldest first, as in metrics.jsonl: the names of ``diagnostics.summarize`` and
     ``length_statistics``, and critic/value_loss; iterations may lack any of them, and what is not a finite number is
@@ -56,6 +65,7 @@ def diagnose(history: History, worst_reward: float | None = None) -> list[Findin
         _reward_decay(history),
         _value_loss_oscillation(history),
         _truncation(history),
+        *([_reward_hacking(history)] if any(_has(row, "model_reward/score_mean") for row in history) else []),
     ]
 
 
@@ -169,6 +179,42 @@ def _truncation(history: History) -> Finding:
     evidence = f"share of responses truncated at the token limit, {_recent(len(shares))}: {share:.0%}"
     advice = "raise the limit on response tokens, or use the soft overlong penalty"
     return _finding(name, share > TRUNCATED_SHARE, evidence, advice)
+
+
+def _reward_hacking(history: History) -> Finding:
+    """The actor pleases the reward model without being right more often, or by length."""
+    name, metric = "reward_hacking", "model_reward/score_mean"
+    scores, accuracies, lengths = (
+        _series(history, other)[1] for other in (metric, "rollout/accuracy", "rollout/length_mean")
+    )
+    spread = _series(history, "model_reward/score_std")[1]
+    if min(map(len, (scores, accuracies, lengths, spread))) < 2 * _MIN_ITERATIONS:
+        return _unknown(name, metric, len(scores))
+
+    def ends(values: Sequence[float]) -> tuple[float, float]:
+        count = min(_RECENT, len(values) // 2)
+        return _mean(values[:count]), _mean(values[-count:])
+
+    (score, last_score), (accuracy, last_accuracy), (length, last_length) = map(ends, (scores, accuracies, lengths))
+    rise = (last_score - score) / max(ends(spread)[0], 1e-12)
+    correlations = [_series(history, f"model_reward/{other}_correlation")[1][-_RECENT:] for other in _LIKED]
+    with_verifier, with_length = (_mean(values) if values else math.nan for values in correlations)
+    rises, grows = rise > SCORE_RISE, last_length > (1 + LENGTH_DROP) * length
+    text = f"score {rise:+.2f} σ since the start, accuracy {accuracy:.0%} → {last_accuracy:.0%}"
+    signs = [(rises and last_accuracy < accuracy - ACCURACY_DROP, text)]
+    if math.isfinite(with_verifier):
+        signs.append((with_verifier < AGAINST_VERIFIER, f"correlation of score and verdict {with_verifier:+.2f}"))
+    if math.isfinite(with_length):
+        text = f"of score and length {with_length:+.2f}, length {length:.0f} → {last_length:.0f} tokens"
+        follows = rises and grows and with_length > LENGTH_CORRELATION
+        signs.append((follows and last_accuracy <= accuracy, text))
+    evidence = "; ".join(f"{text} (bad)" if bad else text for bad, text in signs)
+    advice = (
+        "the actor learns what the reward model likes, not what is right: lower rewards.model.weight against "
+        "verifier_weight, set rewards.model.clip or a KL term (ppo.loss.kl_coef), train the reward model on current "
+        "responses, or stop before the accuracy falls"
+    )
+    return _finding(name, any(bad for bad, _ in signs), evidence, advice)
 
 
 def _series(history: History, metric: str) -> tuple[list[int], list[float]]:

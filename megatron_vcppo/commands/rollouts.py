@@ -52,10 +52,12 @@ def find_folder(folder: Path, stage: str) -> Path:
 
 
 def worst(rollouts: list[Rollout], count: int) -> list[Rollout]:
-    """The lowest rewards first; unscored ones before them, longer responses first among equals."""
+    """The lowest rewards first; unscored ones before them; among equals the lowest scores of a reward model, then
+    longer responses."""
 
-    def badness(rollout: Rollout) -> tuple[float, int]:
-        return (float("-inf") if rollout.reward is None else rollout.reward, -len(rollout.response_ids))
+    def badness(rollout: Rollout) -> tuple[float, float, int]:
+        reward = float("-inf") if rollout.reward is None else rollout.reward
+        return (reward, rollout.model_score or 0.0, -len(rollout.response_ids))
 
     return sorted(rollouts, key=badness)[:count]
 
@@ -76,10 +78,11 @@ def summary(rollouts: list[Rollout]) -> str:
 def describe(rollout: Rollout) -> Iterator[str]:
     """The lines that show one rollout."""
     reward = "not scored" if rollout.reward is None else f"{rollout.reward:g}"
+    score = "" if rollout.model_score is None else f", score {rollout.model_score:.3f}"
     mean_logprob = sum(rollout.rollout_logprobs) / max(1, len(rollout.rollout_logprobs))
     yield (
         f"{rollout.prompt.prompt_id} sample {rollout.sample_index}: "
-        f"reward {reward} ({rollout.verdict or 'no verdict'}), "
+        f"reward {reward} ({rollout.verdict or 'no verdict'}){score}, "
         f"{len(rollout.response_ids)} tokens, ended by {rollout.finish_reason}, mean log-prob {mean_logprob:.3f}"
     )
     for title, text in (

@@ -7,7 +7,7 @@ from megatron_vcppo.config.sections.model import Dtype, ModelConfig, ParallelCon
 from megatron_vcppo.config.sections.ppo import AdvantageConfig, CriticConfig, PolicyLossConfig, PpoConfig
 from megatron_vcppo.config.sections.prompts import PromptsConfig
 from megatron_vcppo.config.sections.reward_model import RewardModelConfig
-from megatron_vcppo.config.sections.rewards import CodeRewardConfig, Isolation, RewardsConfig
+from megatron_vcppo.config.sections.rewards import CodeRewardConfig, Isolation, ModelRewardConfig, RewardsConfig
 from megatron_vcppo.config.sections.rollout import EngineConfig, RolloutConfig, WeightSyncConfig
 from megatron_vcppo.config.sections.run import RunConfig
 from megatron_vcppo.config.sections.sft import SftConfig
@@ -28,6 +28,7 @@ __all__ = [
     "ExportConfig",
     "Isolation",
     "ModelConfig",
+    "ModelRewardConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PolicyLossConfig",

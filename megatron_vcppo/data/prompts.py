@@ -19,6 +19,7 @@ from megatron_vcppo.data.prompt_format import DEFAULT_FORMAT, PromptFormat, Rend
 from megatron_vcppo.data.readers import Sample, read_samples
 from megatron_vcppo.data.tokenizer import check_size, encode_texts
 from megatron_vcppo.records import Prompt
+from megatron_vcppo.rewards.verifier import UNJUDGED
 
 CheckAnswer = Callable[[str, str], None]
 """Given task and answer, raises ValueError if a verifier could not judge by that answer."""
@@ -143,15 +144,17 @@ def _parts(
     check_answer: CheckAnswer | None,
 ) -> tuple[RenderedPrompt, str, str]:
     """prompt, answer, task"""
-    prompt, answer = require(sample, [keys.prompt, keys.answer])
+    (prompt,) = require(sample, [keys.prompt])
     assert sample.value is not None
-    task = find(sample.value, keys.task) or keys.default_task or require(sample, [keys.task])[0]
+    task = find(sample.value, keys.task) or keys.default_task
+    answer = find(sample.value, keys.answer) if task == UNJUDGED else require(sample, [keys.answer])[0]
+    task = task or require(sample, [keys.task])[0]
     if known_tasks and task not in known_tasks:
         raise BadSample("unknown task", f"{task!r}; there are verifiers for {', '.join(sorted(known_tasks))}")
     rendered = render_prompt(tokenizer, prompt, keys.prompt, how)
     if not rendered.shown.strip():
         raise BadSample("empty prompt", f"{keys.prompt!r} is blank")
-    answer = answer_text(answer, keys.answer)
+    answer = "" if answer is None else answer_text(answer, keys.answer)
     if check_answer is not None:
         try:
             check_answer(str(task), answer)

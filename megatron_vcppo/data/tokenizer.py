@@ -75,6 +75,15 @@ def check_size(num_characters: int, max_length: int) -> None:
         raise BadSample("too long", f"{num_characters:,} characters; {most:,} are the most that is tokenized")
 
 
+def splits_alike(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers have the same tokens with the same ids, and split a probe of all kinds of text alike."""
+    if tokenizer.get_vocab() != other.get_vocab():
+        return False
+    words = sorted(tokenizer.get_vocab())
+    probe = " ".join(words[:: len(words) // 200 + 1]) + _PROBE
+    return encode_texts(tokenizer, [probe], special=False) == encode_texts(other, [probe], special=False)
+
+
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int]]:
     """Token ids of each text; special: with the tokens that the tokenizer puts around a text, such as BOS."""
     if not texts:

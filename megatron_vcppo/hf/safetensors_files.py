@@ -18,6 +18,7 @@ import torch
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.mapping import hf_shapes, parameters
+from megatron_vcppo.hf.reward_model import HEAD, check_head
 from megatron_vcppo.run.files import parse_json
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -227,6 +228,19 @@ def model_tensors(folder: Path, arch: Architecture, trunk_only: bool = False) ->
     check_shapes(folder, tensors, expected, ignored)
     if has_copy and not trunk_only:
         _check_copy(folder, tensors["model.embed_tokens.weight"], tensors[_OUTPUT_LAYER])
+    return {name: tensors[name] for name in expected}
+
+
+def reward_model_tensors(folder: Path, arch: Architecture) -> dict[str, TensorInFile]:
+    """The same of a checkpoint for sequence classification with one label: trunk, ``score.weight``, ``score.bias`` if
+    there is one. Raises UserError also for a head that is missing or has several labels."""
+    tensors = read_folder(folder)
+    expected = hf_shapes(parameters(arch, kind="critic"))
+    check_head(folder, tensors[HEAD].shape if HEAD in tensors else None)
+    if "score.bias" not in tensors:
+        del expected["score.bias"]
+    ignored = {name for name in tensors if name.endswith(".rotary_emb.inv_freq")} | {_OUTPUT_LAYER}
+    check_shapes(folder, tensors, expected, ignored)
     return {name: tensors[name] for name in expected}
 
 

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vcppo.config import Config, Stage
+from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import ENGINE_STAGES
 from megatron_vcppo.data.named_sources import check_named, named_source
 from megatron_vcppo.data.readers import check_source
 from megatron_vcppo.data.vocabulary import check_vocabulary
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.reward_model import check_reward_model, uses_reward_model
 from megatron_vcppo.launch.memory_plan import check_memory
 from megatron_vcppo.run.folder import RunFolder
 
@@ -32,13 +33,22 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
     if set(stages) - {"export"}:
         arch.check_length(config.model.max_length)
     arch.check_parallel(config.parallel.tp, config.parallel.pp)
+    if any(uses_reward_model(config, stage) for stage in stages):
+        check_reward_model(config)
     return check_memory(arch, config, list(stages))
 
 
 def check_critics(config: Config, stages: Sequence[str]) -> None:
-    """UserError if a critic starts from a stage that is neither earlier in the chain nor done in the run folder."""
-    run, chain = RunFolder.of(config), list(config.stages)
-    starts: list[tuple[str, Stage, str]] = []
+    """UserError if a critic, or the reward model, comes from a stage that is neither earlier in the chain nor done in
+    the run folder."""
+    run, chain = RunFolder.of(config), [str(stage) for stage in config.stages]
+    starts: list[tuple[str, str, str]] = []
+    if config.rewards.model.stage is not None:
+        starts += [
+            ("rewards.model.stage", rewarded, config.rewards.model.stage)
+            for rewarded in stages
+            if uses_reward_model(config, rewarded)
+        ]
     if "value_pretrain" in stages:
         starts.append(("value_pretrain.init", "value_pretrain", config.value_pretrain.init))
     if "ppo" in stages and config.ppo.advantage.baseline == "critic":

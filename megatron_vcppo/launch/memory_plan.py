@@ -7,6 +7,7 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement, trainer_ranks
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.reward_model import reward_architecture, uses_reward_model
 
 GIB = 1 << 30
 WEIGHT_BYTES = {"bfloat16": 2, "float32": 4}
@@ -80,6 +81,8 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
     sharing = trainer_ranks(config) // (parallel.tp * parallel.pp) if parallel.distributed_optimizer else 1
     learned = sum(parameters_of(arch, config, kind, pp_rank) for kind in trained)
     held = learned + sum(parameters_of(arch, config, kind, pp_rank) for kind in frozen)
+    if uses_reward_model(config, stage):
+        held += parameters_of(reward_architecture(config, arch), config, "critic", pp_rank)
     size = WEIGHT_BYTES[dtype]
     tokens = max(parallel.tokens_per_microbatch, config.model.max_length) / parallel.cp
     layers, at_once = arch.num_layers / parallel.pp, parallel.pp - pp_rank

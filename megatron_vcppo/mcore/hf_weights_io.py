@@ -1,6 +1,6 @@
 """Hugging Face tensors into a live Megatron model, and out of it: each rank handles only the layers that it holds."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -9,8 +9,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_vcppo.hf.mapping import Parameter, canonical_name, merge, parameters, shard, split, unshard
-from megatron_vcppo.hf.safetensors_files import model_tensors
-from megatron_vcppo.mcore.model import PackedGPT
+from megatron_vcppo.hf.safetensors_files import TensorInFile, model_tensors, reward_model_tensors
+from megatron_vcppo.mcore.model import CriticModel, PackedGPT
 from megatron_vcppo.mcore.offload import check_resident, weights
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -22,9 +22,23 @@ def load_hf(model: PackedGPT, folder: str | Path) -> None:
     A critic takes the trunk and keeps its own head. Raises UserError listing every missing, unexpected or misshaped
     tensor and every damaged file, before any weight is changed.
     """
+    _copy(model, model_tensors(Path(folder), model.arch, trunk_only=model.kind == "critic"))
+
+
+def load_reward_model(model: CriticModel, folder: str | Path) -> None:
+    """The same of a checkpoint for sequence classification with one label, with its head."""
+    tensors = reward_model_tensors(Path(folder), model.arch)
+    _copy(model, tensors)
+    if model.post_process:
+        with torch.no_grad():
+            model.value_head.weight.copy_(tensors["score.weight"].load())
+            bias = tensors.get("score.bias")
+            model.value_head.bias.zero_() if bias is None else model.value_head.bias.copy_(bias.load())
+
+
+def _copy(model: PackedGPT, tensors: Mapping[str, TensorInFile]) -> None:
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    tensors = model_tensors(Path(folder), model.arch, trunk_only=model.kind == "critic")
     for local, entry in local_parameters(model):
         full = merge(entry, {name: tensors[name].load() for name in entry.hf_names})
         with torch.no_grad():

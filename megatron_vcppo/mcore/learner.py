@@ -281,8 +281,8 @@ class Actor(Policy, Learner):
         self.temperature = temperature
 
 
-class Critic(Learner):
-    """The value function. Its outputs are values [T]: of the state in which the next token is chosen."""
+class ValueFunction(Runner):
+    """A model with a scalar head. Its outputs are values [T]: of the state in which the next token is chosen."""
 
     model: CriticModel
 
@@ -293,3 +293,11 @@ class Critic(Learner):
     def values(self, microbatches: Sequence[PackedMicrobatch]) -> list[Tensor]:
         """One tensor [T] per micro-batch, on every rank of the replica."""
         return self._forward(microbatches, lambda outputs: outputs)
+
+
+class FrozenValues(ValueFunction):
+    """A value function that is never trained, such as a reward model: no gradients, no optimizer."""
+
+
+class Critic(ValueFunction, Learner):
+    """The value function that is trained."""

@@ -48,6 +48,19 @@ PPO_PLOTS = (
         evaluation="evaluation/avg",
         negative=False,
     ),
+    Plot("Reward model's score", "model_reward/score_mean", "mean over the iteration's rollouts, before normalization"),
+    Plot(
+        "Score and verdict",
+        "model_reward/verifier_correlation",
+        "correlation of the reward model's score with the verifier's reward; at 0 or below it rewards what is wrong",
+        reference=0.0,
+    ),
+    Plot(
+        "Score and length",
+        "model_reward/length_correlation",
+        "correlation of the reward model's score with the response's length; near 1 it rewards length",
+        reference=0.0,
+    ),
     Plot(
         "Response length",
         "rollout/length_mean",

@@ -95,10 +95,17 @@ def setting(config: dict[str, Any], key: str) -> Any:
 
 
 def worst_reward(config: dict[str, Any]) -> float | None:
-    """The lowest return that a response can have; None if a KL divergence in the rewards leaves it open."""
+    """The lowest return that a response can have; None if a KL divergence in the rewards, or the scores of a reward
+    model, leave it open."""
     if setting(config, "ppo.loss.kl_coef") and setting(config, "ppo.loss.kl_in") == "reward":
         return None
-    return NO_ANSWER.reward - bool(setting(config, "returns.overlong_penalty_tokens"))
+    worst = NO_ANSWER.reward
+    model = setting(config, "rewards.model") or {}
+    if model.get("path") or model.get("stage"):
+        if model["clip"] is None:
+            return None
+        worst = model["verifier_weight"] * worst - model["weight"] * model["clip"]
+    return worst - bool(setting(config, "returns.overlong_penalty_tokens"))
 
 
 def differences(runs: Sequence[RunData]) -> dict[str, list[Any]]:

@@ -14,6 +14,7 @@ from megatron_vcppo.rewards.math_answer import MathVerifier, verify_math
 from megatron_vcppo.rewards.verifier import (
     CORRECT,
     NO_ANSWER,
+    UNJUDGED,
     Verdict,
     Verifier,
     after_thinking,
@@ -47,6 +48,11 @@ def verify_reasoning_gym(prompt: Prompt, response_text: str) -> Verdict:
     return CORRECT if score >= 1.0 else wrong(f"score {score:.3g}")
 
 
+def verify_nothing(prompt: Prompt, response_text: str) -> Verdict:
+    """Neither right nor wrong, for prompts without an answer, which a reward model judges alone."""
+    return Verdict(0.0, "not judged")
+
+
 def tagged_answer(response_text: str) -> str | None:
     """What stands between the last <answer> tags behind the thinking; without tags, the final answer in any form."""
     tagged = re.findall(r"<answer>(.*?)</answer>", after_thinking(response_text), re.DOTALL)
@@ -60,6 +66,7 @@ VERIFIERS: dict[str, Verifier] = {
     "multiple_choice": verify_choice,
     "code": CodeVerifier(),
     reasoning_gym.TASK: verify_reasoning_gym,
+    UNJUDGED: verify_nothing,
 }
 """Verifier by name; a prompt whose task has one of these names is judged by it."""
 

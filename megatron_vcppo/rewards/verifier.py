@@ -37,6 +37,8 @@ class Verifier(Protocol):
         """Judge one complete response, given as text without special tokens."""
 
 
+UNJUDGED = "unjudged"
+"""Task of prompts that no verifier judges; they need no answer."""
 CORRECT = Verdict(1.0, "correct")
 NO_ANSWER = Verdict(-1.0, "no answer")
 

@@ -37,7 +37,7 @@ def starting_critic(config: Config, stage: str, init: str, checkpoint_path: str 
     model = build_critic(arch, config.model, config.parallel)
     if init in ("value_pretrain", "reward_model", "checkpoint"):
         folder = _critic_folder(config, stage, init, checkpoint_path)
-        _check_same_model(folder, arch)
+        check_same_model(folder, arch)
         load_model(model, folder)
         return model
     trunk = actor_before(config, stage) if init == "sft" else None
@@ -66,7 +66,8 @@ def _critic_folder(config: Config, stage: str, init: str, checkpoint_path: str |
     return folder
 
 
-def _check_same_model(folder: Path, arch: Architecture) -> None:
+def check_same_model(folder: Path, arch: Architecture) -> None:
+    """Raise UserError if a component's folder holds no critic, or one of another architecture."""
     meta = read_manifest(folder)["meta"]
     if meta.get("kind") != "critic":
         raise UserError(f"{folder}: holds {meta.get('kind')!r}, not a critic")

@@ -164,7 +164,8 @@ class TrainLoop:
     def track(self, **parts: Stateful) -> None:
         """Make these a part of every checkpoint; they continue where the resumed one was."""
         for name, part in parts.items():
-            if self.resumed is not None:
+            # One from before a reward model was configured has no moments of its scores.
+            if self.resumed is not None and name in self.resumed.state:
                 part.load_state_dict(self.resumed.state[name])
         self._tracked |= parts
 

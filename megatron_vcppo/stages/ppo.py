@@ -21,6 +21,7 @@ from megatron_vcppo.stages.held_out import evaluate_engines
 from megatron_vcppo.stages.initial_models import continue_pretraining
 from megatron_vcppo.stages.iteration_report import IterationReport, shown
 from megatron_vcppo.stages.loop import TrainLoop
+from megatron_vcppo.stages.model_rewards import ModelRewards, tracked
 from megatron_vcppo.stages.ppo_models import PpoModels, push_actor, token_outputs
 from megatron_vcppo.stages.prompt_sampler import PromptSampler
 from megatron_vcppo.stages.provenance import origin_of
@@ -41,7 +42,9 @@ def run(config: Config) -> None:
         session.share(models.actor, models.critic, models.reference)
         startup.done("model")
         stream = session.training_prompts(config.run.seed)
-        sampler = PromptSampler(config, session, stream)
+        model_rewards = ModelRewards.of(stage, session)
+        score = model_rewards.score if model_rewards is not None else None
+        sampler = PromptSampler(config, session, stream, score)
         startup.done("data")
         kl = KlCoefficient(config.ppo.loss)
         loop = TrainLoop(
@@ -52,12 +55,12 @@ def run(config: Config) -> None:
             session=session,
             step_name="iteration",
         )
-        loop.track(prompts=sampler, kl_coef=kl)
+        loop.track(prompts=sampler, kl_coef=kl, **tracked(model_rewards))
         if loop.resumed is None and models.critic is not None:
             continue_pretraining(models.critic, config)
         if stage.runtime.is_main:
             claim(session.folder, origin_of(config, "ppo"), sampler.last_number(loop.step))
-        ppo = Ppo(stage, session, models, sampler, kl, loop)
+        ppo = Ppo(stage, session, models, sampler, kl, loop, model_rewards)
         with loop:
             report = IterationReport(stage, loop)
             session.wait_for_engines()
@@ -107,8 +110,10 @@ class Ppo:
         sampler: PromptSampler,
         kl: KlCoefficient,
         loop: TrainLoop,
+        model_rewards: ModelRewards | None = None,
     ) -> None:
         config = stage.config
+        self.model_rewards = model_rewards
         self.config, self.packer = config, stage.packer
         self.session, self.models, self.sampler, self.kl, self.loop = session, models, sampler, kl, loop
         self.updater = Updater(
@@ -137,6 +142,9 @@ class Ppo:
         loop.point()
         rollouts, push = self.rollouts_and_push(iteration)
         batch = make_batch(rollouts)
+        reward_metrics: dict[str, float] = {}
+        if self.model_rewards is not None:
+            batch, reward_metrics = self.model_rewards.add_to(batch)
         resumed = self.take_unfinished(batch)
         if resumed is None:
             old_logprobs = self.outputs(batch, "logprobs", self.models.actor.logprobs)
@@ -173,6 +181,7 @@ class Ppo:
         metrics = {
             **advantages.metrics,
             **update_metrics.means(),
+            **reward_metrics,
             "rollout/tokens": float(batch.lengths.sum()),
             **evaluation,
             "weight_sync/pause_s": push.pause_s,

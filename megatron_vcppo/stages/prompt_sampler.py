@@ -1,6 +1,7 @@
 """Which rollouts an iteration trains on: the next prompts, stored responses after a kill, dynamic sampling."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +30,15 @@ class PromptSampler:
     As a part of a checkpoint it is the position in the prompt stream up to which batches were taken.
     """
 
-    def __init__(self, config: Config, session: RolloutSession, stream: PromptStream) -> None:
+    def __init__(
+        self,
+        config: Config,
+        session: RolloutSession,
+        stream: PromptStream,
+        score: Callable[[list[Rollout]], list[Rollout]] | None = None,
+    ) -> None:
+        """score: gives rollouts what the verifiers do not, before they are stored; collective."""
+        self.score = score or (lambda rollouts: rollouts)
         self.config, self.session, self.stream = config.ppo, session, stream
         self.sampling = training_sampling(config.rollout, session.runtime.is_main)
         self.num_samples = config.rollout.num_samples
@@ -64,7 +73,8 @@ class PromptSampler:
         stored = self.session.stored(number, prompts, self.num_samples)
         if stored is not None:
             return stored
-        rollouts = self.session.generate(prompts, BatchNumber.training(number), self.sampling, self.num_samples)
+        generated = self.session.generate(prompts, BatchNumber.training(number), self.sampling, self.num_samples)
+        rollouts = self.score(generated)
         self.session.store(number, rollouts)
         return rollouts
 
@@ -109,7 +119,7 @@ class PromptSampler:
         """The rollouts of a prefetched iteration, stored."""
         if isinstance(prefetched.rollouts, list):
             return prefetched.rollouts
-        rollouts = self.session.collect(prefetched.rollouts)
+        rollouts = self.score(self.session.collect(prefetched.rollouts))
         self.session.store(prefetched.iteration, rollouts)
         return rollouts
 

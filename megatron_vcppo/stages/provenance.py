@@ -8,9 +8,10 @@ from typing import Any
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.prompt_format import PromptFormat
+from megatron_vcppo.hf.reward_model import uses_reward_model
 from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest
 from megatron_vcppo.run.rollout_store import Origin
-from megatron_vcppo.stages.stage import actor_before
+from megatron_vcppo.stages.stage import actor_before, reward_model_folder
 
 NO_EFFECT = ("iterations", "evaluate_every", "checkpoint")
 """Keys of ``ppo`` that change no update."""
@@ -26,6 +27,12 @@ def origin_of(config: Config, stage: str) -> Origin:
     made |= {"model.max_length": config.model.max_length}
     made |= {f"rollout.{name}": value for name, value in sampling.items()}
     made |= {f"prompts.{name}": value for name, value in prompts_config.items()}
+    if uses_reward_model(config, stage):
+        folder = reward_model_folder(config)
+        assert folder is not None
+        settings = asdict(config.rewards.model)
+        made |= {f"rewards.model.{name}": value for name, value in settings.items() if name not in ("path", "stage")}
+        made["rewards.model"] = identity(folder)
     if stage == "ppo":
         made |= {"run.seed": config.run.seed, "rollout.num_samples": config.rollout.num_samples}
         ppo = asdict(config.ppo)

@@ -1,6 +1,7 @@
 """Rollouts of a fixed policy: new ones for every step, or one stored set that is drawn from again and again."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from megatron_vcppo.config import Config
@@ -23,6 +24,7 @@ from megatron_vcppo.run.rollout_store import (
     stored_set,
 )
 from megatron_vcppo.stages.initial_models import starting_actor
+from megatron_vcppo.stages.model_rewards import ModelRewards
 from megatron_vcppo.stages.prompt_sampler import PromptSampler
 from megatron_vcppo.stages.provenance import origin_of
 from megatron_vcppo.stages.rollout_session import RolloutSession
@@ -46,14 +48,18 @@ class RolloutSource(Protocol):
         """Continue where ``state`` was taken."""
 
 
-def rollout_source(stage: Stage, session: RolloutSession, reached: int) -> RolloutSource:
+def rollout_source(
+    stage: Stage, session: RolloutSession, reached: int, model_rewards: ModelRewards | None = None
+) -> RolloutSource:
     """Rollouts of the policy that the stage starts from: fresh ones for every step, or its stored set.
 
     reached: the step from which the stage continues; stored rollouts after it that another policy made are dropped.
+    model_rewards: scores them.
     """
     config = stage.config
     stream = session.training_prompts(fixed_policy_seed(config.run.seed))
-    fresh = FreshRollouts(session, PromptSampler(config, session, stream), lambda: starting_actor(config, stage.name))
+    sampler = PromptSampler(config, session, stream, model_rewards.score if model_rewards is not None else None)
+    fresh = FreshRollouts(session, sampler, lambda: starting_actor(config, stage.name))
     wanted = stored_set(config, stage.name)
     if wanted is not None:
         return StoredRollouts(wanted, fresh, stage)
@@ -105,6 +111,8 @@ class StoredRollouts:
     def __init__(self, wanted: StoredSet, fresh: FreshRollouts, stage: Stage) -> None:
         """Raises UserError for a set that this model cannot read, Saved if asked to stop while it is made."""
         self.is_main = stage.runtime.is_main
+        self.other_scores = False
+        """Whether another reward model scored the set, as the main rank knows it."""
         if self.is_main:
             self._check_origin(wanted, stage)
         self.rollouts = self._load_or_make(wanted, fresh)
@@ -128,6 +136,7 @@ class StoredRollouts:
         """A set that is there is taken, with a warning if another policy made it; one begun by another is dropped."""
         made = origin_of(stage.config, stage.name)
         different = origin_differences(wanted.folder, made)
+        self.other_scores = not {"rewards.model", "rewards.model.input"}.isdisjoint(different)
         if not wanted.is_complete and (wanted.is_own or not stored_iterations(wanted.folder)):
             claim(wanted.folder, made, 0)
         elif different:
@@ -147,7 +156,9 @@ class StoredRollouts:
             if part in stored:
                 fresh.skip(count)
                 found = read_rollouts(wanted.folder, part) if self.is_main else None
-                rollouts += session.sync.exchange(found)[0]
+                if found is not None and self.other_scores:
+                    found = [replace(rollout, model_score=None) for rollout in found]
+                rollouts += fresh.sampler.score(session.sync.exchange(found)[0])
                 continue
             try:
                 stopping.point()

@@ -55,3 +55,16 @@ def actor_before(config: Config, stage: str) -> Path | None:
                 raise UserError(f"stage {stage} needs the actor of stage {earlier}, which is not done: run it first")
             return found
     return None
+
+
+def reward_model_folder(config: Config) -> Path | None:
+    """Where the reward model's weights are; None without one. Raises UserError if its stage is not done."""
+    settings = config.rewards.model
+    if settings.path is not None:
+        return Path(settings.path)
+    if settings.stage is None:
+        return None
+    folder = RunFolder.of(config).stage(settings.stage).last_checkpoint("critic")
+    if folder is None:
+        raise UserError(f"rewards.model.stage {settings.stage}: that stage is not done: run it first")
+    return folder

@@ -15,6 +15,7 @@ from megatron_vcppo.run.log import say
 from megatron_vcppo.stages.advantage_batch import episode_rewards, reward_statistics, trained_mask
 from megatron_vcppo.stages.initial_models import starting_critic
 from megatron_vcppo.stages.loop import TrainLoop
+from megatron_vcppo.stages.model_rewards import ModelRewards, tracked
 from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.stages.rollout_source import rollout_source
 from megatron_vcppo.stages.stage import start_stage
@@ -34,18 +35,22 @@ def run(config: Config) -> None:
             settings.steps,
         )
         session.share(critic)
+        model_rewards = ModelRewards.of(stage, session)
         startup.done("model")
         loop = TrainLoop(
             stage, {"critic": critic}, settings.steps, settings.checkpoint, session=session, unit="rollouts"
         )
-        source, fit = rollout_source(stage, session, reached=loop.step), FitHistory(settings)
-        loop.track(rollouts=source, history=fit)
+        source, fit = rollout_source(stage, session, loop.step, model_rewards), FitHistory(settings)
+        loop.track(rollouts=source, history=fit, **tracked(model_rewards))
         startup.done("rollouts")
         with loop:
             if fit.stopping_reason:
                 loop.end()
             for step in loop:
                 batch = make_batch(source.next(settings.batch_size, step))
+                reward_metrics: dict[str, float] = {}
+                if model_rewards is not None:
+                    batch, reward_metrics = model_rewards.add_to(batch)
                 session.trainer_turn()
                 loop.point()
                 result = learn_returns(
@@ -56,7 +61,7 @@ def run(config: Config) -> None:
                     values_config=config.values,
                     max_tokens=config.rollout.max_tokens,
                 )
-                metrics = step_metrics(result, batch, loop.step_seconds)
+                metrics = step_metrics(result, batch, loop.step_seconds) | reward_metrics
                 fit.add(metrics["critic/explained_variance"], metrics["critic/value_loss"])
                 shown = {"loss": metrics["critic/value_loss"], "ev": metrics["critic/explained_variance"]}
                 loop.log(metrics, count=len(batch), shown=shown, skipped={"critic": [not result.applied]})

@@ -27,6 +27,7 @@ from megatron_vcppo.stages.shared_gpus import SharedGpus
 from megatron_vcppo.stages.updates import Updater
 from megatron_vcppo.weight_sync.transport import HostTransport
 from megatron_vcppo.weight_sync.turns import SleepingSync
+from tests.helpers.reward_models import save_reward_model
 from tests.helpers.rollout_stages import Stage, make_config, make_task
 from tests.helpers.stops import ask_to_stop, hold_responses
 from tools.benchmarks._rollout_node import SINGLE, RolloutNode
@@ -84,12 +85,14 @@ def on_rank_0(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def test_the_numbers_are_those_of_engines_elsewhere(node: RolloutNode, task: Path, tmp_path: Path) -> None:
-    """Evaluation inside, four pushes and sleeps, a reference; then the same updates without sharing."""
-    stage = make_stage(node, task, tmp_path / "run")
+    """Evaluation inside, four pushes and sleeps, a reference, a reward model; then the same updates without sharing."""
+    reward_model = save_reward_model(tmp_path / "reward_model", task / "base_model", pad=None)
+    stage = make_stage(node, task, tmp_path / "run", rewards={"model": {"path": str(reward_model)}})
     assert set(stage.run()) == {0}
     assert not weights_path(node.rendezvous, 0).exists()
     records = read_metrics(stage.folder)
     assert len(records) == 4 and "evaluation/avg" in records[2]
+    assert all("model_reward/score_mean" in record for record in records)
     assert replay_elsewhere(stage, node, tmp_path / "again").checkpoint() == stage.checkpoint()
 
 

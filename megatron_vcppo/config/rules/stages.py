@@ -108,6 +108,26 @@ def ppo(config: Config) -> Iterator[str]:
         )
 
 
+def model_reward(config: Config) -> Iterator[str]:
+    """One reward model, which reads what it was made for."""
+    model = config.rewards.model
+    if {"value_pretrain", "ppo"}.isdisjoint(config.stages):
+        return
+    if model.path is not None and model.stage is not None:
+        yield f"rewards.model.path {model.path} and rewards.model.stage {model.stage} are both set: set one of them"
+    elif model.stage is not None and model.input != "tokens":
+        yield (
+            f"rewards.model.input {model.input} is for a rewards.model.path: the model of stage {model.stage} was "
+            "trained on tokens"
+        )
+    unrewarded = model.verifier_weight == 0 and (model.path or model.stage)
+    if unrewarded and "ppo" in config.stages and config.ppo.dynamic_sampling:
+        yield (
+            "ppo.dynamic_sampling keeps prompts whose verdicts differ, which rewards.model.verifier_weight 0 does not "
+            "reward: change one of them"
+        )
+
+
 def adaptive_kl(config: Config) -> Iterator[str]:
     """A target needs a KL term to adapt."""
     loss = config.ppo.loss
@@ -131,4 +151,16 @@ def evaluation(config: Config) -> Iterator[str]:
             yield f"evaluate.k {k} is more than evaluate.num_samples {config.evaluate.num_samples}"
 
 
-CHAIN_RULES = (stages, fp8, sft, prompt_template, response_length, values, value_pretrain, ppo, adaptive_kl, evaluation)
+CHAIN_RULES = (
+    stages,
+    fp8,
+    sft,
+    prompt_template,
+    response_length,
+    values,
+    value_pretrain,
+    ppo,
+    model_reward,
+    adaptive_kl,
+    evaluation,
+)

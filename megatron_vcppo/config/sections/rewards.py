@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_vcppo.config.ranges import PositiveInt
+from megatron_vcppo.config.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 
 Isolation = Literal["auto", "bubblewrap", "namespaces", "landlock", "none"]
 
@@ -24,7 +24,35 @@ class CodeRewardConfig:
 
 
 @dataclass
+class ModelRewardConfig:
+    """A neural reward model, next to the verifiers or instead of them, in value pretraining and PPO.
+
+    A response's reward is verifier_weight × the verifier's + weight × the model's. There is a model if path or stage is
+    set.
+    """
+
+    path: str | None = None
+    """Folder of a Hugging Face checkpoint for sequence classification with one label (Qwen2, Qwen2.5, Qwen3, Llama
+    3)."""
+    stage: Literal["reward_model"] | None = None
+    """reward_model: the model that the chain's stage of this name trained."""
+    input: Literal["tokens", "chat"] = "tokens"
+    """What the model reads. tokens: the tokens of prompt and response, which needs the tokenizer of model.hf. chat: the
+    texts of prompt and response as a chat of its own tokenizer and chat template; for a path only."""
+    weight: PositiveFloat = 1.0
+    """Weight of the model's reward, after normalization and clipping."""
+    verifier_weight: NonNegativeFloat = 1.0
+    """Weight of the verifier's reward; 0: responses are rewarded by the model alone."""
+    normalize: Literal["running", "none"] = "running"
+    """running: subtract the mean and divide by the standard deviation of all scores of the stage so far. none: the
+    scores as they are."""
+    clip: PositiveFloat | None = 5.0
+    """Bound the model's reward to [-clip, clip], after normalization; null: unbounded."""
+
+
+@dataclass
 class RewardsConfig:
     """Rewards of responses."""
 
+    model: ModelRewardConfig = field(default_factory=ModelRewardConfig)
     code: CodeRewardConfig = field(default_factory=CodeRewardConfig)

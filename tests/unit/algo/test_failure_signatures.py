@@ -132,3 +132,34 @@ def test_evidence_counts_the_iterations_that_there_are():
     early = _history(critic__explained_variance=[-0.1], rollout__truncated_share=[0.5])
     evidence = [finding.evidence for finding in diagnose(early) if finding.state == "found"]
     assert len(evidence) == 2 and all("first iteration" in text for text in evidence)
+
+
+def _hacking(accuracy: list[float], correlation: float, length_correlation: float, lengths: list[float]) -> str:
+    history = _history(
+        model_reward__score_mean=[0.1 * i for i in range(10)],
+        model_reward__score_std=[0.5] * 10,
+        model_reward__verifier_correlation=[correlation] * 10,
+        model_reward__length_correlation=[length_correlation] * 10,
+        rollout__accuracy=accuracy,
+        rollout__length_mean=lengths,
+    )
+    (finding,) = [finding for finding in diagnose(history) if finding.signature == "reward_hacking"]
+    assert bool(finding.advice) == (finding.state == "found")
+    return f"{finding.state}: {finding.evidence}"
+
+
+def test_a_score_that_rises_is_compared_with_accuracy_verdict_and_length():
+    rising, falling = [0.3 + 0.04 * i for i in range(10)], [0.6 - 0.04 * i for i in range(10)]
+    level, longer = [100.0] * 10, [100.0 + 20 * i for i in range(10)]
+    assert _hacking(rising, 0.4, 0.1, level).startswith("absent")
+    assert _hacking(rising, 0.4, 0.9, longer).startswith("absent"), "longer and more often right is no hack"
+    found = _hacking(falling, 0.4, 0.1, level)
+    assert found.startswith("found") and "score +1.00 σ since the start, accuracy 52% → 32% (bad)" in found
+    assert _hacking(rising, -0.3, 0.1, level).count("(bad)") == 1
+    assert "length 140 → 240 tokens (bad)" in _hacking([0.4] * 10, 0.2, 0.9, longer)
+
+
+def test_reward_hacking_is_judged_only_with_a_reward_model_and_enough_iterations():
+    few = _history(model_reward__score_mean=[0.0, 1.0], rollout__accuracy=[0.5, 0.1], rollout__length_mean=[1.0, 1.0])
+    assert [f.state for f in diagnose(few) if f.signature == "reward_hacking"] == ["unknown"]
+    assert not [f for f in diagnose(_history(rollout__accuracy=[0.5] * 10)) if f.signature == "reward_hacking"]

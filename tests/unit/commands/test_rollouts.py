@@ -1,6 +1,7 @@
 """vcppo rollouts."""
 
 import argparse
+from dataclasses import replace
 
 import pytest
 
@@ -35,3 +36,9 @@ def test_the_command_shows_the_worst_first(tmp_path, capsys) -> None:
     with pytest.raises(UserError, match=r"stages that have some: ppo \(--stage\)"):
         args = parser.parse_args(["rollouts", str(tmp_path), "--stage", "sft"])
         args.run(args)
+
+
+def test_a_reward_models_score_is_shown_and_ranks_equal_rewards() -> None:
+    rollouts = [replace(make_rollout(i, reward=1.0), model_score=score) for i, score in enumerate((0.5, -1.25, 3.0))]
+    assert [rollout.sample_index for rollout in command.worst(rollouts, 3)] == [1, 0, 2]
+    assert "reward 1 (correct), score -1.250, 3 tokens" in next(command.describe(rollouts[1]))

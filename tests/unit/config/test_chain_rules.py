@@ -74,6 +74,22 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "critic of no path": ({"ppo": {"critic": {"init": "checkpoint"}}}, "ppo.critic.checkpoint_path"),
     "adaptive KL": ({"ppo": {"loss": {"kl_target": 0.1}}}, "it needs ppo.loss.kl_coef > 0 (got 0)"),
+    "two reward models": (
+        {"rewards": {"model": {"path": "models/rm", "stage": "reward_model"}}},
+        "rewards.model.path models/rm and rewards.model.stage reward_model are both set: set one of them",
+    ),
+    "a chat for the chain's reward model": (
+        {"rewards": {"model": {"stage": "reward_model", "input": "chat"}}},
+        "rewards.model.input chat is for a rewards.model.path",
+    ),
+    "dynamic sampling by verdicts without weight": (
+        {
+            "rewards": {"model": {"path": "models/rm", "verifier_weight": 0.0}},
+            "ppo": {"dynamic_sampling": True},
+            "rollout": {"num_samples": 2},
+        },
+        "ppo.dynamic_sampling keeps prompts whose verdicts differ, which rewards.model.verifier_weight 0",
+    ),
     "overlong": (
         {"returns": {"overlong_penalty_tokens": 2000}},
         "returns.overlong_penalty_tokens 2000 is more than rollout.max_tokens 1024",

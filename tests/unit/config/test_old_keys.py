@@ -108,3 +108,7 @@ def test_a_report_reads_stored_values_under_the_present_names(tmp_path: Path) ->
         assert worst_reward(read_config(tmp_path)) == -2.0
     (tmp_path / "config.yaml").write_text("ppo: {}")
     assert worst_reward(read_config(tmp_path)) == -1.0
+    model = "path: x, weight: 2.0, verifier_weight: 0.5"
+    for clip, worst in (("5.0", -10.5), ("null", None)):
+        (tmp_path / "config.yaml").write_text(f"rewards: {{model: {{{model}, clip: {clip}}}}}")
+        assert worst_reward(read_config(tmp_path)) == worst

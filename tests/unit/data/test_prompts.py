@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from megatron_vcppo.data.prompts import PromptKeys, PromptStream, load_prompts
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Prompt
+from megatron_vcppo.rewards.registry import VERIFIERS
+from megatron_vcppo.rewards.verifier import UNJUDGED
 from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()
@@ -33,6 +35,15 @@ def test_prompts_are_read_as_text_or_chat(tmp_path: Path) -> None:
     assert prompts[1].token_ids == ids and prompts[1].answer == "7" and prompts[1].task == "math"
     assert json.loads(prompts[2].answer) == rows[2]["target"]  # type: ignore[index]
     assert report.num_used == 3
+
+
+def test_prompts_that_no_verifier_judges_need_no_answer(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "p.jsonl", [{"prompt": "3 ?"}, {"prompt": "3 ?", "answer": 7}])
+    keys = PromptKeys(default_task=UNJUDGED)
+    prompts, _ = load_prompts(source, TOKENIZER, 50, keys=keys, known_tasks=VERIFIERS)
+    assert [(prompt.answer, prompt.task) for prompt in prompts] == [("", UNJUDGED), ("7", UNJUDGED)]
+    verdict = VERIFIERS[UNJUDGED](prompts[0], "anything")
+    assert (verdict.reward, verdict.verdict) == (0.0, "not judged")
 
 
 def test_bad_prompts_are_counted_and_named(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.launch.checks import check_inputs
+from megatron_vcppo.launch.checks import check_critics, check_inputs
 from tools.benchmarks._tiny_chains import tiny_config
+from tools.benchmarks._tiny_models import save_tiny_model
 
 
 def test_inputs_are_checked_before_anything_is_queued(tmp_path: Path) -> None:
@@ -21,3 +22,19 @@ def test_inputs_are_checked_before_anything_is_queued(tmp_path: Path) -> None:
     config.model.hf = str(tmp_path / "nowhere")
     with pytest.raises(UserError, match="nowhere"):
         check_inputs(config, ["sft"])
+
+
+def test_a_reward_model_is_a_stage_before_or_a_checkpoint(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run")
+    config.stages = ["value_pretrain", "reward_model", "ppo"]
+    config.value_pretrain.init, config.ppo.critic.init = "sft", "sft"
+    config.rewards.model.stage = "reward_model"
+    check_critics(config, ["ppo"])
+    message = r"rewards\.model\.stage reward_model needs stage reward_model, which is neither before value_pretrain"
+    with pytest.raises(UserError, match=message):
+        check_critics(config, ["value_pretrain", "ppo"])
+    config.rewards.model.stage = None
+    config.rewards.model.path = str(save_tiny_model(tmp_path / "no_reward_model"))
+    assert check_inputs(config, ["sft"]), "SFT does not read it"
+    with pytest.raises(UserError, match=r"rewards\.model\.path: .*is not a checkpoint for sequence classification"):
+        check_inputs(config, ["ppo"])

@@ -13,6 +13,7 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.launch.memory_plan import check_memory, plan, plan_of_rank
 from tools.benchmarks._tiny_chains import tiny_model
+from tools.benchmarks._tiny_models import save_tiny_model
 
 
 def measured_model(folder: Path) -> Architecture:
@@ -75,6 +76,23 @@ def test_a_stage_holds_the_models_that_it_trains_and_pushes(tiny: tuple[Architec
     assert value_pretrain["gradients"] == ppo["gradients"] - sft["gradients"] and not value_pretrain["logits"]
     config.ppo.loss.kl_coef = 0.1
     assert plan(arch, config, "ppo")["weights"] == ppo["weights"] + sft["weights"], "the frozen reference"
+
+
+def test_a_reward_model_is_held_by_the_stages_whose_responses_it_scores(
+    tiny: tuple[Architecture, Config], tmp_path: Path
+) -> None:
+    arch, config = tiny
+    stages = ("reward_model", "value_pretrain", "ppo")
+    alone = [plan(arch, config, stage)["weights"] for stage in stages]
+    config.rewards.model.path = str(save_tiny_model(tmp_path / "large", hidden_size=128, num_hidden_layers=8))
+    large = Architecture.from_hf(config.rewards.model.path)
+    trunk = large.parameter_count() - large.vocab_size * large.hidden_size
+    added = [plan(arch, config, stage)["weights"] - before for stage, before in zip(stages, alone, strict=True)]
+    size = 2 if config.model.dtype == "bfloat16" else 4
+    assert added == pytest.approx([0, trunk * size / 2**30, trunk * size / 2**30])
+    config.rewards.model.path, config.rewards.model.stage = None, "reward_model"
+    added = [plan(arch, config, stage)["weights"] - before for stage, before in zip(stages, alone, strict=True)]
+    assert added[0] == 0 and added[1] == added[2] > 0
 
 
 def test_fp8_adds_a_byte_per_parameter_of_layers_that_run(tiny: tuple[Architecture, Config]) -> None:

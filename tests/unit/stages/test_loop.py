@@ -119,6 +119,13 @@ def test_a_resume_continues_after_the_last_complete_step(run: Run) -> None:
     assert counts(checkpoints) == [(5, 50)] and run.done == [5]
 
 
+def test_a_part_that_the_checkpoint_does_not_know_starts_new(run: Run) -> None:
+    """A reward model that is configured before a resume."""
+    checkpoints = Checkpoints(Resumed(4, {}, {}))
+    run(checkpoints)
+    assert counts(checkpoints) == [(5, 10)]
+
+
 def test_a_stage_whose_steps_were_lowered_is_done_with_what_it_has(run: Run) -> None:
     checkpoints = Checkpoints(Resumed(4, {"count": 40}, {}))
     run(checkpoints, total=3)

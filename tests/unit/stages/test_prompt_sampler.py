@@ -1,10 +1,15 @@
 """Which groups dynamic sampling keeps, and warnings about sampling that biases training."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from megatron_vcppo.config import RolloutConfig
+from megatron_vcppo.config import Config, RolloutConfig
+from megatron_vcppo.data.prompts import PromptStream
 from megatron_vcppo.records import Prompt, Rollout
-from megatron_vcppo.stages.prompt_sampler import training_sampling, unequal_groups
+from megatron_vcppo.stages.prompt_sampler import PromptSampler, training_sampling, unequal_groups
 
 
 def test_only_groups_with_different_rewards_teach() -> None:
@@ -30,3 +35,37 @@ def test_plain_sampling_does_not_warn(capsys: pytest.CaptureFixture[str]) -> Non
     assert not training_sampling(RolloutConfig(), is_main=True).ignore_eos
     assert training_sampling(RolloutConfig(ignore_eos=True), is_main=True).ignore_eos
     assert not capsys.readouterr().out
+
+
+def test_rollouts_are_scored_once_before_they_are_stored() -> None:
+    """Generated in their turn, prefetched, and stored by an attempt before."""
+    stored: dict[int, list[Rollout]] = {}
+
+    def generate(prompts: list[Prompt], *_: Any) -> list[Rollout]:
+        return [Rollout(prompt, 0, 0, (2,), "", (-1.0,), "stop", 0, 1.0) for prompt in prompts]
+
+    session: Any = SimpleNamespace(
+        runtime=SimpleNamespace(is_main=True),
+        generate=generate,
+        request=lambda *arguments: SimpleNamespace(rollouts=generate(*arguments)),
+        stored=lambda number, prompts, num_samples: stored.get(number),
+        store=stored.__setitem__,
+        collect=lambda pending: pending.rollouts,
+    )
+    config = Config()
+    config.ppo.prompts_per_iteration = 2
+    num_scored = 0
+
+    def score(rollouts: list[Rollout]) -> list[Rollout]:
+        nonlocal num_scored
+        num_scored += len(rollouts)
+        return [replace(rollout, model_score=0.5) for rollout in rollouts]
+
+    prompts = [Prompt(str(i), (1,), "", "", "t") for i in range(8)]
+    sampler = PromptSampler(config, session, PromptStream(prompts, 0), score)
+    first = sampler.next_batch(1)
+    sampler.prefetch(2)
+    second = sampler.next_batch(2)
+    assert stored == {1: first, 2: second} and num_scored == 4
+    assert {rollout.model_score for rollout in first + second} == {0.5}
+    assert sampler.next_batch(2) == second and num_scored == 4

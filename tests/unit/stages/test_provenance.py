@@ -163,3 +163,19 @@ def test_a_set_that_the_model_cannot_read_is_refused(tmp_path: Path) -> None:
         check_fit([rollout(1), rollout(1, 2, 3, 4)], wanted, config)
     with pytest.raises(UserError, match=f"has token {VOCAB_SIZE}, the vocabulary of .* has {VOCAB_SIZE}"):
         check_fit([rollout(VOCAB_SIZE)], wanted, config)
+
+
+def test_scores_belong_to_their_reward_model(config: Config, tmp_path: Path) -> None:
+    config.stages = ["sft", "reward_model", "value_pretrain", "ppo"]
+    without = origin_of(config, "ppo")
+    config.rewards.model.path = config.model.hf
+    scored = origin_of(config, "ppo")
+    claim(tmp_path / "rollouts", without, 0)
+    assert "rewards.model" in origin_differences(tmp_path / "rollouts", scored)
+    assert origin_of(config, "reward_model").keys().isdisjoint({"rewards.model"}), "no model rewards this stage"
+    claim(tmp_path / "rollouts", scored, 0)
+    assert origin_differences(tmp_path / "rollouts", without) == [], "verdicts stay valid without the model"
+    (tmp_path / "model" / "w.safetensors").write_text("other weights")
+    assert origin_differences(tmp_path / "rollouts", origin_of(config, "ppo")) == ["rewards.model"]
+    config.rewards.model.weight = 0.5
+    assert "rewards.model.weight" in origin_differences(tmp_path / "rollouts", origin_of(config, "ppo"))
