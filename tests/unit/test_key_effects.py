@@ -29,10 +29,10 @@ from megatron_vcppo.stages.held_out import evaluation_prompts
 from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.stages.sft import load_datasets
 from megatron_vcppo.tasks.base_model import write_base_model
+from megatron_vcppo.weight_sync.push_plan import SINGLE
 from megatron_vcppo.weight_sync.rank_role import make_weight_sync
 from megatron_vcppo.weight_sync.transport import DiskTransport, NetworkTransport
 from tests.helpers.distributed import run_distributed_test
-from tools.benchmarks._rollout_node import SINGLE
 from tools.benchmarks._tiny_chains import tiny_config
 from tools.benchmarks._tiny_models import save_tiny_model
 

@@ -21,7 +21,7 @@ from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.rollout.rendezvous import Engine
 from megatron_vcppo.run.processes import alive, die_with_parent, without_trainer
 from megatron_vcppo.tasks.word_tokenizer import WORDS, build_tokenizer
-from megatron_vcppo.weight_sync.push_plan import SyncRole
+from megatron_vcppo.weight_sync.push_plan import SINGLE
 from megatron_vcppo.weight_sync.sync import Source, WeightSync
 from megatron_vcppo.weight_sync.transport import NetworkTransport, Transport
 from tools.benchmarks._tiny_models import save_tiny_model
@@ -29,8 +29,6 @@ from tools.benchmarks._tiny_models import save_tiny_model
 MAX_LENGTH = 256
 START_TIMEOUT_S = 240.0
 GREEDY = Sampling(temperature=0.0)
-SINGLE = SyncRole(pp_rank=0, pp_size=1, takes_part=True, is_sender=True, is_driver=True)
-"""A trainer of one process."""
 
 
 class RolloutNode:
