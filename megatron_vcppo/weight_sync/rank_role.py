@@ -3,19 +3,21 @@
 import datetime
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.network import node_network
-from megatron_vcppo.mcore.runtime import Runtime
 from megatron_vcppo.rollout.node_folder import NodeFolder
 from megatron_vcppo.weight_sync.push_plan import SyncRole, role_in_stage
 from megatron_vcppo.weight_sync.sync import WeightSync
 from megatron_vcppo.weight_sync.transport import DiskTransport, HostTransport, NetworkTransport, Transport
 from megatron_vcppo.weight_sync.turns import SleepingSync
+
+if TYPE_CHECKING:  # a trainer without Megatron pushes, too
+    from megatron_vcppo.mcore.runtime import Runtime
 
 EXCHANGE_MARGIN_S = 120.0
 """What an exchange may take beyond the longest thing that a rank does between two of them."""
@@ -24,7 +26,7 @@ SENDER_SHARE = 0.8
 NCCL, whose watchdog ends them after run.timeout_s. An engine that hangs would take the trainer along."""
 
 
-def role_of(runtime: Runtime, max_senders: int) -> SyncRole:
+def role_of(runtime: "Runtime", max_senders: int) -> SyncRole:
     """The role of this rank among all of the trainer's."""
     return role_in_stage(
         pp_rank=runtime.pp_rank,

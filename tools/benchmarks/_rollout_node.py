@@ -41,6 +41,7 @@ class RolloutNode:
         rollout: dict[str, Any] | None = None,
         node: int = 0,
         engines_on: str | None = None,
+        address: str | None = None,
     ) -> None:
         self.folder, self.rendezvous = folder, folder / "rendezvous"
         settings = {
@@ -53,7 +54,7 @@ class RolloutNode:
             "run": {"dir": str(folder)},
             "model": {"hf": str(model), "dtype": "float32", "max_length": MAX_LENGTH},
             "rollout": settings,
-            "cluster": {"engines_on": engines_on},
+            "cluster": {"engines_on": engines_on, "network_interface": address},
         }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"config_{node}.yaml").write_text(yaml.safe_dump(config))
