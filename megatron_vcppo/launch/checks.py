@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config, Stage
 from megatron_vcppo.config.placement import ENGINE_STAGES
+from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.data.named_sources import check_named, named_source
 from megatron_vcppo.data.readers import check_source
 from megatron_vcppo.data.vocabulary import check_vocabulary
@@ -29,7 +30,9 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
         check_names(config.prompts.verifiers, config.rewards.code)
     arch = Architecture.from_hf(config.model.hf)
     check_vocabulary(Path(config.model.hf))
-    arch.check_parallel(config.parallel.tp, config.parallel.pp)
+    for stage in stages:
+        parallel = stage_config(config, stage).parallel
+        arch.check_parallel(parallel.tp, parallel.pp)
     return check_memory(arch, config, list(stages))
 
 
