@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_vcppo.config.placement import senders_per_stage
 from megatron_vcppo.rollout.messages import GroupAddress
 from megatron_vcppo.rollout.rendezvous import Engine
 from megatron_vcppo.rollout.stripes import Stripe
@@ -55,7 +56,7 @@ def role_in_stage(
     stages are spread evenly over the ranks of each, so that they are on as many nodes as can be.
     """
     num_ranks = tp_size * num_replicas
-    num_senders = min(num_ranks, max(1, max_senders // pp_size))
+    num_senders = senders_per_stage(num_ranks, pp_size, max_senders)
     senders = [index * num_ranks // num_senders for index in range(num_senders)]
     rank = replica * tp_size + tp_rank
     return SyncRole(
