@@ -31,7 +31,8 @@ CHAIN: dict[str, Any] = {
 
 def load(folder: Path, overrides: dict[str, Any], **sections: Any) -> Config:
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump({**CHAIN, **sections, "overrides": overrides}, sort_keys=False))
+    content = {**CHAIN, **sections, "overrides": overrides}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     return load_config(path)
 
 
