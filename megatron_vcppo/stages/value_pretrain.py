@@ -17,6 +17,7 @@ from megatron_vcppo.stages.initial_models import starting_critic
 from megatron_vcppo.stages.loop import TrainLoop
 from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.stages.rollout_source import rollout_source
+from megatron_vcppo.stages.speed import work
 from megatron_vcppo.stages.stage import start_stage
 from megatron_vcppo.stages.training_losses import CriticLoss
 
@@ -56,7 +57,7 @@ def run(config: Config) -> None:
                     values_config=config.values,
                     max_tokens=config.rollout.max_tokens,
                 )
-                metrics = step_metrics(result, batch, loop.step_seconds)
+                metrics = step_metrics(result, batch, loop.step_seconds) | work(stage, batch.sequence_lengths)
                 fit.add(metrics["critic/explained_variance"], metrics["critic/value_loss"])
                 shown = {"loss": metrics["critic/value_loss"], "ev": metrics["critic/explained_variance"]}
                 loop.log(metrics, count=len(batch), shown=shown, skipped={"critic": [not result.applied]})
