@@ -102,14 +102,7 @@ def learned(config: Config) -> list[dict]:
     """The log without what is measured by a clock."""
     records = read_metrics(Path(config.run.dir) / "sft")
     clock = ("timestamp", "time/", "stopping/", "speed/tokens_per", "speed/mfu", "speed/peak", "sft/tokens_per_s")
-    return [
-        {
-            name: value
-            for name, value in record.items()
-            if name not in clock and not name.startswith(("stopping/", "speed/"))
-        }
-        for record in records
-    ]
+    return [{name: value for name, value in record.items() if not name.startswith(clock)} for record in records]
 
 
 class Through:
