@@ -13,8 +13,10 @@ from megatron_vcppo.config.placement import trainer_ranks
 from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.launch.local_chain import local_processes
 from megatron_vcppo.launch.memory_plan import check_memory
 from megatron_vcppo.launch.role_commands import trainer_layout
+from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.srun import stage_nodes
 from tools.benchmarks._tiny_models import save_tiny_model
 
@@ -104,3 +106,15 @@ def test_the_command_line_adds_to_the_file(tmp_path: Path) -> None:
     config = load_config(tmp_path / "config.yaml", ["overrides.sft.cluster.trainer_nodes=1"])
     own = stage_config(config, "sft")
     assert (own.parallel.tp, own.cluster.trainer_nodes) == (2, 1)
+
+
+def test_a_stage_starts_as_many_ranks_as_its_own_layout_has(tmp_path: Path) -> None:
+    run = {"dir": str(tmp_path / "run")}
+    config = load(tmp_path, {"sft": {"parallel": {"tp": 1, "dp": 3}}}, run=run, parallel={"tp": 2}, cluster={})
+    started = {}
+    for stage in ("sft", "ppo"):
+        processes = local_processes(RunFolder.of(config), config, stage)
+        started[stage] = [process.role for process in processes]
+        ranks = [process for process in processes if process.role == "trainer"]
+        assert {process.env["WORLD_SIZE"] for process in ranks} == {str(len(ranks))}
+    assert started == {"sft": ["trainer"] * 3, "ppo": ["trainer"] * 2 + ["rollout"]}
