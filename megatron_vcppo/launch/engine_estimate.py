@@ -58,23 +58,29 @@ def cache_bytes(arch: Architecture, config: Config) -> float:
 
 
 def generation_s(arch: Architecture, config: Config, num_responses: int) -> float:
-    """Seconds to generate so many responses, as often as an engine's batch fills; inf if there is no room for one.
+    """Seconds to generate so many responses; inf if there is no room for one.
 
-    A step reads the weights and the cache of what runs, or computes its products, whichever takes longer, and has a
-    fixed part (hardware.step_ms).
+    Steps of a full batch until all tokens but those of the longest response are there; then steps of that one alone.
     """
-    engine, hardware, found = config.rollout.engine, config.hardware, estimate_engines(arch, config)
+    hardware, found = config.hardware, estimate_engines(arch, config)
     share = ceil_div(num_responses, found.engines)
     batch = min(found.concurrency, share)
     if not batch:
         return float("inf")
+    steps = response_tokens(config) * share / batch
+    tail = max(0.0, (hardware.longest_tokens or config.rollout.max_tokens) - steps)
+    prefill = share * arch.training_flops([hardware.prompt_tokens]) / 3 / config.rollout.engine.tp
+    prefill_s = prefill / (hardware.tflops * 1e12 * hardware.mfu)
+    return prefill_s + steps * step_s(arch, config, batch) + tail * step_s(arch, config, 1)
+
+
+def step_s(arch: Architecture, config: Config, batch: int) -> float:
+    """Seconds of an engine's step: it reads the weights and the cache of what runs, or computes its products, whichever
+    takes longer, and has a fixed part (hardware.step_ms)."""
+    engine, hardware = config.rollout.engine, config.hardware
     length = hardware.prompt_tokens + response_tokens(config) / 2
     weights = arch.parameter_count() * WEIGHT_BYTES[engine.dtype or config.model.dtype] / engine.tp
-    read_s = (weights + batch * length * cache_bytes(arch, config)) / (
-        hardware.memory_gb_per_s * 1e9 * hardware.memory_share
-    )
-    forward = arch.training_flops([1]) / 3
-    compute_s = batch * forward / engine.tp / (hardware.tflops * 1e12 * hardware.mfu)
-    step_s = hardware.step_ms / 1e3 + max(read_s, compute_s)
-    prefill_s = share * arch.training_flops([hardware.prompt_tokens]) / 3 / engine.tp / (hardware.tflops * 1e12)
-    return response_tokens(config) * share / batch * step_s + prefill_s / hardware.mfu
+    num_bytes = weights + batch * length * cache_bytes(arch, config)
+    flops = batch * arch.training_flops([1]) / 3 / engine.tp
+    read_s = num_bytes / (hardware.memory_gb_per_s * 1e9 * hardware.memory_share)
+    return hardware.step_ms / 1e3 + max(read_s, flops / (hardware.tflops * 1e12 * hardware.mfu))

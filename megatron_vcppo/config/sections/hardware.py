@@ -27,3 +27,5 @@ class HardwareConfig:
     """Mean length of a prompt in tokens."""
     response_tokens: PositiveInt | None = None
     """Mean length of a response, and of an SFT sample's, in tokens. Default: rollout.max_tokens."""
+    longest_tokens: PositiveInt | None = None
+    """Length of the longest response of a batch, with which generation ends. Default: rollout.max_tokens."""

@@ -11,7 +11,7 @@ from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.value_sources import CONFIGS
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.launch.chain_plan import StagePlan, plan_chain
-from megatron_vcppo.launch.engine_estimate import cache_bytes, estimate_engines, generation_s
+from megatron_vcppo.launch.engine_estimate import cache_bytes, estimate_engines, generation_s, step_s
 from megatron_vcppo.launch.push_estimate import LINK_SHARE, estimate_push
 
 QWEN_32B = {
@@ -84,6 +84,10 @@ def test_generation_is_bounded_by_memory_compute_and_the_fixed_part_of_a_step(mo
         assert base < generation_s(arch, load(model, slower)[1], 8192) < 2 * base
     longer = load(model, "hardware.prompt_tokens=2048", "hardware.mfu=0.2")[1]
     assert generation_s(arch, longer, 8192) > base
+    short = load(model, "hardware.response_tokens=1024", "hardware.longest_tokens=1024")[1]
+    tail = load(model, "hardware.response_tokens=1024")[1]
+    alone = generation_s(arch, tail, 200) - generation_s(arch, short, 200)
+    assert alone == pytest.approx((14336 - 1024) * step_s(arch, tail, 1)), "the longest response goes on alone"
     fixed = load(model, "hardware.step_ms=1000")[1]
     steps = config.rollout.max_tokens * (8192 / 4) / 112
     assert generation_s(arch, fixed, 8192) - base == pytest.approx(steps * 0.995)
