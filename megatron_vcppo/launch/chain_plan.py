@@ -209,7 +209,7 @@ def pass_s(arch: Architecture, config: Config, sequences: int, *, training: bool
     flops *= (4 / 3 if parallel.recompute == "full" else 1) if training else 1 / 3
     replicas = ranks // (parallel.tp * parallel.pp * parallel.cp)
     at_once = ceil_div(sequences, replicas * optimizer_steps) * length
-    microbatches = max(1.0, at_once / max(parallel.tokens_per_microbatch, length))
+    microbatches = ceil_div(at_once, max(parallel.tokens_per_microbatch, length))
     bubble = 1 + (parallel.pp - 1) / microbatches
     return flops * bubble / (ranks * hardware.tflops * 1e12 * hardware.mfu)
 
