@@ -28,6 +28,7 @@ COMMANDS = {
     "logs": ("megatron_vcppo.commands.logs", "what the roles of a run wrote"),
     "cancel": ("megatron_vcppo.commands.cancel", "cancel the jobs of a run"),
     "resume": ("megatron_vcppo.commands.resume", "queue again what is not done"),
+    "plan": ("megatron_vcppo.commands.plan", "estimate memory, time, GPU-hours and disk of a chain"),
     "doctor": ("megatron_vcppo.commands.doctor", "check a cluster profile with short test jobs"),
     "sweep": ("megatron_vcppo.commands.sweep", "several chains, one table of results"),
 }

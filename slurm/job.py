@@ -14,6 +14,7 @@ import submitit
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.network import node_network
+from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import DONE, SAVED, USER_ERROR, UserError
 from megatron_vcppo.launch.attempts import run_stage
 from megatron_vcppo.launch.role_commands import RoleCommands
@@ -63,6 +64,7 @@ class StageJob:
         """The stage in this allocation; returns its exit code."""
         signals = note_signals()
         run, config = open_run(self.run)
+        config = stage_config(config, self.stage)
         hosts = submitit.JobEnvironment().hostnames
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         start = {"nodes": hosts, "restarts": restarts, "progress": progress(run, config, self.stage)}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement
+from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.launch.controller import GUARD_ARGUMENTS, RoleProcess
 from megatron_vcppo.launch.guard import ALONE
 from megatron_vcppo.launch.role_commands import RoleCommands, role_environment, starts_engines, trainer_layout
@@ -41,7 +42,7 @@ except UserError as error:
 def stage_nodes(config: Config, stage: str) -> int:
     """Nodes of a stage's allocation: rollout nodes are requested only where something may be generated."""
     nodes, _ = trainer_layout(config, stage)
-    return nodes + (config.cluster.rollout_nodes if stage in ENGINE_STAGES else 0)
+    return nodes + (stage_config(config, stage).cluster.rollout_nodes if stage in ENGINE_STAGES else 0)
 
 
 def in_container(config: Config, command: tuple[str, ...]) -> tuple[str, ...]:
@@ -108,6 +109,7 @@ def srun_processes(
 
     hosts: the job's nodes by name. address, port: where rank 0, on the first of them, serves the ranks' store.
     """
+    config = stage_config(config, stage)
     cluster, role_commands = config.cluster, inside(config, role_commands)
     nodes, ranks_per_node = trainer_layout(config, stage)
     trainers = hosts[:nodes]

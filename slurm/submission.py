@@ -10,6 +10,7 @@ from submitit.core.utils import FailedJobError
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import dump_config
+from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.checks import check_inputs, check_run_folder
 from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
@@ -47,7 +48,7 @@ def executor(
     run: RunFolder, config: Config, stage: str, code: Path, role_commands: RoleCommands, after: str | None
 ) -> ScriptExecutor:
     """The batch job of one stage: a controller on its first node, signalled before the time limit."""
-    cluster = config.cluster
+    cluster = stage_config(config, stage).cluster
     made = ScriptExecutor(folder=run.slurm, python="exec " + shlex.quote(role_commands.python))
     minutes = cluster.stage_time_limit_minutes.get(stage, cluster.time_limit_minutes)
     extra: dict[str, Any] = {
@@ -85,7 +86,7 @@ def executor(
 
 def request_text(config: Config, stage: str) -> str:
     """What the stage's job requests from Slurm, as text."""
-    cluster = config.cluster
+    cluster = stage_config(config, stage).cluster
     gpus = f"{cluster.gpus_per_node} GPUs and " if cluster.gpus_per_node else ""
     text = f"requested {stage_nodes(config, stage)} nodes with {gpus}{cluster.cpus_per_node} CPUs each"
     names = [f"{name} {value}" for name in ("partition", "account", "qos") if (value := getattr(cluster, name))]

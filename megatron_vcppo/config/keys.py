@@ -62,8 +62,12 @@ class Key:
     @property
     def choices(self) -> tuple[str, ...]:
         """The allowed words; empty if every value of the type is allowed."""
-        options = [option for option in (self.annotation, *typing.get_args(self.annotation)) if _is_literal(option)]
-        return tuple(map(str, typing.get_args(options[0]))) if options else ()
+        return _choices(self.annotation)
+
+    @property
+    def choices_of_items(self) -> tuple[str, ...]:
+        """The same of the items of a list."""
+        return _choices(*typing.get_args(self.annotation))
 
 
 @functools.cache
@@ -117,6 +121,11 @@ def _field_docs(cls: type) -> dict[str, str]:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                 docs[name] = " ".join(text.split())
     return docs
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    options = [option for option in (annotation, *typing.get_args(annotation)) if _is_literal(option)]
+    return tuple(map(str, typing.get_args(options[0]))) if options else ()
 
 
 def _is_literal(annotation: Any) -> bool:

@@ -116,8 +116,16 @@ def _override(config: DictConfig, source: Source, note: Callable[[str], None]) -
             raise UserError(f"{place}: {name} must be {all_keys()[name].type_text}, got {given.value!r}") from None
         places[name] = place
         if isinstance(given.value, Mapping):
-            places |= {f"{name}.{key}": source.where(f"{given.written}.{key}") for key in given.value}
+            places |= {f"{name}.{key}": source.where(f"{given.written}.{key}") for key in _names(given.value)}
     return places
+
+
+def _names(values: Mapping[Any, Any]) -> Iterator[str]:
+    """Dotted names of everything in nested dictionaries."""
+    for key, value in values.items():
+        yield str(key)
+        if isinstance(value, Mapping):
+            yield from (f"{key}.{name}" for name in _names(value))
 
 
 def _place(places: Mapping[str, str], key: str) -> str | None:

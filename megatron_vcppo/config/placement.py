@@ -58,6 +58,11 @@ def node_holds_replica(config: Config, num_ranks: int) -> bool:
     return nodes == 1 or (parallel.pp == 1 and num_ranks // nodes % parallel.tp == 0)
 
 
+def senders_per_stage(num_ranks: int, pp_size: int, max_senders: int) -> int:
+    """How many of the num_ranks trainer ranks of each pipeline stage send weights (weight_sync.max_senders)."""
+    return min(num_ranks, max(1, max_senders // pp_size))
+
+
 def engine_gpus_per_node(config: Config) -> int:
     """GPUs that the engines of one node take together."""
     engine = config.rollout.engine

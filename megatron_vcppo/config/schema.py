@@ -1,10 +1,11 @@
 """The whole configuration: the chain, and one section per file of ``sections/``."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_vcppo.config.sections.cluster import ClusterConfig
 from megatron_vcppo.config.sections.evaluate import EvaluateConfig, ExportConfig
+from megatron_vcppo.config.sections.hardware import HardwareConfig
 from megatron_vcppo.config.sections.model import ModelConfig, ParallelConfig
 from megatron_vcppo.config.sections.ppo import PpoConfig
 from megatron_vcppo.config.sections.prompts import PromptsConfig
@@ -41,3 +42,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """stage: its own values of keys in parallel and of those in cluster that say which nodes it gets, such as {sft:
+    {parallel: {tp: 1}, cluster: {trainer_nodes: 2, rollout_nodes: 0}}}."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import ENGINE_STAGES
+from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.data.named_sources import check_named, named_source
 from megatron_vcppo.data.readers import check_source
 from megatron_vcppo.data.vocabulary import check_vocabulary
@@ -32,7 +33,9 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
     check_vocabulary(Path(config.model.hf))
     if set(stages) - {"export"}:
         arch.check_length(config.model.max_length)
-    arch.check_parallel(config.parallel.tp, config.parallel.pp)
+    for stage in stages:
+        parallel = stage_config(config, stage).parallel
+        arch.check_parallel(parallel.tp, parallel.pp)
     if any(uses_reward_model(config, stage) for stage in stages):
         check_reward_model(config)
     return check_memory(arch, config, list(stages))

@@ -10,6 +10,7 @@ from types import FrameType
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.network import node_network
 from megatron_vcppo.config.placement import engine_nodes
+from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import DONE, SAVED, USER_ERROR
 from megatron_vcppo.launch.attempts import run_stage
 from megatron_vcppo.launch.controller import RoleProcess
@@ -31,6 +32,7 @@ def local_processes(
     run: RunFolder, config: Config, stage: str, role_commands: RoleCommands = ROLE_COMMANDS
 ) -> list[RoleProcess]:
     """One process per trainer rank, and one rollout supervisor if the stage generates."""
+    config = stage_config(config, stage)
     env, address = role_environment(config, "trainer"), node_network(config.cluster).address
     nodes, ranks_per_node = trainer_layout(config, stage)
     ranks, port = nodes * ranks_per_node, str(free_port(address))

@@ -5,6 +5,7 @@
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement, trainer_ranks
+from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.reward_model import reward_architecture, uses_reward_model
@@ -140,15 +141,16 @@ def check_generation_memory(
 
 def check_memory(arch: Architecture, config: Config, stages: list[str]) -> dict[str, float]:
     """GiB per rank of each stage; UserError with the parts if one does not fit cluster.gpu_memory_gib (if given)."""
-    cluster, needs = config.cluster, {}
+    needs = {}
     for stage in stages:
-        parts = plan(arch, config, stage)
+        own = stage_config(config, stage)
+        parts = plan(arch, own, stage)
         needs[stage] = sum(parts.values())
-        limit = cluster.gpu_memory_gib
+        limit = own.cluster.gpu_memory_gib
         if limit is None:
             continue
-        if stage in ENGINE_STAGES and engine_placement(config) == "trainer_gpus":
-            check_generation_memory(arch, config, stage, parts, limit)
+        if stage in ENGINE_STAGES and engine_placement(own) == "trainer_gpus":
+            check_generation_memory(arch, own, stage, parts, limit)
             limit -= ASLEEP_GIB
         if needs[stage] > limit:
             listed = ", ".join(f"{name} {size:.1f}" for name, size in parts.items())

@@ -6,6 +6,7 @@ from typing import Literal
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement, trainer_ranks
+from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.rollout_store import needs_engines
 
@@ -24,7 +25,7 @@ class RoleCommands:
 
     def rollout_command(self, run: RunFolder, stage: str, node: int) -> tuple[str, ...]:
         """What starts and supervises the engines of one rollout node."""
-        where = ("--rendezvous", str(run.stage(stage).rendezvous), "--node", str(node))
+        where = ("--rendezvous", str(run.stage(stage).rendezvous), "--node", str(node), "--stage", stage)
         return (self.python, "-m", self.rollout, "--config", str(run.config), *where)
 
 
@@ -35,6 +36,7 @@ def trainer_layout(config: Config, stage: str) -> tuple[int, int]:
     """(nodes, ranks on each of them) of a stage's trainer. An export is one process's work: it moves files."""
     if stage == "export":
         return 1, 1
+    config = stage_config(config, stage)
     nodes = config.cluster.trainer_nodes
     return nodes, trainer_ranks(config) // nodes
 

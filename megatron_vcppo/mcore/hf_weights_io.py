@@ -48,24 +48,22 @@ def _copy(model: PackedGPT, tensors: Mapping[str, TensorInFile]) -> None:
 def stream_hf(model: PackedGPT) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, tensor) of this pipeline stage's parameters; collective over its tensor-parallel ranks.
 
-    All ranks of the tensor-parallel group iterate together; the first one gets the tensors, the others get nothing. A
-    tensor is gathered when the iterator reaches it and is not held. Vocabulary padding is trimmed, so
-    shapes are those of ``hf_shapes``; dtypes are the model's. A tied embedding comes from the first stage only.
+    All ranks of the tensor-parallel group iterate together and get the same tensors. A tensor is gathered when the
+    iterator reaches it and is not held. Vocabulary padding is trimmed, so shapes are those of ``hf_shapes``; dtypes are
+    the model's. A tied embedding comes from the first stage only.
     """
     check_resident({"weights": weights(model)})
     group = parallel_state.get_tensor_model_parallel_group()
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    root = dist.get_global_rank(group, 0)
+    size = dist.get_world_size(group)
     for local, entry in local_parameters(model):
         if entry.name == EMBEDDING and not parallel_state.is_pipeline_first_stage():
             continue
         mine = local.detach().contiguous()
         shards = [mine]
         if entry.split_dim is not None and size > 1:
-            shards = [torch.empty_like(mine) for _ in range(size)] if rank == 0 else []
-            dist.gather(mine, shards or None, dst=root, group=group)
-        if rank == 0:
-            yield from split(entry, unshard(entry, shards)).items()
+            shards = [torch.empty_like(mine) for _ in range(size)]
+            dist.all_gather(shards, mine, group=group)
+        yield from split(entry, unshard(entry, shards)).items()
 
 
 def local_parameters(model: PackedGPT) -> Iterator[tuple[Tensor, Parameter]]:

@@ -8,14 +8,13 @@ with an accelerator call that does not exist on CPU.
 """
 
 import multiprocessing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-from safetensors import safe_open
 from typing_extensions import override
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
@@ -25,6 +24,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from megatron_vcppo.rollout.broadcast import ahead, receive, unpack
 from megatron_vcppo.rollout.group import Deadline, Group, join_group, reach_store
 from megatron_vcppo.rollout.messages import GroupAddress, SyncRequest
+from megatron_vcppo.rollout.weight_files import read_folder
 from megatron_vcppo.run.processes import die_with_parent
 
 BACKEND = "vcppo"
@@ -59,27 +59,26 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         parallel = self.parallel_config
         worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
         deadline = Deadline(request.timeout_s)
-        self.leave([stream for stream in self.groups if stream not in request.streams])
-        for stream in request.streams:  # in the order in which they are received
-            group = self.groups.pop(stream, None)
-            if group is None:
-                store = reach_store(stream.address, stream.port, deadline.left_s())
-                group = join_group(
+        senders = [sender for stream in request.streams for sender in stream]
+        self.leave([sender for sender in self.groups if sender not in senders])
+        for sender in senders:
+            if sender not in self.groups:
+                store = reach_store(sender.address, sender.port, deadline.left_s())
+                self.groups[sender] = join_group(
                     store,
-                    rank=stream.first_rank + worker,
-                    world_size=stream.world_size,
+                    rank=sender.first_rank + worker,
+                    world_size=sender.world_size,
                     backend=request.backend,
                     device=self.device,
                     timeout_s=deadline.left_s(),
                     address=request.address,
                 )
-            group.deadline = deadline
-            self.groups[stream] = group
+            self.groups[sender].deadline = deadline
 
-    def leave(self, streams: Iterable[GroupAddress]) -> None:
-        """Close the groups of these streams."""
-        for stream in list(streams):
-            self.groups.pop(stream).close()
+    def leave(self, senders: Iterable[GroupAddress]) -> None:
+        """Close the groups of these senders."""
+        for sender in list(senders):
+            self.groups.pop(sender).close()
 
     @override
     def start_weight_update(self) -> None:
@@ -102,10 +101,8 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self.request.backend == "disk":
             tensors = read_folder(Path(self.request.folder))
         else:
-            # One lane for all streams: each is the same device's, and the thread receives one after the other.
-            lane = next(iter(self.groups.values())).lane
-            buckets = (bucket for group in self.groups.values() for bucket in receive(group))
-            tensors = unpack(ahead(buckets, lane))
+            streams = [[self.groups[sender] for sender in stream] for stream in self.request.streams]
+            tensors = unpack(ahead(receive(streams), streams[0][0].lane))
         loaded = self.model.load_weights(tensors)
         missing = {name for name, _ in self.model.named_parameters()} - loaded
         if self.model_config.hf_text_config.tie_word_embeddings:
@@ -128,14 +125,6 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 class WorkerExtension:
     """Mixed into vLLM's worker; its import is what counts."""
-
-
-def read_folder(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor, in its shape in the Hugging Face format, from the safetensors files of a folder."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                yield name, file.get_tensor(name)
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

@@ -22,14 +22,16 @@ import os
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from typing_extensions import override
 
 from megatron_vcppo.config.network import listen
 
@@ -37,6 +39,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 ABORT_TIMEOUT_S = 10.0
 """What ending a communicator may take."""
+PASSING = 4
+"""Tensors that a receiver over gloo may have taken and not yet given to the next one."""
 
 
 class Lane:
@@ -94,6 +98,44 @@ class Deadline:
         return datetime.timedelta(seconds=self.left_s())
 
 
+class Transfer(Protocol):
+    """A tensor on its way: a ``dist.Work``, or a ``Passed``."""
+
+    def wait(self, timeout: datetime.timedelta) -> bool:
+        """False, or RuntimeError, if it has not arrived by then."""
+
+
+class Passed(Transfer):
+    """A tensor that goes along the chain of a gloo group's ranks: from the one before to the one after.
+
+    gloo's own broadcast has the sender send one copy after the other. In a chain every link carries each byte once, and
+    a receiver passes a piece on while it takes the next one, as NCCL's broadcast does.
+    """
+
+    def __init__(self, group: "Group", tensor: torch.Tensor) -> None:
+        self.group, self.tensor = group, tensor
+        self.taking = group.process_group.recv([tensor], group.rank - 1, 0) if group.rank else None
+        self.giving = None if group.rank else self._give()
+
+    @override
+    def wait(self, timeout: datetime.timedelta) -> bool:
+        """The sender's wait ends when the first receiver has it, a receiver's when it may be read."""
+        if self.taking is None:
+            return self.giving is None or self.giving.wait(timeout)
+        if not self.taking.wait(timeout):
+            return False
+        if (giving := self._give()) is not None:
+            self.group.passing.append(giving)
+            while len(self.group.passing) > PASSING:
+                if not self.group.passing.popleft().wait(timeout):
+                    return False
+        return True
+
+    def _give(self) -> dist.Work | None:
+        group = self.group
+        return group.process_group.send([self.tensor], group.rank + 1, 0) if group.rank + 1 < group.size else None
+
+
 @dataclass
 class Group:
     """One sender (rank 0) and its receivers."""
@@ -106,26 +148,46 @@ class Group:
     """Of the push under way; a later push sets its own."""
     store: dist.Store
     """Held: a process group does not keep its store alive."""
+    rank: int
+    size: int
+    passing: deque[dist.Work] = field(default_factory=deque)
+    """What a receiver over gloo has taken and still gives to the next one."""
 
     @property
     def device(self) -> torch.device:
         """The device on which tensors must be."""
         return self.lane.device
 
-    def broadcast(self, tensor: torch.Tensor) -> dist.Work:
-        """Start sending (rank 0) or filling (the others) a contiguous tensor of any shape on this group's device."""
+    def broadcast(self, tensor: torch.Tensor) -> Transfer:
+        """Start sending (rank 0) or filling (the others) a contiguous tensor of any shape on this group's device.
+
+        All ranks wait for their transfers in the order in which they started them.
+        """
+        if self.device.type == "cpu":
+            return Passed(self, tensor)
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor, options.timeout = 0, 0, self.deadline.left()
         self.lane.follow()
         with self.lane.entered():
             return self.process_group.broadcast([tensor], options)
 
-    def wait(self, work: dist.Work) -> None:
-        """Wait until the tensor may be used again. Raises RuntimeError at the deadline or if a peer is lost."""
+    def wait(self, transfer: Transfer) -> None:
+        """Wait until the sender may change the tensor, or a receiver read it.
+
+        Raises RuntimeError at the deadline or if a peer is lost.
+        """
         with self.lane.entered():
-            if not work.wait(self.deadline.left()):
-                raise RuntimeError(f"broadcast not finished {self.deadline.seconds:.3g} s after the push began")
+            self._in_time(transfer)
             self.lane.finish()
+
+    def settle(self) -> None:
+        """Wait until the next receiver has everything that this one took. Raises as ``wait``."""
+        while self.passing:
+            self._in_time(self.passing.popleft())
+
+    def _in_time(self, transfer: Transfer) -> None:
+        if not transfer.wait(self.deadline.left()):
+            raise RuntimeError(f"broadcast not finished {self.deadline.seconds:.3g} s after the push began")
 
     def close(self) -> None:
         """Leave the group; ends what hangs in it. The peers notice at their next operation. Raises nothing.
@@ -179,7 +241,8 @@ def join_group(
 
     def connect() -> Group:
         with lane.entered():
-            group = Group(make(prefixed, rank, world_size, deadline, address), lane, deadline, store)
+            process_group = make(prefixed, rank, world_size, deadline, address)
+            group = Group(process_group, lane, deadline, store, rank, world_size)
             group.wait(group.broadcast(torch.zeros(1, device=lane.device)))  # NCCL connects in the first operation
         return group
 

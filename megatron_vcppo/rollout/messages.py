@@ -106,7 +106,8 @@ class SyncRequest(msgspec.Struct, frozen=True):
     timeout_s: float
     backend: str
     """"gloo", "nccl" (over ``streams``) or "disk" (from ``folder``)."""
-    streams: list[GroupAddress] = []
+    streams: list[list[GroupAddress]] = []
+    """Of each pipeline stage the groups of its senders, by the index of their stripes."""
     folder: str = ""
     address: str = "127.0.0.1"
     """The engine's own address on the network that the weights take."""

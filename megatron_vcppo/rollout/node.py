@@ -18,6 +18,7 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_stored_config
 from megatron_vcppo.config.network import node_environment, node_network
 from megatron_vcppo.config.placement import engine_gpus_per_node, engine_placement
+from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import USER_ERROR, UserError
 from megatron_vcppo.rollout import engine_command
 from megatron_vcppo.rollout.auth import make_secret
@@ -37,13 +38,14 @@ def main() -> int:
     parser.add_argument("--config", required=True, type=Path)
     parser.add_argument("--rendezvous", required=True, type=Path, help="folder where engines are published")
     parser.add_argument("--node", required=True, type=int, help="index of this rollout node, from 0")
+    parser.add_argument("--stage", default="", help="the stage that these engines work for, whose overrides count")
     args = parser.parse_args()
     log.configure("rollout", args.node)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     try:
-        config = load_stored_config(args.config, complete=False)  # checked when the run began
+        config = stage_config(load_stored_config(args.config, complete=False), args.stage)  # checked when the run began
         os.environ.update(node_environment(config.cluster))
         shared = None
         if engine_placement(config) == "trainer_gpus":

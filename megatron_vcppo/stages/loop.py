@@ -30,6 +30,7 @@ from megatron_vcppo.run.log import say
 from megatron_vcppo.run.metrics_log import MetricsLog
 from megatron_vcppo.run.progress import Progress
 from megatron_vcppo.stages.rollout_session import RolloutSession
+from megatron_vcppo.stages.speed import SpeedMeter
 from megatron_vcppo.stages.stage import Stage
 from megatron_vcppo.stages.stopping import Saved, stopping
 
@@ -159,6 +160,7 @@ class TrainLoop:
         self._ended = False
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
+        self._speed: SpeedMeter | None = None
         self._step_started = time.monotonic()
 
     def track(self, **parts: Stateful) -> None:
@@ -180,6 +182,7 @@ class TrainLoop:
         if stage.runtime.is_main:
             every_s = 0.0 if self.step_name == "iteration" else 10.0
             self._log = MetricsLog(stage.folder.path, stage.config, stage.name, self.step, self.total_steps)
+            self._speed = SpeedMeter(stage)
             self._progress = Progress(stage.name, self.total_steps, self.step, self.unit, every_s)
         return self
 
@@ -232,13 +235,15 @@ class TrainLoop:
     ) -> None:
         """Log the step, its last call; on every rank, of which the main one writes.
 
+        metrics: with those of ``speed.work``, from which rates follow.
         count: how many of the loop's unit it worked through. shown: on the progress line. skipped: per model and
         optimizer step, whether loss or gradient was not finite.
         """
         warning = self.nonfinite.count(skipped)
         if self._log is None or self._progress is None:
             return
-        self._log.log(self.step + 1, {**metrics, **stopping.metrics(self.checkpoints.save_time_s)})
+        speed = self._speed.metrics(metrics, self.step_seconds) if self._speed else {}
+        self._log.log(self.step + 1, {**metrics, **speed, **stopping.metrics(self.checkpoints.save_time_s)})
         startup.finish(self.stage.folder.path)
         self._progress.update(self.step + 1, count, shown)
         if warning:

@@ -26,6 +26,7 @@ from megatron_vcppo.stages.ppo_models import PpoModels, push_actor, token_output
 from megatron_vcppo.stages.prompt_sampler import PromptSampler
 from megatron_vcppo.stages.provenance import origin_of
 from megatron_vcppo.stages.rollout_session import RolloutSession
+from megatron_vcppo.stages.speed import work
 from megatron_vcppo.stages.stage import Stage, start_stage
 from megatron_vcppo.stages.training_losses import bounded
 from megatron_vcppo.stages.unfinished import Unfinished, UpdateUnderWay
@@ -125,6 +126,10 @@ class Ppo:
             run_seed=config.run.seed,
             max_tokens=config.rollout.max_tokens,
         )
+        critic_updates = config.ppo.critic.updates_per_actor_update if models.critic is not None else 0
+        forward_passes = 1 + (models.reference is not None) + (models.critic is not None)
+        self.passes = config.ppo.ppo_epochs * (1 + critic_updates) + forward_passes / 3
+        """Of a model over the batch, forward and backward."""
         self.unfinished: Unfinished | None = None
         """Of the resumed checkpoint, until its iteration is taken up."""
         if loop.resumed is not None and "unfinished" in loop.resumed.state:
@@ -183,6 +188,7 @@ class Ppo:
             **update_metrics.means(),
             **reward_metrics,
             "rollout/tokens": float(batch.lengths.sum()),
+            **work(loop.stage, batch.sequence_lengths, self.passes),
             **evaluation,
             "weight_sync/pause_s": push.pause_s,
             "weight_sync/mb": push.num_bytes / 1e6,

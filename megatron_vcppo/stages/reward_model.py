@@ -25,6 +25,7 @@ from megatron_vcppo.stages.initial_models import starting_critic
 from megatron_vcppo.stages.loop import TrainLoop
 from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.stages.rollout_source import rollout_source
+from megatron_vcppo.stages.speed import work
 from megatron_vcppo.stages.stage import Stage, start_stage
 
 FIELDS: dict[str, type] = {"last_mask": bool, "label": float}
@@ -56,6 +57,7 @@ def run(config: Config) -> None:
             result = model.train_step(microbatches, loss)
             metrics = {f"reward_model/{name}": value for name, value in result.metrics.items()}
             metrics |= {"reward_model/grad_norm": result.grad_norm, "time/step_s": loop.step_seconds}
+            metrics |= work(stage, (len(sequence) for unit in batch for sequence in unit))
             shown = {"loss": result.metrics["reward_model_loss"], "accuracy": result.metrics["accuracy"]}
             loop.log(metrics, count=sum(map(len, batch)), shown=shown, skipped={"reward model": [not result.applied]})
     runtime.stop()

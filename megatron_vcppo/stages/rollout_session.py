@@ -119,7 +119,7 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
             self.gpus = SharedGpus(stage)
             self.sync: WeightSync = self.gpus.sync
         else:
-            role = role_of(runtime.pp_rank, runtime.pp_size, runtime.tp_rank, runtime.dp_rank, runtime.cp_rank)
+            role = role_of(runtime, config.weight_sync.max_senders)
             self.sync = make_weight_sync(config, rendezvous, role, runtime.device)
         self.is_leader = runtime.tp_rank == runtime.pp_rank == runtime.cp_rank == 0
         self.scorer: Scorer | None = None

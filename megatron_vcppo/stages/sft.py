@@ -24,6 +24,7 @@ from megatron_vcppo.run.folder import StageFolder
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.progress import Progress
 from megatron_vcppo.stages.loop import TrainLoop
+from megatron_vcppo.stages.speed import work
 from megatron_vcppo.stages.stage import start_stage
 from megatron_vcppo.stages.training_losses import TokenLoss
 
@@ -48,6 +49,7 @@ def run(config: Config) -> None:
             result = train_step(actor, batch, stage.packer)
             num_tokens = sum(map(len, batch))
             metrics = step_metrics(result, order.samples_seen / order.num_samples, num_tokens, loop.step_seconds)
+            metrics |= work(stage, map(len, batch))
             if validation and is_validated(step, settings, total_steps):
                 metrics |= validate(actor, validation, stage.packer)
             shown = {"loss": result.metrics["loss"], "lr": result.learning_rate}

@@ -50,7 +50,7 @@ class SharedGpus:
         if uses_memory and num_nodes > 1:
             role = role_on_node(runtime.pp_rank, runtime.rank, local_rank, runtime.tp_size)
         else:
-            role = role_of(runtime.pp_rank, runtime.pp_size, runtime.tp_rank, runtime.dp_rank, runtime.cp_rank)
+            role = role_of(runtime, config.weight_sync.max_senders)
         self.sync = make_sleeping_sync(config, rendezvous, role, runtime.device, self.node, uses_memory)
         self.sync.after_push = self._weights_leave
         if uses_memory and self.is_local_main:

@@ -18,6 +18,7 @@ from megatron_vcppo.stages.loop import TrainLoop
 from megatron_vcppo.stages.model_rewards import ModelRewards, tracked
 from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.stages.rollout_source import rollout_source
+from megatron_vcppo.stages.speed import work
 from megatron_vcppo.stages.stage import start_stage
 from megatron_vcppo.stages.training_losses import CriticLoss
 
@@ -62,6 +63,7 @@ def run(config: Config) -> None:
                     max_tokens=config.rollout.max_tokens,
                 )
                 metrics = step_metrics(result, batch, loop.step_seconds) | reward_metrics
+                metrics |= work(stage, batch.sequence_lengths)
                 fit.add(metrics["critic/explained_variance"], metrics["critic/value_loss"])
                 shown = {"loss": metrics["critic/value_loss"], "ev": metrics["critic/explained_variance"]}
                 loop.log(metrics, count=len(batch), shown=shown, skipped={"critic": [not result.applied]})

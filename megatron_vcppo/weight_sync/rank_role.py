@@ -1,9 +1,9 @@
-"""This trainer rank's part in a push, and the collective that the ranks agree over; reads torch.distributed only."""
+"""This trainer rank's part in a push, and the collective that the ranks agree over."""
 
 import datetime
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -11,10 +11,13 @@ import torch.distributed as dist
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.network import node_network
 from megatron_vcppo.rollout.node_folder import NodeFolder
-from megatron_vcppo.weight_sync.push_plan import SyncRole
+from megatron_vcppo.weight_sync.push_plan import SyncRole, role_in_stage
 from megatron_vcppo.weight_sync.sync import WeightSync
 from megatron_vcppo.weight_sync.transport import DiskTransport, HostTransport, NetworkTransport, Transport
 from megatron_vcppo.weight_sync.turns import SleepingSync
+
+if TYPE_CHECKING:  # a trainer without Megatron pushes, too
+    from megatron_vcppo.mcore.runtime import Runtime
 
 EXCHANGE_MARGIN_S = 120.0
 """What an exchange may take beyond the longest thing that a rank does between two of them."""
@@ -23,26 +26,28 @@ SENDER_SHARE = 0.8
 NCCL, whose watchdog ends them after run.timeout_s. An engine that hangs would take the trainer along."""
 
 
-def role_of(pp_rank: int, pp_size: int, tp_rank: int, dp_rank: int, cp_rank: int = 0) -> SyncRole:
-    """The role of a rank by its coordinates."""
-    takes_part = dp_rank == 0 and cp_rank == 0
-    is_sender = takes_part and tp_rank == 0
-    return SyncRole(
-        pp_rank=pp_rank,
-        pp_size=pp_size,
-        takes_part=takes_part,
-        is_sender=is_sender,
-        is_driver=is_sender and pp_rank == 0,
+def role_of(runtime: "Runtime", max_senders: int) -> SyncRole:
+    """The role of this rank among all of the trainer's."""
+    return role_in_stage(
+        pp_rank=runtime.pp_rank,
+        pp_size=runtime.pp_size,
+        tp_rank=runtime.tp_rank,
+        tp_size=runtime.tp_size,
+        replica=runtime.dp_rank * runtime.cp_size + runtime.cp_rank,
+        num_replicas=runtime.dp_size * runtime.cp_size,
+        max_senders=max_senders,
     )
 
 
 def role_on_node(pp_rank: int, rank: int, local_rank: int, tp_size: int) -> SyncRole:
-    """The role of a rank where every node holds a whole replica and sends it to its own engines."""
+    """The role of a rank where every node holds a whole replica, whose ranks give it to the node's own engines."""
+    takes_part = local_rank < tp_size
     return SyncRole(
         pp_rank=pp_rank,
         pp_size=1,
-        takes_part=local_rank < tp_size,
-        is_sender=local_rank == 0,
+        takes_part=takes_part,
+        sender=local_rank if takes_part else None,
+        num_senders=tp_size,
         is_driver=rank == 0,
     )
 
@@ -65,7 +70,7 @@ def make_exchange(timeout_s: float) -> Callable[[Any], list[Any]]:
 def make_weight_sync(config: Config, rendezvous: Path, role: SyncRole, device: torch.device) -> WeightSync:
     """The pushes of a stage; collective. With transport: disk the weights pass through the rendezvous folder."""
     exchange = make_exchange(config.weight_sync.timeout_s + EXCHANGE_MARGIN_S)
-    return WeightSync(config.weight_sync, rendezvous, role, exchange, _make_transport(config, rendezvous, device))
+    return WeightSync(config.weight_sync, rendezvous, role, exchange, _make_transport(config, rendezvous, role, device))
 
 
 def make_sleeping_sync(
@@ -75,17 +80,23 @@ def make_sleeping_sync(
     exchange = make_exchange(config.weight_sync.timeout_s + EXCHANGE_MARGIN_S)
     transport: Transport
     if uses_memory:
-        transport = HostTransport(node, rendezvous, config.weight_sync.bucket_mib * 2**20)
+        transport = HostTransport(node, rendezvous, _bucket_bytes(config, role), role, config.weight_sync.verify)
     else:
-        transport = _make_transport(config, rendezvous, device, backend="gloo")
+        transport = _make_transport(config, rendezvous, role, device, backend="gloo")
     return SleepingSync(config.weight_sync, rendezvous, role, exchange, transport)
 
 
-def _make_transport(config: Config, rendezvous: Path, device: torch.device, backend: str | None = None) -> Transport:
-    settings = config.weight_sync
-    bucket_bytes = settings.bucket_mib * 2**20
+def _make_transport(
+    config: Config, rendezvous: Path, role: SyncRole, device: torch.device, backend: str | None = None
+) -> Transport:
+    settings, bucket_bytes = config.weight_sync, _bucket_bytes(config, role)
     if settings.transport == "disk":
-        return DiskTransport(rendezvous / "weights", bucket_bytes)
+        return DiskTransport(rendezvous / "weights", bucket_bytes, role, settings.verify)
     address = node_network(config.cluster).address
     timeout_s = min(settings.timeout_s, SENDER_SHARE * config.run.timeout_s)
-    return NetworkTransport(address, device, bucket_bytes, timeout_s, backend)
+    return NetworkTransport(address, device, bucket_bytes, timeout_s, backend, role, settings.verify)
+
+
+def _bucket_bytes(config: Config, role: SyncRole) -> int:
+    """Of one pipeline stage: receivers take a bucket of each at a time."""
+    return config.weight_sync.bucket_mib * 2**20 // role.pp_size

@@ -1,7 +1,7 @@
 """The push: every trainer rank calls it together, every engine ends with the same new weights, or an error says why.
 
-The driver tells the engines over HTTP to pause and receive; the sender of each pipeline stage then sends its layers,
-one stage after the other; the engines drop stale caches, continue, and answer the driver's call.
+The driver tells the engines over HTTP to pause and receive; the senders of all pipeline stages then send at once, each
+its part of its stage's layers; the engines drop stale caches, continue, and answer the driver's call.
 """
 
 import asyncio
@@ -19,13 +19,13 @@ from megatron_vcppo.rollout import engine_http, rendezvous
 from megatron_vcppo.rollout.auth import read_secret
 from megatron_vcppo.rollout.messages import GroupAddress, SyncReport, SyncRequest
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
-from megatron_vcppo.weight_sync.push_plan import SyncRole, Target, streams_of
+from megatron_vcppo.weight_sync.push_plan import MeetingPoint, SyncRole, Target, streams_of
 from megatron_vcppo.weight_sync.transport import Tensors, Transport
 
 log = logging.getLogger(__name__)
 
 Source = Callable[[], Tensors]
-"""Starts a pass over this stage's weights: (Hugging Face name, tensor); collective over the ranks of the stage."""
+"""Starts a pass over this stage's weights: (Hugging Face name, tensor); collective over the tensor-parallel ranks."""
 Exchange = Callable[[Any], list[Any]]
 """Gives every trainer rank the objects of all, by rank; collective, with a deadline."""
 
@@ -138,8 +138,10 @@ class WeightSync:
         if not targets:
             raise WeightSyncError(f"no engine in {self.folder} answers: nothing to push to", [])
         started = time.monotonic()
-        mine = (self.role.pp_rank, *self.transport.meet(targets)) if self.role.is_sender else None
-        points = [point[1:] for point in sorted(point for point in self.exchange(mine) if point)]
+        mine = None
+        if self.role.sender is not None:
+            mine = MeetingPoint(self.role.pp_rank, self.role.sender, *self.transport.meet(targets))
+        points = [point for point in self.exchange(mine) if point]
         reports: Future[dict[Engine, SyncReport]] | None = None
         if self.role.is_driver and self.transport.live:
             reports = self.pool.submit(asyncio.run, self._tell(policy_version, targets, points))
@@ -160,44 +162,41 @@ class WeightSync:
         return PushResult(policy_version, tuple(t.engine for t in targets), num_bytes, seconds, pause_s)
 
     def _send_all(self, policy_version: int, source: Source, targets: list[Target]) -> tuple[list[str], int]:
-        """Send stage by stage; returns the error of each rank ("" if none) and the bytes of all stages."""
-        error, sent, total = "", 0, 0
+        """All stages at once; returns the error of each rank ("" if none) and the bytes of all senders."""
+        error, sent = "", 0
         if self.role.is_sender:
             try:
                 self.transport.connect(targets)
             except Exception as problem:
                 error = f"connecting: {problem}"
         errors = self.exchange(error)
-        for pp_rank in range(self.role.pp_size):
-            if any(errors):
-                break
-            if self.role.takes_part and self.role.pp_rank == pp_rank:
-                error, sent = self._send_stage(policy_version, source, pp_rank)
-            errors = self.exchange(error)
-        total = sum(self.exchange(sent))
-        return [f"trainer rank {rank}: {text}" if text else "" for rank, text in enumerate(errors)], total
+        if self.role.takes_part and not any(errors):
+            error, sent = self._send(policy_version, source)
+        answers = self.exchange((error, sent))
+        errors = [f"trainer rank {rank}: {text}" if text else "" for rank, (text, _) in enumerate(answers)]
+        return errors, sum(num_bytes for _, num_bytes in answers)
 
-    def _send_stage(self, policy_version: int, source: Source, pp_rank: int) -> tuple[str, int]:
+    def _send(self, policy_version: int, source: Source) -> tuple[str, int]:
         tensors = source()
         try:
             if self.role.is_sender:
-                return "", self.transport.send(tensors, policy_version, pp_rank)
+                return "", self.transport.send(tensors, policy_version)
         except Exception as problem:
-            log.warning("sending pipeline stage %d of policy version %d failed", pp_rank, policy_version, exc_info=True)
+            log.warning("sending policy version %d failed", policy_version, exc_info=True)
             self.transport.close()  # the engines notice at once
             return f"sending: {problem}", 0
         finally:
-            for _ in tensors:  # the ranks of a stage gather together: after a failure, too, all of them go to the end
+            for _ in tensors:  # tensor-parallel ranks gather together: after a failure, too, all of them go to the end
                 pass
         return "", 0
 
     async def _tell(
-        self, policy_version: int, targets: list[Target], points: list[tuple[str, int]]
+        self, policy_version: int, targets: list[Target], points: list[MeetingPoint]
     ) -> dict[Engine, SyncReport]:
         """Tell every engine to receive; its report, or a report of why there is none."""
         streams = streams_of(targets, points)
 
-        async def tell(target: Target, mine: list[GroupAddress]) -> SyncReport:
+        async def tell(target: Target, mine: list[list[GroupAddress]]) -> SyncReport:
             request = SyncRequest(
                 policy_version=policy_version,
                 pause=self.config.pause,

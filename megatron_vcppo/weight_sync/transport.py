@@ -1,4 +1,4 @@
-"""How the bytes travel: broadcast over a group of the sender and all workers, or files in a shared folder."""
+"""How the bytes travel: broadcast over a group of each sender and all workers, or files in a shared folder."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch.distributed import TCPStore
 from typing_extensions import override
 
 from megatron_vcppo.rollout.broadcast import send
 from megatron_vcppo.rollout.group import Deadline, Group, join_group, serve_store
 from megatron_vcppo.rollout.node_folder import NodeFolder, weights_path
-from megatron_vcppo.run.files import replacing
-from megatron_vcppo.weight_sync.push_plan import Target, world_size
+from megatron_vcppo.rollout.weight_files import write_file
+from megatron_vcppo.weight_sync.push_plan import SINGLE, SyncRole, Target, world_size
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
@@ -35,10 +34,10 @@ class Transport(Protocol):
         """Open the meeting point for these engines; returns its address and port."""
 
     def connect(self, targets: Sequence[Target]) -> None:
-        """Wait for all of them."""
+        """Wait for all of them; no sender sends before all have connected."""
 
-    def send(self, tensors: Tensors, policy_version: int, pp_rank: int) -> int:
-        """Send the tensors of a stage; returns the number of bytes."""
+    def send(self, tensors: Tensors, policy_version: int) -> int:
+        """Send this sender's part of its stage's tensors; returns the number of bytes."""
 
     def close(self) -> None:
         """Forget the engines."""
@@ -53,9 +52,17 @@ class NetworkTransport(Transport):
     live = True
 
     def __init__(
-        self, address: str, device: torch.device, bucket_bytes: int, timeout_s: float, backend: str | None = None
+        self,
+        address: str,
+        device: torch.device,
+        bucket_bytes: int,
+        timeout_s: float,
+        backend: str | None = None,
+        role: SyncRole = SINGLE,
+        verify: bool = False,
     ) -> None:
         """backend: gloo or nccl; default: by the device. Over gloo, tensors of a GPU pass through host memory."""
+        self.stripe, self.verify = role.stripe, verify
         self.address, self.device, self.bucket_bytes, self.timeout_s = address, device, bucket_bytes, timeout_s
         self.backend = backend or ("nccl" if device.type == "cuda" else "gloo")
         self.deadline = Deadline(timeout_s)
@@ -88,9 +95,9 @@ class NetworkTransport(Transport):
         self.group.deadline = self.deadline
 
     @override
-    def send(self, tensors: Tensors, policy_version: int, pp_rank: int) -> int:
+    def send(self, tensors: Tensors, policy_version: int) -> int:
         assert self.group is not None
-        return send(self.group, tensors, self.bucket_bytes)
+        return send(self.group, tensors, self.bucket_bytes, self.stripe, self.verify)
 
     @override
     def close(self) -> None:
@@ -104,12 +111,15 @@ class NetworkTransport(Transport):
 
 
 class DiskTransport(Transport):
-    """safetensors files in ``root/version_N``; every engine reads them. The versions before are removed."""
+    """safetensors files in ``root/version_N``; every engine reads them. The versions before are removed.
+
+    The senders of a stage write one bucket, a file, after the other in turn.
+    """
 
     backend, live = "disk", False
 
-    def __init__(self, root: Path, bucket_bytes: int) -> None:
-        self.root, self.bucket_bytes = root, bucket_bytes
+    def __init__(self, root: Path, bucket_bytes: int, role: SyncRole = SINGLE, verify: bool = False) -> None:
+        self.root, self.bucket_bytes, self.role, self.verify = root, bucket_bytes, role, verify
 
     @override
     def folder(self, policy_version: int, node: int) -> str:
@@ -124,25 +134,32 @@ class DiskTransport(Transport):
 
     @override
     def connect(self, targets: Sequence[Target]) -> None:
-        pass
+        if self.role.pp_rank == self.role.sender == 0 and self.root.exists():
+            shutil.rmtree(self.root)
 
     @override
-    def send(self, tensors: Tensors, policy_version: int, pp_rank: int) -> int:
-        folder = self._folder(policy_version)
-        if pp_rank == 0 and self.root.exists():
-            shutil.rmtree(self.root)
+    def send(self, tensors: Tensors, policy_version: int) -> int:
+        folder, stripe = self._folder(policy_version), self.role.stripe
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         shard: dict[str, torch.Tensor] = {}
-        held = sent = count = 0
+        held = sent = number = 0
+
+        def finish() -> None:
+            nonlocal held, sent, number
+            if shard:
+                write_file(folder / f"stage_{self.role.pp_rank}_{number:05d}.safetensors", shard, self.verify)
+                sent += held
+            shard.clear()
+            held, number = 0, number + 1
+
         for name, tensor in tensors:
-            shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            if number % stripe.count == stripe.index:
+                shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
             held += tensor.nbytes
             if held >= self.bucket_bytes:
-                _write(shard, folder, pp_rank, count)
-                shard, held, sent, count = {}, 0, sent + held, count + 1
-        if shard:
-            _write(shard, folder, pp_rank, count)
-        return sent + held
+                finish()
+        finish()
+        return sent
 
     @override
     def close(self) -> None:
@@ -160,16 +177,12 @@ class HostTransport(DiskTransport):
     worker there needs shards cut otherwise than the rank's: every rank would gather whole tensors, on every GPU.
     """
 
-    def __init__(self, own: NodeFolder, rendezvous: Path, bucket_bytes: int) -> None:
-        super().__init__(own.weights, bucket_bytes)
+    def __init__(
+        self, own: NodeFolder, rendezvous: Path, bucket_bytes: int, role: SyncRole = SINGLE, verify: bool = False
+    ) -> None:
+        super().__init__(own.weights, bucket_bytes, role, verify)
         self.rendezvous = rendezvous
 
     @override
     def folder(self, policy_version: int, node: int) -> str:
         return str(weights_path(self.rendezvous, node) / f"version_{policy_version}")
-
-
-def _write(shard: dict[str, torch.Tensor], folder: Path, pp_rank: int, count: int) -> None:
-    path = folder / f"stage_{pp_rank}_{count:05d}.safetensors"
-    with replacing(path, durable=False) as temporary:
-        save_file(shard, temporary)

@@ -19,7 +19,7 @@ from megatron_vcppo.rollout.group import Group, Lane, join_group, reach_store, r
 from megatron_vcppo.rollout.rendezvous import Engine
 from megatron_vcppo.run.processes import free_port
 from megatron_vcppo.weight_sync import rank_role
-from megatron_vcppo.weight_sync.push_plan import Target
+from megatron_vcppo.weight_sync.push_plan import SINGLE, Target
 from megatron_vcppo.weight_sync.transport import NetworkTransport
 from tests.helpers.distributed import run_distributed_test
 
@@ -49,13 +49,13 @@ def sender(port: int) -> tuple[str, int]:
     tell.set("first", str(transport.meet(TARGETS)[1]))
     try:
         transport.connect(TARGETS)
-        transport.send(tensors(), 1, 0)
+        transport.send(tensors(), 1)
     except RuntimeError as problem:
         error = str(problem)
     transport.close()
     tell.set("second", str(transport.meet(TARGETS[:1])[1]))
     transport.connect(TARGETS[:1])
-    sent = transport.send(tensors(), 1, 0)
+    sent = transport.send(tensors(), 1)
     tell.wait(["taken"])
     return error, sent
 
@@ -79,7 +79,7 @@ def receiver(fault: str, port: int) -> tuple[str, int]:
             with pytest.raises(RuntimeError):
                 join(meeting, 2, 3)
             return fault, 0
-        buckets = receive(join(meeting, 2, 3))
+        buckets = receive([[join(meeting, 2, 3)]])
         next(buckets)
         if fault == "dies in the middle":
             held.append(buckets)  # what ends it is the process's exit, as if it were killed
@@ -88,10 +88,10 @@ def receiver(fault: str, port: int) -> tuple[str, int]:
         return fault, 0
     error = ""
     try:
-        list(receive(join(meeting, 1, 3)))
+        list(receive([[join(meeting, 1, 3)]]))
     except RuntimeError as problem:
         error = str(problem)
-    taken = sum(tensor.nbytes for _, tensor in unpack(receive(join(int(tell.get("second")), 1, 2))))
+    taken = sum(tensor.nbytes for _, tensor in unpack(receive([[join(int(tell.get("second")), 1, 2)]])))
     tell.set("taken", "")
     return error, taken
 
@@ -130,7 +130,7 @@ def test_a_communicator_that_does_not_end_is_abandoned_without_an_error(monkeypa
     monkeypatch.setattr(group_module, "ABORT_TIMEOUT_S", 0.1)
     lane = SimpleNamespace(device=torch.device("cuda", 0))
     hanging: Any = SimpleNamespace(abort=never.wait)
-    Group(hanging, lane, group_module.Deadline(1.0), torch.distributed.HashStore()).close()  # type: ignore[arg-type]
+    Group(hanging, lane, group_module.Deadline(1.0), torch.distributed.HashStore(), 0, 2).close()  # type: ignore[arg-type]
     never.set()
     assert "ending the NCCL communicator is not done after 0.1 s" in caplog.text
 
@@ -138,10 +138,10 @@ def test_a_communicator_that_does_not_end_is_abandoned_without_an_error(monkeypa
 def test_a_sender_gives_up_before_the_watchdog_of_the_ranks_that_wait_for_it(tmp_path: Path) -> None:
     config = Config()
     assert config.weight_sync.timeout_s == config.run.timeout_s == 600
-    transport = rank_role._make_transport(config, tmp_path, CPU)
+    transport = rank_role._make_transport(config, tmp_path, SINGLE, CPU)
     assert isinstance(transport, NetworkTransport) and transport.timeout_s == 480
     config.weight_sync.timeout_s = 60
-    shorter = rank_role._make_transport(config, tmp_path, CPU)
+    shorter = rank_role._make_transport(config, tmp_path, SINGLE, CPU)
     assert isinstance(shorter, NetworkTransport) and shorter.timeout_s == 60
 
 
@@ -149,7 +149,7 @@ def slow(port: int) -> str:
     """A receiver takes a bucket every half second: no single wait is long, all together are."""
     if int(os.environ["RANK"]):
         with suppress(RuntimeError):
-            for _ in receive(join(port, 1, 2)):
+            for _ in receive([[join(port, 1, 2)]]):
                 time.sleep(0.5)
         return ""
     store = torch.distributed.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)

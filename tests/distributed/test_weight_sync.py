@@ -29,17 +29,18 @@ from tools.benchmarks._rollout_node import RolloutNode, make_prompts, save_polic
 pytestmark = pytest.mark.timeout(400)
 
 PROMPTS = make_prompts(8)
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
-"""Tensor- and pipeline-parallel sizes of the trainer; each alone streams the same bytes (test_export_stream.py)."""
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
+"""Tensor-, pipeline- and data-parallel sizes of the trainer, whose ranks all send; each alone streams the same bytes
+(test_export_stream.py)."""
 
 
-def push(folders: list[Path], versions: list[int], rendezvous: Path, tp: int, pp: int) -> list[PushResult]:
+def push(folders: list[Path], versions: list[int], rendezvous: Path, tp: int, pp: int, dp: int) -> list[PushResult]:
     """One rank: load each checkpoint into a live actor and push it."""
-    parallel = ParallelConfig(tp=tp, pp=pp)
+    parallel = ParallelConfig(tp=tp, pp=pp, dp=dp)
     me = runtime.start(parallel, seed=1, timeout_s=60)
     config = Config()
-    config.weight_sync.timeout_s, config.weight_sync.bucket_mib = 60.0, 1
-    role = role_of(me.pp_rank, me.pp_size, me.tp_rank, me.dp_rank)
+    config.weight_sync.timeout_s, config.weight_sync.bucket_mib, config.weight_sync.verify = 60.0, 1, True
+    role = role_of(me, config.weight_sync.max_senders)
     sync = make_weight_sync(config, rendezvous, role, torch.device("cpu"))
     results = []
     model = build_actor(Architecture.from_hf(folders[0]), ModelConfig(hf=str(folders[0]), dtype="float32"), parallel)
@@ -69,7 +70,7 @@ def check_logprob_gap(folder: Path, rollouts: list[Rollout]) -> None:
         assert (trained - torch.tensor(rollout.rollout_logprobs)).abs().max() <= 1e-3
 
 
-def case(family: str, tied: bool, layouts: list[tuple[int, int]] | None = None, **engine: int) -> Any:
+def case(family: str, tied: bool, layouts: list[tuple[int, int, int]] | None = None, **engine: int) -> Any:
     """Model family, tied embeddings, layout of the engine. Slow with all of the trainer's layouts, quick with some."""
     layout = "-".join(f"{key}{value}" for key, value in engine.items()) or "tp1"
     name = f"{family}-{'tied' if tied else 'untied'}-{layout}" + ("-quick" if layouts else "")
@@ -81,7 +82,7 @@ def case(family: str, tied: bool, layouts: list[tuple[int, int]] | None = None, 
     ("family", "tied", "layouts", "engine"),
     [
         # Engines with tp 1 and tied embeddings get pushes in tests/rollout/test_node.py and in every test of a stage.
-        case("qwen3", False, layouts=[(1, 1), (2, 2)], tp=2),
+        case("qwen3", False, layouts=[(1, 1, 1), (1, 2, 2)], tp=2),
         case("qwen2", True),
         case("qwen3", False, tp=2),
         case("qwen2", False, dp=2),
@@ -98,11 +99,11 @@ def test_greedy_output_after_a_push_is_a_fresh_engines(tmp_path, family, tied, l
     with RolloutNode(tmp_path / "node", target, {"engine": engine}) as node:
         node.wait(1)
         fresh = node.greedy(messages.NO_VERSION, PROMPTS)
-        run_distributed_test(push, 1, [other], [1], node.rendezvous, 1, 1)
+        run_distributed_test(push, 1, [other], [1], node.rendezvous, 1, 1, 1)
         assert node.greedy(1, PROMPTS) != fresh
-        for version, (tp, pp) in enumerate(layouts, start=2):
+        for version, (tp, pp, dp) in enumerate(layouts, start=2):
             versions = [100 + version, version]
-            per_rank = run_distributed_test(push, tp * pp, [other, target], versions, node.rendezvous, tp, pp)
-            assert node.greedy(version, PROMPTS) == fresh, f"trainer tp {tp} pp {pp}"
+            per_rank = run_distributed_test(push, tp * pp * dp, [other, target], versions, node.rendezvous, tp, pp, dp)
+            assert node.greedy(version, PROMPTS) == fresh, f"trainer tp {tp} pp {pp} dp {dp}"
             assert len({str(results) for results in per_rank}) == 1, "the ranks disagree on what was pushed"
         check_logprob_gap(target, node.client(max_tokens=32).generate(PROMPTS, 0, version, Sampling(), 2))

@@ -46,9 +46,10 @@ def test_a_sleeping_engine_frees_its_memory_and_wakes_with_pushed_weights(tmp_pa
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("needs vLLM")
     from megatron_vcppo.rollout.node_folder import NodeFolder
+    from megatron_vcppo.weight_sync.push_plan import SINGLE
     from megatron_vcppo.weight_sync.transport import HostTransport
     from megatron_vcppo.weight_sync.turns import SleepingSync
-    from tools.benchmarks._rollout_node import SINGLE, RolloutNode, make_prompts, save_policy, weights_of
+    from tools.benchmarks._rollout_node import RolloutNode, make_prompts, save_policy, weights_of
 
     models = [save_policy(tmp_path / f"m{seed}", seed=seed) for seed in range(2)]
     settings = {"engine": {"gpu_memory_utilization": 0.3, "enforce_eager": True}}

@@ -12,9 +12,9 @@ import torch
 from megatron_vcppo.config import WeightSyncConfig
 from megatron_vcppo.errors import Stopped
 from megatron_vcppo.weight_sync import joiners
+from megatron_vcppo.weight_sync.push_plan import SINGLE
 from megatron_vcppo.weight_sync.sync import WeightSync
 from megatron_vcppo.weight_sync.transport import NetworkTransport
-from tools.benchmarks._rollout_node import SINGLE
 
 
 def make_sync(folder: Path, exchange: Callable[[Any], list[Any]] = lambda value: [value]) -> WeightSync:

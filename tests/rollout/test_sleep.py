@@ -21,11 +21,12 @@ from megatron_vcppo.rollout.messages import CACHE, WEIGHTS, Sampling, Status
 from megatron_vcppo.rollout.node_folder import TRAINER, Hold, NodeFolder
 from megatron_vcppo.rollout.rendezvous import Engine
 from megatron_vcppo.run.processes import alive
+from megatron_vcppo.weight_sync.push_plan import SINGLE
 from megatron_vcppo.weight_sync.sync import WeightSync, WeightSyncError
 from megatron_vcppo.weight_sync.transport import HostTransport, Tensors
 from megatron_vcppo.weight_sync.turns import SleepingSync
 from tests.helpers.engines import processes_of, wait_for_successor, wait_until
-from tools.benchmarks._rollout_node import GREEDY, SINGLE, RolloutNode, make_prompts, save_policy, weights_of
+from tools.benchmarks._rollout_node import GREEDY, RolloutNode, make_prompts, save_policy, weights_of
 
 pytestmark = pytest.mark.timeout(300)
 PROMPTS = make_prompts(4)

@@ -16,7 +16,7 @@ import zstandard
 
 ROOT = Path(__file__).parents[2]
 ARCHIVE = ROOT / "tests" / "fixtures" / "run_of_release_1.tar.zst"
-CLOCK = ("time/", "stopping/", "timestamp", "weight_sync/pause_s")
+CLOCK = ("time/", "stopping/", "speed/", "timestamp", "weight_sync/pause_s")
 
 
 @pytest.fixture

@@ -101,11 +101,8 @@ def weights(config: Config, out: Path) -> dict[str, torch.Tensor]:
 def learned(config: Config) -> list[dict]:
     """The log without what is measured by a clock."""
     records = read_metrics(Path(config.run.dir) / "sft")
-    clock = ("timestamp", "time/step_s", "time/validation_s", "sft/tokens_per_s")
-    return [
-        {name: value for name, value in record.items() if name not in clock and not name.startswith("stopping/")}
-        for record in records
-    ]
+    clock = ("timestamp", "time/", "stopping/", "speed/tokens_per", "speed/mfu", "speed/peak", "sft/tokens_per_s")
+    return [{name: value for name, value in record.items() if not name.startswith(clock)} for record in records]
 
 
 class Through:
@@ -160,6 +157,7 @@ def test_it_learns_and_logs_every_step(through: Through) -> None:
         assert record["total_iterations"] == STEPS
         assert record["sft/epoch"] == pytest.approx(record["iteration"] * BATCH_SIZE / SAMPLES)
         assert all(record[name] > 0 for name in ("sft/grad_norm", "sft/tokens_per_s", "time/step_s", "sft/entropy"))
+        assert record["speed/model_tflop"] > 0 and record["speed/mfu"] > 0
     rates = [record["sft/learning_rate"] for record in records]
     assert rates[:2] == pytest.approx([2e-3, 4e-3]) and rates[-1] == pytest.approx(4e-4)
     kept = sorted(path.name for path in complete_checkpoints(Path(through.config.run.dir) / "sft" / "checkpoints"))

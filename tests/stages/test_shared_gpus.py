@@ -25,12 +25,13 @@ from megatron_vcppo.run.rollout_store import partial_iterations
 from megatron_vcppo.stages import rollout_session
 from megatron_vcppo.stages.shared_gpus import SharedGpus
 from megatron_vcppo.stages.updates import Updater
+from megatron_vcppo.weight_sync.push_plan import SINGLE
 from megatron_vcppo.weight_sync.transport import HostTransport
 from megatron_vcppo.weight_sync.turns import SleepingSync
 from tests.helpers.reward_models import save_reward_model
 from tests.helpers.rollout_stages import Stage, make_config, make_task
 from tests.helpers.stops import ask_to_stop, hold_responses
-from tools.benchmarks._rollout_node import SINGLE, RolloutNode
+from tools.benchmarks._rollout_node import RolloutNode
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -42,7 +42,7 @@ def newest(stage: Stage) -> dict[str, Any]:
 
 def learned(stage: Stage) -> list[dict[str, Any]]:
     """The log without times."""
-    timed = ("time/", "stopping/", "weight_sync/", "timestamp")
+    timed = ("time/", "stopping/", "speed/", "weight_sync/", "timestamp")
     return [{k: v for k, v in record.items() if not k.startswith(timed)} for record in read_metrics(stage.folder)]
 
 

@@ -29,10 +29,10 @@ from megatron_vcppo.stages.held_out import evaluation_prompts
 from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.stages.sft import load_datasets, mixture_of
 from megatron_vcppo.tasks.base_model import write_base_model
-from megatron_vcppo.weight_sync.rank_role import make_weight_sync
+from megatron_vcppo.weight_sync.push_plan import SINGLE
+from megatron_vcppo.weight_sync.rank_role import make_weight_sync, role_of
 from megatron_vcppo.weight_sync.transport import DiskTransport, NetworkTransport
 from tests.helpers.distributed import run_distributed_test
-from tools.benchmarks._rollout_node import SINGLE
 from tools.benchmarks._tiny_chains import tiny_config
 from tools.benchmarks._tiny_models import save_tiny_model
 
@@ -86,6 +86,21 @@ def test_transport_chooses_how_weights_travel(transport: Any, expected: type, tm
     config.weight_sync.transport = transport
     sync = make_weight_sync(config, tmp_path, SINGLE, torch.device("cpu"))
     assert isinstance(sync.transport, expected)
+
+
+def test_max_senders_bounds_the_senders_of_a_push() -> None:
+    config, place = Config(), {"pp_rank": 0, "pp_size": 1, "tp_rank": 1, "tp_size": 2, "dp_rank": 0, "dp_size": 1}
+    runtime: Any = SimpleNamespace(**place, cp_rank=0, cp_size=1)
+    assert role_of(runtime, config.weight_sync.max_senders).is_sender
+    config.weight_sync.max_senders = 1
+    assert not role_of(runtime, config.weight_sync.max_senders).is_sender
+
+
+def test_verify_reaches_the_transport(tmp_path: Path) -> None:
+    config = Config()
+    config.weight_sync.verify = True
+    transport: Any = make_weight_sync(config, tmp_path, SINGLE, torch.device("cpu")).transport
+    assert transport.verify
 
 
 def test_num_prompts_is_the_number_of_problems_evaluated() -> None:

@@ -21,7 +21,7 @@ from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.rollout.rendezvous import Engine
 from megatron_vcppo.run.processes import alive, die_with_parent, without_trainer
 from megatron_vcppo.tasks.word_tokenizer import WORDS, build_tokenizer
-from megatron_vcppo.weight_sync.push_plan import SyncRole
+from megatron_vcppo.weight_sync.push_plan import SINGLE
 from megatron_vcppo.weight_sync.sync import Source, WeightSync
 from megatron_vcppo.weight_sync.transport import NetworkTransport, Transport
 from tools.benchmarks._tiny_models import save_tiny_model
@@ -29,8 +29,6 @@ from tools.benchmarks._tiny_models import save_tiny_model
 MAX_LENGTH = 256
 START_TIMEOUT_S = 240.0
 GREEDY = Sampling(temperature=0.0)
-SINGLE = SyncRole(pp_rank=0, pp_size=1, takes_part=True, is_sender=True, is_driver=True)
-"""A trainer of one process."""
 
 
 class RolloutNode:
@@ -43,6 +41,7 @@ class RolloutNode:
         rollout: dict[str, Any] | None = None,
         node: int = 0,
         engines_on: str | None = None,
+        address: str | None = None,
     ) -> None:
         self.folder, self.rendezvous = folder, folder / "rendezvous"
         settings = {
@@ -55,7 +54,7 @@ class RolloutNode:
             "run": {"dir": str(folder)},
             "model": {"hf": str(model), "dtype": "float32", "max_length": MAX_LENGTH},
             "rollout": settings,
-            "cluster": {"engines_on": engines_on},
+            "cluster": {"engines_on": engines_on, "network_interface": address},
         }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"config_{node}.yaml").write_text(yaml.safe_dump(config))

@@ -23,15 +23,9 @@ from typing import Any
 import numpy as np
 
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.mcore.device_speed import matrix_flops, peak_tflops
 from tools.benchmarks._train_sides import SIDES, Answer, Work, serve
 
-PEAK_TFLOPS = {
-    "B300": 2250, "B200": 2250, "GH200": 989, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835,
-    "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "A30": 165, "A40": 150, "A10G": 70, "A10": 125,
-    "L40S": 362, "L40": 181, "L4": 121, "RTX PRO 6000": 504, "RTX 6000 Ada": 364, "RTX 5090": 210, "RTX 4090": 165,
-}  # fmt: skip
-"""Data-sheet TFLOP/s in bf16 with float32 accumulation, without sparsity, by a part of the device's name; the first
-that fits counts. FP8 runs are compared with the same peak."""
 TIMEOUT_S = 900.0
 SHORTEST = 16
 
@@ -232,16 +226,4 @@ def _peak_flops(args: argparse.Namespace) -> tuple[str, float | None]:
         peak = peak_tflops(name)
         return name, peak and peak * 1e12
     torch.set_num_threads(args.cores)
-    size = 1536
-    a, b = torch.randn(2, size, size, dtype=getattr(torch, args.dtype))
-    times = []
-    for _ in range(8):
-        began = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - began)
-    return "cpu", 2 * size**3 / min(times)
-
-
-def peak_tflops(name: str) -> float | None:
-    """Of a GPU, by the name that PyTorch gives it; None if the table lacks it."""
-    return next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+    return "cpu", matrix_flops(1536, getattr(torch, args.dtype))

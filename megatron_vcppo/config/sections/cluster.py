@@ -57,8 +57,9 @@ class ClusterConfig:
     """Network of all communication in a run (engines, gloo, NCCL, weights): an interface that every node has, such as
     ib0, or, on one node, an IPv4 address. Default: loopback on one node, else the interface of the default route."""
     link_gb_per_s: PositiveFloat | None = None
-    """Bandwidth of one node's links in one direction in GB/s, to which `vcppo doctor` compares a collective of all
-    GPUs. Default: what the node reports of its InfiniBand ports, else of the interface."""
+    """Bandwidth of one node's links in one direction in GB/s, to which `vcppo doctor` compares a collective of all GPUs
+    and from which `vcppo plan` estimates pushes. Default: what the node reports of its InfiniBand ports, else of the
+    interface; in a plan 50 (400 Gbit/s) for each GPU."""
     node_cache: str | None = None
     """Folder for compiled kernels (Triton, torch, vLLM, CUDA) on a node-local disk; created by every role, readable
     only by its user. Default: vcppo-cache-UID below $TMPDIR or /tmp."""

@@ -82,7 +82,15 @@ class WeightSyncConfig:
     """With cluster.engines_on trainer_gpus: also keep the weights of actor, critic and reference in host memory while
     engines generate, as is always done with optimizer state and gradients."""
     bucket_mib: PositiveInt = 64
-    """Size of the buckets in which weights are sent, in MiB; a sending rank holds two of them."""
+    """Size of the buckets in which weights are sent, in MiB, shared by the pipeline stages; a sending rank and a
+    receiving worker hold two of them."""
+    max_senders: PositiveInt = 8
+    """Trainer ranks that send at the same time at most (one per pipeline stage at least), spread evenly over data- and
+    tensor-parallel ranks, and so over nodes and their links. Each sends an equal part, and costs every engine worker a
+    communicator; more of them than an engine's node has links gain nothing."""
+    verify: bool = False
+    """Compare a checksum of every tensor that an engine receives with the trainer's; a push that differs fails with the
+    tensor's name."""
     pause: Literal["drain", "keep"] = "drain"
     """drain: engines finish running responses before they load weights. keep: they pause them and continue with the new
     weights."""

@@ -7,16 +7,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_vcppo.config import CheckpointConfig, Config
 from megatron_vcppo.errors import Stopped, UserError
+from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore.checkpoint import Resumed
 from megatron_vcppo.run.folder import StageFolder
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.stages import loop as loop_module
 from megatron_vcppo.stages.loop import TrainLoop
+from megatron_vcppo.stages.speed import TFLOP, TOKENS, SpeedMeter, work
 from megatron_vcppo.stages.stage import Stage
 from megatron_vcppo.stages.stopping import Saved, Stopping
+from tools.benchmarks._tiny_chains import tiny_model
 
 
 @dataclass
@@ -87,14 +91,15 @@ class Run:
         self.monkeypatch.setattr(
             StageFolder, "mark_done", lambda _, checkpoint: self.done.append(int(checkpoint.name[-7:]))
         )
-        main: Any = SimpleNamespace(is_main=True)
+        main: Any = SimpleNamespace(is_main=True, world_size=2, device=torch.device("cpu"))
         loop = TrainLoop(Stage(config, self.folder, main), {}, total, CheckpointConfig(save_every=2))
         loop.track(count=self.counter)
         with loop:
             for step in loop:
                 self.counter.value += 10
                 body(loop, step)
-                loop.log({"x": 1.0}, count=1, shown={}, skipped={"actor": [skipped]})
+                metrics = {"x": 1.0, TOKENS: 600.0, TFLOP: 0.5}
+                loop.log(metrics, count=1, shown={}, skipped={"actor": [skipped]})
 
 
 @pytest.fixture
@@ -104,6 +109,29 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def counts(checkpoints: Checkpoints) -> list[tuple[int, int]]:
     return [(iteration, state["count"]) for iteration, state in checkpoints.saves]
+
+
+def test_every_step_logs_how_fast_it_was(run: Run) -> None:
+    run(Checkpoints())
+    for record in read_metrics(run.folder.path):
+        assert record["speed/tokens_per_s"] == pytest.approx(2 * record["speed/tokens_per_s_per_rank"])
+        assert record["speed/peak_memory_gib"] > 0.01 and record["speed/mfu"] > 0
+
+
+def test_rates_follow_from_work_and_seconds(tmp_path: Path) -> None:
+    config, runtime = Config(), SimpleNamespace(world_size=4, device=torch.device("cpu"))
+    config.model.hf = str(tiny_model(tmp_path))
+    stage: Any = SimpleNamespace(config=config, runtime=runtime)
+    once, twice = work(stage, [10, 30]), work(stage, [10, 30], passes=2)
+    assert once[TOKENS] == twice[TOKENS] == 40 and twice[TFLOP] == pytest.approx(2 * once[TFLOP])
+    assert once[TFLOP] == Architecture.from_hf(config.model.hf).training_flops([10, 30]) / 1e12
+    meter = SpeedMeter(stage)
+    meter.peak = 0.5
+    found = meter.metrics({TOKENS: 600.0, TFLOP: 3.0}, seconds=2.0)
+    assert (found["speed/tokens_per_s"], found["speed/tokens_per_s_per_rank"]) == (300, 75)
+    assert found["speed/mfu"] == pytest.approx(3.0 / 2.0 / (0.5 * 4))
+    meter.peak = None
+    assert "speed/mfu" not in meter.metrics({TOKENS: 1.0, TFLOP: 1.0}, 1.0), "a GPU of which no peak is known"
 
 
 def test_it_saves_at_boundaries_and_at_the_end(run: Run) -> None:
