@@ -16,7 +16,7 @@ def main() -> int:
     from megatron_vcppo.config.load import load_stored_config
     from megatron_vcppo.config.network import node_environment
     from megatron_vcppo.config.stage_overrides import stage_config
-        from megatron_vcppo.errors import DONE, SAVED, USER_ERROR, UserError, system_error
+    from megatron_vcppo.errors import DONE, SAVED, USER_ERROR, UserError, system_error
     from megatron_vcppo.run import log
     from megatron_vcppo.run.events import startup
     from megatron_vcppo.stages.stopping import Saved, stopping
