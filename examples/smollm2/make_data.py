@@ -1,0 +1,75 @@
+"""Writes the problems of reasoning-gym's leg_counting, and worked solutions of some for SFT: python make_data.py OUT.
+
+A checksum of a problem's text decides whether it is held out, so no test problem is among the others, and the problems
+of PPO are others than those of SFT.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from megatron_vcppo.tasks.reasoning_gym import rows
+from reasoning_gym import create_dataset
+from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+SETTINGS = {"min_animals": 2, "max_animals": 3, "min_instances": 1, "max_instances": 15}
+SFT_TRAIN, SFT_VALIDATION, PROMPTS = 1024, 64, 4096
+"""Numbers of problems; the first ones of the training split are those of SFT."""
+TEST = 300
+QUESTION = re.compile(r"how many legs are there .*\?")
+
+
+def main(out: Path) -> None:
+    """Write sft_train, sft_validation, prompts_train and prompts_test (.jsonl) into ``out``."""
+    train = problems({"size": SFT_TRAIN + SFT_VALIDATION + PROMPTS, "seed": 1})
+    shown = [row | {"response": worked_solution(counts_of(row))} for row in train[: SFT_TRAIN + SFT_VALIDATION]]
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "sft_train.jsonl", shown[:SFT_TRAIN])
+    write(out / "sft_validation.jsonl", shown[SFT_TRAIN:])
+    write(out / "prompts_train.jsonl", train[SFT_TRAIN + SFT_VALIDATION :])
+    write(out / "prompts_test.jsonl", problems({"size": TEST, "seed": 2, "split": "test"}))
+
+
+def problems(options: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Rows of leg_counting, whose prompt is only the question: half of the tokens, and SFT shows the form of answers.
+
+    options: as in a source ``reasoning_gym:leg_counting?…``.
+    """
+    found = rows("leg_counting", SETTINGS | options)
+    return [row | {"prompt": QUESTION.search(row["prompt"])[0].capitalize()} for row in found]
+
+
+def counts_of(row: Mapping[str, str]) -> dict[str, int]:
+    """{animal: how many} of a row, from the metadata of its problem."""
+    named = json.loads(row["answer"])
+    counts: dict[str, int] = create_dataset(named["dataset"], **named["settings"])[named["index"]]["metadata"]["animals"]
+    return counts
+
+
+def worked_solution(counts: Mapping[str, int]) -> str:
+    """One product a line, then the sums from left to right, and the answer behind ####.
+
+    >>> worked_solution({"ant": 3, "cow": 2, "bird": 1})
+    '3 * 6 = 18\\n2 * 4 = 8\\n1 * 2 = 2\\n18 + 8 = 26\\n26 + 2 = 28\\n#### 28'
+    """
+    legs = [count * ANIMALS[animal] for animal, count in counts.items()]
+    factors = [f"{count} * {ANIMALS[animal]} = " for animal, count in counts.items()]
+    sums = list(accumulate(legs))
+    lines = [f"{factor}{product}" for factor, product in zip(factors, legs, strict=True)]
+    lines += [f"{before} + {added} = {after}" for before, added, after in zip(sums, legs[1:], sums[1:])]
+    return "\n".join([*lines, f"#### {sums[-1]}"])
+
+
+def write(path: Path, samples: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    main(parser.parse_args().out)
