@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, TokenType, dequantize
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+"""Argument of a tokenizer: GGUF's name of the token."""
+CONTROL_TOKEN = 3
+"""GGUF's type of tokens that never come from text."""
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -39,6 +42,8 @@ def convert(source: Path, out: Path) -> None:
 
     Raises ValueError for a file that is no llama model with a byte-level tokenizer.
     """
+    from gguf import GGUFReader, dequantize
+
     reader = GGUFReader(source)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if fields["general.architecture"] != "llama" or fields["tokenizer.ggml.model"] != "gpt2":
@@ -112,7 +117,7 @@ def tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
     )
     made.decoder = decoders.ByteLevel()
     kinds = zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
-    made.add_special_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == TokenType.CONTROL])
+    made.add_special_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == CONTROL_TOKEN])
     special = {name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for name, key in SPECIAL.items()}
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
@@ -121,9 +126,6 @@ def tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         **special,
     )
-
-
-SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 if __name__ == "__main__":

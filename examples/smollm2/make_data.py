@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vcppo.tasks.reasoning_gym import rows
-from reasoning_gym import create_dataset
-from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
 SETTINGS = {"min_animals": 2, "max_animals": 3, "min_instances": 1, "max_instances": 15}
 SFT_TRAIN, SFT_VALIDATION, PROMPTS = 1024, 64, 4096
@@ -25,8 +23,12 @@ QUESTION = re.compile(r"how many legs are there .*\?")
 
 def main(out: Path) -> None:
     """Write sft_train, sft_validation, prompts_train and prompts_test (.jsonl) into ``out``."""
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
     train = problems({"size": SFT_TRAIN + SFT_VALIDATION + PROMPTS, "seed": 1})
-    shown = [row | {"response": worked_solution(counts_of(row))} for row in train[: SFT_TRAIN + SFT_VALIDATION]]
+    shown = [
+        row | {"response": worked_solution(counts_of(row), ANIMALS)} for row in train[: SFT_TRAIN + SFT_VALIDATION]
+    ]
     out.mkdir(parents=True, exist_ok=True)
     write(out / "sft_train.jsonl", shown[:SFT_TRAIN])
     write(out / "sft_validation.jsonl", shown[SFT_TRAIN:])
@@ -45,22 +47,24 @@ def problems(options: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def counts_of(row: Mapping[str, str]) -> dict[str, int]:
     """{animal: how many} of a row, from the metadata of its problem."""
+    from reasoning_gym import create_dataset
+
     named = json.loads(row["answer"])
-    counts: dict[str, int] = create_dataset(named["dataset"], **named["settings"])[named["index"]]["metadata"]["animals"]
+    counts: dict[str, int] = create_dataset(named["dataset"], **named["settings"])[named["index"]]["metadata"][
+        "animals"
+    ]
     return counts
 
 
-def worked_solution(counts: Mapping[str, int]) -> str:
+def worked_solution(counts: Mapping[str, int], legs: Mapping[str, int]) -> str:
     """One product a line, then the sums from left to right, and the answer behind ####.
 
-    >>> worked_solution({"ant": 3, "cow": 2, "bird": 1})
-    '3 * 6 = 18\\n2 * 4 = 8\\n1 * 2 = 2\\n18 + 8 = 26\\n26 + 2 = 28\\n#### 28'
+    counts: {animal: how many}; legs: {animal: legs of one}.
     """
-    legs = [count * ANIMALS[animal] for animal, count in counts.items()]
-    factors = [f"{count} * {ANIMALS[animal]} = " for animal, count in counts.items()]
-    sums = list(accumulate(legs))
-    lines = [f"{factor}{product}" for factor, product in zip(factors, legs, strict=True)]
-    lines += [f"{before} + {added} = {after}" for before, added, after in zip(sums, legs[1:], sums[1:])]
+    products = [count * legs[animal] for animal, count in counts.items()]
+    sums = list(accumulate(products))
+    lines = [f"{count} * {legs[animal]} = {count * legs[animal]}" for animal, count in counts.items()]
+    lines += [f"{before} + {added} = {after}" for before, added, after in zip(sums, products[1:], sums[1:])]
     return "\n".join([*lines, f"#### {sums[-1]}"])
 
 

@@ -38,9 +38,7 @@ def by_transformers(folder: Path, chats: list[list[dict[str, str]]]) -> list[str
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     answers = []
     for chat in chats:
-        prompt = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         tokens = model.generate(**prompt, max_new_tokens=MAX_TOKENS, do_sample=False)
         answers.append(tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
     return answers
