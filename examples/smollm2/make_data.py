@@ -14,11 +14,10 @@ from typing import Any
 
 from megatron_vcppo.tasks.reasoning_gym import rows
 
-SETTINGS = {"min_animals": 2, "max_animals": 3, "min_instances": 1, "max_instances": 15}
+SETTINGS: dict[str, Any] = {"min_animals": 2, "max_animals": 3, "min_instances": 1, "max_instances": 15}
 SFT_TRAIN, SFT_VALIDATION, PROMPTS = 1024, 64, 4096
 """Numbers of problems; the first ones of the training split are those of SFT."""
 TEST = 300
-QUESTION = re.compile(r"how many legs are there .*\?")
 
 
 def main(out: Path) -> None:
@@ -41,8 +40,14 @@ def problems(options: Mapping[str, Any]) -> list[dict[str, str]]:
 
     options: as in a source ``reasoning_gym:leg_counting?…``.
     """
-    found = rows("leg_counting", SETTINGS | options)
-    return [row | {"prompt": QUESTION.search(row["prompt"])[0].capitalize()} for row in found]
+    return [row | {"prompt": question_of(row["prompt"])} for row in rows("leg_counting", SETTINGS | options)]
+
+
+def question_of(prompt: str) -> str:
+    """How many legs …?, without the sentences around it."""
+    found = re.search(r"how many legs are there .*\?", prompt)
+    assert found is not None, "another version of reasoning-gym"
+    return found[0].capitalize()
 
 
 def counts_of(row: Mapping[str, str]) -> dict[str, int]:
