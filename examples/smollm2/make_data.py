@@ -35,7 +35,7 @@ def main(out: Path) -> None:
     write(out / "prompts_test.jsonl", problems({"size": TEST, "seed": 2, "split": "test"}))
 
 
-def problems(options: Mapping[str, Any]) -> list[dict[str, str]]:
+def problems(options: dict[str, Any]) -> list[dict[str, str]]:
     """Rows of leg_counting, whose prompt is only the question: half of the tokens, and SFT shows the form of answers.
 
     options: as in a source ``reasoning_gym:leg_counting?…``.
