@@ -32,6 +32,10 @@ class RoleCommands:
 
 ROLE_COMMANDS = RoleCommands()
 
+KEPT_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+"""oneDNN and PyTorch keep up to 1024 kernels that they compiled for a shape of a bfloat16 matrix product each. Packed
+micro-batches hardly ever repeat a shape, so a rank would grow by gigabytes; the layers of one pass need about 30."""
+
 
 def trainer_layout(config: Config, stage: str) -> tuple[int, int]:
     """(nodes, ranks on each of them) of a stage's trainer. An export is one process's work: it moves files."""
@@ -64,6 +68,8 @@ def role_environment(config: Config, role: Literal["trainer", "rollout"]) -> dic
     env = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": ""}
     # PASSIVE: threads that wait spin otherwise, and take the cores of engines and verifiers.
     env |= {"OMP_NUM_THREADS": str(threads_per_rank(config)), "OMP_WAIT_POLICY": "PASSIVE"}
+    if role == "trainer" and not cluster.gpus_per_node:
+        env |= KEPT_KERNELS
     if role == "trainer" and cluster.gpus_per_node:
         # One queue to the GPU: kernels start in the order of their calls, on which Megatron's overlap of communication
         # with computation relies.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.launch.local_chain import local_processes
-from megatron_vcppo.launch.role_commands import role_environment
+from megatron_vcppo.launch.role_commands import KEPT_KERNELS, role_environment
 from megatron_vcppo.run.rollout_store import stored_set
 from megatron_vcppo.slurm.srun import stage_nodes
 from tools.benchmarks._tiny_chains import steps_of, tiny_config, write_config
@@ -23,6 +23,14 @@ def test_what_only_trainer_ranks_on_gpus_get(tmp_path: Path) -> None:
     assert allocator not in role_environment(config, "trainer")
     config.cluster.environment = {queue: "8"}
     assert role_environment(config, "trainer")[queue] == "8"
+
+
+def test_kernels_of_shapes_that_are_gone_are_dropped_without_gpus(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    assert role_environment(config, "trainer").items() >= KEPT_KERNELS.items()
+    assert not KEPT_KERNELS.keys() & role_environment(config, "rollout").keys()
+    config.cluster.gpus_per_node = 8
+    assert not KEPT_KERNELS.keys() & role_environment(config, "trainer").keys()
 
 
 def test_ranks_share_the_cores_of_their_node(tmp_path: Path) -> None:
