@@ -34,7 +34,7 @@ ROLE_COMMANDS = RoleCommands()
 
 KEPT_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 """oneDNN and PyTorch keep up to 1024 kernels that they compiled for a shape of a bfloat16 matrix product each. Packed
-micro-batches hardly ever repeat a shape, so a rank would grow by gigabytes; the layers of one pass need about 30."""
+micro-batches hardly ever repeat a shape, so a rank would grow with every step; the layers of one pass need about 30."""
 
 
 def trainer_layout(config: Config, stage: str) -> tuple[int, int]:
