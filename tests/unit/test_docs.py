@@ -82,7 +82,7 @@ def test_keys_that_are_named_exist(path: Path) -> None:
     sections = "|".join(sorted({key.partition(".")[0] for key in keys}))
     spans = " ".join(re.findall(r"`([^`]+)`", prose(path)))
     named = set(re.findall(rf"(?<![\w./])(?:{sections})(?:\.[a-z0-9_]+)+(?![\w/])", spans))
-    missing = {key for key in named - known if not key.endswith((".md", ".py", ".yaml", ".json", ".jsonl"))}
+    missing = {key for key in named - known if not key.endswith((".md", ".py", ".sh", ".yaml", ".json", ".jsonl"))}
     assert not missing, f"{path.name} names {sorted(missing)}"
 
 
