@@ -61,9 +61,10 @@ def decoupled_gae(
 
 def _per_row(lam: float | Tensor, values: Tensor) -> Tensor:
     """λ as float64 [B] on the device of ``values``."""
-    lam = torch.as_tensor(lam, dtype=torch.float64, device=values.device)
+    if not isinstance(lam, Tensor):  # filled there: a copy to a GPU would wait for it
+        return torch.full((len(values),), lam, dtype=torch.float64, device=values.device)
     assert lam.ndim == 0 or lam.shape == values.shape[:1], f"λ must be a number or [B], not {tuple(lam.shape)}"
-    return lam.expand(len(values))
+    return lam.to(values.device, torch.float64).expand(len(values))
 
 
 def _gae_gpu(**arguments: Any) -> tuple[Tensor, Tensor]:

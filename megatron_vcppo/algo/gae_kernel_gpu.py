@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 1024
+_WARPS = 4
 
 
 def gae_rows(
@@ -18,7 +19,7 @@ def gae_rows(
         values: [B, T], of the same dtype.
         mask: bool [B, T].
         gamma: discount per token.
-        lam_actor: [B].
+        lam_actor: [B], of any float type.
         lam_critic: [B].
 
     What a token needs from its successor is one number, S_{t+1} = (1 - λ) V_{t+1} + λ R_{t+1}, because the λ-return is
@@ -33,13 +34,14 @@ def gae_rows(
             rewards,
             values,
             mask,
-            lam_actor.to(values.dtype).contiguous(),
-            lam_critic.to(values.dtype).contiguous(),
+            lam_actor.contiguous(),
+            lam_critic.contiguous(),
             advantages,
             returns,
             num_tokens,
             gamma,
             BLOCK=min(_BLOCK, triton.next_power_of_2(num_tokens)),
+            num_warps=_WARPS,
         )
     return advantages, returns
 
@@ -56,7 +58,8 @@ def _gae_rows(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     row = tl.program_id(0)
     offset = row.to(tl.int64) * num_tokens
-    actor, critic = tl.load(lam_actor + row), tl.load(lam_critic + row)
+    dtype: tl.constexpr = values.dtype.element_ty
+    actor, critic = tl.load(lam_actor + row).to(dtype), tl.load(lam_critic + row).to(dtype)
     state_actor, state_critic = actor * 0, critic * 0
     lanes = tl.arange(0, BLOCK)
     for block in range(tl.cdiv(num_tokens, BLOCK) - 1, -1, -1):
@@ -66,8 +69,8 @@ def _gae_rows(  # type: ignore[no-untyped-def]
         valid = tl.load(mask + offset + t + 1, after, other=0) != 0
         r = tl.load(rewards + offset + t + 1, valid, other=0.0)
         v = tl.load(values + offset + t + 1, valid, other=0.0)
-        d_actor = tl.where(valid, gamma * actor, 1.0).to(v.dtype)
-        d_critic = tl.where(valid, gamma * critic, 1.0).to(v.dtype)
+        d_actor = tl.where(valid, gamma * actor, 1.0).to(dtype)
+        d_critic = tl.where(valid, gamma * critic, 1.0).to(dtype)
         d_actor, x_actor = tl.associative_scan((d_actor, v + actor * (r - v)), 0, _then, reverse=True)
         d_critic, x_critic = tl.associative_scan((d_critic, v + critic * (r - v)), 0, _then, reverse=True)
         next_actor = x_actor + d_actor * state_actor
