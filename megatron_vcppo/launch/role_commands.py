@@ -66,10 +66,10 @@ def role_environment(config: Config, role: Literal["trainer", "rollout"]) -> dic
     # Removed: compiled modules halve a rank's and an engine's start, and the variable that forbids them is common in
     # container images, where it only saves space.
     env = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": ""}
-    # PASSIVE: threads that wait spin otherwise, and take the cores of engines and verifiers.
-    env |= {"OMP_NUM_THREADS": str(threads_per_rank(config)), "OMP_WAIT_POLICY": "PASSIVE"}
+    env["OMP_NUM_THREADS"] = str(threads_per_rank(config))
     if role == "trainer" and not cluster.gpus_per_node:
-        env |= KEPT_KERNELS
+        # PASSIVE: threads that wait spin otherwise, and take the cores of engines and verifiers.
+        env |= {"OMP_WAIT_POLICY": "PASSIVE", **KEPT_KERNELS}
     if role == "trainer" and cluster.gpus_per_node:
         # One queue to the GPU: kernels start in the order of their calls, on which Megatron's overlap of communication
         # with computation relies.
