@@ -155,11 +155,18 @@ class _Generation:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self.fleet.changed.wait(), 1.0)
                 self.check(watch)
+                if self.progress is not None:
+                    self.progress.wait(self.in_flight())
         finally:
             watch.cancel()
             for member in self.fleet.members.values():
                 member.take_out("generation is over")
         return [self.rollouts[index] for index in range(len(self.requests))]
+
+    def in_flight(self) -> dict[str, int]:
+        """What progress shows next to the finished responses: minutes may pass before the first one is."""
+        running = sum(member.requests_in_flight for member in self.fleet.members.values())
+        return {"running": running, "engines": len(self.fleet.usable)}
 
     def check(self, watch: asyncio.Task) -> None:
         """Raise what went wrong, or if no engine could be used for too long."""
@@ -257,7 +264,7 @@ class _Generation:
         assert item.request.key not in self.rollouts
         self.rollouts[item.request.key] = rollout
         if self.progress is not None:
-            self.progress.update(len(self.rollouts), len(response.token_ids))
+            self.progress.update(len(self.rollouts), len(response.token_ids), self.in_flight())
         self.on_rollout(rollout)
 
     @staticmethod

@@ -46,11 +46,23 @@ class Progress:
         now = self._clock()
         self.position = position
         self._history.append((now, position, self._history[-1][2] + count))
-        if position >= self.total or now - self._printed_at >= self.every_s:
-            self._printed_at = now
-            share = f"{100 * position // self.total}%" if self.total else "100%"
-            text = self.status(values or {})
-            print(line(f"{self.name} {position}/{self.total} {share} {text}"), file=self.stream, flush=True)
+        if position >= self.total or self._is_due(now):
+            self._print(now, values or {})
+
+    def wait(self, values: Mapping[str, float]) -> None:
+        """Nothing new: the same position with ``values``, once a line is due."""
+        now = self._clock()
+        if self._is_due(now):
+            self._print(now, values)
+
+    def _is_due(self, now: float) -> bool:
+        return now - self._printed_at >= self.every_s
+
+    def _print(self, now: float, values: Mapping[str, float]) -> None:
+        self._printed_at = now
+        share = f"{100 * self.position // self.total}%" if self.total else "100%"
+        text = f"{self.name} {self.position}/{self.total} {share} {self.status(values)}"
+        print(line(text), file=self.stream, flush=True)
 
     def status(self, values: Mapping[str, float]) -> str:
         """Rate, ETA and values as text."""

@@ -74,7 +74,15 @@ def test_the_profile_names_the_image_s_interpreter() -> None:
     ("tool", "files"),
     [
         ("hadolint", [CONTAINERS / "Dockerfile"]),
-        ("shellcheck", [*sorted(ROOT.glob("tools/*.sh")), *sorted(CONTAINERS.glob("*.sh")), ROOT / ".ci" / "run"]),
+        (
+            "shellcheck",
+            [
+                *sorted(ROOT.glob("tools/*.sh")),
+                *sorted(ROOT.glob("examples/*/*.sh")),
+                *sorted(CONTAINERS.glob("*.sh")),
+                ROOT / ".ci" / "run",
+            ],
+        ),
     ],
 )
 def test_linters_have_nothing_to_say(tool: str, files: list[Path]) -> None:

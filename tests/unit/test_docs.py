@@ -67,7 +67,9 @@ def test_files_that_are_named_exist(path: Path) -> None:
 def test_modules_that_are_named_exist() -> None:
     """In documents, docstrings and comments, where a module is named without its folder."""
     package = modules("megatron_vcppo")
-    there = {path.name for folder in ("megatron_vcppo", "tools", "tests") for path in modules(folder)} | EXAMPLES
+    there = {
+        path.name for folder in ("megatron_vcppo", "tools", "tests", "examples") for path in modules(folder)
+    } | EXAMPLES
     for path in [*package, *(path for path in DOCS if path.name != "CHANGELOG.md")]:
         missing = set(_MODULE.findall(path.read_text(encoding="utf-8"))) - there
         assert not missing, f"{path} names {sorted(missing)}"
@@ -80,7 +82,7 @@ def test_keys_that_are_named_exist(path: Path) -> None:
     sections = "|".join(sorted({key.partition(".")[0] for key in keys}))
     spans = " ".join(re.findall(r"`([^`]+)`", prose(path)))
     named = set(re.findall(rf"(?<![\w./])(?:{sections})(?:\.[a-z0-9_]+)+(?![\w/])", spans))
-    missing = {key for key in named - known if not key.endswith((".md", ".py", ".yaml", ".json", ".jsonl"))}
+    missing = {key for key in named - known if not key.endswith((".md", ".py", ".sh", ".yaml", ".json", ".jsonl"))}
     assert not missing, f"{path.name} names {sorted(missing)}"
 
 

@@ -38,6 +38,9 @@ class ClusterConfig:
     """Memory of one GPU in GiB. If set, the memory plan is checked before anything is queued."""
     cpus_per_node: PositiveInt = 1
     """CPUs that a job requests per node."""
+    threads_per_rank: PositiveInt | None = None
+    """Threads with which a trainer rank computes on the CPU. Default: the CPUs of its node (cpus_per_node; of this
+    machine, those that the process may use) divided by the ranks on it, at least 1."""
     memory_per_node_gb: PositiveFloat | None = None
     """Main memory in GB that a job requests per node; null: the cluster's default."""
     time_limit_minutes: PositiveInt = 60

@@ -1,9 +1,11 @@
 """What the roles of a stage are, here and on a cluster."""
 
+import os
 from pathlib import Path
 
+from megatron_vcppo.config import Config
 from megatron_vcppo.launch.local_chain import local_processes
-from megatron_vcppo.launch.role_commands import role_environment
+from megatron_vcppo.launch.role_commands import KEPT_KERNELS, role_environment
 from megatron_vcppo.run.rollout_store import stored_set
 from megatron_vcppo.slurm.srun import stage_nodes
 from tools.benchmarks._tiny_chains import steps_of, tiny_config, write_config
@@ -21,6 +23,31 @@ def test_what_only_trainer_ranks_on_gpus_get(tmp_path: Path) -> None:
     assert allocator not in role_environment(config, "trainer")
     config.cluster.environment = {queue: "8"}
     assert role_environment(config, "trainer")[queue] == "8"
+
+
+def test_kernels_of_shapes_that_are_gone_are_dropped_without_gpus(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    assert role_environment(config, "trainer").items() >= KEPT_KERNELS.items()
+    assert not KEPT_KERNELS.keys() & role_environment(config, "rollout").keys()
+    config.cluster.gpus_per_node = 8
+    assert not KEPT_KERNELS.keys() & role_environment(config, "trainer").keys()
+
+
+def test_ranks_share_the_cores_of_their_node(tmp_path: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+
+    def threads(config: Config) -> int:
+        return int(role_environment(config, "trainer")["OMP_NUM_THREADS"])
+
+    assert threads(tiny_config(tmp_path, ranks=1)) == cores
+    config = tiny_config(tmp_path, ranks=2 * cores)
+    assert threads(config) == 1
+    config.cluster.trainer_nodes = 2  # of this machine
+    assert threads(config) == 1
+    config.cluster.name, config.cluster.cpus_per_node, config.cluster.trainer_ranks = "slurm", 48, 16
+    assert threads(config) == 6, "8 ranks on each of 2 nodes"
+    config.cluster.threads_per_rank = 3
+    assert threads(config) == 3
 
 
 def test_an_export_is_one_process_on_one_node(tmp_path: Path) -> None:

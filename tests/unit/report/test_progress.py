@@ -55,3 +55,20 @@ def test_nothing_to_do_is_no_error() -> None:
     stream = io.StringIO()
     Progress("empty", 0, stream=stream, clock=Clock()).update(0, 0)
     assert "empty 0/0 100%" in stream.getvalue()
+
+
+def test_waiting_prints_where_it_stands_once_a_line_is_due() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress("rollouts", 8, unit="tok", every_s=10.0, stream=stream, clock=clock)
+    for _ in range(25):
+        clock.now_s += 1.0
+        progress.wait({"running": 8})
+    clock.now_s += 1.0
+    progress.update(4, 520, {"running": 4})
+    clock.now_s += 10.0
+    progress.wait({"running": 4})
+    assert stream.getvalue().splitlines() == [
+        "rollouts 0/8 0% | 0 tok/s | running 8",
+        "rollouts 0/8 0% | 0 tok/s | running 8",
+        "rollouts 4/8 50% | 20 tok/s | ETA 00:26 | running 4",
+    ], "waiting counts for the rate once something has come"
