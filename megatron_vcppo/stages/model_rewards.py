@@ -21,6 +21,7 @@ from megatron_vcppo.algo.model_rewards import (
 )
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.bad_samples import BadSample
+from megatron_vcppo.data.mixture import training_sources
 from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.packing import unpack_all
 from megatron_vcppo.data.prompt_format import render_chat
@@ -63,7 +64,8 @@ class ModelRewards:
             check_reward_model(config)
             self.read_ids = reader_of(self.settings.path, self.settings.input, session.tokenizer)
             if self.settings.input == "chat":
-                check_texts(session.training_prompts(), session.tokenizer)
+                sources = training_sources(config.prompts.train, config.prompts.mix)
+                check_texts([prompt for source in sources for prompt in session.prompts(source)], session.tokenizer)
         self.runner = FrozenValues(load(config))
         session.share(self.runner)
         self.moments = RunningMoments()
