@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron_vcppo.config import CheckpointConfig
 from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder
+from megatron_vcppo.mcore.layers import unfused_attention
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.log import say
@@ -160,6 +161,7 @@ class TrainLoop:
         self._ended = False
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
+        self._is_first_log = True
         self._speed: SpeedMeter | None = None
         self._step_started = time.monotonic()
 
@@ -245,6 +247,9 @@ class TrainLoop:
         speed = self._speed.metrics(metrics, self.step_seconds) if self._speed else {}
         self._log.log(self.step + 1, {**metrics, **speed, **stopping.metrics(self.checkpoints.save_time_s)})
         startup.finish(self.stage.folder.path)
+        if self._is_first_log and (slow := unfused_attention()):
+            self.warn(slow)
+        self._is_first_log = False
         self._progress.update(self.step + 1, count, shown)
         if warning:
             self.warn(warning)
