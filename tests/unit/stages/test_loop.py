@@ -114,13 +114,13 @@ def test_it_saves_at_boundaries_and_at_the_end(run: Run) -> None:
 
 
 def test_a_resume_continues_after_the_last_complete_step(run: Run) -> None:
-    checkpoints = Checkpoints(Resumed(4, {"count": 40, "skipped_in_a_row": {"actor": 1}}, {}))
+    checkpoints = Checkpoints(Resumed(4, {"count": 40, "skipped_in_a_row": {"actor": 1}}, ()))
     run(checkpoints)
     assert counts(checkpoints) == [(5, 50)] and run.done == [5]
 
 
 def test_a_stage_whose_steps_were_lowered_is_done_with_what_it_has(run: Run) -> None:
-    checkpoints = Checkpoints(Resumed(4, {"count": 40}, {}))
+    checkpoints = Checkpoints(Resumed(4, {"count": 40}, ()))
     run(checkpoints, total=3)
     assert checkpoints.saves == [] and run.done == [4]
 
@@ -143,7 +143,7 @@ def test_a_stop_within_a_step_saves_the_state_before_it(run: Run) -> None:
         run(checkpoints, body=stop)
     assert counts(checkpoints) == [(2, 20), (3, 30)]
     with pytest.raises(Saved):
-        run(Checkpoints(Resumed(3, {"count": 30}, {})), body=stop)
+        run(Checkpoints(Resumed(3, {"count": 30}, ())), body=stop)
 
 
 def test_a_stop_after_the_last_step_does_not_matter(run: Run) -> None:
@@ -164,7 +164,7 @@ def test_too_many_skipped_steps_end_the_stage_saved(run: Run, capsys: pytest.Cap
     assert counts(checkpoints) == [(2, 20)] and checkpoints.saves[0][1]["skipped_in_a_row"] == {"actor": 2}
     assert "warning: step 1: skipped 1 of 1 updates of the actor (1 in a row)" in capsys.readouterr().out
     with pytest.raises(UserError, match="3 updates of the actor in a row"):
-        run(Checkpoints(Resumed(2, checkpoints.saves[0][1], {})), skipped=True)
+        run(Checkpoints(Resumed(2, checkpoints.saves[0][1], ())), skipped=True)
 
 
 @dataclass

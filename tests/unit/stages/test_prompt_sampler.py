@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_vcppo.config import RolloutConfig
-from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.stages.prompt_sampler import training_sampling, unequal_groups
 
 
@@ -12,8 +12,11 @@ def test_only_groups_with_different_rewards_teach() -> None:
         return Rollout(Prompt(name, (1,), "", "", "t"), index, 0, (2,), "", (-1.0,), "stop", 0, reward)
 
     rollouts = [sample("a", 0, 1.0), sample("b", 0, 1.0), sample("a", 1, 1.0), sample("b", 1, -1.0)]
-    assert [(r.prompt.prompt_id, r.sample_index) for r in unequal_groups(rollouts)] == [("b", 0), ("b", 1)]
-    assert unequal_groups([]) == []
+    assert [(r.prompt.prompt_id, r.sample_index) for r in unequal_groups(RolloutPart.whole(rollouts)).rollouts] == [
+        ("b", 0),
+        ("b", 1),
+    ]
+    assert not len(unequal_groups(RolloutPart()))
 
 
 def test_a_filtered_distribution_is_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
