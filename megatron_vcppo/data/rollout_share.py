@@ -32,7 +32,7 @@ ROW = np.dtype(
 verdict: an index into ``VERDICTS``."""
 VERDICTS = ("", "timeout", "error")
 """Kinds of verdicts that are counted."""
-BLOCK_TOKENS = 1 << 19
+BLOCK_TOKENS = 1 << 17
 """Padded tokens that are worked on at a time, which bounds temporary memory."""
 
 
