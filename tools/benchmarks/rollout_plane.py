@@ -2,6 +2,8 @@
 
 One rank does its real work, a replica's leader or another rank of it; a second process stands for all other ranks: it
 takes every byte that the rank sends and sends it every byte that it would get, over gloo. Models cost nothing here.
+``cpu_s``: the processor time of the rank in the seconds that training waits, which a busy machine disturbs less; what
+leaders write in the background meanwhile is in it.
 """
 
 import argparse
@@ -133,8 +135,8 @@ class Wire:
         """In a ring: every rank sends on what it has got, but for the last piece."""
         piece, others = mine.numel() * mine.element_size(), self.dp_size - 1
         self.tell(SWAP, others * piece, others * piece)
-        dist.all_to_all_single(*(torch.empty(others * piece, dtype=torch.uint8) for _ in range(2)),
-                               [0, others * piece], [0, others * piece])  # fmt: skip
+        taken, given = (torch.empty(others * piece, dtype=torch.uint8) for _ in range(2))
+        dist.all_to_all_single(taken, given, [0, others * piece], [0, others * piece])
         self.fill(gathered)
 
     def broadcast(self, tensor: Tensor, group_src: int, group: Any) -> None:
@@ -183,12 +185,15 @@ def _iteration(
     args: argparse.Namespace, replica_size: int, is_leader: bool, folder: Path, found: dict[str, Any]
 ) -> None:
     seconds: dict[str, float] = {}
+    cpu_s = 0.0
 
     @contextmanager
     def timer(phase: str) -> Iterator[None]:
-        started = time.perf_counter()
+        nonlocal cpu_s
+        started, cpu_started = time.perf_counter(), time.process_time()
         yield
         seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - started
+        cpu_s += time.process_time() - cpu_started
 
     dp_size, per_leader = args.dp, args.rollouts // args.dp
     generator = np.random.default_rng(0)
@@ -199,7 +204,7 @@ def _iteration(
     if is_leader:
         batch[:per_leader] = rows_of(part)
     row_exchange.dist = wire  # type: ignore[assignment]
-    row_exchange.parallel_state = argparse.Namespace(get_data_parallel_group_gloo=lambda: None)  # type: ignore[assignment]
+    row_exchange.parallel_state = argparse.Namespace(get_data_parallel_group_gloo=lambda: None)
     runtime._runtime = runtime.Runtime(
         rank=0 if is_leader else 1, world_size=dp_size * replica_size, tp_rank=0 if is_leader else 1, pp_rank=0,
         dp_rank=0, cp_rank=0, tp_size=replica_size, pp_size=1, dp_size=dp_size, cp_size=1,
@@ -239,6 +244,7 @@ def _iteration(
         role="leader" if is_leader else "other",
         tokens=int(lengths.sum()),
         waits_s=round(sum(seconds.values()), 2),
+        cpu_s=round(cpu_s, 2),
         seconds={name: round(value, 2) for name, value in seconds.items()},
         store_in_background_s=round(in_background, 2),
         sent_mb=round(wire.sent / 1e6, 1),
