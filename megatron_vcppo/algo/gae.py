@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +38,8 @@ def decoupled_gae(
 
     Returns (advantages, returns) [B, T], 0 where masked. No gradient flows.
 
-    On the CPU each output is accumulated in float64 and rounded once. On other devices the same recursion is a
-    tensor scan in the inputs' own precision.
+    On the CPU each output is accumulated in float64 and rounded once. On a GPU the same recursion is a scan in the
+    inputs' own precision.
     """
     assert rewards.ndim == 2, f"rewards must be [B, T], not {tuple(rewards.shape)}"
     assert rewards.shape == values.shape == mask.shape, (
@@ -47,7 +48,7 @@ def decoupled_gae(
     assert mask.dtype == torch.bool, f"mask is {mask.dtype}, not bool"
     dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
     rewards, values = rewards.detach().to(dtype), values.detach().to(dtype)
-    run = _gae_kernel if rewards.device.type == "cpu" else gae_scan
+    run = _gae_cpu if rewards.device.type == "cpu" else _gae_gpu
     return run(
         rewards=rewards,
         values=values,
@@ -60,16 +61,23 @@ def decoupled_gae(
 
 def _per_row(lam: float | Tensor, values: Tensor) -> Tensor:
     """λ as float64 [B] on the device of ``values``."""
-    lam = torch.as_tensor(lam, dtype=torch.float64, device=values.device)
+    if not isinstance(lam, Tensor):  # filled there: a copy to a GPU would wait for it
+        return torch.full((len(values),), lam, dtype=torch.float64, device=values.device)
     assert lam.ndim == 0 or lam.shape == values.shape[:1], f"λ must be a number or [B], not {tuple(lam.shape)}"
-    return lam.expand(len(values))
+    return lam.to(values.device, torch.float64).expand(len(values))
 
 
-def _gae_kernel(
+def _gae_gpu(**arguments: Any) -> tuple[Tensor, Tensor]:
+    from megatron_vcppo.algo.gae_kernel_gpu import gae_rows
+
+    return gae_rows(**arguments)
+
+
+def _gae_cpu(
     *, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam_actor: Tensor, lam_critic: Tensor
 ) -> tuple[Tensor, Tensor]:
     # Imported here: it brings in a compiler, which ranks on GPUs do not need.
-    from megatron_vcppo.algo.gae_kernel import gae_rows
+    from megatron_vcppo.algo.gae_kernel_cpu import gae_rows
 
     advantages, returns = (torch.empty(values.shape, dtype=values.dtype) for _ in range(2))
     by_row = [x.contiguous().numpy() for x in (rewards, values, mask, lam_actor, lam_critic, advantages, returns)]
@@ -84,55 +92,6 @@ def _gae_kernel(
         blocks = (slice(first, end) for first, end in pairwise(borders))
         list(pool.map(lambda rows: gae_rows(float(gamma), *(x[rows] for x in by_row)), blocks))
     return advantages, returns
-
-
-def gae_scan(
-    *, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam_actor: Tensor, lam_critic: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``decoupled_gae`` in tensor operations only: O(log T) of them, for accelerators.
-
-    Args:
-        rewards: [B, T].
-        values: [B, T], of the same dtype.
-        mask: bool [B, T].
-        gamma: discount per token.
-        lam_actor: [B].
-        lam_critic: [B].
-
-    What a token needs from its successor k+1 is one number, S_{k+1} = (1 - λ) V_{k+1} + λ R_{k+1}, because the
-    λ-return is R_k = r_k + γ S_{k+1}. So S_t = (1 - λ) V_t + λ r_t + γ λ S_{t+1} on valid tokens and S_t = S_{t+1} in
-    gaps: a linear scan with its shift built in, and no search for the next valid token.
-    """
-    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
-
-    def lam_returns(lam: Tensor) -> Tensor:
-        lam = lam.to(values.dtype)[:, None]
-        decays = torch.where(mask, gamma * lam, 1.0)
-        states = _scan_from_right(torch.lerp(values, rewards, lam), decays, values.new_zeros(len(values)))
-        return states[:, 1:].mul(gamma).add_(rewards).masked_fill_(~mask, 0.0)
-
-    return lam_returns(lam_actor).sub_(values), lam_returns(lam_critic)
-
-
-def _scan_from_right(inputs: Tensor, decays: Tensor, last: Tensor) -> Tensor:
-    """S [B, T + 1] with S_t = inputs_t + decays_t · S_{t+1} and S_T = last [B]; inputs, decays: [B, T].
-
-    Pairs (2i, 2i + 1) make a scan of half the length, which gives S at even places; odd places follow in one step.
-    """
-    length = inputs.shape[1]
-    states = inputs.new_empty(len(inputs), length + 1)
-    states[:, length] = last
-    if length % 2:
-        length -= 1
-        last = states[:, length] = inputs[:, length] + decays[:, length] * last
-    if length:
-        left, right = (slice(0, length, 2), slice(1, length, 2))
-        inputs_right, decays_left, decays_right = inputs[:, right], decays[:, left], decays[:, right]
-        pairs = torch.addcmul(inputs[:, left], decays_left, inputs_right)
-        even = _scan_from_right(pairs, decays_left * decays_right, last)
-        states[:, 0:length:2] = even[:, :-1]
-        states[:, 1:length:2] = torch.addcmul(inputs_right, decays_right, even[:, 1:])
-    return states
 
 
 @torch.no_grad()

@@ -1,14 +1,13 @@
 """Log-probabilities and entropy from logits that are split over the vocabulary, without gathering them."""
 
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
-
-# Rows are worked on in chunks of about this many logits, which bounds the float32 temporaries: on a CPU to its cache.
-_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def vocab_parallel_logprobs(
@@ -47,13 +46,11 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         if group is not None:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
 
-        sums = torch.zeros(3, len(labels), device=logits.device)  # Σ exp x, Σ x exp x, x of the label
-        for rows in _row_chunks(valid):
-            x = _shifted(valid[rows], scale, peak[rows])
-            sums[2, rows] = torch.where(mine[rows], x.gather(1, local[rows, None]).squeeze(1), 0.0)
-            e = x.exp()
-            sums[0, rows] = e.sum(dim=1)
-            sums[1, rows] = x.mul_(e).sum(dim=1)
+        sums = torch.zeros(3, len(labels), device=logits.device)
+        if columns:
+            sums = _rows(logits).row_sums(
+                logits=logits, local=local, mine=mine, columns=columns, peak=peak, scale=scale
+            )
         if group is not None:
             dist.all_reduce(sums, group=group)
 
@@ -68,33 +65,21 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logprob, grad_entropy = grads
         logits, log_norm, entropy, local, mine = ctx.saved_tensors
-        columns, scale = ctx.columns, ctx.scale
-        if grad_logprob is None:
-            grad_logprob = torch.zeros_like(log_norm)
-        grad = torch.empty_like(logits)
-        grad[:, columns:] = 0
-        for rows in _row_chunks(logits[:, :columns]):
-            log_p = _shifted(logits[rows, :columns], scale, log_norm[rows])
-            # Both terms are -p · (…), to which the chain rule's scale belongs.
-            factor = grad_logprob[rows, None] * -scale
-            if grad_entropy is not None:
-                factor = (log_p + entropy[rows, None]).mul_(grad_entropy[rows, None] * -scale).add_(factor)
-            g = log_p.exp_().mul_(factor)
-            at_label = torch.where(mine[rows], grad_logprob[rows] * scale, 0.0)
-            grad[rows, :columns] = g.scatter_add_(1, local[rows, None], at_label[:, None])
+        grad = _rows(logits).row_gradients(
+            logits=logits,
+            local=local,
+            mine=mine,
+            columns=ctx.columns,
+            log_norm=log_norm,
+            entropy=entropy,
+            grad_logprob=torch.zeros_like(log_norm) if grad_logprob is None else grad_logprob,
+            grad_entropy=grad_entropy,
+            scale=ctx.scale,
+        )
         return grad, None, None, None, None, None
 
 
-def _shifted(logits: Tensor, scale: float, shift: Tensor) -> Tensor:
-    """logits · scale - shift in new float32 memory; logits [rows, columns], shift [rows]."""
-    if logits.dtype == torch.float32:
-        return torch.sub(logits if scale == 1.0 else logits * scale, shift[:, None])
-    return logits.float().mul_(scale).sub_(shift[:, None])
-
-
-def _row_chunks(logits: Tensor) -> list[slice]:
-    num_rows, num_columns = logits.shape
-    if num_columns == 0:
-        return []
-    step = max(1, _CHUNK_ELEMENTS[logits.device.type] // num_columns)
-    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+def _rows(logits: Tensor) -> ModuleType:
+    """What computes a rank's own columns on the device of the logits; each is imported only where it is used."""
+    on_gpu = logits.device.type == "cuda"
+    return import_module(f"megatron_vcppo.mcore.logprob_rows_{'gpu' if on_gpu else 'cpu'}")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_vcppo.config import ParallelConfig
+from megatron_vcppo.mcore import logprob_rows_cpu, runtime
 from megatron_vcppo.mcore import logprobs as ours
-from megatron_vcppo.mcore import runtime
 from tests.helpers.distributed import run_distributed_test
 
 ROWS = 11
@@ -40,7 +40,7 @@ def test_equals_log_softmax_with_its_gradients(tp: int) -> None:
             mine = slice(me * width, (me + 1) * width)
             for temperature in (1.0, 0.7):
                 for chunk in (1 << 17, 3 * width, 1):
-                    ours._CHUNK_ELEMENTS = {"cpu": chunk}
+                    logprob_rows_cpu._CHUNK_ELEMENTS = chunk
                     whole = make_logits(columns, torch.float32).requires_grad_()
                     part = whole.detach()[:, mine].clone().requires_grad_()
                     expected = reference(whole, labels, vocab_size, temperature)

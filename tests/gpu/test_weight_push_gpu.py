@@ -44,7 +44,8 @@ def join_alone(timeout_s: float = 60.0) -> Group:
 
 
 def start_peer(port: int, what: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", PEER, str(port), what], stdout=subprocess.PIPE, text=True)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # with what was added in this process
+    return subprocess.Popen([sys.executable, "-c", PEER, str(port), what], env=env, stdout=subprocess.PIPE, text=True)
 
 
 def test_a_stream_to_nobody_is_sent_over_nccl() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 LOCK = Path(__file__).resolve().parents[2] / "requirements-gpu.lock"
 PACKAGES = (
     "megatron-core", "omegaconf", "pyyaml", "safetensors", "xxhash", "psutil", "packaging",
-    "pytest", "pytest-timeout", "pluggy", "iniconfig", "pygments",
+    "msgspec", "pytest", "pytest-timeout", "pluggy", "iniconfig", "pygments",
 )  # fmt: skip
 """What parts need besides PyTorch, NumPy, Transformer Engine and vLLM, which must fit the machine's CUDA."""
 GLIBC = ("2_17", "2_24", "2_26", "2_27", "2_28", "2_31")
