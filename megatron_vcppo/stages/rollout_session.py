@@ -49,6 +49,9 @@ from megatron_vcppo.weight_sync.sync import PushResult, WeightSync
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
+STORE_SHARE = 0.8
+"""Of run.timeout_s, how long a leader waits for its file: the other ranks wait for it in a collective."""
+
 
 @dataclass(frozen=True)
 class BatchNumber:
@@ -331,10 +334,9 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         (storage, future), self.storing = self.storing, None
         error = None
         if future is not None:
-            wait([future], self.runtime.timeout_s)
-            error = (
-                future.exception() if future.done() else TimeoutError(f"not done after {self.runtime.timeout_s:g} s")
-            )
+            timeout_s = STORE_SHARE * self.runtime.timeout_s
+            wait([future], timeout_s)
+            error = future.exception() if future.done() else TimeoutError(f"not done after {timeout_s:g} s")
         if any_rank(error is not None):
             raise RuntimeError(f"storing rollouts {storage} in {self.folder} failed: {error or 'on another rank'}")
         if self.runtime.is_main:

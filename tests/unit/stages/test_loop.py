@@ -79,6 +79,7 @@ class Run:
         stop: Callable[[], bool] = lambda: False,
         body: Callable[[TrainLoop, int], None] = lambda loop, step: None,
         skipped: bool = False,
+        session: Any = None,
     ) -> None:
         config = Config()
         config.run.skip_limit = 2
@@ -88,7 +89,7 @@ class Run:
             StageFolder, "mark_done", lambda _, checkpoint: self.done.append(int(checkpoint.name[-7:]))
         )
         main: Any = SimpleNamespace(is_main=True)
-        loop = TrainLoop(Stage(config, self.folder, main), {}, total, CheckpointConfig(save_every=2))
+        loop = TrainLoop(Stage(config, self.folder, main), {}, total, CheckpointConfig(save_every=2), session=session)
         loop.track(count=self.counter)
         with loop:
             for step in loop:
@@ -111,6 +112,14 @@ def test_it_saves_at_boundaries_and_at_the_end(run: Run) -> None:
     run(checkpoints)
     assert counts(checkpoints) == [(2, 20), (4, 40), (5, 50)] and run.done == [5]
     assert [record["iteration"] for record in read_metrics(run.folder.path)] == [1, 2, 3, 4, 5]
+
+
+def test_rollouts_are_stored_before_a_checkpoint_of_what_was_trained_on_them(run: Run) -> None:
+    stored: list[int] = []
+    checkpoints = Checkpoints()
+    session = SimpleNamespace(finish_storing=lambda: stored.append(len(checkpoints.saves)))
+    run(checkpoints, session=session)
+    assert stored == [0, 1, 2] and len(checkpoints.saves) == 3
 
 
 def test_a_resume_continues_after_the_last_complete_step(run: Run) -> None:
