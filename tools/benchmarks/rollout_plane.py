@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vcppo.algo.gae import decoupled_gae
 from megatron_vcppo.config import AdvantageConfig, PolicyLossConfig, PpoConfig, ReturnsConfig, ValuesConfig
 from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.rollout_share import ROW, ModelOutputs, rows_of
@@ -57,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A leader, then another rank of its replica, for each number of ranks."""
+    one = torch.zeros(1, 1)
+    decoupled_gae(rewards=one, values=one, mask=one == 0, gamma=1.0, lam_actor=1.0, lam_critic=1.0)  # compiles, for all
     for num_ranks in args.ranks:
         for is_leader in (True, False):
             yield measure(args, num_ranks // args.dp, is_leader)
@@ -66,14 +69,17 @@ def measure(args: argparse.Namespace, replica_size: int, is_leader: bool) -> dic
     """In processes of their own, so that one case's memory is not another's."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as name:
-        result = context.SimpleQueue()
+        receiver, result = context.Pipe(duplex=False)
         ranks = [
             context.Process(target=_measured_rank, args=(args, replica_size, is_leader, Path(name), result)),
             context.Process(target=_all_others, args=(Path(name),)),
         ]
         for rank in ranks:
             rank.start()
-        found = result.get()
+        while not receiver.poll(1.0):
+            if not all(rank.is_alive() for rank in ranks):
+                raise SystemExit("rollout_plane: a process died; its error is above")
+        found = receiver.recv()
         for rank in ranks:
             rank.join(60)
     return {"case": "rollout_plane", "ranks": replica_size * args.dp, "dp": args.dp, **found}
@@ -174,11 +180,11 @@ def _measured_rank(args: argparse.Namespace, replica_size: int, is_leader: bool,
     _join(folder, 0)
     found: dict[str, Any] = {}
     small = argparse.Namespace(**{**vars(args), "rollouts": 8 * args.dp, "tokens": 64, "minibatches": 2})
-    _iteration(small, replica_size, is_leader, folder, {})  # compiles
+    _iteration(small, replica_size, is_leader, folder, {})  # what happens once per process
     peak = peak_bytes(lambda: _iteration(args, replica_size, is_leader, folder, found))
     found["peak_memory_mb"] = round(peak / 1e6)
     dist.send(torch.tensor([END, 0, 0]), 1)
-    result.put(found)
+    result.send(found)
 
 
 def _iteration(
