@@ -8,7 +8,7 @@ segment, so every per-token field is moved one place to the left inside its segm
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -151,10 +151,14 @@ def unpack_all(microbatches: Sequence[PackedMicrobatch], values: Sequence[Tensor
 
     values: per micro-batch one number per token, [T].
     """
-    rows: dict[int, Tensor] = {}
-    for microbatch, output in zip(microbatches, values, strict=True):
-        rows.update(zip(microbatch.sequence_index, microbatch.unpack(output), strict=True))
+    rows = dict(unpack_each(microbatches, values))
     return [rows[i] for i in range(len(rows))]
+
+
+def unpack_each(microbatches: Sequence[PackedMicrobatch], values: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """``unpack_all`` one by one, in the order of the micro-batches: (index of the sequence, its values)."""
+    for microbatch, output in zip(microbatches, values, strict=True):
+        yield from zip(microbatch.sequence_index, microbatch.unpack(output), strict=True)
 
 
 def pack_into_microbatches(lengths: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:

@@ -3,7 +3,7 @@
 Per-token quantities are flat: the response tokens of a replica's rollouts, one after the other, float32 [N].
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -177,7 +177,7 @@ class RolloutShare:
         """int32 [N]"""
         own = self.table.rows
         spans = np.stack((own["prompt_length"], own["response_length"]), axis=1).ravel()
-        return self.token_ids[torch.from_numpy(np.repeat(np.arange(len(spans)) % 2 == 1, spans))]
+        return torch.from_numpy(self.token_ids.numpy()[np.repeat(np.arange(len(spans)) % 2 == 1, spans)])
 
     def per_token(self, per_rollout: Tensor) -> Tensor:
         """[N]: each response token gets its rollout's number. per_rollout: [n]."""
@@ -222,11 +222,14 @@ class RolloutShare:
             result.append(TrainSequence(sequence_ids, padded))
         return result
 
-    def flatten(self, rows: Sequence[Tensor]) -> Tensor:
-        """float32 [N] from model outputs per whole sequence of this share (see ``PackedMicrobatch.unpack``)."""
-        own = self.table.rows["response_length"].tolist()
-        parts = [row[len(row) - length :] for row, length in zip(rows, own, strict=True)]
-        return torch.cat(parts).float() if parts else torch.zeros(0)
+    def flatten(self, rows: Iterable[tuple[int, Tensor]]) -> Tensor:
+        """float32 [N] from (index, model outputs of its whole sequence), of every rollout (``packing.unpack_each``)."""
+        lengths = self.table.lengths.tolist()
+        ends = self.table.lengths.cumsum(0).tolist()
+        flat = torch.zeros(self.num_tokens)
+        for index, row in rows:
+            flat[ends[index] - lengths[index] : ends[index]] = row[len(row) - lengths[index] :]
+        return flat
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from megatron_vcppo.algo.diagnostics import batch_diagnostics, length_statistics
 from megatron_vcppo.algo.gae import decoupled_gae
 from megatron_vcppo.algo.kl import kl_estimate, soft_overlong_penalty, token_rewards
 from megatron_vcppo.algo.masked import first_of_row, masked_moments
-from megatron_vcppo.algo.metrics import Metrics, add, add_over, mean_metric, means
+from megatron_vcppo.algo.metrics import Metrics, add, add_over, means
 from megatron_vcppo.config import AdvantageConfig, PolicyLossConfig, ReturnsConfig
 from megatron_vcppo.data.rollout_share import ModelOutputs, RolloutShare, RolloutTable
 from megatron_vcppo.integers import ceil_div
@@ -115,7 +115,7 @@ def compute_advantages(
         )
         parts.append(part)
     summed = add_over(add(parts) | _token_means(outputs, kl), total)
-    gap, kl_ref = summed.pop("logprob_gap"), summed.pop("kl_ref")
+    per_token: Metrics = {name: summed.pop(name) for name in ("rollout/logprob_gap", "actor/kl_ref") if name in summed}
     metrics, profiles = summarize(summed)
     if group_baseline:  # there is no critic to judge
         metrics = {name: number for name, number in metrics.items() if not name.startswith("critic/")}
@@ -130,18 +130,23 @@ def compute_advantages(
         )
     trained = share.per_token(trained_rollouts(batch, returns_config)[own])
     if config.whiten:
-        advantages = whiten(advantages, trained, total(masked_moments(advantages, trained)))
+        pieces = [block.tokens for block in share.blocks()]
+        moments = total(torch.stack([masked_moments(advantages[x], trained[x]) for x in pieces]).sum(dim=0))
+        for x in pieces:
+            advantages[x] = whiten(advantages[x], trained[x], moments)
     metrics |= length_statistics(batch.lengths, batch.truncated) | reward_statistics(batch)
-    named = means({"rollout/logprob_gap": gap} | ({} if kl is None else {"actor/kl_ref": kl_ref}))
-    metrics |= {name: float(mean) for name, mean in named.items()}
-    return AdvantageBatch(trained, advantages.masked_fill(~trained, 0.0), returns, metrics, profiles)
+    metrics |= {name: float(mean) for name, mean in means(per_token).items()}
+    return AdvantageBatch(trained, advantages.masked_fill_(~trained, 0.0), returns, metrics, profiles)
 
 
 def _token_means(outputs: ModelOutputs, kl: Tensor | None) -> Metrics:
-    """How far the engines' log-probs are off, and the KL divergence from the reference (0 if it is not known)."""
-    gap = (outputs.old_logprobs - outputs.rollout_logprobs).abs()
-    every = torch.ones_like(gap, dtype=torch.bool)
-    return {"logprob_gap": mean_metric(gap, every), "kl_ref": mean_metric(gap * 0 if kl is None else kl, every)}
+    """How far the engines' log-probs are off, and the KL divergence from the reference, if it is in the rewards."""
+    found = {"rollout/logprob_gap": (outputs.old_logprobs - outputs.rollout_logprobs).abs_(), "actor/kl_ref": kl}
+    return {
+        name: (x.sum(dtype=torch.float64), torch.tensor(len(x), dtype=torch.float64))
+        for name, x in found.items()
+        if x is not None
+    }
 
 
 def episode_rewards(batch: RolloutTable, config: ReturnsConfig, max_tokens: int) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.packer import Packer
-from megatron_vcppo.data.packing import PackedMicrobatch, unpack_all
+from megatron_vcppo.data.packing import PackedMicrobatch, unpack_each
 from megatron_vcppo.data.rollout_share import RolloutShare
 from megatron_vcppo.mcore.hf_weights_io import stream_hf
 from megatron_vcppo.mcore.learner import Actor, Critic, Learner, Reference
@@ -59,4 +59,4 @@ def token_outputs(
     run: ``Actor.logprobs`` or ``Critic.values``.
     """
     microbatches = packer.pack(share.sequences({}))
-    return share.flatten(unpack_all(microbatches, run(microbatches)))
+    return share.flatten(unpack_each(microbatches, run(microbatches)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_vcppo.data.packer import Packer
-from megatron_vcppo.data.packing import unpack_all
+from megatron_vcppo.data.packing import unpack_each
 from megatron_vcppo.data.rollout_share import RolloutShare
 from megatron_vcppo.records import Prompt, Rollout
 
@@ -75,7 +75,7 @@ def test_fields_come_back_from_packed_microbatches(multiple: int) -> None:
     share, field = RolloutShare.whole(ROLLOUTS), torch.arange(9.0) + 1
     microbatches = Packer(9, multiple, 0, 1).pack(share.sequences({"x": field}), {"x": float})
     assert len(microbatches) > 1 and all(m.num_tokens % multiple == 0 for m in microbatches)
-    assert torch.equal(share.flatten(unpack_all(microbatches, [m.fields["x"] for m in microbatches])), field)
+    assert torch.equal(share.flatten(unpack_each(microbatches, [m.fields["x"] for m in microbatches])), field)
 
 
 def test_fields_are_zero_on_the_prompt_and_the_order_is_free() -> None:
