@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def measure(args: argparse.Namespace, replica_size: int, is_leader: bool) -> dict[str, Any]:
-    """In processes of their own, so that one case's memory is not another's."""
+    """In separate processes: one case's memory is not another's."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as name:
         receiver, result = context.Pipe(duplex=False)
