@@ -49,14 +49,11 @@ class PromptSampler:
         """Request the batch of an iteration before its turn; ``next_batch`` waits for it."""
         position = self.stream.state_dict()
         prompts = self.stream.next(self.config.prompts_per_iteration)
-        rollouts = self.session.stored(iteration, prompts, self.num_samples)
-        if rollouts is None:
+        requested: PendingRollouts | RolloutPart | None = self.session.stored(iteration, prompts, self.num_samples)
+        if requested is None:
             number = BatchNumber.training(iteration)
-            self.prefetched = Prefetched(
-                iteration, position, self.session.request(prompts, number, self.sampling, self.num_samples)
-            )
-        else:
-            self.prefetched = Prefetched(iteration, position, rollouts)
+            requested = self.session.request(prompts, number, self.sampling, self.num_samples)
+        self.prefetched = Prefetched(iteration, position, requested)
 
     def drain(self) -> None:
         """Wait for what was prefetched, so that other weights may be pushed before its turn comes."""
