@@ -152,7 +152,7 @@ class RolloutShare:
     token_ids: Tensor
     """int32: prompt and response of each rollout, one after the other."""
     rollout_logprobs: Tensor
-    """float32 [N], from the engines."""
+    """float32 [N], from the engines; empty in a part of a minibatch whose losses do not read them."""
 
     @classmethod
     def whole(cls, rollouts: Sequence[Rollout]) -> "RolloutShare":
@@ -170,7 +170,7 @@ class RolloutShare:
     @property
     def num_tokens(self) -> int:
         """N, response tokens."""
-        return len(self.rollout_logprobs)
+        return int(self.table.lengths.sum())
 
     @property
     def response_ids(self) -> Tensor:

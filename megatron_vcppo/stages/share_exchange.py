@@ -54,5 +54,5 @@ def move(
     rows = np.flatnonzero(replicas == runtime.current().dp_rank)
     token_ids = exchange_rows(share.token_ids, share.batch.sequence_lengths, share.replicas, replicas)
     moved = {name: exchange_rows(field, lengths, share.replicas, replicas) for name, field in fields.items()}
-    logprobs = torch.zeros(0) if "rollout_logprobs" not in moved else moved["rollout_logprobs"]
+    logprobs = moved.get("rollout_logprobs", torch.zeros(0))
     return RolloutShare(share.batch, replicas, rows, token_ids, logprobs), moved
