@@ -73,8 +73,17 @@ def test_a_file_is_read_without_this_project(tmp_path: Path) -> None:
     record = json.loads(content["records"].tobytes())
     assert record["prompt"] == {"prompt_id": "chain/1", "text": "3 + 4 ?", "answer": "7", "task": "running_sum"}
     del record["prompt"]
-    assert record == {"sample_index": 1, "seed": 5, "response_text": "first line\nseven ½ 1", "finish_reason": "stop",
-                      "policy_version": 3, "reward": 0.25, "model_score": None, "verdict": "correct", "length": 3}  # fmt: skip
+    assert record == {
+        "sample_index": 1,
+        "seed": 5,
+        "response_text": "first line\nseven ½ 1",
+        "finish_reason": "stop",
+        "policy_version": 3,
+        "reward": 0.25,
+        "model_score": None,
+        "verdict": "correct",
+        "length": 3,
+    }
 
 
 def test_an_iteration_is_stored_when_every_part_is_there(tmp_path: Path) -> None:
