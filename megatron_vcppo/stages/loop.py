@@ -139,7 +139,7 @@ class TrainLoop:
         an iteration is long, each gets a line of progress.
         """
         self.stage, self.learners, self.total_steps = stage, learners, total_steps
-        self.session, self.unit, self.step_name, self.save_every = session, unit, step_name, checkpoint.save_every
+        self.session, self.unit, self.step_name = session, unit, step_name
         self.nonfinite = NonfiniteUpdates(stage.config.run.skip_limit)
         self.timer = PhaseTimer()
         self.partial: PartialStep | None = None
@@ -239,6 +239,7 @@ class TrainLoop:
         count: how many of the loop's unit it worked through. shown: on the progress line. skipped: per model and
         optimizer step, whether loss or gradient was not finite.
         """
+        self.checkpoints.note(self.step + 1, metrics)
         warning = self.nonfinite.count(skipped)
         if self._log is None or self._progress is None:
             return
@@ -271,7 +272,7 @@ class TrainLoop:
         """Save when it is time, then end the stage if it has to end."""
         self.checkpoints.poll()
         stop, last = stopping.agreed(), self._is_done
-        if last or self.nonfinite.too_many or self.step % self.save_every == 0:
+        if last or self.nonfinite.too_many or self.checkpoints.is_due(self.step):
             self._save()
         if self.nonfinite.too_many:
             self.checkpoints.finish()
