@@ -161,7 +161,7 @@ def kept_checkpoints(config: Config) -> Iterator[str]:
     if "export" not in config.stages:
         return
     chosen = config.export.checkpoint
-    if chosen != "last" and chosen != "best" and not re.fullmatch(r"iter_\d{1,18}", chosen):
+    if not re.fullmatch(r"last|best|iter_\d{1,18}", chosen):
         yield f"export.checkpoint must be last, best or iter_N, such as iter_120, got {chosen!r}"
     before = config.stages[: config.stages.index("export")]
     source = next((stage for stage in reversed(before) if stage in ("sft", "ppo")), None)
