@@ -108,6 +108,12 @@ class CheckpointFolder:
         if self.kept is not None:
             self.kept.note(iteration, metrics)
 
+    @property
+    def unmeasured(self) -> str | None:
+        """The metric of ``keep_best`` if nothing that was logged has it; on the main rank."""
+        metric = self.settings.keep_best.metric
+        return metric if self.kept is not None and not self.kept.scores else None
+
     def save(
         self,
         iteration: int,

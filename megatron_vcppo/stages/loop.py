@@ -207,6 +207,10 @@ class TrainLoop:
         self.checkpoints.finish()
         if self._log is not None:
             self._log.close()
+            if metric := self.checkpoints.unmeasured:
+                say(
+                    f"warning: no step logged {metric} (checkpoint.keep_best.metric): no checkpoint is kept as the best"
+                )
             # More steps than total_steps were done if they were lowered before this resume.
             folder = self.stage.folder
             folder.mark_done(checkpoint=folder.checkpoint(self.step))

@@ -90,6 +90,18 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "ppo.dynamic_sampling keeps prompts whose verdicts differ, which rewards.model.verifier_weight 0",
     ),
+    "a best that nobody measures": (
+        {"ppo": {"checkpoint": {"keep_best": {"metric": "evaluation/avg"}}}},
+        "ppo.checkpoint.keep_best.metric evaluation/avg needs ppo.evaluate_every > 0",
+    ),
+    "an export of a best that is not kept": (
+        {"stages": ["sft", "ppo", "export"], "export": {"checkpoint": "best"}},
+        "export.checkpoint best needs ppo.checkpoint.keep_best.metric",
+    ),
+    "an export of no name": (
+        {"stages": ["sft", "export"], "export": {"checkpoint": "newest"}},
+        "export.checkpoint must be last, best or iter_N, such as iter_120, got 'newest'",
+    ),
     "overlong": (
         {"returns": {"overlong_penalty_tokens": 2000}},
         "returns.overlong_penalty_tokens 2000 is more than rollout.max_tokens 1024",

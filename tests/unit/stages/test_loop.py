@@ -31,6 +31,7 @@ class Checkpoints:
     saves: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     save_time_s: float = 0.0
     noted: list[int] = field(default_factory=list)
+    unmeasured: str | None = None
 
     def is_due(self, iteration: int) -> bool:
         return iteration % 2 == 0
@@ -146,6 +147,13 @@ def test_it_saves_at_boundaries_and_at_the_end(run: Run) -> None:
     run(checkpoints)
     assert counts(checkpoints) == [(2, 20), (4, 40), (5, 50)] and run.done == [5]
     assert [record["iteration"] for record in read_metrics(run.folder.path)] == [1, 2, 3, 4, 5] == checkpoints.noted
+
+
+def test_a_metric_of_the_best_that_no_step_had_is_reported_at_the_end(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(Checkpoints(unmeasured="evaluation/avg"))
+    assert "warning: no step logged evaluation/avg (checkpoint.keep_best.metric)" in capsys.readouterr().out
 
 
 def test_a_resume_continues_after_the_last_complete_step(run: Run) -> None:
