@@ -149,8 +149,9 @@ def test_all_ranks_agree_on_what_is_due(tmp_path: Path) -> None:
 
     def body() -> dict[str, list[int]]:
         actor, _ = start(hf, ParallelConfig(dp=2))
-        config, due = Config(), {}
+        config = Config()
         config.model.hf = str(hf)
+        due: dict[str, list[int]] = {}
         for name, settings in chosen.items():
             checkpoints = CheckpointFolder(tmp_path / name / "checkpoints", config, settings)
             assert checkpoints.resume({"actor": actor}) is None

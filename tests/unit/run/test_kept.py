@@ -88,7 +88,9 @@ class Stage:
     def found(self) -> dict[str, str]:
         """name → its weights, of all that is kept."""
         folders = sorted(self.folder.kept.iterdir())
-        return {path.name: (verify_manifest(path) and (path / "actor" / "weights").read_text()) for path in folders}
+        for path in folders:
+            verify_manifest(path)
+        return {path.name: (path / "actor" / "weights").read_text() for path in folders}
 
 
 def test_a_run_that_peaks_and_decays_keeps_its_best(tmp_path: Path) -> None:
