@@ -12,7 +12,12 @@ from megatron_vcppo.config.sections.rewards import CodeRewardConfig, Isolation, 
 from megatron_vcppo.config.sections.rollout import EngineConfig, RolloutConfig, WeightSyncConfig
 from megatron_vcppo.config.sections.run import RunConfig
 from megatron_vcppo.config.sections.sft import SftConfig
-from megatron_vcppo.config.sections.training import CheckpointConfig, OptimizerConfig, ScheduleConfig
+from megatron_vcppo.config.sections.training import (
+    CheckpointConfig,
+    KeepBestConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
 from megatron_vcppo.config.sections.value_pretrain import ValuePretrainConfig
 from megatron_vcppo.config.sections.values import ReturnsConfig, ValuesConfig
 
@@ -29,6 +34,7 @@ __all__ = [
     "ExportConfig",
     "HardwareConfig",
     "Isolation",
+    "KeepBestConfig",
     "ModelConfig",
     "ModelRewardConfig",
     "OptimizerConfig",

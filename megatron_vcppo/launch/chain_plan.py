@@ -236,6 +236,10 @@ def checkpoints_gb(arch: Architecture, config: Config, stage: str) -> float:
         return 0.0
     steps, _, _ = times(arch, config, stage)
     kept = settings.keep_last or ceil_div(steps or settings.save_every, settings.save_every)
+    if settings.keep_best.metric is not None:
+        kept += settings.keep_best.count
+    if settings.keep_every:
+        kept += (steps or 0) // settings.keep_every
     return (kept + 1) * checkpoint_gb(arch, config, stage)
 
 

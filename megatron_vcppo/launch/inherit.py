@@ -18,7 +18,7 @@ FORMAT = ("template", "system", "apply_chat_template", "chat_template_kwargs")
 """Keys of ``prompts`` that say how the model reads a prompt."""
 LINKED_BYTES = 1 << 16
 """Larger files are hard-linked where the file system can: checkpoints and rollouts, which are never written again."""
-NOT_TAKEN = shutil.ignore_patterns("rendezvous", "logs", "wandb*")
+NOT_TAKEN = shutil.ignore_patterns("rendezvous", "logs", "kept", "wandb*")
 
 
 def stages_to_take(run: RunFolder, config: Config, base: Path | None, first: str | None) -> list[Path]:

@@ -37,7 +37,8 @@ from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.offload import check_resident
 from megatron_vcppo.run.files import move, parse_json, remove, sync, write_text
-from megatron_vcppo.run.folder import STATE_NAME, iteration_name, iteration_of
+from megatron_vcppo.run.folder import STATE_NAME, StageFolder, iteration_name, iteration_of
+from megatron_vcppo.run.kept import KeptCheckpoints, remove_checkpoint
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.manifest import read_manifest, verify_manifest, write_manifest
 from megatron_vcppo.run.processes import deadline
@@ -66,7 +67,7 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path, config: Config, settings: CheckpointConfig) -> None:
         """settings: the stage's own."""
-        self.folder, self.hf_files, self.keep_last = folder, Path(config.model.hf), settings.keep_last
+        self.folder, self.hf_files, self.settings = folder, Path(config.model.hf), settings
         self.config_hash = config_hash(config)
         self.runtime = runtime.current()
         self.async_save = settings.async_save
@@ -78,13 +79,40 @@ class CheckpointFolder:
         """What is being written, or was written last."""
         self.save_time_s = 0.0
         """Seconds that the last complete save took, until its files were written and checked. On the main rank."""
+        self.saved_at = time.monotonic()
+        """When the last save began, or the stage."""
+        self.kept: KeptCheckpoints | None = None
+        """On the main rank."""
         if self.runtime.is_main:
             folder.mkdir(parents=True, exist_ok=True)
+            self.kept = KeptCheckpoints(StageFolder(folder.parent), settings)
             _restore_replaced(folder)
             for leftover in folder.glob(".*"):
                 # A writer of an attempt that was killed may still be at work in it.
                 shutil.rmtree(leftover, ignore_errors=True)
         dist.barrier()
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether this iteration, which is complete and logged, is to be saved."""
+        settings = self.settings
+        if iteration % settings.save_every == 0 or (settings.keep_every and iteration % settings.keep_every == 0):
+            return True
+        if settings.save_every_s is None and settings.keep_best.metric is None:
+            return False
+        late = settings.save_every_s is not None and time.monotonic() - self.saved_at >= settings.save_every_s
+        # The main rank's clock and log decide.
+        return runtime.any_rank(self.kept is not None and (late or self.kept.takes_as_best(iteration)))
+
+    def note(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """What is logged of an iteration, from which the best is found; not collective."""
+        if self.kept is not None:
+            self.kept.note(iteration, metrics)
+
+    @property
+    def unmeasured(self) -> str | None:
+        """The metric of ``keep_best`` if nothing that was logged has it; on the main rank."""
+        metric = self.settings.keep_best.metric
+        return metric if self.kept is not None and not self.kept.scores else None
 
     def save(
         self,
@@ -101,7 +129,7 @@ class CheckpointFolder:
         for learner in components.values():
             check_resident(learner.storages())
         self.finish()
-        started = time.time()
+        started, self.saved_at = time.time(), time.monotonic()
         temporary = self.folder / f".{iteration_name(iteration)}.tmp"
         if self.runtime.is_main:
             shutil.rmtree(temporary, ignore_errors=True)  # left by a save that a signal or a full disk cut short
@@ -171,6 +199,8 @@ class CheckpointFolder:
         Raises UserError, before anything is loaded, if it lacks a component or holds another model.
         """
         path = self.latest()
+        if self.kept is not None:
+            self.kept.start((iteration_of(path.name) or 0) if path else 0)
         if path is None:
             return None
         content = _read_state(path / STATE_NAME)
@@ -216,9 +246,11 @@ class CheckpointFolder:
             background_s = max((path.stat().st_mtime for path in files), default=started) - started
             _put_in_place(temporary, self.folder / temporary.name.removeprefix(".").removesuffix(".tmp"))
             self.save_time_s = max(0.0, background_s) + time.time() - completing
-            if self.keep_last:
-                for old in sorted(complete_checkpoints(self.folder))[: -self.keep_last]:
-                    _remove(old)
+            assert self.kept is not None
+            self.kept.update(iteration)
+            if keep_last := self.settings.keep_last:
+                for old in sorted(complete_checkpoints(self.folder))[:-keep_last]:
+                    remove_checkpoint(old)
         dist.barrier()
 
     def _deadline(self) -> AbstractContextManager[None]:
@@ -291,13 +323,6 @@ def _restore_replaced(folder: Path) -> None:
         final = folder / aside.name.removeprefix(".").removesuffix(ASIDE)
         if not final.exists():
             move(aside, final)
-
-
-def _remove(checkpoint: Path) -> None:
-    """Take the final name away first: what a kill leaves half removed is no checkpoint."""
-    leftover = checkpoint.with_name(f".{checkpoint.name}.old")
-    move(checkpoint, leftover)
-    remove(leftover)
 
 
 def load_learner(learner: Learner, folder: Path, weights: bool = True) -> None:

@@ -127,6 +127,14 @@ def set_adam_steps(optimizer: MegatronOptimizer, steps: int) -> None:
                 group["step"] = steps
 
 
+def reset_moments(optimizer: MegatronOptimizer) -> None:
+    """Adam as before its first step; main weights stay."""
+    for owned in owned_ranges(optimizer):
+        owned.state["exp_avg"].zero_()
+        owned.state["exp_avg_sq"].zero_()
+    set_adam_steps(optimizer, 0)
+
+
 def stored_adam_steps(common: Mapping[str, Any]) -> int:
     """Adam's step count in a checkpoint's content besides tensors, also in the formats of Megatron's optimizers."""
     if "adam_steps" in common:

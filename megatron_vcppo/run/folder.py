@@ -55,6 +55,20 @@ class StageFolder:
         return self.checkpoints / iteration_name(iteration)
 
     @property
+    def kept(self) -> Path:
+        """Checkpoints that stay when newer ones replace them (run/kept.py)."""
+        return self.path / "kept"
+
+    def kept_checkpoint(self, iteration: int) -> Path:
+        """The folder of one of them."""
+        return self.kept / iteration_name(iteration)
+
+    @property
+    def best(self) -> Path:
+        """A link to the best of them."""
+        return self.kept / "best"
+
+    @property
     def rollouts(self) -> Path:
         """What the stage generated (run/rollout_store.py)."""
         return self.path / "rollouts"
@@ -144,6 +158,19 @@ class StageFolder:
             return None
         path = path_inside(self.path, read_manifest(self.path)["meta"].get("checkpoint")) / component
         return path if path.is_dir() else None
+
+    def named_checkpoint(self, name: str) -> Path:
+        """A checkpoint by its name: best, or iter_N with or without leading zeros. UserError if it is not there."""
+        if name == "best":
+            found = [self.best.resolve()] if self.best.is_dir() else []
+        else:
+            iteration = int(name.removeprefix("iter_"))
+            # A kept one is whole; one of the same iteration may have been saved within the next update.
+            found = [path for path in (self.kept_checkpoint(iteration), self.checkpoint(iteration)) if path.is_dir()]
+        if not found:
+            there = {path.name for folder in (self.checkpoints, self.kept) for path in folder.glob("iter_*")}
+            raise UserError(f"{self.path}: no checkpoint {name}; there are: {', '.join(sorted(there)) or 'none'}")
+        return found[0]
 
     def checkpoint_iteration(self) -> int | None:
         """Iteration of the newest checkpoint that has a manifest."""

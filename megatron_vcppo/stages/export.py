@@ -1,4 +1,4 @@
-"""The chain's last actor as a Hugging Face folder, checked tensor by tensor and by its logits. One process does it."""
+"""The chain's actor as a Hugging Face folder, checked tensor by tensor and by its logits. One process does it."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from megatron_vcppo.mcore.model import torch_dtype
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.progress import Progress
-from megatron_vcppo.stages.stage import actor_before
+from megatron_vcppo.stages.stage import actor_before, actor_stage_before
 
 CRITIC_STAGES = ("ppo", "value_pretrain")
 """Those that leave a critic, the one that is exported first."""
@@ -22,14 +22,18 @@ def run(config: Config) -> None:
     """Write RUN/export/hf (or export.out). Raises UserError if a check fails; then the folder is not made."""
     if int(os.environ.get("RANK", "0")):
         return
-    checkpoint = actor_before(config, "export")
-    if checkpoint is None:
+    stage, checkpoint = actor_stage_before(config, "export"), actor_before(config, "export")
+    if stage is None or checkpoint is None:
         raise UserError("stage export: no stage before it in this chain trains an actor; put sft or ppo before it")
     run_folder = RunFolder.of(config)
+    if config.export.checkpoint != "last":
+        checkpoint = stage.named_checkpoint(config.export.checkpoint) / "actor"
     folder = run_folder.stage("export").make()
     outputs = []
     if config.export.critic:
-        found = [run_folder.stage(stage).last_checkpoint("critic") for stage in CRITIC_STAGES]
+        with_it = checkpoint.with_name("critic")
+        found = [with_it if with_it.is_dir() else None]
+        found += [run_folder.stage(stage).last_checkpoint("critic") for stage in CRITIC_STAGES]
         critic = next(filter(None, found), None)
         if critic is None:
             raise UserError("export.critic: no finished stage of this run has a critic")

@@ -6,10 +6,12 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore.checkpoint import load_learner, load_model
+from megatron_vcppo.mcore.checkpoint_state import adam_steps, reset_moments
 from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.learner import Critic
 from megatron_vcppo.mcore.model import ActorModel, CriticModel, build_actor, build_critic
 from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.log import say
 from megatron_vcppo.run.manifest import read_manifest
 from megatron_vcppo.stages.stage import actor_before
 
@@ -49,12 +51,22 @@ def starting_critic(config: Config, stage: str, init: str, checkpoint_path: str 
 
 
 def continue_pretraining(critic: Critic, config: Config) -> None:
-    """Give PPO's critic the optimizer moments of its value pretraining, if it comes from there; its schedule is new."""
+    """Give PPO's critic the optimizer state of its value pretraining, if it comes from there; its schedule is new.
+
+    With ``ppo.critic.moments: reset`` only the main weights in float32, and moments of zero.
+    """
     settings = config.ppo.critic
-    if settings.init in ("value_pretrain", "checkpoint"):
-        folder = _critic_folder(config, "ppo", settings.init, settings.checkpoint_path)
-        load_learner(critic, folder, weights=False)  # starting_critic loaded them
-        critic.optimizer_steps = 0
+    if settings.init not in ("value_pretrain", "checkpoint"):
+        return
+    folder = _critic_folder(config, "ppo", settings.init, settings.checkpoint_path)
+    load_learner(critic, folder, weights=False)  # starting_critic loaded them
+    critic.optimizer_steps = 0
+    text = f"continue after {adam_steps(critic.optimizer)} steps of {folder}"
+    if settings.moments == "reset":
+        reset_moments(critic.optimizer)
+        text = "start at zero"
+    if critic.runtime.is_main:
+        say(f"ppo: Adam's moments of the critic {text} (ppo.critic.moments {settings.moments})")
 
 
 def _critic_folder(config: Config, stage: str, init: str, checkpoint_path: str | None) -> Path:

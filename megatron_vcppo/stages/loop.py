@@ -140,7 +140,7 @@ class TrainLoop:
         counts. step_name: step | iteration; an iteration is long, each gets a line of progress.
         """
         self.stage, self.learners, self.total_steps = stage, learners, total_steps
-        self.session, self.unit, self.step_name, self.save_every = session, unit, step_name, checkpoint.save_every
+        self.session, self.unit, self.step_name = session, unit, step_name
         self.nonfinite = NonfiniteUpdates(stage.config.run.skip_limit)
         self.timer = PhaseTimer()
         self.partial: PartialStep | None = None
@@ -212,6 +212,10 @@ class TrainLoop:
         self.checkpoints.finish()
         if self._log is not None:
             self._log.close()
+            if metric := self.checkpoints.unmeasured:
+                say(
+                    f"warning: no step logged {metric} (checkpoint.keep_best.metric): no checkpoint is kept as the best"
+                )
             # More steps than total_steps were done if they were lowered before this resume.
             folder = self.stage.folder
             folder.mark_done(checkpoint=folder.checkpoint(self.step))
@@ -244,6 +248,7 @@ class TrainLoop:
         count: how many of the loop's unit it worked through. shown: on the progress line. skipped: per model and
         optimizer step, whether loss or gradient was not finite.
         """
+        self.checkpoints.note(self.step + 1, metrics)
         warning = self.nonfinite.count(skipped)
         if self._log is None or self._progress is None:
             return
@@ -279,7 +284,7 @@ class TrainLoop:
         """Save when it is time, then end the stage if it has to end."""
         self.checkpoints.poll()
         stop, last = stopping.agreed(), self._is_done
-        if last or self.nonfinite.too_many or self.step % self.save_every == 0:
+        if last or self.nonfinite.too_many or self.checkpoints.is_due(self.step):
             self._save()
         if self.nonfinite.too_many:
             self.checkpoints.finish()

@@ -47,14 +47,20 @@ def actor_before(config: Config, stage: str) -> Path | None:
     None if there is no such stage in the chain: then model.hf itself is the actor. Raises UserError if there is one
     but it is not done.
     """
+    earlier = actor_stage_before(config, stage)
+    if earlier is None:
+        return None
+    found = earlier.last_checkpoint("actor")
+    if found is None:
+        raise UserError(f"stage {stage} needs the actor of stage {earlier.name}, which is not done: run it first")
+    return found
+
+
+def actor_stage_before(config: Config, stage: str) -> StageFolder | None:
+    """The last stage before this one that leaves an actor; None if there is none in the chain."""
     position = config.stages.index(stage) if stage in config.stages else len(config.stages)
-    for earlier in reversed(config.stages[:position]):
-        if earlier in ACTOR_STAGES:
-            found = RunFolder.of(config).stage(earlier).last_checkpoint("actor")
-            if found is None:
-                raise UserError(f"stage {stage} needs the actor of stage {earlier}, which is not done: run it first")
-            return found
-    return None
+    names = (name for name in reversed(config.stages[:position]) if name in ACTOR_STAGES)
+    return next((RunFolder.of(config).stage(name) for name in names), None)
 
 
 def reward_model_folder(config: Config) -> Path | None:

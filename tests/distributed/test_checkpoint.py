@@ -17,14 +17,14 @@ import torch
 from torch.distributed.checkpoint import CheckpointException
 from transformers import AutoModelForTokenClassification
 
-from megatron_vcppo.config import ModelConfig, ParallelConfig
+from megatron_vcppo.config import CheckpointConfig, Config, KeepBestConfig, ModelConfig, ParallelConfig
 from megatron_vcppo.data.packing import pack_all, unpack_all
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.exporter import export_hf
 from megatron_vcppo.mcore import checkpoint as checkpoint_module
 from megatron_vcppo.mcore import checkpoint_writer, runtime
-from megatron_vcppo.mcore.checkpoint import complete_checkpoints, load_model
+from megatron_vcppo.mcore.checkpoint import CheckpointFolder, complete_checkpoints, load_model
 from megatron_vcppo.mcore.model import build_actor, build_critic
 from megatron_vcppo.run.manifest import verify_manifest
 from tests.helpers.checkpoints import checkpoint_folder
@@ -134,6 +134,41 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(tmp_path: Path) -> No
     ((iteration, printed),) = run_distributed_test(resume, 1)
     assert iteration == 2
     assert printed.startswith("warning: skipping a damaged checkpoint") and f"{shard.name}: corrupt" in printed
+
+
+def test_all_ranks_agree_on_what_is_due(tmp_path: Path) -> None:
+    """By number, by the main rank's clock, and by its log."""
+    hf = save_tiny_model(tmp_path / "hf")
+    best = KeepBestConfig("evaluation/avg", count=1)
+    chosen = {
+        "every": CheckpointConfig(save_every=4, keep_every=3),
+        "at once": CheckpointConfig(save_every=4, save_every_s=1e-9),
+        "in a day": CheckpointConfig(save_every=4, save_every_s=86400.0),
+        "best": CheckpointConfig(save_every=4, keep_best=best),
+    }
+
+    def body() -> dict[str, list[int]]:
+        actor, _ = start(hf, ParallelConfig(dp=2))
+        config = Config()
+        config.model.hf = str(hf)
+        due: dict[str, list[int]] = {}
+        for name, settings in chosen.items():
+            checkpoints = CheckpointFolder(tmp_path / name / "checkpoints", config, settings)
+            assert checkpoints.resume({"actor": actor}) is None
+            due[name] = []
+            for iteration, score in enumerate((0.1, 0.3, 0.2, 0.25, 0.4), start=1):
+                if actor.runtime.is_main:  # others need not know
+                    checkpoints.note(iteration, {"evaluation/avg": score})
+                if checkpoints.is_due(iteration):
+                    due[name].append(iteration)
+                    if name == "best":
+                        checkpoints.save(iteration, {"actor": actor}, {})
+        return due
+
+    expected = {"every": [3, 4], "at once": [1, 2, 3, 4, 5], "in a day": [4], "best": [1, 2, 4, 5]}
+    assert run_distributed_test(body, 2) == [expected, expected]
+    assert [path.name for path in sorted((tmp_path / "best" / "kept").iterdir())] == ["best", "iter_0000005"]
+    verify_manifest(tmp_path / "best" / "kept" / "best")
 
 
 def test_checkpoints_of_another_model_or_chain_are_refused_in_words(tmp_path: Path) -> None:

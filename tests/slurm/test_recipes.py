@@ -27,7 +27,16 @@ NEEDS = {
 """Overrides without which a model does not fit a profile; the profiles name them."""
 
 
-def dry_run(folder: Path, size: str, profile: str, *overrides: str) -> int:
+METHODS = {
+    "vapo": ["sft", "reward_model", "value_pretrain", "ppo", "export", "evaluate"],
+    "dapo": ["ppo", "export", "evaluate"],
+    "grpo": ["sft", "ppo", "export", "evaluate"],
+}
+"""Recipes next to VC-PPO's, with the stages of their chains."""
+
+
+def arguments_for(folder: Path, size: str, method: str = "vcppo") -> list[str]:
+    """A recipe, and what a user adds to it."""
     model, data = folder / "model", folder / "data.jsonl"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps(MODELS[size]))
@@ -35,8 +44,11 @@ def dry_run(folder: Path, size: str, profile: str, *overrides: str) -> int:
     keys = {"run.dir": folder / "run", "model.hf": model, "sft.train": data}
     keys |= {"prompts.train": data, "prompts.test": data}
     given = [f"{key}={value}" for key, value in keys.items()]
-    recipe = str(CONFIGS / "recipes" / f"vcppo_{size}.yaml")
-    return main(["submit", recipe, *given, *overrides, "--cluster", profile, "--dry-run"])
+    return [str(CONFIGS / "recipes" / f"{method}_{size}.yaml"), *given]
+
+
+def dry_run(folder: Path, size: str, profile: str, *overrides: str, method: str = "vcppo") -> int:
+    return main(["submit", *arguments_for(folder, size, method), *overrides, "--cluster", profile, "--dry-run"])
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -47,6 +59,20 @@ def test_every_recipe_fits_every_example(size: str, profile: str, tmp_path: Path
     assert out.count(" GiB per rank") == 6 and "nothing was submitted" in out
     script = (tmp_path / "run" / "slurm" / "dry_run" / "ppo.sh").read_text()
     assert "--gpus-per-node=8" in script and "module load" not in script
+
+
+@pytest.mark.parametrize("size", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_planned_and_would_be_submitted(method: str, size: str, tmp_path: Path, capsys) -> None:
+    stages = METHODS[method]
+    assert dry_run(tmp_path, size, "example-h100", method=method) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    assert out.count(" GiB per rank") == len(stages) and "nothing was submitted" in out
+    scripts = tmp_path / "run" / "slurm" / "dry_run"
+    assert {path.stem for path in scripts.glob("*.sh")} >= set(stages)
+    arguments = [*arguments_for(tmp_path, size, method), "--cluster", "example-h100"]
+    assert main(["plan", *arguments]) == 0, capsys.readouterr().out
+    assert "does not fit" not in capsys.readouterr().out
 
 
 def test_the_7b_recipe_fits_one_node_of_split_gpus(tmp_path: Path, capsys) -> None:

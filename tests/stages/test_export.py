@@ -41,6 +41,26 @@ def test_a_killed_attempt_leaves_nothing_behind(config: Config, tmp_path: Path) 
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("name", ["best", "iter_2", "iter_0000002"])
+def test_a_checkpoint_is_exported_by_its_name(config: Config, tmp_path: Path, name: str) -> None:
+    stage = StageFolder(tmp_path / "run" / "sft")
+    best = stage.kept_checkpoint(2)
+    import_hf(save_tiny_model(tmp_path / "better", seed=5), best / "actor", 1, 1)
+    write_manifest(best, {"iteration": 2})
+    stage.best.symlink_to(best.name)
+    config.export.checkpoint = name
+    export.run(config)
+    better, ours = (load_file(path / "model.safetensors") for path in (tmp_path / "better", tmp_path / "run/export/hf"))
+    assert better.keys() == ours.keys() and all(torch.equal(better[key], ours[key]) for key in better)
+
+
+def test_a_name_that_is_not_there_is_answered_with_those_that_are(config: Config) -> None:
+    for name in ("best", "iter_4"):
+        config.export.checkpoint = name
+        with pytest.raises(UserError, match=f"sft: no checkpoint {name}; there are: iter_0000003"):
+            export.run(config)
+
+
 def test_a_folder_of_the_users_is_not_overwritten(config: Config, tmp_path: Path) -> None:
     config.export.out = str(tmp_path / "mine")
     (tmp_path / "mine").mkdir()

@@ -63,7 +63,7 @@ def test_critic_first_then_both_and_what_an_iteration_reports(node: RolloutNode,
         "iterations": 3,
         "critic_only_iterations": 1,
         "evaluate_every": 3,
-        "checkpoint": {"save_every": 1},
+        "checkpoint": {"save_every": 100, "keep_every": 2, "keep_best": {"metric": "evaluation/avg", "count": 1}},
         "loss": {"kl_coef": 0.1, "kl_in": "reward"},
         "minibatches": 1,
         "schedule": {"kind": "cosine", "min_lr_ratio": 0.1},
@@ -86,6 +86,8 @@ def test_critic_first_then_both_and_what_an_iteration_reports(node: RolloutNode,
     assert first["actor/kl_ref"] == pytest.approx(0, abs=1e-6) and last["actor/kl_ref"] != 0
     assert {"evaluation/running_sum/avg", "evaluation/math/avg", "evaluation/avg"} <= last.keys()
     assert "time/save_s" not in first and last["time/save_s"] > 0
+    assert (stage.folder / "kept" / "best").resolve().name == "iter_0000003"
+    assert sorted(path.name for path in (stage.folder / "kept").glob("iter_*")) == ["iter_0000002", "iter_0000003"]
     for record in (first, second, last):
         phases = [value for name, value in record.items() if name.startswith("time/") and name != "time/iteration_s"]
         assert sum(phases) <= record["time/iteration_s"]

@@ -19,11 +19,12 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_vcppo.cli import main as vcppo
-from megatron_vcppo.config import Config, ParallelConfig, ScheduleConfig
+from megatron_vcppo.config import Config, KeepBestConfig, ParallelConfig, ScheduleConfig
 from megatron_vcppo.errors import SAVED
 from megatron_vcppo.hf.convert.exporter import export_hf
 from megatron_vcppo.launch.local_chain import run_chain
 from megatron_vcppo.mcore.checkpoint import complete_checkpoints
+from megatron_vcppo.run.manifest import verify_manifest
 from megatron_vcppo.run.metrics_log import MetricsLog, read_metrics
 from megatron_vcppo.stages.__main__ import main as run_rank
 from tests.helpers.distributed import RanksFailed, run_distributed_test
@@ -57,6 +58,8 @@ def make_config(task: Path, run: Path, parallel: ParallelConfig) -> Config:
     config.sft.optimizer.lr = 4e-3
     config.sft.schedule = ScheduleConfig(kind="cosine", warmup_steps=2, min_lr_ratio=0.1)
     config.sft.checkpoint.save_every = 4
+    # The first validation has the highest loss: as if the run had peaked there.
+    config.sft.checkpoint.keep_best = KeepBestConfig("sft/validation_loss", count=1, mode="max")
     return config
 
 
@@ -123,6 +126,11 @@ class Through:
         different = [name for name, tensor in self.weights.items() if not torch.equal(tensor, ours[name])]
         assert not different, f"not bit-equal: {different}"
         assert learned(config) == self.log
+        kept = Path(config.run.dir) / "sft" / "kept"
+        assert {path.name: path.resolve().name for path in kept.iterdir()} == dict.fromkeys(
+            ("iter_0000005", "best"), "iter_0000005"
+        )
+        verify_manifest(kept / "best")
 
     def kill_and_resume(self, seed: int, folder: Path, kills: int) -> list[int]:
         """Kill a random rank at a random moment, ``kills`` times; returns the steps from which the attempts began."""
@@ -162,6 +170,8 @@ def test_it_learns_and_logs_every_step(through: Through) -> None:
     assert rates[:2] == pytest.approx([2e-3, 4e-3]) and rates[-1] == pytest.approx(4e-4)
     kept = sorted(path.name for path in complete_checkpoints(Path(through.config.run.dir) / "sft" / "checkpoints"))
     assert kept == ["iter_0000012", f"iter_{STEPS:07d}"]
+    best = sorted(path.name for path in (Path(through.config.run.dir) / "sft" / "kept").iterdir())
+    assert best == ["best", "iter_0000005"], "it outlives the checkpoints of its time"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -1,5 +1,6 @@
 """The chain and its stages' settings; only the settings of stages in the chain are looked at."""
 
+import re
 from collections.abc import Iterator
 
 from megatron_vcppo.config.placement import uses_engines
@@ -154,6 +155,23 @@ def evaluation(config: Config) -> Iterator[str]:
             yield f"evaluate.k {k} is more than evaluate.num_samples {config.evaluate.num_samples}"
 
 
+def kept_checkpoints(config: Config) -> Iterator[str]:
+    """What is best must be measured, and what is exported must be kept."""
+    metric = config.ppo.checkpoint.keep_best.metric
+    never = not config.ppo.evaluate_every
+    if "ppo" in config.stages and metric is not None and metric.startswith("evaluation/") and never:
+        yield f"ppo.checkpoint.keep_best.metric {metric} needs ppo.evaluate_every > 0"
+    if "export" not in config.stages:
+        return
+    chosen = config.export.checkpoint
+    if not re.fullmatch(r"last|best|iter_\d{1,18}", chosen):
+        yield f"export.checkpoint must be last, best or iter_N, such as iter_120, got {chosen!r}"
+    before = config.stages[: config.stages.index("export")]
+    source = next((stage for stage in reversed(before) if stage in ("sft", "ppo")), None)
+    if chosen == "best" and source is not None and getattr(config, source).checkpoint.keep_best.metric is None:
+        yield f"export.checkpoint best needs {source}.checkpoint.keep_best.metric, by which checkpoints are compared"
+
+
 CHAIN_RULES = (
     stages,
     fp8,
@@ -166,4 +184,5 @@ CHAIN_RULES = (
     model_reward,
     adaptive_kl,
     evaluation,
+    kept_checkpoints,
 )

@@ -26,8 +26,11 @@ class EvaluateConfig:
 
 @dataclass
 class ExportConfig:
-    """The last actor in Hugging Face format, verified."""
+    """The chain's actor in Hugging Face format, verified."""
 
+    checkpoint: str = "last"
+    """last: the final one of the last stage that trains an actor. best: that stage's best by
+    checkpoint.keep_best.metric. iter_N: the one of that iteration, if it is still there."""
     out: str | None = None
     """Output folder. Default: RUN/export/hf."""
     dtype: Literal["float32", "bfloat16"] | None = None

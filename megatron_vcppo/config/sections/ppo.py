@@ -69,6 +69,9 @@ class CriticConfig:
     """The stage whose model initializes the critic; random_head and checkpoint as in value_pretrain.init."""
     checkpoint_path: str | None = None
     """Folder of a critic inside a checkpoint (…/iter_0000100/critic); required by init checkpoint."""
+    moments: Literal["keep", "reset"] = "keep"
+    """Adam's moments of a critic from value_pretrain or checkpoint, when PPO starts. keep: those of its pretraining.
+    reset: zero, with the bias correction of a first step. Its learning-rate schedule is new in either case."""
     updates_per_actor_update: PositiveInt = 1
     """Optimizer steps of the critic on each minibatch."""
     value_clip: PositiveFloat | None = None

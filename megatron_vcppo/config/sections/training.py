@@ -1,6 +1,6 @@
 """Parts of the section of every stage that trains: ``optimizer``, ``schedule``, ``checkpoint``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from megatron_vcppo.config.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
@@ -37,13 +37,31 @@ class ScheduleConfig:
 
 
 @dataclass
+class KeepBestConfig:
+    """The best checkpoints by a metric, in RUN/STAGE/kept as hard links next to those of `keep_last`."""
+
+    metric: str | None = None
+    """Name in metrics.jsonl, measured after the update, such as evaluation/avg (PPO, with ppo.evaluate_every) or
+    sft/validation_loss. A step that is among the best so far is saved at once. Default: none are kept."""
+    count: PositiveInt = 2
+    """How many to keep."""
+    mode: Literal["max", "min"] = "max"
+    """Whether the highest or the lowest value is best."""
+
+
+@dataclass
 class CheckpointConfig:
     """When and how the trainer saves."""
 
     save_every: PositiveInt = 50
     """Interval between checkpoints in iterations (PPO) or optimizer steps (other stages); the last one is always
     saved."""
+    save_every_s: PositiveFloat | None = None
+    """Also save once this many seconds have passed since the last save, at the end of a step. Default: never."""
     keep_last: NonNegativeInt = 2
     """Number of complete checkpoints to keep per stage; 0: all."""
+    keep_every: NonNegativeInt = 0
+    """Also save every N-th step (PPO: iteration) and keep it, in RUN/STAGE/kept; 0: none."""
+    keep_best: KeepBestConfig = field(default_factory=KeepBestConfig)
     async_save: bool = False
     """Write checkpoints in background threads while training continues."""

@@ -90,6 +90,18 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "ppo.dynamic_sampling keeps prompts whose verdicts differ, which rewards.model.verifier_weight 0",
     ),
+    "a best that nobody measures": (
+        {"ppo": {"checkpoint": {"keep_best": {"metric": "evaluation/avg"}}}},
+        "ppo.checkpoint.keep_best.metric evaluation/avg needs ppo.evaluate_every > 0",
+    ),
+    "an export of a best that is not kept": (
+        {"stages": ["sft", "ppo", "export"], "export": {"checkpoint": "best"}},
+        "export.checkpoint best needs ppo.checkpoint.keep_best.metric",
+    ),
+    "an export of no name": (
+        {"stages": ["sft", "export"], "export": {"checkpoint": "newest"}},
+        "export.checkpoint must be last, best or iter_N, such as iter_120, got 'newest'",
+    ),
     "overlong": (
         {"returns": {"overlong_penalty_tokens": 2000}},
         "returns.overlong_penalty_tokens 2000 is more than rollout.max_tokens 1024",
@@ -129,6 +141,26 @@ def test_the_recipe_for_32b_is_complete_but_for_paths_and_has_the_papers_setting
     assert ppo.prompts_per_iteration * config.rollout.num_samples / ppo.minibatches == 512
     assert (config.value_pretrain.steps, config.value_pretrain.stop_when_stable) == (100, False)
     assert (ppo.critic.init, ppo.critic.value_clip, config.model.max_length) == ("value_pretrain", None, 16384)
+
+
+@pytest.mark.parametrize("method", ["vapo", "dapo", "grpo"])
+def test_the_recipes_of_other_methods_have_the_papers_settings(method: str) -> None:
+    paths = [f"{key}=x" for key in ("run.dir", "model.hf", "sft.train", "prompts.train", "prompts.test")]
+    profiles = [CONFIGS / "cluster" / "example-h100.yaml"]
+    config = load_config(CONFIGS / "recipes" / f"{method}_32b.yaml", paths, profiles=profiles)
+    ppo, loss = config.ppo, config.ppo.loss
+    assert (ppo.prompts_per_iteration, config.rollout.num_samples, ppo.minibatches) == (512, 16, 16)
+    assert (ppo.optimizer.lr, ppo.schedule.kind, ppo.schedule.warmup_steps) == (1e-6, "constant", 20)
+    assert (loss.clip_low, loss.clip_high, loss.kl_coef) == (0.2, 0.2 if method == "grpo" else 0.28, 0.0)
+    assert loss.aggregation == ("sequence" if method == "grpo" else "token")
+    assert (config.evaluate.num_samples, config.evaluate.temperature, config.evaluate.top_p) == (32, 1.0, 0.7)
+    assert ppo.advantage.baseline == ("critic" if method == "vapo" else "grpo")
+    if method == "vapo":
+        assert (ppo.advantage.length_adaptive_alpha, ppo.advantage.lam_critic, loss.positive_lm_coef) == (0.05, 1, 0.1)
+        assert (config.value_pretrain.steps, ppo.critic.optimizer.lr) == (50, 2e-6)
+    if method == "dapo":
+        assert (config.rollout.max_tokens, config.returns.overlong_penalty_tokens) == (16384 + 4096, 4096)
+        assert ppo.dynamic_sampling
 
 
 def test_a_template_has_a_place_for_the_prompt() -> None:

@@ -106,6 +106,9 @@ def test_time_and_gpu_hours_follow_from_the_phases(model: Path) -> None:
                         "ppo.prompts_per_iteration=512")  # fmt: skip
     assert no_critic.phases_s["update"] == pytest.approx(ppo.phases_s["update"] / 2)
     assert no_critic.checkpoints_gb == pytest.approx(ppo.checkpoints_gb / 2)
+    kept = "ppo.checkpoint.keep_best={metric: actor/entropy, count: 3}"
+    more = plan_of(model, "ppo", kept, "ppo.checkpoint.keep_every=100")
+    assert more.checkpoints_gb == pytest.approx(ppo.checkpoints_gb * (3 + 3 + 2) / 3), "3 best, and 2 of 200 iterations"
     overlapped = plan_of(model, "ppo", "ppo.staleness=1")
     assert overlapped.step_s < ppo.step_s
     saved = plan_of(model, "ppo", "ppo.checkpoint.async_save=false").phases_s["saving"]

@@ -30,6 +30,14 @@ class Checkpoints:
     resumed: Resumed | None = None
     saves: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     save_time_s: float = 0.0
+    noted: list[int] = field(default_factory=list)
+    unmeasured: str | None = None
+
+    def is_due(self, iteration: int) -> bool:
+        return iteration % 2 == 0
+
+    def note(self, iteration: int, metrics: Any) -> None:
+        self.noted.append(iteration)
 
     def resume(self, components: Any) -> Resumed | None:
         return self.resumed
@@ -93,7 +101,7 @@ class Run:
             StageFolder, "mark_done", lambda _, checkpoint: self.done.append(int(checkpoint.name[-7:]))
         )
         main: Any = SimpleNamespace(is_main=True, world_size=2, device=torch.device("cpu"))
-        loop = TrainLoop(Stage(config, self.folder, main), {}, total, CheckpointConfig(save_every=2), session=session)
+        loop = TrainLoop(Stage(config, self.folder, main), {}, total, CheckpointConfig(), session=session)
         loop.track(count=self.counter)
         with loop:
             for step in loop:
@@ -139,7 +147,14 @@ def test_it_saves_at_boundaries_and_at_the_end(run: Run) -> None:
     checkpoints = Checkpoints()
     run(checkpoints)
     assert counts(checkpoints) == [(2, 20), (4, 40), (5, 50)] and run.done == [5]
-    assert [record["iteration"] for record in read_metrics(run.folder.path)] == [1, 2, 3, 4, 5]
+    assert [record["iteration"] for record in read_metrics(run.folder.path)] == [1, 2, 3, 4, 5] == checkpoints.noted
+
+
+def test_a_metric_of_the_best_that_no_step_had_is_reported_at_the_end(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(Checkpoints(unmeasured="evaluation/avg"))
+    assert "warning: no step logged evaluation/avg (checkpoint.keep_best.metric)" in capsys.readouterr().out
 
 
 def test_rollouts_are_stored_before_a_checkpoint_of_what_was_trained_on_them(run: Run) -> None:
