@@ -14,7 +14,6 @@ import submitit
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.network import node_network
-from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import DONE, SAVED, USER_ERROR, UserError
 from megatron_vcppo.launch.attempts import run_stage
 from megatron_vcppo.launch.role_commands import RoleCommands
@@ -27,7 +26,7 @@ from megatron_vcppo.run.log import say
 from megatron_vcppo.run.processes import free_port
 from megatron_vcppo.run.rollout_store import rollouts_folder
 from megatron_vcppo.slurm.slurm_cli import ENDED, job_end_time, patiently, show_job, slurm, slurm_message
-from megatron_vcppo.slurm.srun import STEP_ENVIRONMENT, probe_command, srun_processes, stage_nodes
+from megatron_vcppo.slurm.srun import STEP_ENVIRONMENT, findings, job_config, probe_command, srun_processes, stage_nodes
 
 PROBE_TIMEOUT_S = 120.0
 LOST_TIMEOUT_S = 20.0
@@ -64,7 +63,7 @@ class StageJob:
         """The stage in this allocation; returns its exit code."""
         signals = note_signals()
         run, config = open_run(self.run)
-        config = stage_config(config, self.stage)
+        config = job_config(config, self.stage)
         hosts = submitit.JobEnvironment().hostnames
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         start = {"nodes": hosts, "restarts": restarts, "progress": progress(run, config, self.stage)}
@@ -145,8 +144,10 @@ def probe(run: RunFolder, config: Config, role_commands: RoleCommands, hosts: li
         )
     except subprocess.TimeoutExpired:
         raise NodeLost(f"no answer from all of {', '.join(hosts)} in {timeout_s:.0f} s") from None
-    if done.stdout.strip():
-        raise UserError(done.stdout.strip().splitlines()[0])
+    if found := findings(done.stdout):
+        raise UserError(found[0])
+    if "execve" in done.stderr:  # the node answers, but there is no shell where PATH points
+        raise UserError(f"{slurm_message(done.stderr)}: does the job's environment have a PATH? see cluster.setup")
     if done.returncode:
         raise NodeLost(slurm_message(done.stderr) or f"a test step left with exit code {done.returncode}")
 
