@@ -67,7 +67,7 @@ class StageJob:
         hosts = submitit.JobEnvironment().hostnames
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         start = {"nodes": hosts, "restarts": restarts, "progress": progress(run, config, self.stage)}
-        start["age_s"] = round(process_age_s(), 2)
+        start |= {"age_s": round(process_age_s(), 2), "gpus": len(hosts) * config.cluster.gpus_per_node}
         code = Path(__file__).parents[2].name
         events.append(self.run, "job", stage=self.stage, job=job_id(), code=code, **start)
         say(f"{self.stage}: job {job_id()} on {', '.join(hosts)}, start {restarts + 1}")

@@ -7,7 +7,6 @@ from pathlib import Path
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement
 from megatron_vcppo.config.stage_overrides import stage_config
-from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.launch.controller import GUARD_ARGUMENTS, RoleProcess
 from megatron_vcppo.launch.guard import ALONE
 from megatron_vcppo.launch.role_commands import RoleCommands, role_environment, starts_engines, trainer_layout
@@ -41,8 +40,6 @@ except UserError as error:
     sys.exit(1)
 """
 EXPORT_CPUS = 8
-EXPORT_GB, EXPORT_BYTES_PER_PARAMETER = 16, 5
-"""Memory of an export: files in parts, then one model at a time in float32, whose logits are compared."""
 
 
 def job_config(config: Config, stage: str) -> Config:
@@ -65,9 +62,6 @@ def job_config(config: Config, stage: str) -> Config:
         gpus_per_node=given.get("gpus_per_node", 0),
         cpus_per_node=given.get("cpus_per_node", min(own.cluster.cpus_per_node, EXPORT_CPUS)),
     )
-    if cluster.memory_per_node_gb and "memory_per_node_gb" not in given:
-        needed = EXPORT_GB + EXPORT_BYTES_PER_PARAMETER * Architecture.from_hf(config.model.hf).parameter_count() / 1e9
-        cluster = replace(cluster, memory_per_node_gb=min(cluster.memory_per_node_gb, float(round(needed))))
     return replace(own, cluster=cluster, overrides={})
 
 

@@ -11,6 +11,7 @@ from submitit.core.utils import FailedJobError
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import dump_config
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.launch.checks import check_inputs, check_run_folder
 from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
 from megatron_vcppo.launch.save_timing import signal_margin_s
@@ -31,6 +32,8 @@ from megatron_vcppo.slurm.slurm_cli import (
 )
 from megatron_vcppo.slurm.srun import job_config, stage_nodes
 
+EXPORT_GB, EXPORT_BYTES_PER_PARAMETER = 16, 5
+"""Memory of an export: files in parts, then one model at a time in float32, whose logits are compared."""
 DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
@@ -53,6 +56,7 @@ def executor(
     """The batch job of one stage: a controller on its first node, signalled before the time limit."""
     cluster = job_config(config, stage).cluster
     made = ScriptExecutor(folder=run.slurm, python="exec " + shlex.quote(role_commands.python))
+    memory_gb = requested_memory_gb(config, stage)
     minutes = cluster.stage_time_limit_minutes.get(stage, cluster.time_limit_minutes)
     extra: dict[str, Any] = {
         "signal": f"B:USR2@{signal_margin_s(run, stage, cluster.save_margin_s, 60 * minutes)}",
@@ -75,7 +79,7 @@ def executor(
         "ntasks_per_node": 1,
         "cpus_per_task": cluster.cpus_per_node,
         "gpus_per_node": None if "gres" in cluster.sbatch else cluster.gpus_per_node or None,
-        "mem": f"{cluster.memory_per_node_gb:g}GB" if cluster.memory_per_node_gb else None,
+        "mem": None if memory_gb is None else f"{memory_gb:g}GB",
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
@@ -88,6 +92,16 @@ def executor(
     given = {key: value for key, value in parameters.items() if value is not None}
     made.update_parameters(**given, wckey=cluster.wckey)  # submitit's default is a key of its own
     return made
+
+
+def requested_memory_gb(config: Config, stage: str) -> float | None:
+    """Main memory in GB that the stage's job requests per node; None: the cluster's default."""
+    limit = job_config(config, stage).cluster.memory_per_node_gb
+    given = (config.overrides.get(stage) or {}).get("cluster", {})
+    if limit is None or stage != "export" or "memory_per_node_gb" in given:
+        return limit
+    needed = EXPORT_GB + EXPORT_BYTES_PER_PARAMETER * Architecture.from_hf(config.model.hf).parameter_count() / 1e9
+    return min(limit, float(round(needed)))
 
 
 def request_text(config: Config, stage: str) -> str:

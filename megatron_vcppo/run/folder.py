@@ -140,10 +140,15 @@ class StageFolder:
 
     def last_checkpoint(self, component: str) -> Path | None:
         """The component's folder in the final checkpoint; None if the stage is not done or has no such component."""
+        checkpoint = self.manifest_checkpoint()
+        return checkpoint / component if checkpoint and (checkpoint / component).is_dir() else None
+
+    def manifest_checkpoint(self) -> Path | None:
+        """The final checkpoint; None if the stage is not done or leaves none."""
         if not self.marked_done():
             return None
-        path = path_inside(self.path, read_manifest(self.path)["meta"].get("checkpoint")) / component
-        return path if path.is_dir() else None
+        name = read_manifest(self.path)["meta"].get("checkpoint")
+        return None if name is None else path_inside(self.path, name)
 
     def checkpoint_iteration(self) -> int | None:
         """Iteration of the newest checkpoint that has a manifest."""
