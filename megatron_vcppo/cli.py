@@ -16,6 +16,7 @@ from megatron_vcppo.errors import FAILED, SIGNALLED, USER_ERROR, UserError, syst
 from megatron_vcppo.run.log import printable
 
 COMMANDS = {
+    "init": ("megatron_vcppo.commands.init", "write a first configuration for a model, data and a cluster"),
     "config": ("megatron_vcppo.commands.config", "check a configuration and print it resolved; explain every key"),
     "data": ("megatron_vcppo.commands.data", "look at the data of a run: lengths, duplicates, overlap, samples"),
     "convert": ("megatron_vcppo.commands.convert", "Hugging Face checkpoints to Megatron's and back, checked"),

@@ -16,6 +16,7 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.network import node_network
 from megatron_vcppo.errors import DONE, SAVED, USER_ERROR, UserError
 from megatron_vcppo.launch.attempts import run_stage
+from megatron_vcppo.launch.notify import announce
 from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.launch.save_timing import save_clock
 from megatron_vcppo.run import events, log
@@ -55,6 +56,9 @@ class StageJob:
             with suppress(OSError):  # the disk may be full
                 events.append(self.run, "refused", stage=self.stage, job=job_id(), cause=str(error))
             code = USER_ERROR
+        with suppress(UserError):
+            run, config = open_run(self.run)
+            announce(run, config, self.stage, code)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the interpreter's end would make it deadly again
         if code:
             sys.exit(code)

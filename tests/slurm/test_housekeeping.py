@@ -20,6 +20,7 @@ def ended(tmp_path: Path) -> tuple[RunFolder, Config]:
     """A run of one stage that is done, and has rollouts."""
     config = tiny_config(tmp_path / "runs" / "first", ranks=1)
     config.sft.checkpoint.keep_last = 3
+    config.run.notify = f'echo "$VCPPO_EVENT of $VCPPO_RUN: $VCPPO_STAGE" >> {tmp_path}/mail'
     run = write_config(config)
     assert run_chain(run, config, ["sft"], TINY) == 0
     folder = run.stage("sft")
@@ -32,6 +33,7 @@ def ended(tmp_path: Path) -> tuple[RunFolder, Config]:
 def test_list_clean_and_status_of_a_run(ended: tuple[RunFolder, Config], capsys: pytest.CaptureFixture[str]) -> None:
     run, config = ended
     runs = str(run.path.parent)
+    assert (run.path.parents[1] / "mail").read_text() == f"done of {run.path}: sft\n"
     (run.path.parent / "a" / "b").mkdir(parents=True)
     capsys.readouterr()
 

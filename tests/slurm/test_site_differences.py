@@ -54,9 +54,10 @@ def test_an_export_requests_what_one_process_needs(gpus: Config) -> None:
 
 
 def test_gres_replaces_gpus_per_node_in_the_job_and_in_its_steps(gpus: Config) -> None:
-    gpus.cluster.sbatch = {"gres": "gpu:h100:8", "mem-per-cpu": "8G"}
+    gpus.cluster.sbatch = {"gres": "gpu:h100:8", "mem-per-cpu": "8G", "mail-type": "FAIL,INVALID_DEPEND"}
     gpus.cluster.memory_per_node_gb = None
     sft = options(gpus, "sft")
+    assert sft["mail-type"] == "FAIL,INVALID_DEPEND"
     assert (sft["gres"], sft["mem-per-cpu"]) == ("gpu:h100:8", "8G") and not {"gpus-per-node", "mem"} & set(sft)
     command = step(job_config(gpus, "sft"), ["a", "b"], 8, 8)
     assert "--gres=gpu:h100:8" in command and not any("gpus-per-node" in argument for argument in command)
