@@ -75,6 +75,11 @@ class StageFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def tensorboard(self) -> Path:
+        """Event files of TensorBoard (run/tensorboard_log.py)."""
+        return self.path / "tensorboard"
+
+    @property
     def profiles(self) -> Path:
         """Position profiles of PPO, a record per iteration."""
         return self.path / "profiles.jsonl"

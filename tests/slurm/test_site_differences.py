@@ -10,7 +10,9 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.validation import check_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.role_commands import RoleCommands
+from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.slurm.chain_status import run_status, table
 from megatron_vcppo.slurm.devcluster import DevCluster
 from megatron_vcppo.slurm.slurm_cli import command_environment, site_environment
 from megatron_vcppo.slurm.srun import findings, job_config, probe_command, step
@@ -134,6 +136,7 @@ def test_a_chain_passes_through_a_difficult_site(
     config.cluster.partition = "main"
     config.cluster.sbatch = {"export": "NONE"}
     config.cluster.setup += [f"export SLURM_TASK_PROLOG={prolog}"]
+    config.run.notify = f'echo "$VCPPO_EVENT: $VCPPO_STAGE" >> {tmp_path}/mail'
     run = write_config(config)
     jobs = submit(run, config, list(config.stages), TINY)
     states = wait_for_jobs(jobs.values(), 120)
@@ -142,3 +145,25 @@ def test_a_chain_passes_through_a_difficult_site(
     assert result(run, "export")["trained"] == [1, 2, 3, 4, 5, 6]
     outputs = [path.read_text() for path in run.stage("sft").attempts()[0].glob("trainer_*.log")]
     assert outputs and all("Welcome" in text for text in outputs), "the prolog printed"
+    assert (tmp_path / "mail").read_text() == "done: export\n"
+    assert [(status.state, status.job) for status in run_status(run, config)] == [
+        ("done", jobs["sft"]),
+        ("done", jobs["export"]),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_environment_without_path_is_named_and_not_taken_for_a_lost_node(
+    cluster: DevCluster, tmp_path: Path
+) -> None:
+    config = cluster_config(tmp_path / "run", ("sft",))
+    config.cluster.setup += ["unset PATH"]
+    config.run.notify = f'echo "$VCPPO_EVENT: $VCPPO_CAUSE" > {tmp_path}/mail'
+    run = write_config(config)
+    jobs = submit(run, config, ["sft"], TINY)
+    states = wait_for_jobs(jobs.values(), 120)
+    assert {state.state for state in states.values()} == {"FAILED"}
+    assert len(events.of_stage(run.path, "job", "sft")) == 1, "not requeued"
+    assert "does the job's environment have a PATH? see cluster.setup" in table(run_status(run, config))
+    assert (tmp_path / "mail").read_text().startswith("failed: ")

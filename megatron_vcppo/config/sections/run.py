@@ -20,6 +20,9 @@ class RunConfig:
     """Also log metrics to Weights & Biases; upload offline runs later with `wandb sync`."""
     wandb_project: str = "megatron_vcppo"
     """Project at Weights & Biases."""
+    tensorboard: bool = False
+    """Also log metrics for TensorBoard (pip install tensorboard), in RUN/STAGE/tensorboard; `tensorboard --logdir RUN`
+    shows them."""
     timeout_s: PositiveFloat = 600.0
     """Deadline in seconds of every collective and of every wait for another process; what takes longer is reported as
     hung. An iteration consists of many of them and may take longer, and so may a save on request (docs/slurm.md)."""
