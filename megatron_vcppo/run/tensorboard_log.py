@@ -1,4 +1,4 @@
-"""The metrics of a stage for TensorBoard (run.tensorboard): event files in a folder per stage, continued by a resume."""
+"""The metrics of a stage for TensorBoard (run.tensorboard): event files per stage, continued by a resume."""
 
 import importlib.util
 import math
