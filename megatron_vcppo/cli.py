@@ -16,6 +16,7 @@ from megatron_vcppo.errors import FAILED, SIGNALLED, USER_ERROR, UserError, syst
 from megatron_vcppo.run.log import printable
 
 COMMANDS = {
+    "init": ("megatron_vcppo.commands.init", "write a first configuration for a model, data and a cluster"),
     "config": ("megatron_vcppo.commands.config", "check a configuration and print it resolved; explain every key"),
     "data": ("megatron_vcppo.commands.data", "look at the data of a run: lengths, duplicates, overlap, samples"),
     "convert": ("megatron_vcppo.commands.convert", "Hugging Face checkpoints to Megatron's and back, checked"),
@@ -25,9 +26,11 @@ COMMANDS = {
     "report": ("megatron_vcppo.commands.report", "curves, diagnosis and rollouts of runs as one HTML page"),
     "submit": ("megatron_vcppo.commands.submit", "queue the chain on a Slurm cluster"),
     "status": ("megatron_vcppo.commands.status", "where a run stands: stages, jobs, progress, failures"),
+    "list": ("megatron_vcppo.commands.list_runs", "the runs below a folder: stage, state, age, size"),
     "logs": ("megatron_vcppo.commands.logs", "what the roles of a run wrote"),
     "cancel": ("megatron_vcppo.commands.cancel", "cancel the jobs of a run"),
     "resume": ("megatron_vcppo.commands.resume", "queue again what is not done"),
+    "clean": ("megatron_vcppo.commands.clean", "remove old checkpoints and rollouts of a run"),
     "plan": ("megatron_vcppo.commands.plan", "estimate memory, time, GPU-hours and disk of a chain"),
     "doctor": ("megatron_vcppo.commands.doctor", "check a cluster profile with short test jobs"),
     "sweep": ("megatron_vcppo.commands.sweep", "several chains, one table of results"),

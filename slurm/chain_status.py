@@ -11,7 +11,9 @@ from megatron_vcppo.report.text_table import text_table
 from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import last_lines, printable
+from megatron_vcppo.run.usage import gpu_hours
 from megatron_vcppo.slurm.slurm_cli import JobState, first_node, job_states
+from megatron_vcppo.slurm.srun import job_config, stage_nodes
 from megatron_vcppo.slurm.submission import submitted_jobs
 
 SHOWN_METRICS = 3
@@ -30,16 +32,29 @@ class StageStatus:
     total: int | None = None
     eta_s: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    gpu_hours: float = 0.0
+    """GPUs of its jobs times the hours that they held them."""
     note: str = ""
     """Why it is pending, or how it failed and what to do."""
 
 
 def run_status(run: RunFolder, config: Config) -> list[StageStatus]:
     """One status per stage of the chain. Looks at sizes, not checksums, so that it stays fast."""
-    jobs = submitted_jobs(run)
-    states = job_states(list(jobs.values()))
-    log = events.read(run.path)
-    return [stage_status(run, stage, jobs.get(stage, ""), states, log) for stage in config.stages]
+    return chain_status(run, config, job_states(list(submitted_jobs(run).values())))
+
+
+def chain_status(run: RunFolder, config: Config, states: dict[str, JobState]) -> list[StageStatus]:
+    """The same from the states of the run's jobs."""
+    jobs, log = submitted_jobs(run), events.read(run.path)
+    statuses = []
+    for stage in config.stages:
+        status = stage_status(run, stage, jobs.get(stage, ""), states, log)
+        nodes = stage_nodes(config, stage) if status.job else 1
+        gpus = nodes * job_config(config, stage).cluster.gpus_per_node
+        mine = [event for event in log if event.get("stage") == stage]
+        status.gpu_hours = round(gpu_hours(mine, gpus, time.time() if status.state == "running" else None), 2)
+        statuses.append(status)
+    return statuses
 
 
 def stage_status(
@@ -156,7 +171,9 @@ def table(statuses: list[StageStatus], stream: TextIO | None = None) -> str:
 
     stream: where it will be printed, see text_table.
     """
-    rows, notes = [], []
+    rows: list[dict[str, object]] = []
+    notes = []
+    used = sum(status.gpu_hours for status in statuses)
     for status in statuses:
         total = f"/{status.total}" if status.total else ""
         rows.append(
@@ -167,6 +184,7 @@ def table(statuses: list[StageStatus], stream: TextIO | None = None) -> str:
                 "attempts": status.attempts or "",
                 "iteration": "" if status.iteration is None else f"{status.iteration}{total}",
                 "ETA": "" if status.eta_s is None else duration(status.eta_s),
+                **({"GPU-hours": f"{status.gpu_hours:.2f}"} if used else {}),
             }
         )
         if status.metrics and status.state != "done":
@@ -174,6 +192,8 @@ def table(statuses: list[StageStatus], stream: TextIO | None = None) -> str:
             notes.append(f"{status.stage}: {values}")
         if status.note:
             notes.append(f"{status.stage}: {status.note}")
+    if used:
+        notes.append(f"GPU-hours used: {used:.2f}")
     return "\n".join([text_table(rows, stream), *map(printable, notes)])
 
 

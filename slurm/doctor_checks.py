@@ -20,7 +20,7 @@ from megatron_vcppo.report.text_table import styled
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm import doctor_findings
 from megatron_vcppo.slurm.slurm_cli import check_scripts, check_slurm_installed, slurm, slurm_message
-from megatron_vcppo.slurm.srun import in_container, inside, probe_command, step
+from megatron_vcppo.slurm.srun import findings, in_container, inside, probe_command, step
 from megatron_vcppo.slurm.submission import executor, request_text
 
 WAIT_FOR_NODES_S = 120
@@ -128,7 +128,7 @@ def run_bounded(argv: list[str]) -> str:
     except subprocess.TimeoutExpired:
         raise UserError(f"the test job did not end in {TEST_JOB_TIMEOUT_S} s") from None
     if done.returncode:
-        shown = [line for line in done.stdout.splitlines() if not line.startswith("{")]
+        shown = findings(done.stdout) or [line for line in done.stdout.splitlines() if not line.startswith("{")]
         raise UserError(shown[0] if shown else slurm_message(done.stderr)[-600:] or f"exit code {done.returncode}")
     return done.stdout
 

@@ -14,9 +14,9 @@ import submitit
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.network import node_network
-from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import DONE, SAVED, USER_ERROR, UserError
 from megatron_vcppo.launch.attempts import run_stage
+from megatron_vcppo.launch.notify import announce
 from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.launch.save_timing import save_clock
 from megatron_vcppo.run import events, log
@@ -27,7 +27,7 @@ from megatron_vcppo.run.log import say
 from megatron_vcppo.run.processes import free_port
 from megatron_vcppo.run.rollout_store import rollouts_folder
 from megatron_vcppo.slurm.slurm_cli import ENDED, job_end_time, patiently, show_job, slurm, slurm_message
-from megatron_vcppo.slurm.srun import STEP_ENVIRONMENT, probe_command, srun_processes, stage_nodes
+from megatron_vcppo.slurm.srun import STEP_ENVIRONMENT, findings, job_config, probe_command, srun_processes, stage_nodes
 
 PROBE_TIMEOUT_S = 120.0
 LOST_TIMEOUT_S = 20.0
@@ -56,6 +56,9 @@ class StageJob:
             with suppress(OSError):  # the disk may be full
                 events.append(self.run, "refused", stage=self.stage, job=job_id(), cause=str(error))
             code = USER_ERROR
+        with suppress(UserError):
+            run, config = open_run(self.run)
+            announce(run, config, self.stage, code)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the interpreter's end would make it deadly again
         if code:
             sys.exit(code)
@@ -64,11 +67,11 @@ class StageJob:
         """The stage in this allocation; returns its exit code."""
         signals = note_signals()
         run, config = open_run(self.run)
-        config = stage_config(config, self.stage)
+        config = job_config(config, self.stage)
         hosts = submitit.JobEnvironment().hostnames
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         start = {"nodes": hosts, "restarts": restarts, "progress": progress(run, config, self.stage)}
-        start["age_s"] = round(process_age_s(), 2)
+        start |= {"age_s": round(process_age_s(), 2), "gpus": len(hosts) * config.cluster.gpus_per_node}
         code = Path(__file__).parents[2].name
         events.append(self.run, "job", stage=self.stage, job=job_id(), code=code, **start)
         say(f"{self.stage}: job {job_id()} on {', '.join(hosts)}, start {restarts + 1}")
@@ -145,8 +148,10 @@ def probe(run: RunFolder, config: Config, role_commands: RoleCommands, hosts: li
         )
     except subprocess.TimeoutExpired:
         raise NodeLost(f"no answer from all of {', '.join(hosts)} in {timeout_s:.0f} s") from None
-    if done.stdout.strip():
-        raise UserError(done.stdout.strip().splitlines()[0])
+    if found := findings(done.stdout):
+        raise UserError(found[0])
+    if "execve" in done.stderr:  # the node answers, but there is no shell where PATH points
+        raise UserError(f"{slurm_message(done.stderr)}: does the job's environment have a PATH? see cluster.setup")
     if done.returncode:
         raise NodeLost(slurm_message(done.stderr) or f"a test step left with exit code {done.returncode}")
 

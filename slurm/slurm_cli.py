@@ -1,11 +1,12 @@
 """What Slurm says about jobs: squeue for live ones, sacct or, where there is no accounting, scontrol for ended ones."""
 
+import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +33,14 @@ Answer = TypeVar("Answer")
 UNKNOWN_JOB = "Invalid job id"
 """Message of squeue and scontrol: Slurm has forgotten the job."""
 SQUEUE_FORMAT = "%i|%T|%r|%N|%S"
+
+
+OF_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SALLOC_", "SQUEUE_", "SACCT_", "SUBMITIT_")
+"""Variables that Slurm's commands take for options, or that belong to the job in which a command was called."""
+OF_THE_SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS")
+"""Of these, the ones that say where the cluster is; they stay."""
+DEFAULTS = ("ACCOUNT", "CLUSTERS", "CONSTRAINT", "PARTITION", "QOS", "RESERVATION", "WCKEY")
+"""SBATCH_… that users set as their defaults: they stay where the script does not have the option."""
 
 
 class Unreachable(UserError):
@@ -64,7 +73,8 @@ def slurm(*argv: str, accept: str | None = None) -> str:
     if shutil.which(argv[0]) is None:
         raise UserError(f"{argv[0]} is not on the path: run this on a login node, or use --cluster local")
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S)
+        env = command_environment(os.environ)
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, env=env)
     except subprocess.TimeoutExpired:
         raise Unreachable(f"{argv[0]} gave no answer in {TIMEOUT_S:.0f} s: is Slurm's controller up?") from None
     if not done.returncode:
@@ -73,6 +83,35 @@ def slurm(*argv: str, accept: str | None = None) -> str:
         return ""
     error = Unreachable if any(words in done.stderr for words in UNREACHABLE) else UserError
     raise error(f"{argv[0]}: {slurm_message(done.stderr) or f'exit code {done.returncode}'}")
+
+
+def command_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without the variables that change what Slurm's commands do or print, but for a user's defaults."""
+    kept = {*OF_THE_SITE, *(f"SBATCH_{name}" for name in DEFAULTS)}
+    return {name: value for name, value in environment.items() if name in kept or not name.startswith(OF_JOBS)}
+
+
+@contextmanager
+def site_environment(script: str) -> Iterator[None]:
+    """For a submission: this process's environment, which sbatch reads and hands to the job, without what is left over
+    of another job, and without SBATCH_… that would override an option of ``script``."""
+    before = dict(os.environ)
+    kept = command_environment(before)
+    for name in DEFAULTS:
+        if f"#SBATCH --{name.lower()}=" in script:
+            kept.pop(f"SBATCH_{name}", None)
+    os.environ.clear()
+    os.environ.update(kept)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def commands_folder() -> str:
+    """Where Slurm's commands are on this machine, for a job that does not find them."""
+    return str(Path(shutil.which("srun") or "/usr/bin/srun").parent)
 
 
 def patiently(ask: Callable[[], Answer], seconds: float = 120.0) -> Answer:
@@ -166,7 +205,8 @@ def check_scripts(requests: Iterable[tuple[str, str]], folder: Path) -> None:
         path = folder / "test_only.sh"
         path.write_text(script, encoding="utf-8")
         try:
-            slurm("sbatch", "--test-only", str(path))
+            with site_environment(script):
+                slurm("sbatch", "--test-only", str(path))
         except Unreachable:
             raise
         except UserError as error:

@@ -18,14 +18,16 @@ JOB_LAYOUT = (
     "GPUS_PER_TASK", "GPUS_PER_SOCKET", "GPU_BIND", "TRES_BIND", "GRES", "GRES_FLAGS", "CPU_BIND", "CPU_BIND_LIST",
     "CPU_BIND_TYPE", "CPU_BIND_VERBOSE", "MEM_BIND", "MEM_BIND_LIST", "MEM_BIND_PREFER", "MEM_BIND_SORT",
     "MEM_BIND_TYPE", "MEM_BIND_VERBOSE", "DISTRIBUTION", "DIST_PLANESIZE", "HINT", "HOSTFILE", "EXACT", "EXCLUSIVE",
-    "SPREAD_JOB", "USE_MIN_NODES",
+    "SPREAD_JOB", "USE_MIN_NODES", "EXPORT_ENV",
 )  # fmt: skip
 """Variables (SLURM_…) of the batch job, or of the site, that srun takes for options: they would change a step's own
 layout or show a task only some of the GPUs. They are removed for the steps."""
-STEP_ENVIRONMENT = {f"SLURM_{name}": "" for name in JOB_LAYOUT} | {"SRUN_CPUS_PER_TASK": ""}
+STEP_ENVIRONMENT = {f"SLURM_{name}": "" for name in JOB_LAYOUT} | {"SRUN_CPUS_PER_TASK": "", "SRUN_EXPORT_ENV": ""}
 """For every srun of a job; an empty value removes the variable."""
 RANK_SHELL = 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
 """Slurm's words for a rank's place, in ours."""
+FINDING = "vcppo finds: "
+"""Before what a node lacks: prologs and module systems may print to the same output."""
 NETWORK_CHECK = """
 import sys
 from megatron_vcppo.config import ClusterConfig
@@ -34,9 +36,33 @@ from megatron_vcppo.errors import UserError
 try:
     node_network(ClusterConfig(**{keys}))
 except UserError as error:
-    print(error)
+    print({finding!r} + str(error))
     sys.exit(1)
 """
+EXPORT_CPUS = 8
+
+
+def job_config(config: Config, stage: str) -> Config:
+    """The configuration as the stage's job reads it: with the stage's overrides, and what it requests of a node.
+
+    An export is one process that moves files: it requests no GPUs and no exclusive node, unless ``overrides.export``
+    does. config: the run's, as it is stored.
+    """
+    own, given = stage_config(config, stage), (config.overrides.get(stage) or {}).get("cluster", {})
+    if stage != "export":
+        return own
+    sbatch = own.cluster.sbatch
+    if "sbatch" not in given:
+        sbatch = {name: value for name, value in sbatch.items() if name not in ("exclusive", "gres")}
+    cluster = replace(
+        own.cluster,
+        sbatch=sbatch,
+        trainer_nodes=1,
+        trainer_ranks=1,
+        gpus_per_node=given.get("gpus_per_node", 0),
+        cpus_per_node=given.get("cpus_per_node", min(own.cluster.cpus_per_node, EXPORT_CPUS)),
+    )
+    return replace(own, cluster=cluster, overrides={})
 
 
 def stage_nodes(config: Config, stage: str) -> int:
@@ -86,7 +112,8 @@ def step(config: Config, nodes: list[str], tasks_per_node: int, cpus_per_task: i
         "--input=none",
     ]
     if cluster.gpus_per_node:  # every task sees all GPUs of its node, in one order; ranks and engines choose theirs
-        argv += [f"--gpus-per-node={cluster.gpus_per_node}", "--gpu-bind=none"]
+        gres = cluster.sbatch.get("gres")
+        argv += [f"--gres={gres}" if gres else f"--gpus-per-node={cluster.gpus_per_node}", "--gpu-bind=none"]
     if cluster.container_image and cluster.container_runtime == "pyxis":
         argv.append(f"--container-image={cluster.container_image}")
         if cluster.container_mounts:
@@ -164,16 +191,21 @@ def guarded(role_commands: RoleCommands, command: tuple[str, ...]) -> tuple[str,
     return (role_commands.python, *GUARD_ARGUMENTS, ALONE, *command)
 
 
+def findings(output: str) -> list[str]:
+    """What the nodes lack, from the output of ``probe_command``; other lines are the site's."""
+    return [line.partition(FINDING)[2] for line in output.splitlines() if FINDING in line]
+
+
 def probe_command(config: Config, run: RunFolder, role_commands: RoleCommands, hosts: list[str]) -> tuple[str, ...]:
     """One task per node that names what the node lacks: run folder, interpreter, packages, network interface."""
     role_commands = inside(config, role_commands)
     folder, python = shlex.quote(str(run.config)), shlex.quote(role_commands.python)
     cluster = config.cluster
     keys = {name: getattr(cluster, name) for name in ("name", "trainer_nodes", "rollout_nodes", "network_interface")}
-    network = shlex.quote(NETWORK_CHECK.format(keys=keys))
+    network = shlex.quote(NETWORK_CHECK.format(keys=keys, finding=FINDING))
     script = f"""
         where=$SLURMD_NODENAME
-        lacks() {{ echo "$where: $1"; exit 3; }}
+        lacks() {{ echo "{FINDING}$where: $1"; exit 3; }}
         test -r {folder} || lacks "does not see {run.config}: run.dir must be on a shared file system"
         command -v {python} >/dev/null || lacks "has no interpreter {role_commands.python}: see cluster.python"
         problem=$({python} -c 'import importlib.util as u, sys

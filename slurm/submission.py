@@ -10,8 +10,8 @@ from submitit.core.utils import FailedJobError
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import dump_config
-from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.launch.checks import check_inputs, check_run_folder
 from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
 from megatron_vcppo.launch.save_timing import signal_margin_s
@@ -24,11 +24,17 @@ from megatron_vcppo.slurm.slurm_cli import (
     JobState,
     check_scripts,
     check_slurm_installed,
+    commands_folder,
     job_states,
+    site_environment,
     slurm,
     slurm_message,
 )
-from megatron_vcppo.slurm.srun import stage_nodes
+from megatron_vcppo.slurm.srun import job_config, stage_nodes
+
+EXPORT_GB, EXPORT_BYTES_PER_PARAMETER = 16, 5
+"""Memory of an export: files in parts, then one model at a time in float32, whose logits are compared."""
+DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
 class ScriptExecutor(submitit.SlurmExecutor):
@@ -48,8 +54,9 @@ def executor(
     run: RunFolder, config: Config, stage: str, code: Path, role_commands: RoleCommands, after: str | None
 ) -> ScriptExecutor:
     """The batch job of one stage: a controller on its first node, signalled before the time limit."""
-    cluster = stage_config(config, stage).cluster
+    cluster = job_config(config, stage).cluster
     made = ScriptExecutor(folder=run.slurm, python="exec " + shlex.quote(role_commands.python))
+    memory_gb = requested_memory_gb(config, stage)
     minutes = cluster.stage_time_limit_minutes.get(stage, cluster.time_limit_minutes)
     extra: dict[str, Any] = {
         "signal": f"B:USR2@{signal_margin_s(run, stage, cluster.save_margin_s, 60 * minutes)}",
@@ -58,6 +65,8 @@ def executor(
         **{key: True if value == "true" else value for key, value in cluster.sbatch.items()},
     }
     setup = [
+        f"export PATH=${{PATH:-{DEFAULT_PATH}}}",  # a site's --export may leave none
+        f"command -v srun >/dev/null || PATH=$PATH:{shlex.quote(commands_folder())}",
         *cluster.setup,
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "trap '' USR2",  # until the controller listens: a signal during its imports would end the job as failed
@@ -69,8 +78,8 @@ def executor(
         "nodes": stage_nodes(config, stage),
         "ntasks_per_node": 1,
         "cpus_per_task": cluster.cpus_per_node,
-        "gpus_per_node": cluster.gpus_per_node or None,
-        "mem": f"{cluster.memory_per_node_gb:g}GB" if cluster.memory_per_node_gb else None,
+        "gpus_per_node": None if "gres" in cluster.sbatch else cluster.gpus_per_node or None,
+        "mem": None if memory_gb is None else f"{memory_gb:g}GB",
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
@@ -80,16 +89,29 @@ def executor(
         "stderr_to_stdout": True,
         "additional_parameters": extra,
     }
-    made.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
+    given = {key: value for key, value in parameters.items() if value is not None}
+    made.update_parameters(**given, wckey=cluster.wckey)  # submitit's default is a key of its own
     return made
+
+
+def requested_memory_gb(config: Config, stage: str) -> float | None:
+    """Main memory in GB that the stage's job requests per node; None: the cluster's default."""
+    limit = job_config(config, stage).cluster.memory_per_node_gb
+    given = (config.overrides.get(stage) or {}).get("cluster", {})
+    if limit is None or stage != "export" or "memory_per_node_gb" in given:
+        return limit
+    needed = EXPORT_GB + EXPORT_BYTES_PER_PARAMETER * Architecture.from_hf(config.model.hf).parameter_count() / 1e9
+    return min(limit, float(round(needed)))
 
 
 def request_text(config: Config, stage: str) -> str:
     """What the stage's job requests from Slurm, as text."""
-    cluster = stage_config(config, stage).cluster
+    cluster = job_config(config, stage).cluster
     gpus = f"{cluster.gpus_per_node} GPUs and " if cluster.gpus_per_node else ""
     text = f"requested {stage_nodes(config, stage)} nodes with {gpus}{cluster.cpus_per_node} CPUs each"
-    names = [f"{name} {value}" for name in ("partition", "account", "qos") if (value := getattr(cluster, name))]
+    names = [
+        f"{name} {value}" for name in ("partition", "account", "qos", "wckey") if (value := getattr(cluster, name))
+    ]
     return ", ".join([text, *names])
 
 
@@ -159,7 +181,8 @@ def submit(
             before = None
             for stage in todo:
                 made = executor(run, config, stage, code, role_commands, before)
-                before = made.submit(StageJob(run.path, stage, role_commands)).job_id
+                with site_environment(made.script()):
+                    before = made.submit(StageJob(run.path, stage, role_commands)).job_id
                 jobs_of[stage] = before
                 events.append(run.path, "submitted", stage=stage, job=before, code=code.name)
         except FailedJobError as error:

@@ -14,6 +14,7 @@ from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import DONE, SAVED, USER_ERROR
 from megatron_vcppo.launch.attempts import run_stage
 from megatron_vcppo.launch.controller import RoleProcess
+from megatron_vcppo.launch.notify import announce
 from megatron_vcppo.launch.role_commands import (
     ROLE_COMMANDS,
     RoleCommands,
@@ -113,6 +114,9 @@ def run_chain(run: RunFolder, config: Config, stages: list[str], role_commands: 
             else:
                 hint = "fix it and run the same command again" if outcome.code == USER_ERROR else "see the log"
                 say(f"{head} failed after {seconds:.1f} s: {outcome.cause}; {hint}")
+                announce(run, config, stage, outcome.code)
             return outcome.code
+        if stages:
+            announce(run, config, stages[-1], DONE)
     events.append(run.path, "chain_done", stages=stages)
     return DONE

@@ -89,6 +89,11 @@ class StageFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def tensorboard(self) -> Path:
+        """Event files of TensorBoard (run/tensorboard_log.py)."""
+        return self.path / "tensorboard"
+
+    @property
     def profiles(self) -> Path:
         """Position profiles of PPO, a record per iteration."""
         return self.path / "profiles.jsonl"
@@ -154,10 +159,15 @@ class StageFolder:
 
     def last_checkpoint(self, component: str) -> Path | None:
         """The component's folder in the final checkpoint; None if the stage is not done or has no such component."""
+        checkpoint = self.manifest_checkpoint()
+        return checkpoint / component if checkpoint and (checkpoint / component).is_dir() else None
+
+    def manifest_checkpoint(self) -> Path | None:
+        """The final checkpoint; None if the stage is not done or leaves none."""
         if not self.marked_done():
             return None
-        path = path_inside(self.path, read_manifest(self.path)["meta"].get("checkpoint")) / component
-        return path if path.is_dir() else None
+        name = read_manifest(self.path)["meta"].get("checkpoint")
+        return None if name is None else path_inside(self.path, name)
 
     def named_checkpoint(self, name: str) -> Path:
         """A checkpoint by its name: best, or iter_N with or without leading zeros. UserError if it is not there."""

@@ -1,4 +1,5 @@
-"""The metrics log of a stage: metrics.jsonl, one JSON object per iteration, and Weights & Biases if asked.
+"""The metrics log of a stage: metrics.jsonl, one JSON object per iteration; Weights & Biases and TensorBoard if
+requested.
 
 One rank logs; the caller decides which. After a resume the log continues as if nothing had happened: what was logged
 beyond the resumed checkpoint is dropped, because it will be logged again.
@@ -17,6 +18,7 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.files import append_json_line, parse_json_line, read_json_lines, write_bytes, write_text
 from megatron_vcppo.run.folder import StageFolder
 from megatron_vcppo.run.log import say
+from megatron_vcppo.run.tensorboard_log import start_tensorboard
 
 LONGEST_PIECE = "stopping/longest_piece_s"
 """The longest time between two points at which a stage could stop on request, since the record before."""
@@ -35,12 +37,14 @@ class MetricsLog:
         """Open the log of a stage, cut back to ``resume_iteration``.
 
         ``total_iterations`` is repeated in every record, for those who show how far the stage is.
-        Raises UserError if run.wandb is online and Weights & Biases cannot be reached or has no key.
+        Raises UserError if run.wandb is online and Weights & Biases cannot be reached or has no key, or if
+        run.tensorboard is true without the package.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.total_iterations = total_iterations
         self._path = StageFolder(folder).metrics
         cut_back(self._path, resume_iteration)
+        self._tensorboard = start_tensorboard(folder, config, resume_iteration)
         self._wandb = start_wandb(folder, config, stage)
 
     def log(self, iteration: int, metrics: Mapping[str, float | int | str]) -> None:
@@ -50,11 +54,15 @@ class MetricsLog:
             record["total_iterations"] = self.total_iterations
         record |= {name: _plain(value) for name, value in metrics.items()}
         append_json_line(self._path, record)
+        if self._tensorboard is not None:
+            self._tensorboard.log(iteration, metrics)
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=iteration)
 
     def close(self, exit_code: int = 0) -> None:
         """Finish; safe to call twice."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=exit_code)
             self._wandb = None

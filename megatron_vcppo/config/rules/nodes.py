@@ -84,4 +84,21 @@ def time_limits(config: Config) -> Iterator[str]:
         )
 
 
-NODE_RULES = (network, node_cache, container, python_path, secrets, time_limits)
+def run_folder(config: Config) -> Iterator[str]:
+    """Slurm replaces %j, %x and others in the names of log files."""
+    if config.cluster.name != LOCAL and "%" in config.run.dir:
+        yield f"run.dir {config.run.dir}: Slurm replaces % in the names of log files: choose a folder without it"
+
+
+def memory(config: Config) -> Iterator[str]:
+    """A job requests memory per node or per CPU or GPU."""
+    per_node = config.cluster.memory_per_node_gb
+    for name in config.cluster.sbatch if per_node else ():
+        if name.replace("_", "-") in ("mem", "mem-per-cpu", "mem-per-gpu"):
+            yield (
+                f"cluster.sbatch.{name} and cluster.memory_per_node_gb {per_node:g} both request memory: set "
+                "cluster.memory_per_node_gb=null, or remove the option"
+            )
+
+
+NODE_RULES = (network, node_cache, container, python_path, secrets, time_limits, run_folder, memory)

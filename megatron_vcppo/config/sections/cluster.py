@@ -21,6 +21,8 @@ class ClusterConfig:
     """Slurm account; null: the cluster's default."""
     qos: str | None = None
     """Slurm quality of service; null: the cluster's default."""
+    wckey: str | None = None
+    """Slurm workload characterization key; null: none."""
     trainer_nodes: PositiveInt = 1
     """Nodes that run the trainer's ranks."""
     rollout_nodes: NonNegativeInt = 0
@@ -75,7 +77,9 @@ class ClusterConfig:
     container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
     """Starts the roles inside container_image; the controller runs on the host."""
     sbatch: dict[str, str] = field(default_factory=dict)
-    """Additional sbatch options by long name, such as {reservation: big, exclusive: "true"}."""
+    """Additional sbatch options by long name, such as {constraint: ib, exclusive: "true", mem-per-cpu: 8G}. gres (such
+    as gpu:h100:8) replaces the request that follows from gpus_per_node, also that of every srun step; export, which
+    requests no GPUs, leaves it and exclusive out."""
     rollout_restarts: NonNegativeInt = 5
     """Restarts of one rollout node's engines within a job if they die while the trainer lives."""
     crash_retries: NonNegativeInt = 2

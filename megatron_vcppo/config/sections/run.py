@@ -20,9 +20,15 @@ class RunConfig:
     """Also log metrics to Weights & Biases; upload offline runs later with `wandb sync`."""
     wandb_project: str = "megatron_vcppo"
     """Project at Weights & Biases."""
+    tensorboard: bool = False
+    """Also log metrics for TensorBoard (pip install tensorboard), in RUN/STAGE/tensorboard; `tensorboard --logdir RUN`
+    shows them."""
     timeout_s: PositiveFloat = 600.0
     """Deadline in seconds of every collective and of every wait for another process; what takes longer is reported as
     hung. An iteration consists of many of them and may take longer, and so may a save on request (docs/slurm.md)."""
+    notify: str | None = None
+    """Shell command that is run once the chain is done, a stage has failed, or a job is stuck (requeued without
+    progress): VCPPO_EVENT is done, failed or stuck; VCPPO_RUN, VCPPO_STAGE and VCPPO_CAUSE say where and why."""
     skip_limit: PositiveInt = 5
     """Stop the stage (after saving) once this many consecutive updates of one model were skipped for a non-finite loss
     or gradient. Applies to every training stage."""

@@ -1,0 +1,55 @@
+"""What a run can do without: checkpoints that nothing will load, rollouts of a chain that is done."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.run.files import remove
+from megatron_vcppo.run.folder import RunFolder, StageFolder
+from megatron_vcppo.run.manifest import MANIFEST_NAME
+from megatron_vcppo.run.usage import size_bytes
+
+
+@dataclass(frozen=True)
+class Removable:
+    """One file or folder. Example: ``Removable(RUN/ppo/checkpoints/iter_0000020, "old checkpoint", 5_000_000)``."""
+
+    path: Path
+    what: str
+    num_bytes: int
+
+
+def removable(run: RunFolder, stages: Sequence[str]) -> list[Removable]:
+    """What can go without changing what a resume, a later stage or an export finds, by stage.
+
+    Of a stage that is done its last checkpoint stays, of another one the newest complete checkpoint. Rollouts go only
+    when every stage of the chain is done. stages: the chain. UserError if a manifest is damaged.
+    """
+    finished = all(run.stage(stage).is_done(checksums=False) for stage in stages)
+    found = []
+    for stage in stages:
+        folder = run.stage(stage)
+        found += [Removable(path, "old checkpoint", size_bytes(path)) for path in _old_checkpoints(folder)]
+        if finished and folder.rollouts.is_dir():
+            found.append(Removable(folder.rollouts, "rollouts", size_bytes(folder.rollouts)))
+    return found
+
+
+def _old_checkpoints(folder: StageFolder) -> Iterator[Path]:
+    if folder.marked_done():
+        kept = folder.manifest_checkpoint()
+    else:
+        newest = folder.checkpoint_iteration()
+        kept = None if newest is None else folder.checkpoint(newest)
+    if kept is not None:
+        yield from (path for path in sorted(folder.checkpoints.glob("*")) if path.name != kept.name)
+
+
+def clean(found: Sequence[Removable]) -> None:
+    """Remove it. A checkpoint loses its manifest first: what a kill leaves of it counts as incomplete."""
+    for item in found:
+        remove(item.path / MANIFEST_NAME)
+        remove(item.path)
+        if item.path.exists():
+            raise UserError(f"{item.path}: could not be removed: check its permissions")
