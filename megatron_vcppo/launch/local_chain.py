@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -14,6 +14,7 @@ from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import DONE, SAVED, USER_ERROR
 from megatron_vcppo.launch.attempts import run_stage
 from megatron_vcppo.launch.controller import RoleProcess
+from megatron_vcppo.launch.inherit import take_stages
 from megatron_vcppo.launch.role_commands import (
     ROLE_COMMANDS,
     RoleCommands,
@@ -78,11 +79,22 @@ def stop_requests() -> Iterator[dict[str, int]]:
             signal.signal(number, handler)
 
 
-def run_chain(run: RunFolder, config: Config, stages: list[str], role_commands: RoleCommands = ROLE_COMMANDS) -> int:
-    """Run the stages that are not done, in order; returns DONE or the exit code of the stage that did not finish."""
+def run_chain(
+    run: RunFolder,
+    config: Config,
+    stages: list[str],
+    role_commands: RoleCommands = ROLE_COMMANDS,
+    taken: Sequence[Path] = (),
+) -> int:
+    """Run the stages that are not done, in order; returns DONE or the exit code of the stage that did not finish.
+
+    taken: finished stages of another run to begin with (launch/inherit.py). A run that another process holds is
+    refused, and stays as it is.
+    """
     run.make()
     with speaking_as("controller"), run.full_disk_named(), run.locked(), stop_requests() as count:
         write_config(run, config)
+        take_stages(run, taken)
         for number, stage in enumerate(stages, 1):
             head = f"[{number}/{len(stages)}] {stage}:"
             if run.stage(stage).is_done():
