@@ -27,6 +27,7 @@ from megatron_vcppo.run.config_file import write_config
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say, speaking_as
 from megatron_vcppo.run.processes import free_port
+from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE
 
 
 def local_processes(
@@ -41,6 +42,7 @@ def local_processes(
     for rank in range(ranks):
         place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
         place |= {"MASTER_ADDR": address, "MASTER_PORT": port}
+        place |= {SECRET_FILE_VARIABLE: str(run.stage(stage).secret.absolute())}
         file = f"trainer_{rank}.log"
         processes.append(
             RoleProcess(

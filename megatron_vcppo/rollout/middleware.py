@@ -19,7 +19,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, Wei
 from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from megatron_vcppo.rollout.auth import SECRET_FILE_VARIABLE, is_authorized, read_secret
+from megatron_vcppo.rollout.auth import is_authorized
 from megatron_vcppo.rollout.messages import (
     CACHE,
     CORE_IS_DEAD,
@@ -41,6 +41,7 @@ from megatron_vcppo.rollout.messages import (
     TurnReport,
     WakeRequest,
 )
+from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE, read_secret
 
 RECEIVE_SHARE = 0.8
 """Of the time that a push has left after the pause: the workers' deadline, so that one whose worker hangs is told from

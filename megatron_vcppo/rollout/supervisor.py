@@ -16,11 +16,12 @@ import msgspec
 
 from megatron_vcppo.errors import DONE, FAILED
 from megatron_vcppo.rollout import engine_command, rendezvous
-from megatron_vcppo.rollout.auth import bearer, read_secret
+from megatron_vcppo.rollout.auth import bearer
 from megatron_vcppo.rollout.messages import CORE_IS_DEAD, SLEEP, STATUS, SleepRequest, TurnReport
 from megatron_vcppo.rollout.node_folder import Hold, NodeFolder
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
 from megatron_vcppo.run.processes import free_port
+from megatron_vcppo.run.secret import read_secret
 
 log = logging.getLogger(__name__)
 

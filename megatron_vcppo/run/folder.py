@@ -19,6 +19,7 @@ from megatron_vcppo.run.manifest import MANIFEST_NAME, path_inside, read_manifes
 
 STATE_NAME = "state.json"
 """In a checkpoint: the iteration and what the stage keeps besides weights."""
+SECRET_NAME = "secret"
 RECENT_BYTES = 1 << 18
 _ATTEMPT = re.compile(r"attempt_\d{1,9}")
 _ITERATION = re.compile(r"iter_(\d{7,18})$")
@@ -64,6 +65,11 @@ class StageFolder:
     def rendezvous(self) -> Path:
         """Where the engines of the stage publish their addresses."""
         return self.path / "rendezvous"
+
+    @property
+    def secret(self) -> Path:
+        """What the processes of an attempt know each other by (run/secret.py)."""
+        return self.rendezvous / SECRET_NAME
 
     @property
     def logs(self) -> Path:

@@ -11,8 +11,9 @@ import pytest
 from megatron_vcppo.config import EngineConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.rollout import engine_command
-from megatron_vcppo.rollout.auth import is_authorized, make_secret, read_secret
+from megatron_vcppo.rollout.auth import is_authorized
 from megatron_vcppo.run.processes import without_trainer
+from megatron_vcppo.run.secret import make_secret, read_secret
 
 
 def command(model: Path, on_gpu: bool = False, sleeps: bool = False) -> list[str]:
@@ -31,7 +32,7 @@ def command(model: Path, on_gpu: bool = False, sleeps: bool = False) -> list[str
 
 def test_the_first_process_makes_the_secret_and_all_read_the_same(tmp_path) -> None:
     path = tmp_path / "rendezvous" / "secret"
-    code = "import sys, pathlib; from megatron_vcppo.rollout.auth import make_secret, read_secret\n"
+    code = "import sys, pathlib; from megatron_vcppo.run.secret import make_secret, read_secret\n"
     code += "path = pathlib.Path(sys.argv[1]); make_secret(path); print(read_secret(path))"
     makers = [
         subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) for _ in range(6)

@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from megatron_vcppo.rollout.auth import SECRET_FILE_VARIABLE, make_secret, read_secret
 from megatron_vcppo.rollout.messages import CORE_IS_DEAD, SLEEP, STATUS, WAKE, SleepRequest, TurnReport, WakeRequest
 from megatron_vcppo.rollout.middleware import Middleware
+from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE, make_secret, read_secret
 
 OUT_OF_MEMORY = "CUDA Error: out of memory at cumem_allocator.cpp"
 

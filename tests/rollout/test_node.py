@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM
 
 from megatron_vcppo.records import Rollout
 from megatron_vcppo.rollout import engine_http, messages
-from megatron_vcppo.rollout.auth import bearer, read_secret
+from megatron_vcppo.rollout.auth import bearer
 from megatron_vcppo.rollout.client import RolloutError
 from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.run.processes import alive
+from megatron_vcppo.run.secret import read_secret
 from megatron_vcppo.weight_sync.joiners import begin, finish_with_joiners
 from megatron_vcppo.weight_sync.sync import WeightSyncError
 from megatron_vcppo.weight_sync.transport import DiskTransport

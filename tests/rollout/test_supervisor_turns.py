@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.rollout import supervisor
-from megatron_vcppo.rollout.auth import make_secret
 from megatron_vcppo.rollout.node_folder import TRAINER, NodeFolder
 from megatron_vcppo.rollout.rendezvous import SECRET, engines
 from megatron_vcppo.rollout.supervisor import Limits, Slot
 from megatron_vcppo.run.processes import alive
+from megatron_vcppo.run.secret import make_secret
 from tests.helpers.engines import wait_until
 
 ENGINE = """

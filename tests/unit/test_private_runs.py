@@ -10,6 +10,7 @@ import yaml
 from megatron_vcppo.cli import main
 from megatron_vcppo.commands.arguments import prepare
 from megatron_vcppo.config.load import dump_config, load_config
+from megatron_vcppo.config.sections.run import Access
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.config_file import write_config
 from megatron_vcppo.run.folder import RunFolder
@@ -40,7 +41,8 @@ def test_a_run_folder_is_private_unless_a_key_opens_it(recipe: Path, tmp_path: P
     run, config = prepare(recipe, [])
     run.make()
     assert mode(run.path) == 0o700, "before the configuration is in it"
-    for access, expected in (("private", 0o700), ("group", 0o2750), ("private", 0o700)):
+    modes: dict[Access, int] = {"group": 0o2750, "private": 0o700}
+    for access, expected in modes.items():
         config.run.access = access
         write_config(run, config)
         assert mode(run.path) == expected

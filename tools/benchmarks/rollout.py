@@ -21,11 +21,11 @@ import psutil
 
 from megatron_vcppo.records import Prompt
 from megatron_vcppo.rollout import engine_http, messages
-from megatron_vcppo.rollout.auth import read_secret
 from megatron_vcppo.rollout.client import RolloutClient
 from megatron_vcppo.rollout.engine_command import Placement, environment
 from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.run.processes import without_trainer
+from megatron_vcppo.run.secret import read_secret
 from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
 from tools.benchmarks._rollout_node import MAX_LENGTH, RolloutNode, make_prompts, save_policy
 
