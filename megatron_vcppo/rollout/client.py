@@ -131,7 +131,7 @@ class _Generation:
     def __init__(
         self,
         client: RolloutClient,
-        session: aiohttp.ClientSession,
+        session: engine_http.Session,
         fleet: Fleet,
         sampling: Sampling,
         requests: list[PendingRequest],

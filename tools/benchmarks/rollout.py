@@ -119,8 +119,8 @@ def vllm_route(node: RolloutNode, prompts: list[Prompt], new_tokens: int) -> flo
             async def one(index: int, prompt: Prompt) -> None:
                 body = {"model": "policy", "prompt": list(prompt.token_ids), "max_tokens": new_tokens, "seed": index,
                         "ignore_eos": True, "logprobs": 0, "return_token_ids": True}  # fmt: skip
-                async with session.post(node.engines()[0].url + "/v1/completions", json=body) as reply:
-                    reply.raise_for_status()
+                engine, no_limit = node.engines()[0], aiohttp.ClientTimeout(total=None)
+                async with session.ask(engine, "POST", "/v1/completions", body, no_limit) as reply:
                     await reply.json()
 
             await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts)))
