@@ -1,8 +1,10 @@
 """Frozen records that travel between phases: what a prompt, a rollout and a training sequence are.
 
-No torch, no numpy: these records cross process borders as JSON and are written to disk as they are.
+No torch, no numpy: configuration and command line load them on a login node.
 """
 
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,10 +32,12 @@ class Rollout:
     """Which of the n samples of this prompt, from 0."""
     seed: int
     """The sampling seed, derived from (run seed, iteration, prompt id, sample index)."""
-    response_ids: tuple[int, ...]
+    response_ids: Sequence[int]
+    """Kept as an ``array`` of 4 bytes per token, whatever is given."""
     response_text: str
-    rollout_logprobs: tuple[float, ...]
-    """log p(token) under the engine's policy and sampling temperature, one per response token."""
+    rollout_logprobs: Sequence[float]
+    """log p(token) under the engine's policy and sampling temperature, one per response token; kept as an ``array`` of
+    float32."""
     finish_reason: str
     """"stop" (an end token was sampled) or "length" (truncated at max_tokens)."""
     policy_version: int
@@ -42,6 +46,12 @@ class Rollout:
     """Why the reward is what it is: "correct", "wrong", "no answer", "timeout", "error: …"."""
     model_score: float | None = None
     """What the reward model gave, before normalization; None without one. ``reward`` is the verifier's alone."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("response_ids", "i"), ("rollout_logprobs", "f")):
+            value = getattr(self, name)
+            if not isinstance(value, array):
+                object.__setattr__(self, name, array(kind, value))
 
     @property
     def truncated(self) -> bool:
@@ -55,15 +65,44 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class RolloutPart:
+    """The rollouts of a batch that one process has, and their places in the order of the batch, which rise.
+
+    Places are unique within the batch and need not follow each other.
+    """
+
+    places: Sequence[int] = ()
+    rollouts: Sequence[Rollout] = ()
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+    @classmethod
+    def whole(cls, rollouts: Sequence[Rollout]) -> "RolloutPart":
+        """A whole batch in its order."""
+        return cls(range(len(rollouts)), rollouts)
+
+    @classmethod
+    def of(cls, placed: Iterable[tuple[int, Rollout]]) -> "RolloutPart":
+        """From (place, rollout), in any order."""
+        ordered = sorted(placed, key=lambda item: item[0])
+        return cls([place for place, _ in ordered], [rollout for _, rollout in ordered])
+
+    def items(self) -> Iterator[tuple[int, Rollout]]:
+        """(place, rollout), by place."""
+        return zip(self.places, self.rollouts, strict=True)
+
+
+@dataclass(frozen=True)
 class TrainSequence:
     """One training sequence before packing: token ids and per-token fields of the same length.
 
     ``fields`` maps a name to one number per token ("loss_mask", "advantages", …), a tuple or an array; position t
     belongs to the token at t. What is predicted (log-probs) or regressed (values) for token t comes from the model's
-    output at position t - 1; packing shifts, callers never do.
+    output at position t - 1; packing shifts, callers never do. token_ids: a tuple or an array.
     """
 
-    token_ids: tuple[int, ...]
+    token_ids: Any
     fields: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:

@@ -56,11 +56,3 @@ def soft_overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tens
     """
     assert 0 < buffer <= max_length, f"buffer {buffer} is not in 1 … max_length {max_length}"
     return ((max_length - buffer - lengths.double()) / buffer).clamp(-1.0, 0.0).to(torch.get_default_dtype())
-
-
-def filter_overlong(mask: Tensor, truncated: Tensor) -> Tensor:
-    """The mask without the rows of truncated responses (DAPO's overlong filtering): they teach nothing.
-
-    mask: bool [B, T]; truncated: bool [B]. Returns bool [B, T].
-    """
-    return mask & ~truncated[:, None]

@@ -30,6 +30,11 @@ def last_valid(mask: Tensor) -> Tensor:
     return mask & (after == 1)
 
 
+def first_of_row(mask: Tensor) -> Tensor:
+    """Bool [B, T]: only the first True of each row of ``mask`` [B, T]; an empty row stays empty."""
+    return mask & (mask.cumsum(1) == 1)
+
+
 def valid_index(mask: Tensor) -> Tensor:
     """int64 [B, T]: how many valid tokens lie before each token of its row (gaps do not count)."""
     return mask.cumsum(1) - mask.long()

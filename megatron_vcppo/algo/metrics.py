@@ -7,7 +7,7 @@ derived from means of powers after that.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -50,6 +50,13 @@ def add(parts: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> Metrics:
         name: (sum((p[name][0] for p in rest), first[name][0]), sum((p[name][1] for p in rest), first[name][1]))
         for name in first
     }
+
+
+def add_over(metrics: Metrics, total: Callable[[Tensor], Tensor]) -> Metrics:
+    """Metrics summed over ranks, all of which have the same names and shapes. total: sums a float64 [n] over them."""
+    flat = torch.cat([part.double().flatten() for pair in metrics.values() for part in pair])
+    parts = iter(total(flat).split([part.numel() for pair in metrics.values() for part in pair]))
+    return {name: (next(parts).view(s.shape), next(parts).view(w.shape)) for name, (s, w) in metrics.items()}
 
 
 def means(metrics: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

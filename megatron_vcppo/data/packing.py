@@ -8,7 +8,7 @@ segment, so every per-token field is moved one place to the left inside its segm
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -70,15 +70,17 @@ class PackedMicrobatch:
             fields={name: values.to(device) for name, values in self.fields.items()},
         )
 
-    def unpack(self, values: Tensor) -> list[list[float]]:
-        """Undo packing and shift for a model output: one list per sequence, entry t belongs to its token t.
+    def unpack(self, values: Tensor) -> list[Tensor]:
+        """Undo packing and shift for a model output: a CPU tensor per sequence, entry t belongs to its token t.
 
-        values: [T], aligned with ``labels``. Entry 0 of each list is 0: nothing predicts the first token.
+        values: [T], aligned with ``labels``. Entry 0 of each tensor is 0: nothing predicts the first token.
         """
         assert values.shape == self.token_ids.shape, f"{tuple(values.shape)} values for {self.num_tokens} tokens"
-        flat = values.tolist()
-        starts = self.cu_seqlens.tolist()
-        return [[0.0, *flat[s : s + n - 1]] for s, n in zip(starts, self.lengths, strict=False)]
+        flat, starts = values.cpu(), self.cu_seqlens.tolist()
+        return [
+            torch.cat((flat.new_zeros(1), flat[start : start + length - 1]))
+            for start, length in zip(starts, self.lengths, strict=False)
+        ]
 
 
 def pack(
@@ -144,15 +146,19 @@ def pack_all(
     return [pack(sequences, indices, multiple, segment_multiple) for indices in bins]
 
 
-def unpack_all(microbatches: Sequence[PackedMicrobatch], values: Sequence[Tensor]) -> list[list[float]]:
-    """``PackedMicrobatch.unpack`` over the result of ``pack_all``: one list per sequence, in the original order.
+def unpack_all(microbatches: Sequence[PackedMicrobatch], values: Sequence[Tensor]) -> list[Tensor]:
+    """``PackedMicrobatch.unpack`` over the result of ``pack_all``: a tensor per sequence, in the original order.
 
     values: per micro-batch one number per token, [T].
     """
-    rows: dict[int, list[float]] = {}
-    for microbatch, output in zip(microbatches, values, strict=True):
-        rows.update(zip(microbatch.sequence_index, microbatch.unpack(output), strict=True))
+    rows = dict(unpack_each(microbatches, values))
     return [rows[i] for i in range(len(rows))]
+
+
+def unpack_each(microbatches: Sequence[PackedMicrobatch], values: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """``unpack_all`` one by one, in the order of the micro-batches: (index of the sequence, its values)."""
+    for microbatch, output in zip(microbatches, values, strict=True):
+        yield from zip(microbatch.sequence_index, microbatch.unpack(output), strict=True)
 
 
 def pack_into_microbatches(lengths: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:

@@ -3,10 +3,10 @@
 ``checkpoints/iter_0000120/`` holds one sub-folder per component ("actor", "critic"), each a complete
 dist_checkpointing folder with its own manifest, from which an export needs nothing else; ``state.json``; and a
 manifest over everything. It is written as ``.iter_0000120.tmp`` and renamed when all is there, so a kill in the middle
-of a save costs that save only. A stage that was asked to stop within an iteration also has ``tensors.safetensors``:
-what the rest of the iteration needs and cannot be computed from weights that have moved. There is no random state to
-save: nothing in a training step draws random numbers (no dropout), and the order of the data is a function of the seed
-and the number of samples seen.
+of a save costs that save only. A stage that was asked to stop within an iteration also has
+``tensors_KofM.safetensors``, one file per replica: what the rest of the iteration needs and cannot be computed from
+weights that have moved. There is no random state to save: nothing in a training step draws random numbers (no dropout),
+and the order of the data is a function of the seed and the number of samples seen.
 """
 
 import functools
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -54,8 +54,8 @@ class Resumed:
     iteration: int
     state: dict[str, Any]
     """The stage's own state, as it was given to ``save``."""
-    tensors: dict[str, Tensor]
-    """As they were given to ``save``, on the CPU; empty if there were none."""
+    tensor_files: tuple[Path, ...]
+    """What each replica gave to ``save``, as safetensors, in the order of the replicas; empty if there is nothing."""
 
 
 class CheckpointFolder:
@@ -96,8 +96,8 @@ class CheckpointFolder:
     ) -> None:
         """Save as ``iter_<iteration>``; with async_save, complete only after a later ``poll`` or ``finish``.
 
-        tensors: CPU tensors of the stage's own state, the same on every rank. A checkpoint of this iteration that is
-        there already is replaced once the new one is complete.
+        tensors: CPU tensors of the stage's own state, which each replica's leader writes. A checkpoint of this
+        iteration that is there already is replaced once the new one is complete.
         """
         for learner in components.values():
             check_resident(learner.storages())
@@ -108,10 +108,11 @@ class CheckpointFolder:
             shutil.rmtree(temporary, ignore_errors=True)  # left by a save that a signal or a full disk cut short
             for name in components:
                 (temporary / name).mkdir(parents=True, exist_ok=True)
-            if tensors:
-                save_file(dict(tensors), temporary / TENSORS_NAME)
-                sync(temporary / TENSORS_NAME)
         dist.barrier()
+        if tensors and self.runtime.is_leader:
+            path = temporary / f"tensors_{self.runtime.dp_rank}of{self.runtime.dp_size}.safetensors"
+            save_file(dict(tensors), path)
+            sync(path)
         self.temporary = temporary
         meta = {"iteration": iteration, "components": sorted(components), "config_hash": self.config_hash}
         # Serialized now: the caller may mutate ``state`` while the background save runs.
@@ -189,8 +190,7 @@ class CheckpointFolder:
             say(f"note: {path} was saved under another configuration")
         for name, learner in components.items():
             load_learner(learner, path / name)
-        tensors = load_file(path / TENSORS_NAME) if (path / TENSORS_NAME).exists() else {}
-        return Resumed(content["iteration"], content["state"], tensors)
+        return Resumed(content["iteration"], content["state"], _tensor_files(path))
 
     def _complete(
         self,
@@ -258,6 +258,15 @@ def _read_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged: {error!r}") from None
     return content
+
+
+def _tensor_files(checkpoint: Path) -> tuple[Path, ...]:
+    """By replica. One file for all: of a checkpoint that was made when every rank held the whole batch."""
+    found = {
+        int(path.name.split("_")[1].partition("of")[0]): path for path in checkpoint.glob("tensors_*of*.safetensors")
+    }
+    whole = checkpoint / TENSORS_NAME
+    return tuple(found[k] for k in sorted(found)) or ((whole,) if whole.exists() else ())
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -36,6 +36,25 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
     return model.layers == "transformer_engine"
 
 
+def unfused_attention() -> str | None:
+    """What is wrong if Transformer Engine's last attention in bfloat16 or float16 was its unfused one, else None.
+
+    It falls back silently, for instance where cuDNN's libraries do not fit each other, and then needs memory and time
+    that grow with the square of a micro-batch's tokens. In float32 it has no other.
+    """
+    if not HAVE_TE:
+        return None
+    from transformer_engine.pytorch.attention.dot_product_attention import _attention_backends as chosen
+
+    parameters = chosen["attention_params"]
+    if parameters is None or not chosen["use_unfused_attention"] or parameters.qkv_dtype == torch.float32:
+        return None
+    return (
+        "Transformer Engine has neither fused nor flash attention here, so that attention needs memory with the square "
+        "of a micro-batch's tokens; NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 in the environment prints why"
+    )
+
+
 class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm whose weight is marked for the gradient sum that sequence parallelism needs."""
 

@@ -56,6 +56,8 @@ class Runtime:
     seed: int
     timeout_s: float
     """The deadline of every collective, and of any other wait of a rank."""
+    replica_group: Any = field(default=None, compare=False, repr=False)
+    """A gloo group of the replica's ranks, its leader first; None if it is the only one."""
     on_main_calls: Iterator[int] = field(default_factory=itertools.count, init=False, compare=False, repr=False)
     """Numbers the calls of ``on_main``, the same on every rank: each has its own keys in the store."""
 
@@ -63,6 +65,11 @@ class Runtime:
     def is_main(self) -> bool:
         """The one rank that logs and writes manifests."""
         return self.rank == 0
+
+    @property
+    def is_leader(self) -> bool:
+        """The first rank of a replica, which has its rollouts from the engines; the main rank is one."""
+        return self.tp_rank == self.pp_rank == self.cp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
@@ -120,8 +127,27 @@ def start(parallel: ParallelConfig, seed: int, timeout_s: float) -> Runtime:
         device=device(),
         seed=seed,
         timeout_s=timeout_s,
+        replica_group=_replica_group(timeout),
     )
     return _runtime
+
+
+def _replica_group(timeout: datetime.timedelta) -> Any:
+    """Megatron has no group over tensor, context and pipeline ranks together; collective over all ranks."""
+    inner = parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()
+    replicas = parallel_state.get_data_parallel_world_size()
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    if inner * stages == 1:
+        return None
+    # Ranks are numbered by tensor, context, data and pipeline rank, the first fastest.
+    members = [
+        [inner * (replicas * stage + replica) + i for stage in range(stages) for i in range(inner)]
+        for replica in range(replicas)
+    ]
+    groups = [dist.new_group(ranks, timeout, "gloo") for ranks in members]
+    mine = parallel_state.get_data_parallel_rank()
+    assert dist.get_rank() in members[mine], f"rank {dist.get_rank()} is not in {members[mine]}"
+    return groups[mine]
 
 
 def current() -> Runtime:
@@ -173,6 +199,13 @@ def any_rank(flag: bool) -> bool:
     vote = torch.tensor([int(flag)], device=device())
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
     return bool(vote.item())
+
+
+def sum_over_ranks(number: int) -> int:
+    """The sum of a number over all ranks; collective."""
+    total = torch.tensor([number], device=device())
+    dist.all_reduce(total)
+    return int(total.item())
 
 
 def sum_over_replicas(tensor: torch.Tensor) -> torch.Tensor:

@@ -255,9 +255,9 @@ class _Generation:
             prompt=item.prompt,
             sample_index=item.sample_index,
             seed=item.request.seed,
-            response_ids=tuple(response.token_ids),
+            response_ids=response.token_ids,
             response_text=self.client.decode(response.token_ids),
-            rollout_logprobs=tuple(response.logprobs),
+            rollout_logprobs=response.logprobs,
             finish_reason=response.finish_reason,
             policy_version=response.policy_version,
         )

@@ -1,31 +1,40 @@
-"""The rollouts of an iteration on disk: ``rollouts/iter_NNNNNNN_0of1.jsonl.zst``, one record per line.
+"""The rollouts of an iteration on disk: ``rollouts/iter_NNNNNNN_KofM.npz``, a file per data-parallel leader.
 
-The main rank writes them. Readable without this project: ``zstdcat FILE | jq``. What the data-parallel leaders had of
-an iteration that a stop request interrupted is in ``partial_NNNNNNN_KofM.jsonl.zst``, a file per leader, until the
-iteration is complete.
+An iteration is stored when all M files of one M are there. What the leaders had of an iteration that a stop request
+interrupted is in ``partial_NNNNNNN_KofM.npz`` until the iteration is complete.
+
+A file holds arrays (``numpy.load`` reads them, without this project): ``schema``; ``places`` [n], of each rollout in
+the order of the iteration; ``prompt_ids`` and ``response_ids``, int32, and ``rollout_logprobs``, float32, of all
+rollouts one after the other, with ``prompt_lengths`` and ``response_lengths`` [n]; and ``records``, all else as UTF-8
+text, one JSON object per rollout and line. Runs made before schema 2 have one ``.jsonl.zst`` per iteration, which is
+read as well.
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+import zipfile
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import zstandard
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.records import Rollout
+from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.run.files import parse_json, replacing, write_json
 from megatron_vcppo.run.folder import RunFolder, iteration_name, iteration_of
 from megatron_vcppo.run.log import say
 
 _decoder = msgspec.json.Decoder(Rollout)
-_SUFFIX = ".jsonl.zst"
-_NAME = re.compile(r"(iter_\d{7,})_0of1\.jsonl\.zst")
-_PARTIAL = re.compile(r"partial_(-?\d+)_\d+of\d+\.jsonl\.zst")
+SCHEMA = 2
+_SUFFIX, _SUFFIX_BEFORE = ".npz", ".jsonl.zst"
+_NAME = re.compile(r"(iter_\d{7,})_(\d+)of(\d+)(?:\.npz|\.jsonl\.zst)")
+_PARTIAL = re.compile(r"partial_(-?\d+)_\d+of\d+(?:\.npz|\.jsonl\.zst)")
 Origin = dict[str, Any]
 """Dotted key → value."""
 ORIGIN_NAME = "origin.json"
@@ -41,33 +50,33 @@ SET_NAME = "set.json"
 """Written last of all into the folder of a set."""
 
 
-def write_rollouts(folder: Path, iteration: int, rollouts: Iterable[Rollout]) -> Path:
-    """Write an iteration's rollouts; replaces what an earlier attempt wrote."""
-    path = _path(folder, iteration)
+def write_rollouts(folder: Path, iteration: int, rollouts: RolloutPart, part: int = 0, num_parts: int = 1) -> Path:
+    """Write one leader's part of an iteration's rollouts; replaces what an earlier attempt wrote there."""
+    path = folder / f"{iteration_name(iteration)}_{part}of{num_parts}{_SUFFIX}"
     _write(path, rollouts)
     return path
 
 
-def write_partial(folder: Path, iteration: int, rollouts: Iterable[Rollout], part: int, num_parts: int) -> Path:
+def write_partial(folder: Path, iteration: int, rollouts: RolloutPart, part: int, num_parts: int) -> Path:
     """Write what one leader has of an iteration that is not complete; those not yet scored have no reward.
 
     iteration: negative for evaluations within a stage, which are not stored when they are complete.
     """
-    path = folder / f"partial_{iteration:07d}_{part}of{num_parts}.jsonl.zst"
+    path = folder / f"partial_{iteration:07d}_{part}of{num_parts}{_SUFFIX}"
     _write(path, rollouts)
     return path
 
 
 def read_partial(folder: Path, iteration: int) -> list[Rollout]:
     """All that ``write_partial`` kept of an iteration, under any number of leaders, each response once."""
-    paths = sorted(folder.glob(f"partial_{iteration:07d}_*.jsonl.zst"))
-    found = (rollout for path in paths for rollout in _read(path))
+    paths = sorted(folder.glob(f"partial_{iteration:07d}_*"))
+    found = (rollout for path in paths if _PARTIAL.fullmatch(path.name) for _, rollout in _read(path))
     return list({(rollout.prompt.prompt_id, rollout.sample_index): rollout for rollout in found}.values())
 
 
 def drop_partial(folder: Path, iteration: int) -> None:
     """Remove what ``write_partial`` kept of an iteration."""
-    for path in folder.glob(f"partial_{iteration:07d}_*.jsonl.zst"):
+    for path in folder.glob(f"partial_{iteration:07d}_*"):
         path.unlink(missing_ok=True)
 
 
@@ -76,51 +85,134 @@ def partial_iterations(folder: Path) -> list[int]:
     return sorted({int(match[1]) for path in folder.glob("partial_*") if (match := _PARTIAL.fullmatch(path.name))})
 
 
-def _write(path: Path, rollouts: Iterable[Rollout]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, zstandard.open(temporary, "wt", encoding="utf-8") as file:
-        for rollout in rollouts:
-            record = {**asdict(rollout), "length": len(rollout.response_ids)}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _read(path: Path) -> Iterator[Rollout]:
-    try:
-        with zstandard.open(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                yield _decoder.decode(line)
-    except (zstandard.ZstdError, msgspec.MsgspecError, ValueError, EOFError, RecursionError) as error:
-        raise UserError(f"{path}: damaged: {' '.join(str(error).split())[:200]}") from None
-
-
 def read_rollouts(folder: Path, iteration: int) -> list[Rollout]:
-    """All rollouts of an iteration, as they were written. UserError if there are none."""
-    return list(iterate_rollouts(folder, iteration))
+    """All rollouts of an iteration in its order. UserError if there are none."""
+    return list(read_places(folder, iteration).rollouts)
+
+
+def read_places(
+    folder: Path, iteration: int, wanted: Callable[[int, Rollout], bool] = lambda place, rollout: True
+) -> RolloutPart:
+    """Those of an iteration's rollouts that are ``wanted``, with their places. UserError if it is not stored."""
+    return RolloutPart.of(item for item in _read_all(folder, iteration) if wanted(*item))
 
 
 def iterate_rollouts(folder: Path, iteration: int) -> Iterator[Rollout]:
-    """``read_rollouts`` one by one, for iterations that are larger than memory."""
-    path = _path(folder, iteration)
-    if not path.exists():
+    """All rollouts of an iteration, one leader's part after the other, of which one is held in memory at a time."""
+    return (rollout for _, rollout in _read_all(folder, iteration))
+
+
+def _read_all(folder: Path, iteration: int) -> Iterator[tuple[int, Rollout]]:
+    paths = _complete(folder).get(iteration)
+    if paths is None:
         known = stored_iterations(folder)
         there = f"; there are iterations {known[0]} to {known[-1]}" if known else ""
         raise UserError(f"{folder}: no rollouts of iteration {iteration}{there}")
-    yield from _read(path)
+    for path in paths:
+        yield from _read(path)
+
+
+def _write(path: Path, rollouts: RolloutPart) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for rollout in rollouts.rollouts:
+        record = {**vars(rollout), "prompt": {**vars(rollout.prompt)}, "length": len(rollout.response_ids)}
+        del record["prompt"]["token_ids"], record["response_ids"], record["rollout_logprobs"]
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    prompts, responses, logprobs = (
+        [rollout.prompt.token_ids for rollout in rollouts.rollouts],
+        [rollout.response_ids for rollout in rollouts.rollouts],
+        [rollout.rollout_logprobs for rollout in rollouts.rollouts],
+    )
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            schema=np.int64(SCHEMA),
+            places=np.asarray(rollouts.places, dtype=np.int64),
+            prompt_ids=_joined(prompts, np.int32),
+            prompt_lengths=np.asarray([*map(len, prompts)], dtype=np.int64),
+            response_ids=_joined(responses, np.int32),
+            response_lengths=np.asarray([*map(len, responses)], dtype=np.int64),
+            rollout_logprobs=_joined(logprobs, np.float32),
+            records=np.frombuffer("".join(lines).encode(), dtype=np.uint8),
+        )
+
+
+def _joined(rows: Sequence[Sequence[float]], dtype: type) -> np.ndarray:
+    return np.concatenate([np.asarray(row, dtype=dtype) for row in rows] or [np.zeros(0, dtype)])
+
+
+def _read(path: Path) -> Iterator[tuple[int, Rollout]]:
+    """(place, rollout) of one file of any schema. UserError for one that is damaged, or newer than this code."""
+    try:
+        yield from _read_file(path)
+    except (OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, zipfile.BadZipFile, zstandard.ZstdError,
+            msgspec.MsgspecError) as error:  # fmt: skip
+        raise UserError(f"{path}: damaged: {' '.join(str(error).split())[:200]}") from None
+
+
+def _read_file(path: Path) -> Iterator[tuple[int, Rollout]]:
+    if path.name.endswith(_SUFFIX_BEFORE):
+        with zstandard.open(path, "rt", encoding="utf-8") as file:
+            yield from enumerate(map(_decoder.decode, file))
+        return
+    with np.load(path, allow_pickle=False) as content:
+        if (schema := int(content["schema"])) != SCHEMA:
+            raise UserError(f"{path}: rollouts of schema {schema}; this version reads {SCHEMA}: update it")
+        arrays = {name: content[name] for name in content.files if name != "schema"}
+    prompt_ends, response_ends = (arrays[f"{name}_lengths"].cumsum().tolist() for name in ("prompt", "response"))
+    lines = arrays["records"].tobytes().decode().split("\n")
+    start = prompt_start = 0
+    for place, line, prompt_end, end in zip(arrays["places"].tolist(), lines, prompt_ends, response_ends, strict=False):
+        record = json.loads(line)
+        del record["length"]
+        record["prompt"] = Prompt(
+            **record["prompt"], token_ids=tuple(arrays["prompt_ids"][prompt_start:prompt_end].tolist())
+        )
+        tokens: dict[str, Any] = {
+            "response_ids": array("i", arrays["response_ids"][start:end].tobytes()),
+            "rollout_logprobs": array("f", arrays["rollout_logprobs"][start:end].tobytes()),
+        }
+        yield place, Rollout(**record, **tokens)
+        start, prompt_start = end, prompt_end
 
 
 def drop_rollouts(folder: Path, iteration: int) -> None:
-    """Remove an iteration's rollouts."""
-    _path(folder, iteration).unlink(missing_ok=True)
+    """Remove an iteration's rollouts, complete or not."""
+    for path in folder.glob(f"{iteration_name(iteration)}_*"):
+        path.unlink(missing_ok=True)
+
+
+def keep_as_partial(folder: Path, iteration: int) -> None:
+    """Make parts of an iteration that is not complete what ``read_partial`` finds: a kill came while it was stored."""
+    name = iteration_name(iteration)
+    for path in folder.glob(f"{name}_*"):
+        path.replace(path.with_name(f"partial_{iteration:07d}{path.name.removeprefix(name)}"))
+
+
+def drop_other_parts(folder: Path, iteration: int, num_parts: int) -> None:
+    """Remove the files that an attempt with another number of leaders left of an iteration."""
+    for path in folder.glob(f"{iteration_name(iteration)}_*"):
+        if (match := _NAME.fullmatch(path.name)) and int(match[3]) != num_parts:
+            path.unlink(missing_ok=True)
 
 
 def stored_iterations(folder: Path) -> list[int]:
-    """The iterations that are stored, in order."""
-    names = [match[1] for path in folder.glob(f"*{_SUFFIX}") if (match := _NAME.fullmatch(path.name))]
-    return sorted(found for name in names if (found := iteration_of(name)) is not None)
+    """The iterations of which every part is stored, in order."""
+    return sorted(_complete(folder))
 
 
-def _path(folder: Path, iteration: int) -> Path:
-    return folder / f"{iteration_name(iteration)}_0of1{_SUFFIX}"
+def _complete(folder: Path) -> dict[int, list[Path]]:
+    """The files of each iteration that is stored whole, by part."""
+    found: dict[tuple[int, int], dict[int, Path]] = {}
+    for path in folder.glob("iter_*"):
+        if (match := _NAME.fullmatch(path.name)) and (iteration := iteration_of(match[1])) is not None:
+            found.setdefault((iteration, int(match[3])), {})[int(match[2])] = path
+    return {
+        iteration: [parts[k] for k in range(num_parts)]
+        for (iteration, num_parts), parts in sorted(found.items())
+        if parts.keys() >= set(range(num_parts))
+    }
 
 
 def origin_differences(folder: Path, made: Origin) -> list[str]:

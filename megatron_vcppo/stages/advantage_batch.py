@@ -1,5 +1,9 @@
-"""From scored rollouts and values to advantages and critic targets: the same tensors on every rank."""
+"""From scored rollouts and values to advantages and critic targets.
 
+Each replica works on its share of the rollouts; what is a property of the batch comes from sums over the replicas.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +18,13 @@ from megatron_vcppo.algo.advantages import (
 )
 from megatron_vcppo.algo.diagnostics import batch_diagnostics, length_statistics, summarize
 from megatron_vcppo.algo.gae import decoupled_gae
-from megatron_vcppo.algo.kl import filter_overlong, kl_estimate, soft_overlong_penalty, token_rewards
-from megatron_vcppo.algo.masked import masked_moments
+from megatron_vcppo.algo.kl import kl_estimate, soft_overlong_penalty, token_rewards
+from megatron_vcppo.algo.masked import first_of_row, masked_moments
+from megatron_vcppo.algo.metrics import Metrics, add, add_over, means
 from megatron_vcppo.config import AdvantageConfig, PolicyLossConfig, ReturnsConfig
-from megatron_vcppo.data.rollout_batch import ModelOutputs, RolloutBatch
+from megatron_vcppo.data.rollout_share import ModelOutputs, RolloutShare, RolloutTable
 from megatron_vcppo.integers import ceil_div
-from megatron_vcppo.rewards.verifier import Verdict
+from megatron_vcppo.mcore.runtime import sum_over_replicas
 
 NUM_POSITION_BINS = 64
 """Bins of the absolute profiles, over rollout.max_tokens."""
@@ -28,19 +33,20 @@ END_OF_THINKING = "</think>"
 
 @dataclass(frozen=True)
 class AdvantageBatch:
-    """All [B, T]; 0 where ``mask`` is False."""
+    """Of a replica's share of the batch; all [N], response tokens; 0 where ``mask`` is False."""
 
     mask: Tensor
     """bool: tokens that are trained on (response tokens, less what overlong filtering drops)."""
     advantages: Tensor
     returns: Tensor
     metrics: dict[str, float]
+    """Of the whole batch."""
     profiles: dict[str, list[float | None]]
-    """Advantage and value by position, absolute and by decile of the response's length."""
+    """Advantage and value by position, absolute and by decile of the response's length; of the whole batch."""
 
 
 def compute_advantages(
-    batch: RolloutBatch,
+    share: RolloutShare,
     outputs: ModelOutputs,
     config: AdvantageConfig,
     loss: PolicyLossConfig,
@@ -49,8 +55,9 @@ def compute_advantages(
     kl_coef: float,
     max_tokens: int,
     end_of_thinking_id: int | None,
+    total: Callable[[Tensor], Tensor] = sum_over_replicas,
 ) -> AdvantageBatch:
-    """Decoupled GAE (VC-PPO Eq. 7-8), or a group baseline, with the configured additions.
+    """Decoupled GAE (VC-PPO Eq. 7-8), or a group baseline, with the configured additions; collective over replicas.
 
     A response that was truncated counts as ended: its verdict is its return.
 
@@ -61,61 +68,88 @@ def compute_advantages(
         kl_coef: what a nat of that divergence costs.
         max_tokens: the limit of a response, over which profiles are binned and penalties reach.
         end_of_thinking_id: the token that ends the thinking; None if the model has none.
+        total: sums a float64 [n] over the replicas.
     """
-    mask, values = batch.response_mask, outputs.values
+    batch, own = share.batch, share.rows
     rewards = episode_rewards(batch, returns_config, max_tokens)
+    group_baseline = outputs.values is None
+    if group_baseline:
+        over_others = group_advantages(rewards, batch.group_ids, config.baseline)[own]
+    rewards = rewards[own]
+    values = torch.zeros(share.num_tokens) if outputs.values is None else outputs.values
     kl = None
     if outputs.ref_logprobs is not None and loss.kl_in == "reward":
         kl = kl_estimate(outputs.old_logprobs, outputs.ref_logprobs, loss.kl_kind)
     lam_actor: float | Tensor = config.lam_actor
     if config.length_adaptive_alpha is not None:
-        lam_actor = length_adaptive_lam(batch.lengths, config.length_adaptive_alpha)
-    critic_values = torch.zeros_like(outputs.old_logprobs) if values is None else values
-    advantages, returns = decoupled_gae(
-        rewards=token_rewards(rewards, mask, kl, kl_coef),
-        values=critic_values,
-        mask=mask,
-        gamma=returns_config.gamma,
-        lam_actor=lam_actor,
-        lam_critic=config.lam_critic,
-    )
-    if values is None:
-        advantages = broadcast_to_tokens(group_advantages(rewards, batch.group_ids, config.baseline), mask)
-    metrics, profiles = summarize(
-        batch_diagnostics(
-            values=critic_values,
-            returns=returns,
-            advantages=advantages,
+        lam_actor = length_adaptive_lam(share.table.lengths, config.length_adaptive_alpha)
+    gave_up = None if end_of_thinking_id is None else share.response_ids == end_of_thinking_id
+    advantages, returns = torch.empty(share.num_tokens), torch.empty(share.num_tokens)
+    parts: list[Metrics] = []
+    for block in share.blocks():
+        mask, block_values = block.mask, block.pad(values)
+        block_kl = None if kl is None else block.pad(kl)
+        lam = lam_actor[block.rows] if isinstance(lam_actor, Tensor) else lam_actor
+        block_advantages, block_returns = decoupled_gae(
+            rewards=token_rewards(rewards[block.rows], mask, block_kl, kl_coef),
+            values=block_values,
             mask=mask,
-            decay_actor=returns_config.gamma * lam_actor,
+            gamma=returns_config.gamma,
+            lam_actor=lam,
+            lam_critic=config.lam_critic,
+        )
+        if group_baseline:
+            block_advantages = broadcast_to_tokens(over_others[block.rows], mask)
+        advantages[block.tokens], returns[block.tokens] = block_advantages[mask], block_returns[mask]
+        wrong = ~share.table.is_correct[block.rows]
+        part = batch_diagnostics(
+            values=block_values,
+            returns=block_returns,
+            advantages=block_advantages,
+            mask=mask,
+            decay_actor=returns_config.gamma * lam,
             decay_critic=returns_config.gamma * config.lam_critic,
             bin_width=max(1, ceil_div(max_tokens, NUM_POSITION_BINS)),
             num_bins=NUM_POSITION_BINS,
-            give_up_mask=_give_up_mask(batch, end_of_thinking_id),
+            give_up_mask=None if gave_up is None else first_of_row(block.pad(gave_up)) & wrong[:, None],
         )
-    )
-    if values is None:  # there is no critic to judge
+        parts.append(part)
+    summed = add_over(add(parts) | _token_means(outputs, kl), total)
+    per_token: Metrics = {name: summed.pop(name) for name in ("rollout/logprob_gap", "actor/kl_ref") if name in summed}
+    metrics, profiles = summarize(summed)
+    if group_baseline:  # there is no critic to judge
         metrics = {name: number for name, number in metrics.items() if not name.startswith("critic/")}
         profiles = {name: profile for name, profile in profiles.items() if not name.startswith("value_")}
     elif config.explained_variance_gate:
         advantages = gate_on_explained_variance(
             advantages,
             returns=returns,
-            mask=mask,
+            mask=torch.ones_like(advantages, dtype=torch.bool),
             explained_variance=metrics["critic/explained_variance"],
-            mean_return=float(returns[mask].mean()),
+            mean_return=metrics["critic/return_mean"],
         )
-    trained = trained_mask(batch, returns_config)
+    trained = share.per_token(trained_rollouts(batch, returns_config)[own])
     if config.whiten:
-        advantages = whiten(advantages, trained, masked_moments(advantages, trained))
+        pieces = [block.tokens for block in share.blocks()]
+        moments = total(torch.stack([masked_moments(advantages[x], trained[x]) for x in pieces]).sum(dim=0))
+        for x in pieces:
+            advantages[x] = whiten(advantages[x], trained[x], moments)
     metrics |= length_statistics(batch.lengths, batch.truncated) | reward_statistics(batch)
-    if kl is not None:
-        metrics["actor/kl_ref"] = float(kl[mask].mean())
-    metrics["rollout/logprob_gap"] = float((outputs.old_logprobs - batch.rollout_logprobs)[mask].abs().mean())
-    return AdvantageBatch(trained, advantages.masked_fill(~trained, 0.0), returns, metrics, profiles)
+    metrics |= {name: float(mean) for name, mean in means(per_token).items()}
+    return AdvantageBatch(trained, advantages.masked_fill_(~trained, 0.0), returns, metrics, profiles)
 
 
-def episode_rewards(batch: RolloutBatch, config: ReturnsConfig, max_tokens: int) -> Tensor:
+def _token_means(outputs: ModelOutputs, kl: Tensor | None) -> Metrics:
+    """How far the engines' log-probs are off, and the KL divergence from the reference, if it is in the rewards."""
+    found = {"rollout/logprob_gap": (outputs.old_logprobs - outputs.rollout_logprobs).abs_(), "actor/kl_ref": kl}
+    return {
+        name: (x.sum(dtype=torch.float64), torch.tensor(len(x), dtype=torch.float64))
+        for name, x in found.items()
+        if x is not None
+    }
+
+
+def episode_rewards(batch: RolloutTable, config: ReturnsConfig, max_tokens: int) -> Tensor:
     """What the critic's returns are made of, in pretraining as in PPO: verdicts and the penalty for length, [B]."""
     buffer = config.overlong_penalty_tokens
     if not buffer:
@@ -123,34 +157,22 @@ def episode_rewards(batch: RolloutBatch, config: ReturnsConfig, max_tokens: int)
     return batch.rewards + soft_overlong_penalty(batch.lengths, max_tokens, buffer)
 
 
-def trained_mask(batch: RolloutBatch, config: ReturnsConfig) -> Tensor:
-    """The response tokens that losses count, in pretraining as in PPO: bool [B, T]."""
-    return filter_overlong(batch.response_mask, batch.truncated) if config.overlong_filter else batch.response_mask
+def trained_rollouts(batch: RolloutTable, config: ReturnsConfig) -> Tensor:
+    """The rollouts that losses count, in pretraining as in PPO: bool [B]."""
+    return ~batch.truncated if config.overlong_filter else torch.ones(len(batch), dtype=torch.bool)
 
 
-def reward_statistics(batch: RolloutBatch) -> dict[str, float]:
+def reward_statistics(batch: RolloutTable) -> dict[str, float]:
     """Rewards and the share of right answers; groups in which every sample got the same; answers without a verdict."""
     rewards, groups = batch.rewards, batch.group_ids
     num_groups = int(groups.max()) + 1
     low = torch.full((num_groups,), torch.inf).scatter_reduce(0, groups, rewards, "amin")
     high = torch.full((num_groups,), -torch.inf).scatter_reduce(0, groups, rewards, "amax")
-    kinds = [Verdict(0.0, rollout.verdict).kind for rollout in batch.rollouts]
     return {
         "rollout/reward_mean": float(rewards.mean()),
         "rollout/reward_std": float(rewards.std(correction=0)),
         "rollout/accuracy": float(batch.is_correct.float().mean()),
         "rollout/equal_groups": float((low == high).float().mean()),
-        "rollout/verifier_timeouts": float(kinds.count("timeout")),
-        "rollout/verifier_errors": float(kinds.count("error")),
+        "rollout/verifier_timeouts": float(batch.num_verdicts("timeout")),
+        "rollout/verifier_errors": float(batch.num_verdicts("error")),
     }
-
-
-def _give_up_mask(batch: RolloutBatch, end_of_thinking_id: int | None) -> Tensor | None:
-    """Where wrong responses end their thinking; None if the model has no such token."""
-    if end_of_thinking_id is None:
-        return None
-    found = torch.zeros_like(batch.response_mask)
-    for row, rollout in enumerate(batch.rollouts):
-        if not rollout.is_correct and end_of_thinking_id in rollout.response_ids:
-            found[row, rollout.response_ids.index(end_of_thinking_id)] = True
-    return found

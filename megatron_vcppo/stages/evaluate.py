@@ -11,14 +11,14 @@ from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.hf_weights_io import load_hf, stream_hf
 from megatron_vcppo.mcore.model import ActorModel, build_actor
-from megatron_vcppo.records import Rollout
+from megatron_vcppo.records import RolloutPart
 from megatron_vcppo.report.text_table import markdown_table, percent_interval, text_table
 from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.files import write_json, write_text
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.rollout_store import claim
-from megatron_vcppo.stages.held_out import evaluation_prompts, evaluation_rollouts, scores
+from megatron_vcppo.stages.held_out import evaluation_prompts, evaluation_rollouts, gather_outcomes, scores
 from megatron_vcppo.stages.provenance import origin_of_evaluation
 from megatron_vcppo.stages.rollout_session import BatchNumber, RolloutSession
 from megatron_vcppo.stages.stage import ACTOR_STAGES, Stage, start_stage
@@ -50,7 +50,9 @@ def run(config: Config) -> None:
                     rollouts = generate(config, session, model, candidate, version)
                 except Stopped:
                     raise Saved(f"asked to stop: {version} of {len(found)} checkpoints are evaluated") from None
-            results.append({"name": name, **scores(rollouts, config.evaluate.k, session.verifiers)})
+            session.finish_storing()
+            outcomes = gather_outcomes(rollouts, session, config.evaluate.k)
+            results.append({"name": name, **scores(outcomes, config.evaluate.k, session.verifiers)})
             if stage.runtime.is_main:
                 startup.finish(stage.folder.path)
                 say(f"{name}:\n{table(results[-1:])}")
@@ -61,8 +63,8 @@ def run(config: Config) -> None:
 
 def generate(
     config: Config, session: RolloutSession, model: ActorModel, candidate: "Candidate", version: int
-) -> list[Rollout]:
-    """A candidate's scored responses, stored. Raises Stopped on every rank if any was asked to stop."""
+) -> RolloutPart:
+    """A candidate's scored responses, which leaders store. Raises Stopped on every rank if any was asked to stop."""
     stopping.point()
     session.wait_for_engines()
     candidate.load(model)

@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron_vcppo.config import CheckpointConfig
 from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder
+from megatron_vcppo.mcore.layers import unfused_attention
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.log import say
@@ -89,7 +90,7 @@ class PartialStep(Protocol):
         """What JSON can hold."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """On the CPU, of any shapes: what the rest of the step reads and moved weights no longer give."""
+        """What the rest of the step reads and moved weights no longer give: flat, on the CPU, of this replica."""
 
 
 class PhaseTimer:
@@ -135,8 +136,8 @@ class TrainLoop:
     ) -> None:
         """Resume the learners from the stage's newest good checkpoint, if there is one.
 
-        session: its pending rollouts are kept at a stop. unit: what progress counts. step_name: step | iteration;
-        an iteration is long, each gets a line of progress.
+        session: its rollouts are stored before a checkpoint, and pending ones kept at a stop. unit: what progress
+        counts. step_name: step | iteration; an iteration is long, each gets a line of progress.
         """
         self.stage, self.learners, self.total_steps = stage, learners, total_steps
         self.session, self.unit, self.step_name, self.save_every = session, unit, step_name, checkpoint.save_every
@@ -144,6 +145,8 @@ class TrainLoop:
         self.timer = PhaseTimer()
         self.partial: PartialStep | None = None
         """Of the step under way: what a stop within it saves."""
+        self._resumed_updates = 0
+        """Of the step under way, in the resumed checkpoint, until the step is taken up again."""
         self.checkpoints = CheckpointFolder(stage.folder.checkpoints, stage.config, checkpoint)
         self.resumed = self.checkpoints.resume(learners)
         self.step = 0
@@ -160,6 +163,7 @@ class TrainLoop:
         self._ended = False
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
+        self._is_first_log = True
         self._speed: SpeedMeter | None = None
         self._step_started = time.monotonic()
 
@@ -171,10 +175,11 @@ class TrainLoop:
                 part.load_state_dict(self.resumed.state[name])
         self._tracked |= parts
 
-    def resume_within(self, partial: PartialStep) -> None:
-        """The resumed checkpoint was saved within the next step, by which ``partial`` tells how far that is."""
-        self.partial = partial
-        self._saved = self._reached
+    def resume_within(self, num_updates: int) -> None:
+        """The resumed checkpoint was saved within the next step, after this many optimizer steps of it; 0: no more."""
+        self._resumed_updates, self.partial = num_updates, None
+        if num_updates:
+            self._saved = self._reached
 
     def __enter__(self) -> "TrainLoop":
         stage = self.stage
@@ -245,6 +250,9 @@ class TrainLoop:
         speed = self._speed.metrics(metrics, self.step_seconds) if self._speed else {}
         self._log.log(self.step + 1, {**metrics, **speed, **stopping.metrics(self.checkpoints.save_time_s)})
         startup.finish(self.stage.folder.path)
+        if self._is_first_log and (slow := unfused_attention()):
+            self.warn(slow)
+        self._is_first_log = False
         self._progress.update(self.step + 1, count, shown)
         if warning:
             self.warn(warning)
@@ -261,7 +269,7 @@ class TrainLoop:
     @property
     def _reached(self) -> tuple[int, int]:
         """Complete steps, and optimizer steps of the one under way."""
-        return self.step, self.partial.num_updates if self.partial is not None else 0
+        return self.step, self.partial.num_updates if self.partial is not None else self._resumed_updates
 
     def _current_state(self) -> dict[str, Any]:
         state = {name: part.state_dict() for name, part in self._tracked.items()}
@@ -280,7 +288,10 @@ class TrainLoop:
             raise Stopped
 
     def _save(self) -> None:
-        """A checkpoint of the last complete step, and of how far the next one is."""
+        """A checkpoint of the last complete step and of how far the next one is, after what they were trained on."""
+        if self.session is not None:
+            with self.timer("store"):
+                self.session.finish_storing()
         state, tensors = dict(self._state), {}
         if self.partial is not None and self.partial.num_updates:
             state["unfinished"], tensors = self.partial.state_dict(), self.partial.tensors()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -25,7 +26,7 @@ from megatron_vcppo.data.mixture import training_sources
 from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.packing import unpack_all
 from megatron_vcppo.data.prompt_format import render_chat
-from megatron_vcppo.data.rollout_batch import RolloutBatch
+from megatron_vcppo.data.rollout_share import RolloutShare
 from megatron_vcppo.data.tokenizer import encode_texts, load_tokenizer, splits_alike
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
@@ -41,7 +42,8 @@ from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.hf_weights_io import load_reward_model
 from megatron_vcppo.mcore.learner import FrozenValues
 from megatron_vcppo.mcore.model import CriticModel, build_critic
-from megatron_vcppo.records import Prompt, Rollout, TrainSequence
+from megatron_vcppo.mcore.row_exchange import broadcast_in_replica
+from megatron_vcppo.records import Prompt, Rollout, RolloutPart, TrainSequence
 from megatron_vcppo.run.log import say
 from megatron_vcppo.stages.initial_models import check_same_model
 from megatron_vcppo.stages.loop import Stateful
@@ -75,28 +77,30 @@ class ModelRewards:
         """Those of the stage; None if verifiers alone reward its responses."""
         return cls(stage, session) if uses_reward_model(stage.config, stage.name) else None
 
-    def score(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """The rollouts with their scores, the same on every rank; collective. Those that have one keep it.
+    def score(self, part: RolloutPart) -> RolloutPart:
+        """The rollouts of this rank with their scores; collective. Those that have one keep it.
 
-        Raises UserError for a score that is not finite.
+        Each replica scores what its leader has. Raises UserError on every rank for a score that is not finite.
         """
-        missing = [index for index, rollout in enumerate(rollouts) if rollout.model_score is None]
-        if not missing:
-            return rollouts
+        missing = [index for index, rollout in enumerate(part.rollouts) if rollout.model_score is None]
+        if runtime.sum_over_ranks(len(missing)) == 0:
+            return part
         self.session.trainer_turn()
-        scores = score_all(self.runner, [rollouts[index] for index in missing], self.packer, self.read_ids)
-        scored = list(rollouts)
-        for index, score in zip(missing, scores, strict=True):
+        read = [self.read_ids(part.rollouts[index]) for index in missing]
+        scores = score_replica(self.runner, read, self.packer)
+        scored, problem = list(part.rollouts), ""
+        for index, score in zip(missing, scores, strict=False):  # other ranks than the leader have scores, no rollouts
             if not math.isfinite(score):
-                prompt_id = rollouts[index].prompt.prompt_id
-                raise UserError(f"rewards.model: the score of a response to {prompt_id} is {score}: check its weights")
-            scored[index] = replace(rollouts[index], model_score=score)
-        return scored
+                problem = f"the score of a response to {scored[index].prompt.prompt_id} is {score}: check its weights"
+            scored[index] = replace(scored[index], model_score=score)
+        if problems := [text for text in self.session.sync.exchange(problem) if text]:
+            raise UserError(f"rewards.model: {problems[0]}")
+        return RolloutPart(part.places, scored)
 
-    def add_to(self, batch: RolloutBatch) -> tuple[RolloutBatch, dict[str, float]]:
-        """The batch with weighted sums of both rewards, and metrics of the model's; call it once per batch."""
-        settings = self.settings
-        scores = torch.tensor([rollout.model_score for rollout in batch.rollouts], dtype=torch.float64)
+    def add_to(self, share: RolloutShare) -> tuple[RolloutShare, dict[str, float]]:
+        """The share with weighted sums of both rewards, and metrics of the model's; call it once per batch."""
+        settings, batch = self.settings, share.batch
+        scores = batch.model_scores
         self.moments = self.moments.add(scores)
         moments = self.moments if settings.normalize == "running" else None
         rewards = model_rewards(scores, moments, settings.clip)
@@ -109,7 +113,7 @@ class ModelRewards:
             lengths=batch.lengths,
         )
         combined = settings.verifier_weight * batch.rewards.double() + settings.weight * rewards
-        return replace(batch, rewards=combined.float()), summarize_model_rewards(metrics)
+        return replace(share, batch=batch.with_rewards(combined.float())), summarize_model_rewards(metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """The running moments."""
@@ -139,31 +143,37 @@ def load(config: Config) -> CriticModel:
     return model
 
 
-def score_all(model: FrozenValues, rollouts: Sequence[Rollout], packer: Packer, read_ids: ReadIds) -> list[float]:
-    """The score of each rollout, on every rank; collective.
+def score_replica(model: FrozenValues, token_ids: Sequence[Sequence[int]], packer: Packer) -> list[float]:
+    """The scores of what this replica's leader has, on all its ranks; collective over all ranks.
 
-    A text that is longer than the model's positions is read from where it fits; a warning says how many were.
+    token_ids: what the model reads; those of the leader count. One that is longer than the model's positions is read
+    from where it fits; a warning says how many were.
     """
     max_positions = model.model.arch.max_positions
-    mine = packer.shard([len(r.prompt.token_ids) + len(r.response_ids) for r in rollouts])
-    read = [read_ids(rollouts[index]) for index in mine]
-    found = torch.zeros(len(rollouts) + 1, dtype=torch.float64)
-    found[mine] = torch.tensor(score_shard(model, [ids[-max_positions:] for ids in read], packer), dtype=torch.float64)
-    found[-1] = sum(len(ids) > max_positions for ids in read)
-    found = runtime.sum_over_replicas(found)
-    if model.runtime.is_main and (num_long := int(found[-1])):
+    num_long = runtime.sum_over_ranks(sum(len(ids) > max_positions for ids in token_ids))
+    if model.runtime.is_main and num_long:
         say(
-            f"warning: {num_long} of {len(rollouts)} responses are longer, as the reward model reads them, than its "
-            f"{max_positions} positions: it read their ends"
+            f"warning: {num_long} responses are longer, as the reward model reads them, than its {max_positions} "
+            "positions: it read their ends"
         )
-    return found[:-1].tolist()
+    count = broadcast_in_replica(torch.tensor([len(token_ids)]))
+    lengths = torch.zeros(int(count), dtype=torch.int64)
+    if model.runtime.is_leader:
+        token_ids = [ids[-max_positions:] for ids in token_ids]
+        lengths = torch.tensor([*map(len, token_ids)], dtype=torch.int64)
+    broadcast_in_replica(lengths)
+    flat = torch.zeros(int(lengths.sum()), dtype=torch.int32)
+    if model.runtime.is_leader and token_ids:
+        flat = torch.from_numpy(np.concatenate([np.asarray(ids, np.int32) for ids in token_ids]))
+    broadcast_in_replica(flat)
+    return score_shard(model, [ids.tolist() for ids in flat.split(lengths.tolist())] if len(lengths) else [], packer)
 
 
 def score_shard(model: FrozenValues, token_ids: Sequence[Sequence[int]], packer: Packer) -> list[float]:
     """The scores of this replica's sequences, at their last tokens; collective over its ranks. There may be none."""
     # Outputs belong to the token that follows; the last token has one more, which causal attention cannot see.
     microbatches = packer.pack([TrainSequence((*ids, 0)) for ids in token_ids])
-    return [row[-1] for row in unpack_all(microbatches, model.values(microbatches))]
+    return [float(row[-1]) for row in unpack_all(microbatches, model.values(microbatches))]
 
 
 def policy_tokens(rollout: Rollout) -> tuple[int, ...]:

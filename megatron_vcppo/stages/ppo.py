@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from megatron_vcppo.algo.kl import next_kl_coef
 from megatron_vcppo.algo.masked import check_finite
 from megatron_vcppo.config import Config, PolicyLossConfig
 from megatron_vcppo.data.packing import PackedMicrobatch
-from megatron_vcppo.data.rollout_batch import ModelOutputs, RolloutBatch, make_batch
+from megatron_vcppo.data.rollout_share import ModelOutputs, RolloutShare
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import complete_checkpoints
-from megatron_vcppo.records import Rollout
+from megatron_vcppo.records import RolloutPart
 from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.rollout_store import claim
@@ -26,6 +27,7 @@ from megatron_vcppo.stages.ppo_models import PpoModels, push_actor, token_output
 from megatron_vcppo.stages.prompt_sampler import PromptSampler
 from megatron_vcppo.stages.provenance import origin_of
 from megatron_vcppo.stages.rollout_session import RolloutSession
+from megatron_vcppo.stages.share_exchange import share_out
 from megatron_vcppo.stages.speed import work
 from megatron_vcppo.stages.stage import Stage, start_stage
 from megatron_vcppo.stages.training_losses import bounded
@@ -123,6 +125,7 @@ class Ppo:
             packer=stage.packer,
             config=config.ppo,
             values_config=config.values,
+            returns_config=config.returns,
             run_seed=config.run.seed,
             max_tokens=config.rollout.max_tokens,
         )
@@ -133,8 +136,8 @@ class Ppo:
         self.unfinished: Unfinished | None = None
         """Of the resumed checkpoint, until its iteration is taken up."""
         if loop.resumed is not None and "unfinished" in loop.resumed.state:
-            self.unfinished = Unfinished.from_checkpoint(loop.resumed.state["unfinished"], loop.resumed.tensors)
-            loop.resume_within(self.unfinished)
+            self.unfinished = Unfinished.from_checkpoint(loop.resumed.state["unfinished"], loop.resumed.tensor_files)
+            loop.resume_within(self.unfinished.num_updates)
         self.end_of_thinking_id = session.tokenizer.get_vocab().get(END_OF_THINKING)
 
     def iterate(self, iteration: int) -> tuple[dict[str, float], dict[str, list[float | None]], dict[str, list[bool]]]:
@@ -146,23 +149,25 @@ class Ppo:
         loop, config = self.loop, self.config
         loop.point()
         rollouts, push = self.rollouts_and_push(iteration)
-        batch = make_batch(rollouts)
+        with loop.timer("exchange"):
+            share = share_out(rollouts)
         reward_metrics: dict[str, float] = {}
         if self.model_rewards is not None:
-            batch, reward_metrics = self.model_rewards.add_to(batch)
-        resumed = self.take_unfinished(batch)
+            share, reward_metrics = self.model_rewards.add_to(share)
+        resumed = self.take_unfinished(rollouts, share)
+        del rollouts
         if resumed is None:
-            old_logprobs = self.outputs(batch, "logprobs", self.models.actor.logprobs)
-            ref_logprobs = self.ref_logprobs(batch)
-            values = self.values(batch)
-            outputs = ModelOutputs(old_logprobs, batch.rollout_logprobs, ref_logprobs, values)
-            self.check_outputs(batch.response_mask, outputs)
+            old_logprobs = self.outputs(share, "logprobs", self.models.actor.logprobs)
+            ref_logprobs = self.ref_logprobs(share)
+            values = self.values(share)
+            outputs = ModelOutputs(old_logprobs, share.rollout_logprobs, ref_logprobs, values)
+            self.check_outputs(outputs)
             update_metrics = UpdateMetrics()
         else:
-            outputs, update_metrics = resumed.outputs(batch), UpdateMetrics.from_state(resumed.metrics)
+            outputs, update_metrics = resumed.outputs(share), UpdateMetrics.from_state(resumed.metrics)
         with loop.timer("advantages"):
             advantages = compute_advantages(
-                batch,
+                share,
                 outputs,
                 config.ppo.advantage,
                 config.ppo.loss,
@@ -171,10 +176,10 @@ class Ppo:
                 max_tokens=config.rollout.max_tokens,
                 end_of_thinking_id=self.end_of_thinking_id,
             )
-        loop.partial = UpdateUnderWay(batch, outputs, update_metrics, config.ppo, config.run.seed)
+        loop.partial = UpdateUnderWay(share, outputs, update_metrics, config.ppo, config.run.seed)
         with loop.timer("update"):
             self.updater.update(
-                batch,
+                share,
                 advantages,
                 outputs,
                 iteration=iteration,
@@ -187,18 +192,18 @@ class Ppo:
             **advantages.metrics,
             **update_metrics.means(),
             **reward_metrics,
-            "rollout/tokens": float(batch.lengths.sum()),
-            **work(loop.stage, batch.sequence_lengths, self.passes),
+            "rollout/tokens": float(share.batch.lengths.sum()),
+            **work(loop.stage, share.batch.sequence_lengths, self.passes),
             **evaluation,
             "weight_sync/pause_s": push.pause_s,
             "weight_sync/mb": push.num_bytes / 1e6,
             **({"actor/kl_coef": self.kl.value} if self.models.reference is not None else {}),
         }
-        self.kl.adapt(metrics, len(batch))
+        self.kl.adapt(metrics, len(share.batch))
         return metrics | loop.timer.take(), advantages.profiles, update_metrics.skipped
 
-    def rollouts_and_push(self, iteration: int) -> tuple[list[Rollout], PushResult]:
-        """The batch of this iteration, and the actor's weights in the engines.
+    def rollouts_and_push(self, iteration: int) -> tuple[RolloutPart, PushResult]:
+        """What this rank has of the iteration's batch, and the actor's weights in the engines.
 
         With staleness 1 the batch was generated during the iteration before, by the actor from before its update, and
         now the next one is requested. The first iteration, and the first after a resume, find no prefetched batch:
@@ -223,10 +228,13 @@ class Ppo:
         with self.loop.timer("sync"):
             return push_actor(self.models.actor, self.session, policy_version)
 
-    def take_unfinished(self, batch: RolloutBatch) -> Unfinished | None:
+    def take_unfinished(self, part: RolloutPart, share: RolloutShare) -> Unfinished | None:
         """What the checkpoint has of the update of these rollouts, if it was saved within it."""
-        unfinished, self.unfinished, self.loop.partial = self.unfinished, None, None
-        if unfinished is None or unfinished.fits(batch, self.config.ppo, self.config.run.seed):
+        unfinished, self.unfinished = self.unfinished, None
+        self.loop.resume_within(0)
+        if unfinished is None:
+            return None
+        if unfinished.fits(part, share, self.config.ppo, self.config.run.seed, self.session.sync.exchange):
             return unfinished
         if self.session.runtime.is_main:
             say(
@@ -236,38 +244,41 @@ class Ppo:
         return None
 
     def outputs(
-        self, batch: RolloutBatch, phase: str, run: Callable[[Sequence[PackedMicrobatch]], list[Tensor]]
+        self, share: RolloutShare, phase: str, run: Callable[[Sequence[PackedMicrobatch]], list[Tensor]]
     ) -> Tensor:
-        """A model's outputs for a batch, [B, T]; a point at which the stage can stop comes first."""
+        """A model's outputs for a share, [N]; a point at which the stage can stop comes first."""
         self.loop.point()
         with self.loop.timer(phase):
-            return token_outputs(batch, self.packer, run)
+            return token_outputs(share, self.packer, run)
 
-    def ref_logprobs(self, batch: RolloutBatch) -> Tensor | None:
-        """Of the frozen reference, [B, T]; None if there is none."""
+    def ref_logprobs(self, share: RolloutShare) -> Tensor | None:
+        """Of the frozen reference, [N]; None if there is none."""
         reference = self.models.reference
-        return None if reference is None else self.outputs(batch, "logprobs", reference.logprobs)
+        return None if reference is None else self.outputs(share, "logprobs", reference.logprobs)
 
-    def values(self, batch: RolloutBatch) -> Tensor | None:
-        """Of the critic, [B, T], within its bounds; None if there is none."""
+    def values(self, share: RolloutShare) -> Tensor | None:
+        """Of the critic, [N], within its bounds; None if there is none."""
         critic = self.models.critic
         if critic is None:
             return None
-        return bounded(self.outputs(batch, "values", critic.values), self.config.values)
+        return bounded(self.outputs(share, "values", critic.values), self.config.values)
 
-    def check_outputs(self, mask: Tensor, outputs: ModelOutputs) -> None:
-        """Raise UserError for a non-finite output; mask: bool [B, T].
+    def check_outputs(self, outputs: ModelOutputs) -> None:
+        """Raise UserError on every rank for a non-finite output of any replica.
 
         Non-finite updates are skipped, so a non-finite output here means that the weights themselves have diverged.
         """
+        found = ""
         try:
-            check_finite(mask, **outputs.by_name())
+            check_finite(torch.ones_like(outputs.old_logprobs, dtype=torch.bool), **outputs.by_name())
         except FloatingPointError as error:
+            found = str(error)
+        if runtime.any_rank(bool(found)):
             saved = max((path.name for path in complete_checkpoints(self.loop.checkpoints.folder)), default="none")
             raise UserError(
-                f"ppo: iteration {self.loop.step + 1}: {error}. The newest checkpoint is {saved}; lower "
-                "ppo.optimizer.lr or ppo.critic.optimizer.lr and resume"
-            ) from None
+                f"ppo: iteration {self.loop.step + 1}: {found or 'not finite on another replica'}. The newest "
+                f"checkpoint is {saved}; lower ppo.optimizer.lr or ppo.critic.optimizer.lr and resume"
+            )
 
     def evaluate(self, iteration: int, push: PushResult) -> tuple[dict[str, float], PushResult]:
         """Metrics of the updated actor on held-out problems when it is time, and the last push."""

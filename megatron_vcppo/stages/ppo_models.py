@@ -6,9 +6,8 @@ from torch import Tensor
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.packer import Packer
-from megatron_vcppo.data.packing import PackedMicrobatch, unpack_all
-from megatron_vcppo.data.rollout_batch import RolloutBatch
-from megatron_vcppo.mcore import runtime
+from megatron_vcppo.data.packing import PackedMicrobatch, unpack_each
+from megatron_vcppo.data.rollout_share import RolloutShare
 from megatron_vcppo.mcore.hf_weights_io import stream_hf
 from megatron_vcppo.mcore.learner import Actor, Critic, Learner, Reference
 from megatron_vcppo.stages.initial_models import starting_actor, starting_critic
@@ -53,14 +52,11 @@ def push_actor(actor: Actor, session: RolloutSession, policy_version: int) -> Pu
 
 
 def token_outputs(
-    batch: RolloutBatch, packer: Packer, run: Callable[[Sequence[PackedMicrobatch]], list[Tensor]]
+    share: RolloutShare, packer: Packer, run: Callable[[Sequence[PackedMicrobatch]], list[Tensor]]
 ) -> Tensor:
-    """float32 [B, T]: log-probs or values of every response token; collective.
+    """float32 [N]: log-probs or values of every response token of this replica's share; collective.
 
-    run: ``Actor.logprobs`` or ``Critic.values``. Each replica works on its shard, and rows are added over replicas:
-    all but one have zeros there, so the sum is exact.
+    run: ``Actor.logprobs`` or ``Critic.values``.
     """
-    shard = packer.shard(batch.sequence_lengths)
-    microbatches = packer.pack(batch.sequences(shard, {}))
-    rows = unpack_all(microbatches, run(microbatches))
-    return runtime.sum_over_replicas(batch.to_rows(rows, shard))
+    microbatches = packer.pack(share.sequences({}))
+    return share.flatten(unpack_each(microbatches, run(microbatches)))

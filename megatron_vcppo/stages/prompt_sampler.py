@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_vcppo.config import Config, RolloutConfig
 from megatron_vcppo.data.prompts import PromptStream
-from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.run.log import say
 from megatron_vcppo.stages.rollout_session import BatchNumber, PendingRollouts, RolloutSession
@@ -21,7 +22,7 @@ class Prefetched:
     position: dict[str, Any]
     """Prompt-stream position before this batch; a resume restarts here because a pending batch dies with the
     process."""
-    rollouts: PendingRollouts | list[Rollout]
+    rollouts: PendingRollouts | RolloutPart
 
 
 class PromptSampler:
@@ -35,7 +36,7 @@ class PromptSampler:
         config: Config,
         session: RolloutSession,
         stream: PromptStream,
-        score: Callable[[list[Rollout]], list[Rollout]] | None = None,
+        score: Callable[[RolloutPart], RolloutPart] | None = None,
     ) -> None:
         """score: gives rollouts what the verifiers do not, before they are stored; collective."""
         self.score = score or (lambda rollouts: rollouts)
@@ -44,8 +45,8 @@ class PromptSampler:
         self.num_samples = config.rollout.num_samples
         self.prefetched: Prefetched | None = None
 
-    def next_batch(self, iteration: int) -> list[Rollout]:
-        """The scored rollouts of an iteration, stored in the run before they are returned."""
+    def next_batch(self, iteration: int) -> RolloutPart:
+        """The scored rollouts of an iteration that this rank has; leaders store them in the background."""
         if self.prefetched is not None:
             rollouts, self.prefetched = self._collect(self.prefetched), None
             return rollouts
@@ -57,10 +58,10 @@ class PromptSampler:
         """Request the batch of an iteration before its turn; ``next_batch`` waits for it."""
         position = self.stream.state_dict()
         prompts = self.stream.next(self.config.prompts_per_iteration)
-        rollouts = self.session.stored(iteration, prompts, self.num_samples)
-        requested = rollouts or self.session.request(
-            prompts, BatchNumber.training(iteration), self.sampling, self.num_samples
-        )
+        requested: PendingRollouts | RolloutPart | None = self.session.stored(iteration, prompts, self.num_samples)
+        if requested is None:
+            number = BatchNumber.training(iteration)
+            requested = self.session.request(prompts, number, self.sampling, self.num_samples)
         self.prefetched = Prefetched(iteration, position, requested)
 
     def drain(self) -> None:
@@ -68,7 +69,7 @@ class PromptSampler:
         if self.prefetched is not None:
             self.prefetched = replace(self.prefetched, rollouts=self._collect(self.prefetched))
 
-    def rollouts_for(self, prompts: list[Prompt], number: int) -> list[Rollout]:
+    def rollouts_for(self, prompts: list[Prompt], number: int) -> RolloutPart:
         """Rollouts of these prompts: those that an interrupted attempt stored under the number, else new ones."""
         stored = self.session.stored(number, prompts, self.num_samples)
         if stored is not None:
@@ -95,41 +96,43 @@ class PromptSampler:
         """Continue where ``state`` was taken. Raises UserError if the prompts or the seed are not the same."""
         self.stream.load_state_dict(state)
 
-    def _dynamic_batch(self, iteration: int) -> list[Rollout]:
+    def _dynamic_batch(self, iteration: int) -> RolloutPart:
         """Prompts whose samples got equal rewards are replaced, for some rounds (DAPO)."""
         wanted, rounds = self.config.prompts_per_iteration, self.config.dynamic_sampling_rounds
-        kept: list[Rollout] = []
-        missing = wanted
+        kept: list[tuple[int, Rollout]] = []
+        num_kept = 0
         for round_number in range(rounds):
             number = self.last_number(iteration - 1) + 1 + round_number
-            drawn = self.rollouts_for(self.stream.next(missing), number)
-            kept += unequal_groups(drawn)
-            missing = wanted - len(kept) // self.num_samples
-            if not missing:
+            drawn = self.rollouts_for(self.stream.next(wanted - num_kept), number)
+            after = round_number * wanted * self.num_samples
+            kept += [(after + place, rollout) for place, rollout in unequal_groups(drawn).items()]
+            num_kept = runtime.sum_over_ranks(len(kept)) // self.num_samples
+            if num_kept == wanted:
                 break
+        missing = wanted - num_kept
         if missing and self.session.runtime.is_main:
             say(
                 f"warning: iteration {iteration}: {missing} of {wanted} prompts are missing after {rounds} rounds of "
                 "dynamic sampling: all their samples got equal rewards"
-                + ("" if kept else "; the last round is trained on as it is")
+                + ("" if num_kept else "; the last round is trained on as it is")
             )
-        return kept or drawn
+        return RolloutPart.of(kept) if num_kept else drawn
 
-    def _collect(self, prefetched: Prefetched) -> list[Rollout]:
-        """The rollouts of a prefetched iteration, stored."""
-        if isinstance(prefetched.rollouts, list):
+    def _collect(self, prefetched: Prefetched) -> RolloutPart:
+        """The rollouts of a prefetched iteration, which leaders store."""
+        if isinstance(prefetched.rollouts, RolloutPart):
             return prefetched.rollouts
         rollouts = self.score(self.session.collect(prefetched.rollouts))
         self.session.store(prefetched.iteration, rollouts)
         return rollouts
 
 
-def unequal_groups(rollouts: list[Rollout]) -> list[Rollout]:
+def unequal_groups(part: RolloutPart) -> RolloutPart:
     """The rollouts of prompts whose samples did not all get the same reward (DAPO, arXiv 2503.14476, Eq. 11)."""
-    groups: dict[str, list[Rollout]] = defaultdict(list)
-    for rollout in rollouts:
-        groups[rollout.prompt.prompt_id].append(rollout)
-    return [r for group in groups.values() if len({r.reward for r in group}) > 1 for r in group]
+    rewards: dict[str, set[float | None]] = defaultdict(set)
+    for rollout in part.rollouts:
+        rewards[rollout.prompt.prompt_id].add(rollout.reward)
+    return RolloutPart.of((place, r) for place, r in part.items() if len(rewards[r.prompt.prompt_id]) > 1)
 
 
 def training_sampling(config: RolloutConfig, is_main: bool) -> Sampling:

@@ -24,7 +24,7 @@ from megatron_vcppo.run.events import startup
 from megatron_vcppo.stages.initial_models import starting_critic
 from megatron_vcppo.stages.loop import TrainLoop
 from megatron_vcppo.stages.rollout_session import RolloutSession
-from megatron_vcppo.stages.rollout_source import rollout_source
+from megatron_vcppo.stages.rollout_source import StoredRollouts, rollout_source
 from megatron_vcppo.stages.speed import work
 from megatron_vcppo.stages.stage import Stage, start_stage
 
@@ -65,8 +65,10 @@ def run(config: Config) -> None:
 
 def load_responses(stage: Stage, session: RolloutSession) -> list[Rollout]:
     """Verified responses of the SFT actor, generated once and kept in RUN/reward_model/rollouts."""
-    total = stage.config.reward_model.num_prompts * stage.config.rollout.num_samples
-    return rollout_source(stage, session, reached=0).next(total, 0)
+    source = rollout_source(stage, session, reached=0)
+    assert isinstance(source, StoredRollouts)
+    rollouts = source.read_all()
+    return [rollouts[number] for _, number in source.order.next(len(rollouts))]
 
 
 def label_responses(

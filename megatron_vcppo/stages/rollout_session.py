@@ -5,8 +5,8 @@ asks the engines for the rest only: seeds belong to requests, so the iteration g
 """
 
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,8 @@ from megatron_vcppo.data.prompts import PromptKeys, PromptStream, load_prompts
 from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.hf.architecture import Architecture
-from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.mcore.runtime import any_rank
+from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.rewards.registry import check_answer, isolation_of_code, resolve_verifiers
 from megatron_vcppo.rewards.scorer import Scorer
 from megatron_vcppo.rollout.client import RequestId, RolloutClient
@@ -28,10 +29,13 @@ from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.rollout_store import (
+    drop_other_parts,
     drop_partial,
+    drop_rollouts,
+    keep_as_partial,
     needs_engines,
     read_partial,
-    read_rollouts,
+    read_places,
     rollouts_folder,
     write_partial,
     write_rollouts,
@@ -44,6 +48,9 @@ from megatron_vcppo.weight_sync.rank_role import make_weight_sync, role_of
 from megatron_vcppo.weight_sync.sync import PushResult, WeightSync
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
+
+STORE_SHARE = 0.8
+"""Of run.timeout_s, how long a leader waits for its file: the other ranks wait for it in a collective."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,8 @@ class BatchNumber:
 class PendingRollouts:
     """A batch that the engines work on."""
 
-    prompts: list[Prompt]
+    places: dict[tuple[str, int], int]
+    """(prompt id, sample) of each rollout that this rank is to get → its place in the batch."""
     policy_version: int
     number: BatchNumber
     future: Future[list[Rollout]] | None = None
@@ -84,19 +92,24 @@ class PendingRollouts:
     """This leader's responses so far, each with its scored form."""
     cancelled: threading.Event = field(default_factory=threading.Event)
 
-    def finished(self) -> list[Rollout]:
+    def finished(self) -> RolloutPart:
         """This leader's responses so far, scored where the verdict is there."""
-        return [
+        return self.part_of(
             scored.result() if scored.done() and not scored.cancelled() and not scored.exception() else rollout
             for rollout, scored in list(self.answered)
-        ]
+        )
+
+    def part_of(self, rollouts: Iterable[Rollout]) -> RolloutPart:
+        """Responses of this batch, with their places."""
+        return RolloutPart.of((self.places[r.prompt.prompt_id, r.sample_index], r) for r in rollouts)
 
 
 class RolloutSession(AbstractContextManager["RolloutSession"]):
     """Pushes weights and collects scored rollouts. Every method is collective over the trainer's ranks.
 
     Each data-parallel replica has a leader (its first tensor, pipeline and context rank), which asks the engines for
-    its shard of the prompts and scores the responses as they arrive.
+    its part of the prompts, scores the responses as they arrive, and stores them. Other ranks get none: what a method
+    returns there is empty.
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -121,7 +134,7 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         else:
             role = role_of(runtime, config.weight_sync.max_senders)
             self.sync = make_weight_sync(config, rendezvous, role, runtime.device)
-        self.is_leader = runtime.tp_rank == runtime.pp_rank == runtime.cp_rank == 0
+        self.is_leader = runtime.is_leader
         self.scorer: Scorer | None = None
         self.client: RolloutClient | None = None
         self.verifiers = resolve_verifiers(config.prompts.verifiers, config.rewards.code)
@@ -145,6 +158,8 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         self._prompts: dict[str, list[Prompt]] = {}
         self.policy_version = -1
         self.pending: list[PendingRollouts] = []
+        self.storing: tuple[int, Future[None] | None] | None = None
+        """The number of the batch that leaders store in the background, and on leaders its end."""
         self.source: Callable[[], Tensors] | None = None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -195,10 +210,8 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         startup.done("push")
         return result
 
-    def generate(
-        self, prompts: list[Prompt], number: BatchNumber, sampling: Sampling, num_samples: int
-    ) -> list[Rollout]:
-        """Scored rollouts under the pushed weights, by prompt and sample; the same list on every rank.
+    def generate(self, prompts: list[Prompt], number: BatchNumber, sampling: Sampling, num_samples: int) -> RolloutPart:
+        """Scored rollouts under the pushed weights; their places are by prompt and sample.
 
         Raises Stopped on every rank if any was asked to stop; then the responses so far are stored.
         """
@@ -214,14 +227,24 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         if self.gpus is not None and not self.gpus.engines_have_it:
             assert self.source is not None, "generation before the first push"
             self.push(self.policy_version, self.source)
-        pending = PendingRollouts(prompts, self.policy_version, number)
-        mine = prompts[self.runtime.dp_rank :: self.runtime.dp_size]
-        if self.is_leader and mine:
+        pending = PendingRollouts(self._my_places(prompts, num_samples), self.policy_version, number)
+        if pending.places:
+            mine = prompts[self.runtime.dp_rank :: self.runtime.dp_size]
             pending.future = begin(self._producer(pending, mine, sampling, num_samples))
         self.pending.append(pending)
         return pending
 
-    def collect(self, pending: PendingRollouts) -> list[Rollout]:
+    def _my_places(self, prompts: list[Prompt], num_samples: int) -> dict[tuple[str, int], int]:
+        """(prompt id, sample) of the rollouts that this rank gets → their places; empty on ranks that are no leaders.
+
+        Leaders take prompts in turn.
+        """
+        if not self.is_leader:
+            return {}
+        mine = range(self.runtime.dp_rank, len(prompts), self.runtime.dp_size)
+        return {(prompts[i].prompt_id, k): i * num_samples + k for i in mine for k in range(num_samples)}
+
+    def collect(self, pending: PendingRollouts) -> RolloutPart:
         """Wait for the pending rollouts; engines that restart meanwhile receive the current weights."""
         assert self.source is not None and pending.policy_version == self.policy_version, "engines hold other weights"
         try:
@@ -232,19 +255,18 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
             self.keep_finished()
             raise
         self.pending.remove(pending)
-        parts = self.sync.exchange((scored or [], self.scorer.take_problems() if self.scorer else []))
+        problems = self.sync.exchange(self.scorer.take_problems() if self.scorer else [])
         if self.runtime.is_main:
-            for problem in (problem for _, problems in parts for problem in problems):
+            for problem in (problem for part in problems for problem in part):
                 say(f"warning: verifier: {problem}")
-        order = {prompt.prompt_id: place for place, prompt in enumerate(pending.prompts)}
-        rollouts = [rollout for part, _ in parts for rollout in part]
-        return sorted(rollouts, key=lambda rollout: (order[rollout.prompt.prompt_id], rollout.sample_index))
+        return pending.part_of(scored or ())
 
     def keep_finished(self) -> None:
-        """End what is pending and store what is finished of it, each leader its own shard; collective.
+        """End what is pending and store what is finished of it, each leader its own part; collective.
 
         Models are whole again afterwards, so that the stage can save them.
         """
+        self.finish_storing()
         for pending in self.pending:
             pending.cancelled.set()
             if finished := pending.finished():
@@ -269,7 +291,7 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
             pending.answered.append((rollout, scorer.submit(rollout)))
 
         known: set[RequestId] = set()
-        if kept := read_partial(self.folder, pending.number.storage):
+        if kept := read_partial(self.folder, pending.number.storage):  # of all leaders, whatever their number was
             plan = client.plan(prompts, iteration, num_samples)
             wanted = {(item.prompt.prompt_id, item.sample_index, item.request.seed) for item in plan}
             for rollout in kept:
@@ -292,27 +314,64 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
 
         return produce
 
-    def store(self, storage: int, rollouts: list[Rollout]) -> None:
-        """Keep a batch: main rank writes, all wait."""
-        if self.runtime.is_main:
-            write_rollouts(self.folder, storage, rollouts)
-            drop_partial(self.folder, storage)
-        self.sync.exchange(None)
+    def store(self, storage: int, part: RolloutPart) -> None:
+        """Keep a batch: each leader writes its part in the background. One batch at a time.
 
-    def stored(self, storage: int, prompts: list[Prompt], num_samples: int) -> list[Rollout] | None:
+        Nothing that was trained on it may be saved before ``finish_storing``.
+        """
+        self.finish_storing()
+        future = begin(partial(self._write, storage, part)) if self.is_leader else None
+        self.storing = (storage, future)
+
+    def _write(self, storage: int, part: RolloutPart) -> None:
+        if self.runtime.is_main:
+            drop_other_parts(self.folder, storage, self.runtime.dp_size)
+        write_rollouts(self.folder, storage, part, self.runtime.dp_rank, self.runtime.dp_size)
+
+    def finish_storing(self) -> None:
+        """Wait until every leader has written what it was given to store; raises if one could not."""
+        if self.storing is None:
+            return
+        (storage, future), self.storing = self.storing, None
+        error = None
+        if future is not None:
+            timeout_s = STORE_SHARE * self.runtime.timeout_s
+            wait([future], timeout_s)
+            error = future.exception() if future.done() else TimeoutError(f"not done after {timeout_s:g} s")
+        if any_rank(error is not None):
+            raise RuntimeError(f"storing rollouts {storage} in {self.folder} failed: {error or 'on another rank'}")
+        if self.runtime.is_main:
+            drop_partial(self.folder, storage)
+
+    def stored(self, storage: int, prompts: list[Prompt], num_samples: int) -> RolloutPart | None:
         """The stored rollouts of exactly these prompts; None if there are none. An iteration that a kill interrupted
         is trained on the responses that it had, so its updates come out the same."""
-        found: list[Rollout] | None = None
-        if self.runtime.is_main:
+        places = self._my_places(prompts, num_samples)
+        names = {prompt.prompt_id for prompt in prompts}
+        found: dict[int, Rollout] = {}
+        num_foreign = 0
+
+        def is_mine(_: int, rollout: Rollout) -> bool:
+            nonlocal num_foreign
+            num_foreign += rollout.prompt.prompt_id not in names or rollout.sample_index >= num_samples
+            return (rollout.prompt.prompt_id, rollout.sample_index) in places
+
+        is_there = True
+        if self.is_leader:
             try:
-                found = read_rollouts(self.folder, storage)
-                drop_partial(self.folder, storage)  # a kill may have come between the two
+                part = read_places(self.folder, storage, is_mine)
+                found = {places[r.prompt.prompt_id, r.sample_index]: r for r in part.rollouts}
             except UserError:
-                found = None
-            wanted = [(prompt.prompt_id, sample) for prompt in prompts for sample in range(num_samples)]
-            if found is not None and [(r.prompt.prompt_id, r.sample_index) for r in found] != wanted:
-                found = None
-        return self.sync.exchange(found)[0]
+                is_there = False
+        is_whole = is_there and not num_foreign and len(found) == len(places)
+        if any_rank(not is_whole):
+            if self.runtime.is_main:  # what is there of it would be taken for parts of the batch that follows
+                (drop_rollouts if is_there else keep_as_partial)(self.folder, storage)
+            self.sync.exchange(None)
+            return None
+        if self.runtime.is_main:
+            drop_partial(self.folder, storage)  # a kill may have come between the two
+        return RolloutPart.of(found.items())
 
     def training_prompts(self, seed: int) -> PromptStream:
         """The problems of prompts.train and prompts.mix, in every epoch as often as their source's weight says."""

@@ -1,6 +1,6 @@
 """Rollouts of a fixed policy: new ones for every step, or one stored set that is drawn from again and again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -10,15 +10,17 @@ from megatron_vcppo.data.seeds import fixed_policy_seed
 from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.integers import ceil_div
+from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.hf_weights_io import stream_hf
 from megatron_vcppo.mcore.model import ActorModel
-from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.rollout_store import (
     StoredSet,
     claim,
     origin_differences,
+    read_places,
     read_rollouts,
     stored_iterations,
     stored_set,
@@ -35,8 +37,8 @@ from megatron_vcppo.stages.stopping import Saved, stopping
 class RolloutSource(Protocol):
     """Where the next rollouts come from. Every method is collective."""
 
-    def next(self, count: int, step: int) -> list[Rollout]:
-        """``count`` scored rollouts for this step (from 1); the same on every rank.
+    def next(self, count: int, step: int) -> RolloutPart:
+        """What this rank has of ``count`` scored rollouts for this step (from 1).
 
         Raises Stopped on every rank if any was asked to stop while they are generated.
         """
@@ -75,7 +77,7 @@ class FreshRollouts:
         self.session, self.sampler, self.load_actor = session, sampler, load_actor
         self.pushed = False
 
-    def next(self, count: int, step: int) -> list[Rollout]:
+    def next(self, count: int, step: int) -> RolloutPart:
         """Whole groups: at least ``count``."""
         if not self.pushed:
             actor = self.load_actor()
@@ -103,26 +105,38 @@ class FreshRollouts:
 
 
 class StoredRollouts:
-    """A set in a folder, made on first use: generate once, pretrain many critics on it."""
+    """A set in a folder, made on first use: generate once, pretrain many critics on it. Leaders hold it in parts."""
 
     CHUNK = 512
-    """Rollouts per stored part: what a kill while the set is made costs at most; a stop request costs nothing."""
+    """Rollouts that are generated and stored at a time."""
 
     def __init__(self, wanted: StoredSet, fresh: FreshRollouts, stage: Stage) -> None:
         """Raises UserError for a set that this model cannot read, Saved if asked to stop while it is made."""
-        self.is_main = stage.runtime.is_main
+        self.runtime, self.wanted = stage.runtime, wanted
         self.other_scores = False
         """Whether another reward model scored the set, as the main rank knows it."""
-        if self.is_main:
+        if self.runtime.is_main:
             self._check_origin(wanted, stage)
-        self.rollouts = self._load_or_make(wanted, fresh)
+        self.rollouts = self._load_or_make(fresh)
+        """By number in the set, those of this rank."""
         fresh.session.trainer_turn()
-        check_fit(self.rollouts, wanted, stage.config)
-        self.order = EpochOrder(len(self.rollouts), stage.config.run.seed, str(wanted.folder))
+        problem = misfit(self.rollouts.values(), wanted, stage.config)
+        problems = [text for text in fresh.session.sync.exchange(problem) if text]
+        if problems:
+            raise UserError(problems[0])
+        self.order = EpochOrder(wanted.num_rollouts, stage.config.run.seed, str(wanted.folder))
 
-    def next(self, count: int, step: int) -> list[Rollout]:
+    def next(self, count: int, step: int) -> RolloutPart:
         """The next ones of a seeded order; each comes once per epoch."""
-        return [self.rollouts[index] for _, index in self.order.next(count)]
+        numbers = [number for _, number in self.order.next(count)]
+        return RolloutPart.of((p, self.rollouts[number]) for p, number in enumerate(numbers) if number in self.rollouts)
+
+    def read_all(self) -> list[Rollout]:
+        """The whole set in its order, on every rank."""
+        found: list[Rollout] = []
+        for number in stored_iterations(self.wanted.folder):
+            found += read_rollouts(self.wanted.folder, number)
+        return found[: self.wanted.num_rollouts]
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the order."""
@@ -145,38 +159,53 @@ class StoredRollouts:
                 "those of this actor; without the folder, the set is made again"
             )
 
-    def _load_or_make(self, wanted: StoredSet, fresh: FreshRollouts) -> list[Rollout]:
-        session, total = fresh.session, wanted.num_rollouts
-        stored = session.sync.exchange(stored_iterations(wanted.folder) if self.is_main else None)[0]
-        rollouts: list[Rollout] = []
-        part = 0
-        while len(rollouts) < total:
-            part += 1
-            count = min(self.CHUNK, total - len(rollouts))
-            if part in stored:
+    def _load_or_make(self, fresh: FreshRollouts) -> dict[int, Rollout]:
+        session, wanted, total = fresh.session, self.wanted, self.wanted.num_rollouts
+        known = (stored_iterations(wanted.folder), self.other_scores) if self.runtime.is_main else None
+        stored, other_scores = session.sync.exchange(known)[0]
+        rollouts: dict[int, Rollout] = {}
+        number = num_found = 0
+        while num_found < total:
+            number += 1
+            count = min(self.CHUNK, total - num_found)
+            if number in stored:
                 fresh.skip(count)
-                found = read_rollouts(wanted.folder, part) if self.is_main else None
-                if found is not None and self.other_scores:
-                    found = [replace(rollout, model_score=None) for rollout in found]
-                rollouts += fresh.sampler.score(session.sync.exchange(found)[0])
-                continue
-            try:
-                stopping.point()
-                rollouts += fresh.next(count, part)
-            except Stopped:
-                raise Saved(f"asked to stop: the first {len(rollouts)} of {total} rollouts are stored") from None
-        if self.is_main and not wanted.is_complete:
+                part = fresh.sampler.score(self._read(number, keep_scores=not other_scores))
+            else:
+                try:
+                    stopping.point()
+                    part = fresh.next(count, number)
+                except Stopped:
+                    session.finish_storing()
+                    raise Saved(f"asked to stop: the first {num_found} of {total} rollouts are stored") from None
+            rollouts |= {num_found + place: rollout for place, rollout in part.items() if num_found + place < total}
+            num_found += runtime.sum_over_ranks(len(part))
+        session.finish_storing()
+        if self.runtime.is_main and not wanted.is_complete:
             wanted.mark_complete()
-        return rollouts[:total]
+        return rollouts
+
+    def _read(self, number: int, keep_scores: bool) -> RolloutPart:
+        """Whoever made it: leaders take its rollouts in turn."""
+        if not self.runtime.is_leader:
+            return RolloutPart()
+        part = read_places(
+            self.wanted.folder, number, lambda place, _: place % self.runtime.dp_size == self.runtime.dp_rank
+        )
+        if keep_scores:
+            return part
+        return RolloutPart(part.places, [replace(rollout, model_score=None) for rollout in part.rollouts])
 
 
-def check_fit(rollouts: list[Rollout], wanted: StoredSet, config: Config) -> None:
-    """UserError names the first rollout that the model cannot read: too long, or of another vocabulary."""
+def misfit(rollouts: Iterable[Rollout], wanted: StoredSet, config: Config) -> str:
+    """Names the first rollout that the model cannot read, too long or of another vocabulary; "" if there is none."""
     longest, vocabulary = config.model.max_length, Architecture.from_hf(config.model.hf).vocab_size
     for rollout in rollouts:
-        ids = (*rollout.prompt.token_ids, *rollout.response_ids)
+        num_tokens = len(rollout.prompt.token_ids) + len(rollout.response_ids)
+        last = max((*rollout.prompt.token_ids, max(rollout.response_ids)))
         where = f"{wanted.folder}: {rollout.prompt.prompt_id} sample {rollout.sample_index}"
-        if len(ids) > longest:
-            raise UserError(f"{where} has {len(ids)} tokens, model.max_length is {longest}")
-        if max(ids) >= vocabulary:
-            raise UserError(f"{where} has token {max(ids)}, the vocabulary of {config.model.hf} has {vocabulary}")
+        if num_tokens > longest:
+            return f"{where} has {num_tokens} tokens, model.max_length is {longest}"
+        if last >= vocabulary:
+            return f"{where} has token {last}, the vocabulary of {config.model.hf} has {vocabulary}"
+    return ""

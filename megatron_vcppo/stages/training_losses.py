@@ -11,6 +11,32 @@ from megatron_vcppo.algo.losses.value import bound_values, value_loss
 from megatron_vcppo.algo.metrics import Metrics
 from megatron_vcppo.config import PolicyLossConfig, ValuesConfig
 from megatron_vcppo.data.packing import PackedMicrobatch
+from megatron_vcppo.data.rollout_share import RolloutTable
+
+
+@dataclass(frozen=True)
+class LossSize:
+    """Counts of a whole minibatch, of all replicas, by which its losses are divided."""
+
+    num_tokens: int
+    """Response tokens that are trained on."""
+    num_rollouts: int
+    """Rollouts with any."""
+    num_positive_tokens: int
+    """Of right answers."""
+    max_length: int
+    """The limit of a response."""
+
+    @classmethod
+    def of(cls, batch: RolloutTable, trained: Tensor, max_length: int) -> "LossSize":
+        """trained: bool [B], the rollouts that are trained on."""
+        lengths = batch.lengths
+        positive = int(lengths[trained & batch.is_correct].sum())
+        return cls(int(lengths[trained].sum()), int(trained.sum()), positive, max_length)
+
+    def denominator(self, aggregation: str) -> int:
+        """See ``loss_denominator``."""
+        return loss_denominator(aggregation, self.num_tokens, self.num_rollouts, self.max_length)
 
 
 @dataclass(frozen=True)
@@ -25,13 +51,9 @@ class ActorLoss:
     num_positive_tokens: float
 
     @classmethod
-    def of(
-        cls, config: PolicyLossConfig, kl_coef: float, mask: Tensor, positive: Tensor, max_length: int
-    ) -> "ActorLoss":
-        """From the minibatch's masks [B, T], which every rank knows."""
-        num_tokens = int(mask.sum())
-        denominator = loss_denominator(config.aggregation, num_tokens, int(mask.any(dim=1).sum()), max_length)
-        return cls(config, kl_coef, denominator, num_tokens, int(positive.sum()))
+    def of(cls, config: PolicyLossConfig, kl_coef: float, size: LossSize) -> "ActorLoss":
+        """Of a minibatch of this size."""
+        return cls(config, kl_coef, size.denominator(config.aggregation), size.num_tokens, size.num_positive_tokens)
 
     def __call__(self, outputs: tuple[Tensor, Tensor], microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
         """outputs: (logprobs [T], entropy [T])."""
@@ -83,18 +105,12 @@ class ActorLoss:
 
 @dataclass(frozen=True)
 class CriticLoss:
-    """Regression on the returns, as a share of one minibatch's loss."""
+    """Regression on the returns, as a share of one minibatch's loss: the mean over its tokens."""
 
     config: ValuesConfig
     denominator: float
     value_clip: float | None = None
     """Largest change from the values before the update; None: no clipping, and no such values are needed."""
-
-    @classmethod
-    def of(cls, config: ValuesConfig, mask: Tensor, max_length: int, value_clip: float | None) -> "CriticLoss":
-        """The mean over the tokens of a minibatch's mask [B, T], which every rank knows."""
-        denominator = loss_denominator("token", int(mask.sum()), int(mask.any(dim=1).sum()), max_length)
-        return cls(config, denominator, value_clip)
 
     def __call__(self, outputs: Tensor, microbatch: PackedMicrobatch) -> tuple[Tensor, Metrics]:
         """outputs: values [T]."""

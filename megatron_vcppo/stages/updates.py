@@ -5,17 +5,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_vcppo.config import PolicyLossConfig, PpoConfig, ValuesConfig
+from megatron_vcppo.config import PpoConfig, ReturnsConfig, ValuesConfig
 from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.packing import PackedMicrobatch
-from megatron_vcppo.data.rollout_batch import ModelOutputs, RolloutBatch, field_types
+from megatron_vcppo.data.rollout_share import ModelOutputs, RolloutShare, field_types
 from megatron_vcppo.data.seeds import minibatch_seed
 from megatron_vcppo.mcore.learner import Actor, Critic, StepResult
-from megatron_vcppo.stages.advantage_batch import AdvantageBatch
-from megatron_vcppo.stages.training_losses import ActorLoss, CriticLoss, sequence_weights
+from megatron_vcppo.stages.advantage_batch import AdvantageBatch, trained_rollouts
+from megatron_vcppo.stages.share_exchange import move, replica_of_each
+from megatron_vcppo.stages.training_losses import ActorLoss, CriticLoss, LossSize, sequence_weights
 
 
 @dataclass
@@ -97,13 +99,14 @@ class Updater:
     packer: Packer
     config: PpoConfig
     values_config: ValuesConfig
+    returns_config: ReturnsConfig
     run_seed: int
     max_tokens: int
     """The limit of a response."""
 
     def update(
         self,
-        batch: RolloutBatch,
+        share: RolloutShare,
         advantages: AdvantageBatch,
         outputs: ModelOutputs,
         *,
@@ -123,8 +126,8 @@ class Updater:
         """
         config, critic = self.config, self.critic
         actor = self.actor if iteration > config.critic_only_iterations else None
-        fields = training_fields(batch, advantages, outputs, config.loss)
-        lengths = batch.sequence_lengths
+        batch = share.batch
+        fields = self.fields(advantages, outputs)
         parts = [
             part
             for ppo_epoch in range(config.ppo_epochs)
@@ -135,34 +138,48 @@ class Updater:
             actor_steps = number if actor is not None else 0
             if metrics.num_steps("critic") >= critic_steps and metrics.num_steps("actor") >= actor_steps:
                 continue
-            part_lengths = [lengths[i] for i in part]
-            mine = [part[i] for i in self.packer.shard(part_lengths)]
-            microbatches = self.packer.pack(batch.sequences(mine, fields), field_types(fields))
+            replicas = replica_of_each(batch.sequence_lengths, self.packer.dp_size, part)
+            microbatches = self.microbatches(*move(share, fields, replicas), part)
             if len(metrics.imbalance) < number:
                 metrics.count(microbatches)
-                metrics.imbalance.append(self.packer.imbalance(part_lengths))
-            mask = advantages.mask[part]
+                loads = np.bincount(replicas[part], batch.sequence_lengths[part], self.packer.dp_size)
+                metrics.imbalance.append(float(loads.max() / loads.mean()))
+            size = LossSize.of(batch.take(part), trained_rollouts(batch, self.returns_config)[part], self.max_tokens)
             while critic is not None and metrics.num_steps("critic") < critic_steps:
                 before_step()
-                critic_loss = CriticLoss.of(self.values_config, mask, self.max_tokens, config.critic.value_clip)
+                critic_loss = CriticLoss(self.values_config, size.denominator("token"), config.critic.value_clip)
                 metrics.add("critic", critic.train_step(microbatches, critic_loss))
             if actor is not None and metrics.num_steps("actor") < actor_steps:
                 before_step()
                 in_loss = kl_coef if config.loss.kl_in == "loss" else 0.0
-                positive = fields["positive_mask"][part]
-                actor_loss = ActorLoss.of(config.loss, in_loss, mask, positive, self.max_tokens)
-                metrics.add("actor", actor.train_step(microbatches, actor_loss))
+                metrics.add("actor", actor.train_step(microbatches, ActorLoss.of(config.loss, in_loss, size)))
 
+    def fields(self, advantages: AdvantageBatch, outputs: ModelOutputs) -> dict[str, Tensor]:
+        """What the losses read of a token and cannot be known from its rollout, by the name of the field: [N]."""
+        loss = self.config.loss
+        read = {
+            "old_logprobs": True,
+            "rollout_logprobs": loss.tis_cap is not None,
+            "ref_logprobs": loss.kl_in == "loss",
+            "values": self.config.critic.value_clip is not None,
+        }
+        found = {name: tensor for name, tensor in outputs.by_name().items() if read[name]}
+        return {"advantages": advantages.advantages, "returns": advantages.returns, **found}
 
-def training_fields(
-    batch: RolloutBatch, advantages: AdvantageBatch, outputs: ModelOutputs, config: PolicyLossConfig
-) -> dict[str, Tensor]:
-    """What the losses read, by the name of the field: [B, T]."""
-    return {
-        "response_mask": advantages.mask,
-        "advantages": advantages.advantages,
-        "returns": advantages.returns,
-        "loss_weights": sequence_weights(advantages.mask, config),
-        "positive_mask": advantages.mask & batch.is_correct[:, None],
-        **outputs.by_name(),
-    }
+    def microbatches(self, share: RolloutShare, fields: dict[str, Tensor], part: list[int]) -> list[PackedMicrobatch]:
+        """This replica's micro-batches of a minibatch, in whose order its rollouts are packed."""
+        trained = trained_rollouts(share.table, self.returns_config)
+        mask = share.per_token(trained)
+        weights = torch.zeros(len(mask))
+        for block in share.blocks():
+            rows = block.mask & trained[block.rows, None]
+            weights[block.tokens] = sequence_weights(rows, self.config.loss)[block.mask]
+        fields = {
+            "response_mask": mask,
+            "loss_weights": weights,
+            "positive_mask": mask & share.per_token(share.table.is_correct),
+            **fields,
+        }
+        here = {row: index for index, row in enumerate(share.rows.tolist())}
+        order = [here[row] for row in part if row in here]
+        return self.packer.pack(share.sequences(fields, order), field_types(fields))

@@ -7,20 +7,21 @@ from megatron_vcppo.algo.kl import token_rewards
 from megatron_vcppo.algo.metrics import explained_variance
 from megatron_vcppo.config import Config, ReturnsConfig, ValuePretrainConfig, ValuesConfig
 from megatron_vcppo.data.packer import Packer
-from megatron_vcppo.data.rollout_batch import RolloutBatch, field_types, make_batch
+from megatron_vcppo.data.rollout_share import RolloutShare, RolloutTable, field_types
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.learner import Critic, StepResult
 from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.log import say
-from megatron_vcppo.stages.advantage_batch import episode_rewards, reward_statistics, trained_mask
+from megatron_vcppo.stages.advantage_batch import episode_rewards, reward_statistics, trained_rollouts
 from megatron_vcppo.stages.initial_models import starting_critic
 from megatron_vcppo.stages.loop import TrainLoop
 from megatron_vcppo.stages.model_rewards import ModelRewards, tracked
 from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.stages.rollout_source import rollout_source
+from megatron_vcppo.stages.share_exchange import share_out
 from megatron_vcppo.stages.speed import work
 from megatron_vcppo.stages.stage import start_stage
-from megatron_vcppo.stages.training_losses import CriticLoss
+from megatron_vcppo.stages.training_losses import CriticLoss, LossSize
 
 
 def run(config: Config) -> None:
@@ -48,25 +49,25 @@ def run(config: Config) -> None:
             if fit.stopping_reason:
                 loop.end()
             for step in loop:
-                batch = make_batch(source.next(settings.batch_size, step))
+                share = share_out(source.next(settings.batch_size, step))
                 reward_metrics: dict[str, float] = {}
                 if model_rewards is not None:
-                    batch, reward_metrics = model_rewards.add_to(batch)
+                    share, reward_metrics = model_rewards.add_to(share)
                 session.trainer_turn()
                 loop.point()
                 result = learn_returns(
                     critic,
-                    batch,
+                    share,
                     stage.packer,
                     returns_config=config.returns,
                     values_config=config.values,
                     max_tokens=config.rollout.max_tokens,
                 )
-                metrics = step_metrics(result, batch, loop.step_seconds) | reward_metrics
-                metrics |= work(stage, batch.sequence_lengths)
+                metrics = step_metrics(result, share.batch, loop.step_seconds) | reward_metrics
+                metrics |= work(stage, share.batch.sequence_lengths)
                 fit.add(metrics["critic/explained_variance"], metrics["critic/value_loss"])
                 shown = {"loss": metrics["critic/value_loss"], "ev": metrics["critic/explained_variance"]}
-                loop.log(metrics, count=len(batch), shown=shown, skipped={"critic": [not result.applied]})
+                loop.log(metrics, count=len(share.batch), shown=shown, skipped={"critic": [not result.applied]})
                 if fit.stopping_reason:
                     loop.end()
             if stage.runtime.is_main:
@@ -76,7 +77,7 @@ def run(config: Config) -> None:
 
 def learn_returns(
     critic: Critic,
-    batch: RolloutBatch,
+    share: RolloutShare,
     packer: Packer,
     *,
     returns_config: ReturnsConfig,
@@ -87,23 +88,27 @@ def learn_returns(
 
     returns_config: as in the PPO stage that follows, whose returns these are. max_tokens: the limit of a response.
     """
-    rewards = token_rewards(episode_rewards(batch, returns_config, max_tokens), batch.response_mask)
-    _, returns = decoupled_gae(
-        rewards=rewards,
-        values=torch.zeros_like(rewards),
-        mask=batch.response_mask,
-        gamma=returns_config.gamma,
-        lam_actor=1.0,
-        lam_critic=1.0,
-    )
-    mask = trained_mask(batch, returns_config)
+    rewards = episode_rewards(share.table, returns_config, max_tokens)
+    returns = torch.empty(share.num_tokens)
+    for block in share.blocks():
+        block_rewards = token_rewards(rewards[block.rows], block.mask)
+        _, block_returns = decoupled_gae(
+            rewards=block_rewards,
+            values=torch.zeros_like(block_rewards),
+            mask=block.mask,
+            gamma=returns_config.gamma,
+            lam_actor=1.0,
+            lam_critic=1.0,
+        )
+        returns[block.tokens] = block_returns[block.mask]
+    mask = share.per_token(trained_rollouts(share.table, returns_config))
     tensors = {"response_mask": mask, "returns": returns}
-    shard = packer.shard(batch.sequence_lengths)
-    microbatches = packer.pack(batch.sequences(shard, tensors), field_types(tensors))
-    return critic.train_step(microbatches, CriticLoss(values_config, float(mask.sum())))
+    microbatches = packer.pack(share.sequences(tensors), field_types(tensors))
+    size = LossSize.of(share.batch, trained_rollouts(share.batch, returns_config), max_tokens)
+    return critic.train_step(microbatches, CriticLoss(values_config, size.denominator("token")))
 
 
-def step_metrics(result: StepResult, batch: RolloutBatch, seconds: float) -> dict[str, float]:
+def step_metrics(result: StepResult, batch: RolloutTable, seconds: float) -> dict[str, float]:
     """The metrics of a step, as they are logged."""
     metrics = {f"critic/{name}": value for name, value in result.metrics.items()}
     metrics["critic/explained_variance"] = explained_variance(result.metrics)

@@ -56,7 +56,7 @@ def train(folder: Path, parallel: ParallelConfig, steps: int, dtype: Dtype = "fl
         history["grad_norm"].append(result.grad_norm)
     fixed = packed(make_sequences(99), parallel)
     rows = unpack_all(fixed, actor.logprobs(fixed))
-    history["logprobs"] = [value for row in rows for value in row]
+    history["logprobs"] = [value for row in rows for value in row.tolist()]
     return history
 
 
@@ -82,7 +82,7 @@ def test_logprobs_equal_transformers(tmp_path: Path, family: str, tied: bool, la
     def body() -> list[list[float]]:
         actor = make_actor(folder, parallel)
         microbatches = packed(sequences, parallel)
-        return unpack_all(microbatches, actor.logprobs(microbatches))
+        return [row.tolist() for row in unpack_all(microbatches, actor.logprobs(microbatches))]
 
     for ours in run_distributed_test(body, parallel.tp * parallel.pp):
         for row, reference in zip(ours, reference_logprobs(folder, sequences), strict=True):

@@ -96,7 +96,7 @@ def test_an_exported_critic_gives_its_values_in_transformers(tmp_path: Path) -> 
         _, critic = start(hf, ParallelConfig())
         load_model(critic.model, component)
         packed = pack_all(sequences, 160)
-        return unpack_all(packed, critic.values(packed))
+        return [row.tolist() for row in unpack_all(packed, critic.values(packed))]
 
     ours = run_distributed_test(body, 1)[0]
     model = AutoModelForTokenClassification.from_pretrained(tmp_path / "out").eval()

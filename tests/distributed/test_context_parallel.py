@@ -85,7 +85,9 @@ def train(folder: Path, parallel: ParallelConfig) -> dict[str, list[float]]:
         fixed = packed(make_sequences(99))
         for kind, learner in learners.items():
             outputs = learner.logprobs(fixed) if isinstance(learner, Actor) else learner.values(fixed)
-            history[f"{kind} outputs {moment}"] = [value for row in unpack_all(fixed, outputs) for value in row]
+            history[f"{kind} outputs {moment}"] = [
+                value for row in unpack_all(fixed, outputs) for value in row.tolist()
+            ]
 
     record("before")
     for seed in range(10):

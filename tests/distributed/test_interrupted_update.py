@@ -8,19 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_vcppo.config import CheckpointConfig, Config
-from megatron_vcppo.data.rollout_batch import make_batch
 from megatron_vcppo.errors import Stopped
 from megatron_vcppo.mcore import checkpoint as checkpoint_module
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder, complete_checkpoints
 from megatron_vcppo.mcore.learner import Learner
-from megatron_vcppo.records import Rollout
+from megatron_vcppo.records import Rollout, RolloutPart
 from megatron_vcppo.stages.unfinished import Unfinished, UpdateUnderWay
 from megatron_vcppo.stages.updates import UpdateMetrics
+from megatron_vcppo.weight_sync.rank_role import make_exchange
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import RanksFailed, run_distributed_test
-from tests.helpers.ppo_update import build, make_config, make_rollouts, save_models
+from tests.helpers.ppo_update import build, make_config, make_rollouts, save_models, share_of
 
 VARIANT: dict[str, Any] = {
     "ppo": {
@@ -38,19 +39,21 @@ def train_up_to(config: Config, rollouts: list[Rollout], folder: Path, num_steps
 
     Returns metrics and outputs of both models once all steps are done; else None.
     """
-    models, batch, seed = build(config), make_batch(rollouts), config.run.seed
+    models, seed = build(config), config.run.seed
+    share = share_of(rollouts)
+    exchange = make_exchange(60)
     assert models.critic is not None and models.reference is not None
     checkpoints = CheckpointFolder(folder, config, CheckpointConfig())
     learners: dict[str, Learner] = {"actor": models.actor, "critic": models.critic}
     resumed = checkpoints.resume(learners)
     if resumed is None:
-        metrics, outputs = UpdateMetrics(), models.outputs(batch)
+        metrics, outputs = UpdateMetrics(), models.outputs(share)
     else:
-        unfinished = Unfinished.from_checkpoint(resumed.state["unfinished"], resumed.tensors)
-        assert unfinished.fits(batch, config.ppo, seed)
-        assert not unfinished.fits(make_batch(rollouts[::-1]), config.ppo, seed)
-        metrics, outputs = UpdateMetrics.from_state(unfinished.metrics), unfinished.outputs(batch)
-    under_way = UpdateUnderWay(batch, outputs, metrics, config.ppo, seed)
+        unfinished = Unfinished.from_checkpoint(resumed.state["unfinished"], resumed.tensor_files)
+        assert unfinished.fits(RolloutPart(), share, config.ppo, seed, exchange)
+        assert not unfinished.fits(RolloutPart(), share_of(rollouts[::-1]), config.ppo, seed, exchange)
+        metrics, outputs = UpdateMetrics.from_state(unfinished.metrics), unfinished.outputs(share)
+    under_way = UpdateUnderWay(share, outputs, metrics, config.ppo, seed)
 
     def stop_there() -> None:
         if under_way.num_updates == num_steps:
@@ -58,8 +61,8 @@ def train_up_to(config: Config, rollouts: list[Rollout], folder: Path, num_steps
 
     try:
         models.updater.update(
-            batch,
-            models.advantages(batch, outputs),
+            share,
+            models.advantages(share, outputs),
             outputs,
             iteration=1,
             kl_coef=config.ppo.loss.kl_coef,
@@ -70,7 +73,7 @@ def train_up_to(config: Config, rollouts: list[Rollout], folder: Path, num_steps
         checkpoints.save(0, learners, {"unfinished": under_way.state_dict()}, under_way.tensors())
         return None
     assert under_way.num_updates == NUM_STEPS
-    return metrics.means() | models.token_outputs(batch)
+    return metrics.means() | models.token_outputs(share)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +108,8 @@ def test_a_kill_while_a_checkpoint_takes_the_place_of_another_leaves_one_of_them
 
     def resumed_state(checkpoints: CheckpointFolder, actor: Learner) -> dict[str, Any]:
         resumed = checkpoints.resume({"actor": actor})
-        assert resumed is not None and resumed.iteration == 3 and list(resumed.tensors) == ["x"]
-        return resumed.state | {"x": resumed.tensors["x"].tolist()}
+        assert resumed is not None and resumed.iteration == 3 and [*load_file(resumed.tensor_files[0])] == ["x"]
+        return resumed.state | {"x": load_file(resumed.tensor_files[0])["x"].tolist()}
 
     def save_twice(kill: bool) -> dict[str, Any]:
         actor = build(config).actor

@@ -18,7 +18,7 @@ from megatron_vcppo.hf.safetensors_files import reward_model_tensors
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.learner import FrozenValues
 from megatron_vcppo.records import Prompt, Rollout
-from megatron_vcppo.stages.model_rewards import check_texts, load, reader_of, score_all
+from megatron_vcppo.stages.model_rewards import check_texts, load, reader_of, score_replica
 from megatron_vcppo.tasks.base_model import write_base_model
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.reward_models import save_reward_model
@@ -39,17 +39,24 @@ def rollout_of(ids: tuple[int, ...]) -> Rollout:
 
 
 def score(reward_model: Path, rollouts: list[Rollout], num_ranks: int, parallel: ParallelConfig) -> list[list[float]]:
-    """On every rank."""
+    """By the leaders, which take the rollouts in turn: the scores that all ranks of each replica have, in order."""
 
-    def body() -> list[float]:
+    def body() -> list[tuple[int, float]]:
         joined = runtime.start(parallel, seed=3, timeout_s=60)
         config = Config(parallel=parallel)
         config.model.hf, config.model.dtype = str(reward_model), "float32"
         config.rewards.model.path = str(reward_model)
         packer = Packer.of(parallel, config.model, joined.dp_rank, joined.dp_size)
-        return score_all(FrozenValues(load(config)), rollouts, packer, lambda r: (*r.prompt.token_ids, *r.response_ids))
+        places = range(joined.dp_rank, len(rollouts), joined.dp_size)
+        mine = [(*rollouts[i].prompt.token_ids, *rollouts[i].response_ids) for i in places]
+        scores = score_replica(FrozenValues(load(config)), mine if joined.is_leader else [], packer)
+        return list(zip(places, scores, strict=True))
 
-    return run_distributed_test(body, num_ranks)
+    by_rank = run_distributed_test(body, num_ranks)
+    replicas = {tuple(place for place, _ in found): dict(found) for found in by_rank}
+    assert all(dict(found) == replicas[tuple(place for place, _ in found)] for found in by_rank)
+    scores = {place: score for found in replicas.values() for place, score in found.items()}
+    return [[scores[place] for place in range(len(rollouts))]]
 
 
 def expected_scores(reward_model: Path, rollouts: list[Rollout]) -> list[float]:
@@ -63,7 +70,7 @@ def expected_scores(reward_model: Path, rollouts: list[Rollout]) -> list[float]:
 def test_scores_are_those_of_transformers(tmp_path: Path, family: str) -> None:
     """pad_token_id is None, so that transformers, too, reads the last token of all."""
     reward_model = save_reward_model(tmp_path / "rm", save_tiny_model(tmp_path / "base", family), pad=None)
-    rollouts = [rollout_of(sequence.token_ids) for sequence in make_sequences(0, 7)]
+    rollouts = [rollout_of(tuple(sequence.token_ids)) for sequence in make_sequences(0, 7)]
     (found,) = score(reward_model, rollouts, 1, ParallelConfig())
     assert found == pytest.approx(expected_scores(reward_model, rollouts), abs=1e-4)
     assert max(found) - min(found) > 0.1
@@ -74,7 +81,7 @@ def test_scores_do_not_depend_on_the_layout(tmp_path: Path, num_ranks: int, para
     """Also with fewer responses than replicas."""
     reward_model = save_reward_model(tmp_path / "rm", save_tiny_model(tmp_path / "base"), pad=None)
     for count in (7, 1):
-        rollouts = [rollout_of(sequence.token_ids) for sequence in make_sequences(0, count)]
+        rollouts = [rollout_of(tuple(sequence.token_ids)) for sequence in make_sequences(0, count)]
         for found in score(reward_model, rollouts, num_ranks, parallel):
             assert found == pytest.approx(expected_scores(reward_model, rollouts), abs=1e-5)
 

@@ -8,12 +8,20 @@ import pytest
 import torch
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.data.rollout_batch import make_batch
 from megatron_vcppo.records import Rollout
 from megatron_vcppo.stages.updates import UpdateMetrics
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.ppo_reference import reference_update
-from tests.helpers.ppo_update import HEAD, build, make_config, make_rollouts, reference_of, save_models
+from tests.helpers.ppo_update import (
+    HEAD,
+    build,
+    make_config,
+    make_rollouts,
+    of_all_replicas,
+    reference_of,
+    save_models,
+    share_of,
+)
 
 VAPO = {
     "advantage": {"length_adaptive_alpha": 0.2},
@@ -22,20 +30,21 @@ VAPO = {
 
 
 def train(config: Config, rollouts: list[Rollout]) -> dict[str, Any]:
-    """What ``reference_update`` returns, on one rank of any layout; every [B, T] as its valid tokens."""
-    models, batch = build(config), make_batch(rollouts)
-    outputs, metrics = models.outputs(batch), UpdateMetrics()
-    advantages = models.advantages(batch, outputs)
-    models.updater.update(batch, advantages, outputs, iteration=1, kl_coef=config.ppo.loss.kl_coef, metrics=metrics)
+    """What ``reference_update`` returns, on one rank of any layout; every [N] of the whole batch."""
+    models = build(config)
+    share = share_of(rollouts)
+    outputs, metrics = models.outputs(share), UpdateMetrics()
+    advantages = models.advantages(share, outputs)
+    models.updater.update(share, advantages, outputs, iteration=1, kl_coef=config.ppo.loss.kl_coef, metrics=metrics)
     assert not any(any(skipped) for skipped in metrics.skipped.values())
-    after = {f"{name}_after": tensor for name, tensor in models.token_outputs(batch).items()}
+    after = {f"{name}_after": tensor for name, tensor in models.token_outputs(share).items()}
     tensors = {
         **outputs.by_name(),
         "advantages": advantages.advantages,
         "returns": advantages.returns,
         **after,
     }
-    return {**metrics.means(), **{name: tensor[batch.response_mask] for name, tensor in tensors.items()}}
+    return {**metrics.means(), **{name: of_all_replicas(share, tensor) for name, tensor in tensors.items()}}
 
 
 def run(config: Config, rollouts: list[Rollout], world_size: int = 1, **layout: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tests.helpers.te.process import Call
 from tests.helpers.te.scenarios import (
     Case,
     added_in_place,
+    attention_warnings,
     error_of_building,
     error_of_loading,
     fp8_config,
@@ -167,6 +168,14 @@ def test_fp8_with_blocks_pads_to_their_size(te_ranks: Call, tmp_path: Path) -> N
     case = Case(save_tiny_model(tmp_path / "hf", num_hidden_layers=2), model)
     (config,) = te_ranks(fp8_config, 1, case)
     assert config == {"fp8": "hybrid", "fp8_recipe": "blockwise", "lengths": [0] * len(config["lengths"])}
+
+
+def test_unfused_attention_is_reported_unless_float32_has_no_other(te_ranks: Call, tmp_path: Path) -> None:
+    hf = save_tiny_model(tmp_path / "hf", num_hidden_layers=2)
+    (slow,) = te_ranks(attention_warnings, 1, Case(hf, {**TE, "dtype": "bfloat16"}), False)
+    assert slow[0] is None and "neither fused nor flash attention" in slow[1]
+    for dtype in ("bfloat16", "float32"):
+        assert te_ranks(attention_warnings, 1, Case(hf, {**TE, "dtype": dtype}), True) == [[None, None]]
 
 
 @pytest.mark.parametrize("kind", ["actor", "critic"])

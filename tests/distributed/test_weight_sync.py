@@ -63,7 +63,7 @@ def logprobs(folder: Path, sequences: list[TrainSequence], tp: int, pp: int) -> 
 
 def check_logprob_gap(folder: Path, rollouts: list[Rollout]) -> None:
     """vLLM's log-probs of sampled responses are Megatron's, within 1e-3 per token."""
-    sequences = [TrainSequence(rollout.prompt.token_ids + rollout.response_ids) for rollout in rollouts]
+    sequences = [TrainSequence((*rollout.prompt.token_ids, *rollout.response_ids)) for rollout in rollouts]
     rows = run_distributed_test(logprobs, 4, folder, sequences, 2, 2)[-1]
     for rollout, row in zip(rollouts, rows):
         trained = torch.tensor(row[len(row) - len(rollout.response_ids) :])

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.packer import Packer
-from megatron_vcppo.data.rollout_batch import ModelOutputs, RolloutBatch
+from megatron_vcppo.data.rollout_share import ModelOutputs, RolloutShare
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.learner import Actor, Critic, Reference
 from megatron_vcppo.mcore.model import ActorModel, build_actor, build_critic
-from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.stages.advantage_batch import AdvantageBatch, compute_advantages
 from megatron_vcppo.stages.ppo_models import token_outputs
+from megatron_vcppo.stages.share_exchange import share_out
 from megatron_vcppo.stages.training_losses import bounded
 from megatron_vcppo.stages.updates import Updater
 from tools.benchmarks._tiny_models import VOCAB_SIZE, save_tiny_model
@@ -74,6 +75,27 @@ def make_rollouts(num_prompts: int = 8, num_samples: int = 2, seed: int = 0) -> 
     return rollouts
 
 
+def share_of(rollouts: list[Rollout]) -> RolloutShare:
+    """This replica's share of a batch whose prompts leaders took in turn; after ``build``, on every rank."""
+    current = runtime.current()
+    group = {prompt_id: i for i, prompt_id in enumerate(dict.fromkeys(r.prompt.prompt_id for r in rollouts))}
+    mine = [
+        (place, rollout)
+        for place, rollout in enumerate(rollouts)
+        if current.is_leader and group[rollout.prompt.prompt_id] % current.dp_size == current.dp_rank
+    ]
+    return share_out(RolloutPart.of(mine))
+
+
+def of_all_replicas(share: RolloutShare, flat: Tensor) -> Tensor:
+    """[response tokens of the batch] from each replica's [N]; the same on every rank."""
+    lengths = share.batch.lengths.tolist()
+    whole = [torch.zeros(length) for length in lengths]
+    for row, values in zip(share.rows.tolist(), flat.split([lengths[row] for row in share.rows]), strict=True):
+        whole[row] = values.float()
+    return runtime.sum_over_replicas(torch.cat(whole))
+
+
 @dataclass
 class Models:
     """This rank's part of the models, and how it works on a batch."""
@@ -84,24 +106,24 @@ class Models:
     critic: Critic | None
     reference: Reference | None
 
-    def token_outputs(self, batch: RolloutBatch) -> dict[str, Tensor]:
-        """Log-probs and values under the current weights, by name: [B, T]."""
-        found = {"logprobs": token_outputs(batch, self.packer, self.actor.logprobs)}
+    def token_outputs(self, share: RolloutShare) -> dict[str, Tensor]:
+        """Log-probs and values under the current weights, by name: [N]."""
+        found = {"logprobs": token_outputs(share, self.packer, self.actor.logprobs)}
         if self.critic is not None:
-            found["values"] = token_outputs(batch, self.packer, self.critic.values)
+            found["values"] = token_outputs(share, self.packer, self.critic.values)
         return found
 
-    def outputs(self, batch: RolloutBatch) -> ModelOutputs:
+    def outputs(self, share: RolloutShare) -> ModelOutputs:
         """What an update of this batch reads."""
-        ref = None if self.reference is None else token_outputs(batch, self.packer, self.reference.logprobs)
-        found = self.token_outputs(batch)
+        ref = None if self.reference is None else token_outputs(share, self.packer, self.reference.logprobs)
+        found = self.token_outputs(share)
         values = bounded(found["values"], self.config.values) if self.critic is not None else None
-        return ModelOutputs(found["logprobs"], batch.rollout_logprobs, ref, values)
+        return ModelOutputs(found["logprobs"], share.rollout_logprobs, ref, values)
 
-    def advantages(self, batch: RolloutBatch, outputs: ModelOutputs) -> AdvantageBatch:
+    def advantages(self, share: RolloutShare, outputs: ModelOutputs) -> AdvantageBatch:
         ppo = self.config.ppo
         return compute_advantages(
-            batch,
+            share,
             outputs,
             ppo.advantage,
             ppo.loss,
@@ -120,6 +142,7 @@ class Models:
             packer=self.packer,
             config=self.config.ppo,
             values_config=self.config.values,
+            returns_config=self.config.returns,
             run_seed=seed,
             max_tokens=MAX_TOKENS,
         )

@@ -9,8 +9,8 @@ import torch
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import dump_config
-from megatron_vcppo.data.rollout_batch import ModelOutputs, make_batch
-from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.data.rollout_share import ModelOutputs, RolloutShare
+from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.run.metrics_log import MetricsLog
 from megatron_vcppo.run.rollout_store import write_rollouts
 from megatron_vcppo.stages.advantage_batch import compute_advantages
@@ -43,7 +43,7 @@ def record_run(folder: Path, collapsing: bool, iterations: int = 12, num_rollout
             share = (iteration - 1) / max(1, iterations - 1)
             mean_length = 90 * 0.05**share if collapsing else 70 + 40 * share
             rollouts = make_rollouts(generator, iteration, mean_length, num_rollouts)
-            write_rollouts(folder / "ppo" / "rollouts", iteration, rollouts)
+            write_rollouts(folder / "ppo" / "rollouts", iteration, RolloutPart.whole(rollouts))
             metrics, profiles = diagnostics_of(config, rollouts, generator, -2.6 if collapsing else None)
             metrics |= {"critic/value_loss": 0.4 + 0.1 * generator.random(), "actor/approx_kl": 2e-3}
             metrics |= {"time/generation_s": 3 + generator.random(), "time/update_s": 2.0, "time/iteration_s": 6.3}
@@ -80,20 +80,21 @@ def diagnostics_of(
     config: Config, rollouts: list[Rollout], generator: np.random.Generator, level: float | None
 ) -> tuple[dict[str, float], dict[str, list[float | None]]]:
     """level: a critic that says this everywhere; None: one that sees half of the outcome. Group baselines have none."""
-    batch = make_batch(rollouts)
-    noise = torch.from_numpy(generator.normal(0, 0.2, batch.response_mask.shape)).float()
+    share = RolloutShare.whole(rollouts)
+    noise = torch.from_numpy(generator.normal(0, 0.2, share.num_tokens)).float()
     values = None
     if config.ppo.advantage.baseline == "critic":
-        values = (0.5 * batch.rewards[:, None] if level is None else level) + noise
-    old_logprobs = batch.rollout_logprobs + 0.01 * noise
+        values = (0.5 * share.per_token(share.table.rewards) if level is None else level) + noise
+    old_logprobs = share.rollout_logprobs + 0.01 * noise
     found = compute_advantages(
-        batch,
-        ModelOutputs(old_logprobs, batch.rollout_logprobs, values=values),
+        share,
+        ModelOutputs(old_logprobs, share.rollout_logprobs, values=values),
         config.ppo.advantage,
         config.ppo.loss,
         returns_config=config.returns,
         kl_coef=0.0,
         max_tokens=MAX_TOKENS,
         end_of_thinking_id=END_OF_THINKING,
+        total=lambda sums: sums,
     )
     return found.metrics, found.profiles

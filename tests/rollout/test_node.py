@@ -107,10 +107,10 @@ def test_greedy_output_and_logprobs_are_those_of_transformers_after_a_push(node,
         result = node.weight_sync(transport=transport).sync(version, weights_of(models[1]))
         assert len(result.engines) == 2 and result.policy_version == version
         rollouts = node.client(max_tokens=24).generate(PROMPTS, 0, version, GREEDY, 1)
-        assert [r.response_ids for r in rollouts] != before
+        assert [tuple(r.response_ids) for r in rollouts] != before
         for rollout in rollouts:
             assert rollout.policy_version == version
-            ids = torch.tensor([rollout.prompt.token_ids + rollout.response_ids])
+            ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
             with torch.no_grad():
                 logits = model(ids).logits[0, len(rollout.prompt.token_ids) - 1 : -1]
             assert logits.argmax(-1).tolist() == list(rollout.response_ids)
@@ -129,14 +129,14 @@ def test_sampled_logprobs_are_the_policys_and_seeds_repeat(node, models) -> None
         (p.prompt_id, s) for p in PROMPTS for s in (0, 1)
     ]
     for rollout in rollouts:
-        ids = torch.tensor([rollout.prompt.token_ids + rollout.response_ids])
+        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
         with torch.no_grad():
             logits = model(ids).logits[0, len(rollout.prompt.token_ids) - 1 : -1] / 0.7
         expected = logits.log_softmax(-1).gather(1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
         assert torch.allclose(torch.tensor(rollout.rollout_logprobs), expected, atol=1e-3)
         assert rollout.finish_reason == ("stop" if rollout.response_ids[-1] == 2 else "length")
         assert rollout.response_text == str(list(rollout.response_ids))
-    assert len({r.response_ids for r in rollouts}) > len(rollouts) // 2
+    assert len({tuple(r.response_ids) for r in rollouts}) > len(rollouts) // 2
     again = client.generate(PROMPTS, 3, 1, Sampling(temperature=0.7), 2)
     assert [r.response_ids for r in again] == [r.response_ids for r in rollouts]
     other = client.generate(PROMPTS, 4, 1, Sampling(temperature=0.7), 2)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.run import events
 from megatron_vcppo.run.rollout_store import write_partial, write_rollouts
 from megatron_vcppo.slurm.job import futile_starts, progress
@@ -30,9 +30,9 @@ def test_whatever_a_start_leaves_to_the_next_is_progress(tmp_path: Path) -> None
     rollout = Rollout(Prompt("p", (1,), "", "", "t"), 0, 0, (2,), "", (-1.0,), "stop", 0)
     steps = [{"report": {"skipped": {"critic": [False] * n, "actor": []}}} for n in (1, 2)]
     for work in (
-        lambda: write_partial(rollouts, 1, [rollout], 0, 1),
-        lambda: write_partial(rollouts, 1, [rollout] * 9, 0, 1),
-        lambda: write_rollouts(rollouts, 1, [rollout]),
+        lambda: write_partial(rollouts, 1, RolloutPart.whole([rollout]), 0, 1),
+        lambda: write_partial(rollouts, 1, RolloutPart.whole([rollout] * 9), 0, 1),
+        lambda: write_rollouts(rollouts, 1, RolloutPart.whole([rollout])),
         lambda: save("iter_0000000", {"unfinished": steps[0]}),
         lambda: save("iter_0000000", {"unfinished": steps[1]}),
         lambda: save("iter_0000001", {}),

@@ -66,7 +66,7 @@ def assert_trained_once(run: RunFolder) -> None:
     state = json.loads((run.stage("ppo").checkpoint(2) / "state.json").read_text())["state"]
     assert state["prompts"]["samples_seen"] == 96 and "unfinished" not in state
     assert sorted(path.name for path in run.stage("ppo").rollouts.glob("*.zst")) == [
-        f"iter_000000{iteration}_0of1.jsonl.zst" for iteration in (1, 2)
+        f"iter_000000{iteration}_0of1.npz" for iteration in (1, 2)
     ]
 
 

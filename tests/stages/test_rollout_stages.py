@@ -16,7 +16,9 @@ from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import read_rollouts, stored_iterations
 from megatron_vcppo.stages import rollout_session
 from megatron_vcppo.stages.rollout_source import StoredRollouts
+from megatron_vcppo.stages.stopping import Stopping
 from tests.helpers.rollout_stages import Stage, make_config
+from tests.helpers.stops import ask_to_stop, at_call
 from tools.benchmarks._rollout_node import RolloutNode
 
 pytestmark = pytest.mark.timeout(600)  # the first test also waits for the node
@@ -124,7 +126,7 @@ def test_a_set_that_is_interrupted_is_finished_and_a_bad_reward_model_ends_saved
 
     def in_parts() -> None:
         StoredRollouts.CHUNK = 3
-        ask_to_stop_after_storing(2)
+        at_call(Stopping, "point", 3, ask_to_stop)  # before the third part
 
     assert set(stage.run(in_parts)) == {SAVED}
     rollouts = stage.folder / "rollouts"

@@ -104,8 +104,8 @@ def test_with_staleness_the_batch_begun_ahead_is_kept_too(node: RolloutNode, tas
     kept = read_partial(rollouts, 2)
     assert len(kept) == 2  # a verdict that is not there yet comes at the resume
     assert sorted(path.name for path in rollouts.glob("partial_*")) == [
-        "partial_0000002_0of2.jsonl.zst",
-        "partial_0000002_1of2.jsonl.zst",
+        "partial_0000002_0of2.npz",
+        "partial_0000002_1of2.npz",
     ]
     assert set(stage.run()) == {0}
     assert_kept(stage, 2, kept)

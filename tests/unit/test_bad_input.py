@@ -16,7 +16,7 @@ from megatron_vcppo.config.load import dump_config
 from megatron_vcppo.data.vocabulary import stop_ids
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
-from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import Follower, printable
@@ -205,7 +205,7 @@ def test_control_characters_are_shown_not_obeyed(tmp_path: Path, capsys: pytest.
     prompt = Prompt("p:1", (1,), f"prompt {bad}", f"answer {bad}", "math")
     rollout = Rollout(prompt, 0, 0, (3,), f"text {bad}\tnext\nline", (-0.5,), "stop", 0, reward=-1.0, verdict="wrong")
     shutil.rmtree(run.stage("ppo").rollouts, ignore_errors=True)
-    write_rollouts(run.stage("ppo").rollouts, 1, [rollout])
+    write_rollouts(run.stage("ppo").rollouts, 1, RolloutPart.whole([rollout]))
     assert main(["rollouts", str(run.path)]) == 0
     assert main(["report", str(run.path), "--out", str(tmp_path / "report.html")]) == 0
     shown, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()

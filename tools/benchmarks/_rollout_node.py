@@ -124,7 +124,7 @@ class RolloutNode:
     def greedy(self, policy_version: int, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         """Greedy responses of 24 tokens from engines that hold policy_version."""
         rollouts = self.client(max_tokens=24).generate(prompts, 0, policy_version, GREEDY, 1)
-        return [rollout.response_ids for rollout in rollouts]
+        return [tuple(rollout.response_ids) for rollout in rollouts]
 
 
 def save_policy(folder: Path, family: str = "qwen2", tied: bool = False, seed: int = 0, **sizes: int) -> Path:

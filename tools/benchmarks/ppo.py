@@ -14,7 +14,7 @@ from typing import Any
 from megatron_vcppo.config import Config, ParallelConfig
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.data.packer import Packer
-from megatron_vcppo.data.rollout_batch import make_batch
+from megatron_vcppo.data.rollout_share import RolloutShare
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import read_rollouts, stored_iterations
 from megatron_vcppo.stages.updates import minibatches
@@ -81,14 +81,14 @@ def packing_case(run_folder: Path, config: Config, parallel: ParallelConfig, dp_
     num_tokens = num_padding = num_microbatches = 0
     imbalance = []
     for iteration in stored_iterations(folder):
-        batch = make_batch(read_rollouts(folder, iteration))
-        lengths = batch.sequence_lengths
-        for part in minibatches(len(batch), settings.minibatches, config.run.seed, iteration, 0):
+        share = RolloutShare.whole(read_rollouts(folder, iteration))
+        lengths = share.batch.sequence_lengths.tolist()
+        for part in minibatches(len(lengths), settings.minibatches, config.run.seed, iteration, 0):
             part_lengths = [lengths[i] for i in part]
             imbalance.append(replicas[0].imbalance(part_lengths))
             for replica in replicas:
                 mine = [part[i] for i in replica.shard(part_lengths)]
-                microbatches = replica.pack(batch.sequences(mine, {}))
+                microbatches = replica.pack(share.sequences({}, mine))
                 num_tokens += sum(m.num_tokens for m in microbatches)
                 num_padding += sum(m.padding_tokens for m in microbatches)
                 num_microbatches += len(microbatches)

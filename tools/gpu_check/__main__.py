@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = []
         for part in [part for part in PARTS if not args.parts or part.name in args.parts]:
             print(f"== {part.name}: {part.summary}", flush=True)
-            rows += [replace(row, part=part.name) for row in run_part(part, found, args.device, args.size)]
+            rows += (new := [replace(row, part=part.name) for row in run_part(part, found, args.device, args.size)])
+            print(table(new), flush=True)  # what is known if the whole is interrupted
     print(f"\n{found['device']}\n{table(rows)}", flush=True)
     if args.json:
         write_json(args.json, {"device": found["device"], "rows": [asdict(row) for row in rows]})

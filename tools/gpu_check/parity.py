@@ -40,7 +40,9 @@ def run(target: str, size: str) -> list[Row]:
         if not te_installed(target):
             return [*rows, skipped("Transformer Engine's layers", "Transformer Engine is not installed, or no CUDA")]
         try:
-            rows += compare("te", call(collect, TIMEOUT_S, device=target, dtypes=dtypes, **arguments), reference)
+            found, why = call(f"{collect}_with_attention", TIMEOUT_S, device=target, dtypes=dtypes, **arguments)
+            rows += compare("te", found, reference)
+            rows.append(Row("te layers, bfloat16, attention", why or "fused", "fused", "FAIL" if why else "ok"))
         except ChildFailed as error:
             rows.append(Row("Transformer Engine's layers", str(error), "run", "FAIL"))
         return rows
@@ -64,6 +66,13 @@ def collect(folders: dict[str, Path], dtypes: tuple[Any, ...], size: str) -> dic
     found = {dtype: {family: outputs(folder, dtype, size) for family, folder in folders.items()} for dtype in dtypes}
     runtime.stop()
     return found
+
+
+def collect_with_attention(**arguments: Any) -> tuple[dict[str, dict[str, Outputs]], str | None]:
+    """The same, and what is wrong with the attention that the last of it, in bfloat16, took."""
+    from megatron_vcppo.mcore.layers import unfused_attention
+
+    return collect(**arguments), unfused_attention()
 
 
 def outputs(folder: Path, dtype: Any, size: str) -> Outputs:

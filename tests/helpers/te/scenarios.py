@@ -1,5 +1,6 @@
 """What ranks do with Transformer Engine's layers, or with torch's: the same functions on both sides of a comparison."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from megatron_vcppo.hf.mapping import canonical_name
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.hf_weights_io import load_hf, stream_hf
+from megatron_vcppo.mcore.layers import unfused_attention
 from megatron_vcppo.mcore.learner import Actor, Critic, Learner
 from megatron_vcppo.mcore.model import build_actor, build_critic, transformer_config
 from megatron_vcppo.mcore.offload import drop_fp8_copies
@@ -188,6 +190,17 @@ def fp8_step_of_unequal_replicas(case: Case) -> tuple[int, bool]:
 
     result = learner.train_step(microbatches, loss)
     return len(microbatches), result.applied
+
+
+def attention_warnings(case: Case, fused: bool) -> list[str | None]:
+    """Before and after a step, with fused attention or without."""
+    runtime.start(case.parallel, seed=3, timeout_s=60)
+    learner = make_learner(case)
+    if not fused:
+        os.environ["NVTE_FUSED_ATTN"] = "0"  # after Megatron, which sets it when it builds a model
+    before = unfused_attention()
+    train_step(learner, case, 5)
+    return [before, unfused_attention()]
 
 
 def fp8_config(case: Case) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_vcppo.algo.kl import filter_overlong, kl_estimate, next_kl_coef, soft_overlong_penalty, token_rewards
+from megatron_vcppo.algo.kl import kl_estimate, next_kl_coef, soft_overlong_penalty, token_rewards
 
 
 def test_kl_estimates_by_hand():
@@ -61,10 +61,3 @@ def test_soft_overlong_penalty_is_dapos():
     lengths = torch.tensor([100, 16384, 18432, 20480, 30000])
     expected = torch.tensor([0.0, 0.0, -0.5, -1.0, -1.0])
     torch.testing.assert_close(soft_overlong_penalty(lengths, max_length=20480, buffer=4096), expected)
-
-
-def test_overlong_filter_removes_truncated_rows():
-    mask = torch.tensor([[True, True], [True, False]])
-    assert torch.equal(
-        filter_overlong(mask, torch.tensor([True, False])), torch.tensor([[False, False], [True, False]])
-    )

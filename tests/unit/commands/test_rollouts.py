@@ -7,7 +7,7 @@ import pytest
 
 from megatron_vcppo.commands import rollouts as command
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.run.rollout_store import (
     write_rollouts,
 )
@@ -21,7 +21,7 @@ def make_rollout(index: int, reward: float | None = None) -> Rollout:
 
 def test_the_command_shows_the_worst_first(tmp_path, capsys) -> None:
     folder = tmp_path / "ppo" / "rollouts"
-    write_rollouts(folder, 1, [make_rollout(i, reward=r) for i, r in enumerate((1.0, 0.0, 0.5))])
+    write_rollouts(folder, 1, RolloutPart.whole([make_rollout(i, reward=r) for i, r in enumerate((1.0, 0.0, 0.5))]))
     parser = argparse.ArgumentParser()
     command.add_parser(parser.add_subparsers())
     args = parser.parse_args(["rollouts", str(tmp_path), "--iteration", "1", "--worst", "2"])

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_vcppo.cli import main
 from megatron_vcppo.commands.report import read_runs
+from megatron_vcppo.records import RolloutPart
 from megatron_vcppo.report.page import render
 from megatron_vcppo.report.run_data import differences
 from megatron_vcppo.report.samples import HEAD, TAIL, choose, shorten
@@ -161,7 +162,9 @@ def test_what_a_model_or_a_user_wrote_is_text(tmp_path: Path) -> None:
     record_run(run, collapsing=False, iterations=2, num_rollouts=6)
     (run / "config.yaml").write_text(f"stages: [ppo]\nname: '{attack}'\n")
     rollouts = read_rollouts(run / "ppo" / "rollouts", 2)
-    write_rollouts(run / "ppo" / "rollouts", 2, [replace(one, response_text=attack) for one in rollouts])
+    write_rollouts(
+        run / "ppo" / "rollouts", 2, RolloutPart.whole([replace(one, response_text=attack) for one in rollouts])
+    )
     other = tmp_path / "<script>"
     record_run(other, collapsing=False, iterations=2, num_rollouts=6)
     page = page_of(run, other)
@@ -229,10 +232,10 @@ def test_profiles_of_a_resumed_run_are_those_of_the_last_attempt(tmp_path: Path)
 def test_rollouts_still_being_written_are_passed_over(tmp_path: Path) -> None:
     record_run(tmp_path / "run", collapsing=False, iterations=3, num_rollouts=6)
     rollouts = tmp_path / "run" / "ppo" / "rollouts"
-    (rollouts / "iter_0000003_0of1.jsonl.zst").rename(rollouts / "iter_0000003_0of2.jsonl.zst")
+    (rollouts / "iter_0000003_0of1.npz").rename(rollouts / "iter_0000003_0of2.npz")
     samples = read_runs([tmp_path / "run"])[0].samples
     assert [(one.stage, one.iteration, one.num_rollouts) for one in samples] == [("ppo", 1, 6), ("ppo", 2, 6)]
-    (rollouts / "iter_0000001_0of1.jsonl.zst").unlink()
+    (rollouts / "iter_0000001_0of1.npz").unlink()
     assert [one.iteration for one in read_runs([tmp_path / "run"])[0].samples] == [2]
 
 

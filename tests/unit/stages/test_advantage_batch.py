@@ -10,7 +10,7 @@ from megatron_vcppo.algo.gae import gae_reference
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.packing import PackedMicrobatch
-from megatron_vcppo.data.rollout_batch import ModelOutputs, RolloutBatch, make_batch
+from megatron_vcppo.data.rollout_share import ModelOutputs, RolloutShare
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.stages.advantage_batch import AdvantageBatch, compute_advantages, reward_statistics
 from megatron_vcppo.stages.training_losses import CriticLoss
@@ -26,25 +26,28 @@ def make_config() -> Config:
     return config
 
 
-def batch_of(rewards: tuple[float, ...] = REWARDS) -> RolloutBatch:
+def rollouts_of(rewards: tuple[float, ...] = REWARDS) -> list[Rollout]:
     rollouts = []
     for i, (length, reward) in enumerate(zip(LENGTHS, rewards, strict=True)):
         ids = (*(3 for _ in range(length - 2)), END_OF_THINKING, 2)
         reason = "length" if length == 8 else "stop"
         prompt = Prompt(f"p{i // 2}", (1, 2), "", "", "t")
         rollouts.append(Rollout(prompt, i % 2, 0, ids, "", (-1.0,) * length, reason, 0, reward))
-    return make_batch(rollouts)
+    return rollouts
 
 
-def values_of(batch: RolloutBatch) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch.response_mask.shape, generator=generator).masked_fill(~batch.response_mask, 0)
+def batch_of(rewards: tuple[float, ...] = REWARDS) -> RolloutShare:
+    return RolloutShare.whole(rollouts_of(rewards))
+
+
+def values_of(batch: RolloutShare) -> torch.Tensor:
+    return torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(1))
 
 
 def advantages_of(
-    config: Config, batch: RolloutBatch, values: torch.Tensor | None, ref: torch.Tensor | None = None
+    config: Config, batch: RolloutShare, values: torch.Tensor | None, ref: torch.Tensor | None = None
 ) -> AdvantageBatch:
-    old = batch.rollout_logprobs + 0.25 * batch.response_mask
+    old = batch.rollout_logprobs + 0.25
     return compute_advantages(
         batch,
         ModelOutputs(old, batch.rollout_logprobs, ref, values),
@@ -54,6 +57,7 @@ def advantages_of(
         kl_coef=config.ppo.loss.kl_coef,
         max_tokens=config.rollout.max_tokens,
         end_of_thinking_id=END_OF_THINKING,
+        total=lambda sums: sums,
     )
 
 
@@ -62,14 +66,15 @@ def test_advantages_and_targets_have_their_own_lambda() -> None:
     config.ppo.advantage.whiten, config.ppo.advantage.lam_actor, config.ppo.advantage.lam_critic = False, 0.9, 1.0
     values = values_of(batch)
     found = advantages_of(config, batch, values)
-    rewards = torch.zeros(values.shape)
-    rewards[range(4), batch.lengths - 1] = batch.rewards
+    (block,) = batch.blocks()
+    rewards = torch.zeros(block.mask.shape)
+    rewards[range(4), batch.table.lengths - 1] = batch.table.rewards
     advantages, returns = gae_reference(
-        rewards=rewards, values=values, mask=batch.response_mask, gamma=1.0, lam_actor=0.9, lam_critic=1.0
+        rewards=rewards, values=block.pad(values), mask=block.mask, gamma=1.0, lam_actor=0.9, lam_critic=1.0
     )
-    assert torch.allclose(found.advantages.double(), advantages, atol=1e-6)
-    assert torch.allclose(found.returns.double(), returns, atol=1e-6)
-    assert torch.equal(found.returns[0, :5], torch.ones(5))  # Monte Carlo
+    assert torch.allclose(block.pad(found.advantages).double(), advantages, atol=1e-6)
+    assert torch.allclose(block.pad(found.returns).double(), returns, atol=1e-6)
+    assert torch.equal(found.returns[:5], torch.ones(5))  # Monte Carlo
     assert found.metrics["rollout/logprob_gap"] == pytest.approx(0.25)
 
 
@@ -77,8 +82,8 @@ def test_whitened_over_the_tokens_that_are_trained_on() -> None:
     config, batch = make_config(), batch_of()
     config.returns.overlong_filter = True
     found = advantages_of(config, batch, values_of(batch))
-    assert not found.mask[2].any() and torch.equal(found.mask[0], batch.response_mask[0])
-    assert float(found.advantages[2].abs().max()) == 0.0
+    assert found.mask.tolist() == [True] * 8 + [False] * 8 + [True] * 6
+    assert float(found.advantages[8:16].abs().max()) == 0.0
     trained = found.advantages[found.mask]
     assert float(trained.mean()) == pytest.approx(0, abs=1e-6)
     assert float(trained.std(correction=0)) == pytest.approx(1, abs=1e-5)
@@ -89,9 +94,9 @@ def test_group_baseline_needs_no_critic_and_reports_none() -> None:
     config.ppo.advantage.baseline, config.ppo.advantage.whiten = "grpo", False
     found = advantages_of(config, batch, None)
     std = 2**0.5
-    assert found.advantages[0, :5].tolist() == pytest.approx([1 / std] * 5)
-    assert found.advantages[1, :3].tolist() == pytest.approx([-1 / std] * 3)
-    assert float(found.advantages[2:].abs().max()) == 0.0
+    assert found.advantages[:5].tolist() == pytest.approx([1 / std] * 5)
+    assert found.advantages[5:8].tolist() == pytest.approx([-1 / std] * 3)
+    assert float(found.advantages[8:].abs().max()) == 0.0
     assert not [name for name in found.metrics if name.startswith("critic/")]
 
 
@@ -99,19 +104,19 @@ def test_kl_in_the_reward_lowers_the_returns_token_by_token() -> None:
     config, batch = make_config(), batch_of()
     config.ppo.loss.kl_in, config.ppo.loss.kl_coef, config.ppo.loss.kl_kind = "reward", 0.1, "k1"
     plain = advantages_of(make_config(), batch, values_of(batch)).returns
-    ref = batch.rollout_logprobs + 0.25 * batch.response_mask - 0.5 * batch.response_mask  # KL of 0.5 per token
+    ref = batch.rollout_logprobs - 0.25  # KL of 0.5 per token
     returns = advantages_of(config, batch, values_of(batch), ref).returns
     assert advantages_of(config, batch, values_of(batch), ref).metrics["actor/kl_ref"] == pytest.approx(0.5)
     tokens_left = torch.arange(5, 0, -1)
-    assert torch.allclose(plain[0, :5] - returns[0, :5], 0.05 * tokens_left, atol=1e-6)
+    assert torch.allclose(plain[:5] - returns[:5], 0.05 * tokens_left, atol=1e-6)
 
 
 def test_overlong_penalty_reaches_the_returns() -> None:
     config, batch = make_config(), batch_of()
     config.returns.overlong_penalty_tokens = 4
     returns = advantages_of(config, batch, values_of(batch)).returns
-    assert returns[0, 0] == pytest.approx(1.0 - 0.25) and returns[2, 0] == pytest.approx(-2.0)
-    assert returns[1, 0] == pytest.approx(-1.0)
+    assert returns[0] == pytest.approx(1.0 - 0.25) and returns[8] == pytest.approx(-2.0)
+    assert returns[5] == pytest.approx(-1.0)
 
 
 def test_a_critic_that_knows_nothing_is_gated() -> None:
@@ -119,19 +124,18 @@ def test_a_critic_that_knows_nothing_is_gated() -> None:
     config.ppo.advantage.explained_variance_gate, config.ppo.advantage.whiten = True, False
     found = advantages_of(config, batch, values_of(batch) * 10)
     assert found.metrics["critic/explained_variance"] < 0
-    mean = float(found.returns[batch.response_mask].mean())
-    assert torch.allclose(found.advantages, (found.returns - mean).masked_fill(~batch.response_mask, 0))
+    assert torch.allclose(found.advantages, found.returns - found.returns.mean())
 
 
 def test_equal_rewards_and_a_constant_critic_stay_finite() -> None:
     config, batch = make_config(), batch_of((-1.0,) * 4)
-    found = advantages_of(config, batch, torch.full(batch.response_mask.shape, -1.0))
+    found = advantages_of(config, batch, torch.full((batch.num_tokens,), -1.0))
     assert float(found.advantages.abs().max()) == 0.0
     assert all(value == value for value in found.metrics.values()), found.metrics
 
 
 def test_reward_statistics() -> None:
-    assert reward_statistics(batch_of((1.0, -1.0, 1.0, 1.0))) == {
+    assert reward_statistics(batch_of((1.0, -1.0, 1.0, 1.0)).batch) == {
         "rollout/reward_mean": 0.5,
         "rollout/reward_std": pytest.approx(0.75**0.5),
         "rollout/accuracy": 0.75,
@@ -143,8 +147,8 @@ def test_reward_statistics() -> None:
 
 def test_answers_without_a_verdict_are_counted() -> None:
     verdicts = ("correct", "timeout: 10 s", "error: ZeroDivisionError: division by zero", "error: it died")
-    rollouts = [replace(r, verdict=verdict) for r, verdict in zip(batch_of().rollouts, verdicts, strict=True)]
-    statistics = reward_statistics(make_batch(rollouts))
+    rollouts = [replace(r, verdict=verdict) for r, verdict in zip(rollouts_of(), verdicts, strict=True)]
+    statistics = reward_statistics(RolloutShare.whole(rollouts).batch)
     assert (statistics["rollout/verifier_timeouts"], statistics["rollout/verifier_errors"]) == (1.0, 2.0)
 
 
@@ -175,4 +179,4 @@ def test_pretraining_learns_the_returns_that_ppo_has() -> None:
     (microbatch,) = seen
     mask = microbatch.fields["response_mask"]
     assert torch.allclose(microbatch.fields["returns"][mask], ppo.returns[ppo.mask], atol=1e-6)
-    assert int(mask.sum()) == int(ppo.mask.sum()) < int(batch.response_mask.sum())
+    assert int(mask.sum()) == int(ppo.mask.sum()) < batch.num_tokens

@@ -6,15 +6,16 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.rewards.registry import VERIFIERS
 from megatron_vcppo.stages.evaluate import markdown, table
-from megatron_vcppo.stages.held_out import evaluation_metrics, scores
+from megatron_vcppo.stages.held_out import Outcome, evaluation_metrics, outcomes_of, scores
 
 
-def rollouts(task: str, right: list[list[bool]], length: int) -> list[Rollout]:
-    return [
+def rollouts(task: str, right: list[list[bool]], length: int) -> list[Outcome]:
+    made = [
         Rollout(Prompt(f"{task}:{i}", (1,), "", "", task), j, 0, (2,) * length, "", (), "stop", 0, 1.0 if ok else -1.0)
         for i, row in enumerate(right)
         for j, ok in enumerate(row)
     ]
+    return outcomes_of(made, VERIFIERS, [2])
 
 
 SUM = rollouts("sum", [[True, False], [True, True]], 4)
@@ -47,7 +48,11 @@ def test_a_mixture_is_reported_by_task_too() -> None:
     assert "75.0" in lines[2] and "25.0" in lines[3]
 
 
-def answered(task: str, answers: list[str], right: list[bool], truncated: list[bool]) -> list[Rollout]:
+def answered(task: str, answers: list[str], right: list[bool], truncated: list[bool]) -> list[Outcome]:
+    return outcomes_of(responses(task, answers, right, truncated), VERIFIERS, [2])
+
+
+def responses(task: str, answers: list[str], right: list[bool], truncated: list[bool]) -> list[Rollout]:
     prompt = Prompt("p:1", (1,), "", "", task)
     return [
         Rollout(prompt, i, 0, (2,), text, (), "length" if cut else "stop", 0, 1.0 if ok else -1.0)
@@ -66,7 +71,8 @@ def test_the_majority_counts_what_the_verifier_reads() -> None:
 def test_programs_have_no_majority() -> None:
     given = answered("code", ["", ""], [True, False], [False, False])
     assert scores(given, [2], VERIFIERS)["maj"] == {}
-    own = scores(given, [2], {"code": lambda prompt, response: VERIFIERS["math"](prompt, response)})
+    own_verifiers = {"code": lambda prompt, response: VERIFIERS["math"](prompt, response)}
+    own = scores(given, [2], own_verifiers)
     assert own["maj"] == {}
 
 

@@ -83,6 +83,7 @@ class Run:
         stop: Callable[[], bool] = lambda: False,
         body: Callable[[TrainLoop, int], None] = lambda loop, step: None,
         skipped: bool = False,
+        session: Any = None,
     ) -> None:
         config = Config()
         config.run.skip_limit = 2
@@ -92,7 +93,7 @@ class Run:
             StageFolder, "mark_done", lambda _, checkpoint: self.done.append(int(checkpoint.name[-7:]))
         )
         main: Any = SimpleNamespace(is_main=True, world_size=2, device=torch.device("cpu"))
-        loop = TrainLoop(Stage(config, self.folder, main), {}, total, CheckpointConfig(save_every=2))
+        loop = TrainLoop(Stage(config, self.folder, main), {}, total, CheckpointConfig(save_every=2), session=session)
         loop.track(count=self.counter)
         with loop:
             for step in loop:
@@ -141,21 +142,29 @@ def test_it_saves_at_boundaries_and_at_the_end(run: Run) -> None:
     assert [record["iteration"] for record in read_metrics(run.folder.path)] == [1, 2, 3, 4, 5]
 
 
+def test_rollouts_are_stored_before_a_checkpoint_of_what_was_trained_on_them(run: Run) -> None:
+    stored: list[int] = []
+    checkpoints = Checkpoints()
+    session = SimpleNamespace(finish_storing=lambda: stored.append(len(checkpoints.saves)))
+    run(checkpoints, session=session)
+    assert stored == [0, 1, 2] and len(checkpoints.saves) == 3
+
+
 def test_a_resume_continues_after_the_last_complete_step(run: Run) -> None:
-    checkpoints = Checkpoints(Resumed(4, {"count": 40, "skipped_in_a_row": {"actor": 1}}, {}))
+    checkpoints = Checkpoints(Resumed(4, {"count": 40, "skipped_in_a_row": {"actor": 1}}, ()))
     run(checkpoints)
     assert counts(checkpoints) == [(5, 50)] and run.done == [5]
 
 
 def test_a_part_that_the_checkpoint_does_not_know_starts_new(run: Run) -> None:
     """A reward model that is configured before a resume."""
-    checkpoints = Checkpoints(Resumed(4, {}, {}))
+    checkpoints = Checkpoints(Resumed(4, {}, ()))
     run(checkpoints)
     assert counts(checkpoints) == [(5, 10)]
 
 
 def test_a_stage_whose_steps_were_lowered_is_done_with_what_it_has(run: Run) -> None:
-    checkpoints = Checkpoints(Resumed(4, {"count": 40}, {}))
+    checkpoints = Checkpoints(Resumed(4, {"count": 40}, ()))
     run(checkpoints, total=3)
     assert checkpoints.saves == [] and run.done == [4]
 
@@ -178,7 +187,7 @@ def test_a_stop_within_a_step_saves_the_state_before_it(run: Run) -> None:
         run(checkpoints, body=stop)
     assert counts(checkpoints) == [(2, 20), (3, 30)]
     with pytest.raises(Saved):
-        run(Checkpoints(Resumed(3, {"count": 30}, {})), body=stop)
+        run(Checkpoints(Resumed(3, {"count": 30}, ())), body=stop)
 
 
 def test_a_stop_after_the_last_step_does_not_matter(run: Run) -> None:
@@ -199,7 +208,7 @@ def test_too_many_skipped_steps_end_the_stage_saved(run: Run, capsys: pytest.Cap
     assert counts(checkpoints) == [(2, 20)] and checkpoints.saves[0][1]["skipped_in_a_row"] == {"actor": 2}
     assert "warning: step 1: skipped 1 of 1 updates of the actor (1 in a row)" in capsys.readouterr().out
     with pytest.raises(UserError, match="3 updates of the actor in a row"):
-        run(Checkpoints(Resumed(2, checkpoints.saves[0][1], {})), skipped=True)
+        run(Checkpoints(Resumed(2, checkpoints.saves[0][1], ())), skipped=True)
 
 
 @dataclass

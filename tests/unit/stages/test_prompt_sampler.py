@@ -8,7 +8,7 @@ import pytest
 
 from megatron_vcppo.config import Config, RolloutConfig
 from megatron_vcppo.data.prompts import PromptStream
-from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.stages.prompt_sampler import PromptSampler, training_sampling, unequal_groups
 
 
@@ -17,8 +17,11 @@ def test_only_groups_with_different_rewards_teach() -> None:
         return Rollout(Prompt(name, (1,), "", "", "t"), index, 0, (2,), "", (-1.0,), "stop", 0, reward)
 
     rollouts = [sample("a", 0, 1.0), sample("b", 0, 1.0), sample("a", 1, 1.0), sample("b", 1, -1.0)]
-    assert [(r.prompt.prompt_id, r.sample_index) for r in unequal_groups(rollouts)] == [("b", 0), ("b", 1)]
-    assert unequal_groups([]) == []
+    assert [(r.prompt.prompt_id, r.sample_index) for r in unequal_groups(RolloutPart.whole(rollouts)).rollouts] == [
+        ("b", 0),
+        ("b", 1),
+    ]
+    assert not len(unequal_groups(RolloutPart()))
 
 
 def test_a_filtered_distribution_is_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,10 +42,10 @@ def test_plain_sampling_does_not_warn(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_rollouts_are_scored_once_before_they_are_stored() -> None:
     """Generated in their turn, prefetched, and stored by an attempt before."""
-    stored: dict[int, list[Rollout]] = {}
+    stored: dict[int, RolloutPart] = {}
 
-    def generate(prompts: list[Prompt], *_: Any) -> list[Rollout]:
-        return [Rollout(prompt, 0, 0, (2,), "", (-1.0,), "stop", 0, 1.0) for prompt in prompts]
+    def generate(prompts: list[Prompt], *_: Any) -> RolloutPart:
+        return RolloutPart.whole([Rollout(prompt, 0, 0, (2,), "", (-1.0,), "stop", 0, 1.0) for prompt in prompts])
 
     session: Any = SimpleNamespace(
         runtime=SimpleNamespace(is_main=True),
@@ -56,10 +59,10 @@ def test_rollouts_are_scored_once_before_they_are_stored() -> None:
     config.ppo.prompts_per_iteration = 2
     num_scored = 0
 
-    def score(rollouts: list[Rollout]) -> list[Rollout]:
+    def score(part: RolloutPart) -> RolloutPart:
         nonlocal num_scored
-        num_scored += len(rollouts)
-        return [replace(rollout, model_score=0.5) for rollout in rollouts]
+        num_scored += len(part)
+        return RolloutPart(part.places, [replace(rollout, model_score=0.5) for rollout in part.rollouts])
 
     prompts = [Prompt(str(i), (1,), "", "", "t") for i in range(8)]
     sampler = PromptSampler(config, session, PromptStream(prompts, 0), score)
@@ -67,5 +70,5 @@ def test_rollouts_are_scored_once_before_they_are_stored() -> None:
     sampler.prefetch(2)
     second = sampler.next_batch(2)
     assert stored == {1: first, 2: second} and num_scored == 4
-    assert {rollout.model_score for rollout in first + second} == {0.5}
+    assert {rollout.model_score for rollout in (*first.rollouts, *second.rollouts)} == {0.5}
     assert sampler.next_batch(2) == second and num_scored == 4

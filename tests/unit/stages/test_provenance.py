@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.errors import UserError
-from megatron_vcppo.records import Prompt, Rollout
+from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.run.manifest import write_manifest
 from megatron_vcppo.run.rollout_store import (
     ORIGIN_BEFORE,
@@ -24,7 +23,7 @@ from megatron_vcppo.run.rollout_store import (
     write_rollouts,
 )
 from megatron_vcppo.stages.provenance import origin_of, origin_of_evaluation
-from megatron_vcppo.stages.rollout_source import check_fit
+from megatron_vcppo.stages.rollout_source import misfit
 from tools.benchmarks._tiny_models import VOCAB_SIZE, save_tiny_model
 
 
@@ -44,7 +43,8 @@ def config(tmp_path: Path) -> Config:
 
 def store(folder: Path, iterations: int) -> None:
     for iteration in range(1, iterations + 1):
-        write_rollouts(folder, iteration, [Rollout(Prompt("p", (1,), "", "", "t"), 0, 0, (2,), "", (-1.0,), "stop", 0)])
+        rollout = Rollout(Prompt("p", (1,), "", "", "t"), 0, 0, (2,), "", (-1.0,), "stop", 0)
+        write_rollouts(folder, iteration, RolloutPart.whole([rollout]))
 
 
 def test_an_interrupted_iteration_keeps_its_responses_only_under_the_same_settings(
@@ -55,7 +55,7 @@ def test_an_interrupted_iteration_keeps_its_responses_only_under_the_same_settin
     store(folder, 5)
     config.ppo.iterations, config.ppo.checkpoint.save_every, config.parallel.tp = 500, 3, 4
     for iteration in (-3, 3, 6):
-        write_partial(folder, iteration, [], 0, 1)
+        write_partial(folder, iteration, RolloutPart(), 0, 1)
     claim(folder, origin_of(config, "ppo"), 3)
     assert stored_iterations(folder) == [1, 2, 3, 4, 5] and capsys.readouterr().out == ""
     assert partial_iterations(folder) == [-3, 3, 6]
@@ -158,11 +158,11 @@ def test_a_set_that_the_model_cannot_read_is_refused(tmp_path: Path) -> None:
     def rollout(*ids: int) -> Rollout:
         return Rollout(Prompt("p:7", (1, 2), "", "", "t"), 3, 0, ids, "", (-1.0,) * len(ids), "stop", 0)
 
-    check_fit([rollout(1, 2, VOCAB_SIZE - 1)], wanted, config)
-    with pytest.raises(UserError, match=r"set: p:7 sample 3 has 6 tokens, model\.max_length is 5"):
-        check_fit([rollout(1), rollout(1, 2, 3, 4)], wanted, config)
-    with pytest.raises(UserError, match=f"has token {VOCAB_SIZE}, the vocabulary of .* has {VOCAB_SIZE}"):
-        check_fit([rollout(VOCAB_SIZE)], wanted, config)
+    assert misfit([rollout(1, 2, VOCAB_SIZE - 1)], wanted, config) == ""
+    too_long = misfit([rollout(1), rollout(1, 2, 3, 4)], wanted, config)
+    assert too_long.endswith("set: p:7 sample 3 has 6 tokens, model.max_length is 5")
+    unknown = misfit([rollout(VOCAB_SIZE)], wanted, config)
+    assert f"has token {VOCAB_SIZE}, the vocabulary of " in unknown and unknown.endswith(f" has {VOCAB_SIZE}")
 
 
 def test_scores_belong_to_their_reward_model(config: Config, tmp_path: Path) -> None:

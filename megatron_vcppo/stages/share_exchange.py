@@ -1,0 +1,58 @@
+"""Gives each replica the rollouts that it works on: a share of the batch, then its part of every minibatch."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_vcppo.data.packing import balance
+from megatron_vcppo.data.rollout_share import RolloutShare, RolloutTable, rows_of, tokens_of
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.row_exchange import broadcast_in_replica, exchange_rows, gather_from_leaders
+from megatron_vcppo.records import RolloutPart
+
+
+def replica_of_each(lengths: np.ndarray, num_replicas: int, among: Sequence[int] | None = None) -> np.ndarray:
+    """Which replica works on each of B sequences, balanced by length: int64 [B], -1 for those not ``among`` them."""
+    chosen = range(len(lengths)) if among is None else among
+    replicas = np.full(len(lengths), -1, dtype=np.int64)
+    for replica, indices in enumerate(balance([int(lengths[i]) for i in chosen], num_replicas)):
+        replicas[[chosen[i] for i in indices]] = replica
+    return replicas
+
+
+def share_out(part: RolloutPart) -> RolloutShare:
+    """This replica's share of a batch, from what each leader has of it; collective over all ranks.
+
+    part: scored rollouts; empty on ranks that are no leaders.
+    """
+    current = runtime.current()
+    parts = gather_from_leaders(rows_of(part))
+    rows, holders = np.concatenate(parts), np.repeat(np.arange(current.dp_size), [len(rows) for rows in parts])
+    order = rows["place"].argsort(kind="stable")
+    batch, holders = RolloutTable(rows[order]), holders[order]
+    replicas = replica_of_each(batch.sequence_lengths, current.dp_size)
+    mine = np.flatnonzero(replicas == current.dp_rank)
+    token_ids = torch.empty(int(batch.sequence_lengths[mine].sum()), dtype=torch.int32)
+    logprobs = torch.empty(int(batch.lengths[mine].sum()))
+    if current.is_leader:
+        here = tokens_of(part.rollouts)
+        token_ids = exchange_rows(here[0], batch.sequence_lengths, holders, replicas)
+        logprobs = exchange_rows(here[1], batch.lengths.numpy(), holders, replicas)
+    return RolloutShare(batch, replicas, mine, broadcast_in_replica(token_ids), broadcast_in_replica(logprobs))
+
+
+def move(
+    share: RolloutShare, fields: Mapping[str, Tensor], replicas: np.ndarray
+) -> tuple[RolloutShare, dict[str, Tensor]]:
+    """This replica's part of other shares, and the fields of its tokens; collective over replicas.
+
+    fields: [N] of ``share``. replicas: int64 [B], who gets each rollout of the batch; -1: nobody.
+    """
+    lengths = share.batch.lengths.numpy()
+    rows = np.flatnonzero(replicas == runtime.current().dp_rank)
+    token_ids = exchange_rows(share.token_ids, share.batch.sequence_lengths, share.replicas, replicas)
+    moved = {name: exchange_rows(field, lengths, share.replicas, replicas) for name, field in fields.items()}
+    logprobs = moved.get("rollout_logprobs", torch.zeros(0))
+    return RolloutShare(share.batch, replicas, rows, token_ids, logprobs), moved

@@ -1,0 +1,100 @@
+"""What leaders store of a batch in the background, and what a later attempt finds of it."""
+
+import os
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_vcppo.config import ParallelConfig
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.records import Prompt, Rollout, RolloutPart
+from megatron_vcppo.run.rollout_store import partial_iterations, read_partial, read_rollouts, stored_iterations
+from megatron_vcppo.stages import rollout_session
+from megatron_vcppo.stages.rollout_session import RolloutSession
+from megatron_vcppo.weight_sync.rank_role import make_exchange
+from tests.helpers.distributed import RanksFailed, run_distributed_test
+
+PROMPTS = [Prompt(f"p:{i}", (1, 2), "", "", "t") for i in range(5)]
+
+
+def rollout(prompt: Prompt, sample: int) -> Rollout:
+    return Rollout(prompt, sample, 7, (3, 4), "", (-1.0, -2.0), "stop", 0, 1.0)
+
+
+def make_session(folder: Path) -> RolloutSession:
+    """Without engines, models and verifiers."""
+    session = RolloutSession.__new__(RolloutSession)
+    session.runtime = runtime.start(ParallelConfig(), seed=1, timeout_s=60)
+    session.folder, session.is_leader, session.storing = folder, True, None
+    sync: Any = SimpleNamespace(exchange=make_exchange(60))
+    session.sync = sync
+    return session
+
+
+def mine(session: RolloutSession, prompts: list[Prompt]) -> RolloutPart:
+    places = session._my_places(prompts, 2)
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    return RolloutPart.of((place, rollout(by_id[name], sample)) for (name, sample), place in places.items())
+
+
+def store(folder: Path) -> bool:
+    """Training continues while a batch is written."""
+    session, go_on = make_session(folder), threading.Event()
+    write = rollout_session.write_rollouts
+
+    def slowly(*arguments: Any) -> Path:
+        assert go_on.wait(30)
+        return write(*arguments)
+
+    rollout_session.write_rollouts = slowly  # type: ignore[assignment]
+    part = mine(session, PROMPTS)
+    session.store(1, part)
+    was_there = bool(stored_iterations(folder))
+    go_on.set()
+    session.finish_storing()
+    again = session.stored(1, PROMPTS, 2)
+    assert again is not None and list(again.items()) == list(part.items())
+    return was_there
+
+
+def find(folder: Path, prompts: list[Prompt]) -> int | None:
+    session = make_session(folder)
+    found = session.stored(1, prompts, 2)
+    if found is not None:
+        assert list(found.items()) == list(mine(session, prompts).items())
+    return None if found is None else len(found)
+
+
+def test_a_batch_is_stored_in_parts_and_found_by_any_number_of_leaders(tmp_path: Path) -> None:
+    assert run_distributed_test(store, 2, tmp_path) == [False, False]
+    assert [(r.prompt.prompt_id, r.sample_index) for r in read_rollouts(tmp_path, 1)] == [
+        (prompt.prompt_id, sample) for prompt in PROMPTS for sample in range(2)
+    ]
+    assert run_distributed_test(find, 3, tmp_path, PROMPTS) == [4, 4, 2]
+    assert run_distributed_test(find, 1, tmp_path, PROMPTS) == [10]
+    os.unlink(tmp_path / "iter_0000001_0of2.npz")
+    assert run_distributed_test(find, 2, tmp_path, PROMPTS) == [None, None]
+    assert partial_iterations(tmp_path) == [1] and len(read_partial(tmp_path, 1)) == 4, "what is there of it is kept"
+
+
+def test_a_batch_of_other_prompts_is_not_taken(tmp_path: Path) -> None:
+    run_distributed_test(store, 2, tmp_path)
+    assert run_distributed_test(find, 2, tmp_path, PROMPTS[:4]) == [None, None]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_ends_every_rank(tmp_path: Path) -> None:
+    def fail() -> None:
+        session = make_session(tmp_path)
+        if session.runtime.is_main:
+            session.folder = tmp_path / "file"
+            session.folder.touch()
+        session.store(1, mine(session, PROMPTS))
+        session.finish_storing()
+
+    with pytest.raises(RanksFailed, match="storing rollouts 1") as failure:
+        run_distributed_test(fail, 2)
+    assert "on another rank" in str(failure.value)

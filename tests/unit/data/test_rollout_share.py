@@ -1,0 +1,87 @@
+"""Rollouts as flat arrays, their blocks, and back through packed micro-batches."""
+
+import pytest
+import torch
+
+from megatron_vcppo.data.packer import Packer
+from megatron_vcppo.data.packing import unpack_each
+from megatron_vcppo.data.rollout_share import RolloutShare
+from megatron_vcppo.records import Prompt, Rollout
+
+
+def make_rollout(
+    name: str, prompt: tuple[int, ...], response: tuple[int, ...], reward: float | None = 1.0, verdict: str = ""
+) -> Rollout:
+    logprobs = tuple(-0.1 * (i + 1) for i in range(len(response)))
+    reason = "length" if len(response) > 3 else "stop"
+    return Rollout(Prompt(name, prompt, "", "", "t"), 0, 0, response, "", logprobs, reason, 0, reward, verdict)
+
+
+ROLLOUTS = [
+    make_rollout("a", (1, 2, 3), (7, 8, 2)),
+    make_rollout("b", (4,), (9, 2), -1.0, "timeout: 10 s"),
+    make_rollout("a", (1, 2, 3), (5, 5, 5, 5), -1.0, "wrong: 5"),
+]
+
+
+def test_a_share_of_all_rollouts() -> None:
+    share = RolloutShare.whole(ROLLOUTS)
+    batch = share.batch
+    assert batch.lengths.tolist() == [3, 2, 4] and batch.rewards.tolist() == [1.0, -1.0, -1.0]
+    assert batch.sequence_lengths.tolist() == [6, 3, 7] and batch.is_correct.tolist() == [True, False, False]
+    assert batch.truncated.tolist() == [False, False, True] and batch.num_verdicts("timeout") == 1
+    assert batch.group_ids[0] == batch.group_ids[2] != batch.group_ids[1] and batch.num_verdicts("error") == 0
+    assert share.token_ids.tolist() == [1, 2, 3, 7, 8, 2, 4, 9, 2, 1, 2, 3, 5, 5, 5, 5]
+    assert share.response_ids.tolist() == [7, 8, 2, 9, 2, 5, 5, 5, 5] and share.num_tokens == 9
+    assert torch.equal(share.rollout_logprobs[3:5], torch.tensor([-0.1, -0.2]))
+    assert share.per_token(torch.tensor([1, 2, 3])).tolist() == [1, 1, 1, 2, 2, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "shapes"), [(100, [(3, 4)]), (6, [(2, 3), (1, 4)]), (1, [(1, 3), (1, 2), (1, 4)])]
+)
+def test_blocks_are_bounded_and_cover_every_token_once(num_tokens: int, shapes: list[tuple[int, int]]) -> None:
+    share, flat = RolloutShare.whole(ROLLOUTS), torch.arange(9.0) + 1
+    blocks = list(share.blocks(num_tokens))
+    assert [tuple(block.mask.shape) for block in blocks] == shapes
+    assert torch.equal(torch.cat([block.pad(flat)[block.mask] for block in blocks]), flat)
+    assert all(float(block.pad(flat)[~block.mask].sum()) == 0 for block in blocks)
+    assert torch.equal(torch.cat([share.table.lengths[block.rows] for block in blocks]), share.table.lengths)
+
+
+def test_a_share_without_rollouts_has_one_empty_block() -> None:
+    whole = RolloutShare.whole(ROLLOUTS)
+    empty = RolloutShare(whole.batch, whole.replicas, whole.rows[:0], whole.token_ids[:0], whole.rollout_logprobs[:0])
+    (block,) = empty.blocks()
+    assert block.mask.shape == (0, 1) and empty.sequences({}) == [] and empty.flatten([]).shape == (0,)
+
+
+def test_unscored_and_empty_rollouts_are_refused() -> None:
+    with pytest.raises(AssertionError, match="of b was not scored"):
+        RolloutShare.whole([make_rollout("b", (1,), (2,), None)])
+    with pytest.raises(AssertionError, match="of b is empty"):
+        RolloutShare.whole([make_rollout("b", (1,), ())])
+
+
+def test_any_other_response_has_another_digest() -> None:
+    digests = {int(row["digest"]) for row in RolloutShare.whole(ROLLOUTS).batch.rows}
+    other = make_rollout("a", (1, 2, 3), (7, 8, 3))
+    assert len(digests) == 3 and int(RolloutShare.whole([other]).batch.rows["digest"][0]) not in digests
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_fields_come_back_from_packed_microbatches(multiple: int) -> None:
+    """What is packed at a response token comes back at that token."""
+    share, field = RolloutShare.whole(ROLLOUTS), torch.arange(9.0) + 1
+    microbatches = Packer(9, multiple, 0, 1).pack(share.sequences({"x": field}), {"x": float})
+    assert len(microbatches) > 1 and all(m.num_tokens % multiple == 0 for m in microbatches)
+    assert torch.equal(share.flatten(unpack_each(microbatches, [m.fields["x"] for m in microbatches])), field)
+
+
+def test_fields_are_zero_on_the_prompt_and_the_order_is_free() -> None:
+    share = RolloutShare.whole(ROLLOUTS)
+    mask = torch.ones(9, dtype=torch.bool)
+    last, second = share.sequences({"x": torch.arange(9.0), "response_mask": mask}, [2, 1])
+    assert second.token_ids.tolist() == [4, 9, 2] and last.token_ids.tolist() == [1, 2, 3, 5, 5, 5, 5]
+    assert second.fields["x"].tolist() == [0.0, 3.0, 4.0]
+    assert second.fields["response_mask"].tolist() == [False, True, True]
