@@ -11,6 +11,7 @@ from megatron_vcppo.launch.controller import GUARD_ARGUMENTS, RoleProcess
 from megatron_vcppo.launch.guard import ALONE
 from megatron_vcppo.launch.role_commands import RoleCommands, role_environment, starts_engines, trainer_layout
 from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE
 
 JOB_LAYOUT = (
     "NTASKS", "NPROCS", "NTASKS_PER_NODE", "TASKS_PER_NODE", "NTASKS_PER_SOCKET", "NTASKS_PER_CORE", "NTASKS_PER_GPU",
@@ -151,6 +152,7 @@ def srun_processes(
     )
     env = STEP_ENVIRONMENT | role_environment(config, "trainer")
     place = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    place |= {SECRET_FILE_VARIABLE: str(run.stage(stage).secret.absolute())}
     processes = [
         RoleProcess(
             role="trainer",

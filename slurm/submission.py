@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_vcppo.config.load import dump_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.launch.checks import check_inputs, check_run_folder
+from megatron_vcppo.launch.inherit import take_stages
 from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
 from megatron_vcppo.launch.save_timing import signal_margin_s
 from megatron_vcppo.launch.snapshot import take_snapshot
@@ -126,6 +128,13 @@ def active_jobs(run: RunFolder) -> list[JobState]:
     return [state for state in job_states(jobs).values() if state.active]
 
 
+def check_not_active(run: RunFolder) -> None:
+    """UserError if jobs of this run are queued or at work: they read its configuration."""
+    if active := active_jobs(run):
+        jobs = ", ".join(f"{state.job_id} ({state.state})" for state in active)
+        raise UserError(f"{run.path}: this run is active, jobs {jobs}; see vcppo status, or vcppo cancel it first")
+
+
 def pending_stages(run: RunFolder, stages: list[str]) -> list[str]:
     """The stages that are not done, in order."""
     return [stage for stage in stages if not run.stage(stage).is_done()]
@@ -155,18 +164,21 @@ def dry_run(run: RunFolder, config: Config, stages: list[str], role_commands: Ro
 
 
 def submit(
-    run: RunFolder, config: Config, stages: list[str], role_commands: RoleCommands = ROLE_COMMANDS
+    run: RunFolder,
+    config: Config,
+    stages: list[str],
+    role_commands: RoleCommands = ROLE_COMMANDS,
+    taken: Sequence[Path] = (),
 ) -> dict[str, str]:
     """Queue the stages that are not done; returns their job ids.
 
+    taken: finished stages of another run to begin with (launch/inherit.py).
     If anything is refused, nothing stays queued, and the configuration that the run had stays, too.
     """
     check_slurm_installed()
     check_run_folder(run)
     with run.locked():
-        if active := active_jobs(run):
-            jobs = ", ".join(f"{state.job_id} ({state.state})" for state in active)
-            raise UserError(f"{run.path}: this run is active, jobs {jobs}; see vcppo status, or vcppo cancel it first")
+        check_not_active(run)
         todo = pending_stages(run, stages)
         if not todo:
             return {}
@@ -176,6 +188,7 @@ def submit(
         asked = [request_text(config, stage) for stage in todo]
         check_scripts(zip(scripts, asked, strict=True), run.slurm)
         write_config(run, config)
+        take_stages(run, taken)
         jobs_of: dict[str, str] = {}
         try:
             before = None

@@ -1,6 +1,7 @@
 """Arguments that several commands have, and what they name: a run, its configuration, a part of the chain."""
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ from megatron_vcppo.config.value_sources import local_overrides, profile_files
 from megatron_vcppo.data.vocabulary import check_vocabulary
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.checks import check_inputs
-from megatron_vcppo.run.config_file import kept_defaults
+from megatron_vcppo.run import events
+from megatron_vcppo.run.config_file import check_run_folder_free, kept_defaults
 from megatron_vcppo.run.folder import RunFolder
 
 
@@ -62,7 +64,7 @@ def prepare(
     config = load_config(config_path, overrides, profiles=profiles, note=note)
     if defaults := kept_defaults(RunFolder.of(config)):
         config = load_config(config_path, overrides, profiles=profiles, defaults=defaults)
-    config.run.dir = str(Path(config.run.dir).absolute())
+    config.run.dir = str(RunFolder.of(config).path.absolute())
     return RunFolder.of(config), config
 
 
@@ -74,10 +76,19 @@ def checked_stages(
     Called by every command that starts stages, before it writes or copies anything.
     """
     stages = chosen_stages(list(config.stages), first, last, only)
+    check_run_folder_free(run)
     check_inputs(config, [stage for stage in stages if not run.stage(stage).marked_done()])
     if note := check_vocabulary(Path(config.model.hf)):
         print_note(f"note: {note}")
     return stages
+
+
+def check_not_queued(run: RunFolder) -> None:
+    """UserError if Slurm has jobs of this run, which read its configuration; for commands that start stages here."""
+    if any(event["event"] == "submitted" for event in events.read(run.path)) and shutil.which("squeue"):
+        from megatron_vcppo.slurm.submission import check_not_active
+
+        check_not_active(run)
 
 
 def print_note(text: str) -> None:

@@ -2,7 +2,13 @@
 
 import argparse
 
-from megatron_vcppo.commands.arguments import add_run_argument, add_stage_arguments, checked_stages, prepare
+from megatron_vcppo.commands.arguments import (
+    add_run_argument,
+    add_stage_arguments,
+    check_not_queued,
+    checked_stages,
+    prepare,
+)
 from megatron_vcppo.commands.submit import print_jobs
 from megatron_vcppo.config.sections.cluster import LOCAL
 from megatron_vcppo.run.config_file import open_run
@@ -30,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if config.cluster.name == LOCAL:
         from megatron_vcppo.launch.local_chain import run_chain
 
+        check_not_queued(folder)
         return run_chain(folder, config, stages)
     from megatron_vcppo.slurm.submission import resolve_python, submit
 

@@ -2,8 +2,8 @@
 
 import argparse
 
-from megatron_vcppo.commands.arguments import add_chain_arguments, checked_stages, prepare, print_note
-from megatron_vcppo.launch.inherit import stages_to_take, take_stages
+from megatron_vcppo.commands.arguments import add_chain_arguments, check_not_queued, checked_stages, prepare, print_note
+from megatron_vcppo.launch.inherit import stages_to_take
 from megatron_vcppo.launch.local_chain import run_chain
 
 
@@ -18,5 +18,5 @@ def run(args: argparse.Namespace) -> int:
     """Resolve and check the configuration, run the stages that are not done."""
     folder, config = prepare(args.config, args.overrides, note=print_note)
     stages = checked_stages(folder, config, args.first, args.last, args.only)
-    take_stages(folder, stages_to_take(folder, config, args.base, args.first))
-    return run_chain(folder, config, stages)
+    check_not_queued(folder)
+    return run_chain(folder, config, stages, taken=stages_to_take(folder, config, args.base, args.first))

@@ -2,9 +2,9 @@
 
 import argparse
 
-from megatron_vcppo.commands.arguments import add_chain_arguments, checked_stages, prepare, print_note
+from megatron_vcppo.commands.arguments import add_chain_arguments, check_not_queued, checked_stages, prepare, print_note
 from megatron_vcppo.config.sections.cluster import LOCAL
-from megatron_vcppo.launch.inherit import stages_to_take, take_stages
+from megatron_vcppo.launch.inherit import stages_to_take
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -28,9 +28,8 @@ def run(args: argparse.Namespace) -> int:
     if config.cluster.name == LOCAL and not args.dry_run:
         from megatron_vcppo.launch.local_chain import run_chain
 
-        take_stages(folder, taken)
-        return run_chain(folder, config, stages)
-    from megatron_vcppo.slurm.slurm_cli import check_slurm_installed
+        check_not_queued(folder)
+        return run_chain(folder, config, stages, taken=taken)
     from megatron_vcppo.slurm.submission import dry_run, resolve_python, submit
 
     if args.dry_run:
@@ -38,9 +37,7 @@ def run(args: argparse.Namespace) -> int:
         print((written / "graph.txt").read_text(), end="")
         print(f"batch scripts in {written}; nothing was submitted")
         return 0
-    check_slurm_installed()
-    take_stages(folder, taken)
-    print_jobs(stages, submit(folder, config, stages, resolve_python(config)))
+    print_jobs(stages, submit(folder, config, stages, resolve_python(config), taken))
     print(f"watch with: vcppo status {folder.path} --watch")
     return 0
 

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_vcppo.commands.arguments import add_base_argument, checked_stages, prepare, print_note
+from megatron_vcppo.commands.arguments import add_base_argument, check_not_queued, checked_stages, prepare, print_note
 from megatron_vcppo.config import Config
 from megatron_vcppo.launch.sweep_points import Point, points, read_points, write_points
 from megatron_vcppo.run.folder import RunFolder
@@ -77,17 +77,16 @@ def run(args: argparse.Namespace) -> int:
 def start(chain: Chain) -> int:
     """Run one chain here, or queue it; returns the exit code."""
     from megatron_vcppo.config.sections.cluster import LOCAL
-    from megatron_vcppo.launch.inherit import take_stages
 
-    take_stages(chain.run, chain.taken)
     print(f"{chain.point.name}: {' '.join(chain.point.overrides)}", flush=True)
     if chain.config.cluster.name == LOCAL:
         from megatron_vcppo.launch.local_chain import run_chain
 
-        return run_chain(chain.run, chain.config, chain.stages)
+        check_not_queued(chain.run)
+        return run_chain(chain.run, chain.config, chain.stages, taken=chain.taken)
     from megatron_vcppo.slurm.submission import resolve_python, submit
 
-    jobs = submit(chain.run, chain.config, chain.stages, resolve_python(chain.config))
+    jobs = submit(chain.run, chain.config, chain.stages, resolve_python(chain.config), chain.taken)
     print("  " + (", ".join(f"{stage} {job}" for stage, job in jobs.items()) or "done before"))
     return 0
 

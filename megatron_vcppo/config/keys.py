@@ -40,7 +40,7 @@ REMOVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "run.check_numerics": ((True, False), "PPO always checks; remove this line"),
 }
 """Old name → the values that are ignored, because stored configurations hold them, and advice for any other value."""
-BEFORE = {"prompts.apply_chat_template": False}
+BEFORE = {"prompts.apply_chat_template": False, "run.access": "as_is"}
 """Key → what runs did that were made before there was the key, where its default would change them."""
 
 

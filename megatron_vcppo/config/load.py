@@ -25,6 +25,13 @@ from megatron_vcppo.errors import UserError
 T = TypeVar("T")
 
 
+def _no_environment(*_: str) -> str:
+    raise ValueError("a run's configuration is stored, and may hold no values of the environment: write the value")
+
+
+OmegaConf.register_resolver("oc.env", _no_environment, replace=True)
+
+
 @dataclass(frozen=True)
 class Given:
     """A value of a source."""

@@ -13,13 +13,16 @@ from megatron_vcppo.run import events
 from megatron_vcppo.run.files import make_private_folder, move, remove
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say
+from megatron_vcppo.run.secret import make_secret
 
 
 def clear_rendezvous(run: RunFolder, stage: str) -> Path:
-    """An empty folder, private to the user, without engines of an earlier attempt."""
+    """A folder private to the user, without engines of an earlier attempt, and with a new secret."""
     folder = run.stage(stage).rendezvous
     remove(folder)
-    return make_private_folder(folder)
+    make_private_folder(folder)
+    make_secret(run.stage(stage).secret)
+    return folder
 
 
 def run_stage(

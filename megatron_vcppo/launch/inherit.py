@@ -50,8 +50,13 @@ def stages_to_take(run: RunFolder, config: Config, base: Path | None, first: str
 
 
 def take_stages(run: RunFolder, folders: Sequence[Path]) -> None:
-    """Put finished stages of another run into ``run``: large files as hard links, where possible."""
+    """Put finished stages of another run into ``run``: large files as hard links, where possible.
+
+    Only for the holder of the run's lock. UserError if a stage was started in ``run`` meanwhile.
+    """
     for folder in folders:
+        if run.stage(folder.name).path.exists():
+            raise UserError(f"{run.stage(folder.name).path}: was started here; remove it, or run without --base")
         with replacing(run.stage(folder.name).path) as copy:
             shutil.copytree(folder, copy, ignore=NOT_TAKEN, copy_function=_link_or_copy)
 

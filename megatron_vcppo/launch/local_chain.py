@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -14,6 +14,7 @@ from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import DONE, SAVED, USER_ERROR
 from megatron_vcppo.launch.attempts import run_stage
 from megatron_vcppo.launch.controller import RoleProcess
+from megatron_vcppo.launch.inherit import take_stages
 from megatron_vcppo.launch.notify import announce
 from megatron_vcppo.launch.role_commands import (
     ROLE_COMMANDS,
@@ -27,6 +28,7 @@ from megatron_vcppo.run.config_file import write_config
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say, speaking_as
 from megatron_vcppo.run.processes import free_port
+from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE
 
 
 def local_processes(
@@ -41,6 +43,7 @@ def local_processes(
     for rank in range(ranks):
         place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
         place |= {"MASTER_ADDR": address, "MASTER_PORT": port}
+        place |= {SECRET_FILE_VARIABLE: str(run.stage(stage).secret.absolute())}
         file = f"trainer_{rank}.log"
         processes.append(
             RoleProcess(
@@ -79,11 +82,22 @@ def stop_requests() -> Iterator[dict[str, int]]:
             signal.signal(number, handler)
 
 
-def run_chain(run: RunFolder, config: Config, stages: list[str], role_commands: RoleCommands = ROLE_COMMANDS) -> int:
-    """Run the stages that are not done, in order; returns DONE or the exit code of the stage that did not finish."""
+def run_chain(
+    run: RunFolder,
+    config: Config,
+    stages: list[str],
+    role_commands: RoleCommands = ROLE_COMMANDS,
+    taken: Sequence[Path] = (),
+) -> int:
+    """Run the stages that are not done, in order; returns DONE or the exit code of the stage that did not finish.
+
+    taken: finished stages of another run to begin with (launch/inherit.py). A run that another process holds is
+    refused, and stays as it is.
+    """
     run.make()
     with speaking_as("controller"), run.full_disk_named(), run.locked(), stop_requests() as count:
         write_config(run, config)
+        take_stages(run, taken)
         for number, stage in enumerate(stages, 1):
             head = f"[{number}/{len(stages)}] {stage}:"
             if run.stage(stage).is_done():

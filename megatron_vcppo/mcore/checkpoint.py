@@ -36,6 +36,7 @@ from megatron_vcppo.mcore.checkpoint_writer import ComponentSave
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.offload import check_resident
+from megatron_vcppo.mcore.rank_messages import broadcast_value, gather_values
 from megatron_vcppo.run.files import move, parse_json, remove, sync, write_text
 from megatron_vcppo.run.folder import STATE_NAME, StageFolder, iteration_name, iteration_of
 from megatron_vcppo.run.kept import KeptCheckpoints, remove_checkpoint
@@ -177,21 +178,22 @@ class CheckpointFolder:
 
     def latest(self) -> Path | None:
         """The newest checkpoint that verifies; a damaged one is named and the one before is taken."""
-        choice: list[str | None] = [None]
+        choice = ""
 
         def look(beat: Callable[[], None]) -> None:
+            nonlocal choice
             for path in sorted(complete_checkpoints(self.folder), reverse=True):
                 try:
                     verify_manifest(path, on_progress=beat)
                 except UserError as error:
                     say(f"warning: skipping a damaged checkpoint: {error}")
                     continue
-                choice[0] = str(path)
+                choice = str(path)
                 return
 
         runtime.on_main(look, f"checking the checkpoints in {self.folder}")
-        dist.broadcast_object_list(choice, src=0)
-        return Path(choice[0]) if choice[0] else None
+        choice = broadcast_value(choice, str, 0, device=self.runtime.device)
+        return Path(choice) if choice else None
 
     def resume(self, components: Mapping[str, Learner]) -> Resumed | None:
         """Load the newest good checkpoint into the components; None if there is none.
@@ -231,9 +233,10 @@ class CheckpointFolder:
     ) -> None:
         """Write the manifests with the checksums that the ranks' writers computed, rename, drop old checkpoints."""
         completing = time.time()
-        mine = {f"{name}/{file}": record for name, part in written.items() for file, record in part.finish().items()}
-        records: list[Any] | None = [None] * self.runtime.world_size if self.runtime.is_main else None
-        dist.gather_object(mine, records)
+        mine = {
+            f"{name}/{file}": dict(record) for name, part in written.items() for file, record in part.finish().items()
+        }
+        records = gather_values(mine, dict[str, dict[str, Any]], self.runtime.device)
         if records is not None:
             known = {name: record for part in records for name, record in part.items()}
             for name, learner in components.items():

@@ -26,6 +26,7 @@ from megatron_vcppo.mcore.context_parallel import ContextShard, shard_of
 from megatron_vcppo.mcore.logprobs import vocab_parallel_logprobs
 from megatron_vcppo.mcore.model import ActorModel, CriticModel, PackedGPT
 from megatron_vcppo.mcore.offload import Storage, check_resident, gradients, optimizer_state, weights
+from megatron_vcppo.mcore.rank_messages import broadcast_value
 
 LossFunction = Callable[..., tuple[Tensor, Metrics]]
 """(outputs, microbatch) -> (sum of token losses / the global denominator, metrics of this micro-batch).
@@ -123,13 +124,11 @@ class Runner(abc.ABC):
         Context-parallel ranks of a replica have the same ones already: not added.
         """
         added = add({name: (s.double(), w.double()) for name, (s, w) in part.items()} for part in per_microbatch)
-        names: list[list[str] | None] = [sorted(added) or None]
+        keys = sorted(added)
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         if self.runtime.pp_size > 1:
             group = parallel_state.get_pipeline_model_parallel_group()
-            dist.broadcast_object_list(names, src=last, group=group, device=self.runtime.device)
-        keys = names[0]
-        assert keys is not None
+            keys = broadcast_value(keys, list[str], last, group, self.runtime.device)
         totals = torch.zeros(len(keys), 2, dtype=torch.float64, device=self.runtime.device)
         if added:
             totals.copy_(torch.stack([torch.stack(added[key]) for key in keys]))

@@ -6,9 +6,23 @@ import os
 import torch.distributed as dist
 
 from megatron_vcppo.config.network import is_address, listen
+from megatron_vcppo.run.secret import own_secret, prove
 
 
-def ranks_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.TCPStore:
+def ranks_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """Where the ranks meet. In an attempt of a run (run/secret.py), all of them have proved that they hold its secret.
+
+    Under torchrun, or started by hand, there is no secret, and whoever reaches the port may be a rank. Raises as
+    ``_open_store``, UserError if a stranger has taken a rank, DistStoreError if one does not come in time.
+    """
+    store = _open_store(rank, world_size, timeout)
+    secret = own_secret()
+    if secret is None:
+        return store
+    return dist.PrefixStore(prove(store, secret, "the trainer's world", rank, world_size, lambda: timeout), store)
+
+
+def _open_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.TCPStore:
     """The store at MASTER_ADDR:MASTER_PORT. Rank 0 serves it, on that address only, where torch would on all.
 
     Under torchrun its agent serves the store. Raises OSError if the port is taken, DistStoreError after the timeout.

@@ -1,48 +1,56 @@
-"""The secret of a run: made once, kept in a file of mode 0600, checked on every request that reaches an engine.
+"""How a client and an engine show each other, with every request, that they hold the run's secret (run/secret.py).
 
-vLLM's own ``--api-key`` guards only part of its routes, and the unguarded ones run code for whoever reaches the port.
+The secret is never sent: whoever took an engine's port would have it. A request carries a random number and a code over
+it, the request and the engine's address, which is good for that engine alone; the reply carries another code over the
+same, without which its content is not read. vLLM's own ``--api-key`` is a secret that is sent, and guards only part of
+its routes; the unguarded ones run code for whoever reaches the port.
 """
 
 import hmac
-import os
 import secrets
-import stat
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from megatron_vcppo.errors import UserError
-
-SECRET_FILE_VARIABLE = "VCPPO_ROLLOUT_SECRET_FILE"
-
-
-def make_secret(path: Path) -> None:
-    """Write a new secret to path, mode 0600, unless one is there; several processes may call this at once."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_urlsafe(32))
-    try:
-        os.link(temporary, path)  # the first one wins; the others read what it wrote
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink()
+SCHEME = "VCPPO"
+PROOF_HEADER = "VCPPO-Proof"
 
 
-def read_secret(path: Path) -> str:
-    """The run's secret. Raises UserError if others may read the file."""
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
-        raise UserError(f"{path}: the rollout secret is readable by others (mode {mode:04o}); run chmod 600 on it")
-    return path.read_text().strip()
+@dataclass(frozen=True)
+class Call:
+    """One request to an engine. Example: ``Call("GET", "/vcppo/status", "10.0.0.7:4711")``."""
+
+    method: str
+    path: str
+    server: str
+    """Address and port that the client calls, and that the server is called at."""
+    number: str = field(default_factory=lambda: secrets.token_hex(16))
+
+    def headers(self, secret: str) -> dict[str, str]:
+        """What the request must carry."""
+        return {"Authorization": f"{SCHEME} {self.number} {self._code(secret, 'request')}"}
+
+    def proof(self, secret: str) -> str:
+        """What the reply must carry, in PROOF_HEADER."""
+        return self._code(secret, "reply")
+
+    def is_proved(self, secret: str, headers: Mapping[str, str]) -> bool:
+        """True if the reply with these headers comes from a holder of the secret; compared in constant time."""
+        return hmac.compare_digest(headers.get(PROOF_HEADER, "").encode(), self.proof(secret).encode())
+
+    def _code(self, secret: str, what: str) -> str:
+        text = "|".join((what, self.method, self.path, self.server, self.number))
+        return hmac.new(secret.encode(), text.encode(), "sha256").hexdigest()
 
 
-def bearer(secret: str) -> dict[str, str]:
-    """The header that a request must carry."""
-    return {"Authorization": f"Bearer {secret}"}
-
-
-def is_authorized(headers: list[tuple[bytes, bytes]], secret: str) -> bool:
-    """True if exactly one Authorization header is there and holds the secret; compared in constant time."""
+def authorized_call(
+    headers: list[tuple[bytes, bytes]], method: str, path: str, server: str, secret: str
+) -> Call | None:
+    """The call with these headers; None unless exactly one Authorization header is there and was made with the secret
+    for this method, path and server."""
     given = [value for name, value in headers if name.lower() == b"authorization"]
-    return len(given) == 1 and hmac.compare_digest(given[0], f"Bearer {secret}".encode())
+    parts = given[0].split(b" ") if len(given) == 1 else []
+    if len(parts) != 3 or len(parts[1]) != 32:
+        return None
+    call = Call(method, path, server, parts[1].decode("ascii", "replace"))
+    expected = call.headers(secret)["Authorization"].encode()
+    return call if hmac.compare_digest(given[0], expected) else None

@@ -19,11 +19,11 @@ from megatron_vcppo.config import RolloutConfig
 from megatron_vcppo.data.seeds import sample_seed
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.rollout import engine_http
-from megatron_vcppo.rollout.auth import read_secret
 from megatron_vcppo.rollout.fleet import Fleet, Member
 from megatron_vcppo.rollout.messages import GenerateBatch, GenerateRequest, Response, Sampling
 from megatron_vcppo.rollout.rendezvous import SECRET
 from megatron_vcppo.run.progress import Progress
+from megatron_vcppo.run.secret import read_secret
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class _Generation:
     def __init__(
         self,
         client: RolloutClient,
-        session: aiohttp.ClientSession,
+        session: engine_http.Session,
         fleet: Fleet,
         sampling: Sampling,
         requests: list[PendingRequest],

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vcppo.config import EngineConfig
-from megatron_vcppo.rollout.auth import SECRET_FILE_VARIABLE
 from megatron_vcppo.run.processes import die_with_parent, without_trainer
+from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE
 
 QUIET = {
     "HF_HUB_OFFLINE": "1",

@@ -1,11 +1,13 @@
 """The HTTP connection from a client to one engine."""
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
 import msgspec
 
-from megatron_vcppo.rollout.auth import bearer
+from megatron_vcppo.rollout.auth import Call
 from megatron_vcppo.rollout.messages import (
     GENERATE,
     SLEEP,
@@ -29,44 +31,64 @@ FAILURES = (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError)
 """What a dead, hung or broken engine looks like from here."""
 
 
-def open_session(secret: str) -> aiohttp.ClientSession:
+class Session:
+    """Connections to all engines; ``async with`` ends them."""
+
+    def __init__(self, secret: str) -> None:
+        self.secret = secret
+        connector = aiohttp.TCPConnector(limit=0)
+        self.http = aiohttp.ClientSession(connector=connector, read_bufsize=LONGEST_LINE_BYTES, trust_env=False)
+
+    async def __aenter__(self) -> "Session":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.http.close()
+
+    @asynccontextmanager
+    async def ask(
+        self, engine: Engine, method: str, path: str, body: Any, timeout: aiohttp.ClientTimeout
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The engine's reply, which has proved that it holds the run's secret. Raises one of FAILURES."""
+        call = Call(method, path, f"{engine.address}:{engine.port}")
+        data = None if body is None else msgspec.json.encode(body)
+        headers = call.headers(self.secret) | {"Content-Type": "application/json"}
+        async with self.http.request(method, engine.url + path, data=data, headers=headers, timeout=timeout) as reply:
+            if not call.is_proved(self.secret, reply.headers):
+                raise aiohttp.ClientError(f"what answers at {call.server} does not hold the run's secret")
+            reply.raise_for_status()
+            yield reply
+
+
+def open_session(secret: str) -> Session:
     """A session for all engines; it must be closed by its maker."""
-    connector = aiohttp.TCPConnector(limit=0)
-    return aiohttp.ClientSession(
-        headers=bearer(secret), connector=connector, read_bufsize=LONGEST_LINE_BYTES, trust_env=False
-    )
+    return Session(secret)
 
 
-async def generate(
-    session: aiohttp.ClientSession, engine: Engine, batch: GenerateBatch, timeout_s: float
-) -> AsyncIterator[Response]:
+async def generate(session: Session, engine: Engine, batch: GenerateBatch, timeout_s: float) -> AsyncIterator[Response]:
     """Responses in the order they finish. Raises one of FAILURES if the engine fails or the deadline passes."""
     timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
-    async with session.post(engine.url + GENERATE, data=msgspec.json.encode(batch), timeout=timeout) as reply:
-        reply.raise_for_status()
+    async with session.ask(engine, "POST", GENERATE, batch, timeout) as reply:
         async for line in reply.content:
             yield msgspec.json.decode(line, type=Response)
 
 
-async def status(session: aiohttp.ClientSession, engine: Engine, timeout_s: float) -> Status:
+async def status(session: Session, engine: Engine, timeout_s: float) -> Status:
     """The state of the engine. Raises one of FAILURES."""
-    async with session.get(engine.url + STATUS, timeout=aiohttp.ClientTimeout(total=timeout_s)) as reply:
-        reply.raise_for_status()
+    async with session.ask(engine, "GET", STATUS, None, aiohttp.ClientTimeout(total=timeout_s)) as reply:
         return msgspec.json.decode(await reply.read(), type=Status)
 
 
-async def sync(session: aiohttp.ClientSession, engine: Engine, request: SyncRequest) -> SyncReport:
+async def sync(session: Session, engine: Engine, request: SyncRequest) -> SyncReport:
     """Let the engine take part in a push; returns when it is done. Raises one of FAILURES."""
     timeout = aiohttp.ClientTimeout(total=request.timeout_s + 10, sock_connect=CONNECT_TIMEOUT_S)
-    async with session.post(engine.url + SYNC, data=msgspec.json.encode(request), timeout=timeout) as reply:
-        reply.raise_for_status()
+    async with session.ask(engine, "POST", SYNC, request, timeout) as reply:
         return msgspec.json.decode(await reply.read(), type=SyncReport)
 
 
-async def turn(session: aiohttp.ClientSession, engine: Engine, request: SleepRequest | WakeRequest) -> TurnReport:
+async def turn(session: Session, engine: Engine, request: SleepRequest | WakeRequest) -> TurnReport:
     """Let the engine sleep or wake; returns when it has. Raises one of FAILURES."""
     route = SLEEP if isinstance(request, SleepRequest) else WAKE
     timeout = aiohttp.ClientTimeout(total=request.timeout_s + 10, sock_connect=CONNECT_TIMEOUT_S)
-    async with session.post(engine.url + route, data=msgspec.json.encode(request), timeout=timeout) as reply:
-        reply.raise_for_status()
+    async with session.ask(engine, "POST", route, request, timeout) as reply:
         return msgspec.json.decode(await reply.read(), type=TurnReport)

@@ -8,6 +8,7 @@ with an accelerator call that does not exist on CPU.
 """
 
 import multiprocessing
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from megatron_vcppo.rollout.group import Deadline, Group, join_group, reach_stor
 from megatron_vcppo.rollout.messages import GroupAddress, SyncRequest
 from megatron_vcppo.rollout.weight_files import read_folder
 from megatron_vcppo.run.processes import die_with_parent
+from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE, read_secret
 
 BACKEND = "vcppo"
 
@@ -72,6 +74,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
                     device=self.device,
                     timeout_s=deadline.left_s(),
                     address=request.address,
+                    secret=read_secret(Path(os.environ[SECRET_FILE_VARIABLE])),
                 )
             self.groups[sender].deadline = deadline
 

@@ -5,8 +5,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import aiohttp
-
 from megatron_vcppo.rollout import engine_http, rendezvous
 from megatron_vcppo.rollout.rendezvous import Engine
 
@@ -39,7 +37,7 @@ class Fleet:
     def __init__(
         self,
         folder: Path,
-        session: aiohttp.ClientSession,
+        session: engine_http.Session,
         policy_version: int,
         health_timeout_s: float,
     ) -> None:

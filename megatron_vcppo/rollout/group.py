@@ -34,6 +34,7 @@ import torch.distributed as dist
 from typing_extensions import override
 
 from megatron_vcppo.config.network import listen
+from megatron_vcppo.run.secret import hello_key, prove
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -227,15 +228,22 @@ def reach_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
 
 
 def join_group(
-    store: dist.TCPStore, rank: int, world_size: int, backend: str, device: torch.device, timeout_s: float, address: str
+    store: dist.TCPStore,
+    rank: int,
+    world_size: int,
+    backend: str,
+    device: torch.device,
+    timeout_s: float,
+    address: str,
+    secret: str,
 ) -> Group:
-    """Make the group; returns when all ranks are there and connected. Raises RuntimeError after timeout_s.
+    """Make the group; returns when all ranks are there and connected. Raises as ``meet``, RuntimeError after timeout_s.
 
     address: this process's address on the network that the weights take (gloo; NCCL is told by its environment).
+    secret: which all of them hold (run/secret.py).
     """
     deadline = Deadline(timeout_s)
-    meet(store, rank, world_size, deadline)
-    prefixed = dist.PrefixStore("weights", store)
+    prefixed = dist.PrefixStore(meet(store, rank, world_size, deadline, secret), store)
     lane = Lane(device if backend == "nccl" else torch.device("cpu"))
     make = {"gloo": _make_gloo, "nccl": _make_nccl}[backend]
 
@@ -249,20 +257,17 @@ def join_group(
     return run_within(deadline.left_s(), f"connecting {world_size} ranks over {backend}", connect)
 
 
-def meet(store: dist.Store, rank: int, world_size: int, deadline: Deadline) -> None:
-    """Wait until every rank has come to the store. Raises RuntimeError on rank 0 with the ranks that are missing."""
-    store.set(f"here/{rank}", "")
+def meet(store: dist.Store, rank: int, world_size: int, deadline: Deadline, secret: str) -> str:
+    """Wait until every rank has come to the store and proved that it holds the secret; returns the group's prefix.
+
+    Raises RuntimeError on rank 0 with the ranks that are missing, UserError if one does not hold the secret.
+    """
     try:
-        if rank == 0:
-            for peer in range(1, world_size):
-                store.wait([f"here/{peer}"], deadline.left())
-            store.set("all_here", "")
-        else:
-            store.wait(["all_here"], deadline.left())
+        return prove(store, secret, "a weight push", rank, world_size, deadline.left)
     except dist.DistError as error:
         if rank:
             raise RuntimeError(f"not all ranks of the push met within {deadline.seconds:.3g} s: {error}") from None
-        missing = [peer for peer in range(1, world_size) if not store.check([f"here/{peer}"])]
+        missing = [peer for peer in range(1, world_size) if not store.check([hello_key(peer)])]
         names = ", ".join(map(str, missing))
         raise RuntimeError(
             f"receivers {names} of {world_size - 1} did not connect within {deadline.seconds:.3g} s"

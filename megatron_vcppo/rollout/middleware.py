@@ -19,7 +19,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, Wei
 from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from megatron_vcppo.rollout.auth import SECRET_FILE_VARIABLE, is_authorized, read_secret
+from megatron_vcppo.rollout.auth import PROOF_HEADER, authorized_call
 from megatron_vcppo.rollout.messages import (
     CACHE,
     CORE_IS_DEAD,
@@ -41,6 +41,7 @@ from megatron_vcppo.rollout.messages import (
     TurnReport,
     WakeRequest,
 )
+from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE, read_secret
 
 RECEIVE_SHARE = 0.8
 """Of the time that a push has left after the pause: the workers' deadline, so that one whose worker hangs is told from
@@ -75,14 +76,23 @@ class Middleware:
         """Check the secret, then serve one of our routes or hand on to vLLM."""
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        if not is_authorized(scope["headers"], self.secret):
+        method, server = scope.get("method", ""), "{}:{}".format(*scope["server"])
+        call = authorized_call(scope["headers"], method, scope["path"], server, self.secret)
+        if call is None:
             if scope["type"] == "websocket":
                 return await send({"type": "websocket.close", "code": 1008})
             return await answer(send, 401, b'{"error":"unauthorized"}')
-        route = self.routes.get((scope.get("method", ""), scope["path"]))
+        proof = (PROOF_HEADER.lower().encode(), call.proof(self.secret).encode())
+
+        async def send_proved(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), proof]}
+            await send(message)
+
+        route = self.routes.get((method, scope["path"]))
         if route is None:
-            return await self.app(scope, receive, send)
-        await route(scope["app"].state.engine_client, await read_body(receive), receive, send)
+            return await self.app(scope, receive, send_proved)
+        await route(scope["app"].state.engine_client, await read_body(receive), receive, send_proved)
 
     async def _status(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
         if engine.errored:

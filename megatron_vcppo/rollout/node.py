@@ -21,11 +21,11 @@ from megatron_vcppo.config.placement import engine_gpus_per_node, engine_placeme
 from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import USER_ERROR, UserError
 from megatron_vcppo.rollout import engine_command
-from megatron_vcppo.rollout.auth import make_secret
 from megatron_vcppo.rollout.node_folder import NodeFolder, remove_stale
 from megatron_vcppo.rollout.rendezvous import SECRET
 from megatron_vcppo.rollout.supervisor import Limits, Slot, run
 from megatron_vcppo.run import log
+from megatron_vcppo.run.secret import make_secret
 
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Of NVIDIA, of AMD, of Windows' subsystem for Linux: where there is a GPU, there is one of these."""

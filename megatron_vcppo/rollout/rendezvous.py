@@ -5,8 +5,9 @@ from pathlib import Path
 import msgspec
 
 from megatron_vcppo.run.files import write_bytes
+from megatron_vcppo.run.folder import SECRET_NAME
 
-SECRET = "secret"
+SECRET = SECRET_NAME
 
 
 class Engine(msgspec.Struct, frozen=True):

@@ -16,11 +16,12 @@ import msgspec
 
 from megatron_vcppo.errors import DONE, FAILED
 from megatron_vcppo.rollout import engine_command, rendezvous
-from megatron_vcppo.rollout.auth import bearer, read_secret
+from megatron_vcppo.rollout.auth import Call
 from megatron_vcppo.rollout.messages import CORE_IS_DEAD, SLEEP, STATUS, SleepRequest, TurnReport
 from megatron_vcppo.rollout.node_folder import Hold, NodeFolder
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
 from megatron_vcppo.run.processes import free_port
+from megatron_vcppo.run.secret import read_secret
 
 log = logging.getLogger(__name__)
 
@@ -158,12 +159,13 @@ def probe(engine: Engine, secret: str) -> int:
 
 
 def ask(engine: Engine, secret: str, method: str, route: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
-    """HTTP status and body of the engine's answer; 0 if there is none."""
+    """HTTP status and body of the engine's answer; 0 if there is none, or not from a holder of the secret."""
+    call = Call(method, route, f"{engine.address}:{engine.port}")
     connection = http.client.HTTPConnection(engine.address, engine.port, timeout=timeout_s)
     try:
-        connection.request(method, route, body, headers=bearer(secret))
+        connection.request(method, route, body, headers=call.headers(secret))
         answer = connection.getresponse()
-        return answer.status, answer.read()
+        return (answer.status, answer.read()) if call.is_proved(secret, dict(answer.getheaders())) else (0, b"")
     except (OSError, http.client.HTTPException):
         return 0, b""
     finally:

@@ -13,6 +13,9 @@ from megatron_vcppo.run import events
 from megatron_vcppo.run.files import write_text
 from megatron_vcppo.run.folder import RunFolder
 
+ALWAYS_STORED = ("run", "stages", "model", "sft", "ppo", "evaluate", "cluster")
+"""In every run's configuration, which holds all keys; hardly in one that a user wrote."""
+
 
 def open_run(path: Path) -> tuple[RunFolder, Config]:
     """An existing run and its configuration. UserError if the folder is not a run."""
@@ -34,6 +37,24 @@ def kept_defaults(run: RunFolder) -> dict[str, Any]:
     return {name: sections[name].get(name.partition(".")[2], before) for name, before in BEFORE.items()}
 
 
+def check_run_folder_free(run: RunFolder) -> None:
+    """UserError if the folder holds something that is not a run: its files may be overwritten."""
+    advice = "choose another run.dir"
+    try:
+        names = [path.name for path in run.path.iterdir() if not path.name.startswith(".")]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"run.dir {run.path}: {error.strerror}") from None
+    if not run.config.exists():
+        if names:
+            raise UserError(f"run.dir {run.path}: holds {min(names)} and is not a run folder: {advice}")
+        return
+    stored = yaml.safe_load(run.config.read_text(encoding="utf-8"))  # YAML: kept_defaults has read it
+    if missing := [name for name in ALWAYS_STORED if name not in (stored or {})]:
+        raise UserError(f"{run.config}: not written by a run, it has no {missing[0]}: {advice}")
+
+
 def write_config(run: RunFolder, config: Config) -> None:
     """Write the configuration; a change from before becomes an event. Only for the holder of the run's lock.
 
@@ -41,6 +62,7 @@ def write_config(run: RunFolder, config: Config) -> None:
     """
     text = dump_config(config)
     try:
+        run.open_to(config.run.access)
         before = run.config.read_text(encoding="utf-8") if run.config.exists() else None
         if before is not None and yaml.safe_load(before) == yaml.safe_load(text):
             return

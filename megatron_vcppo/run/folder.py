@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.sections.run import Access
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.files import read_json_lines
 from megatron_vcppo.run.manifest import MANIFEST_NAME, path_inside, read_manifest, verify_manifest, write_manifest
 
 STATE_NAME = "state.json"
 """In a checkpoint: the iteration and what the stage keeps besides weights."""
+SECRET_NAME = "secret"
 RECENT_BYTES = 1 << 18
 _ATTEMPT = re.compile(r"attempt_\d{1,9}")
 _ITERATION = re.compile(r"iter_(\d{7,18})$")
@@ -77,6 +79,11 @@ class StageFolder:
     def rendezvous(self) -> Path:
         """Where the engines of the stage publish their addresses."""
         return self.path / "rendezvous"
+
+    @property
+    def secret(self) -> Path:
+        """What the processes of an attempt know each other by (run/secret.py)."""
+        return self.rendezvous / SECRET_NAME
 
     @property
     def logs(self) -> Path:
@@ -231,8 +238,8 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: Config) -> "RunFolder":
-        """run.dir of a configuration."""
-        return cls(Path(config.run.dir))
+        """run.dir of a configuration; ``~`` is the user's home."""
+        return cls(Path(config.run.dir).expanduser())
 
     @property
     def config(self) -> Path:
@@ -268,13 +275,21 @@ class RunFolder:
         return self.slurm / f"{job}_0_log.out"
 
     def make(self) -> None:
-        """Make the folder. UserError if that is not possible, or nothing can be written into it."""
+        """Make the folder, private to the user. UserError if that, or writing into it, is not possible."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run.dir {self.path}: {error.strerror}") from None
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise UserError(f"run.dir {self.path}: cannot be written: {os.strerror(errno.EACCES)}")
+
+    def open_to(self, access: Access) -> None:
+        """Let only the user, or also read the folder's group, into the run. For the holder of the lock.
+
+        What is made below it belongs to the same group.
+        """
+        if access != "as_is":
+            self.path.chmod(0o700 if access == "private" else 0o2750)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.network import node_network
 from megatron_vcppo.rollout.node_folder import NodeFolder
+from megatron_vcppo.rollout.rendezvous import SECRET
+from megatron_vcppo.run.secret import read_secret
 from megatron_vcppo.weight_sync.push_plan import SyncRole, role_in_stage
 from megatron_vcppo.weight_sync.sync import WeightSync
 from megatron_vcppo.weight_sync.transport import DiskTransport, HostTransport, NetworkTransport, Transport
@@ -92,9 +95,9 @@ def _make_transport(
     settings, bucket_bytes = config.weight_sync, _bucket_bytes(config, role)
     if settings.transport == "disk":
         return DiskTransport(rendezvous / "weights", bucket_bytes, role, settings.verify)
-    address = node_network(config.cluster).address
+    address, secret = node_network(config.cluster).address, partial(read_secret, rendezvous / SECRET)
     timeout_s = min(settings.timeout_s, SENDER_SHARE * config.run.timeout_s)
-    return NetworkTransport(address, device, bucket_bytes, timeout_s, backend, role, settings.verify)
+    return NetworkTransport(address, device, bucket_bytes, timeout_s, secret, backend, role, settings.verify)
 
 
 def _bucket_bytes(config: Config, role: SyncRole) -> int:

@@ -16,9 +16,9 @@ from typing import Any
 from megatron_vcppo.config import WeightSyncConfig
 from megatron_vcppo.errors import Stopped
 from megatron_vcppo.rollout import engine_http, rendezvous
-from megatron_vcppo.rollout.auth import read_secret
 from megatron_vcppo.rollout.messages import GroupAddress, SyncReport, SyncRequest
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
+from megatron_vcppo.run.secret import read_secret
 from megatron_vcppo.weight_sync.push_plan import MeetingPoint, SyncRole, Target, streams_of
 from megatron_vcppo.weight_sync.transport import Tensors, Transport
 

@@ -1,7 +1,7 @@
 """How the bytes travel: broadcast over a group of each sender and all workers, or files in a shared folder."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -57,11 +57,16 @@ class NetworkTransport(Transport):
         device: torch.device,
         bucket_bytes: int,
         timeout_s: float,
+        secret: Callable[[], str],
         backend: str | None = None,
         role: SyncRole = SINGLE,
         verify: bool = False,
     ) -> None:
-        """backend: gloo or nccl; default: by the device. Over gloo, tensors of a GPU pass through host memory."""
+        """secret: reads what the receivers must hold, too (run/secret.py), when they are met.
+
+        backend: gloo or nccl; default: by the device. Over gloo, tensors of a GPU pass through host memory.
+        """
+        self.secret = secret
         self.stripe, self.verify = role.stripe, verify
         self.address, self.device, self.bucket_bytes, self.timeout_s = address, device, bucket_bytes, timeout_s
         self.backend = backend or ("nccl" if device.type == "cuda" else "gloo")
@@ -91,7 +96,9 @@ class NetworkTransport(Transport):
             assert self.store is not None
             size = world_size(targets)
             seconds = self.deadline.left_s()
-            self.group = join_group(self.store, 0, size, self.backend, self.device, seconds, self.address)
+            self.group = join_group(
+                self.store, 0, size, self.backend, self.device, seconds, self.address, self.secret()
+            )
         self.group.deadline = self.deadline
 
     @override

@@ -14,9 +14,9 @@ from typing_extensions import override
 
 from megatron_vcppo.config import WeightSyncConfig
 from megatron_vcppo.rollout import engine_http, rendezvous
-from megatron_vcppo.rollout.auth import read_secret
 from megatron_vcppo.rollout.messages import CACHE, WEIGHTS, SleepRequest, WakeRequest
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
+from megatron_vcppo.run.secret import read_secret
 from megatron_vcppo.weight_sync.push_plan import SyncRole, Target
 from megatron_vcppo.weight_sync.sync import POLL_S, Exchange, PushResult, Source, WeightSync, WeightSyncError
 from megatron_vcppo.weight_sync.transport import Transport

@@ -51,7 +51,7 @@ def memory_of_a_push(folder: Path, meeting: Path) -> int:
     rank, address = int(os.environ["RANK"]), "127.0.0.1"
     if rank == 2:
         store = reach_store(address, int(wait_for_text(meeting)), 60.0)
-        for _ in receive([[join_group(store, 1, 2, "gloo", torch.device("cpu"), 60.0, address)]]):
+        for _ in receive([[join_group(store, 1, 2, "gloo", torch.device("cpu"), 60.0, address, "secret")]]):
             pass
         return 0
     os.environ["WORLD_SIZE"] = "2"
@@ -66,7 +66,7 @@ def memory_of_a_push(folder: Path, meeting: Path) -> int:
     store = serve_store(address, 60.0)
     meeting.with_suffix(".tmp").write_text(str(store.port))
     meeting.with_suffix(".tmp").rename(meeting)
-    group = join_group(store, 0, 2, "gloo", torch.device("cpu"), 60.0, address)
+    group = join_group(store, 0, 2, "gloo", torch.device("cpu"), 60.0, address, "secret")
     # What is freed goes back to the system at once, so that the resident set shows what is held, not what lies between.
     mmap_threshold = -3
     ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 16)

@@ -45,7 +45,7 @@ def make_tensors() -> list[tuple[str, torch.Tensor]]:
 def exchange_tensors(port: int, bucket_bytes: int, rounds: int) -> list[list[tuple[str, torch.Tensor]]]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = torch.distributed.TCPStore("127.0.0.1", port, None, rank == 0, wait_for_workers=False)
-    group = join_group(store, rank, size, "gloo", CPU, 20.0, "127.0.0.1")
+    group = join_group(store, rank, size, "gloo", CPU, 20.0, "127.0.0.1", "secret")
     taken = []
     for _ in range(rounds):
         if rank == 0:
@@ -72,7 +72,7 @@ def exchange_stripes(ports: list[int], bucket_bytes: int, fault: bool) -> Any:
     stripes = [Stripe(0, 2), Stripe(1, 2), Stripe(0, 1)]
     if rank < 3:
         store = torch.distributed.TCPStore("127.0.0.1", ports[rank], None, True, wait_for_workers=False)
-        group = join_group(store, 0, 4, "gloo", CPU, 20.0, "127.0.0.1")
+        group = join_group(store, 0, 4, "gloo", CPU, 20.0, "127.0.0.1", "secret")
         if fault and rank == 1:
             send_as_is = group.broadcast
 
@@ -87,7 +87,7 @@ def exchange_stripes(ports: list[int], bucket_bytes: int, fault: bool) -> Any:
     groups = []
     for sender in range(3):
         store = torch.distributed.TCPStore("127.0.0.1", ports[sender], None, False, wait_for_workers=False)
-        groups.append(join_group(store, 1 + (rank + sender) % 3, 4, "gloo", CPU, 20.0, "127.0.0.1"))
+        groups.append(join_group(store, 1 + (rank + sender) % 3, 4, "gloo", CPU, 20.0, "127.0.0.1", "secret"))
     taken = []
     try:
         for name, tensor in unpack(receive([groups[:2], groups[2:]])):
@@ -159,7 +159,7 @@ def stall(port: int) -> str:
     """Receiver 1 takes one bucket and then nothing until the sender has given up; how the others end."""
     rank = int(os.environ["RANK"])
     store = torch.distributed.TCPStore("127.0.0.1", port, None, rank == 0, wait_for_workers=False)
-    group = join_group(store, rank, 2, "gloo", CPU, 2.0, "127.0.0.1")
+    group = join_group(store, rank, 2, "gloo", CPU, 2.0, "127.0.0.1", "secret")
     try:
         if rank == 0:
             send(group, iter([(f"t{i}", torch.zeros(1 << 22)) for i in range(8)]), 1 << 20)

@@ -35,7 +35,7 @@ def tensors() -> Iterator[tuple[str, torch.Tensor]]:
 
 def join(port: int, rank: int, size: int) -> Group:
     store = reach_store("127.0.0.1", port, DEADLINE_S)
-    return join_group(store, rank, size, "gloo", CPU, DEADLINE_S, "127.0.0.1")
+    return join_group(store, rank, size, "gloo", CPU, DEADLINE_S, "127.0.0.1", "secret")
 
 
 def sender(port: int) -> tuple[str, int]:
@@ -43,7 +43,7 @@ def sender(port: int) -> tuple[str, int]:
 
     Returns the first error and the bytes of the second push.
     """
-    transport = NetworkTransport("127.0.0.1", CPU, 1 << 20, DEADLINE_S)
+    transport = NetworkTransport("127.0.0.1", CPU, 1 << 20, DEADLINE_S, lambda: "secret")
     tell = torch.distributed.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
     error = ""
     tell.set("first", str(transport.meet(TARGETS)[1]))
@@ -154,7 +154,7 @@ def slow(port: int) -> str:
         return ""
     store = torch.distributed.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
     try:
-        send(join_group(store, 0, 2, "gloo", CPU, DEADLINE_S, "127.0.0.1"), tensors(), 1 << 20)
+        send(join_group(store, 0, 2, "gloo", CPU, DEADLINE_S, "127.0.0.1", "secret"), tensors(), 1 << 20)
     except RuntimeError as error:
         return str(error)
     return ""

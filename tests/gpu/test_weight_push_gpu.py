@@ -20,10 +20,10 @@ from megatron_vcppo.rollout.group import join_group, meet, reach_store, Deadline
 port, what = int(sys.argv[1]), sys.argv[2]
 store = reach_store("127.0.0.1", port, 60.0)
 if what == "hang":
-    meet(store, 1, 2, Deadline(60.0))
+    meet(store, 1, 2, Deadline(60.0), "secret")
     time.sleep(60)
 try:
-    join_group(store, 1, 2, "nccl", torch.device("cuda", 0), 60.0, "127.0.0.1")
+    join_group(store, 1, 2, "nccl", torch.device("cuda", 0), 60.0, "127.0.0.1", "secret")
 except RuntimeError as error:
     print(error)
 """
@@ -40,7 +40,7 @@ def device() -> torch.device:
 
 
 def join_alone(timeout_s: float = 60.0) -> Group:
-    return join_group(serve_store("127.0.0.1", timeout_s), 0, 1, "nccl", device(), timeout_s, "127.0.0.1")
+    return join_group(serve_store("127.0.0.1", timeout_s), 0, 1, "nccl", device(), timeout_s, "127.0.0.1", "secret")
 
 
 def start_peer(port: int, what: str) -> subprocess.Popen[str]:
@@ -60,7 +60,7 @@ def test_a_stream_to_nobody_is_sent_over_nccl() -> None:
 def test_a_peer_that_never_connects_is_reported_at_the_deadline() -> None:
     started = time.monotonic()
     with pytest.raises(RuntimeError, match="receivers 1 of 1 did not connect within 2 s"):
-        join_group(serve_store("127.0.0.1", 10.0), 0, 2, "nccl", device(), 2.0, "127.0.0.1")
+        join_group(serve_store("127.0.0.1", 10.0), 0, 2, "nccl", device(), 2.0, "127.0.0.1", "secret")
     assert time.monotonic() - started < 4
     join_alone().close()
 
@@ -73,7 +73,7 @@ def test_a_peer_that_hangs_while_connecting_costs_the_push_only() -> None:
         reach_store("127.0.0.1", store.port, 60.0).wait(["here/1"])
         started = time.monotonic()
         with pytest.raises(RuntimeError, match="connecting 2 ranks over nccl is not done"):
-            join_group(store, 0, 2, "nccl", device(), 5.0, "127.0.0.1")
+            join_group(store, 0, 2, "nccl", device(), 5.0, "127.0.0.1", "secret")
         assert time.monotonic() - started < 8
     finally:
         peer.kill()
@@ -92,7 +92,7 @@ def test_two_ranks_on_one_gpu_are_an_error_not_a_hang() -> None:
     try:
         started = time.monotonic()
         with pytest.raises(RuntimeError, match=r"(?i)duplicate gpu|invalid usage|not done"):
-            join_group(store, 0, 2, "nccl", device(), 30.0, "127.0.0.1")
+            join_group(store, 0, 2, "nccl", device(), 30.0, "127.0.0.1", "secret")
         assert time.monotonic() - started < 35
     finally:
         peer.kill()

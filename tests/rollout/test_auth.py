@@ -1,18 +1,26 @@
 """The run's secret: made once, private, compared whole; and what an engine is started with."""
 
+import asyncio
+import http.server
 import os
 import stat
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from megatron_vcppo.config import EngineConfig
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.rollout import engine_command
-from megatron_vcppo.rollout.auth import is_authorized, make_secret, read_secret
+from megatron_vcppo.rollout import engine_command, engine_http
+from megatron_vcppo.rollout.auth import PROOF_HEADER, Call, authorized_call
+from megatron_vcppo.rollout.rendezvous import Engine
+from megatron_vcppo.rollout.supervisor import probe
 from megatron_vcppo.run.processes import without_trainer
+from megatron_vcppo.run.secret import make_secret, read_secret
 
 
 def command(model: Path, on_gpu: bool = False, sleeps: bool = False) -> list[str]:
@@ -31,7 +39,7 @@ def command(model: Path, on_gpu: bool = False, sleeps: bool = False) -> list[str
 
 def test_the_first_process_makes_the_secret_and_all_read_the_same(tmp_path) -> None:
     path = tmp_path / "rendezvous" / "secret"
-    code = "import sys, pathlib; from megatron_vcppo.rollout.auth import make_secret, read_secret\n"
+    code = "import sys, pathlib; from megatron_vcppo.run.secret import make_secret, read_secret\n"
     code += "path = pathlib.Path(sys.argv[1]); make_secret(path); print(read_secret(path))"
     makers = [
         subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) for _ in range(6)
@@ -49,23 +57,76 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path) -> None:
         read_secret(tmp_path / "secret")
 
 
+CALL = Call("GET", "/version", "10.0.0.1:80")
+GOOD = CALL.headers("abc")["Authorization"].encode()
+
+
+def authorized(*headers: tuple[bytes, bytes], call: Call = CALL) -> bool:
+    return authorized_call(list(headers), call.method, call.path, call.server, "abc") is not None
+
+
+def test_a_request_opens_one_route_of_one_engine() -> None:
+    assert authorized((b"authorization", GOOD)) and authorized((b"Authorization", GOOD))
+    for change in ({"method": "POST"}, {"path": "/"}, {"server": "10.0.0.1:81"}, {"server": "10.0.0.2:80"}):
+        assert not authorized((b"authorization", GOOD), call=replace(CALL, **change))
+
+
 @pytest.mark.parametrize(
-    ("headers", "authorized"),
+    "headers",
     [
-        ([(b"authorization", b"Bearer abc")], True),
-        ([(b"Authorization", b"Bearer abc")], True),
-        ([], False),
-        ([(b"authorization", b"Bearer ab")], False),
-        ([(b"authorization", b"Bearer abcd")], False),
-        ([(b"authorization", b"abc")], False),
-        ([(b"authorization", b"bearer abc")], False),
-        ([(b"authorization", b"")], False),
-        ([(b"x-authorization", b"Bearer abc")], False),
-        ([(b"authorization", b"Bearer abc"), (b"authorization", b"Bearer x")], False),
+        [],
+        [b""],
+        [b"abc"],
+        [b"Bearer abc"],
+        [GOOD[:-1]],
+        [GOOD + b"0"],
+        [GOOD.lower()],
+        [GOOD, GOOD],
+        [CALL.headers("ab")["Authorization"].encode()],
+        [GOOD.replace(CALL.number.encode(), b"0" * 32)],
+        [b"VCPPO " + b"\xff" * 32 + b" " + b"0" * 64],
     ],
 )
-def test_only_the_whole_secret_opens(headers, authorized) -> None:
-    assert is_authorized(headers, "abc") is authorized
+def test_only_the_whole_secret_opens(headers: list[bytes]) -> None:
+    assert not authorized(*((b"authorization", value) for value in headers))
+    assert not authorized((b"x-authorization", GOOD))
+
+
+class Stranger(http.server.BaseHTTPRequestHandler):
+    """Took an engine's port: answers well, with what it can copy of the request, and keeps what it is told."""
+
+    heard: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.heard.append(f"{self.requestline} {self.headers}")
+        self.send_response(200)
+        self.send_header(PROOF_HEADER, self.headers["Authorization"].split()[-1])
+        self.end_headers()
+        self.wfile.write(b'{"state": "serving", "policy_version": 0, "running": 0, "num_workers": 1}')
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_who_takes_an_engines_port_is_no_engine_and_learns_no_secret() -> None:
+    server = http.server.HTTPServer(("127.0.0.1", 0), Stranger)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    engine, secret = Engine(0, 0, 0, "127.0.0.1", server.server_port, 1), "a-secret-of-the-run"
+
+    async def status() -> None:
+        async with engine_http.open_session(secret) as session:
+            await engine_http.status(session, engine, 10.0)
+
+    try:
+        assert probe(engine, secret) == 0
+        with pytest.raises(engine_http.FAILURES, match="does not hold the run's secret"):
+            asyncio.run(status())
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert len(Stranger.heard) == 2 and not any(secret in text for text in Stranger.heard)
 
 
 def test_an_engine_is_not_told_that_it_is_a_rank(tmp_path) -> None:

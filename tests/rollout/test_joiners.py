@@ -18,7 +18,7 @@ from megatron_vcppo.weight_sync.transport import NetworkTransport
 
 
 def make_sync(folder: Path, exchange: Callable[[Any], list[Any]] = lambda value: [value]) -> WeightSync:
-    transport = NetworkTransport("127.0.0.1", torch.device("cpu"), 1 << 16, 10.0)
+    transport = NetworkTransport("127.0.0.1", torch.device("cpu"), 1 << 16, 10.0, lambda: "secret")
     return WeightSync(WeightSyncConfig(), folder, SINGLE, exchange, transport)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from megatron_vcppo.rollout.auth import SECRET_FILE_VARIABLE, make_secret, read_secret
+from megatron_vcppo.rollout.auth import Call
 from megatron_vcppo.rollout.messages import CORE_IS_DEAD, SLEEP, STATUS, WAKE, SleepRequest, TurnReport, WakeRequest
 from megatron_vcppo.rollout.middleware import Middleware
+from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE, make_secret, read_secret
 
 OUT_OF_MEMORY = "CUDA Error: out of memory at cumem_allocator.cpp"
 
@@ -41,7 +42,7 @@ def test_an_engine_that_could_not_wake_is_to_be_started_again(tmp_path: Path, mo
     make_secret(tmp_path / "secret")
     monkeypatch.setenv(SECRET_FILE_VARIABLE, str(tmp_path / "secret"))
     front, engine = Middleware(None), FullGpu()  # type: ignore[arg-type]
-    headers = [(b"authorization", f"Bearer {read_secret(tmp_path / 'secret')}".encode())]
+    secret = read_secret(tmp_path / "secret")
 
     def ask(method: str, path: str, body: Any = None) -> tuple[int, bytes]:
         sent: list[dict] = []
@@ -53,7 +54,9 @@ def test_an_engine_that_could_not_wake_is_to_be_started_again(tmp_path: Path, mo
             sent.append(message)
 
         app = SimpleNamespace(state=SimpleNamespace(engine_client=engine))
-        scope = {"type": "http", "method": method, "path": path, "headers": headers, "app": app}
+        given = Call(method, path, "127.0.0.1:1").headers(secret)["Authorization"].encode()
+        scope = {"type": "http", "method": method, "path": path, "headers": [(b"authorization", given)], "app": app}
+        scope["server"] = ("127.0.0.1", 1)
         asyncio.run(front(scope, receive, send))
         return sent[0]["status"], sent[1]["body"]
 

@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM
 
 from megatron_vcppo.records import Rollout
 from megatron_vcppo.rollout import engine_http, messages
-from megatron_vcppo.rollout.auth import bearer, read_secret
+from megatron_vcppo.rollout.auth import Call
 from megatron_vcppo.rollout.client import RolloutError
 from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.run.processes import alive
+from megatron_vcppo.run.secret import read_secret
 from megatron_vcppo.weight_sync.joiners import begin, finish_with_joiners
 from megatron_vcppo.weight_sync.sync import WeightSyncError
 from megatron_vcppo.weight_sync.transport import DiskTransport
@@ -76,12 +77,16 @@ def test_every_route_of_every_engine_asks_for_the_secret(node) -> None:
             return refused.value.status
 
     secret = read_secret(node.rendezvous / "secret")
-    wrong = [{}, bearer("wrong"), bearer(secret[:-1]), {"Authorization": secret}, {"Authorization": "Bearer "}]
     for engine in node.engines():
+        server = f"{engine.address}:{engine.port}"
+        version = Call("GET", "/version", server)
+        elsewhere = Call("GET", "/version", "127.0.0.1:1").headers(secret)
+        wrong = [{}, version.headers("wrong"), elsewhere, {"Authorization": secret}, {"Authorization": "Bearer "}]
+        wrong.append({"Authorization": f"Bearer {secret}"})
         for method, path in ROUTES:
             for headers in wrong:
                 assert asyncio.run(knock(engine.url, method, path, headers)) == 401, (method, path)
-        assert asyncio.run(knock(engine.url, "GET", "/version", bearer(secret))) == 200
+        assert asyncio.run(knock(engine.url, "GET", "/version", version.headers(secret))) == 200
         assert asyncio.run(shake_hands(engine.url)) == 403
     assert secret not in node.logs()
     assert all(secret not in " ".join(p.cmdline()) for e in node.engines() for p in processes_of(e.pid))

@@ -15,12 +15,12 @@ import pytest
 
 from megatron_vcppo.config import WeightSyncConfig
 from megatron_vcppo.rollout import engine_http, messages
-from megatron_vcppo.rollout.auth import read_secret
 from megatron_vcppo.rollout.client import RolloutError
 from megatron_vcppo.rollout.messages import CACHE, WEIGHTS, Sampling, Status
 from megatron_vcppo.rollout.node_folder import TRAINER, Hold, NodeFolder
 from megatron_vcppo.rollout.rendezvous import Engine
 from megatron_vcppo.run.processes import alive
+from megatron_vcppo.run.secret import read_secret
 from megatron_vcppo.weight_sync.push_plan import SINGLE
 from megatron_vcppo.weight_sync.sync import WeightSync, WeightSyncError
 from megatron_vcppo.weight_sync.transport import HostTransport, Tensors

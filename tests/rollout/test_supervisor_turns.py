@@ -11,21 +11,27 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.rollout import supervisor
-from megatron_vcppo.rollout.auth import make_secret
 from megatron_vcppo.rollout.node_folder import TRAINER, NodeFolder
 from megatron_vcppo.rollout.rendezvous import SECRET, engines
 from megatron_vcppo.rollout.supervisor import Limits, Slot
 from megatron_vcppo.run.processes import alive
+from megatron_vcppo.run.secret import make_secret
 from tests.helpers.engines import wait_until
 
 ENGINE = """
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from megatron_vcppo.rollout.auth import PROOF_HEADER, authorized_call
+
+secret = Path(sys.argv[3]).read_text()
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
+        headers = [(b"authorization", self.headers["Authorization"].encode())]
+        call = authorized_call(headers, self.command, self.path, f"127.0.0.1:{sys.argv[1]}", secret)
         self.send_response(200)
+        self.send_header(PROOF_HEADER, call.proof(secret))
         self.end_headers()
         self.wfile.write(b"{}")
 
@@ -35,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
 
 HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
-"""What a supervisor sees of an engine: it answers, and goes to sleep."""
+"""What a supervisor sees of an engine: it proves that it holds the secret, answers, and goes to sleep."""
 
 
 @pytest.fixture
@@ -51,7 +57,7 @@ def make_slot(shared: NodeFolder, folder: Path, turn_timeout_s: float) -> Slot:
     limits = Limits(30.0, 1.0, max_restarts=0, poll_s=0.1, turn_timeout_s=turn_timeout_s)
 
     def launch(port: int) -> tuple[list[str], dict[str, str]]:
-        return [sys.executable, "-c", ENGINE, str(port), str(folder / "asleep")], {}
+        return [sys.executable, "-c", ENGINE, str(port), str(folder / "asleep"), str(folder / SECRET)], dict(os.environ)
 
     return Slot(0, 3, "127.0.0.1", folder, folder / "engine.log", limits, launch, shared)
 

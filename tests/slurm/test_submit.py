@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_vcppo.commands.arguments import check_not_queued
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run import events
 from megatron_vcppo.slurm.chain_status import run_status, table
@@ -19,6 +20,8 @@ def test_a_chain_of_jobs_runs_to_its_end(cluster: DevCluster, tmp_path) -> None:
     jobs = submit(run, config, list(config.stages), TINY)
     with pytest.raises(UserError, match=f"this run is active, jobs .*{jobs['sft']}"):
         submit(run, config, list(config.stages), TINY)
+    with pytest.raises(UserError, match=f"this run is active, jobs .*{jobs['sft']}"):
+        check_not_queued(run)
     states = wait_for_jobs(jobs.values(), 120)
     assert {state.state for state in states.values()} == {"COMPLETED"}
     for stage in config.stages:

@@ -150,6 +150,19 @@ def test_a_run_at_work_keeps_its_configuration(recipe: str, tmp_path: Path, caps
     assert run.config.read_text() == before
 
 
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_a_run_at_work_takes_no_stages(command: str, recipe: str, tmp_path: Path, capsys) -> None:
+    base = finished_run(tmp_path / "base", recipe)
+    run = RunFolder(tmp_path / "run" if command == "run" else tmp_path / "run" / "0")
+    run.path.mkdir(parents=True)
+    keys = ["cluster.name=local", "run.seed=0" if command == "run" else "run.seed=[0,1]"]
+    with run.locked():
+        before = sorted(run.path.rglob("*"))
+        assert main([command, recipe, *keys, "--base", str(base.path), "--from", "export"]) == 2
+        assert "another vcppo run or submit is at work in this run" in capsys.readouterr().err
+        assert sorted(run.path.rglob("*")) == before
+
+
 def test_a_wrong_point_of_a_sweep_is_refused_before_the_first_starts(recipe: str, tmp_path: Path, capsys) -> None:
     assert main(["sweep", recipe, "sft.optimizer.lr=[0.1, fast]"]) == 2
     assert "sft.optimizer.lr must be a number in [0, inf), got 'fast'" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from megatron_vcppo.records import Prompt
 from megatron_vcppo.rollout import rendezvous
 from megatron_vcppo.rollout.client import RolloutClient
 from megatron_vcppo.rollout.messages import Sampling
-from megatron_vcppo.rollout.rendezvous import Engine
+from megatron_vcppo.rollout.rendezvous import SECRET, Engine
 from megatron_vcppo.run.processes import alive, die_with_parent, without_trainer
+from megatron_vcppo.run.secret import read_secret
 from megatron_vcppo.tasks.word_tokenizer import WORDS, build_tokenizer
 from megatron_vcppo.weight_sync.push_plan import SINGLE
 from megatron_vcppo.weight_sync.sync import Source, WeightSync
@@ -114,7 +116,8 @@ class RolloutNode:
         self, timeout_s: float = 60.0, transport: Transport | None = None, pause: str = "drain"
     ) -> WeightSync:
         """The pushes of a trainer of one process."""
-        transport = transport or NetworkTransport("127.0.0.1", torch.device("cpu"), 1 << 16, timeout_s)
+        secret = partial(read_secret, self.rendezvous / SECRET)
+        transport = transport or NetworkTransport("127.0.0.1", torch.device("cpu"), 1 << 16, timeout_s, secret)
         config = WeightSyncConfig(timeout_s=timeout_s, pause=pause)  # type: ignore[arg-type]
         return WeightSync(config, self.rendezvous, SINGLE, lambda value: [value], transport)
 

@@ -17,15 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import psutil
 
 from megatron_vcppo.records import Prompt
 from megatron_vcppo.rollout import engine_http, messages
-from megatron_vcppo.rollout.auth import read_secret
 from megatron_vcppo.rollout.client import RolloutClient
 from megatron_vcppo.rollout.engine_command import Placement, environment
 from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.run.processes import without_trainer
+from megatron_vcppo.run.secret import read_secret
 from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
 from tools.benchmarks._rollout_node import MAX_LENGTH, RolloutNode, make_prompts, save_policy
 
@@ -119,8 +120,8 @@ def vllm_route(node: RolloutNode, prompts: list[Prompt], new_tokens: int) -> flo
             async def one(index: int, prompt: Prompt) -> None:
                 body = {"model": "policy", "prompt": list(prompt.token_ids), "max_tokens": new_tokens, "seed": index,
                         "ignore_eos": True, "logprobs": 0, "return_token_ids": True}  # fmt: skip
-                async with session.post(node.engines()[0].url + "/v1/completions", json=body) as reply:
-                    reply.raise_for_status()
+                engine, no_limit = node.engines()[0], aiohttp.ClientTimeout(total=None)
+                async with session.ask(engine, "POST", "/v1/completions", body, no_limit) as reply:
                     await reply.json()
 
             await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts)))

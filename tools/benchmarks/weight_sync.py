@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_vcppo.config import WeightSyncConfig
+from megatron_vcppo.rollout.rendezvous import SECRET
+from megatron_vcppo.run.secret import read_secret
 from megatron_vcppo.weight_sync.push_plan import role_in_stage
 from megatron_vcppo.weight_sync.rank_role import make_exchange
 from megatron_vcppo.weight_sync.sync import WeightSync
@@ -140,7 +143,8 @@ def push(
     transport: Transport = DiskTransport(folder / "weights", bucket_bytes, role, args.verify)
     if args.transport == "network":
         address, cpu = address_of(1 + rank), torch.device("cpu")
-        transport = NetworkTransport(address, cpu, bucket_bytes, TIMEOUT_S, role=role, verify=args.verify)
+        secret = partial(read_secret, rendezvous / SECRET)
+        transport = NetworkTransport(address, cpu, bucket_bytes, TIMEOUT_S, secret, role=role, verify=args.verify)
     sync = WeightSync(WeightSyncConfig(timeout_s=TIMEOUT_S), rendezvous, role, make_exchange(TIMEOUT_S), transport)
     results = [sync.sync(first_version + number, lambda: iter(weights.items())) for number in range(rounds)]
     return [(result.seconds, result.pause_s) for result in results]

@@ -7,6 +7,8 @@ from omegaconf import MISSING
 
 from megatron_vcppo.config.ranges import PositiveFloat, PositiveInt, Range
 
+Access = Literal["private", "group", "as_is"]
+
 
 @dataclass
 class RunConfig:
@@ -14,6 +16,9 @@ class RunConfig:
 
     dir: str = MISSING
     """Run folder; every stage writes below it. On a cluster it must be on the shared file system."""
+    access: Access = "private"
+    """Who may enter the run folder. private: the user alone (mode 0700). group: the folder's group may read, too (mode
+    2750; chgrp chooses the group). as_is: the mode that the folder has is kept; a new one is private."""
     seed: Annotated[int, Range("[0, 4294967296)")] = 0
     """Seed of data order, sampling and new heads. Two runs with the same seed and layout give the same numbers."""
     wandb: Literal["online", "offline", "off"] = "off"

@@ -1,0 +1,189 @@
+"""Who may read a run, which folders become one, and what a configuration may put into a batch script."""
+
+import shlex
+import stat
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_vcppo.cli import main
+from megatron_vcppo.commands.arguments import prepare
+from megatron_vcppo.config.load import dump_config, load_config
+from megatron_vcppo.config.sections.run import Access
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.run.config_file import write_config
+from megatron_vcppo.run.folder import RunFolder
+from tools.benchmarks._tiny_chains import tiny_model
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A chain of one SFT, and its data."""
+    (tmp_path / "data.jsonl").touch()
+    path = tmp_path / "recipe.yaml"
+    values = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"hf": str(tiny_model(tmp_path / "model"))},
+        "sft": {"train": str(tmp_path / "data.jsonl")},
+        "stages": ["sft"],
+        "cluster": {"name": "big"},
+    }
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_run_folder_is_private_unless_a_key_opens_it(recipe: Path, tmp_path: Path) -> None:
+    run, config = prepare(recipe, [])
+    run.make()
+    assert mode(run.path) == 0o700, "before the configuration is in it"
+    modes: dict[Access, int] = {"group": 0o2750, "private": 0o700}
+    for access, expected in modes.items():
+        config.run.access = access
+        write_config(run, config)
+        assert mode(run.path) == expected
+    run.path.chmod(0o755)
+    write_config(run, config)
+    assert mode(run.path) == 0o700
+    run.path.chmod(0o755)
+    config.run.access = "as_is"
+    write_config(run, config)
+    assert mode(run.path) == 0o755
+
+
+def test_a_run_that_was_made_before_keeps_its_mode(recipe: Path, tmp_path: Path) -> None:
+    run, config = prepare(recipe, [])
+    run.path.mkdir(mode=0o755)
+    stored = yaml.safe_load(dump_config(config))
+    del stored["run"]["access"]
+    run.config.write_text(yaml.safe_dump(stored))
+    assert prepare(recipe, [])[1].run.access == "as_is"
+    write_config(*prepare(recipe, []))
+    assert mode(run.path) == 0o755
+
+
+@pytest.mark.parametrize(
+    "value", ["${oc.env:MY_TOKEN}", "a-${oc.env:MY_TOKEN,none}", "${oc.decode:${oc.env:MY_TOKEN}}"]
+)
+def test_a_value_of_the_environment_gets_into_no_run(
+    value: str, recipe: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "s3cret")
+    values = yaml.safe_load(recipe.read_text())
+    values["run"]["wandb_project"] = value
+    recipe.write_text(yaml.safe_dump(values))
+    for command in (["submit", str(recipe), "--dry-run"], ["run", str(recipe), "cluster.name=local"]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert "run.wandb_project" in error and "may hold no values of the environment" in error
+        assert "s3cret" not in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "cluster.environment.HF_TOKEN=hf_x",
+        "cluster.environment.MY_APIKEY=x",
+        "cluster.setup=['module load x', 'export HF_TOKEN=hf_x']",
+        "cluster.setup=['A=1 WANDB_API_KEY=x true']",
+        "cluster.sbatch.export='ALL,HF_TOKEN=hf_x'",
+    ],
+)
+def test_a_secret_is_refused(override: str, recipe: Path) -> None:
+    with pytest.raises(UserError, match="looks like a secret"):
+        load_config(recipe, [override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "cluster.environment.TOKENIZERS_PARALLELISM='false'",
+        "cluster.setup=['export HF_TOKEN=$(cat ~/.token)', 'export KEYBOARD=us']",
+        "cluster.sbatch={reservation: big, mail-user: a@b.c, comment: 'it''s \"quoted\"'}",
+    ],
+)
+def test_what_is_no_secret_passes(override: str, recipe: Path) -> None:
+    load_config(recipe, [override])
+
+
+INJECTED = "touch /tmp/injected"
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("run", "dir", f"runs/x\n{INJECTED}"),
+        ("run", "dir", "runs/\0x"),
+        ("cluster", "partition", f"gpu\n{INJECTED}"),
+        ("cluster", "account", f"me\r\n{INJECTED}"),
+        ("cluster", "qos", f"low\n#SBATCH --uid=0\n{INJECTED}"),
+        ("cluster", "python", f"python\n{INJECTED}"),
+        ("cluster", "container_image", f"x\n{INJECTED}"),
+        ("cluster", "sbatch", {"comment": f"x\n{INJECTED}"}),
+        ("cluster", "sbatch", {f"comment=x\n{INJECTED}\n#": "x"}),
+        ("cluster", "environment", {f"A=1; {INJECTED}; B": "x"}),
+    ],
+)
+def test_no_value_becomes_a_line_of_the_batch_script(
+    section: str, key: str, value: object, recipe: Path, tmp_path: Path, capsys
+) -> None:
+    values = yaml.safe_load(recipe.read_text())
+    values[section][key] = value
+    recipe.write_text(yaml.safe_dump(values))
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["submit", str(recipe), "--dry-run"]) == 2
+    assert f"{section}.{key}" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["%j", "a%b", "a:b", "a\\b", "", " ", "~nobody/x"])
+def test_a_name_that_slurm_or_python_would_read_otherwise_is_refused(name: str, recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run\.dir"):
+        load_config(recipe, [f"run.dir='{name}'"])
+
+
+@pytest.mark.parametrize("name", ["two words", "it's", 'a"b', "$HOME", "a;b", "`id`", "x&y"])
+def test_other_names_are_quoted(name: str, recipe: Path, tmp_path: Path, capsys) -> None:
+    values = yaml.safe_load(recipe.read_text())
+    values["run"]["dir"] = str(tmp_path / name)
+    recipe.write_text(yaml.safe_dump(values))
+    assert main(["submit", str(recipe), "--dry-run"]) == 0, capsys.readouterr().err
+    script = (tmp_path / name / "slurm" / "dry_run" / "sft.sh").read_text()
+    lines = [line for line in script.splitlines() if "PYTHONPATH=" in line]
+    assert shlex.split(lines[0])[1].startswith(f"PYTHONPATH={tmp_path / name}/code/")
+    assert RunFolder(tmp_path / name).config.exists()
+
+
+def test_a_tilde_is_the_users_home(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run, config = prepare(recipe, ["run.dir=~/mine"])
+    assert run.path == tmp_path / "home" / "mine" and config.run.dir == str(run.path)
+
+
+COMMANDS = {
+    "run": ["run", "{recipe}", "cluster.name=local"],
+    "submit": ["submit", "{recipe}"],
+    "dry run": ["submit", "{recipe}", "--dry-run"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("file", ["thesis.tex", "config.yaml"])
+def test_a_folder_that_is_no_run_is_left_alone(
+    file: str, command: str, recipe: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / file).write_text("sft: {steps: 3}\n")
+    monkeypatch.chdir(folder)
+    for place in (str(folder), "."):
+        assert main([*(word.format(recipe=recipe) for word in COMMANDS[command]), f"run.dir={place}"]) == 2
+        error = capsys.readouterr().err
+        assert str(folder) in error and "choose another run.dir" in error and len(error.splitlines()) == 1
+    assert [path.name for path in folder.iterdir()] == [file]
+    assert (folder / file).read_text() == "sft: {steps: 3}\n"
