@@ -44,7 +44,6 @@ ORIGIN_BEFORE: Origin = {
     "prompts.system": None,
     "prompts.apply_chat_template": False,
     "prompts.chat_template_kwargs": {},
-    "ppo.critic.moments": "keep",
 }
 """Keys that origins of earlier versions lack, with what these versions did: their rollouts stay valid."""
 SET_NAME = "set.json"

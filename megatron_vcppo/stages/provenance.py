@@ -39,7 +39,6 @@ def origin_of(config: Config, stage: str) -> Origin:
         # Where origins of earlier versions have these keys: their rollouts stay valid.
         ppo["advantage"] |= asdict(config.returns)
         ppo["critic"] |= asdict(config.values)
-        made["ppo.critic.moments"] = ppo["critic"].pop("moments")
         made |= {f"ppo.{name}": value for name, value in ppo.items() if name not in NO_EFFECT}
     return made
 
