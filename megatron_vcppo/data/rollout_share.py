@@ -252,14 +252,19 @@ class RolloutShare:
 class ModelOutputs:
     """Outputs of the models for a share before its update; all float32 [N]."""
 
-    old_logprobs: Tensor
-    """Of the actor."""
+    old_logprobs: Tensor | None
+    """Of the actor; None if its loss reads those of the engines."""
     rollout_logprobs: Tensor
     """From the engines."""
     ref_logprobs: Tensor | None = None
     """Of the frozen reference; None without KL terms."""
     values: Tensor | None = None
     """Of the critic; None with a group baseline."""
+
+    @property
+    def policy_logprobs(self) -> Tensor:
+        """Of the policy before the update, as the actor or else the engines compute them."""
+        return self.rollout_logprobs if self.old_logprobs is None else self.old_logprobs
 
     def by_name(self) -> dict[str, Tensor]:
         """Those that there are, under the names of the fields that losses read."""

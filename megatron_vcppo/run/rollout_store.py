@@ -15,7 +15,7 @@ import re
 import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -216,13 +216,34 @@ def _complete(folder: Path) -> dict[int, list[Path]]:
 
 
 def origin_differences(folder: Path, made: Origin) -> list[str]:
-    """The keys in which what made a folder's rollouts differs; empty if nothing is recorded."""
+    """The keys in which what made a folder's rollouts differs; empty if nothing is recorded.
+
+    A key that the record lacks is newer than it: what made the rollouts did as ORIGIN_BEFORE says, or else as the key's
+    default does.
+    """
     try:
-        known = dict(parse_json((folder / ORIGIN_NAME).read_text(encoding="utf-8")))
+        known = _flat(ORIGIN_BEFORE | dict(parse_json((folder / ORIGIN_NAME).read_text(encoding="utf-8"))))
     except (FileNotFoundError, ValueError, TypeError):
         return []
-    known = ORIGIN_BEFORE | known
-    return [key for key, value in json.loads(json.dumps(made)).items() if known.get(key) != value]
+    wanted = _flat(json.loads(json.dumps(made)))
+    return [key for key, value in wanted.items() if known.get(key, _default(key)) != value]
+
+
+def _flat(origin: Origin) -> Origin:
+    """With the keys of ``ppo`` and its sections one by one, so that a new key is told from another value."""
+    flat: Origin = {}
+    for key, value in origin.items():
+        is_section = key.startswith("ppo.") and isinstance(value, dict)
+        flat |= _flat({f"{key}.{name}": inner for name, inner in value.items()}) if is_section else {key: value}
+    return flat
+
+
+def _default(key: str) -> Any:
+    """Of a key of the configuration; None for what is none."""
+    found: Any = Config()
+    for name in key.split("."):
+        found = getattr(found, name, None)
+    return json.loads(json.dumps(asdict(found) if is_dataclass(found) and not isinstance(found, type) else found))
 
 
 def claim(folder: Path, made: Origin, reached: int) -> None:

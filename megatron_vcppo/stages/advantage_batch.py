@@ -79,7 +79,7 @@ def compute_advantages(
     values = torch.zeros(share.num_tokens) if outputs.values is None else outputs.values
     kl = None
     if outputs.ref_logprobs is not None and loss.kl_in == "reward":
-        kl = kl_estimate(outputs.old_logprobs, outputs.ref_logprobs, loss.kl_kind)
+        kl = kl_estimate(outputs.policy_logprobs, outputs.ref_logprobs, loss.kl_kind)
     lam_actor: float | Tensor = config.lam_actor
     if config.length_adaptive_alpha is not None:
         lam_actor = length_adaptive_lam(share.table.lengths, config.length_adaptive_alpha)
@@ -141,7 +141,9 @@ def compute_advantages(
 
 def _token_means(outputs: ModelOutputs, kl: Tensor | None) -> Metrics:
     """How far the engines' log-probs are off, and the KL divergence from the reference, if it is in the rewards."""
-    found = {"rollout/logprob_gap": (outputs.old_logprobs - outputs.rollout_logprobs).abs_(), "actor/kl_ref": kl}
+    old = outputs.old_logprobs
+    gap = None if old is None else (old - outputs.rollout_logprobs).abs_()
+    found = {"rollout/logprob_gap": gap, "actor/kl_ref": kl}
     return {
         name: (x.sum(dtype=torch.float64), torch.tensor(len(x), dtype=torch.float64))
         for name, x in found.items()

@@ -130,7 +130,7 @@ class Ppo:
             max_tokens=config.rollout.max_tokens,
         )
         critic_updates = config.ppo.critic.updates_per_actor_update if models.critic is not None else 0
-        forward_passes = 1 + (models.reference is not None) + (models.critic is not None)
+        forward_passes = (config.ppo.loss.kind == "clip") + (models.reference is not None) + (models.critic is not None)
         self.passes = config.ppo.ppo_epochs * (1 + critic_updates) + forward_passes / 3
         """Of a model over the batch, forward and backward."""
         self.unfinished: Unfinished | None = None
@@ -157,7 +157,7 @@ class Ppo:
         resumed = self.take_unfinished(rollouts, share)
         del rollouts
         if resumed is None:
-            old_logprobs = self.outputs(share, "logprobs", self.models.actor.logprobs)
+            old_logprobs = self.old_logprobs(share)
             ref_logprobs = self.ref_logprobs(share)
             values = self.values(share)
             outputs = ModelOutputs(old_logprobs, share.rollout_logprobs, ref_logprobs, values)
@@ -251,6 +251,12 @@ class Ppo:
         with self.loop.timer(phase):
             return token_outputs(share, self.packer, run)
 
+    def old_logprobs(self, share: RolloutShare) -> Tensor | None:
+        """Of the actor before its update, [N]; None if the loss compares with the engines' log-probs."""
+        if self.config.ppo.loss.kind == "dis":
+            return None
+        return self.outputs(share, "logprobs", self.models.actor.logprobs)
+
     def ref_logprobs(self, share: RolloutShare) -> Tensor | None:
         """Of the frozen reference, [N]; None if there is none."""
         reference = self.models.reference
@@ -270,7 +276,7 @@ class Ppo:
         """
         found = ""
         try:
-            check_finite(torch.ones_like(outputs.old_logprobs, dtype=torch.bool), **outputs.by_name())
+            check_finite(torch.ones_like(outputs.rollout_logprobs, dtype=torch.bool), **outputs.by_name())
         except FloatingPointError as error:
             found = str(error)
         if runtime.any_rank(bool(found)):

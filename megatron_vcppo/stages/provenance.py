@@ -21,7 +21,7 @@ def origin_of(config: Config, stage: str) -> Origin:
     """What decides which responses a stage gets to a prompt, and their rewards."""
     sampling = {name: getattr(config.rollout, name) for name in ("temperature", "top_p", "top_k", "max_tokens", "stop")}
     prompts_config = asdict(config.prompts)
-    for name in ("test", "bad_samples", "verify_workers"):
+    for name in ("test", "bad_samples", "verify_workers", "verify_memory_mib"):
         del prompts_config[name]
     made: Origin = {"actor": identity(actor_before(config, stage) or Path(config.model.hf))}
     made |= {"model.max_length": config.model.max_length}

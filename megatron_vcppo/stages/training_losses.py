@@ -1,12 +1,14 @@
 """What the configuration says the losses are, as functions of a micro-batch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_vcppo.algo.losses.aggregation import loss_denominator, token_weights
-from megatron_vcppo.algo.losses.policy import entropy_bonus, kl_loss, policy_loss, positive_lm_loss
+from megatron_vcppo.algo.losses.policy import dis_loss, entropy_bonus, kl_loss, policy_loss, positive_lm_loss
 from megatron_vcppo.algo.losses.value import bound_values, value_loss
 from megatron_vcppo.algo.metrics import Metrics
 from megatron_vcppo.config import PolicyLossConfig, ValuesConfig
@@ -61,19 +63,7 @@ class ActorLoss:
         fields, config = microbatch.fields, self.config
         mask = fields["response_mask"]
         weights = fields["loss_weights"]
-        loss, metrics = policy_loss(
-            logprobs,
-            old_logprobs=fields["old_logprobs"],
-            advantages=fields["advantages"],
-            mask=mask,
-            denominator=self.denominator,
-            weights=weights,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip,
-            rollout_logprobs=fields["rollout_logprobs"] if config.tis_cap is not None else None,
-            tis_cap=config.tis_cap,
-        )
+        loss, metrics = self.surrogate(logprobs, fields)
         terms = [
             entropy_bonus(entropy, mask, coef=config.entropy_coef, denominator=self.denominator, weights=weights),
         ]
@@ -101,6 +91,28 @@ class ActorLoss:
         for term, more in terms:
             loss, metrics = loss + term, {**metrics, **more}
         return loss, metrics
+
+    def surrogate(self, logprobs: Tensor, fields: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        """The term that follows the advantages."""
+        config = self.config
+        common: dict[str, Any] = {
+            "advantages": fields["advantages"],
+            "mask": fields["response_mask"],
+            "denominator": self.denominator,
+            "weights": fields["loss_weights"],
+            "clip_low": config.clip_low,
+            "clip_high": config.clip_high,
+        }
+        if config.kind == "dis":
+            return dis_loss(logprobs, rollout_logprobs=fields["rollout_logprobs"], **common)
+        return policy_loss(
+            logprobs,
+            old_logprobs=fields["old_logprobs"],
+            dual_clip=config.dual_clip,
+            rollout_logprobs=fields["rollout_logprobs"] if config.tis_cap is not None else None,
+            tis_cap=config.tis_cap,
+            **common,
+        )
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class Unfinished:
             name: torch.cat([torch.zeros(0), *(found[row] for row in share.rows.tolist())])
             for name, found in pieces.items()
         }
-        return ModelOutputs(rollout_logprobs=share.rollout_logprobs, **outputs)
+        return ModelOutputs(**{"old_logprobs": None, **outputs}, rollout_logprobs=share.rollout_logprobs)
 
 
 def identity_of(batch: RolloutTable, config: PpoConfig, run_seed: int) -> str:
@@ -144,4 +144,5 @@ def identity_of_schema_1(
 
 def _steps(config: PpoConfig, run_seed: int) -> bytes:
     steps: Sequence[int] = (run_seed, config.ppo_epochs, config.minibatches, config.critic.updates_per_actor_update)
-    return repr((steps, config.critic_only_iterations)).encode()
+    other = () if config.loss.kind == "clip" else (config.loss.kind,)  # what is saved depends on it
+    return repr((steps, config.critic_only_iterations, *other)).encode()

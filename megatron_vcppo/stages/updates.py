@@ -159,7 +159,7 @@ class Updater:
         loss = self.config.loss
         read = {
             "old_logprobs": True,
-            "rollout_logprobs": loss.tis_cap is not None,
+            "rollout_logprobs": loss.kind == "dis" or loss.tis_cap is not None,
             "ref_logprobs": loss.kl_in == "loss",
             "values": self.config.critic.value_clip is not None,
         }

@@ -113,6 +113,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rloo": {"ppo": {"advantage": {"baseline": "rloo"}, "loss": {"aggregation": "constant_length"}}},
     "kl-in-reward": {"ppo": {"loss": {"kl_coef": 0.05, "kl_in": "reward", "kl_kind": "k1"}}},
     "importance-sampling": {"ppo": {"loss": {"tis_cap": 2.0, "dual_clip": 3.0, "entropy_coef": 0.01}}},
+    "dis": {"ppo": {"loss": {"kind": "dis", "clip_low": 0.1, "clip_high": 0.1}}},
     "critic": {
         "ppo": {"critic": {"value_clip": 0.05, "updates_per_actor_update": 2}},
         "values": {"bounds": [-1.0, 1.0], "huber_delta": 0.5},

@@ -74,6 +74,41 @@ def policy_loss(
     return loss, {"policy_loss": total_metric(loss), **metrics}
 
 
+def dis_loss(
+    logprobs: Tensor,
+    *,
+    rollout_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    denominator: float,
+    clip_low: float,
+    clip_high: float,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Double-sided importance sampling (SAO, arXiv 2607.07508): Σ w_t ℓ_t / denominator, with ratio = π/π_rollout,
+
+        ℓ = -A · ratio where 1 - clip_low ≤ ratio ≤ 1 + clip_high, else 0, without gradient
+
+    so that a token that either the updates or the engines' numerics and age moved far, in either direction and whatever
+    its advantage, teaches nothing. Other arguments as in ``policy_loss``, also its bound of log-ratios.
+
+    Returns the loss, 0-d, and the metrics policy_loss, dis_masked_low and dis_masked_high (share of tokens below and
+    above), ratio and its square, approx_kl (k3 estimate of KL(π_rollout ‖ π)).
+    """
+    advantages = advantages.masked_fill(~mask, 0.0)
+    log_ratio = masked_difference(logprobs, rollout_logprobs, mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = log_ratio.exp()
+    low, high = ratio < 1.0 - clip_low, ratio > 1.0 + clip_high
+    loss = weighted_loss((-advantages * ratio).masked_fill(low | high, 0.0), mask, denominator, weights)
+    return loss, {
+        "policy_loss": total_metric(loss),
+        "dis_masked_low": mean_metric(low, mask),
+        "dis_masked_high": mean_metric(high, mask),
+        **moment_metrics("ratio", ratio, mask),
+        "approx_kl": mean_metric(log_ratio.expm1() - log_ratio, mask),
+    }
+
+
 def entropy_bonus(
     entropy: Tensor,
     mask: Tensor,

@@ -93,6 +93,9 @@ def ppo(config: Config) -> Iterator[str]:
                 f"ppo.critic_only_iterations {settings.critic_only_iterations} needs a critic, but "
                 f"ppo.advantage.baseline {baseline} has none: set it to 0"
             )
+    for key in ("tis_cap", "dual_clip"):
+        if settings.loss.kind == "dis" and (value := getattr(settings.loss, key)) is not None:
+            yield f"ppo.loss.{key} {value} belongs to ppo.loss.kind clip: with dis, set it to null"
     if settings.dynamic_sampling and num_samples < 2:
         yield f"ppo.dynamic_sampling needs rollout.num_samples > 1, got {num_samples}"
     if settings.dynamic_sampling and settings.staleness:

@@ -28,10 +28,14 @@ class AdvantageConfig:
 
 @dataclass
 class PolicyLossConfig:
-    """The clipped surrogate and optional additional terms."""
+    """The surrogate and optional additional terms."""
 
+    kind: Literal["clip", "dis"] = "clip"
+    """clip: PPO's clipped surrogate; the ratio is to the actor before the update, whose log-probs take a pass. dis:
+    double-sided importance sampling (SAO): the ratio is to the engines' log-probs, without that pass, and tokens whose
+    ratio leaves the range are left out of the loss."""
     clip_low: PositiveFloat = 0.2
-    """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    """The range of the ratio is [1 - clip_low, 1 + clip_high]; with dis, ports of SAO use 0.8 and 3."""
     clip_high: PositiveFloat = 0.2
     """See clip_low; 0.28 in VAPO and DAPO."""
     dual_clip: Annotated[float, Range("(1, inf)")] | None = None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_vcppo.algo import metrics as m
 from megatron_vcppo.algo.losses.aggregation import AGGREGATIONS, loss_denominator, token_weights
-from megatron_vcppo.algo.losses.policy import entropy_bonus, kl_loss, policy_loss, positive_lm_loss
+from megatron_vcppo.algo.losses.policy import dis_loss, entropy_bonus, kl_loss, policy_loss, positive_lm_loss
 from megatron_vcppo.algo.masked import check_finite
 
 CLIPS: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
@@ -111,6 +111,38 @@ def test_gradcheck(options):
         )[0]
 
     assert torch.autograd.gradcheck(loss, logprobs)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient", "low", "high"),
+    [
+        (1.0, 2.0, -2.0, -2.0, 0, 0),
+        (3.9, 2.0, -7.8, -7.8, 0, 0),
+        (4.1, 2.0, 0.0, 0.0, 0, 1),
+        (4.1, -2.0, 0.0, 0.0, 0, 1),  # the clipped surrogate pushes such a bad token back
+        (0.19, 2.0, 0.0, 0.0, 1, 0),  # and pulls such a good one
+        (0.19, -2.0, 0.0, 0.0, 1, 0),
+        (0.21, -2.0, 0.42, 0.42, 0, 0),
+    ],
+)
+def test_double_sided_importance_sampling_by_hand(ratio, advantage, loss, gradient, low, high):
+    """d(-A π/π_rollout) / d log π = -A π/π_rollout, inside [0.2, 4] only."""
+    rollout = torch.tensor([-1.5, -0.5], dtype=torch.float64)
+    logprobs = (rollout + math.log(ratio)).requires_grad_()
+    got, metrics = dis_loss(
+        logprobs,
+        rollout_logprobs=rollout,
+        advantages=torch.tensor([advantage, 100.0], dtype=torch.float64),
+        mask=torch.tensor([True, False]),
+        denominator=1,
+        clip_low=0.8,
+        clip_high=3.0,
+    )
+    got.backward()
+    assert got.item() == pytest.approx(loss)
+    torch.testing.assert_close(logprobs.grad, torch.tensor([gradient, 0.0], dtype=torch.float64))
+    means = {name: float(x) for name, x in m.means(metrics).items()}
+    assert (means["dis_masked_low"], means["dis_masked_high"]) == (low, high)
 
 
 def test_truncated_importance_sampling_by_hand():

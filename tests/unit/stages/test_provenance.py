@@ -62,7 +62,7 @@ def test_an_interrupted_iteration_keeps_its_responses_only_under_the_same_settin
     config.ppo.optimizer.lr = 1e-9
     claim(folder, origin_of(config, "ppo"), 3)
     assert stored_iterations(folder) == [1, 2, 3] and partial_iterations(folder) == [3]
-    assert "iterations 4 to 5 were generated under other settings (ppo.optimizer)" in capsys.readouterr().out
+    assert "iterations 4 to 5 were generated under other settings (ppo.optimizer.lr)" in capsys.readouterr().out
     store(folder, 5)
     config.prompts.verifiers = {"mine": "module:function"}
     claim(folder, origin_of(config, "ppo"), 4)
@@ -78,7 +78,7 @@ def test_an_origin_of_an_earlier_version_fits_and_renamed_keys_still_count(confi
     config.run.skip_limit = 99
     assert origin_differences(folder, origin_of(config, "ppo")) == []
     config.returns.gamma, config.values.huber_delta = 0.5, 1.0
-    assert origin_differences(folder, origin_of(config, "ppo")) == ["ppo.advantage", "ppo.critic"]
+    assert origin_differences(folder, origin_of(config, "ppo")) == ["ppo.advantage.gamma", "ppo.critic.huber_delta"]
 
 
 def test_what_changes_prompts_is_recorded_and_origins_from_before_these_keys_fit(
@@ -179,3 +179,13 @@ def test_scores_belong_to_their_reward_model(config: Config, tmp_path: Path) -> 
     assert origin_differences(tmp_path / "rollouts", origin_of(config, "ppo")) == ["rewards.model"]
     config.rewards.model.weight = 0.5
     assert "rewards.model.weight" in origin_differences(tmp_path / "rollouts", origin_of(config, "ppo"))
+
+
+def test_a_key_that_is_newer_than_the_record_had_its_default(config: Config, tmp_path: Path) -> None:
+    made = origin_of(config, "ppo")
+    old = {key: dict(value) if isinstance(value, dict) else value for key, value in made.items()}
+    del old["ppo.loss"]["kind"], old["ppo.staleness"]
+    claim(tmp_path, old, 0)
+    assert origin_differences(tmp_path, made) == []
+    config.ppo.loss.kind, config.ppo.staleness = "dis", 1
+    assert origin_differences(tmp_path, origin_of(config, "ppo")) == ["ppo.staleness", "ppo.loss.kind"]
