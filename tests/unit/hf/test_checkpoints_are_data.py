@@ -175,7 +175,9 @@ def test_bad_manifests_cost_one_line(checkpoint: Path, capsys: pytest.CaptureFix
 def test_a_stage_names_a_checkpoint_of_its_own(tmp_path: Path) -> None:
     stage = StageFolder(tmp_path / "sft").make()
     (tmp_path / "other").mkdir()
-    for name in ("../other", "/etc", None, 3, ""):
+    write_manifest(stage.path, {"checkpoint": None})
+    assert stage.last_checkpoint("actor") is None
+    for name in ("../other", "/etc", 3, ""):
         write_manifest(stage.path, {"checkpoint": name})
         verify_manifest(stage.path)
         with pytest.raises(UserError, match="is no name inside of the folder"):
