@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from multidict import CIMultiDict
 
 from megatron_vcppo.errors import DONE, FAILED
 from megatron_vcppo.rollout import engine_command, rendezvous
@@ -165,7 +166,7 @@ def ask(engine: Engine, secret: str, method: str, route: str, body: bytes, timeo
     try:
         connection.request(method, route, body, headers=call.headers(secret))
         answer = connection.getresponse()
-        return (answer.status, answer.read()) if call.is_proved(secret, dict(answer.getheaders())) else (0, b"")
+        return (answer.status, answer.read()) if call.is_proved(secret, CIMultiDict(answer.getheaders())) else (0, b"")
     except (OSError, http.client.HTTPException):
         return 0, b""
     finally:

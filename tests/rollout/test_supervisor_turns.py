@@ -31,7 +31,7 @@ class Handler(BaseHTTPRequestHandler):
         headers = [(b"authorization", self.headers["Authorization"].encode())]
         call = authorized_call(headers, self.command, self.path, f"127.0.0.1:{sys.argv[1]}", secret)
         self.send_response(200)
-        self.send_header(PROOF_HEADER, call.proof(secret))
+        self.send_header(PROOF_HEADER.lower(), call.proof(secret))  # as HTTP servers write it
         self.end_headers()
         self.wfile.write(b"{}")
 
