@@ -18,7 +18,9 @@ def test_a_sweeps_table_says_what_came_out(tmp_path: Path) -> None:
         (run.stage(stage).logs / "attempt_1").mkdir(parents=True)
     record = {"iteration": 9, "rollout/accuracy": 0.75, "critic/explained_variance": 0.25, "critic/value_loss": 1.0}
     run.stage("ppo").metrics.write_text(json.dumps(record) + "\n")
-    found = [{"name": "sft", "avg": 0.4, "avg_interval": 0.04}, {"name": "ppo", "avg": 0.85, "avg_interval": 0.03}]
+    shared = {"length_mean": 30.0, "truncated_share": 0.0}
+    scores = {"sft": {"avg": 0.4, "avg_interval": 0.04}, "ppo": {"avg": 0.85, "avg_interval": 0.03}}
+    found = [{"name": name, **score, **shared} for name, score in scores.items()]
     run.stage("evaluate").results.write_text(json.dumps(found))
     first, second = results(tmp_path)
     assert first["rollout/accuracy"] == 0.75 and "critic/value_loss" not in first
