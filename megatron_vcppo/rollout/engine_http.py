@@ -7,7 +7,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from megatron_vcppo.rollout.auth import Call
+from megatron_vcppo.rollout.auth import PROOF_HEADER, Call
 from megatron_vcppo.rollout.messages import (
     GENERATE,
     SLEEP,
@@ -54,7 +54,7 @@ class Session:
         data = None if body is None else msgspec.json.encode(body)
         headers = call.headers(self.secret) | {"Content-Type": "application/json"}
         async with self.http.request(method, engine.url + path, data=data, headers=headers, timeout=timeout) as reply:
-            if not call.is_proved(self.secret, reply.headers):
+            if not call.is_proved(self.secret, reply.headers.get(PROOF_HEADER, "")):
                 raise aiohttp.ClientError(f"what answers at {call.server} does not hold the run's secret")
             reply.raise_for_status()
             yield reply

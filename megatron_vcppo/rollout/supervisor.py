@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from multidict import CIMultiDict
 
 from megatron_vcppo.errors import DONE, FAILED
 from megatron_vcppo.rollout import engine_command, rendezvous
-from megatron_vcppo.rollout.auth import Call
+from megatron_vcppo.rollout.auth import PROOF_HEADER, Call
 from megatron_vcppo.rollout.messages import CORE_IS_DEAD, SLEEP, STATUS, SleepRequest, TurnReport
 from megatron_vcppo.rollout.node_folder import Hold, NodeFolder
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
@@ -166,7 +165,8 @@ def ask(engine: Engine, secret: str, method: str, route: str, body: bytes, timeo
     try:
         connection.request(method, route, body, headers=call.headers(secret))
         answer = connection.getresponse()
-        return (answer.status, answer.read()) if call.is_proved(secret, CIMultiDict(answer.getheaders())) else (0, b"")
+        is_proved = call.is_proved(secret, answer.getheader(PROOF_HEADER, ""))
+        return (answer.status, answer.read()) if is_proved else (0, b"")
     except (OSError, http.client.HTTPException):
         return 0, b""
     finally:

@@ -43,6 +43,7 @@ def write(hf: Path, rendezvous: Path) -> tuple[int, Weights, Weights, bool]:
         assert len(files) > 3 and sum(file.stat().st_size for file in files) > sent > 0
         assert own.stat().st_mode & 0o077 == 0 and own.parent.parent == folder.path
         found.append(dict(read_folder(own)))
+        torch.distributed.barrier()  # the next push begins by deleting these
     assert not Path(transport.folder(1, node)).exists(), "the weights before are gone"
     torch.distributed.barrier()
     other = Path(transport.folder(2, 1 - node)).exists()
