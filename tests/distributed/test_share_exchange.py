@@ -39,7 +39,7 @@ def field_of(share: RolloutShare) -> torch.Tensor:
 
 def assert_right(share: RolloutShare) -> None:
     """It has what the whole batch has in these rows."""
-    assert np.array_equal(share.batch.rows, WHOLE.batch.rows), "the same batch under every layout"
+    assert share.batch.rows.tobytes() == WHOLE.batch.rows.tobytes(), "the same batch under every layout"
     lengths = WHOLE.batch.sequence_lengths.tolist()
     assert torch.equal(share.token_ids, rows_of(WHOLE.token_ids, lengths, share.rows))
     if len(share.rollout_logprobs):
