@@ -9,11 +9,7 @@ _BLOCK = 4096
 
 
 def row_sums(*, logits: Tensor, local: Tensor, mine: Tensor, columns: int, peak: Tensor, scale: float) -> Tensor:
-    """Σ exp x, Σ x exp x and x of the label, where x = logits · scale - peak: float32 [3, T].
-
-    logits: [T, V]; local: int64 [T], the label's column; mine: bool [T], whether the label is among the columns (the
-    third sum is 0 where not); columns: how many of V count; peak: float32 [T].
-    """
+    """As ``logprob_rows_cpu.row_sums``."""
     sums = torch.empty(3, len(logits), device=logits.device)
     if len(logits):
         _row_sums[(len(logits),)](
@@ -34,10 +30,7 @@ def row_gradients(
     grad_entropy: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """The gradient of the logits, [T, V] in their type, 0 beyond the columns.
-
-    logits, local, mine, columns: as in ``row_sums``; log_norm, entropy, grad_logprob, grad_entropy: float32 [T].
-    """
+    """As ``logprob_rows_cpu.row_gradients``."""
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     num_rows, width = logits.shape
     grad_entropy = torch.zeros_like(log_norm) if grad_entropy is None else grad_entropy
