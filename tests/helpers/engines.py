@@ -25,5 +25,9 @@ def wait_for_successor(node: RolloutNode, victim: Engine) -> None:
 
 
 def processes_of(pid: int) -> list[psutil.Process]:
-    process = psutil.Process(pid)
-    return [process, *process.children(recursive=True)]
+    """The process and what stands below it; empty if it has ended."""
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []

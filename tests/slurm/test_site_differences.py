@@ -70,7 +70,7 @@ def test_gres_replaces_gpus_per_node_in_the_job_and_in_its_steps(gpus: Config) -
     ("key", "value", "message"),
     [
         ("sbatch", {"mem-per-cpu": "8G"}, "cluster.sbatch.mem-per-cpu and cluster.memory_per_node_gb 900 both request"),
-        ("dir", "/shared/%j/run", "run.dir /shared/%j/run: Slurm replaces % in the names of log files"),
+        ("dir", "/shared/%j/run", "run.dir '/shared/%j/run' must not hold '%' on a cluster"),
     ],
 )
 def test_what_slurm_would_misread_is_refused(gpus: Config, key: str, value: object, message: str) -> None:
