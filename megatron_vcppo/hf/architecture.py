@@ -1,21 +1,38 @@
 """What a decoder is made of, read from a Hugging Face folder's config.json. Needs neither torch nor megatron.
 
-Supported: Qwen2 and Qwen2.5 (model_type qwen2), Qwen3 (qwen3), Llama 3 (llama). Everything that the Megatron model
-would silently compute differently (sliding windows, other rope types, extra biases, quantized weights) is an error.
+Supported: Qwen2 and Qwen2.5 (model_type qwen2), Qwen3 (qwen3), Llama 3 (llama), Mistral (mistral), OLMo 2 (olmo2).
+Everything that the Megatron model would silently compute differently (other rope types, extra biases, windows of some
+layers, quantized weights) is an error.
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.files import parse_json
 
-FAMILIES = ("qwen2", "qwen3", "llama")
+_TRAITS: dict[str, dict[str, Any]] = {
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "llama": {},
+    "mistral": {},
+    "olmo2": {"qk_norm": True, "wide_qk_norm": True, "norms": "post"},
+}
+"""By model_type, the switches of ``Architecture`` that no key of config.json tells."""
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "olmo2": {"rms_norm_eps": 1e-5},
+}
+"""What transformers takes where config.json lacks a key, if that differs from the other families'."""
+FAMILIES = tuple(_TRAITS)
 DTYPES = ("float32", "bfloat16", "float16")
-_ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ROPE_NUMBERS = (
+    *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+)
 _REQUIRED = (
     "hidden_size",
     "num_hidden_layers",
@@ -50,11 +67,27 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """YaRN (arXiv:2309.00071): rotary embeddings for ``factor`` times as many positions as the model was made for."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    """Rotary pairs that turn at least this often in the original context keep their frequency."""
+    beta_slow: float
+    """Those that turn at most this often are slowed down by ``factor``; between the two the change is linear."""
+    attention_factor: float
+    """Queries and keys are multiplied by it after the rotation."""
+    truncate: bool
+    """Whether the bounds of that linear part are rounded outwards to whole pairs."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Sizes and switches of one decoder-only model."""
 
     family: str
-    """qwen2 | qwen3 | llama"""
+    """One of ``FAMILIES``."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -64,7 +97,7 @@ class Architecture:
     vocab_size: int
     """Rows of the embedding as in the Hugging Face checkpoint, not padded."""
     rope_theta: float
-    rope_scaling: RopeScaling | None
+    rope_scaling: RopeScaling | Yarn | None
     max_positions: int
     norm_eps: float
     tied: bool
@@ -73,6 +106,12 @@ class Architecture:
     qk_norm: bool
     dtype: str
     """float32 | bfloat16 | float16: the dtype that config.json names."""
+    wide_qk_norm: bool = False
+    """The norms of queries and keys are over all heads together, not over each."""
+    norms: str = "pre"
+    """pre: attention and feed-forward layer normalize what they read; post: what they add."""
+    window: int | None = None
+    """How many tokens, its own included, a position attends to; None: all before it."""
     config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """config.json as it was read."""
 
@@ -99,6 +138,7 @@ class Architecture:
         missing = [key for key in _REQUIRED if not _is_positive_int(config.get(key))]
         if missing:
             raise UserError(f"{source}: missing or not a positive integer: {', '.join(missing)}")
+        given, config = config, _DEFAULTS.get(family, {}) | dict(config)
         rope = _rope_parameters(config, source)
         if malformed := _malformed(config, rope):
             raise UserError(f"{source}: {'; '.join(malformed)}")
@@ -121,10 +161,10 @@ class Architecture:
             max_positions=config["max_position_embeddings"],
             norm_eps=float(config.get("rms_norm_eps") or 1e-6),
             tied=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
             dtype=_dtype(config),
-            config=dict(config),
+            window=config["sliding_window"] if family == "mistral" else None,
+            config=dict(given),
+            **{"qkv_bias": False, "qk_norm": False} | _TRAITS[family],
         )
         sizes = {name: getattr(found, name) for name in _LARGEST}
         if too_large := [f"{name} {size}" for name, size in sizes.items() if size > _LARGEST[name]]:
@@ -139,10 +179,13 @@ class Architecture:
     def from_dict(cls, data: Any, source: str = "architecture") -> "Architecture":
         """Inverse of ``to_dict``. Raises UserError, which names ``source``, for anything that it did not make."""
         values = _typed(cls, data, source)
-        if values["rope_scaling"] is not None:
-            values["rope_scaling"] = RopeScaling(
-                **_typed(RopeScaling, values["rope_scaling"], f"{source}.rope_scaling")
-            )
+        if (scaling := values["rope_scaling"]) is not None:
+            kind = Yarn if isinstance(scaling, Mapping) and "beta_fast" in scaling else RopeScaling
+            values["rope_scaling"] = kind(**_typed(kind, scaling, f"{source}.rope_scaling"))
+        if values["norms"] not in ("pre", "post") or not (
+            values["window"] is None or _is_positive_int(values["window"])
+        ):
+            raise UserError(f"{source}: norms {values['norms']!r}, window {values['window']!r}: no such model")
         if not isinstance(values["config"], Mapping):
             raise UserError(f"{source}: config is no object")
         if wrong := [f"{name} {values[name]}" for name, most in _LARGEST.items() if not 0 < values[name] <= most]:
@@ -169,9 +212,21 @@ class Architecture:
         """Width of all key (or all value) heads together."""
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def qk_norm_sizes(self) -> tuple[int, ...]:
+        """Weights of the norm of queries and of that of keys; () without them."""
+        sizes = (self.q_size, self.kv_size) if self.wide_qk_norm else (self.head_dim, self.head_dim)
+        return sizes if self.qk_norm else ()
+
+    @property
+    def longest(self) -> int:
+        """Positions that the rotary embeddings are made for."""
+        yarn = self.rope_scaling if isinstance(self.rope_scaling, Yarn) else None
+        return max(self.max_positions, int(yarn.factor * yarn.original_max_position_embeddings) if yarn else 0)
+
     def parameter_count(self) -> int:
         """Parameters of the Hugging Face checkpoint; tied embeddings count once, padding not at all."""
-        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        norms = 2 * self.hidden_size + sum(self.qk_norm_sizes)
         biases = self.q_size + 2 * self.kv_size if self.qkv_bias else 0
         layers = self.num_layers * (self._layer_matrix_parameters() + norms + biases)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
@@ -181,12 +236,14 @@ class Architecture:
         """Floating-point operations of one forward and backward pass over sequences of these lengths (tokens).
 
         Matrix products only: 2 per parameter and token forward, twice that backward; causal attention scores and
-        their product with the values cost length² × q_size each (half of the full square), per layer, forward.
-        Recomputation is not counted (model FLOPs, as in PaLM's MFU, arXiv:2204.02311 appendix B).
+        their product with the values cost length² × q_size each (half of the full square; with a window, the band of
+        it that is attended to), per layer, forward. Recomputation is not counted (model FLOPs, as in PaLM's MFU,
+        arXiv:2204.02311 appendix B).
         """
         lengths = list(sequence_lengths)
         per_token = self.num_layers * self._layer_matrix_parameters() + self.vocab_size * self.hidden_size
-        attention = self.num_layers * 2 * self.q_size * sum(length * length for length in lengths)
+        squares = sum(length**2 - max(0, length - (self.window or length)) ** 2 for length in lengths)
+        attention = self.num_layers * 2 * self.q_size * squares
         return 3 * (2 * per_token * sum(lengths) + attention)
 
     def check_parallel(self, tp: int, pp: int) -> None:
@@ -207,10 +264,10 @@ class Architecture:
 
     def check_length(self, max_length: int) -> None:
         """Raises UserError, with the numbers, if sequences may be longer than the model's positions."""
-        if max_length > self.max_positions:
+        if max_length > self.longest:
             raise UserError(
-                f"model.max_length {max_length} is more than the model's {self.max_positions} positions "
-                "(max_position_embeddings in its config.json)"
+                f"model.max_length {max_length} is more than the model's {self.longest} positions "
+                "(max_position_embeddings in its config.json, or YaRN's factor × original_max_position_embeddings)"
             )
 
     def _layer_matrix_parameters(self) -> int:
@@ -230,7 +287,8 @@ def _typed(cls: type, data: Any, source: str) -> dict[str, Any]:
     """The fields of a dataclass from what JSON holds. UserError if one is missing or of another type."""
     values: dict[str, Any] = {}
     for one in fields(cls):
-        value = data.get(one.name) if isinstance(data, Mapping) else None
+        default = None if one.default is MISSING else one.default  # of what a manifest made before lacks
+        value = data.get(one.name, default) if isinstance(data, Mapping) else None
         wanted = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}.get(cast(type, one.type))
         if wanted and type(value) not in wanted:
             raise UserError(f"{source}: {one.name} {value!r} is no {wanted[-1].__name__}")
@@ -241,7 +299,7 @@ def _typed(cls: type, data: Any, source: str) -> dict[str, Any]:
 def _malformed(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str]:
     """Keys with a default whose value is of another kind; null counts as absent, as in transformers."""
     problems = []
-    for key in ("num_key_value_heads", "head_dim"):
+    for key in ("num_key_value_heads", "head_dim", "sliding_window"):
         if config.get(key) is not None and not _is_positive_int(config[key]):
             problems.append(f"{key} {config[key]!r} is not a positive integer")
     for key, value in (("rms_norm_eps", config.get("rms_norm_eps")), *((key, rope.get(key)) for key in _ROPE_NUMBERS)):
@@ -266,18 +324,38 @@ def _rope_parameters(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     return rope
 
 
-def _rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | None:
-    if rope["rope_type"] == "default":
+def _rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | Yarn | None:
+    kind = rope["rope_type"]
+    if kind == "default":
         return None
-    missing = [f.name for f in fields(RopeScaling) if f.name not in rope]
-    if missing:
-        raise UserError(f"{source}: rope scaling llama3 lacks {', '.join(missing)}")
-    return RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+    needed = [f.name for f in fields(RopeScaling)]
+    if kind == "yarn":
+        needed = ["factor", "original_max_position_embeddings"]
+    if missing := [name for name in needed if rope.get(name) is None]:
+        raise UserError(f"{source}: rope scaling {kind} lacks {', '.join(missing)}")
+    factor, positions = float(rope["factor"]), int(rope["original_max_position_embeddings"])
+    if kind == "llama3":
+        return RopeScaling(factor, float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), positions)
+    return Yarn(
+        factor=factor,
+        original_max_position_embeddings=positions,
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        attention_factor=_attention_factor(rope, factor),
+        truncate=bool(rope.get("truncate", True)),
     )
+
+
+def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:
+    """As given, or the paper's, which mscale and mscale_all_dim (DeepSeek's keys) change where both are there."""
+
+    def of(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if (given := rope.get("attention_factor")) is not None:
+        return float(given)
+    mscale, all_dims = rope.get("mscale"), rope.get("mscale_all_dim")
+    return of(mscale) / of(all_dims) if mscale and all_dims else of(1.0)
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
@@ -287,14 +365,14 @@ def _dtype(config: Mapping[str, Any]) -> str:
 def _unsupported(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str]:
     """Every feature of this config that the Megatron model does not have, with what it has instead."""
     problems = []
-    if rope["rope_type"] not in ("default", "llama3"):
-        problems.append(f"rope type {rope['rope_type']!r} (supported: default, llama3)")
+    if rope["rope_type"] not in ("default", "llama3", "yarn"):
+        problems.append(f"rope type {rope['rope_type']!r} (supported: default, llama3, yarn)")
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) not in (None, 1, 1.0):
         problems.append("partial rotary embeddings (supported: the whole head)")
     if config.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act {config['hidden_act']!r} (supported: silu)")
     if _uses_sliding_window(config):
-        problems.append("a sliding window (supported: full attention in every layer)")
+        problems.append("a sliding window in some layers (supported: in none, or Mistral's in all)")
     if config.get("attention_bias"):
         problems.append("attention_bias, a bias on the output projection (supported: none, or Qwen2's on q, k, v)")
     if config.get("mlp_bias"):

@@ -6,7 +6,8 @@ split over tensor-parallel ranks, is a stack of row blocks of Hugging Face tenso
 - linear_qkv: per key-value group, the group's query heads, its key head, its value head;
 - linear_fc1: gate, then up; each of the two is split over the ranks by itself;
 - embedding and output layer: the vocabulary's rows, then rows of padding (zeros);
-- everything else: one tensor as it is.
+- everything else: one tensor as it is. Norms of what attention and feed-forward layer add ("post") are parts of the
+  layers that they come after: ``linear_proj.post_layernorm``, ``linear_fc2.post_layernorm``.
 
 Names are those of Megatron's distributed checkpoints, which are Transformer Engine's (norms are called
 ``linear_qkv.layer_norm_weight`` and ``linear_fc1.layer_norm_weight``) with the layer's index in the whole model;
@@ -100,11 +101,20 @@ def _layer_parameters(arch: Architecture, layer: int) -> list[Parameter]:
     hidden, ffn = arch.hidden_size, arch.ffn_size
     qkv_rows = arch.q_size + 2 * arch.kv_size
     attention, mlp = ours + "self_attention.", ours + "mlp."
+    norms = {
+        "pre": (
+            (attention + "linear_qkv.layer_norm_weight", "input_layernorm"),
+            (mlp + "linear_fc1.layer_norm_weight", "post_attention_layernorm"),
+        ),
+        "post": (
+            (attention + "linear_proj.post_layernorm.weight", "post_attention_layernorm"),
+            (mlp + "linear_fc2.post_layernorm.weight", "post_feedforward_layernorm"),
+        ),
+    }[arch.norms]
     table = [
-        _plain(attention + "linear_qkv.layer_norm_weight", theirs + "input_layernorm.weight", (hidden,)),
+        *(_plain(name, f"{theirs}{hf_name}.weight", (hidden,)) for name, hf_name in norms),
         Parameter(attention + "linear_qkv.weight", (qkv_rows, hidden), _qkv_blocks(arch, theirs, "weight"), 0),
         _plain(attention + "linear_proj.weight", theirs + "self_attn.o_proj.weight", (hidden, arch.q_size), 1),
-        _plain(mlp + "linear_fc1.layer_norm_weight", theirs + "post_attention_layernorm.weight", (hidden,)),
         Parameter(
             mlp + "linear_fc1.weight",
             (2 * ffn, hidden),
@@ -119,10 +129,9 @@ def _layer_parameters(arch: Architecture, layer: int) -> list[Parameter]:
     ]
     if arch.qkv_bias:
         table.append(Parameter(attention + "linear_qkv.bias", (qkv_rows,), _qkv_blocks(arch, theirs, "bias"), 0))
-    if arch.qk_norm:
-        for norm in ("q", "k"):
-            name = f"self_attn.{norm}_norm.weight"
-            table.append(_plain(attention + f"{norm}_layernorm.weight", theirs + name, (arch.head_dim,)))
+    for norm, size in zip("qk", arch.qk_norm_sizes, strict=False):
+        name, split_dim = f"self_attn.{norm}_norm.weight", 0 if arch.wide_qk_norm else None
+        table.append(_plain(attention + f"{norm}_layernorm.weight", theirs + name, (size,), split_dim))
     return table
 
 

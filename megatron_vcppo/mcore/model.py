@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_vcppo.config import ModelConfig, ParallelConfig
 from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.architecture import Architecture, Yarn
 from megatron_vcppo.hf.mapping import padded_vocab_size
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.context_parallel import WHOLE, ContextShard, PackedParams
@@ -38,7 +38,7 @@ class PackedGPT(GPTModel, abc.ABC):
     def __init__(self, config: TransformerConfig, arch: Architecture, *, tied: bool) -> None:
         super().__init__(
             config,
-            block_spec(config, config.transformer_impl == "transformer_engine"),
+            block_spec(config, arch, config.transformer_impl == "transformer_engine"),
             vocab_size=padded_vocab_size(arch.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=arch.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),
@@ -182,6 +182,11 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
             f"parallel.cp {parallel.cp} with model.dtype float32: Transformer Engine has no attention over several "
             "ranks in float32; set model.dtype=bfloat16 or model.layers=torch"
         )
+    if fused and parallel.cp > 1 and arch.window:
+        raise UserError(
+            f"parallel.cp {parallel.cp} with a sliding window: Transformer Engine's attention over several ranks has "
+            "none; set parallel.cp=1 or model.layers=torch"
+        )
     recomputes: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
@@ -200,7 +205,10 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
-        qk_layernorm=arch.qk_norm,
+        # Megatron sums the gradients of norms that it knows of over the tensor-parallel ranks; wide ones are split.
+        qk_layernorm=arch.qk_norm and not arch.wide_qk_norm,
+        softmax_scale=softmax_scale(arch),
+        window_size=(arch.window - 1, 0) if arch.window else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp,
@@ -234,22 +242,49 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
     )
 
 
+def softmax_scale(arch: Architecture) -> float | None:
+    """What attention scores are multiplied by, if it is not 1 / sqrt(head_dim).
+
+    YaRN's factor of both queries and keys is a factor of the scores: fused rotary kernels have none.
+    """
+    yarn = arch.rope_scaling
+    return yarn.attention_factor**2 / math.sqrt(arch.head_dim) if isinstance(yarn, Yarn) else None
+
+
 def inverse_frequencies(arch: Architecture) -> Tensor:
     """Angular frequency of each rotary pair: [head_dim / 2] float32.
 
-    Llama 3.1's scaling: wavelengths above original_context / low_freq_factor are stretched by ``factor``, those
-    below original_context / high_freq_factor are kept, and between the two the change is linear in
-    original_context / wavelength.
+    Scaled, a pair's frequency is kept, divided by ``factor`` or between the two. Llama 3.1: between them linear in the
+    number of turns in the original context. YaRN: linear in the pair's number.
     """
     exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim
     frequencies = 1.0 / (arch.rope_theta**exponents)
     scaling = arch.rope_scaling
     if scaling is None:
         return frequencies
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clamp(0, 1)
+    if isinstance(scaling, Yarn):
+        kept = _kept_by_yarn(scaling, arch.rope_theta, arch.head_dim)
+    else:
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = kept.clamp(0, 1)
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+def _kept_by_yarn(yarn: Yarn, theta: float, head_dim: int) -> Tensor:
+    """[head_dim / 2]: 1 up to the pair that makes beta_fast turns in the original context, 0 from beta_slow's on."""
+
+    def pair(turns: float) -> float:
+        length = yarn.original_max_position_embeddings / (turns * 2 * math.pi)
+        return head_dim * math.log(length) / (2 * math.log(theta))
+
+    first, last = pair(yarn.beta_fast), pair(yarn.beta_slow)
+    if yarn.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    pairs = torch.arange(head_dim // 2, dtype=torch.float32)
+    # 0.001: as transformers and vLLM have it where both bounds are one pair.
+    return 1 - ((pairs - first) / (last - first or 0.001)).clamp(0, 1)
 
 
 def _add_gradients_in_place(model: torch.nn.Module) -> None:

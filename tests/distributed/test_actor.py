@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from megatron_vcppo.mcore.model import build_actor
 from megatron_vcppo.records import TrainSequence
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.training import make_sequences
-from tools.benchmarks._tiny_models import save_tiny_model
+from tools.benchmarks._tiny_models import YARN, save_tiny_model
 
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1)
 TOKENS_PER_MICROBATCH = 160
@@ -71,11 +72,27 @@ def reference_logprobs(folder: Path, sequences: list[TrainSequence]) -> list[tor
     return rows
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mistral": {"family": "mistral"},
+    "olmo2": {"family": "olmo2"},
+    "yarn": {"family": "qwen2", "rope_parameters": YARN},
+}
+
+
 @pytest.mark.parametrize("layout", [{}, {"tp": 2, "pp": 2, "sequence_parallel": True}], ids=["1x1", "tp2pp2sp"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
-def test_logprobs_equal_transformers(tmp_path: Path, family: str, tied: bool, layout: dict) -> None:
-    folder = save_tiny_model(tmp_path / "hf", family, tied)
+@pytest.mark.parametrize(
+    "model",
+    [
+        *({"family": family, "tied": tied} for family in ("qwen2", "qwen3", "llama") for tied in (False, True)),
+        *VARIANTS.values(),
+        # Queries and keys that another attention factor than the paper's multiplies; bounds that are one pair.
+        {"family": "qwen3", "rope_parameters": YARN | {"attention_factor": 1.5, "truncate": False}},
+        {"family": "mistral", "rope_parameters": YARN | {"beta_fast": 1.0, "mscale": 2.0, "mscale_all_dim": 1.0}},
+    ],
+    ids=str,
+)
+def test_logprobs_equal_transformers(tmp_path: Path, model: dict, layout: dict) -> None:
+    folder = save_tiny_model(tmp_path / "hf", **model)
     sequences = make_sequences(7)
     parallel = ParallelConfig(**layout)
 
@@ -89,10 +106,20 @@ def test_logprobs_equal_transformers(tmp_path: Path, family: str, tied: bool, la
             assert (torch.tensor(row[1:]) - reference).abs().max() <= 1e-4
 
 
-def test_gradients_equal_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ({}, {"tp": 2, "pp": 2}),
+        (VARIANTS["mistral"], {"cp": 2}),
+        (VARIANTS["olmo2"], {"tp": 2, "pp": 2, "sequence_parallel": True}),
+        (VARIANTS["yarn"], {}),
+    ],
+    ids=["qwen2", *VARIANTS],
+)
+def test_gradients_equal_transformers(tmp_path: Path, model: dict, layout: dict) -> None:
     """One AdamW step on the masked token loss: loss, gradient norm and new log-probs as with transformers and torch."""
-    folder = save_tiny_model(tmp_path / "hf")
-    ours = run_distributed_test(train, 4, folder, ParallelConfig(tp=2, pp=2), 1)[0]
+    folder, parallel = save_tiny_model(tmp_path / "hf", **model), ParallelConfig(**layout)
+    ours = run_distributed_test(train, parallel.tp * parallel.pp * parallel.cp, folder, parallel, 1)[0]
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     decayed = [p for p in model.parameters() if p.dim() > 1]

@@ -4,7 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 VOCAB_SIZE = 66
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -24,10 +35,21 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             }
         },
     ),
+    # A window that is shorter than most test sequences, and heads that do not add up to the hidden size.
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 9, "head_dim": 32}),
+    # transformers gives the embedding of a padding token no gradient.
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {"eos_token_id": 1, "pad_token_id": None}),
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
 }
 
 
-def save_tiny_model(folder: Path, family: str = "qwen2", tied: bool = False, seed: int = 0, **sizes: int) -> Path:
+def save_tiny_model(folder: Path, family: str = "qwen2", tied: bool = False, seed: int = 0, **sizes: Any) -> Path:
     """Write config.json and model.safetensors of a random float32 model; returns the folder."""
     config_class, model_class, extra = FAMILIES[family]
     base = {

@@ -34,7 +34,7 @@ _BASE_BYTES = 2 << 30
 MAX_FILE_BYTES = 2_000_000_000
 _CRITIC_CLASSES = {
     family: f"{name}ForTokenClassification"
-    for family, name in (("qwen2", "Qwen2"), ("qwen3", "Qwen3"), ("llama", "Llama"))
+    for family, name in (("qwen2", "Qwen2"), ("qwen3", "Qwen3"), ("llama", "Llama"), ("mistral", "Mistral"))
 }
 
 
@@ -153,6 +153,8 @@ def _architecture(checkpoint: Path, meta: Mapping[str, Any]) -> Architecture:
     if kind not in ("actor", "critic"):
         raise UserError(f"{checkpoint}: holds {kind!r}; only an actor or a critic has a Hugging Face form")
     arch = Architecture.of_manifest(checkpoint, meta)
+    if kind == "critic" and arch.family not in _CRITIC_CLASSES:
+        raise UserError(f"{checkpoint}: transformers has no {arch.family} for token classification to hold a critic")
     if Architecture.from_hf(checkpoint / "hf") != arch:
         raise UserError(f"{checkpoint}/hf/config.json: describes another model than the checkpoint's manifest")
     return arch

@@ -1,16 +1,17 @@
 """Reading config.json: sizes against transformers' own models, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.hf.architecture import Architecture, RopeScaling
+from megatron_vcppo.hf.architecture import Architecture, RopeScaling, Yarn
 from megatron_vcppo.hf.mapping import hf_shapes, parameters
-from tools.benchmarks._tiny_models import FAMILIES, save_tiny_model
+from tools.benchmarks._tiny_models import FAMILIES, YARN, save_tiny_model
 
 CASES = [(family, tied) for family in FAMILIES for tied in (False, True)]
 
@@ -44,7 +45,8 @@ def test_flops_are_those_that_torch_counts(tmp_path):
 
 def test_round_trip_through_json(tmp_path):
     for family in FAMILIES:
-        arch = Architecture.from_hf(save_tiny_model(tmp_path / family, family))
+        extra = {"rope_parameters": YARN} if family == "qwen2" else {}
+        arch = Architecture.from_hf(save_tiny_model(tmp_path / family, family, **extra))
         again = Architecture.from_dict(json.loads(json.dumps(arch.to_dict())))
         assert again == arch
         assert again.config == arch.config
@@ -70,9 +72,10 @@ def test_both_spellings_of_rope_scaling_mean_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mixtral"}, "'mixtral' is not supported; supported: qwen2, qwen3, llama"),
+        ({"model_type": "mixtral"}, "'mixtral' is not supported; supported: qwen2, qwen3, llama, mistral"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}, "rope type 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_parameters": None}, "rope type 'dynamic'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}, "yarn lacks original_max_pos"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None}, "lacks low_freq_factor"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
         ({"layer_types": None, "use_sliding_window": True, "max_window_layers": 2}, "sliding window"),
@@ -97,6 +100,50 @@ def test_a_window_that_no_layer_uses_is_no_obstacle(tmp_path):
     del config["layer_types"]
     window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": config["num_hidden_layers"]}
     Architecture.from_config(config | window)
+
+
+def test_a_manifest_from_before_the_newer_switches_reads_as_the_same_model(tmp_path):
+    arch = Architecture.from_hf(save_tiny_model(tmp_path, "llama"))
+    stored = json.loads(json.dumps(arch.to_dict()))
+    for name in ("wide_qk_norm", "norms", "window"):
+        del stored[name]
+    assert Architecture.from_dict(stored) == arch
+    with pytest.raises(UserError, match="norms 'inside'"):
+        Architecture.from_dict(stored | {"norms": "inside"})
+
+
+def test_yarn_is_read_with_the_papers_defaults_and_stretches_the_positions(tmp_path):
+    config = json.loads((save_tiny_model(tmp_path, "qwen3") / "config.json").read_text())
+    del config["rope_parameters"]
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    arch = Architecture.from_config(config | {"rope_scaling": yarn, "rope_theta": 1e6})
+    assert arch.rope_scaling == Yarn(4.0, 256, 32.0, 1.0, pytest.approx(1.1386294), True)
+    arch.check_length(1024)
+    with pytest.raises(UserError, match="more than the model's 1024 positions"):
+        arch.check_length(1025)
+    for change, factor in (({"attention_factor": 1.5}, 1.5), ({"mscale": 2.0, "mscale_all_dim": 1.0}, 1.1217511)):
+        changed = Architecture.from_config(config | {"rope_scaling": yarn | change, "rope_theta": 1e6})
+        assert changed.rope_scaling.attention_factor == pytest.approx(factor)
+
+
+def test_mistrals_window_is_the_one_of_transformers(tmp_path):
+    config = json.loads((save_tiny_model(tmp_path, "mistral") / "config.json").read_text())
+    assert Architecture.from_config(config).window == 9
+    assert Architecture.from_config(config | {"sliding_window": None}).window is None
+    del config["sliding_window"]
+    assert Architecture.from_config(config).window == MistralConfig().sliding_window
+    with pytest.raises(UserError, match="sliding_window 0 is not a positive integer"):
+        Architecture.from_config(config | {"sliding_window": 0})
+
+
+def test_operations_of_attention_in_a_window_are_those_of_the_band(tmp_path):
+    whole = Architecture.from_hf(save_tiny_model(tmp_path, "mistral", sliding_window=None))
+    windowed = replace(whole, window=8)
+    assert windowed.training_flops([8]) == whole.training_flops([8])
+    # 2 products of 2 operations per query, key and channel; the triangle of 20 tokens against 8 per token
+    fewer = 20 * 20 / 2 - (8 * 8 / 2 + 8 * 12)
+    expected = 3 * 4 * whole.q_size * whole.num_layers * fewer
+    assert whole.training_flops([20]) - windowed.training_flops([20]) == expected
 
 
 def test_unreadable_folders_are_named(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.architecture import FAMILIES, Architecture
 from megatron_vcppo.hf.mapping import (
     canonical_name,
     checkpoint_key,
@@ -16,8 +16,6 @@ from megatron_vcppo.hf.mapping import (
     split,
     unshard,
 )
-
-FAMILIES = ("qwen2", "qwen3", "llama")
 
 
 def architecture(family: str, tied: bool = False, vocab_size: int = 250) -> Architecture:
