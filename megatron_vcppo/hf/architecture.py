@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.pipeline import Ends, stage_layers
 from megatron_vcppo.run.files import parse_json
 
 _TRAITS: dict[str, dict[str, Any]] = {
@@ -246,8 +247,11 @@ class Architecture:
         attention = self.num_layers * 2 * self.q_size * squares
         return 3 * (2 * per_token * sum(lengths) + attention)
 
-    def check_parallel(self, tp: int, pp: int) -> None:
-        """Raises UserError, with the numbers, if ``tp`` tensor and ``pp`` pipeline ranks cannot split the model."""
+    def check_parallel(self, tp: int, pp: int, ends: Ends = (None, None)) -> None:
+        """Raises UserError, with the numbers, if ``tp`` tensor and ``pp`` pipeline ranks cannot split the model.
+
+        ends: layers of the first and of the last pipeline stage, if they are given.
+        """
         problems = [
             f"{name} {size} is not divisible by tp {tp}"
             for name, size in (
@@ -257,8 +261,10 @@ class Architecture:
             )
             if tp < 1 or size % tp
         ]
-        if pp < 1 or self.num_layers % pp:
-            problems.append(f"layers {self.num_layers} are not divisible by pp {pp}")
+        try:
+            stage_layers(self.num_layers, pp, ends)
+        except UserError as error:
+            problems.append(str(error))
         if problems:
             raise UserError("this model cannot be split as configured: " + "; ".join(problems))
 

@@ -14,10 +14,12 @@ Names are those of Megatron's distributed checkpoints, which are Transformer Eng
 ``canonical_name`` brings the local spec's names and a pipeline stage's layer numbers to them.
 """
 
+import bisect
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -173,12 +175,15 @@ def checkpoint_key(name: str) -> tuple[str, int | None]:
     return (f"decoder.layers.{match[2]}", int(match[1])) if match else (name, None)
 
 
-def pipeline_stage(name: str, num_layers: int, pp: int) -> int:
-    """The pipeline stage that holds a parameter (its first holder, where tied embeddings have two)."""
+def pipeline_stage(name: str, layers: Sequence[int]) -> int:
+    """The pipeline stage that holds a parameter (its first holder, where tied embeddings have two).
+
+    layers: how many each stage has.
+    """
     layer = checkpoint_key(name)[1]
     if layer is not None:
-        return layer // (num_layers // pp)
-    return 0 if name.startswith("embedding.") else pp - 1
+        return bisect.bisect(tuple(accumulate(layers)), layer)
+    return 0 if name.startswith("embedding.") else len(layers) - 1
 
 
 def merge(parameter: Parameter, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

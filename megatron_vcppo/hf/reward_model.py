@@ -46,7 +46,7 @@ def check_reward_model(config: Config) -> None:
     def check(folder: Path) -> None:
         arch = Architecture.from_hf(folder)
         check_head(folder, _shape_of_head(folder))
-        arch.check_parallel(config.parallel.tp, config.parallel.pp)
+        arch.check_parallel(config.parallel.tp, config.parallel.pp, config.parallel.ends)
         if config.rewards.model.input == "tokens":
             arch.check_length(config.model.max_length)
             own, policys = (_tokens(other) for other in (folder, Path(config.model.hf)))

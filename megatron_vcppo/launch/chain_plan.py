@@ -13,6 +13,7 @@ from megatron_vcppo.config.placement import ENGINE_STAGES, data_parallel_size, e
 from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.pipeline import stage_layers
 from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.launch.engine_estimate import EngineEstimate, estimate_engines, generation_s, response_tokens
 from megatron_vcppo.launch.memory_plan import ASLEEP_GIB, WEIGHT_BYTES, models_of, plan
@@ -113,7 +114,7 @@ def nearest_layout(arch: Architecture, config: Config, stage: str, limit_gib: fl
             if value != getattr(config.parallel, name)
         )
         try:
-            arch.check_parallel(parallel.tp, parallel.pp)
+            arch.check_parallel(parallel.tp, parallel.pp, parallel.ends)
             replicas = data_parallel_size(parallel, trainer_ranks(config))
         except UserError:
             continue
@@ -200,7 +201,8 @@ def _ppo_phases(arch: Architecture, config: Config) -> dict[str, float]:
 def pass_s(arch: Architecture, config: Config, sequences: int, *, training: bool, optimizer_steps: int = 1) -> float:
     """Seconds of one pass of one model over so many sequences of mean length, forward or forward and backward.
 
-    A recomputed forward pass costs a third more. The pipeline idles while it fills and drains, once per optimizer step.
+    A recomputed forward pass costs a third more. The pipeline idles while it fills and drains, once per optimizer step,
+    and waits for the stage with the most layers.
     """
     parallel, hardware = config.parallel, config.hardware
     length = min(hardware.prompt_tokens + response_tokens(config), config.model.max_length)
@@ -211,6 +213,7 @@ def pass_s(arch: Architecture, config: Config, sequences: int, *, training: bool
     at_once = ceil_div(sequences, replicas * optimizer_steps) * length
     microbatches = ceil_div(at_once, max(parallel.tokens_per_microbatch, length))
     bubble = 1 + (parallel.pp - 1) / microbatches
+    bubble *= max(stage_layers(arch.num_layers, parallel.pp, parallel.ends)) * parallel.pp / arch.num_layers
     return flops * bubble / (ranks * hardware.tflops * 1e12 * hardware.mfu)
 
 

@@ -8,6 +8,7 @@ from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement, tra
 from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.pipeline import stage_layers
 from megatron_vcppo.hf.reward_model import reward_architecture, uses_reward_model
 
 GIB = 1 << 30
@@ -43,7 +44,7 @@ def parameters_of(arch: Architecture, config: Config, kind: str, pp_rank: int) -
     tp, pp = config.parallel.tp, config.parallel.pp
     vocabulary = arch.vocab_size * arch.hidden_size
     layers = arch.parameter_count() - vocabulary * (1 if arch.tied else 2)
-    count = layers / pp
+    count = layers * stage_layers(arch.num_layers, pp, config.parallel.ends)[pp_rank] / arch.num_layers
     if pp_rank == 0:
         count += vocabulary
     if pp_rank == pp - 1 and kind == "actor" and (pp > 1 or not arch.tied):
@@ -86,7 +87,7 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
         held += parameters_of(reward_architecture(config, arch), config, "critic", pp_rank)
     size = WEIGHT_BYTES[dtype]
     tokens = max(parallel.tokens_per_microbatch, config.model.max_length) / parallel.cp
-    layers, at_once = arch.num_layers / parallel.pp, parallel.pp - pp_rank
+    layers, at_once = stage_layers(arch.num_layers, parallel.pp, parallel.ends)[pp_rank], parallel.pp - pp_rank
     given, kept = layer_activations(arch, config)
     # Logits and their gradient; then that gradient and the one of the output layer, in the weights' type.
     logits = max(2 * tokens, tokens + arch.hidden_size) * arch.vocab_size / parallel.tp
@@ -106,7 +107,7 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
     if config.model.fp8 != "off":  # of layers that run; those of trained models as they are and transposed
         run = 2 * len(trained) + (len(frozen) if stage == "ppo" else 0)
         vocabulary = arch.vocab_size * arch.hidden_size * (1 if arch.tied else 2)
-        sizes["8-bit weights"] = run * (arch.parameter_count() - vocabulary) / parallel.pp / parallel.tp
+        sizes["8-bit weights"] = run * (arch.parameter_count() - vocabulary) * layers / arch.num_layers / parallel.tp
     return {name: num_bytes / GIB for name, num_bytes in sizes.items()}
 
 

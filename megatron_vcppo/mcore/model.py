@@ -19,6 +19,7 @@ from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture, Yarn
 from megatron_vcppo.hf.mapping import padded_vocab_size
+from megatron_vcppo.hf.pipeline import stage_layers
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.context_parallel import WHOLE, ContextShard, PackedParams
 from megatron_vcppo.mcore.fp8 import fp8_settings
@@ -174,7 +175,7 @@ def build_critic(arch: Architecture, model: ModelConfig, parallel: ParallelConfi
 
 def transformer_config(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron's configuration of this architecture and layout. Raises UserError if the layout does not fit."""
-    arch.check_parallel(parallel.tp, parallel.pp)
+    arch.check_parallel(parallel.tp, parallel.pp, parallel.ends)
     dtype = torch_dtype(model.dtype)
     fused = uses_transformer_engine(model)
     if fused and parallel.cp > 1 and dtype == torch.float32:
@@ -213,6 +214,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        pipeline_model_parallel_layout=_pipeline_layout(arch, parallel),
         context_parallel_size=parallel.cp,
         # Transformer Engine's ring of keys and values: it takes packed sequences and any number of heads.
         cp_comm_type="p2p" if parallel.cp > 1 else None,
@@ -240,6 +242,15 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         **recomputes[parallel.recompute],
         **fp8_settings(arch, model, parallel),
     )
+
+
+def _pipeline_layout(arch: Architecture, parallel: ParallelConfig) -> list[list[str]] | None:
+    """What each pipeline stage holds, for Megatron; None where all have as many layers."""
+    layers = stage_layers(arch.num_layers, parallel.pp, parallel.ends)
+    if len(set(layers)) == 1:
+        return None
+    stages = [["decoder"] * count for count in layers]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def softmax_scale(arch: Architecture) -> float | None:

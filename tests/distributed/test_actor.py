@@ -149,6 +149,8 @@ def test_gradients_equal_transformers(tmp_path: Path, model: dict, layout: dict)
 LAYOUTS: dict[str, ParallelConfig] = {
     "tp2": ParallelConfig(tp=2, dp=1),
     "pp2": ParallelConfig(pp=2, dp=1),
+    "pp3-uneven": ParallelConfig(pp=3, dp=1),
+    "pp2-given-ends": ParallelConfig(pp=2, dp=1, last_stage_layers=1, recompute="full"),
     "dp2-distributed-optimizer": ParallelConfig(dp=2, distributed_optimizer=True),
     "tp2pp2": ParallelConfig(tp=2, pp=2, dp=1),
     "tp2pp2-sequence-parallel": ParallelConfig(tp=2, pp=2, dp=1, sequence_parallel=True),
@@ -169,6 +171,8 @@ CASES = [
     for tied, name, slow in (
         (False, "tp2", True),
         (False, "pp2", False),
+        (False, "pp3-uneven", False),
+        (True, "pp2-given-ends", False),
         (False, "dp2-distributed-optimizer", False),
         (False, "tp2pp2", True),
         (False, "tp2pp2-sequence-parallel", False),

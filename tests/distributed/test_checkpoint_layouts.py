@@ -111,6 +111,8 @@ def test_any_layout_and_optimizer_loads_and_saves_the_same(tmp_path: Path, dtype
         (4, ParallelConfig(tp=2, pp=2)),
         (4, distributed(pp=2)),
         (2, ParallelConfig()),
+        (3, distributed(pp=3)),
+        (4, distributed(pp=2, first_stage_layers=3)),
         (4, distributed(cp=2)),
     ]
     for i, (world_size, parallel) in enumerate(layouts):

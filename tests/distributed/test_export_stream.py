@@ -31,8 +31,8 @@ def stream(folder: Path, tp: int, pp: int) -> list[tuple[str, torch.Tensor]]:
     return [(name, tensor.clone()) for name, tensor in stream_hf(model)]
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-@pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)])
+@pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("qwen2", False), ("qwen3", True), ("olmo2", False)])
 def test_the_stream_is_the_checkpoint(tmp_path, family: str, tied: bool, tp: int, pp: int) -> None:
     folder = save_tiny_model(tmp_path, family, tied)
     per_rank = run_distributed_test(stream, tp * pp, folder, tp, pp)

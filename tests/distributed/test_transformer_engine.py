@@ -1,5 +1,6 @@
 """Transformer Engine's own Python (over tests/helpers/te) against our layers and torch's AdamW, on CPU."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from tests.helpers.te.scenarios import (
     outputs_and_gradients,
     train,
 )
-from tools.benchmarks._tiny_models import save_tiny_model
+from tools.benchmarks._tiny_models import YARN, save_tiny_model
 
 TE = {"layers": "transformer_engine"}
 SIDES = {"torch": {"layers": "torch"}, "te": TE}
@@ -38,13 +39,23 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], limit: floa
         assert worst <= limit, f"{name} differs by {worst:.1e}"
 
 
-@pytest.mark.parametrize("kind", ["actor", "critic"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        *itertools.product(
+            ({"family": family, "tied": tied} for family in ("qwen2", "qwen3", "llama") for tied in (False, True)),
+            ("actor", "critic"),
+        ),
+        ({"family": "mistral"}, "actor"),
+        ({"family": "olmo2"}, "actor"),
+        ({"family": "qwen2", "rope_parameters": YARN}, "actor"),
+    ],
+    ids=str,
+)
 def test_outputs_and_gradients_equal_own_layers(
-    te_ranks: Call, tmp_path: Path, family: str, tied: bool, kind: Any
+    te_ranks: Call, tmp_path: Path, model: dict[str, Any], kind: Any
 ) -> None:
-    case = Case(save_tiny_model(tmp_path / "hf", family, tied, num_hidden_layers=2), SIDES["torch"], kind=kind)
+    case = Case(save_tiny_model(tmp_path / "hf", num_hidden_layers=2, **model), SIDES["torch"], kind=kind)
     ours = run_distributed_test(outputs_and_gradients, 1, case)[0]
     theirs = te_ranks(outputs_and_gradients, 1, replace(case, model=TE))[0]
     assert len(ours) > 15

@@ -25,6 +25,7 @@ from megatron_vcppo.weight_sync.rank_role import make_weight_sync, role_of
 from megatron_vcppo.weight_sync.sync import PushResult
 from tests.helpers.distributed import run_distributed_test
 from tools.benchmarks._rollout_node import RolloutNode, make_prompts, save_policy
+from tools.benchmarks._tiny_models import YARN
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -107,3 +108,20 @@ def test_greedy_output_after_a_push_is_a_fresh_engines(tmp_path, family, tied, l
             assert node.greedy(version, PROMPTS) == fresh, f"trainer tp {tp} pp {pp} dp {dp}"
             assert len({str(results) for results in per_rank}) == 1, "the ranks disagree on what was pushed"
         check_logprob_gap(target, node.client(max_tokens=32).generate(PROMPTS, 0, version, Sampling(), 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model",
+    [{"family": "mistral"}, {"family": "olmo2"}, {"family": "qwen2", "rope_parameters": YARN}],
+    ids=["mistral", "olmo2", "yarn"],
+)
+def test_engines_compute_what_the_trainer_does(tmp_path: Path, model: dict[str, Any]) -> None:
+    """Of models whose attention, norms or positions differ: pushed, greedy output and log-probs."""
+    target, other = (save_policy(tmp_path / str(seed), seed=seed, **model) for seed in (1, 2))
+    with RolloutNode(tmp_path / "node", target, {}) as node:
+        node.wait(1)
+        fresh = node.greedy(messages.NO_VERSION, PROMPTS)
+        run_distributed_test(push, 4, [other, target], [1, 2], node.rendezvous, 2, 2, 1)
+        assert node.greedy(2, PROMPTS) == fresh
+        check_logprob_gap(target, node.client(max_tokens=48).generate(PROMPTS, 0, 2, Sampling(), 2))

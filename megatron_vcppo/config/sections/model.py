@@ -45,7 +45,14 @@ class ParallelConfig:
     tp: PositiveInt = 1
     """Tensor-parallel size: each layer is split over this many ranks, which must be on one node."""
     pp: PositiveInt = 1
-    """Pipeline-parallel size: the layers are divided into this many pipeline stages."""
+    """Pipeline-parallel size: the layers are divided into this many pipeline stages.
+
+    Where they do not divide, the first and the last stage, which also hold embedding and output layer, get fewer.
+    """
+    first_stage_layers: PositiveInt | None = None
+    """Layers of the first pipeline stage; the stages without a given number share the others evenly."""
+    last_stage_layers: PositiveInt | None = None
+    """Layers of the last pipeline stage, for instance fewer where a large vocabulary makes it the slowest."""
     cp: PositiveInt = 1
     """Context-parallel size: each sequence is divided over this many ranks, for responses too long for one rank.
 
@@ -65,3 +72,8 @@ class ParallelConfig:
     tokens_per_microbatch: PositiveInt = 4096
     """Token budget of a packed micro-batch; a longer sequence gets its own micro-batch. With context parallelism each
     rank holds 1 / cp of a micro-batch."""
+
+    @property
+    def ends(self) -> tuple[int | None, int | None]:
+        """Layers of the first and of the last pipeline stage, if they are given."""
+        return self.first_stage_layers, self.last_stage_layers

@@ -9,6 +9,7 @@ from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.copying import Job, Matrix, Strip
 from megatron_vcppo.hf.convert.dist_format import Chunk, NewChunk
 from megatron_vcppo.hf.mapping import Parameter, checkpoint_key, pipeline_stage
+from megatron_vcppo.hf.pipeline import stage_layers
 
 
 def new_chunks(parameter: Parameter, dtype: torch.dtype, arch: Architecture, tp: int, pp: int) -> list[NewChunk]:
@@ -16,7 +17,7 @@ def new_chunks(parameter: Parameter, dtype: torch.dtype, arch: Architecture, tp:
     key, layer = checkpoint_key(parameter.name)
     stack, place = ((arch.num_layers,), (layer,)) if layer is not None else ((), ())
     dim, parts = parameter.split_dim, parameter.num_parts
-    first_rank = pipeline_stage(parameter.name, arch.num_layers, pp) * tp
+    first_rank = pipeline_stage(parameter.name, stage_layers(arch.num_layers, pp)) * tp
     chunks = []
     for tp_rank in range(tp if dim is not None else 1):
         for part in range(parts):

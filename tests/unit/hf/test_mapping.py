@@ -120,6 +120,6 @@ def test_local_names_of_any_stage_become_canonical():
 def test_layers_are_stacked_and_belong_to_their_stage():
     name = "decoder.layers.3.mlp.linear_fc2.weight"
     assert checkpoint_key(name) == ("decoder.layers.mlp.linear_fc2.weight", 3)
-    assert [pipeline_stage(name, 4, pp) for pp in (1, 2, 4)] == [0, 1, 3]
-    assert pipeline_stage("embedding.word_embeddings.weight", 4, 2) == 0
-    assert pipeline_stage("output_layer.weight", 4, 2) == 1
+    assert [pipeline_stage(name, layers) for layers in ((4,), (2, 2), (1, 1, 1, 1), (3, 1))] == [0, 1, 3, 1]
+    assert pipeline_stage("embedding.word_embeddings.weight", (2, 2)) == 0
+    assert pipeline_stage("output_layer.weight", (2, 2)) == 1

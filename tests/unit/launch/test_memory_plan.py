@@ -52,6 +52,18 @@ def test_the_plan_is_what_real_ranks_held(
     assert sum(parts.values()) - parts["overhead"] == pytest.approx(peak_gib, rel=0.05)
 
 
+def test_stages_of_uneven_pipelines_are_planned_by_their_layers(tmp_path: Path) -> None:
+    arch, config = measured_model(tmp_path), Config()
+    config.parallel.pp, config.parallel.first_stage_layers = 3, 4
+    first, middle, last = (plan_of_rank(arch, config, "sft", rank) for rank in range(3))
+    # 4, 2 and 2 of 8 layers; embedding and output layer are of one size; the first stage has 3 micro-batches at once.
+    assert first["weights"] - last["weights"] == pytest.approx(middle["weights"])
+    assert first["activations"] == pytest.approx(3 * middle["activations"])
+    assert plan(arch, config, "sft") == first
+    config.parallel.first_stage_layers = None
+    assert plan_of_rank(arch, config, "sft", 2)["weights"] < last["weights"] * 1.01, "3, 3 and 2"
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> tuple[Architecture, Config]:
     config = load_config(CONFIGS / "models" / "tiny.yaml", complete=False)
