@@ -26,6 +26,8 @@ import torch
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.integers import round_up
 
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Parameters whose rows are tokens, and padding."""
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _LOCAL_SPEC_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",

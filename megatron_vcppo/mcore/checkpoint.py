@@ -31,6 +31,7 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.checkpoint_metadata import check_checkpoint
 from megatron_vcppo.hf.convert.folders import copy_small_files
+from megatron_vcppo.hf.mapping import VOCABULARY
 from megatron_vcppo.mcore import checkpoint_state, runtime
 from megatron_vcppo.mcore.checkpoint_writer import ComponentSave
 from megatron_vcppo.mcore.learner import Learner
@@ -347,7 +348,7 @@ def _checked(folder: Path, model: PackedGPT) -> Mapping[str, Any]:
     zero after a load, and neither read nor trained.
     """
     stored = check_checkpoint(folder).state_dict_metadata
-    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+    for key in VOCABULARY:
         entry = stored.get(key)
         if isinstance(entry, TensorStorageMetadata) and entry.size[0] < model.arch.vocab_size:
             raise UserError(f"{folder}: {key} has {entry.size[0]} rows, the model has {model.arch.vocab_size} tokens")

@@ -1,4 +1,4 @@
-"""Hugging Face tensors into a live Megatron model, and out of it: each rank handles only the layers that it holds."""
+"""Weights of files into a live Megatron model, and out of it: each rank handles only the layers that it holds."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,6 +8,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_vcppo.hf.convert.folders import is_megatron_lm
+from megatron_vcppo.hf.convert.megatron_lm import MegatronLmWeights
 from megatron_vcppo.hf.mapping import Parameter, canonical_name, merge, parameters, shard, split, unshard
 from megatron_vcppo.hf.safetensors_files import TensorInFile, model_tensors, reward_model_tensors
 from megatron_vcppo.mcore.model import CriticModel, PackedGPT
@@ -25,6 +27,19 @@ def load_hf(model: PackedGPT, folder: str | Path) -> None:
     _copy(model, model_tensors(Path(folder), model.arch, trunk_only=model.kind == "critic"))
 
 
+def load_base(model: PackedGPT, folder: str | Path) -> None:
+    """The same of a Hugging Face folder or of a checkpoint of Megatron-LM, whichever the folder is."""
+    if not is_megatron_lm(Path(folder)):
+        load_hf(model, folder)
+        return
+    tp_size, tp_rank = _tensor_parallel()
+    table = parameters(model.arch, tp_size, model.kind)
+    weights = MegatronLmWeights(Path(folder), table, model.kind)
+    for local, entry in local_parameters(model):
+        with torch.no_grad():
+            local.copy_(shard(entry, weights.load(entry), tp_rank, tp_size))
+
+
 def load_reward_model(model: CriticModel, folder: str | Path) -> None:
     """The same of a checkpoint for sequence classification with one label, with its head."""
     tensors = reward_model_tensors(Path(folder), model.arch)
@@ -37,12 +52,17 @@ def load_reward_model(model: CriticModel, folder: str | Path) -> None:
 
 
 def _copy(model: PackedGPT, tensors: Mapping[str, TensorInFile]) -> None:
-    tp_size = parallel_state.get_tensor_model_parallel_world_size()
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    tp_size, tp_rank = _tensor_parallel()
     for local, entry in local_parameters(model):
         full = merge(entry, {name: tensors[name].load() for name in entry.hf_names})
         with torch.no_grad():
             local.copy_(shard(entry, full, tp_rank, tp_size))
+
+
+def _tensor_parallel() -> tuple[int, int]:
+    """(size, rank)"""
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    return size, parallel_state.get_tensor_model_parallel_rank()
 
 
 def stream_hf(model: PackedGPT) -> Iterator[tuple[str, Tensor]]:

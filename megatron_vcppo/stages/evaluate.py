@@ -9,7 +9,7 @@ from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_model
-from megatron_vcppo.mcore.hf_weights_io import load_hf, stream_hf
+from megatron_vcppo.mcore.hf_weights_io import load_base, stream_hf
 from megatron_vcppo.mcore.model import ActorModel, build_actor
 from megatron_vcppo.records import RolloutPart
 from megatron_vcppo.report.text_table import markdown_table, percent_interval, text_table
@@ -90,11 +90,12 @@ class Candidate:
     """Weights to be evaluated."""
 
     folder: Path
-    is_hf: bool
+    is_base: bool
+    """Not a checkpoint of a run: a Hugging Face folder, or model.weights."""
 
     def load(self, model: ActorModel) -> None:
         """Put them into a model."""
-        load_hf(model, self.folder) if self.is_hf else load_model(model, self.folder)
+        load_base(model, self.folder) if self.is_base else load_model(model, self.folder)
 
 
 def candidates(config: Config) -> dict[str, Candidate]:
@@ -110,7 +111,7 @@ def candidates(config: Config) -> dict[str, Candidate]:
         checkpoint = RunFolder.of(config).stage(stage).last_checkpoint("actor") if stage in ACTOR_STAGES else None
         if checkpoint is not None:
             found[stage] = Candidate(checkpoint, False)
-    return found or {Path(config.model.hf).name: Candidate(Path(config.model.hf), True)}
+    return found or {Path(config.model.base).name: Candidate(Path(config.model.base), True)}
 
 
 def table(results: list[dict[str, Any]]) -> str:

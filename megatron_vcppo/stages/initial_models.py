@@ -5,9 +5,10 @@ from pathlib import Path
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.convert.folders import is_megatron_lm
 from megatron_vcppo.mcore.checkpoint import load_learner, load_model
 from megatron_vcppo.mcore.checkpoint_state import adam_steps, reset_moments
-from megatron_vcppo.mcore.hf_weights_io import load_hf
+from megatron_vcppo.mcore.hf_weights_io import load_base
 from megatron_vcppo.mcore.learner import Critic
 from megatron_vcppo.mcore.model import ActorModel, CriticModel, build_actor, build_critic
 from megatron_vcppo.run.folder import RunFolder
@@ -19,12 +20,12 @@ HEAD = "value_head."
 
 
 def starting_actor(config: Config, stage: str) -> ActorModel:
-    """The actor with the weights of the newest actor stage before this one, or of model.hf."""
+    """The actor with the weights of the newest actor stage before this one, or of model.hf (or model.weights)."""
     arch = Architecture.from_hf(config.model.hf)
     model = build_actor(arch, config.model, config.parallel)
     checkpoint = actor_before(config, stage)
     if checkpoint is None:
-        load_hf(model, config.model.hf)
+        load_base(model, config.model.base)
     else:
         load_model(model, checkpoint)
     return model
@@ -39,12 +40,15 @@ def starting_critic(config: Config, stage: str, init: str, checkpoint_path: str 
     model = build_critic(arch, config.model, config.parallel)
     if init in ("value_pretrain", "reward_model", "checkpoint"):
         folder = _critic_folder(config, stage, init, checkpoint_path)
+        if is_megatron_lm(folder):  # of a language model
+            load_base(model, folder)
+            return model
         check_same_model(folder, arch)
         load_model(model, folder)
         return model
     trunk = actor_before(config, stage) if init == "sft" else None
     if trunk is None:
-        load_hf(model, config.model.hf)
+        load_base(model, config.model.base)
     else:
         load_model(model, trunk, without=HEAD)
     return model
@@ -59,6 +63,8 @@ def continue_pretraining(critic: Critic, config: Config) -> None:
     if settings.init not in ("value_pretrain", "checkpoint"):
         return
     folder = _critic_folder(config, "ppo", settings.init, settings.checkpoint_path)
+    if is_megatron_lm(folder):
+        return
     load_learner(critic, folder, weights=False)  # starting_critic loaded them
     critic.optimizer_steps = 0
     text = f"continue after {adam_steps(critic.optimizer)} steps of {folder}"

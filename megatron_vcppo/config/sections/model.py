@@ -16,6 +16,11 @@ class ModelConfig:
 
     hf: str = MISSING
     """Folder of a Hugging Face checkpoint (Qwen2, Qwen2.5, Qwen3, Llama 3): config.json, safetensors, tokenizer."""
+    weights: str | None = None
+    """Folder of a checkpoint of Megatron-LM (torch_dist) to take the weights from, if not from model.hf.
+
+    It, or an iter_N in it; architecture and tokenizer are those of model.hf, which then needs no safetensors.
+    """
     dtype: Dtype = "bfloat16"
     """Type of parameters and activations; gradients are always reduced in float32."""
     max_length: PositiveInt = 4096
@@ -36,6 +41,11 @@ class ModelConfig:
     fp8_recipe: Literal["delayed", "current", "blockwise"] = "current"
     """Scaling of the 8-bit tensors: by the largest value of earlier steps (delayed), of the tensor itself (current), or
     of each block (blockwise). delayed is the fastest; its history starts again in each stage and after each resume."""
+
+    @property
+    def base(self) -> str:
+        """The folder with the weights from which training starts."""
+        return self.weights or self.hf
 
 
 @dataclass
