@@ -49,6 +49,8 @@ class StagePlan:
     """Of the whole stage, once."""
     checkpoints_gb: float
     rollouts_gb: float
+    stage_layers: tuple[int, ...]
+    """Of each pipeline stage."""
 
     @property
     def step_s(self) -> float:
@@ -93,6 +95,7 @@ def plan_stage(arch: Architecture, config: Config, stage: str) -> StagePlan:
         once_s=once,
         checkpoints_gb=checkpoints_gb(arch, config, stage),
         rollouts_gb=rollouts_gb(config, stage),
+        stage_layers=stage_layers(arch.num_layers, config.parallel.pp, config.parallel.ends),
     )
 
 
@@ -131,7 +134,7 @@ def layouts(config: Config) -> Iterator[ParallelConfig]:
     for tp, pp, cp in itertools.product(
         sorted({*powers, now.tp}), sorted({*powers, now.pp}), sorted({*powers, now.cp})
     ):
-        if tp > per_node or tp * pp * cp > ranks:
+        if tp > per_node or tp * pp * cp > ranks or (pp == 1 and now.ends != (None, None)):
             continue
         for optimizer, recompute in itertools.product({now.distributed_optimizer, True}, {now.recompute, "full"}):
             sequence = now.sequence_parallel and tp > 1

@@ -107,7 +107,7 @@ def test_logprobs_equal_transformers(tmp_path: Path, model: dict, layout: dict) 
 
 
 @pytest.mark.parametrize(
-    ("model", "layout"),
+    ("options", "layout"),
     [
         ({}, {"tp": 2, "pp": 2}),
         (VARIANTS["mistral"], {"cp": 2}),
@@ -116,9 +116,9 @@ def test_logprobs_equal_transformers(tmp_path: Path, model: dict, layout: dict) 
     ],
     ids=["qwen2", *VARIANTS],
 )
-def test_gradients_equal_transformers(tmp_path: Path, model: dict, layout: dict) -> None:
+def test_gradients_equal_transformers(tmp_path: Path, options: dict, layout: dict) -> None:
     """One AdamW step on the masked token loss: loss, gradient norm and new log-probs as with transformers and torch."""
-    folder, parallel = save_tiny_model(tmp_path / "hf", **model), ParallelConfig(**layout)
+    folder, parallel = save_tiny_model(tmp_path / "hf", **options), ParallelConfig(**layout)
     ours = run_distributed_test(train, parallel.tp * parallel.pp * parallel.cp, folder, parallel, 1)[0]
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -1,7 +1,6 @@
 """Checkpoints as Megatron-LM saves them (its model and Megatron-Core's own save) as the start of actor and critic."""
 
 import argparse
-import io
 import os
 import pickle
 import queue
@@ -42,7 +41,7 @@ PADDED = 192
 def save_as_megatron_lm(hf: Path, folder: Path, parallel: ParallelConfig, keys: str) -> None:
     """One rank: the weights of ``hf`` in a plain GPTModel, saved next to what Megatron-LM saves with them."""
     me = runtime.start(parallel, seed=1, timeout_s=60)
-    mapping.padded_vocab_size = lambda vocab_size, tp: PADDED  # type: ignore[assignment]
+    mapping.padded_vocab_size = lambda vocab_size, tp: PADDED
     arch = Architecture.from_hf(hf)
     config = transformer_config(arch, ModelConfig(hf=str(hf), dtype="float32"), parallel)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
@@ -66,7 +65,6 @@ def save_as_megatron_lm(hf: Path, folder: Path, parallel: ParallelConfig, keys: 
         if isinstance(entry, ShardedTensor)
     }
     place = ((me.pp_size, me.tp_size), (me.pp_rank, me.tp_rank))
-    weights["scales"] = ShardedObject("decoder.layers.self_attention.linear_qkv._extra_state", io.BytesIO(), *place)
     state = {
         "args": argparse.Namespace(num_layers=arch.num_layers),
         "checkpoint_version": 3.0,
@@ -166,7 +164,7 @@ def error_of_loading(hf: Path, folder: Path, kind: str = "actor") -> str:
         ({"family": "qwen3", "tied": True}, "is not the model of model.hf: unexpected output_layer.weight"),
         (
             {"family": "qwen3", "num_hidden_layers": 2},
-            r"linear_qkv.layer_norm_weight is \[4, 64\], should be \[2, 64\]",
+            r"qkv.layer_norm_weight is \[4, 64\], should be \[2, 64\]",
         ),
         ({"family": "qwen3", "vocab_size": 200}, r"word_embeddings.weight is \[192, 64\], should be \[256, 64\]"),
         ({"family": "qwen3", "intermediate_size": 48}, r"mlp.linear_fc1.weight is \[4, 192, 64\], should be \[4, 96"),
@@ -185,7 +183,7 @@ def test_another_model_is_refused_in_one_line(
 
 def test_folders_that_are_none_are_named_before_anything_starts(saved: dict[str, Path], tmp_path: Path) -> None:
     config = config_of(saved["hf"], tmp_path)
-    with pytest.raises(UserError, match="model.weights: .*no checkpoint of Megatron-LM.*no .metadata"):
+    with pytest.raises(UserError, match=r"model\.weights: .*no checkpoint of Megatron-LM.*no \.metadata"):
         check_inputs(config, [])
     for content, message in (("11", r"iter_0000011: no checkpoint"), ("../x", "names '../x', which is no iteration")):
         (tmp_path / LATEST).write_text(content)

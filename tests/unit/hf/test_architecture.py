@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -45,8 +46,8 @@ def test_flops_are_those_that_torch_counts(tmp_path):
 
 def test_round_trip_through_json(tmp_path):
     for family in FAMILIES:
-        extra = {"rope_parameters": YARN} if family == "qwen2" else {}
-        arch = Architecture.from_hf(save_tiny_model(tmp_path / family, family, **extra))
+        sizes: dict[str, Any] = {"rope_parameters": YARN} if family == "qwen2" else {}
+        arch = Architecture.from_hf(save_tiny_model(tmp_path / family, family, **sizes))
         again = Architecture.from_dict(json.loads(json.dumps(arch.to_dict())))
         assert again == arch
         assert again.config == arch.config
@@ -117,12 +118,15 @@ def test_yarn_is_read_with_the_papers_defaults_and_stretches_the_positions(tmp_p
     del config["rope_parameters"]
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
     arch = Architecture.from_config(config | {"rope_scaling": yarn, "rope_theta": 1e6})
-    assert arch.rope_scaling == Yarn(4.0, 256, 32.0, 1.0, pytest.approx(1.1386294), True)
+    assert isinstance(arch.rope_scaling, Yarn)
+    assert replace(arch.rope_scaling, attention_factor=0.0) == Yarn(4.0, 256, 32.0, 1.0, 0.0, True)
+    assert arch.rope_scaling.attention_factor == pytest.approx(1.1386294)
     arch.check_length(1024)
     with pytest.raises(UserError, match="more than the model's 1024 positions"):
         arch.check_length(1025)
     for change, factor in (({"attention_factor": 1.5}, 1.5), ({"mscale": 2.0, "mscale_all_dim": 1.0}, 1.1217511)):
         changed = Architecture.from_config(config | {"rope_scaling": yarn | change, "rope_theta": 1e6})
+        assert isinstance(changed.rope_scaling, Yarn)
         assert changed.rope_scaling.attention_factor == pytest.approx(factor)
 
 
