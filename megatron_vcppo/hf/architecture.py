@@ -1,8 +1,8 @@
 """What a decoder is made of, read from a Hugging Face folder's config.json. Needs neither torch nor megatron.
 
-Supported: Qwen2 and Qwen2.5 (model_type qwen2), Qwen3 (qwen3), Llama 3 (llama), Mistral (mistral), OLMo 2 (olmo2).
-Everything that the Megatron model would silently compute differently (other rope types, extra biases, windows of some
-layers, quantized weights) is an error.
+Supported: Qwen2 and Qwen2.5 (model_type qwen2), Qwen3 (qwen3), Llama 3 (llama), Mistral (mistral), OLMo 2 (olmo2),
+Gemma 3's text models (gemma3_text). Everything that the Megatron model would silently compute differently (other rope
+types, extra biases, Qwen's sliding windows, quantized weights) is an error.
 """
 
 import math
@@ -15,24 +15,36 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.pipeline import Ends, stage_layers
 from megatron_vcppo.run.files import parse_json
 
+GELU = "gelu_pytorch_tanh"
 _TRAITS: dict[str, dict[str, Any]] = {
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
     "llama": {},
     "mistral": {},
     "olmo2": {"qk_norm": True, "wide_qk_norm": True, "norms": "post"},
+    "gemma3_text": {
+        **{"qk_norm": True, "norms": "both", "centered_norms": True, "gelu": True, "scaled_embedding": True},
+    },
 }
 """By model_type, the switches of ``Architecture`` that no key of config.json tells."""
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "olmo2": {"rms_norm_eps": 1e-5},
+    "gemma3_text": {
+        **{"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "hidden_activation": GELU},
+        **{"query_pre_attn_scalar": 256, "sliding_window": 4096, "sliding_window_pattern": 6},
+        **{"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+    },
 }
 """What transformers takes where config.json lacks a key, if that differs from the other families'."""
 FAMILIES = tuple(_TRAITS)
+_WINDOWED = ("mistral", "gemma3_text")
+"""Families whose sliding_window is one that counts."""
+FULL = "full_attention"
 DTYPES = ("float32", "bfloat16", "float16")
 _ROPE_NUMBERS = (
     *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+    *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "local_theta"),
 )
 _REQUIRED = (
     "hidden_size",
@@ -68,6 +80,13 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class LinearScaling:
+    """Rotary embeddings of positions divided by ``factor``."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
 class Yarn:
     """YaRN (arXiv:2309.00071): rotary embeddings for ``factor`` times as many positions as the model was made for."""
 
@@ -98,7 +117,7 @@ class Architecture:
     vocab_size: int
     """Rows of the embedding as in the Hugging Face checkpoint, not padded."""
     rope_theta: float
-    rope_scaling: RopeScaling | Yarn | None
+    rope_scaling: RopeScaling | LinearScaling | Yarn | None
     max_positions: int
     norm_eps: float
     tied: bool
@@ -110,9 +129,21 @@ class Architecture:
     wide_qk_norm: bool = False
     """The norms of queries and keys are over all heads together, not over each."""
     norms: str = "pre"
-    """pre: attention and feed-forward layer normalize what they read; post: what they add."""
+    """pre: attention and feed-forward layer normalize what they read; post: what they add; both."""
+    centered_norms: bool = False
+    """A norm multiplies by 1 + its weight."""
+    gelu: bool = False
+    """The feed-forward layer's gate is GELU (by tanh), not SiLU."""
+    scaled_embedding: bool = False
+    """What the embedding gives is multiplied by sqrt(hidden_size)."""
+    query_scalar: float | None = None
+    """Attention scores are divided by its square root; None: by that of head_dim."""
     window: int | None = None
     """How many tokens, its own included, a position attends to; None: all before it."""
+    global_layers: tuple[int, ...] = ()
+    """Layers, from 0, without the window."""
+    local_rope_theta: float | None = None
+    """Of the layers with the window, whose rotary embeddings are not scaled; None: as in all."""
     config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """config.json as it was read."""
 
@@ -163,7 +194,10 @@ class Architecture:
             norm_eps=float(config.get("rms_norm_eps") or 1e-6),
             tied=bool(config.get("tie_word_embeddings", False)),
             dtype=_dtype(config),
-            window=config["sliding_window"] if family == "mistral" else None,
+            query_scalar=config.get("query_pre_attn_scalar"),
+            window=config["sliding_window"] if family in _WINDOWED else None,
+            global_layers=_global_layers(config),
+            local_rope_theta=float(rope["local_theta"]) if "local_theta" in rope else None,
             config=dict(given),
             **{"qkv_bias": False, "qk_norm": False} | _TRAITS[family],
         )
@@ -181,12 +215,15 @@ class Architecture:
         """Inverse of ``to_dict``. Raises UserError, which names ``source``, for anything that it did not make."""
         values = _typed(cls, data, source)
         if (scaling := values["rope_scaling"]) is not None:
-            kind = Yarn if isinstance(scaling, Mapping) and "beta_fast" in scaling else RopeScaling
+            given = set(scaling) if isinstance(scaling, Mapping) else set()
+            kind = Yarn if "beta_fast" in given else LinearScaling if given == {"factor"} else RopeScaling
             values["rope_scaling"] = kind(**_typed(kind, scaling, f"{source}.rope_scaling"))
-        if values["norms"] not in ("pre", "post") or not (
-            values["window"] is None or _is_positive_int(values["window"])
-        ):
-            raise UserError(f"{source}: norms {values['norms']!r}, window {values['window']!r}: no such model")
+        numbers = (values[name] for name in ("window", "query_scalar", "local_rope_theta"))
+        layers = values["global_layers"]
+        known = values["norms"] in ("pre", "post", "both") and all(n is None or _is_positive_number(n) for n in numbers)
+        if not known or not isinstance(layers, list | tuple) or not all(isinstance(layer, int) for layer in layers):
+            raise UserError(f"{source}: norms, window, query_scalar, global_layers or local_rope_theta: no such model")
+        values["global_layers"] = tuple(layers)
         if not isinstance(values["config"], Mapping):
             raise UserError(f"{source}: config is no object")
         if wrong := [f"{name} {values[name]}" for name, most in _LARGEST.items() if not 0 < values[name] <= most]:
@@ -227,7 +264,7 @@ class Architecture:
 
     def parameter_count(self) -> int:
         """Parameters of the Hugging Face checkpoint; tied embeddings count once, padding not at all."""
-        norms = 2 * self.hidden_size + sum(self.qk_norm_sizes)
+        norms = (4 if self.norms == "both" else 2) * self.hidden_size + sum(self.qk_norm_sizes)
         biases = self.q_size + 2 * self.kv_size if self.qkv_bias else 0
         layers = self.num_layers * (self._layer_matrix_parameters() + norms + biases)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
@@ -243,8 +280,10 @@ class Architecture:
         """
         lengths = list(sequence_lengths)
         per_token = self.num_layers * self._layer_matrix_parameters() + self.vocab_size * self.hidden_size
-        squares = sum(length**2 - max(0, length - (self.window or length)) ** 2 for length in lengths)
-        attention = self.num_layers * 2 * self.q_size * squares
+        whole = self.num_layers if self.window is None else len(self.global_layers)
+        bands = [length**2 - max(0, length - (self.window or length)) ** 2 for length in lengths]
+        squares = whole * sum(length**2 for length in lengths) + (self.num_layers - whole) * sum(bands)
+        attention = 2 * self.q_size * squares
         return 3 * (2 * per_token * sum(lengths) + attention)
 
     def check_parallel(self, tp: int, pp: int, ends: Ends = (None, None)) -> None:
@@ -305,7 +344,7 @@ def _typed(cls: type, data: Any, source: str) -> dict[str, Any]:
 def _malformed(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str]:
     """Keys with a default whose value is of another kind; null counts as absent, as in transformers."""
     problems = []
-    for key in ("num_key_value_heads", "head_dim", "sliding_window"):
+    for key in ("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "query_pre_attn_scalar"):
         if config.get(key) is not None and not _is_positive_int(config[key]):
             problems.append(f"{key} {config[key]!r} is not a positive integer")
     for key, value in (("rms_norm_eps", config.get("rms_norm_eps")), *((key, rope.get(key)) for key in _ROPE_NUMBERS)):
@@ -313,6 +352,12 @@ def _malformed(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key} {value!r} is not a positive number")
     if not isinstance(config.get("layer_types") or [], list):
         problems.append(f"layer_types {config['layer_types']!r} is not a list")
+    elif (
+        config["model_type"] in _WINDOWED
+        and config.get("layer_types")
+        and len(config["layer_types"]) != config["num_hidden_layers"]
+    ):
+        problems.append(f"layer_types has {len(config['layer_types'])} entries, not num_hidden_layers")
     if config.get("use_sliding_window") and not isinstance(config.get("max_window_layers", 0), int):
         problems.append(f"max_window_layers {config['max_window_layers']!r} is not a whole number")
     return problems
@@ -323,22 +368,34 @@ def _rope_parameters(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(key) or {}, Mapping):
             raise UserError(f"{source}: {key} {config[key]!r} is not an object")
-    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    rope = dict(config.get("rope_scaling") or {})
+    given = dict(config.get("rope_parameters") or {})
+    if "rope_local_base_freq" in config:  # Gemma: one for each kind of layer
+        local = given.get("sliding_attention") or {}
+        given = given.get("full_attention") or {}
+        if not all(isinstance(each, Mapping) for each in (local, given)):
+            raise UserError(f"{source}: rope_parameters: full_attention or sliding_attention is not an object")
+        if local.get("rope_type", "default") != "default":
+            raise UserError(f"{source}: not supported: rope type {local['rope_type']!r} of sliding_attention")
+        rope["local_theta"] = local.get("rope_theta", config["rope_local_base_freq"])
+    rope |= given
     if "rope_theta" in config:
         rope.setdefault("rope_theta", config["rope_theta"])
     rope.setdefault("rope_type", rope.get("type", "default"))
     return rope
 
 
-def _rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | Yarn | None:
+def _rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | LinearScaling | Yarn | None:
     kind = rope["rope_type"]
     if kind == "default":
         return None
     needed = [f.name for f in fields(RopeScaling)]
-    if kind == "yarn":
-        needed = ["factor", "original_max_position_embeddings"]
+    if kind in ("yarn", "linear"):
+        needed = ["factor", "original_max_position_embeddings"][: 1 if kind == "linear" else 2]
     if missing := [name for name in needed if rope.get(name) is None]:
         raise UserError(f"{source}: rope scaling {kind} lacks {', '.join(missing)}")
+    if kind == "linear":
+        return LinearScaling(float(rope["factor"]))
     factor, positions = float(rope["factor"]), int(rope["original_max_position_embeddings"])
     if kind == "llama3":
         return RopeScaling(factor, float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), positions)
@@ -371,14 +428,18 @@ def _dtype(config: Mapping[str, Any]) -> str:
 def _unsupported(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str]:
     """Every feature of this config that the Megatron model does not have, with what it has instead."""
     problems = []
-    if rope["rope_type"] not in ("default", "llama3", "yarn"):
-        problems.append(f"rope type {rope['rope_type']!r} (supported: default, llama3, yarn)")
+    if rope["rope_type"] not in ("default", "linear", "llama3", "yarn"):
+        problems.append(f"rope type {rope['rope_type']!r} (supported: default, linear, llama3, yarn)")
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) not in (None, 1, 1.0):
         problems.append("partial rotary embeddings (supported: the whole head)")
-    if config.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act {config['hidden_act']!r} (supported: silu)")
+    key, act = ("hidden_activation", GELU) if "hidden_activation" in config else ("hidden_act", "silu")
+    if config.get(key, act) != act:
+        problems.append(f"{key} {config[key]!r} (supported: {act})")
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if config.get(key):
+            problems.append(f"{key} {config[key]!r} (supported: none)")
     if _uses_sliding_window(config):
-        problems.append("a sliding window in some layers (supported: in none, or Mistral's in all)")
+        problems.append("a sliding window (supported: those of Mistral and Gemma 3)")
     if config.get("attention_bias"):
         problems.append("attention_bias, a bias on the output projection (supported: none, or Qwen2's on q, k, v)")
     if config.get("mlp_bias"):
@@ -397,10 +458,21 @@ def _unsupported(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str
     return problems
 
 
+def _global_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of Gemma, whose other layers have a window; none of other models."""
+    if "sliding_window_pattern" not in config:
+        return ()
+    num_layers, every = config["num_hidden_layers"], config["sliding_window_pattern"]
+    kinds = config.get("layer_types") or ["sliding_attention" if (i + 1) % every else FULL for i in range(num_layers)]
+    return tuple(layer for layer, kind in enumerate(kinds) if kind == FULL)
+
+
 def _uses_sliding_window(config: Mapping[str, Any]) -> bool:
     layer_types = config.get("layer_types")
+    if config["model_type"] in _WINDOWED:
+        return False
     if layer_types:
-        return any(kind != "full_attention" for kind in layer_types)
+        return any(kind != FULL for kind in layer_types)
     if not config.get("use_sliding_window"):
         return False
     # Layers from max_window_layers on have the window; many configs switch it on for none.

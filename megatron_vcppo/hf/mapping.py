@@ -114,6 +114,12 @@ def _layer_parameters(arch: Architecture, layer: int) -> list[Parameter]:
             (attention + "linear_proj.post_layernorm.weight", "post_attention_layernorm"),
             (mlp + "linear_fc2.post_layernorm.weight", "post_feedforward_layernorm"),
         ),
+        "both": (
+            (attention + "linear_qkv.layer_norm_weight", "input_layernorm"),
+            (attention + "linear_proj.post_layernorm.weight", "post_attention_layernorm"),
+            (mlp + "linear_fc1.layer_norm_weight", "pre_feedforward_layernorm"),
+            (mlp + "linear_fc2.post_layernorm.weight", "post_feedforward_layernorm"),
+        ),
     }[arch.norms]
     table = [
         *(_plain(name, f"{theirs}{hf_name}.weight", (hidden,)) for name, hf_name in norms),

@@ -61,6 +61,7 @@ def layer_activations(arch: Architecture, config: Config) -> tuple[float, float]
     """
     parallel = config.parallel
     norms, mlp = (4, 3) if config.cluster.gpus_per_node else (6, 5)
+    norms *= 2 if arch.norms == "both" else 1
     hidden = arch.hidden_size / (parallel.tp if parallel.sequence_parallel else 1)
     inside = 4 * arch.q_size + 3 * arch.kv_size + mlp * arch.ffn_size
     return hidden, norms * hidden + inside / parallel.tp

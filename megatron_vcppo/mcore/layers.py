@@ -19,12 +19,13 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_vcppo.config import ModelConfig
@@ -65,11 +66,18 @@ def unfused_attention() -> str | None:
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose weight is marked for the gradient sum that sequence parallelism needs."""
+    """RMSNorm whose weight is marked for the gradient sum that sequence parallelism needs. Gemma's weight is less 1."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.centered = config.layernorm_zero_centered_gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., hidden_size] -> the same."""
+        if not self.centered:
+            return super().forward(x)
+        return F.rms_norm(x.float(), x.shape[-1:], 1 + self.weight.float(), self.eps).type_as(x)
 
 
 class WideRMSNorm(MegatronModule):
@@ -124,6 +132,21 @@ if HAVE_TE:
         """Transformer Engine's."""
 
 
+class LocalOrGlobalAttention(SelfAttention):
+    """Takes its own of two rotary embeddings: of layers without and with a window (Gemma 3)."""
+
+    def forward(self, *args: Any, rotary_pos_emb: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """rotary_pos_emb: [length, 1, 1, 2 · d], the angles of both kinds, twice."""
+        both = rotary_pos_emb.unflatten(-1, (2, 2, -1))
+        own = both[..., int(has_window(self.config, self.layer_number)), :].flatten(-2)
+        return super().forward(*args, rotary_pos_emb=own, **options)
+
+
+def has_window(config: TransformerConfig, layer_number: int) -> bool:
+    """Whether the layer (from 1) attends to a window only."""
+    return is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+
+
 class PackedAttention(MegatronModule):
     """Causal attention inside each segment of a packed micro-batch, by torch's fused kernels.
 
@@ -132,10 +155,12 @@ class PackedAttention(MegatronModule):
     values in every layer, unless activations are recomputed.
     """
 
-    def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any
+    ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
-        self.window = config.window_size[0] + 1 if config.window_size else None
+        self.window = config.window_size[0] + 1 if config.window_size and has_window(config, layer_number) else None
 
     def forward(
         self,
@@ -202,14 +227,16 @@ def block_spec(
     if arch.wide_qk_norm:
         attention.q_layernorm = ModuleSpec(WideRMSNorm, params={"num_heads": arch.num_heads})
         attention.k_layernorm = ModuleSpec(WideRMSNorm, params={"num_heads": arch.num_kv_heads})
-    if arch.norms == "post":
+    if arch.local_rope_theta is not None:
+        parts.self_attention.module = LocalOrGlobalAttention
+    if arch.norms != "pre":
         linear = NormedTERowParallelLinear if transformer_engine else NormedRowParallelLinear
         attention.linear_proj = mlp.linear_fc2 = linear
-        if transformer_engine:  # those of the specification normalize what they read
+        if transformer_engine and arch.norms == "post":  # those of the specification normalize what they read
             attention.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
     if transformer_engine:
         return layer
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm if arch.norms == "pre" else IdentityOp
+    parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp if arch.norms == "post" else RMSNorm
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm

@@ -2,6 +2,8 @@
 
 import abc
 import math
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from megatron_vcppo.config import ModelConfig, ParallelConfig
 from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.hf.architecture import Architecture, Yarn
+from megatron_vcppo.hf.architecture import Architecture, LinearScaling, Yarn
 from megatron_vcppo.hf.mapping import padded_vocab_size
 from megatron_vcppo.hf.pipeline import stage_layers
 from megatron_vcppo.mcore import runtime
@@ -48,7 +50,13 @@ class PackedGPT(GPTModel, abc.ABC):
             position_embedding_type="rope",
         )
         self.arch = arch
-        self.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(torch.cuda.current_device())
+        frequencies = [inverse_frequencies(arch)]
+        if arch.local_rope_theta is not None:  # LocalOrGlobalAttention takes one of the two
+            frequencies.append(inverse_frequencies(replace(arch, rope_theta=arch.local_rope_theta, rope_scaling=None)))
+        self.rotary_pos_emb.inv_freq = torch.cat(frequencies).to(torch.cuda.current_device())
+        if arch.scaled_embedding and self.pre_process:
+            scale = torch.tensor(math.sqrt(arch.hidden_size)).to(config.params_dtype).item()  # rounded, as by others
+            self.embedding.register_forward_hook(lambda module, given, output: output * scale)
         self.register_load_state_dict_post_hook(_forgive_extra_state)
         _add_gradients_in_place(self)
 
@@ -203,13 +211,15 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_eps,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=partial(F.gelu, approximate="tanh") if arch.gelu else F.silu,
+        layernorm_zero_centered_gamma=arch.centered_norms,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
         # Megatron sums the gradients of norms that it knows of over the tensor-parallel ranks; wide ones are split.
         qk_layernorm=arch.qk_norm and not arch.wide_qk_norm,
         softmax_scale=softmax_scale(arch),
         window_size=(arch.window - 1, 0) if arch.window else None,
+        window_attn_skip_freq=[int(layer not in arch.global_layers) for layer in range(arch.num_layers)],
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp,
@@ -237,7 +247,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         masked_softmax_fusion=False,
         persist_layer_norm=fused,
         apply_rope_fusion=fused,
-        bias_activation_fusion=fused,
+        bias_activation_fusion=fused and not arch.gelu,
         bias_dropout_fusion=fused,
         **recomputes[parallel.recompute],
         **fp8_settings(arch, model, parallel),
@@ -258,8 +268,10 @@ def softmax_scale(arch: Architecture) -> float | None:
 
     YaRN's factor of both queries and keys is a factor of the scores: fused rotary kernels have none.
     """
-    yarn = arch.rope_scaling
-    return yarn.attention_factor**2 / math.sqrt(arch.head_dim) if isinstance(yarn, Yarn) else None
+    yarn, divisor = arch.rope_scaling, math.sqrt(arch.query_scalar or arch.head_dim)
+    if isinstance(yarn, Yarn):
+        return yarn.attention_factor**2 / divisor
+    return 1 / divisor if arch.query_scalar else None
 
 
 def inverse_frequencies(arch: Architecture) -> Tensor:
@@ -273,6 +285,8 @@ def inverse_frequencies(arch: Architecture) -> Tensor:
     scaling = arch.rope_scaling
     if scaling is None:
         return frequencies
+    if isinstance(scaling, LinearScaling):
+        return frequencies / scaling.factor
     if isinstance(scaling, Yarn):
         kept = _kept_by_yarn(scaling, arch.rope_theta, arch.head_dim)
     else:

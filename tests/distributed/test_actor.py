@@ -75,6 +75,7 @@ def reference_logprobs(folder: Path, sequences: list[TrainSequence]) -> list[tor
 VARIANTS: dict[str, dict[str, Any]] = {
     "mistral": {"family": "mistral"},
     "olmo2": {"family": "olmo2"},
+    "gemma3": {"family": "gemma3_text", "tied": True},
     "yarn": {"family": "qwen2", "rope_parameters": YARN},
 }
 
@@ -112,6 +113,7 @@ def test_logprobs_equal_transformers(tmp_path: Path, model: dict, layout: dict) 
         ({}, {"tp": 2, "pp": 2}),
         (VARIANTS["mistral"], {"cp": 2}),
         (VARIANTS["olmo2"], {"tp": 2, "pp": 2, "sequence_parallel": True}),
+        (VARIANTS["gemma3"], {"tp": 2, "pp": 3, "sequence_parallel": True, "recompute": "full"}),
         (VARIANTS["yarn"], {}),
     ],
     ids=["qwen2", *VARIANTS],

@@ -113,8 +113,13 @@ def test_greedy_output_after_a_push_is_a_fresh_engines(tmp_path, family, tied, l
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
-    [{"family": "mistral"}, {"family": "olmo2"}, {"family": "qwen2", "rope_parameters": YARN}],
-    ids=["mistral", "olmo2", "yarn"],
+    [
+        {"family": "mistral"},
+        {"family": "olmo2"},
+        {"family": "gemma3_text", "tied": True},
+        {"family": "qwen2", "rope_parameters": YARN},
+    ],
+    ids=["mistral", "olmo2", "gemma3", "yarn"],
 )
 def test_engines_compute_what_the_trainer_does(tmp_path: Path, model: dict[str, Any]) -> None:
     """Of models whose attention, norms or positions differ: pushed, greedy output and log-probs."""

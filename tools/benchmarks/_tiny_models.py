@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -39,6 +41,18 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 9, "head_dim": 32}),
     # transformers gives the embedding of a padding token no gradient.
     "olmo2": (Olmo2Config, Olmo2ForCausalLM, {"eos_token_id": 1, "pad_token_id": None}),
+    "gemma3_text": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            **{"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 9, "sliding_window_pattern": 2},
+            **{"eos_token_id": 1, "pad_token_id": None},
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 2.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
 }
 YARN = {
     "rope_type": "yarn",
@@ -65,7 +79,7 @@ def save_tiny_model(folder: Path, family: str = "qwen2", tied: bool = False, see
     model = model_class(config_class(**{**base, **extra, **sizes}, tie_word_embeddings=tied))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            mean = 1.0 if "norm" in name else 0.0
+            mean = 1.0 if "norm" in name and family != "gemma3_text" else 0.0
             parameter.normal_(mean, 0.1 if parameter.dim() == 1 else 0.08)
     model.save_pretrained(folder)
     return folder

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, MistralConfig
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.hf.architecture import Architecture, RopeScaling, Yarn
+from megatron_vcppo.hf.architecture import Architecture, LinearScaling, RopeScaling, Yarn
 from megatron_vcppo.hf.mapping import hf_shapes, parameters
 from tools.benchmarks._tiny_models import FAMILIES, YARN, save_tiny_model
 
@@ -28,7 +28,8 @@ def test_sizes_and_names_are_those_of_transformers(tmp_path, family, tied):
     assert arch.tied == tied
     assert arch.max_positions == model.config.max_position_embeddings
     assert arch.norm_eps == model.config.rms_norm_eps
-    assert arch.rope_theta == model.config.rope_parameters["rope_theta"]
+    rope = model.config.rope_parameters
+    assert arch.rope_theta == rope.get("full_attention", rope)["rope_theta"]
 
 
 def test_flops_are_those_that_torch_counts(tmp_path):
@@ -106,10 +107,10 @@ def test_a_window_that_no_layer_uses_is_no_obstacle(tmp_path):
 def test_a_manifest_from_before_the_newer_switches_reads_as_the_same_model(tmp_path):
     arch = Architecture.from_hf(save_tiny_model(tmp_path, "llama"))
     stored = json.loads(json.dumps(arch.to_dict()))
-    for name in ("wide_qk_norm", "norms", "window"):
+    for name in ("wide_qk_norm", "norms", "window", "gelu", "query_scalar", "global_layers", "local_rope_theta"):
         del stored[name]
     assert Architecture.from_dict(stored) == arch
-    with pytest.raises(UserError, match="norms 'inside'"):
+    with pytest.raises(UserError, match=r"norms, window, .* no such model"):
         Architecture.from_dict(stored | {"norms": "inside"})
 
 
@@ -138,6 +139,31 @@ def test_mistrals_window_is_the_one_of_transformers(tmp_path):
     assert Architecture.from_config(config).window == MistralConfig().sliding_window
     with pytest.raises(UserError, match="sliding_window 0 is not a positive integer"):
         Architecture.from_config(config | {"sliding_window": 0})
+
+
+def test_gemmas_layers_and_both_rotary_bases_are_read_from_either_spelling(tmp_path):
+    config = json.loads((save_tiny_model(tmp_path, "gemma3_text") / "config.json").read_text())
+    new = Architecture.from_config(config)
+    assert (new.global_layers, new.window, new.local_rope_theta) == ((1, 3), 9, 10000.0)
+    assert (new.rope_theta, new.rope_scaling) == (50000.0, LinearScaling(2.0))
+    for key in ("rope_parameters", "layer_types"):
+        del config[key]
+    config |= {"rope_theta": 50000.0, "rope_local_base_freq": 1e4, "sliding_window_pattern": 2}
+    assert Architecture.from_config(config | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}) == new
+    del config["rope_local_base_freq"], config["rope_theta"], config["sliding_window_pattern"]
+    bare, theirs = Architecture.from_config(config), Gemma3TextConfig(num_hidden_layers=4)
+    assert bare.local_rope_theta == theirs.rope_parameters["sliding_attention"]["rope_theta"]
+    assert bare.rope_theta == theirs.rope_parameters["full_attention"]["rope_theta"] and bare.global_layers == ()
+    for change, message in (
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+        ({"hidden_activation": "silu"}, r"hidden_activation 'silu' \(supported: gelu_pytorch_tanh"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "rope type 'dynamic'"),
+        ({"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}}, "'linear' of sliding_attention"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Architecture.from_config(config | change)
 
 
 def test_operations_of_attention_in_a_window_are_those_of_the_band(tmp_path):
