@@ -199,14 +199,23 @@ def test_a_weight_that_a_checkpoint_lacks_is_an_error(te_ranks: Call, tmp_path: 
     assert "_extra_state" not in error
 
 
-REFUSED: dict[str, tuple[dict[str, Any], ParallelConfig, str]] = {
+REFUSED: dict[str, tuple[str, dict[str, Any], ParallelConfig, str]] = {
+    "cp-window": (
+        "mistral",
+        {"dtype": "bfloat16"},
+        ParallelConfig(cp=2),
+        "parallel.cp 2 with a sliding window: Transformer Engine's attention over several ranks has none; "
+        "set parallel.cp=1 or model.layers=torch",
+    ),
     "cp-float32": (
+        "qwen2",
         {"dtype": "float32"},
         ParallelConfig(cp=2),
         "parallel.cp 2 with model.dtype float32: Transformer Engine has no attention over several ranks in float32; "
         "set model.dtype=bfloat16 or model.layers=torch",
     ),
     "fp8-widths": (
+        "qwen2",
         {"dtype": "bfloat16", "fp8": "hybrid"},
         ParallelConfig(tp=4),
         "model.fp8 needs widths that are multiples of 16 on each rank, with tp 4 there are: feed-forward 24",
@@ -214,11 +223,11 @@ REFUSED: dict[str, tuple[dict[str, Any], ParallelConfig, str]] = {
 }
 
 
-@pytest.mark.parametrize(("model", "parallel", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("family", "model", "parallel", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_transformer_engine_cannot_do_is_refused(
-    te_ranks: Call, tmp_path: Path, model: dict, parallel: ParallelConfig, message: str
+    te_ranks: Call, tmp_path: Path, family: str, model: dict, parallel: ParallelConfig, message: str
 ) -> None:
-    case = Case(save_tiny_model(tmp_path / "hf", num_key_value_heads=4), {**TE, **model}, parallel)
+    case = Case(save_tiny_model(tmp_path / "hf", family, num_key_value_heads=4), {**TE, **model}, parallel)
     assert te_ranks(error_of_building, 1, case) == [message]
 
 

@@ -157,10 +157,9 @@ def rmsnorm_fwd(
     zero_centered: bool,
 ) -> tuple[Tensor, None, Tensor]:  # fmt: skip
     """(x / rms(x) · weight, None, 1 / rms(x) float32 [rows])."""
-    assert not zero_centered
-    wide = x.float()
+    wide, weight = x.float(), weight.float() + zero_centered
     inverse_rms = (wide.square().mean(-1) + eps).rsqrt()
-    result = (wide * inverse_rms[:, None] * weight.float()).to(_TORCH_TYPES[DType(out_dtype)])
+    result = (wide * inverse_rms[:, None] * weight).to(_TORCH_TYPES[DType(out_dtype)])
     if quantizer is not None:
         result = fp8.quantize(result, quantizer, out)
     elif out is not None:
@@ -173,7 +172,7 @@ def rmsnorm_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight."""
     normed, grad = x.float() * inverse_rms[:, None], grad.float()
-    weighted = grad * weight.float()
+    weighted = grad * (weight.float() + zero_centered)
     grad_x = (weighted - normed * (weighted * normed).mean(-1, keepdim=True)) * inverse_rms[:, None]
     return grad_x.to(x.dtype), (grad * normed).sum(0).to(weight.dtype)
 
