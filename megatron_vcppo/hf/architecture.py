@@ -41,6 +41,11 @@ FAMILIES = tuple(_TRAITS)
 _WINDOWED = ("mistral", "gemma3_text")
 """Families whose sliding_window is one that counts."""
 FULL = "full_attention"
+CRITIC_CLASSES = {
+    family: f"{name}ForTokenClassification"
+    for family, name in (("qwen2", "Qwen2"), ("qwen3", "Qwen3"), ("llama", "Llama"), ("mistral", "Mistral"))
+}
+"""Those of transformers; other families have none."""
 DTYPES = ("float32", "bfloat16", "float16")
 _ROPE_NUMBERS = (
     *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -307,6 +312,13 @@ class Architecture:
         if problems:
             raise UserError("this model cannot be split as configured: " + "; ".join(problems))
 
+    def check_exportable(self, kind: str) -> None:
+        """Raises UserError if transformers has no class for an export of this kind (actor, critic)."""
+        if kind == "critic" and self.family not in CRITIC_CLASSES:
+            raise UserError(
+                f"transformers has no {self.family} for token classification, which a critic is exported to"
+            )
+
     def check_length(self, max_length: int) -> None:
         """Raises UserError, with the numbers, if sequences may be longer than the model's positions."""
         if max_length > self.longest:
@@ -378,6 +390,11 @@ def _rope_parameters(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         if local.get("rope_type", "default") != "default":
             raise UserError(f"{source}: not supported: rope type {local['rope_type']!r} of sliding_attention")
         rope["local_theta"] = local.get("rope_theta", config["rope_local_base_freq"])
+    types = [each.get("rope_type", each.get("type", "default")) for each in (rope, given)]
+    if rope and given and types[0] != types[1] and "local_theta" not in rope:
+        raise UserError(
+            f"{source}: rope_scaling has type {types[0]!r}, rope_parameters {types[1]!r}: remove one of the two"
+        )
     rope |= given
     if "rope_theta" in config:
         rope.setdefault("rope_theta", config["rope_theta"])

@@ -33,6 +33,11 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
     arch = Architecture.from_hf(config.model.hf)
     check_vocabulary(Path(config.model.hf))
     _check_weights(config)
+    if "export" in stages and config.export.critic:
+        try:
+            arch.check_exportable("critic")
+        except UserError as error:
+            raise UserError(f"export.critic: {error}") from None
     if set(stages) - {"export"}:
         arch.check_length(config.model.max_length)
     for stage in stages:

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.prompt_format import PromptFormat
-from megatron_vcppo.hf.convert.folders import is_megatron_lm
+from megatron_vcppo.hf.convert.folders import is_megatron_lm, iteration_folder
 from megatron_vcppo.hf.reward_model import uses_reward_model
 from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest
 from megatron_vcppo.run.rollout_store import Origin
@@ -59,7 +59,7 @@ def identity(folder: Path) -> str:
     if (folder / MANIFEST_NAME).exists():
         content: Any = read_manifest(folder)["files"]
     else:
-        names = ("iter_*/*.distcp", "*.distcp") if is_megatron_lm(folder) else ("*.safetensors",)
-        files = sorted(path for name in names for path in folder.glob(name))
+        others = is_megatron_lm(folder)
+        files = sorted(iteration_folder(folder).glob("*.distcp") if others else folder.glob("*.safetensors"))
         content = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ class ModelConfig:
     """The Hugging Face model from which training starts."""
 
     hf: str = MISSING
-    """Folder of a Hugging Face checkpoint (Qwen2, Qwen2.5, Qwen3, Llama 3): config.json, safetensors, tokenizer."""
+    """Folder of a Hugging Face checkpoint (docs/models.md: which): config.json, safetensors, tokenizer."""
     weights: str | None = None
     """Folder of a checkpoint of Megatron-LM (torch_dist) to take the weights from, if not from model.hf.
 

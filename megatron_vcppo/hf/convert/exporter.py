@@ -17,7 +17,7 @@ import torch
 
 from megatron_vcppo.data.vocabulary import complete_generation_config
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.architecture import CRITIC_CLASSES, Architecture
 from megatron_vcppo.hf.convert import conversion_plan
 from megatron_vcppo.hf.convert.checkpoint_metadata import check_checkpoint
 from megatron_vcppo.hf.convert.copying import Job, Matrix, Progress, gather
@@ -32,10 +32,6 @@ TOLERANCE = 1e-4
 TIMEOUT_S = 3600.0
 _BASE_BYTES = 2 << 30
 MAX_FILE_BYTES = 2_000_000_000
-_CRITIC_CLASSES = {
-    family: f"{name}ForTokenClassification"
-    for family, name in (("qwen2", "Qwen2"), ("qwen3", "Qwen3"), ("llama", "Llama"), ("mistral", "Mistral"))
-}
 
 
 def check_export(folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
@@ -153,8 +149,7 @@ def _architecture(checkpoint: Path, meta: Mapping[str, Any]) -> Architecture:
     if kind not in ("actor", "critic"):
         raise UserError(f"{checkpoint}: holds {kind!r}; only an actor or a critic has a Hugging Face form")
     arch = Architecture.of_manifest(checkpoint, meta)
-    if kind == "critic" and arch.family not in _CRITIC_CLASSES:
-        raise UserError(f"{checkpoint}: transformers has no {arch.family} for token classification to hold a critic")
+    arch.check_exportable(kind)
     if Architecture.from_hf(checkpoint / "hf") != arch:
         raise UserError(f"{checkpoint}/hf/config.json: describes another model than the checkpoint's manifest")
     return arch
@@ -220,7 +215,7 @@ def _describe(config_file: Path, arch: Architecture, dtype: torch.dtype, kind: s
     if arch.dtype != name:
         config["dtype" if "dtype" in config else "torch_dtype"] = name
     if kind == "critic":
-        config["architectures"] = [_CRITIC_CLASSES[arch.family]]
+        config["architectures"] = [CRITIC_CLASSES[arch.family]]
         config["id2label"], config["label2id"] = {"0": "value"}, {"value": 0}
         config["classifier_dropout"] = 0.0
     if config != dict(arch.config):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.files import move, sync
+from megatron_vcppo.run.folder import iteration_name
 from megatron_vcppo.run.manifest import MANIFEST_NAME
 
 _SMALL_FILE_SUFFIXES = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".md")
@@ -67,7 +68,7 @@ def iteration_folder(folder: Path) -> Path:
         name = latest.read_text(encoding="utf-8", errors="replace").strip()
         if name != "release" and not (name.isascii() and name.isdigit()):
             raise UserError(f"{latest}: names {name[:40]!r}, which is no iteration")
-        folder = folder / (name if name == "release" else f"iter_{int(name):07d}")
+        folder = folder / (name if name == "release" else iteration_name(int(name)))  # ours are named like theirs
     if not (folder / ".metadata").is_file():
         raise UserError(f"{folder}: no checkpoint of Megatron-LM in the format torch_dist: it has no .metadata")
     return folder

@@ -79,6 +79,7 @@ def test_both_spellings_of_rope_scaling_mean_the_same(tmp_path):
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_parameters": None}, "rope type 'dynamic'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}, "yarn lacks original_max_pos"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None}, "lacks low_freq_factor"),
+        ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}}, "type 'yarn', rope_parameters 'default'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
         ({"layer_types": None, "use_sliding_window": True, "max_window_layers": 2}, "sliding window"),
         ({"attention_bias": True}, "attention_bias"),
