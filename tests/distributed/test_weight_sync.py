@@ -5,6 +5,7 @@ weights and then the target's are pushed from every Megatron layout; after that,
 again (after the other weights alone, it is not).
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,14 @@ def test_engines_compute_what_the_trainer_does(tmp_path: Path, model: dict[str, 
         run_distributed_test(push, 4, [other, target], [1, 2], node.rendezvous, 2, 2, 1)
         assert node.greedy(2, PROMPTS) == fresh
         check_logprob_gap(target, node.client(max_tokens=48).generate(PROMPTS, 0, 2, Sampling(), 2))
+
+
+@pytest.mark.slow
+def test_an_engine_whose_folder_has_no_weights_gets_them_by_a_push(tmp_path: Path) -> None:
+    """As where model.weights has them."""
+    target = save_policy(tmp_path / "target", seed=1)
+    bare = Path(shutil.copytree(target, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
+    with RolloutNode(tmp_path / "node", bare, {}, weights=tmp_path / "elsewhere") as node:
+        node.wait(1)
+        run_distributed_test(push, 1, [target], [1], node.rendezvous, 1, 1, 1)
+        check_logprob_gap(target, node.client(max_tokens=32).generate(PROMPTS, 0, 1, Sampling(), 2))
