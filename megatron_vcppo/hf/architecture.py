@@ -1,7 +1,7 @@
 """What a decoder is made of, read from a Hugging Face folder's config.json. Needs neither torch nor megatron.
 
-Supported: Qwen2 and Qwen2.5 (model_type qwen2), Qwen3 (qwen3), Llama 3 (llama). Everything that the Megatron model
-would silently compute differently (sliding windows, other rope types, extra biases, quantized weights) is an error.
+Supported: Qwen2 and Qwen2.5 (model_type qwen2), Qwen3 (qwen3), Qwen3-MoE (qwen3_moe), Llama 3 (llama). Everything that
+the Megatron model would silently compute differently (sliding windows, other rope types, extra biases, quantized weights) is an error.
 """
 
 import math
@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf import experts
+from megatron_vcppo.hf.experts import Experts
 from megatron_vcppo.run.files import parse_json
 
-FAMILIES = ("qwen2", "qwen3", "llama")
+FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "llama")
 DTYPES = ("float32", "bfloat16", "float16")
 _ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _REQUIRED = (
@@ -54,7 +56,7 @@ class Architecture:
     """Sizes and switches of one decoder-only model."""
 
     family: str
-    """qwen2 | qwen3 | llama"""
+    """qwen2 | qwen3 | qwen3_moe | llama"""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -73,6 +75,8 @@ class Architecture:
     qk_norm: bool
     dtype: str
     """float32 | bfloat16 | float16: the dtype that config.json names."""
+    experts: Experts | None = None
+    """None: every layer is dense."""
     config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """config.json as it was read."""
 
@@ -122,8 +126,11 @@ class Architecture:
             norm_eps=float(config.get("rms_norm_eps") or 1e-6),
             tied=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
+            qk_norm=family in ("qwen3", "qwen3_moe"),
             dtype=_dtype(config),
+            experts=Experts.from_config(config, config["num_hidden_layers"], source)
+            if family in experts.FAMILIES
+            else None,
             config=dict(config),
         )
         sizes = {name: getattr(found, name) for name in _LARGEST}
@@ -143,6 +150,8 @@ class Architecture:
             values["rope_scaling"] = RopeScaling(
                 **_typed(RopeScaling, values["rope_scaling"], f"{source}.rope_scaling")
             )
+        if values["experts"] is not None:  # manifests of before have no such key
+            values["experts"] = Experts.from_dict(values["experts"], values["num_layers"], f"{source}.experts")
         if not isinstance(values["config"], Mapping):
             raise UserError(f"{source}: config is no object")
         if wrong := [f"{name} {values[name]}" for name, most in _LARGEST.items() if not 0 < values[name] <= most]:
@@ -169,28 +178,46 @@ class Architecture:
         """Width of all key (or all value) heads together."""
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Layers (from 0) that have experts."""
+        return self.experts.sparse_layers(self.num_layers) if self.experts else ()
+
     def parameter_count(self) -> int:
         """Parameters of the Hugging Face checkpoint; tied embeddings count once, padding not at all."""
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
         biases = self.q_size + 2 * self.kv_size if self.qkv_bias else 0
-        layers = self.num_layers * (self._layer_matrix_parameters() + norms + biases)
+        layers = self.num_layers * (norms + biases) + self._matrix_parameters(active=False)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
         return layers + embeddings + self.hidden_size
+
+    def active_parameter_count(self) -> int:
+        """The same, with only the experts that one token passes through."""
+        return self.parameter_count() - self._matrix_parameters(active=False) + self._matrix_parameters(active=True)
+
+    def expert_parameter_count(self) -> int:
+        """Parameters of all experts of all layers, which expert parallelism divides."""
+        if self.experts is None:
+            return 0
+        one = 3 * self.hidden_size * self.experts.ffn_size
+        return len(self.sparse_layers) * self.experts.count * one
 
     def training_flops(self, sequence_lengths: Iterable[int]) -> int:
         """Floating-point operations of one forward and backward pass over sequences of these lengths (tokens).
 
         Matrix products only: 2 per parameter and token forward, twice that backward; causal attention scores and
         their product with the values cost length² × q_size each (half of the full square), per layer, forward.
-        Recomputation is not counted (model FLOPs, as in PaLM's MFU, arXiv:2204.02311 appendix B).
+        Recomputation is not counted (model FLOPs, as in PaLM's MFU, arXiv:2204.02311 appendix B), nor are experts that
+        a token does not pass through.
         """
         lengths = list(sequence_lengths)
-        per_token = self.num_layers * self._layer_matrix_parameters() + self.vocab_size * self.hidden_size
+        per_token = self._matrix_parameters(active=True) + self.vocab_size * self.hidden_size
         attention = self.num_layers * 2 * self.q_size * sum(length * length for length in lengths)
         return 3 * (2 * per_token * sum(lengths) + attention)
 
-    def check_parallel(self, tp: int, pp: int) -> None:
-        """Raises UserError, with the numbers, if ``tp`` tensor and ``pp`` pipeline ranks cannot split the model."""
+    def check_parallel(self, tp: int, pp: int, ep: int = 1) -> None:
+        """Raises UserError, with the numbers, if ``tp`` tensor, ``pp`` pipeline and ``ep`` expert-parallel ranks cannot
+        split the model."""
         problems = [
             f"{name} {size} is not divisible by tp {tp}"
             for name, size in (
@@ -202,6 +229,10 @@ class Architecture:
         ]
         if pp < 1 or self.num_layers % pp:
             problems.append(f"layers {self.num_layers} are not divisible by pp {pp}")
+        if self.experts is None and ep > 1:
+            problems.append(f"it has no experts for parallel.ep {ep} to divide")
+        if self.experts is not None and (ep < 1 or self.experts.count % ep):
+            problems.append(f"experts {self.experts.count} are not divisible by ep {ep}")
         if problems:
             raise UserError("this model cannot be split as configured: " + "; ".join(problems))
 
@@ -213,9 +244,14 @@ class Architecture:
                 "(max_position_embeddings in its config.json)"
             )
 
-    def _layer_matrix_parameters(self) -> int:
+    def _matrix_parameters(self, *, active: bool) -> int:
+        """Of all layers; active: only of the experts that one token passes through."""
         attention = self.hidden_size * (2 * self.q_size + 2 * self.kv_size)
-        return attention + 3 * self.hidden_size * self.ffn_size
+        sparse, total = len(self.sparse_layers), self.num_layers * attention
+        if self.experts is not None:
+            run = self.experts.per_token if active else self.experts.count
+            total += sparse * self.hidden_size * (self.experts.count + 3 * run * self.experts.ffn_size)
+        return total + (self.num_layers - sparse) * 3 * self.hidden_size * self.ffn_size
 
 
 def _is_positive_int(value: Any) -> bool:
@@ -299,8 +335,10 @@ def _unsupported(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str
         problems.append("attention_bias, a bias on the output projection (supported: none, or Qwen2's on q, k, v)")
     if config.get("mlp_bias"):
         problems.append("mlp_bias (supported: feed-forward layers without bias)")
-    if config.get("num_experts") or config.get("num_local_experts"):
-        problems.append("mixture of experts (supported: dense models)")
+    if config["model_type"] not in experts.FAMILIES and (config.get("num_experts") or config.get("num_local_experts")):
+        problems.append(f"mixture of experts (supported: of {', '.join(experts.FAMILIES)})")
+    if config.get("shared_expert_intermediate_size"):
+        problems.append("shared experts (supported: routed experts only)")
     if config.get("quantization_config"):
         problems.append("quantized weights (supported: " + ", ".join(DTYPES) + ")")
     if _dtype(config) not in DTYPES:

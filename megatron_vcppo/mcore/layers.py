@@ -4,24 +4,29 @@ Megatron's local norm refuses sequence parallelism and its local attention refus
 here take their places, on CPU and on GPUs without Transformer Engine.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     HAVE_TE,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_vcppo.config import ModelConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore.context_parallel import PackedParams
+from megatron_vcppo.mcore.routing import Router, SparseLayer
 
 
 def uses_transformer_engine(model: ModelConfig) -> bool:
@@ -126,15 +131,37 @@ def _causal_at_the_end(query: Tensor, key: Tensor, value: Tensor, scale: float |
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-def block_spec(config: TransformerConfig, transformer_engine: bool) -> ModuleSpec | TransformerBlockSubmodules:
-    """The specification of this pipeline stage's layers and final norm."""
-    if transformer_engine:
+def block_spec(
+    config: TransformerConfig, transformer_engine: bool, sparse_layers: Collection[int] = ()
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The specification of this pipeline stage's layers and final norm. sparse_layers: those with experts, from 0."""
+    if transformer_engine and not sparse_layers:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-    attention = parts.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    first = get_transformer_layer_offset(config)
+    layers = range(first, first + get_num_layers_to_build(config))
+    norm = TENorm if transformer_engine else RMSNorm
+    specs = {is_sparse: _layer_spec(config, transformer_engine, is_sparse) for is_sparse in (False, True)}
+    return TransformerBlockSubmodules([specs[layer in sparse_layers] for layer in layers], norm)
+
+
+def _layer_spec(config: TransformerConfig, transformer_engine: bool, is_sparse: bool) -> ModuleSpec:
+    num_experts = config.num_moe_experts if is_sparse else None
+    if transformer_engine:
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts, moe_grouped_gemm=True, qk_layernorm=config.qk_layernorm
+        )
+    else:
+        layer = get_gpt_layer_local_spec(num_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+        parts = layer.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+        attention = parts.self_attention.submodules
+        attention.core_attention = PackedAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if is_sparse:
+        layer.module = SparseLayer
+        mixture: MoESubmodules = layer.submodules.mlp.submodules
+        mixture.router = Router
+        # Named as with Transformer Engine: no matrix product of this norm alone could take it in.
+        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    return layer

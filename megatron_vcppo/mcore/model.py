@@ -20,9 +20,10 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.mapping import padded_vocab_size
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.context_parallel import WHOLE, ContextShard, PackedParams
+from megatron_vcppo.mcore.context_parallel import WHOLE, ContextShard
 from megatron_vcppo.mcore.fp8 import fp8_settings
 from megatron_vcppo.mcore.layers import block_spec, uses_transformer_engine
+from megatron_vcppo.mcore.routing import RoutedParams, RouterStep, routed_tokens, routers
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -38,7 +39,7 @@ class PackedGPT(GPTModel, abc.ABC):
     def __init__(self, config: TransformerConfig, arch: Architecture, *, tied: bool) -> None:
         super().__init__(
             config,
-            block_spec(config, config.transformer_impl == "transformer_engine"),
+            block_spec(config, config.transformer_impl == "transformer_engine", arch.sparse_layers),
             vocab_size=padded_vocab_size(arch.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=arch.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),
@@ -47,9 +48,19 @@ class PackedGPT(GPTModel, abc.ABC):
             position_embedding_type="rope",
         )
         self.arch = arch
+        self.router_step: RouterStep | None = None
+        """What the routers share; None: no layer of the model has experts."""
         self.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(torch.cuda.current_device())
         self.register_load_state_dict_post_hook(_forgive_extra_state)
         _add_gradients_in_place(self)
+
+    def set_router_losses(self, aux_loss_coef: float, z_loss_coef: float) -> None:
+        """Share the losses' coefficients among the routers; without experts there is nothing to do."""
+        if self.arch.experts is not None:
+            num_layers = len(self.arch.sparse_layers)
+            self.router_step = RouterStep(self.arch.experts, num_layers, aux_loss_coef, z_loss_coef)
+            for router in routers(self):
+                router.step = self.router_step
 
     def run(self, microbatch: PackedMicrobatch, shard: ContextShard = WHOLE) -> Tensor:
         """Hidden states [T (/ tp with sequence parallelism), 1, hidden], or the readout on the last stage.
@@ -57,13 +68,14 @@ class PackedGPT(GPTModel, abc.ABC):
         shard: this rank's tokens, which the result is about; see ``context_parallel.shard_of``.
         """
         longest = microbatch.max_seqlen
-        packed = PackedParams(
+        packed = RoutedParams(
             qkv_format="thd",
             cu_seqlens_q=microbatch.cu_seqlens,
             cu_seqlens_kv=microbatch.cu_seqlens,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             shard=shard,
+            tokens=routed_tokens(microbatch, shard, self.config) if self.router_step else None,
         )
         token_ids, position_ids = shard.take(microbatch.token_ids), shard.take(microbatch.position_ids)
         return self(token_ids[None], position_ids[None], None, packed_seq_params=packed)
@@ -160,7 +172,9 @@ class CriticModel(PackedGPT):
 
 def build_actor(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> ActorModel:
     """The actor on this rank; its weights are undefined until a checkpoint is loaded."""
-    return ActorModel(transformer_config(arch, model, parallel), arch)
+    actor = ActorModel(transformer_config(arch, model, parallel), arch)
+    actor.set_router_losses(model.router_aux_loss_coef, model.router_z_loss_coef)
+    return actor
 
 
 def build_critic(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> CriticModel:
@@ -169,12 +183,14 @@ def build_critic(arch: Architecture, model: ModelConfig, parallel: ParallelConfi
     The head's weights are drawn with the seed of ``runtime.start``.
     """
     config = transformer_config(arch, model, parallel)
-    return CriticModel(config, arch, init_std=model.init_std, seed=runtime.current().seed)
+    critic = CriticModel(config, arch, init_std=model.init_std, seed=runtime.current().seed)
+    critic.set_router_losses(model.router_aux_loss_coef, model.router_z_loss_coef)
+    return critic
 
 
 def transformer_config(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron's configuration of this architecture and layout. Raises UserError if the layout does not fit."""
-    arch.check_parallel(parallel.tp, parallel.pp)
+    arch.check_parallel(parallel.tp, parallel.pp, parallel.ep)
     dtype = torch_dtype(model.dtype)
     fused = uses_transformer_engine(model)
     if fused and parallel.cp > 1 and dtype == torch.float32:
@@ -219,6 +235,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         # Packed micro-batches differ in length. The dispatcher's type is required even without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
+        **_experts_settings(arch, model, parallel),
         batch_p2p_comm=torch.cuda.is_available(),
         transformer_impl="transformer_engine" if fused else "local",
         # Without Transformer Engine or apex the fusions are jitted on first use, 5 to 25 s each, or missing. That of
@@ -232,6 +249,35 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         **recomputes[parallel.recompute],
         **fp8_settings(arch, model, parallel),
     )
+
+
+def _experts_settings(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """The fields about experts of a TransformerConfig; empty without them. Raises UserError for what they exclude."""
+    experts = arch.experts
+    if experts is None:
+        return {}
+    if model.fp8 != "off":
+        raise UserError("model.fp8 does not work with a mixture of experts: set it to off")
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        raise UserError(
+            f"parallel.tp {parallel.tp} with a mixture of experts needs parallel.sequence_parallel: set it to true"
+        )
+    sparse = [int(layer not in experts.dense_layers) for layer in range(arch.num_layers)]
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.per_token,
+        "moe_ffn_hidden_size": experts.ffn_size,
+        # A list has checkpoints keep every layer by itself, instead of all stacked: only where layers differ.
+        "moe_layer_freq": sparse if experts.dense_layers else 1,
+        # What this package's router leaves to Megatron: only that its own losses are off, and float32 logits.
+        "moe_router_load_balancing_type": "none",
+        "moe_router_pre_softmax": True,
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": uses_transformer_engine(model),
+        "moe_permute_fusion": uses_transformer_engine(model),
+        "expert_model_parallel_size": parallel.ep,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def inverse_frequencies(arch: Architecture) -> Tensor:

@@ -73,7 +73,7 @@ def reference_logprobs(folder: Path, sequences: list[TrainSequence]) -> list[tor
 
 @pytest.mark.parametrize("layout", [{}, {"tp": 2, "pp": 2, "sequence_parallel": True}], ids=["1x1", "tp2pp2sp"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "llama"])
 def test_logprobs_equal_transformers(tmp_path: Path, family: str, tied: bool, layout: dict) -> None:
     folder = save_tiny_model(tmp_path / "hf", family, tied)
     sequences = make_sequences(7)

@@ -4,12 +4,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 VOCAB_SIZE = 66
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {
+            "head_dim": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+        },
+    ),
     "llama": (
         LlamaConfig,
         LlamaForCausalLM,
@@ -27,7 +47,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-def save_tiny_model(folder: Path, family: str = "qwen2", tied: bool = False, seed: int = 0, **sizes: int) -> Path:
+def save_tiny_model(folder: Path, family: str = "qwen2", tied: bool = False, seed: int = 0, **sizes: Any) -> Path:
     """Write config.json and model.safetensors of a random float32 model; returns the folder."""
     config_class, model_class, extra = FAMILIES[family]
     base = {
