@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import HAVE_TE
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -150,6 +152,17 @@ class Router(TopKRouter):
     step: RouterStep
     tokens: RoutedTokens
     """Of the micro-batch that comes next."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight.data = self.weight.data.to(torch.cuda.current_device())  # Megatron makes it on the CPU
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits in float32: [tokens, 1, hidden] -> [tokens, 1, experts]."""
+        if HAVE_TE:
+            return super().gating(input)
+        # Megatron 0.16's own product looks for Transformer Engine's where there is none.
+        return F.linear(input.float(), self.weight.float())
 
     def routing(self, logits: Tensor, padding_mask: None = None) -> tuple[Tensor, Tensor]:
         """logits [tokens, 1, experts] -> the weight of each expert for each token, 0 where it is not chosen, and
