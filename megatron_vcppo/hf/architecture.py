@@ -1,7 +1,8 @@
 """What a decoder is made of, read from a Hugging Face folder's config.json. Needs neither torch nor megatron.
 
 Supported: Qwen2 and Qwen2.5 (model_type qwen2), Qwen3 (qwen3), Qwen3-MoE (qwen3_moe), Llama 3 (llama). Everything that
-the Megatron model would silently compute differently (sliding windows, other rope types, extra biases, quantized weights) is an error.
+the Megatron model would silently compute differently (sliding windows, other rope types, extra biases, shared experts,
+quantized weights) is an error.
 """
 
 import math

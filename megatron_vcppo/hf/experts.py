@@ -60,7 +60,9 @@ class Experts:
         values = dict(data) if isinstance(data, Mapping) else {}
         dense, norm = values.get("dense_layers"), values.get("norm_topk_prob")
         sizes = {name: values.get(name) for name in ("count", "per_token", "ffn_size")}
-        valid = isinstance(dense, list | tuple) and all(type(layer) is int and 0 <= layer < num_layers for layer in dense)
+        valid = isinstance(dense, list | tuple) and all(
+            type(layer) is int and 0 <= layer < num_layers for layer in dense
+        )
         if not valid or type(norm) is not bool or not all(map(_is_count, sizes.values())):
             raise UserError(f"{source}: {data!r} does not describe experts")
         return cls(**sizes, norm_topk_prob=norm, dense_layers=tuple(dense))

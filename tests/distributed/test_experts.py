@@ -18,7 +18,7 @@ from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.learner import Actor, Critic
 from megatron_vcppo.mcore.model import build_actor, build_critic
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.training import make_sequences, step
+from tests.helpers.training import make_sequences
 from tools.benchmarks._tiny_models import save_tiny_model
 
 LOSSES = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.02}
@@ -37,7 +37,7 @@ def start(folder: Path, parallel: ParallelConfig, **model: Any) -> tuple[Actor, 
     )
 
 
-def train(folder: Path, parallel: ParallelConfig, steps: int = 4) -> dict[str, list[float]]:
+def train(folder: Path, parallel: ParallelConfig, steps: int = 3) -> dict[str, list[float]]:
     """Losses, gradient norms and what the routers report of each step of both models; log-probs under new weights."""
     actor, critic = start(folder, parallel, **LOSSES)
     history: dict[str, list[float]] = {}
@@ -97,7 +97,17 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[Path
 
 
 @pytest.mark.parametrize(
-    ("mixed", "name"), [(False, name) for name in LAYOUTS] + [(True, "pp2ep2"), (True, "ep2-over-replicas")]
+    ("mixed", "name"),
+    [
+        (False, "ep2-over-replicas"),
+        (False, "tp2ep2-recompute"),
+        (False, "cp2ep2"),
+        (True, "pp2ep2"),
+        pytest.param(False, "pp2ep2", marks=pytest.mark.slow),
+        pytest.param(False, "tp2", marks=pytest.mark.slow),
+        pytest.param(False, "tp2ep4", marks=pytest.mark.slow),
+        pytest.param(True, "ep2-over-replicas", marks=pytest.mark.slow),
+    ],
 )
 def test_training_is_the_same_under_every_layout(
     reference: dict[bool, tuple[Path, dict[str, list[float]]]], mixed: bool, name: str
@@ -110,3 +120,127 @@ def test_training_is_the_same_under_every_layout(
             worst = max(abs(a - b) for a, b in zip(ours[key], values, strict=True))
             limit = 1e-5 if key != "logprobs" else 1e-4  # AdamW's division magnifies float32 noise in weights
             assert worst <= limit, f"{key} differs by {worst:.1e}"
+
+
+def reference_logprobs(model: Any, ids: list[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Of transformers: log-probs of every token but the first [T - 1], and each layer's router logits [T, experts]."""
+    tokens = torch.tensor([ids])
+    output = model(tokens, output_router_logits=True)
+    return output.logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0], output.router_logits
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"norm_topk_prob": False, "num_experts_per_tok": 3}, {"decoder_sparse_step": 2}], ids=str
+)
+def test_logprobs_equal_transformers(tmp_path: Path, sizes: dict[str, Any]) -> None:
+    folder, sequences = save_tiny_model(tmp_path / "hf", "qwen3_moe", **sizes), make_sequences(7)
+
+    def body() -> list[Tensor]:
+        actor, _ = start(folder, ParallelConfig())
+        microbatches = pack_all(sequences, 160)
+        return unpack_all(microbatches, actor.logprobs(microbatches))
+
+    ours = run_distributed_test(body, 1)[0]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for row, sequence in zip(ours, sequences, strict=True):
+            assert (row[1:] - reference_logprobs(model, list(sequence.token_ids))[0]).abs().max() <= 1e-4
+
+
+def test_losses_and_gradients_equal_transformers(tmp_path: Path) -> None:
+    """One AdamW step on the token loss and the routers' losses, which are derived here from transformers' logits."""
+    folder = save_tiny_model(tmp_path / "hf", "qwen3_moe")
+    sequences, fixed = make_sequences(0), make_sequences(99)
+
+    def body() -> tuple[dict[str, float], list[Tensor]]:
+        actor, _ = start(folder, ParallelConfig(), **LOSSES)
+        result = result_of(actor, ParallelConfig(), 0)
+        microbatches = pack_all(fixed, 160)
+        return result, unpack_all(microbatches, actor.logprobs(microbatches))
+
+    ours, new_logprobs = run_distributed_test(body, 1)[0]
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    num_tokens = sum(map(len, sequences))
+    token_loss, aux_loss, z_loss, picks = (torch.zeros(()) for _ in range(4))
+    for sequence in sequences:
+        logprobs, router_logits = reference_logprobs(model, list(sequence.token_ids))
+        token_loss = token_loss - logprobs[2:].sum() / sum(len(s) - 3 for s in sequences)
+        picks = picks + torch.stack([torch.zeros(8).index_add(0, r.topk(2).indices.flatten(), torch.ones(2 * len(r)))
+                                     for r in router_logits])  # fmt: skip
+        for logits in router_logits:
+            probabilities = logits.softmax(-1)
+            share = torch.nn.functional.one_hot(probabilities.topk(2).indices, 8).sum(1).float().mean(0)
+            weight = len(sequence) / num_tokens / len(router_logits)
+            aux_loss = aux_loss + weight * 8 * (share * probabilities.mean(0)).sum()
+            z_loss = z_loss + weight * logits.logsumexp(-1).square().mean()
+    (token_loss + LOSSES["router_aux_loss_coef"] * aux_loss + LOSSES["router_z_loss_coef"] * z_loss).backward()
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95)).step()
+
+    load = picks / picks.mean(1, keepdim=True)
+    share = picks / picks.sum(1, keepdim=True)
+    expected = {
+        "loss": token_loss,
+        "router/aux_loss": aux_loss,
+        "router/z_loss": z_loss,
+        "router/max_load": load.max(),
+        "router/min_load": load.min(),
+        "router/balance": -(torch.special.xlogy(share, share).sum(1) / math.log(8)).mean(),
+    }
+    numbers = {key: value.item() for key, value in expected.items()}
+    assert {key: ours[key] for key in expected} == pytest.approx(numbers, abs=1e-5)
+    assert ours["grad_norm"] == pytest.approx(norm, abs=1e-4)
+    with torch.no_grad():
+        for row, sequence in zip(new_logprobs, fixed, strict=True):
+            assert (row[1:] - reference_logprobs(model, list(sequence.token_ids))[0]).abs().max() <= 1e-4
+
+
+def test_one_sequence_and_layer_have_the_loss_of_transformers(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "hf", "qwen3_moe", num_hidden_layers=2, mlp_only_layers=[0])
+    sequence = make_sequences(5, count=1)
+
+    def body() -> float:
+        actor, _ = start(folder, ParallelConfig())
+        result = actor.train_step(pack_all(sequence, 160), lambda outputs, microbatch: (-outputs[0].mean(), {}))
+        return result.metrics["router/aux_loss"]
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = model(torch.tensor([sequence[0].token_ids]), output_router_logits=True).aux_loss
+    assert run_distributed_test(body, 1)[0] == pytest.approx(float(theirs), abs=1e-5)
+
+
+def test_bfloat16_trains(tmp_path: Path) -> None:
+    folder, layout = save_tiny_model(tmp_path / "hf", "qwen3_moe"), distributed(**TP2, ep=2)
+
+    def body(parallel: ParallelConfig, dtype: str) -> list[float]:
+        actor, _ = start(folder, parallel, dtype=dtype)
+        return [result_of(actor, parallel, seed)["loss"] for seed in range(2)]
+
+    for ours, theirs in zip(
+        run_distributed_test(body, 4, layout, "bfloat16")[0],
+        run_distributed_test(body, 1, ParallelConfig(), "float32")[0],
+        strict=True,
+    ):
+        assert math.isclose(ours, theirs, rel_tol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tp": 2, "dp": 1}, "parallel.tp 2 with a mixture of experts needs parallel.sequence_parallel"),
+        ({"ep": 3, "dp": 3}, "experts 8 are not divisible by ep 3"),
+    ],
+)
+def test_layouts_that_experts_exclude_are_refused(tmp_path: Path, sizes: dict[str, int], message: str) -> None:
+    folder, parallel = save_tiny_model(tmp_path / "hf", "qwen3_moe"), ParallelConfig(**sizes)
+
+    def body() -> None:
+        with pytest.raises(UserError, match=message):
+            start(folder, parallel)
+
+    run_distributed_test(body, parallel.tp * (parallel.dp or 1))

@@ -15,7 +15,10 @@ class ModelConfig:
     """The Hugging Face model from which training starts."""
 
     hf: str = MISSING
-    """Folder of a Hugging Face checkpoint (Qwen2, Qwen2.5, Qwen3, Qwen3-MoE, Llama 3): config.json, safetensors, tokenizer."""
+    """Folder of a Hugging Face checkpoint: config.json, safetensors, tokenizer.
+
+    Families: Qwen2, Qwen2.5, Qwen3, Qwen3-MoE, Llama 3.
+    """
     dtype: Dtype = "bfloat16"
     """Type of parameters and activations; gradients are always reduced in float32."""
     max_length: PositiveInt = 4096
