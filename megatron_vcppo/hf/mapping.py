@@ -56,7 +56,7 @@ class Parameter:
     num_parts: int = 1
     """Equal parts along split_dim that are split one by one and then concatenated (linear_fc1: gate and up)."""
     expert: int | None = None
-    """Its index among the layer's experts if it belongs to one: one rank of each expert-parallel group has all of it."""
+    """Its index among the layer's experts if it belongs to one: one rank of an expert-parallel group has all of it."""
 
     @property
     def hf_names(self) -> tuple[str, ...]:
@@ -191,7 +191,7 @@ def canonical_name(name: str, layer_offset: int = 0, expert_offset: int = 0, spa
 
 @dataclass(frozen=True)
 class Place:
-    """Where a distributed checkpoint has a parameter: under a key, whose tensor may stack those of layers or experts."""
+    """Where a distributed checkpoint has a parameter: under a key, whose tensor may stack layers and experts."""
 
     key: str
     stack: tuple[int, ...]

@@ -1,9 +1,9 @@
 """The router of a mixture of experts, its losses, and how evenly it loads the experts.
 
-A router sees the tokens of a packed micro-batch that this rank holds. Its losses are sums over tokens divided by a given
-denominator, as all losses here, so they do not depend on how a batch was packed or shared out: load balance is asked
-for within each sequence. With f_i the share of a sequence's n tokens that expert i is among the chosen of (the f_i add
-up to the experts per token, K), and P_i the mean of their probabilities for it, over sequences s and layers l
+A router sees the tokens of a packed micro-batch that this rank holds. Its losses are sums over tokens divided by a
+given denominator, as all losses here, so they do not depend on how a batch was packed or shared out: the balance is
+that within each sequence. With f_i the share of a sequence's tokens for which expert i is chosen (the f_i add up to K,
+the experts per token), and P_i the mean of their probabilities for it, over sequences s and layers l
 
     auxiliary loss = mean over l, token-weighted mean over s, of num_experts · Σ_i f_i P_i
 

@@ -1,4 +1,4 @@
-"""A mixture of experts trains as transformers' and as itself on one rank, under every layout, with its routers' losses."""
+"""A mixture of experts, with its routers' losses, trains as transformers' and as itself on one rank."""
 
 import math
 from pathlib import Path
@@ -211,7 +211,7 @@ def test_one_sequence_and_layer_have_the_loss_of_transformers(tmp_path: Path) ->
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs = model(torch.tensor([sequence[0].token_ids]), output_router_logits=True).aux_loss
-    assert run_distributed_test(body, 1)[0] == pytest.approx(float(theirs), abs=1e-5)
+    assert run_distributed_test(body, 1)[0] == pytest.approx(theirs.item(), abs=1e-5)
 
 
 def test_bfloat16_trains(tmp_path: Path) -> None:
