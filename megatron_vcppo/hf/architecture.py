@@ -216,9 +216,12 @@ class Architecture:
         attention = self.num_layers * 2 * self.q_size * sum(length * length for length in lengths)
         return 3 * (2 * per_token * sum(lengths) + attention)
 
-    def check_parallel(self, tp: int, pp: int, ep: int = 1) -> None:
+    def check_parallel(self, tp: int, pp: int, ep: int = 1, sequence_parallel: bool = True) -> None:
         """Raises UserError, with the numbers, if ``tp`` tensor, ``pp`` pipeline and ``ep`` expert-parallel ranks cannot
-        split the model."""
+        split the model.
+
+        sequence_parallel: whether tensor-parallel ranks divide the tokens outside of attention.
+        """
         problems = [
             f"{name} {size} is not divisible by tp {tp}"
             for name, size in (
@@ -234,6 +237,8 @@ class Architecture:
             problems.append(f"it has no experts for parallel.ep {ep} to divide")
         if self.experts is not None and (ep < 1 or self.experts.count % ep):
             problems.append(f"experts {self.experts.count} are not divisible by ep {ep}")
+        if self.experts is not None and tp > 1 and not sequence_parallel:
+            problems.append(f"its experts with tp {tp} need parallel.sequence_parallel: set it to true")
         if problems:
             raise UserError("this model cannot be split as configured: " + "; ".join(problems))
 

@@ -190,7 +190,8 @@ def build_critic(arch: Architecture, model: ModelConfig, parallel: ParallelConfi
 
 def transformer_config(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron's configuration of this architecture and layout. Raises UserError if the layout does not fit."""
-    arch.check_parallel(parallel.tp, parallel.pp, parallel.ep)
+    # A dense reward model may run next to a mixture, whose experts are divided.
+    arch.check_parallel(parallel.tp, parallel.pp, parallel.ep if arch.experts else 1, parallel.sequence_parallel)
     dtype = torch_dtype(model.dtype)
     fused = uses_transformer_engine(model)
     if fused and parallel.cp > 1 and dtype == torch.float32:
@@ -258,10 +259,6 @@ def _experts_settings(arch: Architecture, model: ModelConfig, parallel: Parallel
         return {}
     if model.fp8 != "off":
         raise UserError("model.fp8 does not work with a mixture of experts: set it to off")
-    if parallel.tp > 1 and not parallel.sequence_parallel:
-        raise UserError(
-            f"parallel.tp {parallel.tp} with a mixture of experts needs parallel.sequence_parallel: set it to true"
-        )
     sparse = [int(layer not in experts.dense_layers) for layer in range(arch.num_layers)]
     return {
         "num_moe_experts": experts.count,

@@ -232,7 +232,7 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"tp": 2, "dp": 1}, "parallel.tp 2 with a mixture of experts needs parallel.sequence_parallel"),
+        ({"tp": 2, "dp": 1}, "experts with tp 2 need parallel.sequence_parallel"),
         ({"ep": 3, "dp": 3}, "experts 8 are not divisible by ep 3"),
     ],
 )

@@ -35,7 +35,7 @@ def test_flops_are_those_that_torch_counts(tmp_path, family):
     """Of a mixture only of the experts that a token passes through, and of its router."""
     folder = save_tiny_model(tmp_path, family)
     arch = Architecture.from_hf(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
     lengths = (24, 40)
     with FlopCounterMode(display=False) as counter:
         for length in lengths:
