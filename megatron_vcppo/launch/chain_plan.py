@@ -104,7 +104,8 @@ def memory_limit(config: Config, stage: str) -> float | None:
 
 
 def nearest_layout(arch: Architecture, config: Config, stage: str, limit_gib: float) -> tuple[str, ...]:
-    """The layout on the same ranks that fits and changes the fewest keys; of those the one with most replicas."""
+    """The layout on the same ranks that fits and changes the fewest keys; of those the one with most replicas, and of
+    those the one whose experts are divided least."""
     fitting = []
     for parallel in layouts(config, arch.experts is not None):
         changed = tuple(
@@ -118,8 +119,8 @@ def nearest_layout(arch: Architecture, config: Config, stage: str, limit_gib: fl
         except UserError:
             continue
         if sum(plan(arch, replace(config, parallel=parallel), stage).values()) <= limit_gib:
-            fitting.append((len(changed), -replicas, changed))
-    return min(fitting)[2] if fitting else ()
+            fitting.append((len(changed), -replicas, parallel.ep, changed))
+    return min(fitting)[-1] if fitting else ()
 
 
 def layouts(config: Config, has_experts: bool = False) -> Iterator[ParallelConfig]:

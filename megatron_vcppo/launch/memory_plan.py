@@ -62,9 +62,9 @@ def layer_activations(arch: Architecture, config: Config) -> tuple[float, float]
     Attention keeps its projection's output, the rotated queries and keys, its own output and the copy that the next
     projection reads. Each norm keeps its input and output, the gated MLP both halves and their product. Where torch's
     own operations take the place of Transformer Engine's kernels, each norm keeps one tensor more, the MLP two.
-    In a layer with experts each token passes through some of them, to each of which it is copied and from which it comes
-    back, twice (the places of tokens in the rank's order and in the experts'); the router keeps its logits and weights
-    in float32. That is for an even load, which the fullest rank exceeds.
+    In a layer with experts each token passes through some of them, to each of which it is copied and from which it
+    comes back, twice (in the rank's order of tokens and in the experts'); the router keeps its logits and weights in
+    float32. That is for an even load, which the fullest rank exceeds.
     """
     parallel = config.parallel
     norms, mlp = (4, 3) if config.cluster.gpus_per_node else (6, 5)
