@@ -119,9 +119,9 @@ class RouterStep:
     def metrics(self) -> dict[str, float]:
         """Of the step, over all ranks; collective over all of them.
 
-        router/aux_loss and router/z_loss without their coefficients; router/max_load and min_load: the tokens of the
-        fullest and emptiest expert relative to the mean over the layer's experts, of the layer where that is most and
-        least; router/balance: entropy of the load relative to that of an even one, the mean over layers.
+        router_aux_loss and router_z_loss: without their coefficients. router_max_load and router_min_load: tokens of
+        the fullest and the emptiest expert of all layers, relative to the mean over the experts of its layer.
+        router_balance: entropy of the load relative to that of an even one, the mean over layers.
         """
         count = self.experts.count
         device = torch.cuda.current_device()
@@ -143,7 +143,7 @@ class RouterStep:
         names = ("aux_loss", "z_loss", "balance", "max_load", "min_load")
         aux_loss, z_loss, balance, largest, smallest = (*sums.tolist(), *extremes.tolist())
         values = (aux_loss, z_loss, balance, largest, -smallest)
-        return {f"router/{name}": value for name, value in zip(names, values, strict=True)}
+        return {f"router_{name}": value for name, value in zip(names, values, strict=True)}
 
 
 class Router(TopKRouter):

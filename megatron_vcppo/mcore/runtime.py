@@ -53,11 +53,11 @@ class Runtime:
     pp_size: int
     dp_size: int
     cp_size: int
-    ep_size: int
     device: torch.device
     seed: int
     timeout_s: float
     """The deadline of every collective, and of any other wait of a rank."""
+    ep_size: int = 1
     replica_group: Any = field(default=None, compare=False, repr=False)
     """A gloo group of the replica's ranks, its leader first; None if it is the only one."""
     on_main_calls: Iterator[int] = field(default_factory=itertools.count, init=False, compare=False, repr=False)

@@ -186,11 +186,11 @@ def test_losses_and_gradients_equal_transformers(tmp_path: Path) -> None:
     share = picks / picks.sum(1, keepdim=True)
     expected = {
         "loss": token_loss,
-        "router/aux_loss": aux_loss,
-        "router/z_loss": z_loss,
-        "router/max_load": load.max(),
-        "router/min_load": load.min(),
-        "router/balance": -(torch.special.xlogy(share, share).sum(1) / math.log(8)).mean(),
+        "router_aux_loss": aux_loss,
+        "router_z_loss": z_loss,
+        "router_max_load": load.max(),
+        "router_min_load": load.min(),
+        "router_balance": -(torch.special.xlogy(share, share).sum(1) / math.log(8)).mean(),
     }
     numbers = {key: value.item() for key, value in expected.items()}
     assert {key: ours[key] for key in expected} == pytest.approx(numbers, abs=1e-5)
@@ -207,7 +207,7 @@ def test_one_sequence_and_layer_have_the_loss_of_transformers(tmp_path: Path) ->
     def body() -> float:
         actor, _ = start(folder, ParallelConfig())
         result = actor.train_step(pack_all(sequence, 160), lambda outputs, microbatch: (-outputs[0].mean(), {}))
-        return result.metrics["router/aux_loss"]
+        return result.metrics["router_aux_loss"]
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs = model(torch.tensor([sequence[0].token_ids]), output_router_logits=True).aux_loss
