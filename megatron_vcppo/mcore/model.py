@@ -271,7 +271,7 @@ def _experts_settings(arch: Architecture, model: ModelConfig, parallel: Parallel
         "moe_router_pre_softmax": True,
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": uses_transformer_engine(model),
-        "moe_permute_fusion": uses_transformer_engine(model),
+        "moe_permute_fusion": uses_transformer_engine(model) and torch.cuda.is_available(),
         "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": 1,
     }

@@ -40,7 +40,7 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], limit: floa
 
 @pytest.mark.parametrize("kind", ["actor", "critic"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "llama"])
 def test_outputs_and_gradients_equal_own_layers(
     te_ranks: Call, tmp_path: Path, family: str, tied: bool, kind: Any
 ) -> None:

@@ -74,6 +74,10 @@ def train_step(learner: Learner, case: Case, seed: int) -> tuple[float, float]:
     return result.metrics["loss"], result.grad_norm
 
 
+def _name(name: str, learner: Learner) -> str:
+    return canonical_name(name, 0, 0, learner.model.arch.sparse_layers)
+
+
 def outputs_and_gradients(case: Case) -> dict[str, Tensor]:
     """By name: what the model reads out of a batch, and every parameter's gradient in Megatron's own-layer names."""
     runtime.start(case.parallel, seed=3, timeout_s=60)
@@ -85,7 +89,7 @@ def outputs_and_gradients(case: Case) -> dict[str, Tensor]:
     found["outputs"] = torch.cat(run(microbatches))
     train_step(learner, case, 7)
     for name, parameter in learner.model.named_parameters():
-        found[f"gradient of {canonical_name(name, 0)}"] = parameter.main_grad.clone()
+        found[f"gradient of {_name(name, learner)}"] = parameter.main_grad.clone()
     return found
 
 
@@ -96,7 +100,7 @@ def moments(learner: Learner) -> dict[str, Tensor]:
     steps = {float(group["step"]) for group in adam.param_groups if "step" in group}
     found = {}
     for name, parameter in learner.model.named_parameters():
-        name = canonical_name(name, 0)
+        name = _name(name, learner)
         if hasattr(inner, "_get_main_param_and_optimizer_states"):
             state = inner._get_main_param_and_optimizer_states(parameter)
         else:
@@ -144,7 +148,7 @@ def added_in_place(case: Case) -> dict[str, bool]:
     runtime.start(case.parallel, seed=3, timeout_s=60)
     learner = make_learner(case)
     train_step(learner, case, 7)
-    return {canonical_name(n, 0): p.grad_added_to_main_grad for n, p in learner.model.named_parameters()}
+    return {_name(n, learner): p.grad_added_to_main_grad for n, p in learner.model.named_parameters()}
 
 
 def fp8_run(case: Case, checkpoints: Path) -> dict[str, Any]:
