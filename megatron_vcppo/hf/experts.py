@@ -57,9 +57,9 @@ class Experts:
     @classmethod
     def from_dict(cls, data: Any, num_layers: int, source: str) -> "Experts":
         """Inverse of ``dataclasses.asdict``, also after JSON. Raises UserError for anything else."""
-        values = dict(data) if isinstance(data, Mapping) else {}
+        values: dict[str, Any] = dict(data) if isinstance(data, Mapping) else {}
         dense, norm = values.get("dense_layers"), values.get("norm_topk_prob")
-        sizes = {name: values.get(name) for name in ("count", "per_token", "ffn_size")}
+        sizes: dict[str, Any] = {name: values.get(name) for name in ("count", "per_token", "ffn_size")}
         valid = isinstance(dense, list | tuple) and all(
             type(layer) is int and 0 <= layer < num_layers for layer in dense
         )

@@ -206,9 +206,10 @@ def checkpoint_place(name: str, arch: Architecture) -> Place:
     match = _LAYER.match(name)
     if not match:
         return Place(name, (), ())
-    mixed = arch.experts is not None and bool(arch.experts.dense_layers)
-    prefix, stack, index = "decoder.layers.", (arch.num_layers,), (int(match[1]),)
-    if mixed:
+    prefix = "decoder.layers."
+    stack: tuple[int, ...] = (arch.num_layers,)
+    index: tuple[int, ...] = (int(match[1]),)
+    if arch.experts is not None and arch.experts.dense_layers:
         prefix, stack, index = f"{prefix}{match[1]}.", (), ()
     expert = _EXPERT.match(match[2])
     if not expert:

@@ -71,7 +71,7 @@ def distributed(**sizes: Any) -> ParallelConfig:
     return ParallelConfig(distributed_optimizer=True, **sizes)
 
 
-TP2 = {"tp": 2, "sequence_parallel": True}
+TP2: dict[str, Any] = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
     "ep2-over-replicas": (2, distributed(ep=2)),
     "tp2": (2, ParallelConfig(**TP2)),
@@ -236,7 +236,7 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
         ({"ep": 3, "dp": 3}, "experts 8 are not divisible by ep 3"),
     ],
 )
-def test_layouts_that_experts_exclude_are_refused(tmp_path: Path, sizes: dict[str, int], message: str) -> None:
+def test_layouts_that_experts_exclude_are_refused(tmp_path: Path, sizes: dict[str, Any], message: str) -> None:
     folder, parallel = save_tiny_model(tmp_path / "hf", "qwen3_moe"), ParallelConfig(**sizes)
 
     def body() -> None:

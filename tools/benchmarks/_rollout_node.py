@@ -127,7 +127,7 @@ class RolloutNode:
         return [tuple(rollout.response_ids) for rollout in rollouts]
 
 
-def save_policy(folder: Path, family: str = "qwen2", tied: bool = False, seed: int = 0, **sizes: int) -> Path:
+def save_policy(folder: Path, family: str = "qwen2", tied: bool = False, seed: int = 0, **sizes: Any) -> Path:
     """A random tiny model with the tokenizer that a vLLM server asks for, and heads that it can work with on CPU."""
     save_tiny_model(folder, family, tied, seed, **{"vocab_size": len(WORDS), "hidden_size": 128, **sizes})
     build_tokenizer().save_pretrained(folder)

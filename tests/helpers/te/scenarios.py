@@ -21,6 +21,7 @@ from megatron_vcppo.mcore.layers import unfused_attention
 from megatron_vcppo.mcore.learner import Actor, Critic, Learner
 from megatron_vcppo.mcore.model import build_actor, build_critic, transformer_config
 from megatron_vcppo.mcore.offload import drop_fp8_copies
+from megatron_vcppo.mcore.optimizer import chained_optimizers
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.training import make_sequences
 
@@ -95,17 +96,17 @@ def outputs_and_gradients(case: Case) -> dict[str, Tensor]:
 
 def moments(learner: Learner) -> dict[str, Tensor]:
     """Adam's state and the float32 parameters by Megatron's own-layer names, and the number of steps; one rank."""
-    inner = getattr(learner.optimizer, "chained_optimizers", [learner.optimizer])[0]
-    adam = inner.optimizer
-    steps = {float(group["step"]) for group in adam.param_groups if "step" in group}
+    every = chained_optimizers(learner.optimizer)
+    steps = {float(group["step"]) for one in every for group in one.optimizer.param_groups if "step" in group}
     found = {}
     for name, parameter in learner.model.named_parameters():
         name = _name(name, learner)
-        if hasattr(inner, "_get_main_param_and_optimizer_states"):
-            state = inner._get_main_param_and_optimizer_states(parameter)
-        else:
-            main = getattr(parameter, "main_param", parameter)
-            state = {"param": main, **adam.state[main]}
+        main = getattr(parameter, "main_param", parameter)
+        for inner in every:
+            if parameter in getattr(inner, "model_param_group_index_map", ()):
+                state = inner._get_main_param_and_optimizer_states(parameter)
+            elif main in inner.optimizer.state:
+                state = {"param": main, **inner.optimizer.state[main]}
         if "step" in state:
             steps.add(float(state["step"]))
         for key in ("param", "exp_avg", "exp_avg_sq"):
