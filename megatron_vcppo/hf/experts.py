@@ -58,7 +58,8 @@ class Experts:
     def from_dict(cls, data: Any, num_layers: int, source: str) -> "Experts":
         """Inverse of ``dataclasses.asdict``, also after JSON. Raises UserError for anything else."""
         values: dict[str, Any] = dict(data) if isinstance(data, Mapping) else {}
-        dense, norm = values.get("dense_layers"), values.get("norm_topk_prob")
+        dense: Any = values.get("dense_layers")
+        norm: Any = values.get("norm_topk_prob")
         sizes: dict[str, Any] = {name: values.get(name) for name in ("count", "per_token", "ffn_size")}
         valid = isinstance(dense, list | tuple) and all(
             type(layer) is int and 0 <= layer < num_layers for layer in dense
@@ -73,4 +74,5 @@ class Experts:
 
 
 def _is_count(size: Any) -> bool:
-    return type(size) is int and 0 < size <= 1 << 24
+    """Far above every model's: a larger number is a mistake, and the work to find that out elsewhere would not end."""
+    return type(size) is int and 0 < size <= 1 << 16
