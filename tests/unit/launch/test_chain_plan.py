@@ -145,6 +145,14 @@ def test_the_command_prints_the_plan_and_says_by_its_exit_code_whether_it_fits(m
     assert "ppo does not fit: the nearest layout that does: parallel.recompute=full" in capsys.readouterr().out
 
 
+def test_without_gpus_a_gpus_figures_are_warned_of(model: Path, capsys) -> None:
+    given = ["plan", str(CONFIGS / "demo" / "vcppo.yaml"), f"model.hf={model}"]
+    assert main(given) == 0
+    assert "hardware are a GPU's: the times are far too short" in capsys.readouterr().err
+    assert main([*given, "hardware.tflops=0.013", "hardware.mfu=1"]) == 0
+    assert not capsys.readouterr().err
+
+
 QWEN3_30B_A3B = {
     "model_type": "qwen3_moe",
     "torch_dtype": "bfloat16",
