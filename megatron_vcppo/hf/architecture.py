@@ -1,8 +1,9 @@
 """What a decoder is made of, read from a Hugging Face folder's config.json. Needs neither torch nor megatron.
 
-Supported: Qwen2 and Qwen2.5 (model_type qwen2), Qwen3 (qwen3), Llama 3 (llama), Mistral (mistral), OLMo 2 (olmo2),
-Gemma 3's text models (gemma3_text). Everything that the Megatron model would silently compute differently (other rope
-types, extra biases, Qwen's sliding windows, quantized weights) is an error.
+Supported: Qwen2 and Qwen2.5 (model_type qwen2), Qwen3 (qwen3), Qwen3-MoE (qwen3_moe), Llama 3 (llama), Mistral
+(mistral), OLMo 2 (olmo2), Gemma 3's text models (gemma3_text). Everything that the Megatron model would silently
+compute differently (other rope types, extra biases, Qwen's sliding windows, shared experts, quantized weights) is an
+error.
 """
 
 import math
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf import experts
+from megatron_vcppo.hf.experts import Experts
 from megatron_vcppo.hf.pipeline import Ends, stage_layers
 from megatron_vcppo.run.files import parse_json
 
@@ -19,6 +22,7 @@ GELU = "gelu_pytorch_tanh"
 _TRAITS: dict[str, dict[str, Any]] = {
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
+    "qwen3_moe": {"qk_norm": True},
     "llama": {},
     "mistral": {},
     "olmo2": {"qk_norm": True, "wide_qk_norm": True, "norms": "post"},
@@ -43,7 +47,10 @@ _WINDOWED = ("mistral", "gemma3_text")
 FULL = "full_attention"
 CRITIC_CLASSES = {
     family: f"{name}ForTokenClassification"
-    for family, name in (("qwen2", "Qwen2"), ("qwen3", "Qwen3"), ("llama", "Llama"), ("mistral", "Mistral"))
+    for family, name in (
+        *(("qwen2", "Qwen2"), ("qwen3", "Qwen3"), ("qwen3_moe", "Qwen3Moe")),
+        *(("llama", "Llama"), ("mistral", "Mistral")),
+    )
 }
 """Those of transformers; other families have none."""
 DTYPES = ("float32", "bfloat16", "float16")
@@ -149,6 +156,8 @@ class Architecture:
     """Layers, from 0, without the window."""
     local_rope_theta: float | None = None
     """Of the layers with the window, whose rotary embeddings are not scaled; None: as in all."""
+    experts: Experts | None = None
+    """None: every layer is dense."""
     config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """config.json as it was read."""
 
@@ -203,6 +212,9 @@ class Architecture:
             window=config["sliding_window"] if family in _WINDOWED else None,
             global_layers=_global_layers(config),
             local_rope_theta=float(rope["local_theta"]) if "local_theta" in rope else None,
+            experts=Experts.from_config(config, config["num_hidden_layers"], source)
+            if family in experts.FAMILIES
+            else None,
             config=dict(given),
             **{"qkv_bias": False, "qk_norm": False} | _TRAITS[family],
         )
@@ -229,6 +241,8 @@ class Architecture:
         if not known or not isinstance(layers, list | tuple) or not all(isinstance(layer, int) for layer in layers):
             raise UserError(f"{source}: norms, window, query_scalar, global_layers or local_rope_theta: no such model")
         values["global_layers"] = tuple(layers)
+        if values["experts"] is not None:  # manifests of before have no such key
+            values["experts"] = Experts.from_dict(values["experts"], values["num_layers"], f"{source}.experts")
         if not isinstance(values["config"], Mapping):
             raise UserError(f"{source}: config is no object")
         if wrong := [f"{name} {values[name]}" for name, most in _LARGEST.items() if not 0 < values[name] <= most]:
@@ -267,13 +281,29 @@ class Architecture:
         yarn = self.rope_scaling if isinstance(self.rope_scaling, Yarn) else None
         return max(self.max_positions, int(yarn.factor * yarn.original_max_position_embeddings) if yarn else 0)
 
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Layers (from 0) that have experts."""
+        return self.experts.sparse_layers(self.num_layers) if self.experts else ()
+
     def parameter_count(self) -> int:
         """Parameters of the Hugging Face checkpoint; tied embeddings count once, padding not at all."""
         norms = (4 if self.norms == "both" else 2) * self.hidden_size + sum(self.qk_norm_sizes)
         biases = self.q_size + 2 * self.kv_size if self.qkv_bias else 0
-        layers = self.num_layers * (self._layer_matrix_parameters() + norms + biases)
+        layers = self.num_layers * (norms + biases) + self._matrix_parameters(active=False)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
         return layers + embeddings + self.hidden_size
+
+    def active_parameter_count(self) -> int:
+        """The same, with only the experts that one token passes through."""
+        return self.parameter_count() - self._matrix_parameters(active=False) + self._matrix_parameters(active=True)
+
+    def expert_parameter_count(self) -> int:
+        """Parameters of all experts of all layers, which expert parallelism divides."""
+        if self.experts is None:
+            return 0
+        one = 3 * self.hidden_size * self.experts.ffn_size
+        return len(self.sparse_layers) * self.experts.count * one
 
     def training_flops(self, sequence_lengths: Iterable[int]) -> int:
         """Floating-point operations of one forward and backward pass over sequences of these lengths (tokens).
@@ -281,19 +311,23 @@ class Architecture:
         Matrix products only: 2 per parameter and token forward, twice that backward; causal attention scores and
         their product with the values cost length² × q_size each (half of the full square; with a window, the band of
         it that is attended to), per layer, forward. Recomputation is not counted (model FLOPs, as in PaLM's MFU,
-        arXiv:2204.02311 appendix B).
+        arXiv:2204.02311 appendix B), nor are experts that a token does not pass through.
         """
         lengths = list(sequence_lengths)
-        per_token = self.num_layers * self._layer_matrix_parameters() + self.vocab_size * self.hidden_size
+        per_token = self._matrix_parameters(active=True) + self.vocab_size * self.hidden_size
         whole = self.num_layers if self.window is None else len(self.global_layers)
         bands = [length**2 - max(0, length - (self.window or length)) ** 2 for length in lengths]
         squares = whole * sum(length**2 for length in lengths) + (self.num_layers - whole) * sum(bands)
         attention = 2 * self.q_size * squares
         return 3 * (2 * per_token * sum(lengths) + attention)
 
-    def check_parallel(self, tp: int, pp: int, ends: Ends = (None, None)) -> None:
-        """Raises UserError, with the numbers, if ``tp`` tensor and ``pp`` pipeline ranks cannot split the model.
+    def check_parallel(
+        self, tp: int, pp: int, ep: int = 1, sequence_parallel: bool = True, ends: Ends = (None, None)
+    ) -> None:
+        """Raises UserError, with the numbers, if ``tp`` tensor, ``pp`` pipeline and ``ep`` expert-parallel ranks cannot
+        split the model.
 
+        sequence_parallel: whether tensor-parallel ranks divide the tokens outside of attention.
         ends: layers of the first and of the last pipeline stage, if they are given.
         """
         problems = [
@@ -309,6 +343,12 @@ class Architecture:
             stage_layers(self.num_layers, pp, ends)
         except UserError as error:
             problems.append(str(error))
+        if self.experts is None and ep > 1:
+            problems.append(f"it has no experts for parallel.ep {ep} to divide")
+        if self.experts is not None and (ep < 1 or self.experts.count % ep):
+            problems.append(f"experts {self.experts.count} are not divisible by ep {ep}")
+        if self.experts is not None and tp > 1 and not sequence_parallel:
+            problems.append(f"its experts with tp {tp} need parallel.sequence_parallel: set it to true")
         if problems:
             raise UserError("this model cannot be split as configured: " + "; ".join(problems))
 
@@ -327,9 +367,14 @@ class Architecture:
                 "(max_position_embeddings in its config.json, or YaRN's factor × original_max_position_embeddings)"
             )
 
-    def _layer_matrix_parameters(self) -> int:
+    def _matrix_parameters(self, *, active: bool) -> int:
+        """Of all layers; active: only of the experts that one token passes through."""
         attention = self.hidden_size * (2 * self.q_size + 2 * self.kv_size)
-        return attention + 3 * self.hidden_size * self.ffn_size
+        sparse, total = len(self.sparse_layers), self.num_layers * attention
+        if self.experts is not None:
+            run = self.experts.per_token if active else self.experts.count
+            total += sparse * self.hidden_size * (self.experts.count + 3 * run * self.experts.ffn_size)
+        return total + (self.num_layers - sparse) * 3 * self.hidden_size * self.ffn_size
 
 
 def _is_positive_int(value: Any) -> bool:
@@ -461,8 +506,10 @@ def _unsupported(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str
         problems.append("attention_bias, a bias on the output projection (supported: none, or Qwen2's on q, k, v)")
     if config.get("mlp_bias"):
         problems.append("mlp_bias (supported: feed-forward layers without bias)")
-    if config.get("num_experts") or config.get("num_local_experts"):
-        problems.append("mixture of experts (supported: dense models)")
+    if config["model_type"] not in experts.FAMILIES and (config.get("num_experts") or config.get("num_local_experts")):
+        problems.append(f"mixture of experts (supported: of {', '.join(experts.FAMILIES)})")
+    if config.get("shared_expert_intermediate_size"):
+        problems.append("shared experts (supported: routed experts only)")
     if config.get("quantization_config"):
         problems.append("quantized weights (supported: " + ", ".join(DTYPES) + ")")
     if _dtype(config) not in DTYPES:

@@ -108,37 +108,39 @@ def memory_limit(config: Config, stage: str) -> float | None:
 
 
 def nearest_layout(arch: Architecture, config: Config, stage: str, limit_gib: float) -> tuple[str, ...]:
-    """The layout on the same ranks that fits and changes the fewest keys; of those the one with most replicas."""
+    """The layout on the same ranks that fits and changes the fewest keys; of those the one with most replicas, and of
+    those the one whose experts are divided least."""
     fitting = []
-    for parallel in layouts(config):
+    for parallel in layouts(config, arch.experts is not None):
         changed = tuple(
             f"parallel.{name}={str(value).lower() if isinstance(value, bool) else value}"
             for name, value in vars(parallel).items()
             if value != getattr(config.parallel, name)
         )
         try:
-            arch.check_parallel(parallel.tp, parallel.pp, parallel.ends)
+            arch.check_parallel(parallel.tp, parallel.pp, parallel.ep, parallel.sequence_parallel, parallel.ends)
             replicas = data_parallel_size(parallel, trainer_ranks(config))
         except UserError:
             continue
         if sum(plan(arch, replace(config, parallel=parallel), stage).values()) <= limit_gib:
-            fitting.append((len(changed), -replicas, changed))
-    return min(fitting)[2] if fitting else ()
+            fitting.append((len(changed), -replicas, parallel.ep, changed))
+    return min(fitting)[-1] if fitting else ()
 
 
-def layouts(config: Config) -> Iterator[ParallelConfig]:
+def layouts(config: Config, has_experts: bool = False) -> Iterator[ParallelConfig]:
     """Layouts of the same ranks, with tp inside a node."""
     now, ranks = config.parallel, trainer_ranks(config)
     per_node = ranks // config.cluster.trainer_nodes
     powers = [1 << exponent for exponent in range(ranks.bit_length())]
-    for tp, pp, cp in itertools.product(
-        sorted({*powers, now.tp}), sorted({*powers, now.pp}), sorted({*powers, now.cp})
+    sizes_of_experts = sorted({*powers, now.ep}) if has_experts else [now.ep]
+    for tp, pp, cp, ep in itertools.product(
+        sorted({*powers, now.tp}), sorted({*powers, now.pp}), sorted({*powers, now.cp}), sizes_of_experts
     ):
         if tp > per_node or tp * pp * cp > ranks or (pp == 1 and now.ends != (None, None)):
             continue
         for optimizer, recompute in itertools.product({now.distributed_optimizer, True}, {now.recompute, "full"}):
-            sequence = now.sequence_parallel and tp > 1
-            sizes: dict[str, Any] = {"tp": tp, "pp": pp, "cp": cp, "dp": now.dp and ranks // (tp * pp * cp)}
+            sequence = (now.sequence_parallel or has_experts) and tp > 1
+            sizes: dict[str, Any] = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "dp": now.dp and ranks // (tp * pp * cp)}
             yield replace(
                 now, **sizes, distributed_optimizer=optimizer, recompute=recompute, sequence_parallel=sequence
             )

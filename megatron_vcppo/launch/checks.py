@@ -42,7 +42,7 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
         arch.check_length(config.model.max_length)
     for stage in stages:
         parallel = stage_config(config, stage).parallel
-        arch.check_parallel(parallel.tp, parallel.pp, parallel.ends)
+        arch.check_parallel(parallel.tp, parallel.pp, parallel.ep, parallel.sequence_parallel, parallel.ends)
     if any(uses_reward_model(config, stage) for stage in stages):
         check_reward_model(config)
     return check_memory(arch, config, list(stages))

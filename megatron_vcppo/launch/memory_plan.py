@@ -39,17 +39,28 @@ def models_of(config: Config, stage: str) -> tuple[list[str], list[str]]:
 def parameters_of(arch: Architecture, config: Config, kind: str, pp_rank: int) -> float:
     """Parameters of a model on one rank: its layers, the embedding on the first pipeline stage, the output on the last.
 
-    A tied output layer is a second copy where the last stage is not the first; a critic has none.
+    A tied output layer is a second copy where the last stage is not the first; a critic has none. Of experts: none.
     """
     tp, pp = config.parallel.tp, config.parallel.pp
     vocabulary = arch.vocab_size * arch.hidden_size
-    layers = arch.parameter_count() - vocabulary * (1 if arch.tied else 2)
-    count = layers * stage_layers(arch.num_layers, pp, config.parallel.ends)[pp_rank] / arch.num_layers
+    layers = arch.parameter_count() - arch.expert_parameter_count() - vocabulary * (1 if arch.tied else 2)
+    count = layers * share_of_layers(arch, config, pp_rank)
     if pp_rank == 0:
         count += vocabulary
     if pp_rank == pp - 1 and kind == "actor" and (pp > 1 or not arch.tied):
         count += vocabulary
     return count / tp
+
+
+def expert_parameters_of(arch: Architecture, config: Config, pp_rank: int) -> float:
+    """Parameters of a model's experts on one rank."""
+    return arch.expert_parameter_count() * share_of_layers(arch, config, pp_rank) / config.parallel.ep
+
+
+def share_of_layers(arch: Architecture, config: Config, pp_rank: int) -> float:
+    """The share of all layers that a pipeline stage has."""
+    parallel = config.parallel
+    return stage_layers(arch.num_layers, parallel.pp, parallel.ends)[pp_rank] / arch.num_layers
 
 
 def layer_activations(arch: Architecture, config: Config) -> tuple[float, float]:
@@ -58,12 +69,20 @@ def layer_activations(arch: Architecture, config: Config) -> tuple[float, float]
     Attention keeps its projection's output, the rotated queries and keys, its own output and the copy that the next
     projection reads. Each norm keeps its input and output, the gated MLP both halves and their product. Where torch's
     own operations take the place of Transformer Engine's kernels, each norm keeps one tensor more, the MLP two.
+    In a layer with experts each token passes through some of them, to each of which it is copied and from which it
+    comes back, twice (in the rank's order of tokens and in the experts'); the router keeps its logits and weights in
+    float32. That is for an even load, which the fullest rank exceeds.
     """
     parallel = config.parallel
     norms, mlp = (4, 3) if config.cluster.gpus_per_node else (6, 5)
     norms *= 2 if arch.norms == "both" else 1
     hidden = arch.hidden_size / (parallel.tp if parallel.sequence_parallel else 1)
-    inside = 4 * arch.q_size + 3 * arch.kv_size + mlp * arch.ffn_size
+    feed_forward: float = mlp * arch.ffn_size
+    if arch.experts is not None:
+        copies = arch.experts.per_token * (mlp * arch.experts.ffn_size + 4 * arch.hidden_size)
+        sparse = len(arch.sparse_layers) / arch.num_layers
+        feed_forward = (1 - sparse) * feed_forward + sparse * (copies + 8 * arch.experts.count)
+    inside = 4 * arch.q_size + 3 * arch.kv_size + feed_forward
     return hidden, norms * hidden + inside / parallel.tp
 
 
@@ -81,11 +100,19 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
     """
     parallel, dtype = config.parallel, config.model.dtype
     trained, frozen = models_of(config, stage)
-    sharing = trainer_ranks(config) // (parallel.tp * parallel.pp) if parallel.distributed_optimizer else 1
+    alike = trainer_ranks(config) // parallel.pp  # ranks of a stage, over which what they hold alike is shared
+    sharing, experts_sharing = alike // parallel.tp, alike // parallel.ep
+    if not parallel.distributed_optimizer:
+        sharing = experts_sharing = 1
+    experts = expert_parameters_of(arch, config, pp_rank)
     learned = sum(parameters_of(arch, config, kind, pp_rank) for kind in trained)
-    held = learned + sum(parameters_of(arch, config, kind, pp_rank) for kind in frozen)
+    learned_experts = experts * len(trained)
+    optimized = learned / sharing + learned_experts / experts_sharing
+    learned += learned_experts
+    held = learned + sum(parameters_of(arch, config, kind, pp_rank) + experts for kind in frozen)
     if uses_reward_model(config, stage):
-        held += parameters_of(reward_architecture(config, arch), config, "critic", pp_rank)
+        scorer = reward_architecture(config, arch)
+        held += parameters_of(scorer, config, "critic", pp_rank) + expert_parameters_of(scorer, config, pp_rank)
     size = WEIGHT_BYTES[dtype]
     tokens = max(parallel.tokens_per_microbatch, config.model.max_length) / parallel.cp
     layers, at_once = stage_layers(arch.num_layers, parallel.pp, parallel.ends)[pp_rank], parallel.pp - pp_rank
@@ -100,7 +127,7 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
     sizes = {
         "weights": held * size,
         "gradients": learned * GRADIENT_BYTES,
-        "optimizer": learned * OPTIMIZER_BYTES[dtype] / sharing,
+        "optimizer": optimized * OPTIMIZER_BYTES[dtype],
         "activations": activations * size if trained else 0.0,
         "logits": logits * size,
         "overhead": OVERHEAD_GIB * GIB,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ def load_base(model: PackedGPT, folder: str | Path) -> None:
         return
     tp_size, tp_rank = _tensor_parallel()
     table = parameters(model.arch, tp_size, model.kind)
-    weights = MegatronLmWeights(Path(folder), table, model.kind)
+    weights = MegatronLmWeights(Path(folder), table, model.arch, model.kind)
     for local, entry in local_parameters(model):
         with torch.no_grad():
             local.copy_(shard(entry, weights.load(entry), tp_rank, tp_size))
@@ -66,24 +67,38 @@ def _tensor_parallel() -> tuple[int, int]:
 
 
 def stream_hf(model: PackedGPT) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of this pipeline stage's parameters; collective over its tensor-parallel ranks.
+    """(Hugging Face name, tensor) of this pipeline stage's parameters; collective over its tensor-parallel ranks and,
+    of a mixture, its expert-parallel ranks.
 
-    All ranks of the tensor-parallel group iterate together and get the same tensors. A tensor is gathered when the
-    iterator reaches it and is not held. Vocabulary padding is trimmed, so shapes are those of ``hf_shapes``; dtypes are
-    the model's. A tied embedding comes from the first stage only.
+    All ranks of these groups iterate together and get the same tensors. A tensor is gathered when the iterator reaches
+    it and is not held; of experts, one per expert-parallel rank is. Vocabulary padding is trimmed, so shapes are those
+    of ``hf_shapes``; dtypes are the model's. A tied embedding comes from the first stage only.
     """
     check_resident({"weights": weights(model)})
-    group = parallel_state.get_tensor_model_parallel_group()
-    size = dist.get_world_size(group)
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    table = _table(model)
     for local, entry in local_parameters(model):
         if entry.name == EMBEDDING and not parallel_state.is_pipeline_first_stage():
             continue
         mine = local.detach().contiguous()
-        shards = [mine]
-        if entry.split_dim is not None and size > 1:
-            shards = [torch.empty_like(mine) for _ in range(size)]
-            dist.all_gather(shards, mine, group=group)
+        if entry.expert is not None:
+            yield from _experts_of_all_ranks(mine, entry, table, model.config.num_moe_experts)
+            continue
+        shards = [mine] if entry.split_dim is None else _gather(mine, tp_group)
         yield from split(entry, unshard(entry, shards)).items()
+
+
+def _experts_of_all_ranks(
+    mine: Tensor, entry: Parameter, table: Mapping[str, Parameter], num_experts: int
+) -> Iterator[tuple[str, Tensor]]:
+    """The expert that each expert-parallel rank has in the place of this rank's; collective over them."""
+    assert entry.expert is not None
+    everyone = _gather(mine, parallel_state.get_expert_model_parallel_group())
+    num_local = num_experts // len(everyone)
+    for rank, whole in enumerate(everyone):
+        expert = rank * num_local + entry.expert % num_local
+        other = table[entry.name.replace(f".experts.{entry.expert}.", f".experts.{expert}.")]
+        yield from split(other, whole).items()
 
 
 def local_parameters(model: PackedGPT) -> Iterator[tuple[Tensor, Parameter]]:
@@ -92,12 +107,31 @@ def local_parameters(model: PackedGPT) -> Iterator[tuple[Tensor, Parameter]]:
 
     With tied embeddings and several pipeline stages, the last stage's copy of the embedding comes too.
     """
-    table = {entry.name: entry for entry in parameters(model.arch, model.config.tensor_model_parallel_size)}
+    table = _table(model)
     layers = model.decoder.layers
     offset = layers[0].layer_number - 1 if len(layers) else 0
+    experts = model.arch.experts
+    first_expert = 0
+    if experts is not None:
+        ep_size = parallel_state.get_expert_model_parallel_world_size()
+        first_expert = parallel_state.get_expert_model_parallel_rank() * (experts.count // ep_size)
     for name, tensor in model.named_parameters():
-        canonical = canonical_name(name, offset)
+        canonical = canonical_name(name, offset, first_expert, model.arch.sparse_layers)
         if canonical == "output_layer.weight" and model.arch.tied:
             canonical = EMBEDDING
         if not canonical.startswith("value_head."):
             yield tensor, table[canonical]
+
+
+def _table(model: PackedGPT) -> dict[str, Parameter]:
+    return {entry.name: entry for entry in parameters(model.arch, model.config.tensor_model_parallel_size)}
+
+
+def _gather(mine: Tensor, group: Any) -> list[Tensor]:
+    """Tensors of one shape from all ranks of a group, in order."""
+    size = dist.get_world_size(group)
+    if size == 1:
+        return [mine]
+    everyone = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(everyone, mine, group=group)
+    return everyone

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     HAVE_TE,
     get_gpt_layer_local_spec,
@@ -22,9 +23,11 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
@@ -32,6 +35,7 @@ from megatron_vcppo.config import ModelConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore.context_parallel import PackedParams
+from megatron_vcppo.mcore.routing import Router, SparseLayer
 
 
 def uses_transformer_engine(model: ModelConfig) -> bool:
@@ -156,7 +160,7 @@ class PackedAttention(MegatronModule):
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any
+        self, config: TransformerConfig, layer_number: int = 1, *_: Any, softmax_scale: float | None = None, **__: Any
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
@@ -218,12 +222,31 @@ def block_spec(
     config: TransformerConfig, arch: Architecture, transformer_engine: bool
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The specification of this pipeline stage's layers and final norm."""
+    sparse_layers = arch.sparse_layers
+    if transformer_engine and not sparse_layers:
+        return _layer_spec(config, arch, transformer_engine, is_sparse=False)
+    first = get_transformer_layer_offset(config)
+    layers = range(first, first + get_num_layers_to_build(config))
+    norm = TENorm if transformer_engine else RMSNorm
+    specs = {is_sparse: _layer_spec(config, arch, transformer_engine, is_sparse) for is_sparse in (False, True)}
+    return TransformerBlockSubmodules([specs[layer in sparse_layers] for layer in layers], norm)
+
+
+def _layer_spec(config: TransformerConfig, arch: Architecture, transformer_engine: bool, is_sparse: bool) -> ModuleSpec:
+    num_experts = config.num_moe_experts if is_sparse else None
     if transformer_engine:
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts, moe_grouped_gemm=True, qk_layernorm=config.qk_layernorm
+        )
     else:
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+        layer = get_gpt_layer_local_spec(num_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     parts = layer.submodules
     attention, mlp = parts.self_attention.submodules, parts.mlp.submodules
+    if not transformer_engine:
+        parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp if arch.norms == "post" else RMSNorm
+        attention.core_attention = PackedAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
     if arch.wide_qk_norm:
         attention.q_layernorm = ModuleSpec(WideRMSNorm, params={"num_heads": arch.num_heads})
         attention.k_layernorm = ModuleSpec(WideRMSNorm, params={"num_heads": arch.num_kv_heads})
@@ -234,10 +257,10 @@ def block_spec(
         attention.linear_proj = mlp.linear_fc2 = linear
         if transformer_engine and arch.norms == "post":  # those of the specification normalize what they read
             attention.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
-    if transformer_engine:
-        return layer
-    parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp if arch.norms == "post" else RMSNorm
-    attention.core_attention = PackedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    if is_sparse:
+        layer.module = SparseLayer
+        mixture: MoESubmodules = mlp
+        mixture.router = Router
+        # Named as with Transformer Engine: no matrix product of this norm alone could take it in.
+        parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    return layer

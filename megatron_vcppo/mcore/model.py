@@ -23,9 +23,10 @@ from megatron_vcppo.hf.architecture import Architecture, LinearScaling, Yarn
 from megatron_vcppo.hf.mapping import padded_vocab_size
 from megatron_vcppo.hf.pipeline import stage_layers
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.context_parallel import WHOLE, ContextShard, PackedParams
+from megatron_vcppo.mcore.context_parallel import WHOLE, ContextShard
 from megatron_vcppo.mcore.fp8 import fp8_settings
 from megatron_vcppo.mcore.layers import block_spec, uses_transformer_engine
+from megatron_vcppo.mcore.routing import RoutedParams, RouterStep, routed_tokens, routers
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -50,6 +51,8 @@ class PackedGPT(GPTModel, abc.ABC):
             position_embedding_type="rope",
         )
         self.arch = arch
+        self.router_step: RouterStep | None = None
+        """What the routers share; None: no layer of the model has experts."""
         frequencies = [inverse_frequencies(arch)]
         if arch.local_rope_theta is not None:  # LocalOrGlobalAttention takes one of the two
             frequencies.append(inverse_frequencies(replace(arch, rope_theta=arch.local_rope_theta, rope_scaling=None)))
@@ -60,19 +63,28 @@ class PackedGPT(GPTModel, abc.ABC):
         self.register_load_state_dict_post_hook(_forgive_extra_state)
         _add_gradients_in_place(self)
 
+    def set_router_losses(self, aux_loss_coef: float, z_loss_coef: float) -> None:
+        """Share the losses' coefficients among the routers; without experts there is nothing to do."""
+        if self.arch.experts is not None:
+            num_layers = len(self.arch.sparse_layers)
+            self.router_step = RouterStep(self.arch.experts, num_layers, aux_loss_coef, z_loss_coef)
+            for router in routers(self):
+                router.step = self.router_step
+
     def run(self, microbatch: PackedMicrobatch, shard: ContextShard = WHOLE) -> Tensor:
         """Hidden states [T (/ tp with sequence parallelism), 1, hidden], or the readout on the last stage.
 
         shard: this rank's tokens, which the result is about; see ``context_parallel.shard_of``.
         """
         longest = microbatch.max_seqlen
-        packed = PackedParams(
+        packed = RoutedParams(
             qkv_format="thd",
             cu_seqlens_q=microbatch.cu_seqlens,
             cu_seqlens_kv=microbatch.cu_seqlens,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             shard=shard,
+            tokens=routed_tokens(microbatch, shard, self.config) if self.router_step else None,
         )
         token_ids, position_ids = shard.take(microbatch.token_ids), shard.take(microbatch.position_ids)
         return self(token_ids[None], position_ids[None], None, packed_seq_params=packed)
@@ -169,7 +181,9 @@ class CriticModel(PackedGPT):
 
 def build_actor(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> ActorModel:
     """The actor on this rank; its weights are undefined until a checkpoint is loaded."""
-    return ActorModel(transformer_config(arch, model, parallel), arch)
+    actor = ActorModel(transformer_config(arch, model, parallel), arch)
+    actor.set_router_losses(model.router_aux_loss_coef, model.router_z_loss_coef)
+    return actor
 
 
 def build_critic(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> CriticModel:
@@ -178,12 +192,16 @@ def build_critic(arch: Architecture, model: ModelConfig, parallel: ParallelConfi
     The head's weights are drawn with the seed of ``runtime.start``.
     """
     config = transformer_config(arch, model, parallel)
-    return CriticModel(config, arch, init_std=model.init_std, seed=runtime.current().seed)
+    critic = CriticModel(config, arch, init_std=model.init_std, seed=runtime.current().seed)
+    critic.set_router_losses(model.router_aux_loss_coef, model.router_z_loss_coef)
+    return critic
 
 
 def transformer_config(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron's configuration of this architecture and layout. Raises UserError if the layout does not fit."""
-    arch.check_parallel(parallel.tp, parallel.pp, parallel.ends)
+    # A dense reward model may run next to a mixture, whose experts are divided.
+    ep = parallel.ep if arch.experts else 1
+    arch.check_parallel(parallel.tp, parallel.pp, ep, parallel.sequence_parallel, parallel.ends)
     dtype = torch_dtype(model.dtype)
     fused = uses_transformer_engine(model)
     if fused and parallel.cp > 1 and dtype == torch.float32:
@@ -239,6 +257,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         # Packed micro-batches differ in length. The dispatcher's type is required even without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
+        **_experts_settings(arch, model, parallel),
         batch_p2p_comm=torch.cuda.is_available(),
         transformer_impl="transformer_engine" if fused else "local",
         # Without Transformer Engine or apex the fusions are jitted on first use, 5 to 25 s each, or missing. That of
@@ -272,6 +291,31 @@ def softmax_scale(arch: Architecture) -> float | None:
     if isinstance(yarn, Yarn):
         return yarn.attention_factor**2 / divisor
     return 1 / divisor if arch.query_scalar else None
+
+
+def _experts_settings(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """The fields about experts of a TransformerConfig; empty without them. Raises UserError for what they exclude."""
+    experts = arch.experts
+    if experts is None:
+        return {}
+    if model.fp8 != "off":
+        raise UserError("model.fp8 does not work with a mixture of experts: set it to off")
+    sparse = [int(layer not in experts.dense_layers) for layer in range(arch.num_layers)]
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.per_token,
+        "moe_ffn_hidden_size": experts.ffn_size,
+        # A list has checkpoints keep every layer by itself, instead of all stacked: only where layers differ.
+        "moe_layer_freq": sparse if experts.dense_layers else 1,
+        # What this package's router leaves to Megatron: only that its own losses are off, and float32 logits.
+        "moe_router_load_balancing_type": "none",
+        "moe_router_pre_softmax": True,
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": uses_transformer_engine(model),
+        "moe_permute_fusion": uses_transformer_engine(model) and torch.cuda.is_available(),
+        "expert_model_parallel_size": parallel.ep,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def inverse_frequencies(arch: Architecture) -> Tensor:

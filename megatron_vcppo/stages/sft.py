@@ -95,6 +95,7 @@ def step_metrics(result: StepResult, epoch: float, num_tokens: int, seconds: flo
     return {
         "sft/loss": result.metrics["loss"],
         "sft/entropy": result.metrics["entropy"],
+        **{f"sft/{name}": value for name, value in result.metrics.items() if name.startswith("router_")},
         "sft/grad_norm": result.grad_norm,
         "sft/learning_rate": result.learning_rate,
         "sft/epoch": epoch,

@@ -84,7 +84,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "model",
     [
-        *({"family": family, "tied": tied} for family in ("qwen2", "qwen3", "llama") for tied in (False, True)),
+        *(
+            {"family": family, "tied": tied}
+            for family in ("qwen2", "qwen3", "qwen3_moe", "llama")
+            for tied in (False, True)
+        ),
         *VARIANTS.values(),
         # Queries and keys that another attention factor than the paper's multiplies; bounds that are one pair.
         {"family": "qwen3", "rope_parameters": YARN | {"attention_factor": 1.5, "truncate": False}},

@@ -32,6 +32,9 @@ TE = {"layers": "transformer_engine"}
 SIDES = {"torch": {"layers": "torch"}, "te": TE}
 
 
+BASIC = ("qwen2", "qwen3", "qwen3_moe", "llama")
+
+
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], limit: float) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -43,7 +46,7 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], limit: floa
     ("model", "kind"),
     [
         *itertools.product(
-            ({"family": family, "tied": tied} for family in ("qwen2", "qwen3", "llama") for tied in (False, True)),
+            ({"family": family, "tied": tied} for family in BASIC for tied in (False, True)),
             ("actor", "critic"),
         ),
         ({"family": "mistral"}, "actor"),
@@ -93,6 +96,18 @@ def test_training_continues_across_layers_and_optimizers(
         assert loss == pytest.approx(expected_loss, rel=limit) and norm == pytest.approx(expected_norm, rel=10 * limit)
     if before == after:
         assert resumed["history"] == through["history"][2:], "the same optimizer must continue bit-equal"
+
+
+@pytest.mark.parametrize(("before", "after"), [("torch", "te"), ("te", "torch")])
+def test_a_mixture_continues_across_layers(te_ranks: Call, tmp_path: Path, before: str, after: str) -> None:
+    """Experts in one grouped product and one by one are stored alike; a dense layer is among the layers."""
+    run = {"torch": run_distributed_test, "te": te_ranks}
+    hf = save_tiny_model(tmp_path / "hf", "qwen3_moe", num_hidden_layers=2, mlp_only_layers=[0])
+    first, second = (Case(hf, SIDES[side], ParallelConfig(distributed_optimizer=True)) for side in (before, after))
+    through = run[before](train, 1, first, tmp_path / "ck", range(2), save_at=1)[0]
+    resumed = run[after](train, 1, second, tmp_path / "ck", range(1, 2))[0]
+    assert_close(through["saved"], resumed["loaded"], 0.0)
+    assert resumed["history"][0] == pytest.approx(through["history"][1], rel=1e-5)
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {

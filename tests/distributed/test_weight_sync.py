@@ -36,9 +36,11 @@ LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
 (test_export_stream.py)."""
 
 
-def push(folders: list[Path], versions: list[int], rendezvous: Path, tp: int, pp: int, dp: int) -> list[PushResult]:
+def push(
+    folders: list[Path], versions: list[int], rendezvous: Path, tp: int, pp: int, dp: int, **experts: Any
+) -> list[PushResult]:
     """One rank: load each checkpoint into a live actor and push it."""
-    parallel = ParallelConfig(tp=tp, pp=pp, dp=dp)
+    parallel = ParallelConfig(tp=tp, pp=pp, dp=dp, **experts)
     me = runtime.start(parallel, seed=1, timeout_s=60)
     config = Config()
     config.weight_sync.timeout_s, config.weight_sync.bucket_mib, config.weight_sync.verify = 60.0, 1, True
@@ -54,7 +56,7 @@ def push(folders: list[Path], versions: list[int], rendezvous: Path, tp: int, pp
 
 def logprobs(folder: Path, sequences: list[TrainSequence], tp: int, pp: int) -> list[list[float]]:
     """One rank: Megatron's log-probs of every token but the first."""
-    parallel = ParallelConfig(tp=tp, pp=pp)
+    parallel = ParallelConfig(tp=tp, pp=pp, sequence_parallel=True)
     runtime.start(parallel, seed=1, timeout_s=60)
     model = build_actor(Architecture.from_hf(folder), ModelConfig(hf=str(folder), dtype="float32"), parallel)
     load_hf(model, folder)
@@ -142,3 +144,21 @@ def test_an_engine_whose_folder_has_no_weights_gets_them_by_a_push(tmp_path: Pat
         node.wait(1)
         run_distributed_test(push, 1, [target], [1], node.rendezvous, 1, 1, 1)
         check_logprob_gap(target, node.client(max_tokens=32).generate(PROMPTS, 0, 1, Sampling(), 2))
+
+
+def test_experts_of_all_ranks_reach_the_engine(tmp_path) -> None:
+    """The same of a mixture whose experts are divided over replicas; a dense layer is among its layers."""
+    target, other = (
+        save_policy(tmp_path / str(seed), "qwen3_moe", seed=seed, num_hidden_layers=2, mlp_only_layers=[0])
+        for seed in (1, 2)
+    )
+    with RolloutNode(tmp_path / "node", target, {}) as node:
+        node.wait(1)
+        fresh = node.greedy(messages.NO_VERSION, PROMPTS)
+        folders, versions = [other, target], [1, 2]
+        run_distributed_test(push, 2, folders[:1], versions, node.rendezvous, 1, 1, 2, ep=2)
+        assert node.greedy(1, PROMPTS) != fresh
+        layout = {"sequence_parallel": True, "ep": 4}
+        run_distributed_test(push, 4, folders, [101, 2], node.rendezvous, 2, 1, 2, **layout)
+        assert node.greedy(2, PROMPTS) == fresh
+        check_logprob_gap(target, node.client(max_tokens=32).generate(PROMPTS, 0, 2, Sampling(), 2))

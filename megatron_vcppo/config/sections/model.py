@@ -5,7 +5,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from megatron_vcppo.config.ranges import PositiveFloat, PositiveInt
+from megatron_vcppo.config.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -27,6 +27,14 @@ class ModelConfig:
     """Maximum length of a sequence (prompt + response) in tokens."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights of a new head (value head, reward head)."""
+    router_aux_loss_coef: NonNegativeFloat = 0.0
+    """Mixtures of experts: coefficient of the loss that evens out the load of experts within each sequence.
+
+    On the scale of Hugging Face's (num_experts_per_tok if the load is even), the mean over layers; for actor and critic
+    alike. Default: off, whatever config.json says, whose value is that of pretraining.
+    """
+    router_z_loss_coef: NonNegativeFloat = 0.0
+    """Mixtures of experts: coefficient of the mean of (log Σ exp)² of the routers' logits, which keeps them small."""
     layers: Literal["auto", "transformer_engine", "torch"] = "auto"
     """Implementation of the layers: Transformer Engine's kernels, or torch operations in this package's own layers.
 
@@ -72,7 +80,14 @@ class ParallelConfig:
     dp: PositiveInt | None = None
     """Data-parallel size (number of model replicas). Default: number of ranks / (tp × pp × cp)."""
     sequence_parallel: bool = False
-    """Also split the activations of the norms along the sequence; needs tp > 1."""
+    """Also split the activations of the norms along the sequence; needs tp > 1. A mixture of experts with tp > 1 needs
+    it."""
+    ep: PositiveInt = 1
+    """Expert-parallel size, of mixtures of experts: the experts of each layer are divided over this many ranks.
+
+    They are ranks of one pipeline stage that other dimensions count already, so ep divides tp × cp × dp; it may span
+    replicas. An expert is never split: tp divides the rest of a layer only.
+    """
     distributed_optimizer: bool = False
     """Shard the optimizer state over the data-parallel and context-parallel ranks."""
     overlap: bool = False

@@ -23,7 +23,7 @@ from megatron_vcppo.hf.convert.checkpoint_metadata import check_checkpoint
 from megatron_vcppo.hf.convert.copying import Job, Matrix, Progress, gather
 from megatron_vcppo.hf.convert.dist_format import Chunk, GlobalTensor, read_model
 from megatron_vcppo.hf.convert.folders import copy_small_files, new_folder
-from megatron_vcppo.hf.mapping import Parameter, checkpoint_key, hf_shapes, parameters
+from megatron_vcppo.hf.mapping import Parameter, checkpoint_place, hf_shapes, parameters
 from megatron_vcppo.hf.safetensors_files import INDEX_NAME, check_shapes, plan_files, read_folder
 from megatron_vcppo.run.manifest import MANIFEST_NAME, path_inside, read_manifest, verify_manifest
 
@@ -112,7 +112,7 @@ def export_hf(
     stored = read_model(checkpoint)
     _check_keys(checkpoint, arch, table, stored)
     dtypes = {
-        name: dtype or stored[checkpoint_key(parameter.name)[0]].dtype
+        name: dtype or stored[checkpoint_place(parameter.name, arch).key].dtype
         for parameter in table
         for name in parameter.hf_names
     }
@@ -124,9 +124,9 @@ def export_hf(
         _describe(folder / "config.json", arch, dtypes["model.norm.weight"], meta["kind"])
         placed = plan_files(folder, tensors, MAX_FILE_BYTES)
         wide = {name: Matrix(place.path, place.offset, place.row_bytes) for name, place in placed.items()}
-        for source, some in _by_dtype(table, stored).items():
+        for source, some in _by_dtype(table, arch, stored).items():
             convert = None if dtype in (None, source) else _converter(source, dtype)
-            gather(_jobs(some, stored, wide), total_bytes, progress, convert)
+            gather(_jobs(some, arch, stored, wide), total_bytes, progress, convert)
         check_export(folder, tensors)
         return compare_logits(checkpoint, folder, arch, dtype) if verify_logits else "logits not compared, as requested"
 
@@ -161,8 +161,8 @@ def _check_keys(
     """Raises UserError that lists every missing, unexpected, misshaped or incomplete key, if there is one."""
     expected = {}
     for parameter in table:
-        key, layer = checkpoint_key(parameter.name)
-        expected[key] = parameter.shape if layer is None else (arch.num_layers, *parameter.shape)
+        place = checkpoint_place(parameter.name, arch)
+        expected[place.key] = (*place.stack, *parameter.shape)
     problems = [f"missing: {key}" for key in expected if key not in stored]
     problems += [f"unexpected: {key}" for key in stored if key not in expected]
     for key, shape in expected.items():
@@ -178,23 +178,28 @@ def _check_keys(
         )
 
 
-def _by_dtype(table: list[Parameter], stored: Mapping[str, GlobalTensor]) -> dict[torch.dtype, list[Parameter]]:
+def _by_dtype(
+    table: list[Parameter], arch: Architecture, stored: Mapping[str, GlobalTensor]
+) -> dict[torch.dtype, list[Parameter]]:
     groups: dict[torch.dtype, list[Parameter]] = {}
     for parameter in table:
-        groups.setdefault(stored[checkpoint_key(parameter.name)[0]].dtype, []).append(parameter)
+        groups.setdefault(stored[checkpoint_place(parameter.name, arch).key].dtype, []).append(parameter)
     return groups
 
 
-def _jobs(table: list[Parameter], stored: Mapping[str, GlobalTensor], wide: Mapping[str, Matrix]) -> Iterator[Job]:
+def _jobs(
+    table: list[Parameter], arch: Architecture, stored: Mapping[str, GlobalTensor], wide: Mapping[str, Matrix]
+) -> Iterator[Job]:
+    chunks: dict[tuple[str, tuple[int, ...]], list[Chunk]] = {}
+    stacks = {place.key: len(place.stack) for place in (checkpoint_place(one.name, arch) for one in table)}
+    for key, depth in stacks.items():
+        for chunk in stored[key].chunks:
+            assert all(size == 1 for size in chunk.sizes[:depth]), f"{chunk.path}: a chunk over {chunk.sizes[:depth]}"
+            chunks.setdefault((key, tuple(chunk.offsets[:depth])), []).append(chunk)
     for parameter in table:
-        key, layer = checkpoint_key(parameter.name)
-        chunks = [chunk for chunk in stored[key].chunks if layer is None or _in_layer(chunk, layer)]
-        yield from conversion_plan.jobs(parameter, chunks, stored[key].dtype.itemsize, wide)
-
-
-def _in_layer(chunk: Chunk, layer: int) -> bool:
-    assert chunk.sizes[0] == 1, f"{chunk.path}: a chunk over {chunk.sizes[0]} layers"
-    return chunk.offsets[0] == layer
+        place = checkpoint_place(parameter.name, arch)
+        mine = chunks[place.key, place.index]
+        yield from conversion_plan.jobs(parameter, mine, stored[place.key].dtype.itemsize, wide)
 
 
 def _converter(source: torch.dtype, target: torch.dtype) -> Any:

@@ -15,19 +15,21 @@ import numpy as np
 import torch
 
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.dist_format import GlobalTensor, read_model
 from megatron_vcppo.hf.convert.folders import iteration_folder
-from megatron_vcppo.hf.mapping import VOCABULARY, Parameter, checkpoint_key
+from megatron_vcppo.hf.mapping import VOCABULARY, Parameter, checkpoint_place, layer_of
 
 OPTIMIZERS = ("optimizer.", "chained_")
 """What the keys of an optimizer's state begin with."""
+_LAYERS = "decoder.layers."
 _SHOWN = 4
 
 
 class MegatronLmWeights:
     """The tensors of one checkpoint that a model's table asks for."""
 
-    def __init__(self, folder: Path, table: list[Parameter], kind: str) -> None:
+    def __init__(self, folder: Path, table: list[Parameter], arch: Architecture, kind: str) -> None:
         """kind: of the model, actor or critic; a critic's trunk needs no output layer.
 
         Raises UserError, in one line, if the folder is no such checkpoint, or its tensors are not those of the table.
@@ -37,7 +39,7 @@ class MegatronLmWeights:
         if kind == "critic":
             stored.pop("output_layer.weight", None)
             table = [parameter for parameter in table if not parameter.name.startswith("value_head.")]
-        self.found = self._match(table, stored)
+        self.found = self._match(table, arch, stored)
 
     def load(self, parameter: Parameter) -> torch.Tensor:
         """A whole parameter, of ``parameter.shape``, in the type that is stored; rows of padding may hold anything."""
@@ -58,25 +60,27 @@ class MegatronLmWeights:
             full[box] = piece
         return full
 
-    def _match(self, table: list[Parameter], stored: Mapping[str, GlobalTensor]) -> dict[str, GlobalTensor]:
+    def _match(
+        self, table: list[Parameter], arch: Architecture, stored: Mapping[str, GlobalTensor]
+    ) -> dict[str, GlobalTensor]:
         """The tensor of each parameter by its name, with the chunks of its layer."""
         found: dict[str, GlobalTensor] = {}
         problems, used = [], set()
-        num_layers = 1 + max(checkpoint_key(parameter.name)[1] or 0 for parameter in table)
         for parameter in table:
-            key, layer = checkpoint_key(parameter.name)
-            if layer is not None and key not in stored:
-                key, layer = parameter.name, None  # each layer has a key
+            place, layer = checkpoint_place(parameter.name, arch), layer_of(parameter.name)
+            key, stack, index = place.key, place.stack, place.index
+            if layer is not None and key not in stored:  # each layer has a key
+                key, stack, index = key.replace(_LAYERS, f"{_LAYERS}{layer}.", 1), stack[1:], index[1:]
             used.add(key)
             if key not in stored:
                 problems.append(f"missing {key}")
                 continue
             tensor = stored[key]
-            shape = parameter.shape if layer is None else (num_layers, *parameter.shape)
+            shape = (*stack, *parameter.shape)
             if not _fits(tensor.shape, shape, parameter):
                 problems.append(f"{key} is {list(tensor.shape)}, should be {list(shape)}")
                 continue
-            chunks = tensor.chunks if layer is None else tuple(c for c in tensor.chunks if c.offsets[0] == layer)
+            chunks = tuple(chunk for chunk in tensor.chunks if chunk.offsets[: len(stack)] == index)
             if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(tensor.shape[-len(parameter.shape) :]):
                 problems.append(f"{key} is incomplete")
             found[parameter.name] = replace(tensor, chunks=chunks)

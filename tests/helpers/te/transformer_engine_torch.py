@@ -152,6 +152,36 @@ def generic_gemm(
     return out, bias_grad, None, None
 
 
+def te_general_grouped_gemm(
+    A: list[Tensor],
+    transa: bool,
+    B: list[Tensor],
+    transb: bool,
+    out: list[Tensor],
+    out_dtype: int,
+    m_splits: list[int],
+    bias: list[Tensor],
+    bias_dtype: int,
+    single_output: bool,
+    gelu_in: list[Tensor],
+    grad: bool,
+    workspaces: list[Tensor],
+    workspace_size: int,
+    accumulate: bool,
+    use_split_accumulator: bool,
+    sm_count: int,
+) -> list[Tensor]:
+    """``generic_gemm`` of each pair, without biases. single_output: the results are rows of one tensor."""
+    parts = out[0].split(m_splits) if single_output else out
+    for a, b, part in zip(A, B, parts, strict=True):
+        if part.numel():
+            generic_gemm(
+                a, transa, b, transb, part, None, out_dtype, None, bias_dtype, False, None, grad,
+                workspaces[0], workspace_size, accumulate, use_split_accumulator,
+            )  # fmt: skip
+    return bias
+
+
 def rmsnorm_fwd(
     x: Tensor, weight: Tensor, eps: float, out: Tensor | None, quantizer: Any, out_dtype: int, sm_margin: int,
     zero_centered: bool,

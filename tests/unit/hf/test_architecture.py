@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, MistralConfig
 
@@ -22,9 +23,9 @@ def test_sizes_and_names_are_those_of_transformers(tmp_path, family, tied):
     folder = save_tiny_model(tmp_path, family, tied)
     arch = Architecture.from_hf(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
     assert arch.parameter_count() == sum(tensor.numel() for tensor in model.parameters())
-    assert hf_shapes(parameters(arch)) == shapes
+    assert sorted(hf_shapes(parameters(arch)).items()) == sorted(shapes.items())
     assert arch.tied == tied
     assert arch.max_positions == model.config.max_position_embeddings
     assert arch.norm_eps == model.config.rms_norm_eps
@@ -32,10 +33,12 @@ def test_sizes_and_names_are_those_of_transformers(tmp_path, family, tied):
     assert arch.rope_theta == rope.get("full_attention", rope)["rope_theta"]
 
 
-def test_flops_are_those_that_torch_counts(tmp_path):
-    folder = save_tiny_model(tmp_path)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_flops_are_those_that_torch_counts(tmp_path, family):
+    """Of a mixture only of the experts that a token passes through, and of its router."""
+    folder = save_tiny_model(tmp_path, family)
     arch = Architecture.from_hf(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
     lengths = (24, 40)
     with FlopCounterMode(display=False) as counter:
         for length in lengths:
@@ -74,7 +77,7 @@ def test_both_spellings_of_rope_scaling_mean_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mixtral"}, "'mixtral' is not supported; supported: qwen2, qwen3, llama, mistral"),
+        ({"model_type": "mixtral"}, "'mixtral' is not supported; supported: qwen2, qwen3, qwen3_moe, llama, mistral"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_parameters": None}, "rope type 'dynamic'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}, "yarn lacks original_max_pos"),
@@ -204,3 +207,52 @@ def test_head_size_without_the_key_follows_transformers(tmp_path):
     del config["head_dim"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert Architecture.from_hf(tmp_path).head_dim == AutoConfig.from_pretrained(tmp_path).head_dim
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    return json.loads((save_tiny_model(tmp_path, "qwen3_moe") / "config.json").read_text())
+
+
+def test_which_layers_have_experts(mixture):
+    assert Architecture.from_config(mixture).sparse_layers == (0, 1, 2, 3)
+    arch = Architecture.from_config(mixture | {"decoder_sparse_step": 2, "mlp_only_layers": [3], "num_experts": 8})
+    assert arch.sparse_layers == (1,)
+    assert Architecture.from_dict(json.loads(json.dumps(arch.to_dict()))) == arch
+    one_expert = 3 * 64 * 48
+    assert arch.expert_parameter_count() == 8 * one_expert
+    assert arch.parameter_count() - arch.active_parameter_count() == 6 * one_expert
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts_per_tok": None}, "missing or not a positive integer: num_experts_per_tok"),
+        ({"num_local_experts": 0}, "not a positive integer: num_experts"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 of num_experts 8"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step 0"),
+        ({"mlp_only_layers": "0"}, "mlp_only_layers '0' is not a list"),
+        ({"mlp_only_layers": [0, 1, 2, 3]}, "leave no layer with experts"),
+        ({"shared_expert_intermediate_size": 64}, "shared experts"),
+    ],
+)
+def test_mixtures_that_megatron_would_compute_differently_are_refused(mixture, change, message):
+    with pytest.raises(UserError, match=message):
+        Architecture.from_config(mixture | change)
+
+
+def test_experts_are_divided_only_where_there_are_some(mixture, tmp_path):
+    Architecture.from_config(mixture).check_parallel(2, 2, 4)
+    with pytest.raises(UserError, match="experts 8 are not divisible by ep 3"):
+        Architecture.from_config(mixture).check_parallel(1, 1, 3)
+    with pytest.raises(UserError, match=r"no experts for parallel\.ep 2"):
+        Architecture.from_hf(save_tiny_model(tmp_path / "dense")).check_parallel(1, 1, 2)
+
+
+def test_manifests_of_before_describe_dense_models(tmp_path):
+    arch = Architecture.from_hf(save_tiny_model(tmp_path))
+    old = {name: value for name, value in arch.to_dict().items() if name != "experts"}
+    assert Architecture.from_dict(old) == arch
+    for damaged in ({}, {"count": 8}, [1]):
+        with pytest.raises(UserError, match=r"architecture\.experts"):
+            Architecture.from_dict({**old, "experts": damaged})

@@ -143,3 +143,20 @@ def test_what_does_not_fit_is_refused_with_its_parts(tiny: tuple[Architecture, C
     config.cluster.gpu_memory_gib = 3
     with pytest.raises(UserError, match=r"ppo needs about 3 GiB per GPU \(weights 0\.0, "):
         check_memory(arch, config, ["ppo"])
+
+
+def test_experts_are_divided_over_expert_parallel_ranks_and_the_rest_over_tensor_parallel_ones(tmp_path: Path) -> None:
+    arch, config = Architecture.from_hf(save_tiny_model(tmp_path, "qwen3_moe")), Config()
+    experts, all_gib = arch.expert_parameter_count(), 4 / 2**30
+    rest = arch.parameter_count() - experts
+    config.parallel.dp, config.parallel.distributed_optimizer, config.parallel.sequence_parallel = 8, True, True
+
+    def gradients_and_optimizer(tp: int, ep: int) -> tuple[float, float]:
+        config.parallel.tp, config.parallel.dp, config.parallel.ep = tp, 8 // tp, ep
+        parts = plan(arch, config, "sft")
+        return parts["gradients"], parts["optimizer"]
+
+    state = 12 * arch.parameter_count() / 8 / 2**30
+    assert gradients_and_optimizer(1, 1) == pytest.approx(((experts + rest) * all_gib, state))
+    assert gradients_and_optimizer(1, 4) == pytest.approx(((experts / 4 + rest) * all_gib, state))
+    assert gradients_and_optimizer(2, 8) == pytest.approx(((experts / 8 + rest / 2) * all_gib, state))
