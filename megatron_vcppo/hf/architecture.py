@@ -261,12 +261,6 @@ class Architecture:
         sizes = (self.q_size, self.kv_size) if self.wide_qk_norm else (self.head_dim, self.head_dim)
         return sizes if self.qk_norm else ()
 
-    @property
-    def longest(self) -> int:
-        """Positions that the rotary embeddings are made for."""
-        yarn = self.rope_scaling if isinstance(self.rope_scaling, Yarn) else None
-        return max(self.max_positions, int(yarn.factor * yarn.original_max_position_embeddings) if yarn else 0)
-
     def parameter_count(self) -> int:
         """Parameters of the Hugging Face checkpoint; tied embeddings count once, padding not at all."""
         norms = (4 if self.norms == "both" else 2) * self.hidden_size + sum(self.qk_norm_sizes)
@@ -321,10 +315,14 @@ class Architecture:
 
     def check_length(self, max_length: int) -> None:
         """Raises UserError, with the numbers, if sequences may be longer than the model's positions."""
-        if max_length > self.longest:
+        if max_length > self.max_positions:
+            more = ""
+            if isinstance(self.rope_scaling, Yarn):
+                made_for = int(self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings)
+                more = f"; YaRN's factor × original_max_position_embeddings is {made_for}"
             raise UserError(
-                f"model.max_length {max_length} is more than the model's {self.longest} positions "
-                "(max_position_embeddings in its config.json, or YaRN's factor × original_max_position_embeddings)"
+                f"model.max_length {max_length} is more than the model's {self.max_positions} positions "
+                f"(max_position_embeddings in its config.json{more})"
             )
 
     def _layer_matrix_parameters(self) -> int:

@@ -156,7 +156,7 @@ class PackedAttention(MegatronModule):
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any
+        self, config: TransformerConfig, layer_number: int = 1, *_: Any, softmax_scale: float | None = None, **__: Any
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
