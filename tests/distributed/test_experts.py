@@ -236,18 +236,19 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "message"),
+    ("sizes", "model", "message"),
     [
-        ({"tp": 2, "dp": 1}, "experts with tp 2 need parallel.sequence_parallel"),
-        ({"ep": 3, "dp": 3}, "experts 8 are not divisible by ep 3"),
+        ({"tp": 2, "dp": 1}, {}, "experts with tp 2 need parallel.sequence_parallel"),
+        ({"ep": 3, "dp": 3}, {}, "experts 8 are not divisible by ep 3"),
+        ({"dp": 1}, {"fp8": "hybrid"}, "model.fp8 does not work with a mixture of experts"),
     ],
 )
-def test_layouts_that_experts_exclude_are_refused(tmp_path: Path, sizes: dict[str, Any], message: str) -> None:
+def test_what_experts_exclude_is_refused(tmp_path: Path, sizes: dict[str, Any], model: dict, message: str) -> None:
     folder, parallel = save_tiny_model(tmp_path / "hf", "qwen3_moe"), ParallelConfig(**sizes)
 
     def body() -> None:
         with pytest.raises(UserError, match=message):
-            start(folder, parallel)
+            start(folder, parallel, **model)
 
     run_distributed_test(body, parallel.tp * (parallel.dp or 1))
 
