@@ -111,6 +111,7 @@ def test_greedy_output_after_a_push_is_a_fresh_engines(tmp_path, family, tied, l
         check_logprob_gap(target, node.client(max_tokens=32).generate(PROMPTS, 0, version, Sampling(), 2))
 
 
+@pytest.mark.slow
 def test_experts_of_all_ranks_reach_the_engine(tmp_path) -> None:
     """The same of a mixture whose experts are divided over replicas; a dense layer is among its layers."""
     target, other = (
