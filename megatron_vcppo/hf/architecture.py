@@ -432,7 +432,7 @@ def _rope_parameters(config: Mapping[str, Any], source: str) -> dict[str, Any]:
             raise UserError(f"{source}: rope_parameters: full_attention or sliding_attention is not an object")
         if local.get("rope_type", "default") != "default":
             raise UserError(f"{source}: not supported: rope type {local['rope_type']!r} of sliding_attention")
-        rope["local_theta"] = local.get("rope_theta", config["rope_local_base_freq"])
+        rope["local_theta"] = local.get("rope_theta") or config["rope_local_base_freq"] or 1e4
     types = [each.get("rope_type", each.get("type", "default")) for each in (rope, given)]
     if rope and given and types[0] != types[1] and "local_theta" not in rope:
         raise UserError(
@@ -524,7 +524,7 @@ def _global_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
     """Of Gemma, whose other layers have a window; none of other models."""
     if "sliding_window_pattern" not in config:
         return ()
-    num_layers, every = config["num_hidden_layers"], config["sliding_window_pattern"]
+    num_layers, every = config["num_hidden_layers"], config["sliding_window_pattern"] or 6
     kinds = config.get("layer_types") or ["sliding_attention" if (i + 1) % every else FULL for i in range(num_layers)]
     return tuple(layer for layer, kind in enumerate(kinds) if kind == FULL)
 

@@ -155,6 +155,7 @@ def test_gemmas_layers_and_both_rotary_bases_are_read_from_either_spelling(tmp_p
     assert Architecture.from_config(config | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}) == new
     del config["rope_local_base_freq"], config["rope_theta"], config["sliding_window_pattern"]
     bare, theirs = Architecture.from_config(config), Gemma3TextConfig(num_hidden_layers=4)
+    assert Architecture.from_config(config | {"rope_local_base_freq": None, "sliding_window_pattern": None}) == bare
     assert bare.local_rope_theta == theirs.rope_parameters["sliding_attention"]["rope_theta"]
     assert bare.rope_theta == theirs.rope_parameters["full_attention"]["rope_theta"] and bare.global_layers == ()
     for change, message in (
