@@ -27,7 +27,7 @@ SIZES: dict[str, Any] = {"hidden_size": 96, "num_attention_heads": 6, "num_key_v
 TP3 = ParallelConfig(tp=3, dp=1, sequence_parallel=True)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"])
 def test_training_continues_where_the_padding_is_another(tmp_path: Path, tied: bool) -> None:
     """One rank, three, one: weights and optimizer state, against a run that stays on one."""
     hf = save_tiny_model(tmp_path / "hf", tied=tied, **SIZES)
