@@ -40,3 +40,10 @@ def sample_seed(run_seed: int, iteration: int, prompt_id: str, sample_index: int
     """A seed in [0, 2**31), the same on every machine and in every process."""
     key = f"{run_seed}\n{iteration}\n{prompt_id}\n{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") >> 1
+
+
+def adapter_seed(run_seed: int, kind: str, layer: int, name: str) -> int:
+    """Of the initial values of an adapter, for torch: of one Hugging Face layer in one decoder layer (from 1) of the
+    actor or the critic."""
+    digest = hashlib.blake2b(f"{run_seed}\n{kind}\n{layer}\n{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

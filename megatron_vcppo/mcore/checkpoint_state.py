@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.mcore.learner import Learner
+from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.optimizer import chained_optimizers
 
 _STATE = "optimizer.state"
@@ -55,7 +56,7 @@ class _Shard:
 
 def tensors_to_save(learner: Learner) -> dict[str, ShardedTensor]:
     """The weights and the optimizer state that this rank owns."""
-    assert all(p.requires_grad for p in learner.model.parameters()), "a frozen parameter is nobody's"
+    assert all(p.requires_grad for p in _stored(learner.model)), "a frozen parameter is nobody's"
     shards = _shards(learner)
     boxes: list[ShardedTensor] = []
     for owned in owned_ranges(learner.optimizer):
@@ -73,7 +74,7 @@ def tensors_to_load(learner: Learner, stored: Collection[str], weights: bool = T
     """
     shards = _shards(learner)
     boxes: list[ShardedTensor] = []
-    for parameter in learner.model.parameters() if weights else ():
+    for parameter in _stored(learner.model) if weights else ():
         shard = shards[id(parameter)]
         key = _main_key(shard.key, stored) if parameter.dtype == torch.float32 else shard.key
         boxes += _boxes(shard, key, parameter.detach().view(-1))
@@ -83,6 +84,11 @@ def tensors_to_load(learner: Learner, stored: Collection[str], weights: bool = T
             key = _main_key(shard.key, stored) if name == "param" else f"{_STATE}.{name}.{shard.key}"
             boxes += _boxes(shard, key, tensor, owned)
     return _numbered(boxes)
+
+
+def _stored(model: PackedGPT) -> Iterator[torch.nn.Parameter]:
+    """The parameters that a checkpoint has."""
+    return (parameter for name, parameter in model.named_parameters() if model.is_stored(name))
 
 
 def owned_ranges(optimizer: MegatronOptimizer) -> Iterator[OwnedRange]:

@@ -8,9 +8,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_vcppo.hf.adapters import is_adapter
 from megatron_vcppo.hf.mapping import Parameter, canonical_name, merge, parameters, shard, split, unshard
 from megatron_vcppo.hf.safetensors_files import TensorInFile, model_tensors, reward_model_tensors
-from megatron_vcppo.mcore.model import CriticModel, PackedGPT
+from megatron_vcppo.mcore.model import HEAD, CriticModel, PackedGPT
 from megatron_vcppo.mcore.offload import check_resident, weights
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -48,17 +49,19 @@ def _copy(model: PackedGPT, tensors: Mapping[str, TensorInFile]) -> None:
 def stream_hf(model: PackedGPT) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, tensor) of this pipeline stage's parameters; collective over its tensor-parallel ranks.
 
-    All ranks of the tensor-parallel group iterate together and get the same tensors. A tensor is gathered when the
+    Adapters are merged into the weights. All ranks of the tensor-parallel group iterate together and get the same
+    tensors. A tensor is gathered when the
     iterator reaches it and is not held. Vocabulary padding is trimmed, so shapes are those of ``hf_shapes``; dtypes are
     the model's. A tied embedding comes from the first stage only.
     """
     check_resident({"weights": weights(model)})
     group = parallel_state.get_tensor_model_parallel_group()
     size = dist.get_world_size(group)
+    adapted = model.adapters.merged_weights() if model.adapters is not None else {}
     for local, entry in local_parameters(model):
         if entry.name == EMBEDDING and not parallel_state.is_pipeline_first_stage():
             continue
-        mine = local.detach().contiguous()
+        mine = adapted[id(local)].merged() if id(local) in adapted else local.detach().contiguous()
         shards = [mine]
         if entry.split_dim is not None and size > 1:
             shards = [torch.empty_like(mine) for _ in range(size)]
@@ -79,5 +82,5 @@ def local_parameters(model: PackedGPT) -> Iterator[tuple[Tensor, Parameter]]:
         canonical = canonical_name(name, offset)
         if canonical == "output_layer.weight" and model.arch.tied:
             canonical = EMBEDDING
-        if not canonical.startswith("value_head."):
+        if not canonical.startswith(HEAD) and not is_adapter(canonical):
             yield tensor, table[canonical]

@@ -126,10 +126,16 @@ def _causal_at_the_end(query: Tensor, key: Tensor, value: Tensor, scale: float |
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-def block_spec(config: TransformerConfig, transformer_engine: bool) -> ModuleSpec | TransformerBlockSubmodules:
-    """The specification of this pipeline stage's layers and final norm."""
+def block_spec(
+    config: TransformerConfig, transformer_engine: bool, adapted: bool = False
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The specification of this pipeline stage's layers and final norm.
+
+    adapted: no norm is fused with a linear layer, whose adapters read what the norm makes.
+    """
     if transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return _without_fused_norms(spec) if adapted else spec
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
@@ -138,3 +144,18 @@ def block_spec(config: TransformerConfig, transformer_engine: bool) -> ModuleSpe
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def _without_fused_norms(spec: ModuleSpec) -> ModuleSpec:
+    """The same layer, with parameters under the same names in checkpoints."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+    parts = spec.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = TENorm
+    parts.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    parts.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+    parts.sharded_state_dict_keys_map = {
+        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    }
+    return spec

@@ -14,15 +14,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron_vcppo.config import ModelConfig, ParallelConfig
+from megatron_vcppo.config import LoraConfig, ModelConfig, ParallelConfig
 from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.adapters import BaseWeights, StoredAdapters, is_adapter
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.mapping import padded_vocab_size
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.context_parallel import WHOLE, ContextShard, PackedParams
 from megatron_vcppo.mcore.fp8 import fp8_settings
 from megatron_vcppo.mcore.layers import block_spec, uses_transformer_engine
+from megatron_vcppo.mcore.lora import Adapters
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -30,15 +32,19 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+HEAD = "value_head."
+"""What the names of a critic's own parameters begin with."""
+
+
 class PackedGPT(GPTModel, abc.ABC):
     """A GPTModel over one packed micro-batch; ``readout`` is what the last pipeline stage makes of hidden states."""
 
     kind: str
 
-    def __init__(self, config: TransformerConfig, arch: Architecture, *, tied: bool) -> None:
+    def __init__(self, config: TransformerConfig, arch: Architecture, lora: LoraConfig, *, tied: bool) -> None:
         super().__init__(
             config,
-            block_spec(config, config.transformer_impl == "transformer_engine"),
+            block_spec(config, config.transformer_impl == "transformer_engine", adapted=lora.rank is not None),
             vocab_size=padded_vocab_size(arch.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=arch.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),
@@ -49,7 +55,25 @@ class PackedGPT(GPTModel, abc.ABC):
         self.arch = arch
         self.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(torch.cuda.current_device())
         self.register_load_state_dict_post_hook(_forgive_extra_state)
-        _add_gradients_in_place(self)
+        self.adapters: Adapters | None = None
+        self.base: BaseWeights | None = None
+        """What is below the adapters, once it is loaded."""
+        if lora.rank is None:
+            _add_gradients_in_place(self)
+        else:
+            self.adapters = Adapters(self, arch, lora, kind=self.kind, seed=runtime.current().seed)
+
+    @property
+    def stored_adapters(self) -> StoredAdapters | None:
+        """What a checkpoint says of the adapters, which it has in place of the base."""
+        if self.adapters is None:
+            return None
+        assert self.base is not None, "a base is loaded before training starts"
+        return StoredAdapters(self.adapters.settings, self.base)
+
+    def is_stored(self, name: str) -> bool:
+        """Whether a checkpoint of this model has a parameter (by its name in the model): with adapters not the base."""
+        return self.adapters is None or is_adapter(name) or name.startswith(HEAD)
 
     def run(self, microbatch: PackedMicrobatch, shard: ContextShard = WHOLE) -> Tensor:
         """Hidden states [T (/ tp with sequence parallelism), 1, hidden], or the readout on the last stage.
@@ -90,8 +114,8 @@ class ActorModel(PackedGPT):
 
     kind = "actor"
 
-    def __init__(self, config: TransformerConfig, arch: Architecture) -> None:
-        super().__init__(config, arch, tied=arch.tied)
+    def __init__(self, config: TransformerConfig, arch: Architecture, lora: LoraConfig) -> None:
+        super().__init__(config, arch, lora, tied=arch.tied)
 
     def readout(self, hidden_states: Tensor) -> Tensor:
         """Logits [T, padded vocabulary / tp], of the model's dtype."""
@@ -136,9 +160,11 @@ class CriticModel(PackedGPT):
 
     kind = "critic"
 
-    def __init__(self, config: TransformerConfig, arch: Architecture, *, init_std: float, seed: int) -> None:
+    def __init__(
+        self, config: TransformerConfig, arch: Architecture, lora: LoraConfig, *, init_std: float, seed: int
+    ) -> None:
         """init_std, seed: of the value head's normal initialization."""
-        super().__init__(config, arch, tied=False)
+        super().__init__(config, arch, lora, tied=False)
         if self.post_process:
             del self.output_layer
             self.value_head = ValueHead(config, init_std, seed)
@@ -160,7 +186,7 @@ class CriticModel(PackedGPT):
 
 def build_actor(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> ActorModel:
     """The actor on this rank; its weights are undefined until a checkpoint is loaded."""
-    return ActorModel(transformer_config(arch, model, parallel), arch)
+    return ActorModel(transformer_config(arch, model, parallel), arch, model.lora)
 
 
 def build_critic(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> CriticModel:
@@ -169,7 +195,7 @@ def build_critic(arch: Architecture, model: ModelConfig, parallel: ParallelConfi
     The head's weights are drawn with the seed of ``runtime.start``.
     """
     config = transformer_config(arch, model, parallel)
-    return CriticModel(config, arch, init_std=model.init_std, seed=runtime.current().seed)
+    return CriticModel(config, arch, model.lora, init_std=model.init_std, seed=runtime.current().seed)
 
 
 def transformer_config(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:

@@ -8,9 +8,9 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.checkpoint import load_model
-from megatron_vcppo.mcore.hf_weights_io import load_hf, stream_hf
+from megatron_vcppo.mcore.hf_weights_io import stream_hf
 from megatron_vcppo.mcore.model import ActorModel, build_actor
+from megatron_vcppo.mcore.starting_weights import load_component, load_from_hf
 from megatron_vcppo.records import RolloutPart
 from megatron_vcppo.report.text_table import markdown_table, percent_interval, text_table
 from megatron_vcppo.run.events import startup
@@ -67,7 +67,7 @@ def generate(
     """A candidate's scored responses, which leaders store. Raises Stopped on every rank if any was asked to stop."""
     stopping.point()
     session.wait_for_engines()
-    candidate.load(model)
+    candidate.load(model, Path(config.model.hf))
     startup.done("model")
     session.push(version, lambda: stream_hf(model))
     rollouts = evaluation_rollouts(config, session, BatchNumber.candidate(version))
@@ -92,9 +92,12 @@ class Candidate:
     folder: Path
     is_hf: bool
 
-    def load(self, model: ActorModel) -> None:
-        """Put them into a model."""
-        load_hf(model, self.folder) if self.is_hf else load_model(model, self.folder)
+    def load(self, model: ActorModel, hf: Path) -> None:
+        """Put them into a model. hf: model.hf."""
+        if self.is_hf:
+            load_from_hf(model, self.folder)
+        else:
+            load_component(model, self.folder, hf)
 
 
 def candidates(config: Config) -> dict[str, Candidate]:

@@ -5,48 +5,54 @@ from pathlib import Path
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
-from megatron_vcppo.mcore.checkpoint import load_learner, load_model
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.checkpoint import load_learner
 from megatron_vcppo.mcore.checkpoint_state import adam_steps, reset_moments
-from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.learner import Critic
 from megatron_vcppo.mcore.model import ActorModel, CriticModel, build_actor, build_critic
+from megatron_vcppo.mcore.starting_weights import load_component, load_from_hf, stored_adapters
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.manifest import read_manifest
 from megatron_vcppo.stages.stage import actor_before
 
-HEAD = "value_head."
-
 
 def starting_actor(config: Config, stage: str) -> ActorModel:
     """The actor with the weights of the newest actor stage before this one, or of model.hf."""
-    arch = Architecture.from_hf(config.model.hf)
-    model = build_actor(arch, config.model, config.parallel)
+    hf = Path(config.model.hf)
+    model = build_actor(Architecture.from_hf(hf), config.model, config.parallel)
     checkpoint = actor_before(config, stage)
     if checkpoint is None:
-        load_hf(model, config.model.hf)
+        load_from_hf(model, hf)
     else:
-        load_model(model, checkpoint)
+        load_component(model, checkpoint, hf)
     return model
 
 
-def starting_critic(config: Config, stage: str, init: str, checkpoint_path: str | None) -> CriticModel:
+def starting_critic(
+    config: Config, stage: str, init: str, checkpoint_path: str | None, actor: ActorModel | None = None
+) -> CriticModel:
     """A critic: the trunk and head of an earlier critic, or an actor's trunk with a new head.
 
-    Raises UserError if what ``init`` names is not there or is another model.
+    actor: whose base is shared, if both have adapters and the same base. Raises UserError if what ``init`` names is not
+    there or is another model.
     """
-    arch = Architecture.from_hf(config.model.hf)
+    hf = Path(config.model.hf)
+    arch = Architecture.from_hf(hf)
     model = build_critic(arch, config.model, config.parallel)
+    trunk = actor_before(config, stage) if init == "sft" else None
     if init in ("value_pretrain", "reward_model", "checkpoint"):
         folder = _critic_folder(config, stage, init, checkpoint_path)
         check_same_model(folder, arch)
-        load_model(model, folder)
-        return model
-    trunk = actor_before(config, stage) if init == "sft" else None
-    if trunk is None:
-        load_hf(model, config.model.hf)
+        load_component(model, folder, hf, owner=actor)
+    elif trunk is not None:
+        load_component(model, trunk, hf, without_head=True, owner=actor)
     else:
-        load_model(model, trunk, without=HEAD)
+        load_from_hf(model, hf, owner=actor)
+    if actor is not None and actor.base is not None and model.base is not None and runtime.current().is_main:
+        shared = actor.base.fingerprint == model.base.fingerprint
+        text = "actor and critic share one base" if shared else "the critic has a base of its own"
+        say(f"{stage}: {text}: {model.base.path}")
     return model
 
 
@@ -59,6 +65,10 @@ def continue_pretraining(critic: Critic, config: Config) -> None:
     if settings.init not in ("value_pretrain", "checkpoint"):
         return
     folder = _critic_folder(config, "ppo", settings.init, settings.checkpoint_path)
+    if critic.model.adapters is not None and stored_adapters(folder) is None:
+        if critic.runtime.is_main:
+            say(f"ppo: Adam's moments of the critic start at zero: its adapters are new, {folder} has none")
+        return
     load_learner(critic, folder, weights=False)  # starting_critic loaded them
     critic.optimizer_steps = 0
     text = f"continue after {adam_steps(critic.optimizer)} steps of {folder}"
