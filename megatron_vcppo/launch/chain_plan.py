@@ -12,6 +12,7 @@ from megatron_vcppo.config import CheckpointConfig, Config, ParallelConfig
 from megatron_vcppo.config.placement import ENGINE_STAGES, data_parallel_size, engine_placement, trainer_ranks
 from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.adapters import adapter_parameters
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.launch.engine_estimate import EngineEstimate, estimate_engines, generation_s, response_tokens
@@ -200,13 +201,15 @@ def _ppo_phases(arch: Architecture, config: Config) -> dict[str, float]:
 def pass_s(arch: Architecture, config: Config, sequences: int, *, training: bool, optimizer_steps: int = 1) -> float:
     """Seconds of one pass of one model over so many sequences of mean length, forward or forward and backward.
 
-    A recomputed forward pass costs a third more. The pipeline idles while it fills and drains, once per optimizer step.
+    A recomputed forward pass costs a third more; frozen weights below adapters have no gradients, a third less. The
+    pipeline idles while it fills and drains, once per optimizer step.
     """
     parallel, hardware = config.parallel, config.hardware
     length = min(hardware.prompt_tokens + response_tokens(config), config.model.max_length)
     ranks = trainer_ranks(config)
     flops = float(arch.training_flops([length])) * sequences
-    flops *= (4 / 3 if parallel.recompute == "full" else 1) if training else 1 / 3
+    thirds = 1 if not training else 3 if config.model.lora.rank is None else 2
+    flops *= (thirds + (training and parallel.recompute == "full")) / 3
     replicas = ranks // (parallel.tp * parallel.pp * parallel.cp)
     at_once = ceil_div(sequences, replicas * optimizer_steps) * length
     microbatches = ceil_div(at_once, max(parallel.tokens_per_microbatch, length))
@@ -222,9 +225,11 @@ def saving(arch: Architecture, config: Config, stage: str, checkpoint: Checkpoin
 
 
 def checkpoint_gb(arch: Architecture, config: Config, stage: str) -> float:
-    """One checkpoint of a stage, all its components."""
+    """One checkpoint of a stage, all its components; of models with adapters it has these alone."""
     trained, _ = models_of(config, stage)
-    return len(trained) * arch.parameter_count() * CHECKPOINT_BYTES[config.model.dtype] / 1e9
+    lora = config.model.lora
+    count = arch.parameter_count() if lora.rank is None else adapter_parameters(arch, lora)
+    return len(trained) * count * CHECKPOINT_BYTES[config.model.dtype] / 1e9
 
 
 def checkpoints_gb(arch: Architecture, config: Config, stage: str) -> float:

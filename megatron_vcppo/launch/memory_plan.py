@@ -7,6 +7,7 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement, trainer_ranks
 from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.adapters import adapter_parameters
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.reward_model import reward_architecture, uses_reward_model
 
@@ -51,6 +52,33 @@ def parameters_of(arch: Architecture, config: Config, kind: str, pp_rank: int) -
     return count / tp
 
 
+def bases_of(config: Config, stage: str) -> list[str]:
+    """With adapters: kinds of the models that have weights of their own below them; the others share these.
+
+    Actor and critic of a run start from one base. A critic from elsewhere is counted as one with its own, and so are
+    the two models of the reward model's stage, of which each is loaded for itself.
+    """
+    if stage == "ppo":
+        own = config.ppo.advantage.baseline == "critic" and config.ppo.critic.init == "checkpoint"
+    elif stage == "value_pretrain":
+        own = config.value_pretrain.init == "checkpoint"
+    else:
+        own = stage == "reward_model"
+    return ["actor", "critic"] if own else ["actor"]
+
+
+def parameters_on_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -> tuple[float, float]:
+    """(trained, held) parameters of the stage's models on one rank, without a reward model's."""
+    trained, frozen = models_of(config, stage)
+    lora, parallel = config.model.lora, config.parallel
+    if lora.rank is None:
+        learned = sum(parameters_of(arch, config, kind, pp_rank) for kind in trained)
+        return learned, learned + sum(parameters_of(arch, config, kind, pp_rank) for kind in frozen)
+    adapters = adapter_parameters(arch, lora, parallel.tp) / parallel.pp
+    bases = sum(parameters_of(arch, config, kind, pp_rank) for kind in bases_of(config, stage))
+    return adapters * len(trained), adapters * len(trained + frozen) + bases
+
+
 def layer_activations(arch: Architecture, config: Config) -> tuple[float, float]:
     """(input, everything) that one layer keeps for its backward pass: elements per token on one rank.
 
@@ -79,9 +107,9 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
     """
     parallel, dtype = config.parallel, config.model.dtype
     trained, frozen = models_of(config, stage)
+    lora = config.model.lora
     sharing = trainer_ranks(config) // (parallel.tp * parallel.pp) if parallel.distributed_optimizer else 1
-    learned = sum(parameters_of(arch, config, kind, pp_rank) for kind in trained)
-    held = learned + sum(parameters_of(arch, config, kind, pp_rank) for kind in frozen)
+    learned, held = parameters_on_rank(arch, config, stage, pp_rank)
     if uses_reward_model(config, stage):
         held += parameters_of(reward_architecture(config, arch), config, "critic", pp_rank)
     size = WEIGHT_BYTES[dtype]
@@ -89,12 +117,16 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
     layers, at_once = arch.num_layers / parallel.pp, parallel.pp - pp_rank
     given, kept = layer_activations(arch, config)
     # Logits and their gradient; then that gradient and the one of the output layer, in the weights' type.
-    logits = max(2 * tokens, tokens + arch.hidden_size) * arch.vocab_size / parallel.tp
+    logits = max(2 * tokens, tokens + (arch.hidden_size if lora.rank is None else 0)) * arch.vocab_size / parallel.tp
     if "actor" not in trained or pp_rank < parallel.pp - 1:
         logits = 0.0
+    if lora.rank is not None:  # what is between the two matrices, before and after the ranks' exchange
+        kept += 2 * lora.rank * len(lora.targets)
     activations = kept * layers * at_once * tokens
     if parallel.recompute == "full":  # the layer that is recomputed comes after the logits
         activations = given * layers * at_once * tokens + max(0.0, kept * tokens - logits)
+    if lora.rank is not None:  # of the widest layer what its adapters add, in Megatron's order, and the sum
+        activations += 3 * 2 * arch.ffn_size / parallel.tp * tokens
     sizes = {
         "weights": held * size,
         "gradients": learned * GRADIENT_BYTES,

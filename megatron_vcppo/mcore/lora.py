@@ -190,6 +190,14 @@ class Adapters:
         """By the id of a weight, the layer that it belongs to."""
         return {id(adapted.linear.weight): adapted for adapted in self.linears}
 
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put them into the weights below them, which no other model may hold, and stay off."""
+        for adapted in self.linears:
+            weight: Any = adapted.linear.weight
+            weight.copy_(adapted.merged())
+        self.is_on = False
+
     def copy(self) -> list[Tensor] | None:
         """The present values, for ``replaced_by``; None for new adapters, which add nothing."""
         return None if self.is_new else [p.detach().clone() for adapter in self for p in adapter.parameters()]
@@ -219,14 +227,17 @@ class Adapters:
         return hook
 
 
-def share_base(model: torch.nn.Module, owner: torch.nn.Module) -> None:
-    """Let a model hold another's frozen parameters in place of its own: every one that both have."""
+def share_base(model: torch.nn.Module, owner: torch.nn.Module) -> bool:
+    """Let a model hold another's frozen parameters in place of its own, where both have one; returns whether it has all
+    of its base now."""
     theirs = {name: p for name, p in owner.named_parameters() if not is_adapter(name)}
-    for name, parameter in list(model.named_parameters()):
-        if name in theirs and not parameter.requires_grad:
+    own = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    for name, parameter in own:
+        if name in theirs:
             assert not theirs[name].requires_grad and theirs[name].shape == parameter.shape, name
             module, _, last = name.rpartition(".")
             model.get_submodule(module)._parameters[last] = theirs[name]
+    return all(name in theirs for name, _ in own)
 
 
 def _copy_each(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:

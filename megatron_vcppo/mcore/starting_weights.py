@@ -68,11 +68,13 @@ def load_component(
 def _load_base(
     model: PackedGPT, base: BaseWeights, folder: Path, owner: PackedGPT | None, without: str | None = HEAD
 ) -> None:
-    """Unless the model has it."""
+    """Unless the model has it. What an owner lacks, such as an output layer, is loaded; the rest then gets the values
+    that it has."""
     if model.base is not None and model.base.fingerprint == base.fingerprint:
         return
-    if owner is not None and owner.base is not None and owner.base.fingerprint == base.fingerprint:
-        share_base(model, owner)
+    is_owners = owner is not None and owner.base is not None and owner.base.fingerprint == base.fingerprint
+    if owner is not None and is_owners and share_base(model, owner):
+        pass
     elif base.kind == "hf":
         load_hf(model, folder)
     else:

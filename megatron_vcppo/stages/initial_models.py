@@ -9,7 +9,7 @@ from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_learner
 from megatron_vcppo.mcore.checkpoint_state import adam_steps, reset_moments
 from megatron_vcppo.mcore.learner import Critic
-from megatron_vcppo.mcore.model import ActorModel, CriticModel, build_actor, build_critic
+from megatron_vcppo.mcore.model import ActorModel, CriticModel, PackedGPT, build_actor, build_critic
 from megatron_vcppo.mcore.starting_weights import load_component, load_from_hf, stored_adapters
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say
@@ -17,15 +17,19 @@ from megatron_vcppo.run.manifest import read_manifest
 from megatron_vcppo.stages.stage import actor_before
 
 
-def starting_actor(config: Config, stage: str) -> ActorModel:
-    """The actor with the weights of the newest actor stage before this one, or of model.hf."""
+def starting_actor(config: Config, stage: str, critic: CriticModel | None = None) -> ActorModel:
+    """The actor with the weights of the newest actor stage before this one, or of model.hf.
+
+    critic: whose base is shared, if both have adapters and the same base.
+    """
     hf = Path(config.model.hf)
     model = build_actor(Architecture.from_hf(hf), config.model, config.parallel)
     checkpoint = actor_before(config, stage)
     if checkpoint is None:
-        load_from_hf(model, hf)
+        load_from_hf(model, hf, owner=critic)
     else:
-        load_component(model, checkpoint, hf)
+        load_component(model, checkpoint, hf, owner=critic)
+    _say_base(stage, model, critic)
     return model
 
 
@@ -49,11 +53,16 @@ def starting_critic(
         load_component(model, trunk, hf, without_head=True, owner=actor)
     else:
         load_from_hf(model, hf, owner=actor)
-    if actor is not None and actor.base is not None and model.base is not None and runtime.current().is_main:
-        shared = actor.base.fingerprint == model.base.fingerprint
-        text = "actor and critic share one base" if shared else "the critic has a base of its own"
-        say(f"{stage}: {text}: {model.base.path}")
+    _say_base(stage, model, actor)
     return model
+
+
+def _say_base(stage: str, model: PackedGPT, owner: PackedGPT | None) -> None:
+    if owner is None or owner.base is None or model.base is None or not runtime.current().is_main:
+        return
+    is_shared = owner.base.fingerprint == model.base.fingerprint
+    text = "actor and critic share one base" if is_shared else f"the {model.kind} has a base of its own"
+    say(f"{stage}: {text}: {model.base.path}")
 
 
 def continue_pretraining(critic: Critic, config: Config) -> None:

@@ -12,7 +12,7 @@ from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.hf_weights_io import stream_hf
-from megatron_vcppo.mcore.model import ActorModel
+from megatron_vcppo.mcore.model import ActorModel, CriticModel
 from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.log import say
@@ -51,17 +51,21 @@ class RolloutSource(Protocol):
 
 
 def rollout_source(
-    stage: Stage, session: RolloutSession, reached: int, model_rewards: ModelRewards | None = None
+    stage: Stage,
+    session: RolloutSession,
+    reached: int,
+    model_rewards: ModelRewards | None = None,
+    critic: CriticModel | None = None,
 ) -> RolloutSource:
     """Rollouts of the policy that the stage starts from: fresh ones for every step, or its stored set.
 
     reached: the step from which the stage continues; stored rollouts after it that another policy made are dropped.
-    model_rewards: scores them.
+    model_rewards: scores them. critic: the one in training, as ``starting_actor`` takes it.
     """
     config = stage.config
     stream = session.training_prompts(fixed_policy_seed(config.run.seed))
     sampler = PromptSampler(config, session, stream, model_rewards.score if model_rewards is not None else None)
-    fresh = FreshRollouts(session, sampler, lambda: starting_actor(config, stage.name))
+    fresh = FreshRollouts(session, sampler, lambda: starting_actor(config, stage.name, critic))
     wanted = stored_set(config, stage.name)
     if wanted is not None:
         return StoredRollouts(wanted, fresh, stage)

@@ -42,7 +42,7 @@ def run(config: Config) -> None:
         loop = TrainLoop(
             stage, {"critic": critic}, settings.steps, settings.checkpoint, session=session, unit="rollouts"
         )
-        source, fit = rollout_source(stage, session, loop.step, model_rewards), FitHistory(settings)
+        source, fit = rollout_source(stage, session, loop.step, model_rewards, critic.model), FitHistory(settings)
         loop.track(rollouts=source, history=fit, **tracked(model_rewards))
         startup.done("rollouts")
         with loop:

@@ -1,6 +1,7 @@
 """What the memory plan says, against what real ranks held, and how it follows layout and settings."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.value_sources import CONFIGS
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.adapters import adapter_parameters
 from megatron_vcppo.hf.architecture import Architecture
-from megatron_vcppo.launch.memory_plan import check_memory, plan, plan_of_rank
+from megatron_vcppo.launch.memory_plan import GIB, OPTIMIZER_BYTES, WEIGHT_BYTES, check_memory, plan, plan_of_rank
 from tools.benchmarks._tiny_chains import tiny_model
 from tools.benchmarks._tiny_models import save_tiny_model
 
@@ -102,6 +104,29 @@ def test_fp8_adds_a_byte_per_parameter_of_layers_that_run(tiny: tuple[Architectu
     layers_gib = (arch.parameter_count() - 2 * arch.vocab_size * arch.hidden_size) / 2**30
     for stage, copies in (("ppo", 5), ("value_pretrain", 2), ("evaluate", 0)):
         assert plan(arch, config, stage)["8-bit weights"] == pytest.approx(copies * layers_gib), stage
+
+
+def test_adapters_are_trained_on_one_base(tiny: tuple[Architecture, Config]) -> None:
+    arch, config = tiny
+    full = {stage: plan(arch, config, stage) for stage in ("sft", "value_pretrain", "ppo")}
+    config.model.lora.rank, config.ppo.loss.kl_coef = 4, 0.1
+    adapters = adapter_parameters(arch, config.model.lora)
+    size = WEIGHT_BYTES[config.model.dtype]
+    sft, value_pretrain, ppo = (plan(arch, config, stage) for stage in full)
+    assert ppo["gradients"] == pytest.approx(2 * adapters * 4 / GIB)
+    assert ppo["optimizer"] == pytest.approx(2 * adapters * OPTIMIZER_BYTES[config.model.dtype] / GIB)
+    one = full["sft"]["weights"]
+    assert sft["weights"] == pytest.approx(one + adapters * size / GIB)
+    assert value_pretrain["weights"] == pytest.approx(one + 2 * adapters * size / GIB)
+    assert ppo["weights"] == pytest.approx(one + 3 * adapters * size / GIB), "a reference has adapters alone"
+    config.ppo.critic.init = "checkpoint"
+    own = full["ppo"]["weights"] - one
+    assert plan(arch, config, "ppo")["weights"] == pytest.approx(ppo["weights"] + own), "a critic from elsewhere"
+    tp2 = replace(config, parallel=replace(config.parallel, tp=2))
+    assert adapters / 2 < adapter_parameters(arch, config.model.lora, 2) < adapters
+    assert plan(arch, tp2, "ppo")["gradients"] == pytest.approx(
+        2 * adapter_parameters(arch, config.model.lora, 2) * 4 / GIB
+    )
 
 
 def test_the_plan_follows_the_layout(tiny: tuple[Architecture, Config]) -> None:
