@@ -5,7 +5,7 @@ one per Hugging Face layer, also where Megatron computes several of these at onc
 Needs neither torch nor Megatron.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -138,8 +138,3 @@ class StoredAdapters:
         """Whether a model with these settings has the same adapters."""
         same = (self.lora.rank, self.lora.alpha) == (lora.rank, lora.alpha)
         return same and set(self.lora.targets) == set(lora.targets)
-
-
-def targeted(linear: str, targets: Collection[str]) -> tuple[str, ...]:
-    """Of a Megatron linear layer's Hugging Face layers those with an adapter."""
-    return tuple(name for name in LINEARS[linear] if name in targets)

@@ -55,15 +55,12 @@ def parameters_of(arch: Architecture, config: Config, kind: str, pp_rank: int) -
 def bases_of(config: Config, stage: str) -> list[str]:
     """With adapters: kinds of the models that have weights of their own below them; the others share these.
 
-    Actor and critic of a run start from one base. A critic from elsewhere is counted as one with its own, and so are
-    the two models of the reward model's stage, of which each is loaded for itself.
+    Actor and critic of a run start from one base; a critic from elsewhere is counted as one with its own.
     """
     if stage == "ppo":
         own = config.ppo.advantage.baseline == "critic" and config.ppo.critic.init == "checkpoint"
-    elif stage == "value_pretrain":
-        own = config.value_pretrain.init == "checkpoint"
     else:
-        own = stage == "reward_model"
+        own = stage == "value_pretrain" and config.value_pretrain.init == "checkpoint"
     return ["actor", "critic"] if own else ["actor"]
 
 

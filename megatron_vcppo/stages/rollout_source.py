@@ -79,17 +79,18 @@ class FreshRollouts:
 
     def __init__(self, session: RolloutSession, sampler: PromptSampler, load_actor: Callable[[], ActorModel]) -> None:
         self.session, self.sampler, self.load_actor = session, sampler, load_actor
-        self.pushed = False
+        self.actor: ActorModel | None = None
+        """Once it is loaded."""
 
     def next(self, count: int, step: int) -> RolloutPart:
         """Whole groups: at least ``count``."""
-        if not self.pushed:
+        if self.actor is None:
             actor = self.load_actor()
             self.session.share(actor)
             startup.done("model")
             self.session.wait_for_engines()
             self.session.push(0, lambda: stream_hf(actor))
-            self.pushed = True
+            self.actor = actor
         return self.sampler.rollouts_for(self._next_prompts(count), step)
 
     def skip(self, count: int) -> None:
@@ -124,6 +125,8 @@ class StoredRollouts:
         self.rollouts = self._load_or_make(fresh)
         """By number in the set, those of this rank."""
         fresh.session.trainer_turn()
+        self.actor = fresh.actor
+        """The policy, if it had to generate."""
         problem = misfit(self.rollouts.values(), wanted, stage.config)
         problems = [text for text in fresh.session.sync.exchange(problem) if text]
         if problems:

@@ -75,13 +75,13 @@ def test_every_method_is_planned_and_would_be_submitted(method: str, size: str, 
     assert "does not fit" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("profile", ["example-h100", "example-one-node"])
+@pytest.mark.parametrize("profile", PROFILES)
 def test_32b_with_adapters_is_trained_by_one_node(profile: str, tmp_path: Path, capsys) -> None:
-    one = "cluster.trainer_nodes=1"
-    assert dry_run(tmp_path, "32b_lora", profile, one) == 0, capsys.readouterr().err
+    one = ["cluster.trainer_nodes=1", *(["parallel.tp=4"] if profile == "example-split" else [])]
+    assert dry_run(tmp_path, "32b_lora", profile, *one) == 0, capsys.readouterr().err
     assert capsys.readouterr().out.count(" GiB per rank") == 6
-    assert main(["plan", *arguments_for(tmp_path, "32b_lora"), "--cluster", profile, one]) == 0
-    assert dry_run(tmp_path, "32b", profile, one, "parallel.pp=1") == 2
+    assert main(["plan", *arguments_for(tmp_path, "32b_lora"), "--cluster", profile, *one]) == 0
+    assert dry_run(tmp_path, "32b", profile, *one, "parallel.pp=1") == 2
     assert "parallel.pp" in capsys.readouterr().err, "all weights do not fit"
 
 

@@ -16,12 +16,14 @@ from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.mapping import canonical_name
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_model
-from megatron_vcppo.mcore.hf_weights_io import load_hf, stream_hf
+from megatron_vcppo.mcore.hf_weights_io import stream_hf
 from megatron_vcppo.mcore.layers import unfused_attention
 from megatron_vcppo.mcore.learner import Actor, Critic, Learner
 from megatron_vcppo.mcore.model import build_actor, build_critic, transformer_config
 from megatron_vcppo.mcore.offload import drop_fp8_copies
+from megatron_vcppo.mcore.starting_weights import load_component, load_from_hf
 from tests.helpers.checkpoints import checkpoint_folder
+from tests.helpers.lora import fill
 from tests.helpers.training import make_sequences
 
 Kind = Literal["actor", "critic"]
@@ -46,10 +48,12 @@ class Case:
 
 
 def make_learner(case: Case) -> Learner:
-    """With the weights of case.hf; the process group must be there."""
+    """With the weights of case.hf; the process group must be there. Adapters, if there are any, add to these."""
     build, learner = LEARNERS[case.kind]
     model = build(Architecture.from_hf(case.hf), case.model_config, case.parallel)
-    load_hf(model, case.hf)
+    load_from_hf(model, case.hf)
+    if model.adapters is not None:
+        fill(model)
     return learner(model, case.parallel, case.optimizer, ScheduleConfig(), total_steps=10)
 
 
@@ -75,7 +79,8 @@ def train_step(learner: Learner, case: Case, seed: int) -> tuple[float, float]:
 
 
 def outputs_and_gradients(case: Case) -> dict[str, Tensor]:
-    """By name: what the model reads out of a batch, and every parameter's gradient in Megatron's own-layer names."""
+    """By name: what the model reads out of a batch, and the gradient of every parameter that has one, in Megatron's
+    own-layer names."""
     runtime.start(case.parallel, seed=3, timeout_s=60)
     learner = make_learner(case)
     microbatches = packed(case, 7)
@@ -85,8 +90,17 @@ def outputs_and_gradients(case: Case) -> dict[str, Tensor]:
     found["outputs"] = torch.cat(run(microbatches))
     train_step(learner, case, 7)
     for name, parameter in learner.model.named_parameters():
-        found[f"gradient of {canonical_name(name, 0)}"] = parameter.main_grad.clone()
+        if parameter.requires_grad:
+            found[f"gradient of {canonical_name(name, 0)}"] = parameter.main_grad.clone()
     return found
+
+
+def weights_on_a_component(case: Case, component: Path) -> dict[str, Tensor]:
+    """What is pushed of new adapters on the weights of a component, by Hugging Face name."""
+    runtime.start(case.parallel, seed=3, timeout_s=60)
+    model = build_actor(Architecture.from_hf(case.hf), case.model_config, case.parallel)
+    load_component(model, component, case.hf)
+    return {name: tensor.clone() for name, tensor in stream_hf(model)}
 
 
 def moments(learner: Learner) -> dict[str, Tensor]:
