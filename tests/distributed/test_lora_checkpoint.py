@@ -9,17 +9,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_vcppo.config import LoraConfig, ModelConfig, ParallelConfig
+from megatron_vcppo.config import Config, LoraConfig, ModelConfig, ParallelConfig
 from megatron_vcppo.data.packing import pack_all, rounding
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.adapter_base import base_of_hf, locate
 from megatron_vcppo.hf.adapters import StoredAdapters
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore.hf_weights_io import stream_hf
-from megatron_vcppo.mcore.learner import Reference
+from megatron_vcppo.mcore.learner import FrozenValues, Reference
 from megatron_vcppo.mcore.model import build_actor, build_critic
 from megatron_vcppo.mcore.starting_weights import load_component
+from megatron_vcppo.run.folder import StageFolder
 from megatron_vcppo.run.manifest import read_manifest
+from megatron_vcppo.stages import model_rewards
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.lora import LORA, start_with_adapters
@@ -178,3 +180,23 @@ def test_a_base_is_known_by_its_weights(tmp_path: Path) -> None:
     save_file(tensors, moved / "model.safetensors")
     with pytest.raises(UserError, match="moved has other weights"):
         locate(base, component, moved)
+
+
+def test_a_reward_model_may_have_adapters_where_the_policy_has_none(tmp_path: Path) -> None:
+    hf = save_tiny_model(tmp_path / "hf")
+    config = Config()
+    config.run.dir, config.model.hf, config.model.dtype = str(tmp_path / "run"), str(hf), "float32"
+    config.rewards.model.stage = "reward_model"
+    stage = StageFolder(tmp_path / "run" / "reward_model")
+
+    def body() -> tuple[torch.Tensor, torch.Tensor]:
+        _, critic = start_with_adapters(hf, ParallelConfig())
+        step(critic, ParallelConfig(), 0)
+        checkpoint_folder(stage.checkpoints, hf).save(1, {"critic": critic}, {})
+        stage.mark_done(checkpoint=stage.checkpoint(1))
+        microbatches = pack_all(make_sequences(5), 160, *rounding(ParallelConfig()))
+        frozen = FrozenValues(model_rewards.load(config))
+        return torch.cat(critic.values(microbatches)), torch.cat(frozen.values(microbatches))
+
+    trained, loaded = run_distributed_test(body, 1)[0]
+    assert torch.equal(trained, loaded) and trained.std() > 0
