@@ -54,6 +54,29 @@ def test_the_plan_is_what_real_ranks_held(
     assert sum(parts.values()) - parts["overhead"] == pytest.approx(peak_gib, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("stage", "layout", "held_gib", "peak_gib"),
+    [
+        ("sft", {}, 0.437, 1.247),
+        ("sft", {"tp": 2, "sequence_parallel": True}, 0.237, 0.648),
+        ("sft", {"recompute": "full"}, 0.435, 0.713),
+        ("ppo", {}, 0.467, 1.276),
+    ],
+)
+def test_the_plan_of_adapters_is_what_real_ranks_held(
+    tmp_path: Path, stage: str, layout: dict[str, Any], held_gib: float, peak_gib: float
+) -> None:
+    """The same with --lora-rank 16. Next to so little what ranks hold besides shows: 0.03 GiB."""
+    arch, config = measured_model(tmp_path), Config()
+    config.model.dtype, config.model.max_length, config.parallel.tokens_per_microbatch = "float32", 1024, 1024
+    config.model.lora.rank = 16
+    for key, value in layout.items():
+        setattr(config.parallel, key, value)
+    parts = plan(arch, config, stage)
+    assert parts["weights"] + parts["gradients"] + parts["optimizer"] == pytest.approx(held_gib, abs=0.03)
+    assert sum(parts.values()) - parts["overhead"] == pytest.approx(peak_gib, rel=0.06)
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> tuple[Architecture, Config]:
     config = load_config(CONFIGS / "models" / "tiny.yaml", complete=False)
