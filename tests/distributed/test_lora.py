@@ -6,15 +6,18 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_vcppo.config import LoraConfig, ParallelConfig
+from megatron_vcppo.config import LoraConfig, ModelConfig, ParallelConfig
 from megatron_vcppo.data.packing import pack_all, rounding, unpack_all
 from megatron_vcppo.hf.adapters import LINEARS, adapter_shapes
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore.hf_weights_io import stream_hf
 from megatron_vcppo.mcore.learner import AdapterReference
-from megatron_vcppo.mcore.offload import gradients, optimizer_state, weights
+from megatron_vcppo.mcore.model import build_actor
+from megatron_vcppo.mcore.offload import HostMemory, gradients, optimizer_state, weights
+from megatron_vcppo.mcore.starting_weights import load_from_hf
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.lora import ALPHA, LORA, RANK, fill, parts_of, start_with_adapters, whole
 from tests.helpers.training import make_sequences, step
@@ -184,6 +187,44 @@ def test_actor_and_critic_hold_the_base_once(tmp_path: Path, layout: dict) -> No
     assert held["gradients"] <= 4 * held["trained"] + slack
     assert held["optimizer"] <= 12 * held["trained"] / sharing + slack
     assert held["trained"] < held["base"] / 2
+
+
+def test_an_actor_takes_a_critics_base_and_loads_what_that_lacks(tmp_path: Path) -> None:
+    """As in value pretraining, where the actor that generates comes after the critic in training."""
+    hf = save_tiny_model(tmp_path / "hf")
+
+    def body() -> tuple[int, bool]:
+        _, critic = start_with_adapters(hf, ParallelConfig())
+        config = ModelConfig(hf=str(hf), dtype="float32", lora=LORA)
+        actor = build_actor(critic.model.arch, config, ParallelConfig())
+        load_from_hf(actor, hf, owner=critic.model)
+        own = {p.data_ptr() for n, p in actor.named_parameters() if not actor.is_stored(n)}
+        lacking = own - {p.data_ptr() for p in critic.model.parameters()}
+        stored = load_file(hf / "model.safetensors")
+        return len(lacking), all(torch.equal(tensor, stored[name]) for name, tensor in stream_hf(actor))
+
+    assert run_distributed_test(body, 1)[0] == (1, True)
+
+
+def test_a_shared_base_leaves_the_device_once(tmp_path: Path) -> None:
+    hf = save_tiny_model(tmp_path / "hf")
+
+    def body() -> None:
+        actor, critic = start_with_adapters(hf, ParallelConfig())
+        microbatches = pack_all(make_sequences(0), 160, *rounding(ParallelConfig()))
+        before = torch.cat(actor.logprobs(microbatches)), torch.cat(critic.values(microbatches))
+        held = [*weights(actor.model), *weights(critic.model)]
+        once = sum(storage.nbytes() for storage in {storage._cdata: storage for storage in held}.values())
+        host = HostMemory()
+        assert host.take(held) == once
+        assert len(host.parked) < len(held) and host.take(held) == 0
+        with pytest.raises(RuntimeError, match="weights of the model are in host memory"):
+            critic.values(microbatches)
+        assert host.give_back() == once
+        assert torch.equal(torch.cat(actor.logprobs(microbatches)), before[0])
+        assert torch.equal(torch.cat(critic.values(microbatches)), before[1])
+
+    run_distributed_test(body, 1)
 
 
 def test_every_target_is_in_a_linear_layer() -> None:
