@@ -217,18 +217,7 @@ class _Files(_Source):
     def copies(self, wide: Mapping[str, Matrix]) -> Iterator[tuple[torch.dtype, Iterator[Job]]]:
         for kind in dict.fromkeys(self.dtypes().values()):
             some = {name: tensor for name, tensor in self.tensors.items() if tensor.dtype == kind}
-            yield (
-                kind,
-                (
-                    Job(
-                        wide[name],
-                        0,
-                        tensor.shape[0],
-                        (Strip(Matrix(tensor.path, tensor.offset, tensor.row_bytes), 0, 0),),
-                    )
-                    for name, tensor in some.items()
-                ),
-            )
+            yield kind, (_whole(wide[name], tensor) for name, tensor in some.items())
 
 
 def _whole(wide: Matrix, tensor: TensorInFile) -> Job:
