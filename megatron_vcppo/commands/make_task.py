@@ -28,7 +28,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--validation", type=int, default=500, help="SFT validation samples per task (500)")
     parser.add_argument("--prompts", type=int, default=20_000, help="PPO prompts per task (20000)")
     parser.add_argument("--test", type=int, default=512, help="held-out prompts per task (512)")
-    parser.add_argument("--family", choices=("qwen3", "llama"), default="qwen3", help="architecture (qwen3)")
+    parser.add_argument(
+        "--family", choices=("qwen3", "qwen3_moe", "llama"), default="qwen3", help="architecture (qwen3)"
+    )
     parser.add_argument("--layers", type=int, default=2, help="layers of the base model (2)")
     parser.add_argument("--width", type=int, default=64, help="hidden size of the base model (64)")
     parser.add_argument("--head-size", type=int, default=32, help="size of an attention head (32)")

@@ -114,6 +114,9 @@ def as_text(stages: list["StagePlan"], gpus_per_node: int) -> str:
         ),
     ]
     for stage in stages:
+        if len(set(stage.stage_layers)) > 1:
+            lines.append(f"\n{stage.stage}: layers of the pipeline stages: {', '.join(map(str, stage.stage_layers))}")
+    for stage in stages:
         if stage.engines and stage.push:
             engines = stage.engines
             lines += [

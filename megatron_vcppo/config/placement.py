@@ -1,5 +1,6 @@
 """How many ranks the trainer has, and which nodes and GPUs trainer and engines take. No torch."""
 
+import math
 from typing import Literal
 
 from megatron_vcppo.config.schema import Config
@@ -21,12 +22,18 @@ def trainer_ranks(config: Config) -> int:
 
 
 def data_parallel_size(parallel: ParallelConfig, num_ranks: int) -> int:
-    """Replicas of the model on this number of ranks. UserError if tp × pp × cp does not divide it."""
+    """Replicas of the model on this number of ranks. UserError if tp × pp × cp, or ep × pp, does not divide it."""
     model_ranks = parallel.tp * parallel.pp * parallel.cp
     if num_ranks % model_ranks:
         raise UserError(
             f"parallel: tp {parallel.tp} × pp {parallel.pp} × cp {parallel.cp} = {model_ranks} must divide {num_ranks} "
             "trainer ranks: change these sizes, or the number of ranks (cluster.trainer_nodes, cluster.trainer_ranks)"
+        )
+    per_stage = num_ranks // parallel.pp
+    if per_stage % parallel.ep:
+        raise UserError(
+            f"parallel.ep {parallel.ep} must divide the {per_stage} ranks of a pipeline stage (tp {parallel.tp} × cp "
+            f"{parallel.cp} × dp {num_ranks // model_ranks}): change these sizes, or the number of ranks"
         )
     return num_ranks // model_ranks
 
@@ -55,7 +62,13 @@ def node_holds_replica(config: Config, num_ranks: int) -> bool:
     on one node only if all ranks are.
     """
     nodes, parallel = config.cluster.trainer_nodes, config.parallel
-    return nodes == 1 or (parallel.pp == 1 and num_ranks // nodes % parallel.tp == 0)
+    return nodes == 1 or (parallel.pp == 1 and num_ranks // nodes % gather_size(parallel.tp, parallel.ep) == 0)
+
+
+def gather_size(tp: int, ep: int) -> int:
+    """Neighboring ranks of a pipeline stage that together make its weights whole: tensor- and expert-parallel groups
+    lie inside such blocks."""
+    return math.lcm(tp, ep)
 
 
 def senders_per_stage(num_ranks: int, pp_size: int, max_senders: int) -> int:

@@ -63,6 +63,20 @@ def adapter_shapes(arch: Architecture) -> dict[str, AdapterShape]:
     return {name: AdapterShape(name, *size) for name, size in sizes.items()}
 
 
+def check_model(arch: Architecture, lora: LoraConfig) -> None:
+    """Raise UserError if adapters cannot be put into this architecture."""
+    if lora.rank is None:
+        return
+    if arch.experts is not None:
+        raise UserError("model.lora.rank: mixtures of experts take no adapters: set it to null")
+    normed = [name for name in lora.targets if name in ROW_PARALLEL]
+    if arch.norms != "pre" and normed:  # Megatron's layer of these projections has the norm in it
+        raise UserError(
+            f"model.lora.targets: {' and '.join(normed)} of {arch.family} are followed by a norm, before which no "
+            "adapter can be added: leave them out"
+        )
+
+
 def adapter_parameters(arch: Architecture, lora: LoraConfig, tp: int = 1) -> float:
     """Parameters of all adapters of one model; with tensor parallelism those on one rank, over all pipeline stages."""
     assert lora.rank is not None

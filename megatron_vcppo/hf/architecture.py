@@ -1,21 +1,63 @@
 """What a decoder is made of, read from a Hugging Face folder's config.json. Needs neither torch nor megatron.
 
-Supported: Qwen2 and Qwen2.5 (model_type qwen2), Qwen3 (qwen3), Llama 3 (llama). Everything that the Megatron model
-would silently compute differently (sliding windows, other rope types, extra biases, quantized weights) is an error.
+Supported: Qwen2 and Qwen2.5 (model_type qwen2), Qwen3 (qwen3), Qwen3-MoE (qwen3_moe), Llama 3 (llama), Mistral
+(mistral), OLMo 2 (olmo2), Gemma 3's text models (gemma3_text). Everything that the Megatron model would silently
+compute differently (other rope types, extra biases, Qwen's sliding windows, shared experts, quantized weights) is an
+error.
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf import experts
+from megatron_vcppo.hf.experts import Experts
+from megatron_vcppo.hf.pipeline import Ends, stage_layers
 from megatron_vcppo.run.files import parse_json
 
-FAMILIES = ("qwen2", "qwen3", "llama")
+GELU = "gelu_pytorch_tanh"
+_TRAITS: dict[str, dict[str, Any]] = {
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "qwen3_moe": {"qk_norm": True},
+    "llama": {},
+    "mistral": {},
+    "olmo2": {"qk_norm": True, "wide_qk_norm": True, "norms": "post"},
+    "gemma3_text": {
+        **{"qk_norm": True, "norms": "both", "centered_norms": True, "gelu": True, "scaled_embedding": True},
+    },
+}
+"""By model_type, the switches of ``Architecture`` that no key of config.json tells."""
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "olmo2": {"rms_norm_eps": 1e-5},
+    "gemma3_text": {
+        **{"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "hidden_activation": GELU},
+        **{"query_pre_attn_scalar": 256, "sliding_window": 4096, "sliding_window_pattern": 6},
+        **{"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+    },
+}
+"""What transformers takes where config.json lacks a key, if that differs from the other families'."""
+FAMILIES = tuple(_TRAITS)
+_WINDOWED = ("mistral", "gemma3_text")
+"""Families whose sliding_window is one that counts."""
+FULL = "full_attention"
+CRITIC_CLASSES = {
+    family: f"{name}ForTokenClassification"
+    for family, name in (
+        *(("qwen2", "Qwen2"), ("qwen3", "Qwen3"), ("qwen3_moe", "Qwen3Moe")),
+        *(("llama", "Llama"), ("mistral", "Mistral")),
+    )
+}
+"""Those of transformers; other families have none."""
 DTYPES = ("float32", "bfloat16", "float16")
-_ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ROPE_NUMBERS = (
+    *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "local_theta"),
+)
 _REQUIRED = (
     "hidden_size",
     "num_hidden_layers",
@@ -50,11 +92,34 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class LinearScaling:
+    """Rotary embeddings of positions divided by ``factor``."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN (arXiv:2309.00071): rotary embeddings for ``factor`` times as many positions as the model was made for."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    """Rotary pairs that turn at least this often in the original context keep their frequency."""
+    beta_slow: float
+    """Those that turn at most this often are slowed down by ``factor``; between the two the change is linear."""
+    attention_factor: float
+    """Queries and keys are multiplied by it after the rotation."""
+    truncate: bool
+    """Whether the bounds of that linear part are rounded outwards to whole pairs."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Sizes and switches of one decoder-only model."""
 
     family: str
-    """qwen2 | qwen3 | llama"""
+    """One of ``FAMILIES``."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -64,7 +129,7 @@ class Architecture:
     vocab_size: int
     """Rows of the embedding as in the Hugging Face checkpoint, not padded."""
     rope_theta: float
-    rope_scaling: RopeScaling | None
+    rope_scaling: RopeScaling | LinearScaling | Yarn | None
     max_positions: int
     norm_eps: float
     tied: bool
@@ -73,6 +138,26 @@ class Architecture:
     qk_norm: bool
     dtype: str
     """float32 | bfloat16 | float16: the dtype that config.json names."""
+    wide_qk_norm: bool = False
+    """The norms of queries and keys are over all heads together, not over each."""
+    norms: str = "pre"
+    """pre: attention and feed-forward layer normalize what they read; post: what they add; both."""
+    centered_norms: bool = False
+    """A norm multiplies by 1 + its weight."""
+    gelu: bool = False
+    """The feed-forward layer's gate is GELU (by tanh), not SiLU."""
+    scaled_embedding: bool = False
+    """What the embedding gives is multiplied by sqrt(hidden_size)."""
+    query_scalar: float | None = None
+    """Attention scores are divided by its square root; None: by that of head_dim."""
+    window: int | None = None
+    """How many tokens, its own included, a position attends to; None: all before it."""
+    global_layers: tuple[int, ...] = ()
+    """Layers, from 0, without the window."""
+    local_rope_theta: float | None = None
+    """Of the layers with the window, whose rotary embeddings are not scaled; None: as in all."""
+    experts: Experts | None = None
+    """None: every layer is dense."""
     config: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """config.json as it was read."""
 
@@ -99,6 +184,7 @@ class Architecture:
         missing = [key for key in _REQUIRED if not _is_positive_int(config.get(key))]
         if missing:
             raise UserError(f"{source}: missing or not a positive integer: {', '.join(missing)}")
+        given, config = config, _DEFAULTS.get(family, {}) | dict(config)
         rope = _rope_parameters(config, source)
         if malformed := _malformed(config, rope):
             raise UserError(f"{source}: {'; '.join(malformed)}")
@@ -121,10 +207,16 @@ class Architecture:
             max_positions=config["max_position_embeddings"],
             norm_eps=float(config.get("rms_norm_eps") or 1e-6),
             tied=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
             dtype=_dtype(config),
-            config=dict(config),
+            query_scalar=config.get("query_pre_attn_scalar"),
+            window=config["sliding_window"] if family in _WINDOWED else None,
+            global_layers=_global_layers(config),
+            local_rope_theta=float(rope["local_theta"]) if "local_theta" in rope else None,
+            experts=Experts.from_config(config, config["num_hidden_layers"], source)
+            if family in experts.FAMILIES
+            else None,
+            config=dict(given),
+            **{"qkv_bias": False, "qk_norm": False} | _TRAITS[family],
         )
         sizes = {name: getattr(found, name) for name in _LARGEST}
         if too_large := [f"{name} {size}" for name, size in sizes.items() if size > _LARGEST[name]]:
@@ -139,10 +231,18 @@ class Architecture:
     def from_dict(cls, data: Any, source: str = "architecture") -> "Architecture":
         """Inverse of ``to_dict``. Raises UserError, which names ``source``, for anything that it did not make."""
         values = _typed(cls, data, source)
-        if values["rope_scaling"] is not None:
-            values["rope_scaling"] = RopeScaling(
-                **_typed(RopeScaling, values["rope_scaling"], f"{source}.rope_scaling")
-            )
+        if (scaling := values["rope_scaling"]) is not None:
+            given = set(scaling) if isinstance(scaling, Mapping) else set()
+            kind = Yarn if "beta_fast" in given else LinearScaling if given == {"factor"} else RopeScaling
+            values["rope_scaling"] = kind(**_typed(kind, scaling, f"{source}.rope_scaling"))
+        numbers = (values[name] for name in ("window", "query_scalar", "local_rope_theta"))
+        layers = values["global_layers"]
+        known = values["norms"] in ("pre", "post", "both") and all(n is None or _is_positive_number(n) for n in numbers)
+        if not known or not isinstance(layers, list | tuple) or not all(isinstance(layer, int) for layer in layers):
+            raise UserError(f"{source}: norms, window, query_scalar, global_layers or local_rope_theta: no such model")
+        values["global_layers"] = tuple(layers)
+        if values["experts"] is not None:  # manifests of before have no such key
+            values["experts"] = Experts.from_dict(values["experts"], values["num_layers"], f"{source}.experts")
         if not isinstance(values["config"], Mapping):
             raise UserError(f"{source}: config is no object")
         if wrong := [f"{name} {values[name]}" for name, most in _LARGEST.items() if not 0 < values[name] <= most]:
@@ -169,28 +269,67 @@ class Architecture:
         """Width of all key (or all value) heads together."""
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def qk_norm_sizes(self) -> tuple[int, ...]:
+        """Weights of the norm of queries and of that of keys; () without them."""
+        sizes = (self.q_size, self.kv_size) if self.wide_qk_norm else (self.head_dim, self.head_dim)
+        return sizes if self.qk_norm else ()
+
+    @property
+    def longest(self) -> int:
+        """Positions that the rotary embeddings are made for."""
+        yarn = self.rope_scaling if isinstance(self.rope_scaling, Yarn) else None
+        return max(self.max_positions, int(yarn.factor * yarn.original_max_position_embeddings) if yarn else 0)
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Layers (from 0) that have experts."""
+        return self.experts.sparse_layers(self.num_layers) if self.experts else ()
+
     def parameter_count(self) -> int:
         """Parameters of the Hugging Face checkpoint; tied embeddings count once, padding not at all."""
-        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        norms = (4 if self.norms == "both" else 2) * self.hidden_size + sum(self.qk_norm_sizes)
         biases = self.q_size + 2 * self.kv_size if self.qkv_bias else 0
-        layers = self.num_layers * (self._layer_matrix_parameters() + norms + biases)
+        layers = self.num_layers * (norms + biases) + self._matrix_parameters(active=False)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
         return layers + embeddings + self.hidden_size
+
+    def active_parameter_count(self) -> int:
+        """The same, with only the experts that one token passes through."""
+        return self.parameter_count() - self._matrix_parameters(active=False) + self._matrix_parameters(active=True)
+
+    def expert_parameter_count(self) -> int:
+        """Parameters of all experts of all layers, which expert parallelism divides."""
+        if self.experts is None:
+            return 0
+        one = 3 * self.hidden_size * self.experts.ffn_size
+        return len(self.sparse_layers) * self.experts.count * one
 
     def training_flops(self, sequence_lengths: Iterable[int]) -> int:
         """Floating-point operations of one forward and backward pass over sequences of these lengths (tokens).
 
         Matrix products only: 2 per parameter and token forward, twice that backward; causal attention scores and
-        their product with the values cost length² × q_size each (half of the full square), per layer, forward.
-        Recomputation is not counted (model FLOPs, as in PaLM's MFU, arXiv:2204.02311 appendix B).
+        their product with the values cost length² × q_size each (half of the full square; with a window, the band of
+        it that is attended to), per layer, forward. Recomputation is not counted (model FLOPs, as in PaLM's MFU,
+        arXiv:2204.02311 appendix B), nor are experts that a token does not pass through.
         """
         lengths = list(sequence_lengths)
-        per_token = self.num_layers * self._layer_matrix_parameters() + self.vocab_size * self.hidden_size
-        attention = self.num_layers * 2 * self.q_size * sum(length * length for length in lengths)
+        per_token = self._matrix_parameters(active=True) + self.vocab_size * self.hidden_size
+        whole = self.num_layers if self.window is None else len(self.global_layers)
+        bands = [length**2 - max(0, length - (self.window or length)) ** 2 for length in lengths]
+        squares = whole * sum(length**2 for length in lengths) + (self.num_layers - whole) * sum(bands)
+        attention = 2 * self.q_size * squares
         return 3 * (2 * per_token * sum(lengths) + attention)
 
-    def check_parallel(self, tp: int, pp: int) -> None:
-        """Raises UserError, with the numbers, if ``tp`` tensor and ``pp`` pipeline ranks cannot split the model."""
+    def check_parallel(
+        self, tp: int, pp: int, ep: int = 1, sequence_parallel: bool = True, ends: Ends = (None, None)
+    ) -> None:
+        """Raises UserError, with the numbers, if ``tp`` tensor, ``pp`` pipeline and ``ep`` expert-parallel ranks cannot
+        split the model.
+
+        sequence_parallel: whether tensor-parallel ranks divide the tokens outside of attention.
+        ends: layers of the first and of the last pipeline stage, if they are given.
+        """
         problems = [
             f"{name} {size} is not divisible by tp {tp}"
             for name, size in (
@@ -200,22 +339,42 @@ class Architecture:
             )
             if tp < 1 or size % tp
         ]
-        if pp < 1 or self.num_layers % pp:
-            problems.append(f"layers {self.num_layers} are not divisible by pp {pp}")
+        try:
+            stage_layers(self.num_layers, pp, ends)
+        except UserError as error:
+            problems.append(str(error))
+        if self.experts is None and ep > 1:
+            problems.append(f"it has no experts for parallel.ep {ep} to divide")
+        if self.experts is not None and (ep < 1 or self.experts.count % ep):
+            problems.append(f"experts {self.experts.count} are not divisible by ep {ep}")
+        if self.experts is not None and tp > 1 and not sequence_parallel:
+            problems.append(f"its experts with tp {tp} need parallel.sequence_parallel: set it to true")
         if problems:
             raise UserError("this model cannot be split as configured: " + "; ".join(problems))
 
-    def check_length(self, max_length: int) -> None:
-        """Raises UserError, with the numbers, if sequences may be longer than the model's positions."""
-        if max_length > self.max_positions:
+    def check_exportable(self, kind: str) -> None:
+        """Raises UserError if transformers has no class for an export of this kind (actor, critic)."""
+        if kind == "critic" and self.family not in CRITIC_CLASSES:
             raise UserError(
-                f"model.max_length {max_length} is more than the model's {self.max_positions} positions "
-                "(max_position_embeddings in its config.json)"
+                f"transformers has no {self.family} for token classification, which a critic is exported to"
             )
 
-    def _layer_matrix_parameters(self) -> int:
+    def check_length(self, max_length: int) -> None:
+        """Raises UserError, with the numbers, if sequences may be longer than the model's positions."""
+        if max_length > self.longest:
+            raise UserError(
+                f"model.max_length {max_length} is more than the model's {self.longest} positions "
+                "(max_position_embeddings in its config.json, or YaRN's factor × original_max_position_embeddings)"
+            )
+
+    def _matrix_parameters(self, *, active: bool) -> int:
+        """Of all layers; active: only of the experts that one token passes through."""
         attention = self.hidden_size * (2 * self.q_size + 2 * self.kv_size)
-        return attention + 3 * self.hidden_size * self.ffn_size
+        sparse, total = len(self.sparse_layers), self.num_layers * attention
+        if self.experts is not None:
+            run = self.experts.per_token if active else self.experts.count
+            total += sparse * self.hidden_size * (self.experts.count + 3 * run * self.experts.ffn_size)
+        return total + (self.num_layers - sparse) * 3 * self.hidden_size * self.ffn_size
 
 
 def _is_positive_int(value: Any) -> bool:
@@ -230,7 +389,8 @@ def _typed(cls: type, data: Any, source: str) -> dict[str, Any]:
     """The fields of a dataclass from what JSON holds. UserError if one is missing or of another type."""
     values: dict[str, Any] = {}
     for one in fields(cls):
-        value = data.get(one.name) if isinstance(data, Mapping) else None
+        default = None if one.default is MISSING else one.default  # of what a manifest made before lacks
+        value = data.get(one.name, default) if isinstance(data, Mapping) else None
         wanted = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}.get(cast(type, one.type))
         if wanted and type(value) not in wanted:
             raise UserError(f"{source}: {one.name} {value!r} is no {wanted[-1].__name__}")
@@ -241,7 +401,7 @@ def _typed(cls: type, data: Any, source: str) -> dict[str, Any]:
 def _malformed(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str]:
     """Keys with a default whose value is of another kind; null counts as absent, as in transformers."""
     problems = []
-    for key in ("num_key_value_heads", "head_dim"):
+    for key in ("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "query_pre_attn_scalar"):
         if config.get(key) is not None and not _is_positive_int(config[key]):
             problems.append(f"{key} {config[key]!r} is not a positive integer")
     for key, value in (("rms_norm_eps", config.get("rms_norm_eps")), *((key, rope.get(key)) for key in _ROPE_NUMBERS)):
@@ -249,6 +409,12 @@ def _malformed(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key} {value!r} is not a positive number")
     if not isinstance(config.get("layer_types") or [], list):
         problems.append(f"layer_types {config['layer_types']!r} is not a list")
+    elif (
+        config["model_type"] in _WINDOWED
+        and config.get("layer_types")
+        and len(config["layer_types"]) != config["num_hidden_layers"]
+    ):
+        problems.append(f"layer_types has {len(config['layer_types'])} entries, not num_hidden_layers")
     if config.get("use_sliding_window") and not isinstance(config.get("max_window_layers", 0), int):
         problems.append(f"max_window_layers {config['max_window_layers']!r} is not a whole number")
     return problems
@@ -259,25 +425,62 @@ def _rope_parameters(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(key) or {}, Mapping):
             raise UserError(f"{source}: {key} {config[key]!r} is not an object")
-    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    rope = dict(config.get("rope_scaling") or {})
+    given = dict(config.get("rope_parameters") or {})
+    if "rope_local_base_freq" in config:  # Gemma: one for each kind of layer
+        local = given.get("sliding_attention") or {}
+        given = given.get("full_attention") or {}
+        if not all(isinstance(each, Mapping) for each in (local, given)):
+            raise UserError(f"{source}: rope_parameters: full_attention or sliding_attention is not an object")
+        if local.get("rope_type", "default") != "default":
+            raise UserError(f"{source}: not supported: rope type {local['rope_type']!r} of sliding_attention")
+        rope["local_theta"] = local.get("rope_theta", config["rope_local_base_freq"])
+    types = [each.get("rope_type", each.get("type", "default")) for each in (rope, given)]
+    if rope and given and types[0] != types[1] and "local_theta" not in rope:
+        raise UserError(
+            f"{source}: rope_scaling has type {types[0]!r}, rope_parameters {types[1]!r}: remove one of the two"
+        )
+    rope |= given
     if "rope_theta" in config:
         rope.setdefault("rope_theta", config["rope_theta"])
     rope.setdefault("rope_type", rope.get("type", "default"))
     return rope
 
 
-def _rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | None:
-    if rope["rope_type"] == "default":
+def _rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | LinearScaling | Yarn | None:
+    kind = rope["rope_type"]
+    if kind == "default":
         return None
-    missing = [f.name for f in fields(RopeScaling) if f.name not in rope]
-    if missing:
-        raise UserError(f"{source}: rope scaling llama3 lacks {', '.join(missing)}")
-    return RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+    needed = [f.name for f in fields(RopeScaling)]
+    if kind in ("yarn", "linear"):
+        needed = ["factor", "original_max_position_embeddings"][: 1 if kind == "linear" else 2]
+    if missing := [name for name in needed if rope.get(name) is None]:
+        raise UserError(f"{source}: rope scaling {kind} lacks {', '.join(missing)}")
+    if kind == "linear":
+        return LinearScaling(float(rope["factor"]))
+    factor, positions = float(rope["factor"]), int(rope["original_max_position_embeddings"])
+    if kind == "llama3":
+        return RopeScaling(factor, float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), positions)
+    return Yarn(
+        factor=factor,
+        original_max_position_embeddings=positions,
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        attention_factor=_attention_factor(rope, factor),
+        truncate=bool(rope.get("truncate", True)),
     )
+
+
+def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:
+    """As given, or the paper's, which mscale and mscale_all_dim (DeepSeek's keys) change where both are there."""
+
+    def of(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if (given := rope.get("attention_factor")) is not None:
+        return float(given)
+    mscale, all_dims = rope.get("mscale"), rope.get("mscale_all_dim")
+    return of(mscale) / of(all_dims) if mscale and all_dims else of(1.0)
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
@@ -287,20 +490,26 @@ def _dtype(config: Mapping[str, Any]) -> str:
 def _unsupported(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str]:
     """Every feature of this config that the Megatron model does not have, with what it has instead."""
     problems = []
-    if rope["rope_type"] not in ("default", "llama3"):
-        problems.append(f"rope type {rope['rope_type']!r} (supported: default, llama3)")
+    if rope["rope_type"] not in ("default", "linear", "llama3", "yarn"):
+        problems.append(f"rope type {rope['rope_type']!r} (supported: default, linear, llama3, yarn)")
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) not in (None, 1, 1.0):
         problems.append("partial rotary embeddings (supported: the whole head)")
-    if config.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act {config['hidden_act']!r} (supported: silu)")
+    key, act = ("hidden_activation", GELU) if "hidden_activation" in config else ("hidden_act", "silu")
+    if config.get(key, act) != act:
+        problems.append(f"{key} {config[key]!r} (supported: {act})")
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if config.get(key):
+            problems.append(f"{key} {config[key]!r} (supported: none)")
     if _uses_sliding_window(config):
-        problems.append("a sliding window (supported: full attention in every layer)")
+        problems.append("a sliding window (supported: those of Mistral and Gemma 3)")
     if config.get("attention_bias"):
         problems.append("attention_bias, a bias on the output projection (supported: none, or Qwen2's on q, k, v)")
     if config.get("mlp_bias"):
         problems.append("mlp_bias (supported: feed-forward layers without bias)")
-    if config.get("num_experts") or config.get("num_local_experts"):
-        problems.append("mixture of experts (supported: dense models)")
+    if config["model_type"] not in experts.FAMILIES and (config.get("num_experts") or config.get("num_local_experts")):
+        problems.append(f"mixture of experts (supported: of {', '.join(experts.FAMILIES)})")
+    if config.get("shared_expert_intermediate_size"):
+        problems.append("shared experts (supported: routed experts only)")
     if config.get("quantization_config"):
         problems.append("quantized weights (supported: " + ", ".join(DTYPES) + ")")
     if _dtype(config) not in DTYPES:
@@ -313,10 +522,21 @@ def _unsupported(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str
     return problems
 
 
+def _global_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of Gemma, whose other layers have a window; none of other models."""
+    if "sliding_window_pattern" not in config:
+        return ()
+    num_layers, every = config["num_hidden_layers"], config["sliding_window_pattern"]
+    kinds = config.get("layer_types") or ["sliding_attention" if (i + 1) % every else FULL for i in range(num_layers)]
+    return tuple(layer for layer, kind in enumerate(kinds) if kind == FULL)
+
+
 def _uses_sliding_window(config: Mapping[str, Any]) -> bool:
     layer_types = config.get("layer_types")
+    if config["model_type"] in _WINDOWED:
+        return False
     if layer_types:
-        return any(kind != "full_attention" for kind in layer_types)
+        return any(kind != FULL for kind in layer_types)
     if not config.get("use_sliding_window"):
         return False
     # Layers from max_window_layers on have the window; many configs switch it on for none.

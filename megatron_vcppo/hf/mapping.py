@@ -6,28 +6,36 @@ split over tensor-parallel ranks, is a stack of row blocks of Hugging Face tenso
 - linear_qkv: per key-value group, the group's query heads, its key head, its value head;
 - linear_fc1: gate, then up; each of the two is split over the ranks by itself;
 - embedding and output layer: the vocabulary's rows, then rows of padding (zeros);
-- everything else: one tensor as it is.
+- an expert of a mixture: its gate, up and down projection, named by its index among all experts of the layer. No rank
+  has a part of an expert: expert parallelism gives each some of them whole;
+- everything else: one tensor as it is. Norms of what attention and feed-forward layer add ("post") are parts of the
+  layers that they come after: ``linear_proj.post_layernorm``, ``linear_fc2.post_layernorm``.
 
 Names are those of Megatron's distributed checkpoints, which are Transformer Engine's (norms are called
 ``linear_qkv.layer_norm_weight`` and ``linear_fc1.layer_norm_weight``) with the layer's index in the whole model;
 ``canonical_name`` brings the local spec's names and a pipeline stage's layer numbers to them.
 """
 
+import bisect
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.integers import round_up
 
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Parameters whose rows are tokens, and padding."""
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
-_LOCAL_SPEC_NAMES = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
+_EXPERT = re.compile(r"^mlp\.experts\.experts\.(\d+)\.(.+)$")
+_LOCAL_EXPERT = re.compile(r"^mlp\.experts\.(?:local_experts\.(\d+)\.(.+)|(.+\.weight)(\d+))$")
+"""Of Megatron's experts one by one, and of those that Transformer Engine multiplies together."""
+_LOCAL_SPEC_NAMES = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight"}
+_LOCAL_SPEC_NAMES_DENSE = _LOCAL_SPEC_NAMES | {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,8 @@ class Parameter:
     """The dimension that tensor parallelism splits; None: every rank has all of it."""
     num_parts: int = 1
     """Equal parts along split_dim that are split one by one and then concatenated (linear_fc1: gate and up)."""
+    expert: int | None = None
+    """Its index among the layer's experts if it belongs to one: one rank of an expert-parallel group has all of it."""
 
     @property
     def hf_names(self) -> tuple[str, ...]:
@@ -97,33 +107,58 @@ def _plain(name: str, hf_name: str, shape: tuple[int, ...], split_dim: int | Non
 
 def _layer_parameters(arch: Architecture, layer: int) -> list[Parameter]:
     ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-    hidden, ffn = arch.hidden_size, arch.ffn_size
+    hidden = arch.hidden_size
     qkv_rows = arch.q_size + 2 * arch.kv_size
-    attention, mlp = ours + "self_attention.", ours + "mlp."
+    attention = ours + "self_attention."
+    norms = []
+    if arch.norms != "post":
+        norms.append((attention + "linear_qkv.layer_norm_weight", "input_layernorm"))
+    if arch.norms != "pre":
+        norms.append((attention + "linear_proj.post_layernorm.weight", "post_attention_layernorm"))
+        norms.append((ours + "mlp.linear_fc2.post_layernorm.weight", "post_feedforward_layernorm"))
     table = [
-        _plain(attention + "linear_qkv.layer_norm_weight", theirs + "input_layernorm.weight", (hidden,)),
+        *(_plain(name, f"{theirs}{hf_name}.weight", (hidden,)) for name, hf_name in norms),
         Parameter(attention + "linear_qkv.weight", (qkv_rows, hidden), _qkv_blocks(arch, theirs, "weight"), 0),
         _plain(attention + "linear_proj.weight", theirs + "self_attn.o_proj.weight", (hidden, arch.q_size), 1),
-        _plain(mlp + "linear_fc1.layer_norm_weight", theirs + "post_attention_layernorm.weight", (hidden,)),
-        Parameter(
-            mlp + "linear_fc1.weight",
-            (2 * ffn, hidden),
-            (
-                Block(theirs + "mlp.gate_proj.weight", 0, 0, ffn),
-                Block(theirs + "mlp.up_proj.weight", 0, ffn, ffn),
-            ),
-            split_dim=0,
-            num_parts=2,
-        ),
-        _plain(mlp + "linear_fc2.weight", theirs + "mlp.down_proj.weight", (hidden, ffn), 1),
+        *_feed_forward(arch, layer, ours, theirs),
     ]
     if arch.qkv_bias:
         table.append(Parameter(attention + "linear_qkv.bias", (qkv_rows,), _qkv_blocks(arch, theirs, "bias"), 0))
-    if arch.qk_norm:
-        for norm in ("q", "k"):
-            name = f"self_attn.{norm}_norm.weight"
-            table.append(_plain(attention + f"{norm}_layernorm.weight", theirs + name, (arch.head_dim,)))
+    for norm, size in zip("qk", arch.qk_norm_sizes, strict=False):
+        name, split_dim = f"self_attn.{norm}_norm.weight", 0 if arch.wide_qk_norm else None
+        table.append(_plain(attention + f"{norm}_layernorm.weight", theirs + name, (size,), split_dim))
     return table
+
+
+def _feed_forward(arch: Architecture, layer: int, ours: str, theirs: str) -> list[Parameter]:
+    """The norm before it and its matrices: of one network, or of the router and every expert."""
+    hidden, mixture = arch.hidden_size, arch.experts
+    norm = theirs + ("pre_feedforward" if arch.norms == "both" else "post_attention") + "_layernorm.weight"
+    if mixture is None or layer in mixture.dense_layers:
+        table = [_plain(ours + "mlp.linear_fc1.layer_norm_weight", norm, (hidden,))]
+        return (table if arch.norms != "post" else []) + _gated_mlp(arch, ours + "mlp.", theirs + "mlp.", arch.ffn_size)
+    table = [
+        _plain(ours + "pre_mlp_layernorm.weight", norm, (hidden,)),
+        _plain(ours + "mlp.router.weight", theirs + "mlp.gate.weight", (mixture.count, hidden)),
+    ]
+    for expert in range(mixture.count):
+        names = (f"{ours}mlp.experts.experts.{expert}.", f"{theirs}mlp.experts.{expert}.")
+        table += _gated_mlp(arch, *names, mixture.ffn_size, expert)
+    return table
+
+
+def _gated_mlp(arch: Architecture, ours: str, theirs: str, ffn: int, expert: int | None = None) -> list[Parameter]:
+    gate, up = Block(theirs + "gate_proj.weight", 0, 0, ffn), Block(theirs + "up_proj.weight", 0, ffn, ffn)
+    down, hidden = Block(theirs + "down_proj.weight", 0, 0, arch.hidden_size), arch.hidden_size
+    if expert is not None:
+        return [
+            Parameter(ours + "linear_fc1.weight", (2 * ffn, hidden), (gate, up), split_dim=None, expert=expert),
+            Parameter(ours + "linear_fc2.weight", (hidden, ffn), (down,), split_dim=None, expert=expert),
+        ]
+    return [
+        Parameter(ours + "linear_fc1.weight", (2 * ffn, hidden), (gate, up), split_dim=0, num_parts=2),
+        Parameter(ours + "linear_fc2.weight", (hidden, ffn), (down,), split_dim=1),
+    ]
 
 
 def _qkv_blocks(arch: Architecture, prefix: str, kind: str) -> tuple[Block, ...]:
@@ -146,30 +181,68 @@ def hf_shapes(table: Iterable[Parameter]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def canonical_name(name: str, layer_offset: int = 0) -> str:
+def canonical_name(name: str, layer_offset: int = 0, expert_offset: int = 0, sparse: Container[int] = ()) -> str:
     """The table's name of a parameter as a rank's model calls it.
 
-    ``layer_offset`` is the number of layers on earlier pipeline stages.
+    ``layer_offset`` is the number of layers on earlier pipeline stages, ``expert_offset`` that of experts on earlier
+    ranks of the expert-parallel group; ``sparse``: ``Architecture.sparse_layers``.
     """
     match = _LAYER.match(name)
     if not match:
         return name
-    inner = _LOCAL_SPEC_NAMES.get(match[2], match[2])
-    return f"decoder.layers.{int(match[1]) + layer_offset}.{inner}"
+    layer = int(match[1]) + layer_offset
+    names = _LOCAL_SPEC_NAMES if layer in sparse else _LOCAL_SPEC_NAMES_DENSE
+    inner = names.get(match[2], match[2])
+    if expert := _LOCAL_EXPERT.match(inner):
+        index, rest = (expert[1], expert[2]) if expert[1] else (expert[4], expert[3])
+        inner = f"mlp.experts.experts.{int(index) + expert_offset}.{rest}"
+    return f"decoder.layers.{layer}.{inner}"
 
 
-def checkpoint_key(name: str) -> tuple[str, int | None]:
-    """Key in a distributed checkpoint, where layers are stacked along a leading axis, and the index on that axis."""
+@dataclass(frozen=True)
+class Place:
+    """Where a distributed checkpoint has a parameter: under a key, whose tensor may stack layers and experts."""
+
+    key: str
+    stack: tuple[int, ...]
+    """Leading axes of the tensor: the number of layers, then of experts."""
+    index: tuple[int, ...]
+    """On these axes."""
+
+
+def checkpoint_place(name: str, arch: Architecture) -> Place:
+    """The place of the table's parameter ``name``. Layers are stacked unless some have experts and some have not;
+    experts always are."""
     match = _LAYER.match(name)
-    return (f"decoder.layers.{match[2]}", int(match[1])) if match else (name, None)
+    if not match:
+        return Place(name, (), ())
+    prefix = "decoder.layers."
+    stack: tuple[int, ...] = (arch.num_layers,)
+    index: tuple[int, ...] = (int(match[1]),)
+    if arch.experts is not None and arch.experts.dense_layers:
+        prefix, stack, index = f"{prefix}{match[1]}.", (), ()
+    expert = _EXPERT.match(match[2])
+    if not expert:
+        return Place(prefix + match[2], stack, index)
+    assert arch.experts is not None
+    return Place(f"{prefix}mlp.experts.experts.{expert[2]}", (*stack, arch.experts.count), (*index, int(expert[1])))
 
 
-def pipeline_stage(name: str, num_layers: int, pp: int) -> int:
-    """The pipeline stage that holds a parameter (its first holder, where tied embeddings have two)."""
-    layer = checkpoint_key(name)[1]
+def layer_of(name: str) -> int | None:
+    """The layer that the table's parameter ``name`` belongs to, if any."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match else None
+
+
+def pipeline_stage(name: str, layers: Sequence[int]) -> int:
+    """The pipeline stage that holds a parameter (its first holder, where tied embeddings have two).
+
+    layers: how many each stage has.
+    """
+    layer = layer_of(name)
     if layer is not None:
-        return layer // (num_layers // pp)
-    return 0 if name.startswith("embedding.") else pp - 1
+        return bisect.bisect(tuple(accumulate(layers)), layer)
+    return 0 if name.startswith("embedding.") else len(layers) - 1
 
 
 def merge(parameter: Parameter, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

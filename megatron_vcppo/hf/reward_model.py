@@ -46,7 +46,9 @@ def check_reward_model(config: Config) -> None:
     def check(folder: Path) -> None:
         arch = Architecture.from_hf(folder)
         check_head(folder, _shape_of_head(folder))
-        arch.check_parallel(config.parallel.tp, config.parallel.pp)
+        parallel = config.parallel
+        ep = parallel.ep if arch.experts else 1
+        arch.check_parallel(parallel.tp, parallel.pp, ep, parallel.sequence_parallel, parallel.ends)
         if config.rewards.model.input == "tokens":
             arch.check_length(config.model.max_length)
             own, policys = (_tokens(other) for other in (folder, Path(config.model.hf)))

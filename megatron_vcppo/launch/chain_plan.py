@@ -14,6 +14,7 @@ from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.adapters import adapter_parameters
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.pipeline import stage_layers
 from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.launch.engine_estimate import EngineEstimate, estimate_engines, generation_s, response_tokens
 from megatron_vcppo.launch.memory_plan import ASLEEP_GIB, WEIGHT_BYTES, models_of, plan
@@ -49,6 +50,8 @@ class StagePlan:
     """Of the whole stage, once."""
     checkpoints_gb: float
     rollouts_gb: float
+    stage_layers: tuple[int, ...]
+    """Of each pipeline stage."""
 
     @property
     def step_s(self) -> float:
@@ -93,6 +96,7 @@ def plan_stage(arch: Architecture, config: Config, stage: str) -> StagePlan:
         once_s=once,
         checkpoints_gb=checkpoints_gb(arch, config, stage),
         rollouts_gb=rollouts_gb(config, stage),
+        stage_layers=stage_layers(arch.num_layers, config.parallel.pp, config.parallel.ends),
     )
 
 
@@ -105,37 +109,39 @@ def memory_limit(config: Config, stage: str) -> float | None:
 
 
 def nearest_layout(arch: Architecture, config: Config, stage: str, limit_gib: float) -> tuple[str, ...]:
-    """The layout on the same ranks that fits and changes the fewest keys; of those the one with most replicas."""
+    """The layout on the same ranks that fits and changes the fewest keys; of those the one with most replicas, and of
+    those the one whose experts are divided least."""
     fitting = []
-    for parallel in layouts(config):
+    for parallel in layouts(config, arch.experts is not None):
         changed = tuple(
             f"parallel.{name}={str(value).lower() if isinstance(value, bool) else value}"
             for name, value in vars(parallel).items()
             if value != getattr(config.parallel, name)
         )
         try:
-            arch.check_parallel(parallel.tp, parallel.pp)
+            arch.check_parallel(parallel.tp, parallel.pp, parallel.ep, parallel.sequence_parallel, parallel.ends)
             replicas = data_parallel_size(parallel, trainer_ranks(config))
         except UserError:
             continue
         if sum(plan(arch, replace(config, parallel=parallel), stage).values()) <= limit_gib:
-            fitting.append((len(changed), -replicas, changed))
-    return min(fitting)[2] if fitting else ()
+            fitting.append((len(changed), -replicas, parallel.ep, changed))
+    return min(fitting)[-1] if fitting else ()
 
 
-def layouts(config: Config) -> Iterator[ParallelConfig]:
+def layouts(config: Config, has_experts: bool = False) -> Iterator[ParallelConfig]:
     """Layouts of the same ranks, with tp inside a node."""
     now, ranks = config.parallel, trainer_ranks(config)
     per_node = ranks // config.cluster.trainer_nodes
     powers = [1 << exponent for exponent in range(ranks.bit_length())]
-    for tp, pp, cp in itertools.product(
-        sorted({*powers, now.tp}), sorted({*powers, now.pp}), sorted({*powers, now.cp})
+    sizes_of_experts = sorted({*powers, now.ep}) if has_experts else [now.ep]
+    for tp, pp, cp, ep in itertools.product(
+        sorted({*powers, now.tp}), sorted({*powers, now.pp}), sorted({*powers, now.cp}), sizes_of_experts
     ):
-        if tp > per_node or tp * pp * cp > ranks:
+        if tp > per_node or tp * pp * cp > ranks or (pp == 1 and now.ends != (None, None)):
             continue
         for optimizer, recompute in itertools.product({now.distributed_optimizer, True}, {now.recompute, "full"}):
-            sequence = now.sequence_parallel and tp > 1
-            sizes: dict[str, Any] = {"tp": tp, "pp": pp, "cp": cp, "dp": now.dp and ranks // (tp * pp * cp)}
+            sequence = (now.sequence_parallel or has_experts) and tp > 1
+            sizes: dict[str, Any] = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "dp": now.dp and ranks // (tp * pp * cp)}
             yield replace(
                 now, **sizes, distributed_optimizer=optimizer, recompute=recompute, sequence_parallel=sequence
             )
@@ -202,7 +208,7 @@ def pass_s(arch: Architecture, config: Config, sequences: int, *, training: bool
     """Seconds of one pass of one model over so many sequences of mean length, forward or forward and backward.
 
     A recomputed forward pass costs a third more; frozen weights below adapters have no gradients, a third less. The
-    pipeline idles while it fills and drains, once per optimizer step.
+    pipeline idles while it fills and drains, once per optimizer step, and waits for the stage with the most layers.
     """
     parallel, hardware = config.parallel, config.hardware
     length = min(hardware.prompt_tokens + response_tokens(config), config.model.max_length)
@@ -214,6 +220,7 @@ def pass_s(arch: Architecture, config: Config, sequences: int, *, training: bool
     at_once = ceil_div(sequences, replicas * optimizer_steps) * length
     microbatches = ceil_div(at_once, max(parallel.tokens_per_microbatch, length))
     bubble = 1 + (parallel.pp - 1) / microbatches
+    bubble *= max(stage_layers(arch.num_layers, parallel.pp, parallel.ends)) * parallel.pp / arch.num_layers
     return flops * bubble / (ranks * hardware.tflops * 1e12 * hardware.mfu)
 
 

@@ -10,7 +10,9 @@ from megatron_vcppo.data.named_sources import check_named, named_source
 from megatron_vcppo.data.readers import check_source
 from megatron_vcppo.data.vocabulary import check_vocabulary
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.adapters import check_model
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.convert.folders import iteration_folder
 from megatron_vcppo.hf.reward_model import check_reward_model, uses_reward_model
 from megatron_vcppo.launch.memory_plan import check_memory
 from megatron_vcppo.run.folder import RunFolder
@@ -31,14 +33,30 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
         check_names(config.prompts.verifiers, config.rewards.code)
     arch = Architecture.from_hf(config.model.hf)
     check_vocabulary(Path(config.model.hf))
+    _check_weights(config)
+    if "export" in stages and config.export.critic:
+        try:
+            arch.check_exportable("critic")
+        except UserError as error:
+            raise UserError(f"export.critic: {error}") from None
     if set(stages) - {"export"}:
         arch.check_length(config.model.max_length)
+    check_model(arch, config.model.lora)
     for stage in stages:
         parallel = stage_config(config, stage).parallel
-        arch.check_parallel(parallel.tp, parallel.pp)
+        arch.check_parallel(parallel.tp, parallel.pp, parallel.ep, parallel.sequence_parallel, parallel.ends)
     if any(uses_reward_model(config, stage) for stage in stages):
         check_reward_model(config)
     return check_memory(arch, config, list(stages))
+
+
+def _check_weights(config: Config) -> None:
+    """UserError if what model.weights names is not there; loading it checks every tensor."""
+    if config.model.weights is not None:
+        try:
+            iteration_folder(Path(config.model.weights))
+        except UserError as error:
+            raise UserError(f"model.weights: {error}") from None
 
 
 def check_critics(config: Config, stages: Sequence[str]) -> None:

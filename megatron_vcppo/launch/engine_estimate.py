@@ -74,12 +74,20 @@ def generation_s(arch: Architecture, config: Config, num_responses: int) -> floa
     return prefill_s + steps * step_s(arch, config, batch) + tail * step_s(arch, config, 1)
 
 
+def parameters_read(arch: Architecture, batch: int) -> float:
+    """Parameters that a step over so many tokens reads: of experts those that a token is expected to choose."""
+    if arch.experts is None:
+        return arch.parameter_count()
+    unread = (1 - arch.experts.per_token / arch.experts.count) ** batch
+    return arch.parameter_count() - unread * arch.expert_parameter_count()
+
+
 def step_s(arch: Architecture, config: Config, batch: int) -> float:
     """Seconds of an engine's step: it reads the weights and the cache of what runs, or computes its products, whichever
     takes longer, and has a fixed part (hardware.step_ms)."""
     engine, hardware = config.rollout.engine, config.hardware
     length = hardware.prompt_tokens + response_tokens(config) / 2
-    weights = arch.parameter_count() * WEIGHT_BYTES[engine.dtype or config.model.dtype] / engine.tp
+    weights = parameters_read(arch, batch) * WEIGHT_BYTES[engine.dtype or config.model.dtype] / engine.tp
     num_bytes = weights + batch * length * cache_bytes(arch, config)
     flops = batch * arch.training_flops([1]) / 3 / engine.tp
     read_s = num_bytes / (hardware.memory_gb_per_s * 1e9 * hardware.memory_share)

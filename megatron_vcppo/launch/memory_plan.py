@@ -9,6 +9,7 @@ from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.adapters import adapter_parameters
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.pipeline import stage_layers
 from megatron_vcppo.hf.reward_model import reward_architecture, uses_reward_model
 
 GIB = 1 << 30
@@ -39,17 +40,28 @@ def models_of(config: Config, stage: str) -> tuple[list[str], list[str]]:
 def parameters_of(arch: Architecture, config: Config, kind: str, pp_rank: int) -> float:
     """Parameters of a model on one rank: its layers, the embedding on the first pipeline stage, the output on the last.
 
-    A tied output layer is a second copy where the last stage is not the first; a critic has none.
+    A tied output layer is a second copy where the last stage is not the first; a critic has none. Of experts: none.
     """
     tp, pp = config.parallel.tp, config.parallel.pp
     vocabulary = arch.vocab_size * arch.hidden_size
-    layers = arch.parameter_count() - vocabulary * (1 if arch.tied else 2)
-    count = layers / pp
+    layers = arch.parameter_count() - arch.expert_parameter_count() - vocabulary * (1 if arch.tied else 2)
+    count = layers * share_of_layers(arch, config, pp_rank)
     if pp_rank == 0:
         count += vocabulary
     if pp_rank == pp - 1 and kind == "actor" and (pp > 1 or not arch.tied):
         count += vocabulary
     return count / tp
+
+
+def expert_parameters_of(arch: Architecture, config: Config, pp_rank: int) -> float:
+    """Parameters of a model's experts on one rank."""
+    return arch.expert_parameter_count() * share_of_layers(arch, config, pp_rank) / config.parallel.ep
+
+
+def share_of_layers(arch: Architecture, config: Config, pp_rank: int) -> float:
+    """The share of all layers that a pipeline stage has."""
+    parallel = config.parallel
+    return stage_layers(arch.num_layers, parallel.pp, parallel.ends)[pp_rank] / arch.num_layers
 
 
 def bases_of(config: Config, stage: str) -> list[str]:
@@ -65,13 +77,13 @@ def bases_of(config: Config, stage: str) -> list[str]:
 
 
 def parameters_on_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -> tuple[float, float]:
-    """(trained, held) parameters of the stage's models on one rank, without a reward model's."""
+    """(trained, held) parameters of the stage's models on one rank, without experts' and a reward model's."""
     trained, frozen = models_of(config, stage)
     lora, parallel = config.model.lora, config.parallel
     if lora.rank is None:
         learned = sum(parameters_of(arch, config, kind, pp_rank) for kind in trained)
         return learned, learned + sum(parameters_of(arch, config, kind, pp_rank) for kind in frozen)
-    adapters = adapter_parameters(arch, lora, parallel.tp) / parallel.pp
+    adapters = adapter_parameters(arch, lora, parallel.tp) * share_of_layers(arch, config, pp_rank)
     bases = sum(parameters_of(arch, config, kind, pp_rank) for kind in bases_of(config, stage))
     return adapters * len(trained), adapters * len(trained + frozen) + bases
 
@@ -82,11 +94,20 @@ def layer_activations(arch: Architecture, config: Config) -> tuple[float, float]
     Attention keeps its projection's output, the rotated queries and keys, its own output and the copy that the next
     projection reads. Each norm keeps its input and output, the gated MLP both halves and their product. Where torch's
     own operations take the place of Transformer Engine's kernels, each norm keeps one tensor more, the MLP two.
+    In a layer with experts each token passes through some of them, to each of which it is copied and from which it
+    comes back, twice (in the rank's order of tokens and in the experts'); the router keeps its logits and weights in
+    float32. That is for an even load, which the fullest rank exceeds.
     """
     parallel = config.parallel
     norms, mlp = (4, 3) if config.cluster.gpus_per_node else (6, 5)
+    norms *= 2 if arch.norms == "both" else 1
     hidden = arch.hidden_size / (parallel.tp if parallel.sequence_parallel else 1)
-    inside = 4 * arch.q_size + 3 * arch.kv_size + mlp * arch.ffn_size
+    feed_forward: float = mlp * arch.ffn_size
+    if arch.experts is not None:
+        copies = arch.experts.per_token * (mlp * arch.experts.ffn_size + 4 * arch.hidden_size)
+        sparse = len(arch.sparse_layers) / arch.num_layers
+        feed_forward = (1 - sparse) * feed_forward + sparse * (copies + 8 * arch.experts.count)
+    inside = 4 * arch.q_size + 3 * arch.kv_size + feed_forward
     return hidden, norms * hidden + inside / parallel.tp
 
 
@@ -105,13 +126,22 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
     parallel, dtype = config.parallel, config.model.dtype
     trained, frozen = models_of(config, stage)
     lora = config.model.lora
-    sharing = trainer_ranks(config) // (parallel.tp * parallel.pp) if parallel.distributed_optimizer else 1
+    alike = trainer_ranks(config) // parallel.pp  # ranks of a stage, over which what they hold alike is shared
+    sharing, experts_sharing = alike // parallel.tp, alike // parallel.ep
+    if not parallel.distributed_optimizer:
+        sharing = experts_sharing = 1
+    experts = expert_parameters_of(arch, config, pp_rank)
     learned, held = parameters_on_rank(arch, config, stage, pp_rank)
+    learned_experts = experts * len(trained) if lora.rank is None else 0.0
+    optimized = learned / sharing + learned_experts / experts_sharing
+    learned += learned_experts
+    held += experts * len(trained + frozen)
     if uses_reward_model(config, stage):
-        held += parameters_of(reward_architecture(config, arch), config, "critic", pp_rank)
+        scorer = reward_architecture(config, arch)
+        held += parameters_of(scorer, config, "critic", pp_rank) + expert_parameters_of(scorer, config, pp_rank)
     size = WEIGHT_BYTES[dtype]
     tokens = max(parallel.tokens_per_microbatch, config.model.max_length) / parallel.cp
-    layers, at_once = arch.num_layers / parallel.pp, parallel.pp - pp_rank
+    layers, at_once = stage_layers(arch.num_layers, parallel.pp, parallel.ends)[pp_rank], parallel.pp - pp_rank
     given, kept = layer_activations(arch, config)
     # Logits and their gradient; then that gradient and the one of the output layer, in the weights' type.
     logits = max(2 * tokens, tokens + (arch.hidden_size if lora.rank is None else 0)) * arch.vocab_size / parallel.tp
@@ -127,7 +157,7 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
     sizes = {
         "weights": held * size,
         "gradients": learned * GRADIENT_BYTES,
-        "optimizer": learned * OPTIMIZER_BYTES[dtype] / sharing,
+        "optimizer": optimized * OPTIMIZER_BYTES[dtype],
         "activations": activations * size if trained else 0.0,
         "logits": logits * size,
         "overhead": OVERHEAD_GIB * GIB,
@@ -135,7 +165,7 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
     if config.model.fp8 != "off":  # of layers that run; those of trained models as they are and transposed
         run = 2 * len(trained) + (len(frozen) if stage == "ppo" else 0)
         vocabulary = arch.vocab_size * arch.hidden_size * (1 if arch.tied else 2)
-        sizes["8-bit weights"] = run * (arch.parameter_count() - vocabulary) / parallel.pp / parallel.tp
+        sizes["8-bit weights"] = run * (arch.parameter_count() - vocabulary) * layers / arch.num_layers / parallel.tp
     return {name: num_bytes / GIB for name, num_bytes in sizes.items()}
 
 

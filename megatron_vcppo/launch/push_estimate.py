@@ -41,19 +41,25 @@ class PushEstimate:
 
 def estimate_push(arch: Architecture, config: Config) -> PushEstimate:
     """Every GPU has an equal part of its node's links. A node receives the weights once per link that senders reach,
-    and its workers pass them on over NVLink; a trainer's tensor-parallel ranks gather over NVLink, too."""
+    and its workers pass them on over NVLink; a trainer's tensor-parallel ranks gather over NVLink, too, and so do its
+    expert-parallel ranks unless they are on several nodes."""
     cluster, parallel, hardware = config.cluster, config.parallel, config.hardware
     per_node = max(1, cluster.gpus_per_node)
     node = cluster.link_gb_per_s or NIC_GB_PER_S * per_node
     gb = arch.parameter_count() * WEIGHT_BYTES[config.model.dtype] / 1e9
+    experts_gb = arch.expert_parameter_count() * WEIGHT_BYTES[config.model.dtype] / 1e9
     ranks_per_stage = trainer_ranks(config) // parallel.pp
     senders = parallel.pp * senders_per_stage(ranks_per_stage, parallel.pp, config.weight_sync.max_senders)
     workers = engine_nodes(config) * per_node
     parts = {
         "senders' links": gb / (senders * node / per_node) / LINK_SHARE,
         "links into a rollout node": gb / (min(senders, per_node) * node / per_node) / LINK_SHARE,
-        "gather over tp": gb / parallel.pp * (1 - 1 / parallel.tp) / hardware.nvlink_gb_per_s,
+        "gather over tp": (gb - experts_gb) / parallel.pp * (1 - 1 / parallel.tp) / hardware.nvlink_gb_per_s,
         "passing on within a node": (gb / hardware.nvlink_gb_per_s / LINK_SHARE) if workers > 1 else 0.0,
         "loading": 2 * gb / hardware.memory_gb_per_s / hardware.memory_share,
     }
+    if experts_gb:
+        inside_node = parallel.ep <= trainer_ranks(config) // cluster.trainer_nodes
+        link = hardware.nvlink_gb_per_s if inside_node else node / per_node * LINK_SHARE
+        parts["gather over ep"] = experts_gb / parallel.pp * (1 - 1 / parallel.ep) / link
     return PushEstimate(gb, senders, node, parts)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_vcppo.config import CheckpointConfig, Config, LoraConfig
 from megatron_vcppo.config.load import config_hash
@@ -32,6 +32,7 @@ from megatron_vcppo.hf.adapters import META_KEY, StoredAdapters, is_adapter
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.checkpoint_metadata import check_checkpoint
 from megatron_vcppo.hf.convert.folders import copy_small_files
+from megatron_vcppo.hf.mapping import VOCABULARY
 from megatron_vcppo.mcore import checkpoint_state, runtime
 from megatron_vcppo.mcore.checkpoint_writer import ComponentSave
 from megatron_vcppo.mcore.learner import Learner
@@ -353,12 +354,25 @@ def load_learner(learner: Learner, folder: Path, weights: bool = True) -> None:
 
     weights: False if the model has the folder's weights already.
     """
-    check_checkpoint(folder)
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    stored = _checked(folder, learner.model)
     wanted = {"tensors": checkpoint_state.tensors_to_load(learner, stored, weights)}
     loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
     checkpoint_state.set_adam_steps(learner.optimizer, checkpoint_state.stored_adam_steps(loaded))
     learner.optimizer_steps = loaded["optimizer_steps"]
+
+
+def _checked(folder: Path, model: PackedGPT) -> Mapping[str, Any]:
+    """What a folder stores by key. UserError if it must not be loaded, or lacks rows of the vocabulary.
+
+    More rows are padding for another number of tensor-parallel ranks. What the folder lacks of this model's padding is
+    zero after a load, and neither read nor trained.
+    """
+    stored = check_checkpoint(folder).state_dict_metadata
+    for key in VOCABULARY:
+        entry = stored.get(key)
+        if isinstance(entry, TensorStorageMetadata) and entry.size[0] < model.arch.vocab_size:
+            raise UserError(f"{folder}: {key} has {entry.size[0]} rows, the model has {model.arch.vocab_size} tokens")
+    return stored
 
 
 def load_model(model: PackedGPT, folder: Path, without: str | None = None) -> None:
@@ -376,7 +390,7 @@ def load_adapters(model: PackedGPT, folder: Path, without: str | None = None) ->
 
 
 def _load(model: PackedGPT, folder: Path, is_wanted: Callable[[str], bool]) -> None:
-    check_checkpoint(folder)
+    _checked(folder, model)
     wanted = {name: value for name, value in model.sharded_state_dict().items() if is_wanted(name)}
     loaded = dist_checkpointing.load({"model": wanted}, str(folder), validate_access_integrity=False)
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)

@@ -108,3 +108,18 @@ def install() -> None:
     # Recomputation saves a "CUDA" and a CPU generator state: here they are the same generator.
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    _patch_token_dispatcher()
+
+
+def _patch_token_dispatcher() -> None:
+    """Counts of routed tokens are in host memory from the start: no stream copies them."""
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher as Dispatcher
+
+    def as_numbers(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+        for name in ("input_splits", "output_splits", "output_splits_tp"):
+            if isinstance(splits := getattr(self, name), torch.Tensor):
+                setattr(self, name, splits.numpy())
+        return tokens_per_expert
+
+    Dispatcher._maybe_dtoh_and_synchronize = as_numbers
+    Dispatcher.cuda_dtoh_stream = object()  # it would make a stream if there were none

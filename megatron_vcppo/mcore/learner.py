@@ -1,6 +1,7 @@
 """Actor and critic as the stages see them: packed micro-batches in, per-token outputs or one optimizer step out."""
 
 import abc
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from megatron_vcppo.algo.metrics import Metrics, add, means, total_metric
 from megatron_vcppo.config import OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_vcppo.data.packing import PackedMicrobatch
+from megatron_vcppo.data.packing import PackedMicrobatch, pack
 from megatron_vcppo.mcore import optimizer as optim
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.context_parallel import ContextShard, shard_of
@@ -105,10 +106,18 @@ class Runner(abc.ABC):
         """What the last stage's loss functions returned, in order; empty on other stages."""
         assert microbatches, "every data-parallel replica needs at least one micro-batch"
         check_resident({"weights": weights(self.model)})
-        on_device = [m.to(self.runtime.device) for m in microbatches]
-        shards = [shard_of(m, self.runtime.device) for m in microbatches]
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
+        idle = [self._idle_microbatch()] * (self._schedule_length(microbatches) - len(microbatches))
+        on_device = [m.to(self.runtime.device) for m in (*microbatches, *idle)]
+        shards = [shard_of(m, self.runtime.device) for m in (*microbatches, *idle)]
+        begun = itertools.count()
+
+        def step(iterator: Any, model: Any) -> tuple[Tensor, Callable]:
+            if next(begun) < len(microbatches):
+                return forward_step(iterator, model)
+            return self.model.run(*next(iterator)), _idle_loss
+
+        results = get_forward_backward_func()(
+            forward_step_func=step,
             data_iterator=zip(on_device, shards, strict=True),
             model=[self.module],
             num_microbatches=len(on_device),
@@ -117,6 +126,21 @@ class Runner(abc.ABC):
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+        return results[: len(microbatches)]
+
+    def _schedule_length(self, microbatches: Sequence[PackedMicrobatch]) -> int:
+        """Micro-batches that this rank runs. Where replicas share experts, every one of them takes part in all
+        micro-batches of the others: as many as the replica with most has; collective then."""
+        runtime = self.runtime
+        if runtime.ep_size <= runtime.tp_size * runtime.cp_size:
+            return len(microbatches)
+        most = torch.tensor([len(microbatches)], device=runtime.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+        return int(most.item())
+
+    def _idle_microbatch(self) -> PackedMicrobatch:
+        """Padding only, that any layout can divide."""
+        return pack([], [], multiple=2 * self.runtime.tp_size * self.runtime.cp_size)
 
     def _reduce(self, per_microbatch: Sequence[Metrics]) -> dict[str, float]:
         """Add sums and weights over micro-batches and replicas, divide, and tell every stage.
@@ -145,6 +169,11 @@ class Runner(abc.ABC):
                 src=parallel_state.get_pipeline_model_parallel_last_rank(),
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
+
+
+def _idle_loss(model_output: Tensor, non_loss_data: bool = False) -> Any:
+    """Of a micro-batch that only helps others: nothing, but with a gradient, so that its backward pass runs, too."""
+    return None if non_loss_data else (model_output.float().sum() * 0.0, {})
 
 
 class Learner(Runner):
@@ -209,7 +238,11 @@ class Learner(Runner):
         self.optimizer.zero_grad()
         # The schedule divides by the number of micro-batches, the gradient reduction by that of replicas (its division
         # by context-parallel ranks, whose gradients are parts of one sum, is undone by the schedule).
-        undo_means = len(microbatches) * self.runtime.dp_size
+        undo_means = self._schedule_length(microbatches) * self.runtime.dp_size
+        if self.model.router_step is not None:
+            num_tokens = torch.tensor([sum(sum(m.lengths) for m in microbatches)])
+            total = int(runtime.sum_over_replicas(num_tokens).item())
+            self.model.router_step.begin(max(1, total), self.runtime.dp_size * self.runtime.cp_size)
 
         def forward_step(iterator: Any, model: Any) -> tuple[Tensor, Callable]:
             microbatch, shard = next(iterator)
@@ -224,6 +257,8 @@ class Learner(Runner):
 
         per_microbatch = self._run_schedule(microbatches, forward_step)
         metrics = self._reduce(per_microbatch)
+        if self.model.router_step is not None:
+            metrics |= self.model.router_step.metrics()
         learning_rate = optim.learning_rate(
             self.optimizer_steps, self.total_steps, self.optimizer_config.lr, self.schedule
         )

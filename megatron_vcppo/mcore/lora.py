@@ -30,8 +30,7 @@ from torch import Tensor
 
 from megatron_vcppo.config import LoraConfig
 from megatron_vcppo.data.seeds import adapter_seed
-from megatron_vcppo.errors import UserError
-from megatron_vcppo.hf.adapters import LINEARS, AdapterShape, adapter_shapes, is_adapter
+from megatron_vcppo.hf.adapters import LINEARS, AdapterShape, adapter_shapes, check_model, is_adapter
 from megatron_vcppo.hf.architecture import Architecture
 
 
@@ -146,9 +145,9 @@ class Adapters:
     def __init__(self, model: Any, arch: Architecture, lora: LoraConfig, *, kind: str, seed: int) -> None:
         """Put them into a model, whose parameters are frozen.
 
-        model: a GPTModel. kind: actor | critic, which start from different values. Raises UserError if a layer lacks
-        what a target names.
+        model: a GPTModel. kind: actor | critic, which start from different values. Raises UserError as ``check_model``.
         """
+        check_model(arch, lora)
         self.settings, self.is_on, self.is_new = lora, True, True
         self.linears: list[AdaptedLinear] = []
         model.requires_grad_(False)
@@ -158,7 +157,7 @@ class Adapters:
             for path, names in LINEARS.items():
                 if not any(name in lora.targets for name in names):
                     continue
-                linear = _linear_of(layer, path, names)
+                linear = layer.get_submodule(path)
                 parts: list[tuple[int, Adapter | None]] = []
                 for name in names:
                     shape = shapes[name]
@@ -247,12 +246,3 @@ def _copy_each(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 def _ask_for_gradients(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
-
-
-def _linear_of(layer: torch.nn.Module, path: str, names: Sequence[str]) -> torch.nn.Module:
-    try:
-        return layer.get_submodule(path)
-    except AttributeError:
-        raise UserError(
-            f"model.lora.targets: the layers of this model have no {' or '.join(names)}: remove them"
-        ) from None

@@ -2,6 +2,8 @@
 
 import abc
 import math
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +20,15 @@ from megatron_vcppo.config import LoraConfig, ModelConfig, ParallelConfig
 from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.adapters import BaseWeights, StoredAdapters, is_adapter
-from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.architecture import Architecture, LinearScaling, Yarn
 from megatron_vcppo.hf.mapping import padded_vocab_size
+from megatron_vcppo.hf.pipeline import stage_layers
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.context_parallel import WHOLE, ContextShard, PackedParams
+from megatron_vcppo.mcore.context_parallel import WHOLE, ContextShard
 from megatron_vcppo.mcore.fp8 import fp8_settings
 from megatron_vcppo.mcore.layers import block_spec, uses_transformer_engine
 from megatron_vcppo.mcore.lora import Adapters
+from megatron_vcppo.mcore.routing import RoutedParams, RouterStep, routed_tokens, routers
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -44,7 +48,7 @@ class PackedGPT(GPTModel, abc.ABC):
     def __init__(self, config: TransformerConfig, arch: Architecture, lora: LoraConfig, *, tied: bool) -> None:
         super().__init__(
             config,
-            block_spec(config, config.transformer_impl == "transformer_engine", adapted=lora.rank is not None),
+            block_spec(config, arch, config.transformer_impl == "transformer_engine", adapted=lora.rank is not None),
             vocab_size=padded_vocab_size(arch.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=arch.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),
@@ -53,7 +57,15 @@ class PackedGPT(GPTModel, abc.ABC):
             position_embedding_type="rope",
         )
         self.arch = arch
-        self.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(torch.cuda.current_device())
+        self.router_step: RouterStep | None = None
+        """What the routers share; None: no layer of the model has experts."""
+        frequencies = [inverse_frequencies(arch)]
+        if arch.local_rope_theta is not None:  # LocalOrGlobalAttention takes one of the two
+            frequencies.append(inverse_frequencies(replace(arch, rope_theta=arch.local_rope_theta, rope_scaling=None)))
+        self.rotary_pos_emb.inv_freq = torch.cat(frequencies).to(torch.cuda.current_device())
+        if arch.scaled_embedding and self.pre_process:
+            scale = torch.tensor(math.sqrt(arch.hidden_size)).to(config.params_dtype).item()  # rounded, as by others
+            self.embedding.register_forward_hook(lambda module, given, output: output * scale)
         self.register_load_state_dict_post_hook(_forgive_extra_state)
         self.adapters: Adapters | None = None
         self.base: BaseWeights | None = None
@@ -75,19 +87,28 @@ class PackedGPT(GPTModel, abc.ABC):
         """Whether a checkpoint of this model has a parameter (by its name in the model): with adapters not the base."""
         return self.adapters is None or is_adapter(name) or name.startswith(HEAD)
 
+    def set_router_losses(self, aux_loss_coef: float, z_loss_coef: float) -> None:
+        """Share the losses' coefficients among the routers; without experts there is nothing to do."""
+        if self.arch.experts is not None:
+            num_layers = len(self.arch.sparse_layers)
+            self.router_step = RouterStep(self.arch.experts, num_layers, aux_loss_coef, z_loss_coef)
+            for router in routers(self):
+                router.step = self.router_step
+
     def run(self, microbatch: PackedMicrobatch, shard: ContextShard = WHOLE) -> Tensor:
         """Hidden states [T (/ tp with sequence parallelism), 1, hidden], or the readout on the last stage.
 
         shard: this rank's tokens, which the result is about; see ``context_parallel.shard_of``.
         """
         longest = microbatch.max_seqlen
-        packed = PackedParams(
+        packed = RoutedParams(
             qkv_format="thd",
             cu_seqlens_q=microbatch.cu_seqlens,
             cu_seqlens_kv=microbatch.cu_seqlens,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             shard=shard,
+            tokens=routed_tokens(microbatch, shard, self.config) if self.router_step else None,
         )
         token_ids, position_ids = shard.take(microbatch.token_ids), shard.take(microbatch.position_ids)
         return self(token_ids[None], position_ids[None], None, packed_seq_params=packed)
@@ -186,7 +207,9 @@ class CriticModel(PackedGPT):
 
 def build_actor(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> ActorModel:
     """The actor on this rank; its weights are undefined until a checkpoint is loaded."""
-    return ActorModel(transformer_config(arch, model, parallel), arch, model.lora)
+    actor = ActorModel(transformer_config(arch, model, parallel), arch, model.lora)
+    actor.set_router_losses(model.router_aux_loss_coef, model.router_z_loss_coef)
+    return actor
 
 
 def build_critic(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> CriticModel:
@@ -195,18 +218,27 @@ def build_critic(arch: Architecture, model: ModelConfig, parallel: ParallelConfi
     The head's weights are drawn with the seed of ``runtime.start``.
     """
     config = transformer_config(arch, model, parallel)
-    return CriticModel(config, arch, model.lora, init_std=model.init_std, seed=runtime.current().seed)
+    critic = CriticModel(config, arch, model.lora, init_std=model.init_std, seed=runtime.current().seed)
+    critic.set_router_losses(model.router_aux_loss_coef, model.router_z_loss_coef)
+    return critic
 
 
 def transformer_config(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron's configuration of this architecture and layout. Raises UserError if the layout does not fit."""
-    arch.check_parallel(parallel.tp, parallel.pp)
+    # A dense reward model may run next to a mixture, whose experts are divided.
+    ep = parallel.ep if arch.experts else 1
+    arch.check_parallel(parallel.tp, parallel.pp, ep, parallel.sequence_parallel, parallel.ends)
     dtype = torch_dtype(model.dtype)
     fused = uses_transformer_engine(model)
     if fused and parallel.cp > 1 and dtype == torch.float32:
         raise UserError(
             f"parallel.cp {parallel.cp} with model.dtype float32: Transformer Engine has no attention over several "
             "ranks in float32; set model.dtype=bfloat16 or model.layers=torch"
+        )
+    if fused and parallel.cp > 1 and arch.window:
+        raise UserError(
+            f"parallel.cp {parallel.cp} with a sliding window: Transformer Engine's attention over several ranks has "
+            "none; set parallel.cp=1 or model.layers=torch"
         )
     recomputes: dict[str, dict[str, Any]] = {
         "none": {},
@@ -223,14 +255,20 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_eps,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=partial(F.gelu, approximate="tanh") if arch.gelu else F.silu,
+        layernorm_zero_centered_gamma=arch.centered_norms,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
-        qk_layernorm=arch.qk_norm,
+        # Megatron sums the gradients of norms that it knows of over the tensor-parallel ranks; wide ones are split.
+        qk_layernorm=arch.qk_norm and not arch.wide_qk_norm,
+        softmax_scale=softmax_scale(arch),
+        window_size=(arch.window - 1, 0) if arch.window else None,
+        window_attn_skip_freq=[int(layer not in arch.global_layers) for layer in range(arch.num_layers)],
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        pipeline_model_parallel_layout=_pipeline_layout(arch, parallel),
         context_parallel_size=parallel.cp,
         # Transformer Engine's ring of keys and values: it takes packed sequences and any number of heads.
         cp_comm_type="p2p" if parallel.cp > 1 else None,
@@ -245,6 +283,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         # Packed micro-batches differ in length. The dispatcher's type is required even without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
+        **_experts_settings(arch, model, parallel),
         batch_p2p_comm=torch.cuda.is_available(),
         transformer_impl="transformer_engine" if fused else "local",
         # Without Transformer Engine or apex the fusions are jitted on first use, 5 to 25 s each, or missing. That of
@@ -253,29 +292,94 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         masked_softmax_fusion=False,
         persist_layer_norm=fused,
         apply_rope_fusion=fused,
-        bias_activation_fusion=fused,
+        bias_activation_fusion=fused and not arch.gelu,
         bias_dropout_fusion=fused,
         **recomputes[parallel.recompute],
         **fp8_settings(arch, model, parallel),
     )
 
 
+def _pipeline_layout(arch: Architecture, parallel: ParallelConfig) -> list[list[str]] | None:
+    """What each pipeline stage holds, for Megatron; None where all have as many layers."""
+    layers = stage_layers(arch.num_layers, parallel.pp, parallel.ends)
+    if len(set(layers)) == 1:
+        return None
+    stages = [["decoder"] * count for count in layers]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+
+
+def softmax_scale(arch: Architecture) -> float | None:
+    """What attention scores are multiplied by, if it is not 1 / sqrt(head_dim).
+
+    YaRN's factor of both queries and keys is a factor of the scores: fused rotary kernels have none.
+    """
+    yarn, divisor = arch.rope_scaling, math.sqrt(arch.query_scalar or arch.head_dim)
+    if isinstance(yarn, Yarn):
+        return yarn.attention_factor**2 / divisor
+    return 1 / divisor if arch.query_scalar else None
+
+
+def _experts_settings(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """The fields about experts of a TransformerConfig; empty without them. Raises UserError for what they exclude."""
+    experts = arch.experts
+    if experts is None:
+        return {}
+    if model.fp8 != "off":
+        raise UserError("model.fp8 does not work with a mixture of experts: set it to off")
+    sparse = [int(layer not in experts.dense_layers) for layer in range(arch.num_layers)]
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.per_token,
+        "moe_ffn_hidden_size": experts.ffn_size,
+        # A list has checkpoints keep every layer by itself, instead of all stacked: only where layers differ.
+        "moe_layer_freq": sparse if experts.dense_layers else 1,
+        # What this package's router leaves to Megatron: only that its own losses are off, and float32 logits.
+        "moe_router_load_balancing_type": "none",
+        "moe_router_pre_softmax": True,
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": uses_transformer_engine(model),
+        "moe_permute_fusion": uses_transformer_engine(model) and torch.cuda.is_available(),
+        "expert_model_parallel_size": parallel.ep,
+        "expert_tensor_parallel_size": 1,
+    }
+
+
 def inverse_frequencies(arch: Architecture) -> Tensor:
     """Angular frequency of each rotary pair: [head_dim / 2] float32.
 
-    Llama 3.1's scaling: wavelengths above original_context / low_freq_factor are stretched by ``factor``, those
-    below original_context / high_freq_factor are kept, and between the two the change is linear in
-    original_context / wavelength.
+    Scaled, a pair's frequency is kept, divided by ``factor`` or between the two. Llama 3.1: between them linear in the
+    number of turns in the original context. YaRN: linear in the pair's number.
     """
     exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim
     frequencies = 1.0 / (arch.rope_theta**exponents)
     scaling = arch.rope_scaling
     if scaling is None:
         return frequencies
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clamp(0, 1)
+    if isinstance(scaling, LinearScaling):
+        return frequencies / scaling.factor
+    if isinstance(scaling, Yarn):
+        kept = _kept_by_yarn(scaling, arch.rope_theta, arch.head_dim)
+    else:
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = kept.clamp(0, 1)
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+def _kept_by_yarn(yarn: Yarn, theta: float, head_dim: int) -> Tensor:
+    """[head_dim / 2]: 1 up to the pair that makes beta_fast turns in the original context, 0 from beta_slow's on."""
+
+    def pair(turns: float) -> float:
+        length = yarn.original_max_position_embeddings / (turns * 2 * math.pi)
+        return head_dim * math.log(length) / (2 * math.log(theta))
+
+    first, last = pair(yarn.beta_fast), pair(yarn.beta_slow)
+    if yarn.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    pairs = torch.arange(head_dim // 2, dtype=torch.float32)
+    # 0.001: as transformers and vLLM have it where both bounds are one pair.
+    return 1 - ((pairs - first) / (last - first or 0.001)).clamp(0, 1)
 
 
 def _add_gradients_in_place(model: torch.nn.Module) -> None:

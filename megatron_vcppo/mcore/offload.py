@@ -87,7 +87,7 @@ def weights(module: torch.nn.Module) -> list[Storage]:
 
 def gradients(ddp: DistributedDataParallel) -> list[Storage]:
     """Storages of Megatron's gradient buffers; a train step begins with zeroing them."""
-    return _unique(buffer.grad_data for buffer in ddp.buffers)
+    return _unique(buffer.grad_data for buffer in [*ddp.buffers, *ddp.expert_parallel_buffers])
 
 
 def optimizer_state(optimizer: MegatronOptimizer, module: torch.nn.Module) -> list[Storage]:

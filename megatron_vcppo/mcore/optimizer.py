@@ -104,5 +104,6 @@ def step(optimizer: MegatronOptimizer, clip_grad: float) -> tuple[bool, float]:
     if found_inf or not math.isfinite(norm):
         return False, norm
     if clip_grad > 0:
-        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), max_norm=clip_grad, total_norm=norm)
+        for chained in chained_optimizers(optimizer):  # experts have their own, the norm is of all
+            clip_grad_by_total_norm_fp32(chained.get_parameters(), max_norm=clip_grad, total_norm=norm)
     return bool(optimizer.step_with_ready_grads()), norm

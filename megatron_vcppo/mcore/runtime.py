@@ -39,7 +39,8 @@ BEAT_S = 1.0
 class Runtime:
     """Where this rank stands, and what it was started with.
 
-    ``dp`` counts model replicas; the ``cp`` ranks of one replica share its sequences.
+    ``dp`` counts model replicas; the ``cp`` ranks of one replica share its sequences. ``ep`` neighbors among the ranks
+    of a pipeline stage, which may be of several replicas, share the experts of each layer.
     """
 
     rank: int
@@ -56,6 +57,7 @@ class Runtime:
     seed: int
     timeout_s: float
     """The deadline of every collective, and of any other wait of a rank."""
+    ep_size: int = 1
     replica_group: Any = field(default=None, compare=False, repr=False)
     """A gloo group of the replica's ranks, its leader first; None if it is the only one."""
     on_main_calls: Iterator[int] = field(default_factory=itertools.count, init=False, compare=False, repr=False)
@@ -110,6 +112,8 @@ def start(parallel: ParallelConfig, seed: int, timeout_s: float) -> Runtime:
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=1,  # an expert is whole: those of today are too narrow to be split
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
     _seed_everything(seed)
@@ -124,6 +128,7 @@ def start(parallel: ParallelConfig, seed: int, timeout_s: float) -> Runtime:
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         cp_size=parallel_state.get_context_parallel_world_size(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
         device=device(),
         seed=seed,
         timeout_s=timeout_s,

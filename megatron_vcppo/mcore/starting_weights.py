@@ -7,10 +7,12 @@ of the first it makes the base of new adapters.
 from pathlib import Path
 
 from megatron_vcppo.config import LoraConfig
+from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.adapter_base import base_of_checkpoint, base_of_hf, locate
 from megatron_vcppo.hf.adapters import BaseWeights, StoredAdapters
+from megatron_vcppo.hf.convert.folders import is_megatron_lm
 from megatron_vcppo.mcore.checkpoint import load_adapters, load_model
-from megatron_vcppo.mcore.hf_weights_io import load_hf
+from megatron_vcppo.mcore.hf_weights_io import load_base, load_hf
 from megatron_vcppo.mcore.lora import share_base
 from megatron_vcppo.mcore.model import HEAD, PackedGPT
 from megatron_vcppo.run.manifest import read_manifest
@@ -28,12 +30,18 @@ def lora_of(folder: Path) -> LoraConfig:
 
 
 def load_from_hf(model: PackedGPT, hf: Path, owner: PackedGPT | None = None) -> None:
-    """The weights of a Hugging Face folder; a critic keeps its head. Adapters are new.
+    """The weights of a Hugging Face folder, or of a checkpoint of Megatron-LM; a critic keeps its head.
 
-    owner: a model whose base is shared if it is the same.
+    Adapters are new. owner: a model whose base is shared if it is the same. Raises UserError for adapters on weights of
+    Megatron-LM.
     """
     if model.adapters is None:
-        load_hf(model, hf)
+        load_base(model, hf)
+    elif is_megatron_lm(hf):
+        raise UserError(
+            f"{hf}: adapters (model.lora) take a Hugging Face folder, not a checkpoint of Megatron-LM: train a step "
+            "without adapters from it, export that, and make the result model.hf"
+        )
     else:
         model.adapters.reset()
         _load_base(model, base_of_hf(hf), hf, owner)

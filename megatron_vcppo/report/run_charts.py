@@ -105,6 +105,7 @@ PPO_PLOTS = (
     Plot("Clipped share", "actor/clip_fraction", "tokens whose probability ratio was clipped", negative=False),
     Plot("Gradient norm, actor", "actor/grad_norm", "before clipping", negative=False),
     Plot("Gradient norm, critic", "critic/grad_norm", "before clipping", negative=False),
+    Plot("Fullest expert", "actor/router_max_load", "its tokens, relative to the mean over experts", negative=False),
     Plot(
         "Verifiers too slow", "rollout/verifier_timeouts", "answers; each counts as wrong", negative=False, if_any=True
     ),

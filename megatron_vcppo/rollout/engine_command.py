@@ -51,10 +51,12 @@ def command(
     on_gpu: bool,
     seed: int,
     sleeps: bool = False,
+    has_weights: bool = True,
 ) -> list[str]:
     """Arguments that start one engine. The secret is not among them: anyone may list a process's arguments.
 
     sleeps: it gives its GPU memory back between turns. Without GPUs vLLM refuses the option, and needs none to be told.
+    has_weights: whether the model's folder has them; without, the engine starts with others until the first push.
     """
     options = {
         "--model": str(model),
@@ -76,6 +78,8 @@ def command(
         "--uvicorn-log-level": "warning",
     }
     switches = ["--disable-log-stats", "--disable-uvicorn-access-log", "--disable-fastapi-docs"]
+    if not has_weights:
+        options["--load-format"] = "dummy"
     if sleeps and on_gpu:
         switches.append("--enable-sleep-mode")
     if engine.enforce_eager or not on_gpu:

@@ -1,10 +1,11 @@
 """What every vLLM worker process imports: the receiving end of a weight push.
 
 Importing this module (vLLM does it through ``--worker-extension-cls``) registers the weight-transfer engine "vcppo"
-in the worker. Three things that a plain ``model.load_weights`` gets wrong, without an error on the second:
+in the worker. Four things that a plain ``model.load_weights`` gets wrong, the second and third without an error:
 linear layers are stored repacked for oneDNN, so loading goes through vLLM's layer-wise reload; with tied embeddings
-the output layer keeps its old repacked copy on CPU, so it is repacked by hand; and the base class ends an update
-with an accelerator call that does not exist on CPU.
+the output layer keeps its old repacked copy on CPU, so it is repacked by hand; experts are repacked on CPU only when
+their kernel is made, so it is made again; and the base class ends an update with an accelerator call that does not
+exist on CPU.
 """
 
 import multiprocessing
@@ -86,6 +87,11 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     @override
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
+        if self.device.type == "cpu":
+            for module in self.model.modules():
+                method: Any = getattr(module, "quant_method", None)
+                if getattr(method, "moe_kernel", None) is not None:
+                    method.moe_kernel = None
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Take the whole model; after a failure the engine is whole again in form, and a new push may follow."""

@@ -88,6 +88,7 @@ def plan_slots(config: Config, model: Path, folder: Path, node: int, shared: Nod
                 on_gpu=bool(gpus),
                 seed=config.run.seed,
                 sleeps=shared is not None,
+                has_weights=config.model.weights is None,
             ),
             engine_command.environment(os.environ, engine, placement, folder / SECRET, address),
         )

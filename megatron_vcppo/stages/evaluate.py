@@ -90,11 +90,12 @@ class Candidate:
     """Weights to be evaluated."""
 
     folder: Path
-    is_hf: bool
+    is_base: bool
+    """Not a checkpoint of a run: a Hugging Face folder, or model.weights."""
 
     def load(self, model: ActorModel, hf: Path) -> None:
         """Put them into a model. hf: model.hf."""
-        if self.is_hf:
+        if self.is_base:
             load_from_hf(model, self.folder)
         else:
             load_component(model, self.folder, hf)
@@ -113,7 +114,7 @@ def candidates(config: Config) -> dict[str, Candidate]:
         checkpoint = RunFolder.of(config).stage(stage).last_checkpoint("actor") if stage in ACTOR_STAGES else None
         if checkpoint is not None:
             found[stage] = Candidate(checkpoint, False)
-    return found or {Path(config.model.hf).name: Candidate(Path(config.model.hf), True)}
+    return found or {Path(config.model.base).name: Candidate(Path(config.model.base), True)}
 
 
 def table(results: list[dict[str, Any]]) -> str:

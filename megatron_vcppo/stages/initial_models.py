@@ -5,6 +5,7 @@ from pathlib import Path
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.convert.folders import is_megatron_lm
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_learner
 from megatron_vcppo.mcore.checkpoint_state import adam_steps, reset_moments
@@ -26,7 +27,7 @@ def starting_actor(config: Config, stage: str, critic: CriticModel | None = None
     model = build_actor(Architecture.from_hf(hf), config.model, config.parallel)
     checkpoint = actor_before(config, stage)
     if checkpoint is None:
-        load_from_hf(model, hf, owner=critic)
+        load_from_hf(model, Path(config.model.base), owner=critic)
     else:
         load_component(model, checkpoint, hf, owner=critic)
     _say_base(stage, model, critic)
@@ -47,12 +48,15 @@ def starting_critic(
     trunk = actor_before(config, stage) if init == "sft" else None
     if init in ("value_pretrain", "reward_model", "checkpoint"):
         folder = _critic_folder(config, stage, init, checkpoint_path)
+        if is_megatron_lm(folder):  # of a language model
+            load_from_hf(model, folder)
+            return model
         check_same_model(folder, arch)
         load_component(model, folder, hf, owner=actor)
     elif trunk is not None:
         load_component(model, trunk, hf, without_head=True, owner=actor)
     else:
-        load_from_hf(model, hf, owner=actor)
+        load_from_hf(model, Path(config.model.base), owner=actor)
     _say_base(stage, model, actor)
     return model
 
@@ -74,6 +78,8 @@ def continue_pretraining(critic: Critic, config: Config) -> None:
     if settings.init not in ("value_pretrain", "checkpoint"):
         return
     folder = _critic_folder(config, "ppo", settings.init, settings.checkpoint_path)
+    if is_megatron_lm(folder):
+        return
     if critic.model.adapters is not None and stored_adapters(folder) is None:
         if critic.runtime.is_main:
             say(f"ppo: Adam's moments of the critic start at zero: its adapters are new, {folder} has none")

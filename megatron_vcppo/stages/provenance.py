@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.prompt_format import PromptFormat
+from megatron_vcppo.hf.convert.folders import is_megatron_lm, iteration_folder
 from megatron_vcppo.hf.reward_model import uses_reward_model
 from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest
 from megatron_vcppo.run.rollout_store import Origin
@@ -23,7 +24,7 @@ def origin_of(config: Config, stage: str) -> Origin:
     prompts_config = asdict(config.prompts)
     for name in ("test", "bad_samples", "verify_workers", "verify_memory_mib"):
         del prompts_config[name]
-    made: Origin = {"actor": identity(actor_before(config, stage) or Path(config.model.hf))}
+    made: Origin = {"actor": identity(actor_before(config, stage) or Path(config.model.base))}
     made |= {"model.max_length": config.model.max_length}
     made |= {f"rollout.{name}": value for name, value in sampling.items()}
     made |= {f"prompts.{name}": value for name, value in prompts_config.items()}
@@ -54,10 +55,11 @@ def origin_of_evaluation(config: Config, candidates: dict[str, Path]) -> Origin:
 
 
 def identity(folder: Path) -> str:
-    """Equal for equal weights: a checkpoint's checksums, or names, sizes and times of a Hugging Face folder's files."""
+    """Equal for equal weights: a checkpoint's checksums, or names, sizes and times of another folder's files."""
     if (folder / MANIFEST_NAME).exists():
         content: Any = read_manifest(folder)["files"]
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        others = is_megatron_lm(folder)
+        files = sorted(iteration_folder(folder).glob("*.distcp") if others else folder.glob("*.safetensors"))
         content = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -68,7 +68,7 @@ def base_actor(config: Config) -> ActorModel:
     arch = Architecture.from_hf(config.model.hf)
     arch.check_length(config.model.max_length)
     model = build_actor(arch, config.model, config.parallel)
-    load_from_hf(model, Path(config.model.hf))
+    load_from_hf(model, Path(config.model.base))
     startup.done("model")
     return model
 
@@ -95,6 +95,7 @@ def step_metrics(result: StepResult, epoch: float, num_tokens: int, seconds: flo
     return {
         "sft/loss": result.metrics["loss"],
         "sft/entropy": result.metrics["entropy"],
+        **{f"sft/{name}": value for name, value in result.metrics.items() if name.startswith("router_")},
         "sft/grad_norm": result.grad_norm,
         "sft/learning_rate": result.learning_rate,
         "sft/epoch": epoch,

@@ -48,7 +48,7 @@ class SharedGpus:
                 "disk"
             )
         if uses_memory and num_nodes > 1:
-            role = role_on_node(runtime.pp_rank, runtime.rank, local_rank, runtime.tp_size)
+            role = role_on_node(runtime.pp_rank, runtime.rank, local_rank, runtime.tp_size, runtime.ep_size)
         else:
             role = role_of(runtime, config.weight_sync.max_senders)
         self.sync = make_sleeping_sync(config, rendezvous, role, runtime.device, self.node, uses_memory)

@@ -1,6 +1,7 @@
 """A tiny random Hugging Face model with the tasks' tokenizer: the base checkpoint of the demo and of tests."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -11,6 +12,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.utils.logging import disable_progress_bar
 
@@ -19,6 +22,7 @@ from megatron_vcppo.tasks.word_tokenizer import build_tokenizer
 # Not Qwen2: for that model type transformers ignores tokenizer.json and puts Qwen2's own splitting in its place.
 FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
 
@@ -36,7 +40,7 @@ def write_base_model(
 
     Args:
         folder: made if missing.
-        family: qwen3 | llama.
+        family: qwen3 | qwen3_moe (8 experts, half as wide as the MLP of the others, 2 per token) | llama.
         num_layers: decoder layers.
         width: hidden size, a multiple of head_size; the MLP is four times as wide.
         head_size: dimensions of an attention head.
@@ -56,7 +60,8 @@ def write_base_model(
         num_key_value_heads=num_heads,
         max_position_embeddings=max_length,
         tie_word_embeddings=False,
-        **({"head_dim": head_size} if family == "qwen3" else {}),
+        **({"head_dim": head_size} if family.startswith("qwen3") else {}),
+        **(_experts(width) if family == "qwen3_moe" else {}),
         **special,
     )
     with torch.random.fork_rng(devices=[]):
@@ -70,6 +75,15 @@ def write_base_model(
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _experts(width: int) -> dict[str, Any]:
+    return {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 2 * width,
+        "norm_topk_prob": True,
+    }
+
+
 @torch.no_grad()
 def _initialize(model: PreTrainedModel) -> None:
     """Hugging Face's standard deviation of 0.02 is for wide models; at width 64 it learns several times slower.
@@ -79,6 +93,6 @@ def _initialize(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if "embed" in name:
             parameter.normal_(0.0, 0.5)
-        elif parameter.dim() == 2:
-            bound = parameter.shape[1] ** -0.5
+        elif parameter.dim() >= 2:  # those of all experts of a layer are one tensor
+            bound = parameter.shape[-1] ** -0.5
             parameter.uniform_(-bound, bound)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_vcppo.config.placement import senders_per_stage
+from megatron_vcppo.config.placement import gather_size, senders_per_stage
 from megatron_vcppo.rollout.messages import GroupAddress
 from megatron_vcppo.rollout.rendezvous import Engine
 from megatron_vcppo.rollout.stripes import Stripe
@@ -24,7 +24,7 @@ class SyncRole:
     pp_rank: int
     pp_size: int
     takes_part: bool
-    """The push reads its shard: its tensor-parallel group has a sender."""
+    """The push reads its shard: a rank that it gathers with is a sender."""
     sender: int | None
     """Its place among the senders of its stage; None: it does not send."""
     num_senders: int
@@ -48,7 +48,14 @@ SINGLE = SyncRole(pp_rank=0, pp_size=1, takes_part=True, sender=0, num_senders=1
 
 
 def role_in_stage(
-    pp_rank: int, pp_size: int, tp_rank: int, tp_size: int, replica: int, num_replicas: int, max_senders: int
+    pp_rank: int,
+    pp_size: int,
+    tp_rank: int,
+    tp_size: int,
+    replica: int,
+    num_replicas: int,
+    max_senders: int,
+    ep_size: int = 1,
 ) -> SyncRole:
     """The role of a rank by its coordinates; every pipeline stage has tp_size × num_replicas ranks.
 
@@ -58,11 +65,11 @@ def role_in_stage(
     num_ranks = tp_size * num_replicas
     num_senders = senders_per_stage(num_ranks, pp_size, max_senders)
     senders = [index * num_ranks // num_senders for index in range(num_senders)]
-    rank = replica * tp_size + tp_rank
+    rank, together = replica * tp_size + tp_rank, gather_size(tp_size, ep_size)
     return SyncRole(
         pp_rank=pp_rank,
         pp_size=pp_size,
-        takes_part=any(sender // tp_size == replica for sender in senders),
+        takes_part=any(sender // together == rank // together for sender in senders),
         sender=senders.index(rank) if rank in senders else None,
         num_senders=num_senders,
         is_driver=pp_rank == 0 and rank == 0,

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.network import node_network
+from megatron_vcppo.config.placement import gather_size
 from megatron_vcppo.rollout.node_folder import NodeFolder
 from megatron_vcppo.rollout.rendezvous import SECRET
 from megatron_vcppo.run.secret import read_secret
@@ -39,17 +40,17 @@ def role_of(runtime: "Runtime", max_senders: int) -> SyncRole:
         replica=runtime.dp_rank * runtime.cp_size + runtime.cp_rank,
         num_replicas=runtime.dp_size * runtime.cp_size,
         max_senders=max_senders,
+        ep_size=runtime.ep_size,
     )
 
 
-def role_on_node(pp_rank: int, rank: int, local_rank: int, tp_size: int) -> SyncRole:
+def role_on_node(pp_rank: int, rank: int, local_rank: int, tp_size: int, ep_size: int = 1) -> SyncRole:
     """The role of a rank where every node holds a whole replica, whose ranks give it to the node's own engines."""
-    takes_part = local_rank < tp_size
     return SyncRole(
         pp_rank=pp_rank,
         pp_size=1,
-        takes_part=takes_part,
-        sender=local_rank if takes_part else None,
+        takes_part=local_rank < gather_size(tp_size, ep_size),
+        sender=local_rank if local_rank < tp_size else None,
         num_senders=tp_size,
         is_driver=rank == 0,
     )

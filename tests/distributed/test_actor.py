@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from megatron_vcppo.mcore.model import build_actor
 from megatron_vcppo.records import TrainSequence
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.training import make_sequences
-from tools.benchmarks._tiny_models import save_tiny_model
+from tools.benchmarks._tiny_models import YARN, save_tiny_model
 
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1)
 TOKENS_PER_MICROBATCH = 160
@@ -71,11 +72,32 @@ def reference_logprobs(folder: Path, sequences: list[TrainSequence]) -> list[tor
     return rows
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mistral": {"family": "mistral"},
+    "olmo2": {"family": "olmo2"},
+    "gemma3": {"family": "gemma3_text", "tied": True},
+    "yarn": {"family": "qwen2", "rope_parameters": YARN},
+}
+
+
 @pytest.mark.parametrize("layout", [{}, {"tp": 2, "pp": 2, "sequence_parallel": True}], ids=["1x1", "tp2pp2sp"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
-def test_logprobs_equal_transformers(tmp_path: Path, family: str, tied: bool, layout: dict) -> None:
-    folder = save_tiny_model(tmp_path / "hf", family, tied)
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(
+            {"family": family, "tied": tied}
+            for family in ("qwen2", "qwen3", "qwen3_moe", "llama")
+            for tied in (False, True)
+        ),
+        *VARIANTS.values(),
+        # Queries and keys that another attention factor than the paper's multiplies; bounds that are one pair.
+        {"family": "qwen3", "rope_parameters": YARN | {"attention_factor": 1.5, "truncate": False}},
+        {"family": "mistral", "rope_parameters": YARN | {"beta_fast": 1.0, "mscale": 2.0, "mscale_all_dim": 1.0}},
+    ],
+    ids=str,
+)
+def test_logprobs_equal_transformers(tmp_path: Path, model: dict, layout: dict) -> None:
+    folder = save_tiny_model(tmp_path / "hf", **model)
     sequences = make_sequences(7)
     parallel = ParallelConfig(**layout)
 
@@ -89,10 +111,21 @@ def test_logprobs_equal_transformers(tmp_path: Path, family: str, tied: bool, la
             assert (torch.tensor(row[1:]) - reference).abs().max() <= 1e-4
 
 
-def test_gradients_equal_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "layout"),
+    [
+        ({}, {"tp": 2, "pp": 2}),
+        (VARIANTS["mistral"], {"cp": 2}),
+        (VARIANTS["olmo2"], {"tp": 2, "pp": 2, "sequence_parallel": True}),
+        (VARIANTS["gemma3"], {"tp": 2, "pp": 3, "sequence_parallel": True, "recompute": "full"}),
+        (VARIANTS["yarn"], {}),
+    ],
+    ids=["qwen2", *VARIANTS],
+)
+def test_gradients_equal_transformers(tmp_path: Path, options: dict, layout: dict) -> None:
     """One AdamW step on the masked token loss: loss, gradient norm and new log-probs as with transformers and torch."""
-    folder = save_tiny_model(tmp_path / "hf")
-    ours = run_distributed_test(train, 4, folder, ParallelConfig(tp=2, pp=2), 1)[0]
+    folder, parallel = save_tiny_model(tmp_path / "hf", **options), ParallelConfig(**layout)
+    ours = run_distributed_test(train, parallel.tp * parallel.pp * parallel.cp, folder, parallel, 1)[0]
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -122,6 +155,8 @@ def test_gradients_equal_transformers(tmp_path: Path) -> None:
 LAYOUTS: dict[str, ParallelConfig] = {
     "tp2": ParallelConfig(tp=2, dp=1),
     "pp2": ParallelConfig(pp=2, dp=1),
+    "pp3-uneven": ParallelConfig(pp=3, dp=1),
+    "pp2-given-ends": ParallelConfig(pp=2, dp=1, last_stage_layers=1, recompute="full"),
     "dp2-distributed-optimizer": ParallelConfig(dp=2, distributed_optimizer=True),
     "tp2pp2": ParallelConfig(tp=2, pp=2, dp=1),
     "tp2pp2-sequence-parallel": ParallelConfig(tp=2, pp=2, dp=1, sequence_parallel=True),
@@ -142,6 +177,8 @@ CASES = [
     for tied, name, slow in (
         (False, "tp2", True),
         (False, "pp2", False),
+        (False, "pp3-uneven", False),
+        (True, "pp2-given-ends", False),
         (False, "dp2-distributed-optimizer", False),
         (False, "tp2pp2", True),
         (False, "tp2pp2-sequence-parallel", False),

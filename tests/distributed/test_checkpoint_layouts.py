@@ -111,11 +111,33 @@ def test_any_layout_and_optimizer_loads_and_saves_the_same(tmp_path: Path, dtype
         (4, ParallelConfig(tp=2, pp=2)),
         (4, distributed(pp=2)),
         (2, ParallelConfig()),
+        (3, distributed(pp=3)),
+        (4, distributed(pp=2, first_stage_layers=3)),
         (4, distributed(cp=2)),
     ]
     for i, (world_size, parallel) in enumerate(layouts):
         source = tmp_path / str(i) / "iter_0000001"
         run_distributed_test(load_and_save, world_size, hf, source, tmp_path / str(i + 1), parallel, dtype)
+    assert_equal(content(tmp_path / str(len(layouts)) / "iter_0000001"), expected)
+
+
+@pytest.mark.parametrize(
+    "dense_layers", [pytest.param([], id="stacked"), pytest.param([1], id="mixed", marks=pytest.mark.slow)]
+)
+def test_experts_reshard(tmp_path: Path, dense_layers: list[int]) -> None:
+    """The same of a mixture of experts, over expert-parallel sizes; layers of two kinds are not stacked."""
+    hf = save_tiny_model(tmp_path / "hf", "qwen3_moe", num_hidden_layers=2, mlp_only_layers=dense_layers)
+    run_distributed_test(save_trained, 2, hf, tmp_path / "0", distributed(ep=2), "bfloat16")
+    expected = content(tmp_path / "0" / "iter_0000001")
+    prefix = "decoder.layers.0." if dense_layers else "decoder.layers."
+    assert expected[f"actor {prefix}mlp.experts.experts.linear_fc1.weight"].shape[-3:] == (8, 96, 64)
+    layouts = [
+        (2, ParallelConfig(tp=2, sequence_parallel=True)),
+        (4, distributed(pp=2, ep=2)),
+    ]
+    for i, (world_size, parallel) in enumerate(layouts):
+        source = tmp_path / str(i) / "iter_0000001"
+        run_distributed_test(load_and_save, world_size, hf, source, tmp_path / str(i + 1), parallel, "bfloat16")
     assert_equal(content(tmp_path / str(len(layouts)) / "iter_0000001"), expected)
 
 

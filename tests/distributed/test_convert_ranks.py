@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,9 @@ def load_and_save(checkpoint: Path, run: Path, parallel: ParallelConfig) -> None
 def test_imported_loaded_by_ranks_saved_and_exported_is_bit_equal(tmp_path, family, tied):
     hf = save_tiny_model(tmp_path / "hf", family, tied)
     import_hf(hf, tmp_path / "imported", 2, 2)
-    run_distributed_test(load_and_save, 4, tmp_path / "imported", tmp_path / "run", ParallelConfig(tp=2, pp=2))
+    experts: dict[str, Any] = {"ep": 2, "sequence_parallel": True} if family == "qwen3_moe" else {}
+    parallel = ParallelConfig(tp=2, pp=2, **experts)
+    run_distributed_test(load_and_save, 4, tmp_path / "imported", tmp_path / "run", parallel)
     export_hf(tmp_path / "run" / "iter_0000007", tmp_path / "out", verify_logits=False)
     before, after = load_file(hf / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
@@ -54,8 +57,11 @@ def test_imported_loaded_by_ranks_saved_and_exported_is_bit_equal(tmp_path, fami
 def test_an_import_for_one_layout_loads_in_another(tmp_path):
     hf = save_tiny_model(tmp_path / "hf", "qwen3")
     import_hf(hf, tmp_path / "imported", 1, 4)
+    import_hf(hf, tmp_path / "uneven", 1, 3)
+    sizes = [(tmp_path / "uneven" / f"__{rank}_0.distcp").stat().st_size for rank in range(3)]
+    assert sizes[0] < sizes[1] > sizes[2], "1, 2 and 1 layers"
     stage = tmp_path / "sft"
-    run_distributed_test(load_and_save, 2, tmp_path / "imported", stage / "checkpoints", ParallelConfig(tp=2))
+    run_distributed_test(load_and_save, 3, tmp_path / "imported", stage / "checkpoints", ParallelConfig(pp=3))
     StageFolder(stage).mark_done(checkpoint=stage / "checkpoints" / "iter_0000007")
     export_hf(stage, tmp_path / "out", verify_logits=False)  # of a done stage its last checkpoint is meant
     before, after = load_file(hf / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")

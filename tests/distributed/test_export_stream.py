@@ -4,6 +4,7 @@ import ctypes
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,16 +24,16 @@ from tools.benchmarks._tiny_models import save_tiny_model
 BUCKET_BYTES = 4 << 20
 
 
-def stream(folder: Path, tp: int, pp: int) -> list[tuple[str, torch.Tensor]]:
-    parallel = ParallelConfig(tp=tp, pp=pp)
+def stream(folder: Path, tp: int, pp: int, **experts: Any) -> list[tuple[str, torch.Tensor]]:
+    parallel = ParallelConfig(tp=tp, pp=pp, **experts)
     runtime.start(parallel, seed=1, timeout_s=60)
     model = build_actor(Architecture.from_hf(folder), ModelConfig(hf=str(folder), dtype="float32"), parallel)
     load_hf(model, folder)
     return [(name, tensor.clone()) for name, tensor in stream_hf(model)]
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-@pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)])
+@pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("qwen2", False), ("qwen3", True), ("olmo2", False)])
 def test_the_stream_is_the_checkpoint(tmp_path, family: str, tied: bool, tp: int, pp: int) -> None:
     folder = save_tiny_model(tmp_path, family, tied)
     per_rank = run_distributed_test(stream, tp * pp, folder, tp, pp)
@@ -44,6 +45,21 @@ def test_the_stream_is_the_checkpoint(tmp_path, family: str, tied: bool, tp: int
     for rank in per_rank:
         for name, tensor in rank:
             assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    "layout", [{"tp": 2, "pp": 1, "ep": 4, "sequence_parallel": True}, {"tp": 1, "pp": 2, "ep": 2}], ids=str
+)
+def test_the_stream_of_a_mixture_is_the_checkpoint_on_all_ranks_that_share_experts(tmp_path, layout: dict) -> None:
+    folder = save_tiny_model(tmp_path, "qwen3_moe", mlp_only_layers=[2])
+    expected, per_rank = load_file(folder / "model.safetensors"), run_distributed_test(stream, 4, folder, **layout)
+    size = 4 // layout["pp"]
+    stages = [per_rank[first : first + size] for first in range(0, 4, size)]
+    assert sorted(name for stage in stages for name, _ in stage[0]) == sorted(expected)
+    for stage in stages:
+        for rank in stage:
+            assert [name for name, _ in rank] == [name for name, _ in stage[0]]
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in rank)
 
 
 def memory_of_a_push(folder: Path, meeting: Path) -> int:

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_vcppo.config import LoraConfig, ModelConfig, ParallelConfig
 from megatron_vcppo.data.packing import pack_all, rounding, unpack_all
-from megatron_vcppo.hf.adapters import LINEARS, adapter_shapes
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.adapters import LINEARS, adapter_shapes, check_model
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore.hf_weights_io import stream_hf
 from megatron_vcppo.mcore.learner import AdapterReference
@@ -73,6 +74,8 @@ def compute(hf: Path, parallel: ParallelConfig, lora: LoraConfig) -> dict:
         ("qwen2", {}, LORA.targets),
         ("qwen3", {"tp": 2, "sequence_parallel": True}, LORA.targets),
         ("llama", {"pp": 2}, ["q_proj", "v_proj", "up_proj"]),
+        ("gemma3_text", {}, ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]),
+        ("olmo2", {"tp": 2}, ["q_proj", "up_proj"]),
         ("qwen2", {"tp": 2}, ["k_proj", "o_proj", "gate_proj", "down_proj"]),
     ],
 )
@@ -225,6 +228,20 @@ def test_a_shared_base_leaves_the_device_once(tmp_path: Path) -> None:
         assert torch.equal(torch.cat(critic.values(microbatches)), before[1])
 
     run_distributed_test(body, 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("qwen3_moe", "mixtures of experts take no adapters"),
+        ("olmo2", "o_proj and down_proj of olmo2 are"),
+    ],
+)
+def test_models_that_take_no_adapters_are_refused(tmp_path: Path, family: str, message: str) -> None:
+    arch = Architecture.from_hf(save_tiny_model(tmp_path / "hf", family))
+    with pytest.raises(UserError, match=message):
+        check_model(arch, LORA)
+    check_model(arch, LoraConfig())
 
 
 def test_every_target_is_in_a_linear_layer() -> None:

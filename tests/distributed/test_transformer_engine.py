@@ -1,5 +1,6 @@
 """Transformer Engine's own Python (over tests/helpers/te) against our layers and torch's AdamW, on CPU."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,13 @@ from tests.helpers.te.scenarios import (
     train,
     weights_on_a_component,
 )
-from tools.benchmarks._tiny_models import save_tiny_model
+from tools.benchmarks._tiny_models import YARN, save_tiny_model
 
 TE = {"layers": "transformer_engine"}
 SIDES = {"torch": {"layers": "torch"}, "te": TE}
+
+
+BASIC = ("qwen2", "qwen3", "qwen3_moe", "llama")
 
 
 def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], limit: float) -> None:
@@ -41,13 +45,24 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], limit: floa
         assert worst <= limit, f"{name} differs by {worst:.1e}"
 
 
-@pytest.mark.parametrize("kind", ["actor", "critic"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        *itertools.product(
+            ({"family": family, "tied": tied} for family in BASIC for tied in (False, True)),
+            ("actor", "critic"),
+        ),
+        ({"family": "mistral"}, "actor"),
+        ({"family": "olmo2"}, "actor"),
+        ({"family": "gemma3_text", "tied": True}, "actor"),
+        ({"family": "qwen2", "rope_parameters": YARN}, "actor"),
+    ],
+    ids=str,
+)
 def test_outputs_and_gradients_equal_own_layers(
-    te_ranks: Call, tmp_path: Path, family: str, tied: bool, kind: Any
+    te_ranks: Call, tmp_path: Path, model: dict[str, Any], kind: Any
 ) -> None:
-    case = Case(save_tiny_model(tmp_path / "hf", family, tied, num_hidden_layers=2), SIDES["torch"], kind=kind)
+    case = Case(save_tiny_model(tmp_path / "hf", num_hidden_layers=2, **model), SIDES["torch"], kind=kind)
     ours = run_distributed_test(outputs_and_gradients, 1, case)[0]
     theirs = te_ranks(outputs_and_gradients, 1, replace(case, model=TE))[0]
     assert len(ours) > 15
@@ -109,6 +124,18 @@ def test_training_continues_across_layers_and_optimizers(
         assert loss == pytest.approx(expected_loss, rel=limit) and norm == pytest.approx(expected_norm, rel=10 * limit)
     if before == after:
         assert resumed["history"] == through["history"][2:], "the same optimizer must continue bit-equal"
+
+
+@pytest.mark.parametrize(("before", "after"), [("torch", "te"), ("te", "torch")])
+def test_a_mixture_continues_across_layers(te_ranks: Call, tmp_path: Path, before: str, after: str) -> None:
+    """Experts in one grouped product and one by one are stored alike; a dense layer is among the layers."""
+    run = {"torch": run_distributed_test, "te": te_ranks}
+    hf = save_tiny_model(tmp_path / "hf", "qwen3_moe", num_hidden_layers=2, mlp_only_layers=[0])
+    first, second = (Case(hf, SIDES[side], ParallelConfig(distributed_optimizer=True)) for side in (before, after))
+    through = run[before](train, 1, first, tmp_path / "ck", range(2), save_at=1)[0]
+    resumed = run[after](train, 1, second, tmp_path / "ck", range(1, 2))[0]
+    assert_close(through["saved"], resumed["loaded"], 0.0)
+    assert resumed["history"][0] == pytest.approx(through["history"][1], rel=1e-5)
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -227,14 +254,23 @@ def test_a_weight_that_a_checkpoint_lacks_is_an_error(te_ranks: Call, tmp_path: 
     assert "_extra_state" not in error
 
 
-REFUSED: dict[str, tuple[dict[str, Any], ParallelConfig, str]] = {
+REFUSED: dict[str, tuple[str, dict[str, Any], ParallelConfig, str]] = {
+    "cp-window": (
+        "mistral",
+        {"dtype": "bfloat16"},
+        ParallelConfig(cp=2),
+        "parallel.cp 2 with a sliding window: Transformer Engine's attention over several ranks has none; "
+        "set parallel.cp=1 or model.layers=torch",
+    ),
     "cp-float32": (
+        "qwen2",
         {"dtype": "float32"},
         ParallelConfig(cp=2),
         "parallel.cp 2 with model.dtype float32: Transformer Engine has no attention over several ranks in float32; "
         "set model.dtype=bfloat16 or model.layers=torch",
     ),
     "fp8-widths": (
+        "qwen2",
         {"dtype": "bfloat16", "fp8": "hybrid"},
         ParallelConfig(tp=4),
         "model.fp8 needs widths that are multiples of 16 on each rank, with tp 4 there are: feed-forward 24",
@@ -242,11 +278,11 @@ REFUSED: dict[str, tuple[dict[str, Any], ParallelConfig, str]] = {
 }
 
 
-@pytest.mark.parametrize(("model", "parallel", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("family", "model", "parallel", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_transformer_engine_cannot_do_is_refused(
-    te_ranks: Call, tmp_path: Path, model: dict, parallel: ParallelConfig, message: str
+    te_ranks: Call, tmp_path: Path, family: str, model: dict, parallel: ParallelConfig, message: str
 ) -> None:
-    case = Case(save_tiny_model(tmp_path / "hf", num_key_value_heads=4), {**TE, **model}, parallel)
+    case = Case(save_tiny_model(tmp_path / "hf", family, num_key_value_heads=4), {**TE, **model}, parallel)
     assert te_ranks(error_of_building, 1, case) == [message]
 
 

@@ -145,6 +145,15 @@ def test_senders_are_spread_over_the_ranks_of_each_stage() -> None:
     assert senders(3, 4, 1) == [(0, 0)]
 
 
+@pytest.mark.parametrize(
+    ("ep", "replicas"), [(1, [0, 4]), (2, [0, 4]), (8, [0, 1, 4, 5]), (16, [0, 1, 2, 3, 4, 5, 6, 7])]
+)
+def test_ranks_that_share_experts_with_a_sender_take_part(ep: int, replicas: list[int]) -> None:
+    roles = {r: [role_in_stage(0, 1, t, 4, r, 8, 2, ep).takes_part for t in range(4)] for r in range(8)}
+    assert [r for r, parts in roles.items() if any(parts)] == replicas
+    assert all(all(parts) for r, parts in roles.items() if r in replicas), "whole tensor-parallel groups"
+
+
 def test_a_checksum_notices_what_changed() -> None:
     tensor = torch.arange(10, dtype=torch.bfloat16)
     same, moved, other = tensor.clone(), tensor.flip(0), tensor.clone()

@@ -5,6 +5,7 @@ weights and then the target's are pushed from every Megatron layout; after that,
 again (after the other weights alone, it is not).
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from megatron_vcppo.weight_sync.rank_role import make_weight_sync, role_of
 from megatron_vcppo.weight_sync.sync import PushResult
 from tests.helpers.distributed import run_distributed_test
 from tools.benchmarks._rollout_node import RolloutNode, make_prompts, save_policy
+from tools.benchmarks._tiny_models import YARN
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -34,9 +36,11 @@ LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
 (test_export_stream.py)."""
 
 
-def push(folders: list[Path], versions: list[int], rendezvous: Path, tp: int, pp: int, dp: int) -> list[PushResult]:
+def push(
+    folders: list[Path], versions: list[int], rendezvous: Path, tp: int, pp: int, dp: int, **experts: Any
+) -> list[PushResult]:
     """One rank: load each checkpoint into a live actor and push it."""
-    parallel = ParallelConfig(tp=tp, pp=pp, dp=dp)
+    parallel = ParallelConfig(tp=tp, pp=pp, dp=dp, **experts)
     me = runtime.start(parallel, seed=1, timeout_s=60)
     config = Config()
     config.weight_sync.timeout_s, config.weight_sync.bucket_mib, config.weight_sync.verify = 60.0, 1, True
@@ -52,7 +56,7 @@ def push(folders: list[Path], versions: list[int], rendezvous: Path, tp: int, pp
 
 def logprobs(folder: Path, sequences: list[TrainSequence], tp: int, pp: int) -> list[list[float]]:
     """One rank: Megatron's log-probs of every token but the first."""
-    parallel = ParallelConfig(tp=tp, pp=pp)
+    parallel = ParallelConfig(tp=tp, pp=pp, sequence_parallel=True)
     runtime.start(parallel, seed=1, timeout_s=60)
     model = build_actor(Architecture.from_hf(folder), ModelConfig(hf=str(folder), dtype="float32"), parallel)
     load_hf(model, folder)
@@ -107,3 +111,54 @@ def test_greedy_output_after_a_push_is_a_fresh_engines(tmp_path, family, tied, l
             assert node.greedy(version, PROMPTS) == fresh, f"trainer tp {tp} pp {pp} dp {dp}"
             assert len({str(results) for results in per_rank}) == 1, "the ranks disagree on what was pushed"
         check_logprob_gap(target, node.client(max_tokens=32).generate(PROMPTS, 0, version, Sampling(), 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"family": "mistral"},
+        {"family": "olmo2"},
+        {"family": "gemma3_text", "tied": True},
+        {"family": "qwen2", "rope_parameters": YARN},
+    ],
+    ids=["mistral", "olmo2", "gemma3", "yarn"],
+)
+def test_engines_compute_what_the_trainer_does(tmp_path: Path, model: dict[str, Any]) -> None:
+    """Of models whose attention, norms or positions differ: pushed, greedy output and log-probs."""
+    target, other = (save_policy(tmp_path / str(seed), seed=seed, **model) for seed in (1, 2))
+    with RolloutNode(tmp_path / "node", target, {}) as node:
+        node.wait(1)
+        fresh = node.greedy(messages.NO_VERSION, PROMPTS)
+        run_distributed_test(push, 4, [other, target], [1, 2], node.rendezvous, 2, 2, 1)
+        assert node.greedy(2, PROMPTS) == fresh
+        check_logprob_gap(target, node.client(max_tokens=48).generate(PROMPTS, 0, 2, Sampling(), 2))
+
+
+@pytest.mark.slow
+def test_an_engine_whose_folder_has_no_weights_gets_them_by_a_push(tmp_path: Path) -> None:
+    """As where model.weights has them."""
+    target = save_policy(tmp_path / "target", seed=1)
+    bare = Path(shutil.copytree(target, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
+    with RolloutNode(tmp_path / "node", bare, {}, weights=tmp_path / "elsewhere") as node:
+        node.wait(1)
+        run_distributed_test(push, 1, [target], [1], node.rendezvous, 1, 1, 1)
+        check_logprob_gap(target, node.client(max_tokens=32).generate(PROMPTS, 0, 1, Sampling(), 2))
+
+
+def test_experts_of_all_ranks_reach_the_engine(tmp_path) -> None:
+    """The same of a mixture whose experts are divided over replicas; a dense layer is among its layers."""
+    target, other = (
+        save_policy(tmp_path / str(seed), "qwen3_moe", seed=seed, num_hidden_layers=2, mlp_only_layers=[0])
+        for seed in (1, 2)
+    )
+    with RolloutNode(tmp_path / "node", target, {}) as node:
+        node.wait(1)
+        fresh = node.greedy(messages.NO_VERSION, PROMPTS)
+        folders, versions = [other, target], [1, 2]
+        run_distributed_test(push, 2, folders[:1], versions, node.rendezvous, 1, 1, 2, ep=2)
+        assert node.greedy(1, PROMPTS) != fresh
+        layout = {"sequence_parallel": True, "ep": 4}
+        run_distributed_test(push, 4, folders, [101, 2], node.rendezvous, 2, 1, 2, **layout)
+        assert node.greedy(2, PROMPTS) == fresh
+        check_logprob_gap(target, node.client(max_tokens=32).generate(PROMPTS, 0, 2, Sampling(), 2))

@@ -36,7 +36,7 @@ WRONG = {
     "stages=[sft,sft]": "stages names sft 2 times",
     "sft.train=/nowhere.jsonl": "sft.train: /nowhere.jsonl does not exist",
     "model.hf=/nowhere": "/nowhere",
-    "parallel.pp=4": "layers 2 are not divisible by pp 4",
+    "parallel.pp=4": "2 layers cannot be divided over pp 4",
     "stages=[ppo] prompts.train={data}": "ppo.critic.init value_pretrain needs stage value_pretrain",
     "cluster.gpu_memory_gib=0.1": "sft needs about . GiB per GPU",
 }

@@ -44,6 +44,7 @@ class RolloutNode:
         node: int = 0,
         engines_on: str | None = None,
         address: str | None = None,
+        weights: Path | None = None,
     ) -> None:
         self.folder, self.rendezvous = folder, folder / "rendezvous"
         settings = {
@@ -52,9 +53,10 @@ class RolloutNode:
             "all_dead_timeout_s": 120.0,
             **(rollout or {}),
         }
+        base = {"hf": str(model), "weights": str(weights) if weights else None}
         config = {
             "run": {"dir": str(folder)},
-            "model": {"hf": str(model), "dtype": "float32", "max_length": MAX_LENGTH},
+            "model": {**base, "dtype": "float32", "max_length": MAX_LENGTH},
             "rollout": settings,
             "cluster": {"engines_on": engines_on, "network_interface": address},
         }
@@ -127,7 +129,7 @@ class RolloutNode:
         return [tuple(rollout.response_ids) for rollout in rollouts]
 
 
-def save_policy(folder: Path, family: str = "qwen2", tied: bool = False, seed: int = 0, **sizes: int) -> Path:
+def save_policy(folder: Path, family: str = "qwen2", tied: bool = False, seed: int = 0, **sizes: Any) -> Path:
     """A random tiny model with the tokenizer that a vLLM server asks for, and heads that it can work with on CPU."""
     save_tiny_model(folder, family, tied, seed, **{"vocab_size": len(WORDS), "hidden_size": 128, **sizes})
     build_tokenizer().save_pretrained(folder)

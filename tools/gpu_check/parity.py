@@ -11,7 +11,7 @@ from torch import Tensor
 from tools.gpu_check.child import ChildFailed, call
 from tools.gpu_check.rows import Row, at_most, skipped
 
-FAMILIES = ("qwen2", "qwen3", "llama")
+FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "llama")
 Outputs = dict[str, Tensor]
 LIMITS = {
     # Without TF32 only the order of sums differs; Transformer Engine's float32 products use TF32 (10 bits).

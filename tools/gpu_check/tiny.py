@@ -21,8 +21,11 @@ ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 64},
+    # Every token passes through all experts: with some of them, rounding would now and then choose others.
+    "qwen3_moe": {"head_dim": 64, "num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 128,
+                  "norm_topk_prob": False},
     "llama": {"rope_parameters": ROPE},
-}
+}  # fmt: skip
 SIZES = {"full": {"hidden_size": 512, "num_hidden_layers": 4, "vocab_size": 4000, "intermediate_size": 1024},
          "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "vocab_size": 200, "intermediate_size": 256}}  # fmt: skip
 

@@ -40,6 +40,14 @@ def trainer_layout(config: Config) -> Iterator[str]:
     yield from _ranks_per_node(config, ranks // nodes)
 
 
+def pipeline_ends(config: Config) -> Iterator[str]:
+    """Layers of the first and the last pipeline stage are for pipelines."""
+    parallel = config.parallel
+    for name, layers in (("first", parallel.first_stage_layers), ("last", parallel.last_stage_layers)):
+        if layers is not None and parallel.pp == 1:
+            yield f"parallel.{name}_stage_layers {layers} needs parallel.pp > 1, got 1: set it to null"
+
+
 def sequence_layout(config: Config) -> Iterator[str]:
     """What sequence and context parallelism need."""
     parallel = config.parallel
@@ -122,4 +130,4 @@ def _ranks_per_node(config: Config, ranks: int) -> Iterator[str]:
         )
 
 
-LAYOUT_RULES = (trainer_layout, sequence_layout, placement, engine_gpus, offloaded_weights)
+LAYOUT_RULES = (trainer_layout, pipeline_ends, sequence_layout, placement, engine_gpus, offloaded_weights)

@@ -40,6 +40,11 @@ def lora(config: Config) -> Iterator[str]:
         for target in dict.fromkeys(settings.targets):
             if (count := settings.targets.count(target)) > 1:
                 yield f"model.lora.targets names {target} {count} times: name it once"
+        if config.model.weights is not None:
+            yield (
+                f"model.lora.rank {settings.rank} takes the weights of model.hf, not model.weights, a checkpoint of "
+                "Megatron-LM: set that to null"
+            )
     if config.export.peft and settings.rank is None and "export" in config.stages:
         yield "export.peft exports adapters: it needs model.lora.rank"
 

@@ -68,7 +68,8 @@ class CriticConfig:
     init: Literal["value_pretrain", "reward_model", "sft", "random_head", "checkpoint"] = "value_pretrain"
     """The stage whose model initializes the critic; random_head and checkpoint as in value_pretrain.init."""
     checkpoint_path: str | None = None
-    """Folder of a critic inside a checkpoint (…/iter_0000100/critic); required by init checkpoint."""
+    """Folder of a critic inside a checkpoint (…/iter_0000100/critic), or a checkpoint of Megatron-LM (torch_dist) of a
+    language model, whose trunk gets a new head; required by init checkpoint."""
     moments: Literal["keep", "reset"] = "keep"
     """Adam's moments of a critic from value_pretrain or checkpoint, when PPO starts. keep: those of its pretraining.
     reset: zero, with the bias correction of a first step. Its learning-rate schedule is new in either case."""

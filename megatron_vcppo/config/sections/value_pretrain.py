@@ -15,7 +15,8 @@ class ValuePretrainConfig:
     """Initial trunk and head. sft: the SFT actor's trunk, new head. random_head: model.hf's trunk, new head.
     reward_model: that stage's trunk and head. checkpoint: value_pretrain.checkpoint_path."""
     checkpoint_path: str | None = None
-    """Folder of a critic inside a checkpoint (…/iter_0000100/critic); required by init checkpoint."""
+    """Folder of a critic inside a checkpoint (…/iter_0000100/critic), or a checkpoint of Megatron-LM (torch_dist) of a
+    language model, whose trunk gets a new head; required by init checkpoint."""
     rollouts: Literal["fresh", "stored"] = "fresh"
     """fresh: every step trains once on new rollouts. stored: one set is generated, kept, and used for all steps."""
     stored_path: str | None = None

@@ -8,15 +8,15 @@ import torch
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.copying import Job, Matrix, Strip
 from megatron_vcppo.hf.convert.dist_format import Chunk, NewChunk
-from megatron_vcppo.hf.mapping import Parameter, checkpoint_key, pipeline_stage
+from megatron_vcppo.hf.mapping import Parameter, checkpoint_place, pipeline_stage
+from megatron_vcppo.hf.pipeline import stage_layers
 
 
 def new_chunks(parameter: Parameter, dtype: torch.dtype, arch: Architecture, tp: int, pp: int) -> list[NewChunk]:
     """The chunks that tp × pp ranks would save of a parameter, each in its own rank's file."""
-    key, layer = checkpoint_key(parameter.name)
-    stack, place = ((arch.num_layers,), (layer,)) if layer is not None else ((), ())
+    place = checkpoint_place(parameter.name, arch)
     dim, parts = parameter.split_dim, parameter.num_parts
-    first_rank = pipeline_stage(parameter.name, arch.num_layers, pp) * tp
+    first_rank = pipeline_stage(parameter.name, stage_layers(arch.num_layers, pp)) * tp
     chunks = []
     for tp_rank in range(tp if dim is not None else 1):
         for part in range(parts):
@@ -26,11 +26,11 @@ def new_chunks(parameter: Parameter, dtype: torch.dtype, arch: Architecture, tp:
                 offsets[dim] = (part * tp + tp_rank) * sizes[dim]
             chunks.append(
                 NewChunk(
-                    key=key,
-                    shape=(*stack, *parameter.shape),
+                    key=place.key,
+                    shape=(*place.stack, *parameter.shape),
                     dtype=dtype,
-                    offsets=(*place, *offsets),
-                    sizes=(*(1 for _ in stack), *sizes),
+                    offsets=(*place.index, *offsets),
+                    sizes=(*(1 for _ in place.stack), *sizes),
                     file_name=f"__{first_rank + tp_rank}_0.distcp",
                 )
             )

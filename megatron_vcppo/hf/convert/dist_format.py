@@ -75,15 +75,17 @@ class NewChunk:
     file_name: str
 
 
-def read_model(folder: Path) -> dict[str, GlobalTensor]:
+def read_model(folder: Path, skipped: tuple[str, ...] = ("optimizer.",)) -> dict[str, GlobalTensor]:
     """All tensors of the model in a checkpoint (without optimizer state), with their chunks' places.
+
+    skipped: what the keys of other tensors begin with.
 
     Raises UserError if it is not such a folder or a chunk is not a plain contiguous tensor.
     """
     metadata = read_metadata(folder)
     tensors = {}
     for key, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata) or key.startswith("optimizer."):
+        if not isinstance(entry, TensorStorageMetadata) or key.startswith(skipped):
             continue
         if missing := [
             chunk for chunk in entry.chunks if MetadataIndex(key, chunk.offsets) not in metadata.storage_data

@@ -20,14 +20,14 @@ from megatron_vcppo.data.vocabulary import complete_generation_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.adapter_base import locate
 from megatron_vcppo.hf.adapters import StoredAdapters
-from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.architecture import CRITIC_CLASSES, Architecture
 from megatron_vcppo.hf.convert import conversion_plan
 from megatron_vcppo.hf.convert.adapter_weights import AdapterWeights, adapter_keys, read_adapters
 from megatron_vcppo.hf.convert.checkpoint_metadata import check_checkpoint
 from megatron_vcppo.hf.convert.copying import Job, Matrix, Progress, Strip, gather
 from megatron_vcppo.hf.convert.dist_format import Chunk, GlobalTensor, check_keys, read_model
 from megatron_vcppo.hf.convert.folders import copy_small_files, new_folder
-from megatron_vcppo.hf.mapping import Parameter, checkpoint_key, hf_shapes, parameters
+from megatron_vcppo.hf.mapping import Parameter, checkpoint_place, hf_shapes, parameters
 from megatron_vcppo.hf.safetensors_files import (
     INDEX_NAME,
     TensorInFile,
@@ -43,10 +43,6 @@ TOLERANCE = 1e-4
 TIMEOUT_S = 3600.0
 _BASE_BYTES = 2 << 30
 MAX_FILE_BYTES = 2_000_000_000
-_CRITIC_CLASSES = {
-    family: f"{name}ForTokenClassification"
-    for family, name in (("qwen2", "Qwen2"), ("qwen3", "Qwen3"), ("llama", "Llama"))
-}
 
 
 def check_export(folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
@@ -165,6 +161,7 @@ def _architecture(checkpoint: Path, meta: Mapping[str, Any]) -> Architecture:
     if kind not in ("actor", "critic"):
         raise UserError(f"{checkpoint}: holds {kind!r}; only an actor or a critic has a Hugging Face form")
     arch = Architecture.of_manifest(checkpoint, meta)
+    arch.check_exportable(kind)
     if Architecture.from_hf(checkpoint / "hf") != arch:
         raise UserError(f"{checkpoint}/hf/config.json: describes another model than the checkpoint's manifest")
     return arch
@@ -174,8 +171,8 @@ def _keys(arch: Architecture, table: list[Parameter]) -> dict[str, tuple[int, ..
     """Keys and shapes of a table's parameters in a checkpoint."""
     expected = {}
     for parameter in table:
-        key, layer = checkpoint_key(parameter.name)
-        expected[key] = parameter.shape if layer is None else (arch.num_layers, *parameter.shape)
+        place = checkpoint_place(parameter.name, arch)
+        expected[place.key] = (*place.stack, *parameter.shape)
     return expected
 
 
@@ -193,16 +190,17 @@ class _Source(Protocol):
 class _Stored(_Source):
     """Parameters of a Megatron checkpoint."""
 
+    arch: Architecture
     table: list[Parameter]
     stored: Mapping[str, GlobalTensor]
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        kinds = ((p, self.stored[checkpoint_key(p.name)[0]].dtype) for p in self.table)
+        kinds = ((p, self.stored[checkpoint_place(p.name, self.arch).key].dtype) for p in self.table)
         return {name: kind for parameter, kind in kinds for name in parameter.hf_names}
 
     def copies(self, wide: Mapping[str, Matrix]) -> Iterator[tuple[torch.dtype, Iterator[Job]]]:
-        for kind, some in _by_dtype(self.table, self.stored).items():
-            yield kind, _jobs(some, self.stored, wide)
+        for kind, some in _by_dtype(self.table, self.arch, self.stored).items():
+            yield kind, _jobs(some, self.arch, self.stored, wide)
 
 
 @dataclass(frozen=True)
@@ -233,19 +231,19 @@ def _sources(
     if adapters is None:
         table = parameters(arch, _tp_of(checkpoint, meta, arch), kind)
         check_keys(checkpoint, _keys(arch, table), own)
-        return [_Stored(table, own)], None
+        return [_Stored(arch, table, own)], None
     head = [parameter for parameter in parameters(arch, 1, kind) if parameter.name.startswith("value_head.")]
     check_keys(checkpoint, _keys(arch, head) | adapter_keys(arch, adapters), own)
     merged = read_adapters(arch, adapters, own)
     folder = locate(adapters.base, checkpoint, hf)
     if adapters.base.kind == "hf":
-        return [_Files(model_tensors(folder, arch, trunk_only=kind == "critic")), _Stored(head, own)], merged
+        return [_Files(model_tensors(folder, arch, trunk_only=kind == "critic")), _Stored(arch, head, own)], merged
     base_meta, base = verify_manifest(folder), read_model(folder)
     check_checkpoint(folder)
     table = parameters(arch, _tp_of(folder, base_meta, arch), base_meta["kind"])
     check_keys(folder, _keys(arch, table), base)
     wanted = {parameter.name for parameter in parameters(arch, 1, kind)} - {parameter.name for parameter in head}
-    return [_Stored([p for p in table if p.name in wanted], base), _Stored(head, own)], merged
+    return [_Stored(arch, [p for p in table if p.name in wanted], base), _Stored(arch, head, own)], merged
 
 
 def _tp_of(checkpoint: Path, meta: Mapping[str, Any], arch: Architecture) -> int:
@@ -256,23 +254,28 @@ def _tp_of(checkpoint: Path, meta: Mapping[str, Any], arch: Architecture) -> int
     return tp
 
 
-def _by_dtype(table: list[Parameter], stored: Mapping[str, GlobalTensor]) -> dict[torch.dtype, list[Parameter]]:
+def _by_dtype(
+    table: list[Parameter], arch: Architecture, stored: Mapping[str, GlobalTensor]
+) -> dict[torch.dtype, list[Parameter]]:
     groups: dict[torch.dtype, list[Parameter]] = {}
     for parameter in table:
-        groups.setdefault(stored[checkpoint_key(parameter.name)[0]].dtype, []).append(parameter)
+        groups.setdefault(stored[checkpoint_place(parameter.name, arch).key].dtype, []).append(parameter)
     return groups
 
 
-def _jobs(table: list[Parameter], stored: Mapping[str, GlobalTensor], wide: Mapping[str, Matrix]) -> Iterator[Job]:
+def _jobs(
+    table: list[Parameter], arch: Architecture, stored: Mapping[str, GlobalTensor], wide: Mapping[str, Matrix]
+) -> Iterator[Job]:
+    chunks: dict[tuple[str, tuple[int, ...]], list[Chunk]] = {}
+    stacks = {place.key: len(place.stack) for place in (checkpoint_place(one.name, arch) for one in table)}
+    for key, depth in stacks.items():
+        for chunk in stored[key].chunks:
+            assert all(size == 1 for size in chunk.sizes[:depth]), f"{chunk.path}: a chunk over {chunk.sizes[:depth]}"
+            chunks.setdefault((key, tuple(chunk.offsets[:depth])), []).append(chunk)
     for parameter in table:
-        key, layer = checkpoint_key(parameter.name)
-        chunks = [chunk for chunk in stored[key].chunks if layer is None or _in_layer(chunk, layer)]
-        yield from conversion_plan.jobs(parameter, chunks, stored[key].dtype.itemsize, wide)
-
-
-def _in_layer(chunk: Chunk, layer: int) -> bool:
-    assert chunk.sizes[0] == 1, f"{chunk.path}: a chunk over {chunk.sizes[0]} layers"
-    return chunk.offsets[0] == layer
+        place = checkpoint_place(parameter.name, arch)
+        mine = chunks[place.key, place.index]
+        yield from conversion_plan.jobs(parameter, mine, stored[place.key].dtype.itemsize, wide)
 
 
 def _converter(source: torch.dtype, target: torch.dtype) -> Any:
@@ -293,7 +296,7 @@ def _describe(config_file: Path, arch: Architecture, dtype: torch.dtype, kind: s
     if arch.dtype != name:
         config["dtype" if "dtype" in config else "torch_dtype"] = name
     if kind == "critic":
-        config["architectures"] = [_CRITIC_CLASSES[arch.family]]
+        config["architectures"] = [CRITIC_CLASSES[arch.family]]
         config["id2label"], config["label2id"] = {"0": "value"}, {"value": 0}
         config["classifier_dropout"] = 0.0
     if config != dict(arch.config):

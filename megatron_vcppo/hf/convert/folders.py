@@ -8,6 +8,8 @@ from pathlib import Path
 
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.files import move, sync
+from megatron_vcppo.run.folder import iteration_name
+from megatron_vcppo.run.manifest import MANIFEST_NAME
 
 _SMALL_FILE_SUFFIXES = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 _INDEX_SUFFIX = ".index.json"
@@ -46,6 +48,30 @@ def unfinished(final: Path) -> list[Path]:
 
 def _partial(final: Path) -> str:
     return f".{final.name}.partial-"
+
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+def is_megatron_lm(folder: Path) -> bool:
+    """Whether a folder looks like one that Megatron-LM saved, and not like one of ours or of Hugging Face."""
+    return (folder / LATEST).exists() or ((folder / ".metadata").exists() and not (folder / MANIFEST_NAME).exists())
+
+
+def iteration_folder(folder: Path) -> Path:
+    """The checkpoint in a folder of Megatron-LM: itself, or the one that its latest_checkpointed_iteration.txt names.
+
+    Raises UserError if there is none.
+    """
+    latest = folder / LATEST
+    if latest.exists():
+        name = latest.read_text(encoding="utf-8", errors="replace").strip()
+        if name != "release" and not (name.isascii() and name.isdigit()):
+            raise UserError(f"{latest}: names {name[:40]!r}, which is no iteration")
+        folder = folder / (name if name == "release" else iteration_name(int(name)))  # ours are named like theirs
+    if not (folder / ".metadata").is_file():
+        raise UserError(f"{folder}: no checkpoint of Megatron-LM in the format torch_dist: it has no .metadata")
+    return folder
 
 
 def copy_small_files(source: Path, target: Path) -> None:

@@ -12,7 +12,7 @@ from megatron_vcppo.hf.convert import conversion_plan
 from megatron_vcppo.hf.convert.copying import Job, Matrix, Progress, scatter
 from megatron_vcppo.hf.convert.dist_format import write_frame
 from megatron_vcppo.hf.convert.folders import copy_small_files, new_folder
-from megatron_vcppo.hf.mapping import Parameter, checkpoint_key, parameters
+from megatron_vcppo.hf.mapping import Parameter, checkpoint_place, parameters
 from megatron_vcppo.hf.safetensors_files import TensorInFile, model_tensors
 from megatron_vcppo.run.manifest import write_manifest
 
@@ -28,7 +28,7 @@ def import_hf(hf: Path, out: Path, tp: int, pp: int, progress: Progress | None =
     arch.check_parallel(tp, pp)
     tensors = model_tensors(hf, arch)
     table = parameters(arch, tp)
-    dtypes = _dtypes(hf, table, tensors)
+    dtypes = _dtypes(hf, arch, table, tensors)
     total_bytes = sum(tensor.num_bytes for tensor in tensors.values())
     with new_folder(out, needed_bytes=total_bytes) as folder:
         copy_small_files(hf, folder / "hf")
@@ -57,14 +57,16 @@ def import_hf(hf: Path, out: Path, tp: int, pp: int, progress: Progress | None =
     return arch
 
 
-def _dtypes(hf: Path, table: list[Parameter], tensors: dict[str, TensorInFile]) -> dict[str, torch.dtype]:
+def _dtypes(
+    hf: Path, arch: Architecture, table: list[Parameter], tensors: dict[str, TensorInFile]
+) -> dict[str, torch.dtype]:
     """Each parameter's dtype. Layers are stacked under one key of the checkpoint, which has one dtype."""
     per_key: dict[str, dict[torch.dtype, str]] = {}
     for parameter in table:
-        seen = per_key.setdefault(checkpoint_key(parameter.name)[0], {})
+        seen = per_key.setdefault(checkpoint_place(parameter.name, arch).key, {})
         seen.update({tensors[name].dtype: name for name in parameter.hf_names})
     problems = [seen for seen in per_key.values() if len(seen) > 1]
     if problems:
         lines = ("  " + ", ".join(f"{name} is {dtype}" for dtype, name in seen.items()) for seen in problems)
         raise UserError(f"{hf}: tensors that Megatron stacks have different dtypes:\n" + "\n".join(lines))
-    return {parameter.name: next(iter(per_key[checkpoint_key(parameter.name)[0]])) for parameter in table}
+    return {parameter.name: next(iter(per_key[checkpoint_place(parameter.name, arch).key])) for parameter in table}

@@ -21,6 +21,7 @@ from megatron_vcppo.mcore.layers import unfused_attention
 from megatron_vcppo.mcore.learner import Actor, Critic, Learner
 from megatron_vcppo.mcore.model import build_actor, build_critic, transformer_config
 from megatron_vcppo.mcore.offload import drop_fp8_copies
+from megatron_vcppo.mcore.optimizer import chained_optimizers
 from megatron_vcppo.mcore.starting_weights import load_component, load_from_hf
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.lora import fill
@@ -78,6 +79,10 @@ def train_step(learner: Learner, case: Case, seed: int) -> tuple[float, float]:
     return result.metrics["loss"], result.grad_norm
 
 
+def _name(name: str, learner: Learner) -> str:
+    return canonical_name(name, 0, 0, learner.model.arch.sparse_layers)
+
+
 def outputs_and_gradients(case: Case) -> dict[str, Tensor]:
     """By name: what the model reads out of a batch, and the gradient of every parameter that has one, in Megatron's
     own-layer names."""
@@ -91,7 +96,7 @@ def outputs_and_gradients(case: Case) -> dict[str, Tensor]:
     train_step(learner, case, 7)
     for name, parameter in learner.model.named_parameters():
         if parameter.requires_grad:
-            found[f"gradient of {canonical_name(name, 0)}"] = parameter.main_grad.clone()
+            found[f"gradient of {_name(name, learner)}"] = parameter.main_grad.clone()
     return found
 
 
@@ -105,17 +110,17 @@ def weights_on_a_component(case: Case, component: Path) -> dict[str, Tensor]:
 
 def moments(learner: Learner) -> dict[str, Tensor]:
     """Adam's state and the float32 parameters by Megatron's own-layer names, and the number of steps; one rank."""
-    inner = getattr(learner.optimizer, "chained_optimizers", [learner.optimizer])[0]
-    adam = inner.optimizer
-    steps = {float(group["step"]) for group in adam.param_groups if "step" in group}
+    every = chained_optimizers(learner.optimizer)
+    steps = {float(group["step"]) for one in every for group in one.optimizer.param_groups if "step" in group}
     found = {}
     for name, parameter in learner.model.named_parameters():
-        name = canonical_name(name, 0)
-        if hasattr(inner, "_get_main_param_and_optimizer_states"):
-            state = inner._get_main_param_and_optimizer_states(parameter)
-        else:
-            main = getattr(parameter, "main_param", parameter)
-            state = {"param": main, **adam.state[main]}
+        name = _name(name, learner)
+        main = getattr(parameter, "main_param", parameter)
+        for inner in every:
+            if parameter in getattr(inner, "model_param_group_index_map", ()):
+                state = inner._get_main_param_and_optimizer_states(parameter)
+            elif main in inner.optimizer.state:
+                state = {"param": main, **inner.optimizer.state[main]}
         if "step" in state:
             steps.add(float(state["step"]))
         for key in ("param", "exp_avg", "exp_avg_sq"):
@@ -158,7 +163,7 @@ def added_in_place(case: Case) -> dict[str, bool]:
     runtime.start(case.parallel, seed=3, timeout_s=60)
     learner = make_learner(case)
     train_step(learner, case, 7)
-    return {canonical_name(n, 0): p.grad_added_to_main_grad for n, p in learner.model.named_parameters()}
+    return {_name(n, learner): p.grad_added_to_main_grad for n, p in learner.model.named_parameters()}
 
 
 def fp8_run(case: Case, checkpoints: Path) -> dict[str, Any]:

@@ -152,15 +152,44 @@ def generic_gemm(
     return out, bias_grad, None, None
 
 
+def te_general_grouped_gemm(
+    A: list[Tensor],
+    transa: bool,
+    B: list[Tensor],
+    transb: bool,
+    out: list[Tensor],
+    out_dtype: int,
+    m_splits: list[int],
+    bias: list[Tensor],
+    bias_dtype: int,
+    single_output: bool,
+    gelu_in: list[Tensor],
+    grad: bool,
+    workspaces: list[Tensor],
+    workspace_size: int,
+    accumulate: bool,
+    use_split_accumulator: bool,
+    sm_count: int,
+) -> list[Tensor]:
+    """``generic_gemm`` of each pair, without biases. single_output: the results are rows of one tensor."""
+    parts = out[0].split(m_splits) if single_output else out
+    for a, b, part in zip(A, B, parts, strict=True):
+        if part.numel():
+            generic_gemm(
+                a, transa, b, transb, part, None, out_dtype, None, bias_dtype, False, None, grad,
+                workspaces[0], workspace_size, accumulate, use_split_accumulator,
+            )  # fmt: skip
+    return bias
+
+
 def rmsnorm_fwd(
     x: Tensor, weight: Tensor, eps: float, out: Tensor | None, quantizer: Any, out_dtype: int, sm_margin: int,
     zero_centered: bool,
 ) -> tuple[Tensor, None, Tensor]:  # fmt: skip
     """(x / rms(x) · weight, None, 1 / rms(x) float32 [rows])."""
-    assert not zero_centered
-    wide = x.float()
+    wide, weight = x.float(), weight.float() + zero_centered
     inverse_rms = (wide.square().mean(-1) + eps).rsqrt()
-    result = (wide * inverse_rms[:, None] * weight.float()).to(_TORCH_TYPES[DType(out_dtype)])
+    result = (wide * inverse_rms[:, None] * weight).to(_TORCH_TYPES[DType(out_dtype)])
     if quantizer is not None:
         result = fp8.quantize(result, quantizer, out)
     elif out is not None:
@@ -173,7 +202,7 @@ def rmsnorm_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight."""
     normed, grad = x.float() * inverse_rms[:, None], grad.float()
-    weighted = grad * weight.float()
+    weighted = grad * (weight.float() + zero_centered)
     grad_x = (weighted - normed * (weighted * normed).mean(-1, keepdim=True)) * inverse_rms[:, None]
     return grad_x.to(x.dtype), (grad * normed).sum(0).to(weight.dtype)
 

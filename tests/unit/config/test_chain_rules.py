@@ -183,12 +183,14 @@ def test_the_recipe_with_adapters_is_the_other_one_but_for_what_it_says() -> Non
     [
         ({"rank": 8, "targets": []}, False, r"model\.lora\.rank 8 needs model\.lora\.targets"),
         ({"rank": 8, "targets": ["q_proj", "q_proj"]}, False, r"model\.lora\.targets names q_proj 2 times"),
+        ({"rank": 8, "weights": "x"}, False, r"model\.lora\.rank 8 takes the weights of model\.hf, not model\.weights"),
         ({}, True, r"export\.peft exports adapters: it needs model\.lora\.rank"),
     ],
 )
 def test_adapters_that_cannot_be_are_refused(lora: dict, peft: bool, message: str) -> None:
+    model = {"weights": lora.pop("weights", None), "lora": lora}
     with pytest.raises(UserError, match=message):
-        check_config(make_config("sft", "export", model={"lora": lora}, export={"peft": peft}))
+        check_config(make_config("sft", "export", model=model, export={"peft": peft}))
 
 
 def test_a_template_has_a_place_for_the_prompt() -> None:

@@ -49,6 +49,21 @@ def test_sequence_parallel_needs_tensor_parallel(config: Config) -> None:
     assert "sequence_parallel needs parallel.tp > 1, got 1" in error_of(config)
 
 
+def test_layers_of_the_ends_need_a_pipeline(config: Config) -> None:
+    config.parallel.first_stage_layers, config.parallel.last_stage_layers = 3, 2
+    assert "parallel.first_stage_layers 3 needs parallel.pp > 1, got 1" in error_of(config)
+    config.parallel.pp = 2
+    check_config(config)
+
+
+def test_expert_parallel_ranks_are_those_of_a_pipeline_stage(config: Config) -> None:
+    config.parallel.pp, config.parallel.ep, config.parallel.dp = 2, 4, 3
+    assert "parallel.ep 4 must divide the 3 ranks of a pipeline stage (tp 1 × cp 1 × dp 3)" in error_of(config)
+    config.parallel.tp, config.parallel.cp, config.parallel.dp = 2, 2, 1
+    check_config(config)
+    assert trainer_ranks(config) == 8
+
+
 def test_context_parallelism_counts_ranks_and_needs_room_for_its_padding(config: Config) -> None:
     config.parallel.cp, config.parallel.tp = 2, 2
     check_config(config)

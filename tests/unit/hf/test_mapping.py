@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.architecture import FAMILIES, Architecture
 from megatron_vcppo.hf.mapping import (
+    Place,
     canonical_name,
-    checkpoint_key,
+    checkpoint_place,
     hf_shapes,
     merge,
     padded_vocab_size,
@@ -17,10 +18,10 @@ from megatron_vcppo.hf.mapping import (
     unshard,
 )
 
-FAMILIES = ("qwen2", "qwen3", "llama")
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 
 
-def architecture(family: str, tied: bool = False, vocab_size: int = 250) -> Architecture:
+def architecture(family: str, tied: bool = False, vocab_size: int = 250, **more) -> Architecture:
     return Architecture.from_config(
         {
             "model_type": family,
@@ -33,6 +34,8 @@ def architecture(family: str, tied: bool = False, vocab_size: int = 250) -> Arch
             "vocab_size": vocab_size,
             "max_position_embeddings": 64,
             "tie_word_embeddings": tied,
+            **(MIXTURE if family == "qwen3_moe" else {}),
+            **more,
         }
     )
 
@@ -121,7 +124,22 @@ def test_local_names_of_any_stage_become_canonical():
 
 def test_layers_are_stacked_and_belong_to_their_stage():
     name = "decoder.layers.3.mlp.linear_fc2.weight"
-    assert checkpoint_key(name) == ("decoder.layers.mlp.linear_fc2.weight", 3)
-    assert [pipeline_stage(name, 4, pp) for pp in (1, 2, 4)] == [0, 1, 3]
-    assert pipeline_stage("embedding.word_embeddings.weight", 4, 2) == 0
-    assert pipeline_stage("output_layer.weight", 4, 2) == 1
+    assert checkpoint_place(name, architecture("llama")) == Place("decoder.layers.mlp.linear_fc2.weight", (4,), (3,))
+    assert [pipeline_stage(name, layers) for layers in ((4,), (2, 2), (1, 1, 1, 1), (3, 1))] == [0, 1, 3, 1]
+    assert pipeline_stage("embedding.word_embeddings.weight", (2, 2)) == 0
+    assert pipeline_stage("output_layer.weight", (2, 2)) == 1
+
+
+def test_experts_are_stacked_and_named_by_their_place_among_all():
+    names = ("mlp.experts.local_experts.1.linear_fc2.weight", "mlp.experts.linear_fc2.weight1")
+    found = {canonical_name(f"decoder.layers.0.{name}", 2, 2, sparse=(2,)) for name in names}
+    name = "decoder.layers.2.mlp.experts.experts.3.linear_fc2.weight"
+    assert found == {name}
+    parameter = next(p for p in parameters(architecture("qwen3_moe")) if p.name == name)
+    assert (parameter.expert, parameter.hf_names) == (3, ("model.layers.2.mlp.experts.3.down_proj.weight",))
+    key = "mlp.experts.experts.linear_fc2.weight"
+    assert checkpoint_place(name, architecture("qwen3_moe")) == Place(f"decoder.layers.{key}", (4, 4), (2, 3))
+    mixed = architecture("qwen3_moe", mlp_only_layers=[0])
+    assert checkpoint_place(name, mixed) == Place(f"decoder.layers.2.{key}", (4,), (3,))
+    norm = "decoder.layers.{}.pre_mlp_layernorm.weight"
+    assert canonical_name(norm.format(0), 2, sparse=(2,)) == norm.format(2)

@@ -11,7 +11,7 @@ from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.value_sources import CONFIGS
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.launch.chain_plan import StagePlan, plan_chain
-from megatron_vcppo.launch.engine_estimate import cache_bytes, estimate_engines, generation_s, step_s
+from megatron_vcppo.launch.engine_estimate import cache_bytes, estimate_engines, generation_s, parameters_read, step_s
 from megatron_vcppo.launch.push_estimate import LINK_SHARE, estimate_push
 
 QWEN_32B = {
@@ -165,3 +165,60 @@ def test_without_gpus_a_gpus_figures_are_warned_of(model: Path, capsys) -> None:
     assert "hardware are a GPU's: the times are far too short" in capsys.readouterr().err
     assert main([*given, "hardware.tflops=0.013", "hardware.mfu=1"]) == 0
     assert not capsys.readouterr().err
+
+
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "torch_dtype": "bfloat16",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> tuple[Architecture, Config]:
+    """Qwen3-30B-A3B with its shipped configuration, under the 32B recipe on 4 + 4 nodes."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
+    own = tmp_path / "own.yaml"
+    own.write_text("defaults: [recipes/vcppo_32b, models/qwen3-30b-a3b]\n")
+    given = [f"model.hf={tmp_path}", "run.dir=run", "sft.train=d", "prompts.train=d", "prompts.test=d"]
+    config = load_config(own, given, profiles=[CONFIGS / "cluster" / "example-h100.yaml"])
+    return Architecture.from_hf(tmp_path), config
+
+
+def test_a_mixture_is_planned_by_what_ranks_hold_and_tokens_pass_through(mixture: tuple[Architecture, Config]) -> None:
+    arch, config = mixture
+    assert arch.parameter_count() / 1e9 == pytest.approx(30.5, abs=0.05)
+    assert arch.active_parameter_count() / 1e9 == pytest.approx(3.35, abs=0.05)
+    stages = plan_chain(arch, config, list(config.stages))
+    assert all(stage.fits for stage in stages)
+    dense = arch.parameter_count() - arch.expert_parameter_count()
+    ppo = next(stage for stage in stages if stage.stage == "ppo")
+    held = 2 * (arch.expert_parameter_count() / 2 / 8 + dense / 2 / 4)  # actor and critic, pp 2, ep 8 or tp 4
+    assert ppo.memory_gib["weights"] == pytest.approx(2 * held / 2**30, rel=0.1)
+    per_token = arch.training_flops([1]) / 6
+    assert per_token == pytest.approx(arch.active_parameter_count() - arch.vocab_size * arch.hidden_size, rel=0.01)
+    assert ppo.push is not None and ppo.push.parts_s["gather over ep"] > 0
+
+
+def test_an_engine_reads_the_experts_that_are_chosen(mixture: tuple[Architecture, Config]) -> None:
+    arch, _ = mixture
+    assert parameters_read(arch, 1) == pytest.approx(arch.active_parameter_count())
+    assert parameters_read(arch, 256) == pytest.approx(arch.parameter_count(), rel=1e-4)
+
+
+def test_the_nearest_layout_of_a_mixture_may_divide_its_experts(mixture: tuple[Architecture, Config]) -> None:
+    arch, config = mixture
+    config.parallel.ep = 1
+    plan = plan_chain(arch, config, ["ppo"])[0]
+    assert not plan.fits and plan.better == ("parallel.ep=4",)

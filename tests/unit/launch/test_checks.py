@@ -24,6 +24,15 @@ def test_inputs_are_checked_before_anything_is_queued(tmp_path: Path) -> None:
         check_inputs(config, ["sft"])
 
 
+def test_a_critic_that_could_not_be_exported_is_refused_at_the_start(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run")
+    config.model.hf, config.export.critic = str(save_tiny_model(tmp_path / "olmo2", "olmo2")), True
+    with pytest.raises(UserError, match=r"export\.critic: transformers has no olmo2 for token classification"):
+        check_inputs(config, ["export"])
+    config.export.critic = False
+    check_inputs(config, ["export"])
+
+
 def test_a_reward_model_is_a_stage_before_or_a_checkpoint(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run")
     config.stages = ["value_pretrain", "reward_model", "ppo"]

@@ -77,6 +77,18 @@ def test_the_plan_of_adapters_is_what_real_ranks_held(
     assert sum(parts.values()) - parts["overhead"] == pytest.approx(peak_gib, rel=0.06)
 
 
+def test_stages_of_uneven_pipelines_are_planned_by_their_layers(tmp_path: Path) -> None:
+    arch, config = measured_model(tmp_path), Config()
+    config.parallel.pp, config.parallel.first_stage_layers = 3, 4
+    first, middle, last = (plan_of_rank(arch, config, "sft", rank) for rank in range(3))
+    # 4, 2 and 2 of 8 layers; embedding and output layer are of one size; the first stage has 3 micro-batches at once.
+    assert first["weights"] - last["weights"] == pytest.approx(middle["weights"])
+    assert first["activations"] == pytest.approx(3 * middle["activations"])
+    assert plan(arch, config, "sft") == first
+    config.parallel.first_stage_layers = None
+    assert plan_of_rank(arch, config, "sft", 2)["weights"] < last["weights"] * 1.01, "3, 3 and 2"
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> tuple[Architecture, Config]:
     config = load_config(CONFIGS / "models" / "tiny.yaml", complete=False)
@@ -179,3 +191,20 @@ def test_what_does_not_fit_is_refused_with_its_parts(tiny: tuple[Architecture, C
     config.cluster.gpu_memory_gib = 3
     with pytest.raises(UserError, match=r"ppo needs about 3 GiB per GPU \(weights 0\.0, "):
         check_memory(arch, config, ["ppo"])
+
+
+def test_experts_are_divided_over_expert_parallel_ranks_and_the_rest_over_tensor_parallel_ones(tmp_path: Path) -> None:
+    arch, config = Architecture.from_hf(save_tiny_model(tmp_path, "qwen3_moe")), Config()
+    experts, all_gib = arch.expert_parameter_count(), 4 / 2**30
+    rest = arch.parameter_count() - experts
+    config.parallel.dp, config.parallel.distributed_optimizer, config.parallel.sequence_parallel = 8, True, True
+
+    def gradients_and_optimizer(tp: int, ep: int) -> tuple[float, float]:
+        config.parallel.tp, config.parallel.dp, config.parallel.ep = tp, 8 // tp, ep
+        parts = plan(arch, config, "sft")
+        return parts["gradients"], parts["optimizer"]
+
+    state = 12 * arch.parameter_count() / 8 / 2**30
+    assert gradients_and_optimizer(1, 1) == pytest.approx(((experts + rest) * all_gib, state))
+    assert gradients_and_optimizer(1, 4) == pytest.approx(((experts / 4 + rest) * all_gib, state))
+    assert gradients_and_optimizer(2, 8) == pytest.approx(((experts / 8 + rest / 2) * all_gib, state))
