@@ -8,6 +8,7 @@ from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement, tra
 from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.frozen import frozen_counts, frozen_patterns
 from megatron_vcppo.hf.reward_model import reward_architecture, uses_reward_model
 
 GIB = 1 << 30
@@ -51,6 +52,17 @@ def parameters_of(arch: Architecture, config: Config, kind: str, pp_rank: int) -
     return count / tp
 
 
+def frozen_parameters(arch: Architecture, config: Config, stage: str) -> tuple[int, int]:
+    """Parameters of the stage's critic that are not trained (``ppo.critic.frozen``): (of all layers, of the embedding).
+
+    Raises UserError if the patterns do not fit the model.
+    """
+    if "critic" not in models_of(config, stage)[0]:
+        return 0, 0
+    key, patterns = frozen_patterns(config, stage)
+    return frozen_counts(arch, patterns, key, config.parallel.pp)
+
+
 def layer_activations(arch: Architecture, config: Config) -> tuple[float, float]:
     """(input, everything) that one layer keeps for its backward pass: elements per token on one rank.
 
@@ -72,7 +84,7 @@ def plan(arch: Architecture, config: Config, stage: str) -> dict[str, float]:
 
 
 def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -> dict[str, float]:
-    """One pipeline stage's parts. The first one holds as many micro-batches at once as there are stages, the last 1.
+    """One pipeline stage's parts; of frozen parameters there are weights only. The first one holds as many micro-batches at once as there are stages, the last 1.
 
     Not counted: the keys and values that context parallelism gathers in each layer without Transformer Engine, where
     nothing is recomputed.
@@ -80,8 +92,10 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
     parallel, dtype = config.parallel, config.model.dtype
     trained, frozen = models_of(config, stage)
     sharing = trainer_ranks(config) // (parallel.tp * parallel.pp) if parallel.distributed_optimizer else 1
-    learned = sum(parameters_of(arch, config, kind, pp_rank) for kind in trained)
-    held = learned + sum(parameters_of(arch, config, kind, pp_rank) for kind in frozen)
+    owned = sum(parameters_of(arch, config, kind, pp_rank) for kind in trained)
+    layers_frozen, embedding_frozen = frozen_parameters(arch, config, stage)
+    learned = owned - (layers_frozen / parallel.pp + (embedding_frozen if pp_rank == 0 else 0)) / parallel.tp
+    held = owned + sum(parameters_of(arch, config, kind, pp_rank) for kind in frozen)
     if uses_reward_model(config, stage):
         held += parameters_of(reward_architecture(config, arch), config, "critic", pp_rank)
     size = WEIGHT_BYTES[dtype]

@@ -5,8 +5,10 @@ from pathlib import Path
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.frozen import frozen_names, frozen_patterns
 from megatron_vcppo.mcore.checkpoint import load_learner, load_model
 from megatron_vcppo.mcore.checkpoint_state import adam_steps, reset_moments
+from megatron_vcppo.mcore.frozen import freeze
 from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.learner import Critic
 from megatron_vcppo.mcore.model import ActorModel, CriticModel, build_actor, build_critic
@@ -31,12 +33,15 @@ def starting_actor(config: Config, stage: str) -> ActorModel:
 
 
 def starting_critic(config: Config, stage: str, init: str, checkpoint_path: str | None) -> CriticModel:
-    """A critic: the trunk and head of an earlier critic, or an actor's trunk with a new head.
+    """A critic: the trunk and head of an earlier critic, or an actor's trunk with a new head; frozen as configured.
 
-    Raises UserError if what ``init`` names is not there or is another model.
+    Raises UserError if what ``init`` names is not there or is another model, or if a pattern of frozen parameters does
+    not fit the model.
     """
     arch = Architecture.from_hf(config.model.hf)
     model = build_critic(arch, config.model, config.parallel)
+    key, patterns = frozen_patterns(config, stage)
+    freeze(model, frozen_names(arch, patterns, key, config.parallel.pp))
     if init in ("value_pretrain", "reward_model", "checkpoint"):
         folder = _critic_folder(config, stage, init, checkpoint_path)
         check_same_model(folder, arch)
