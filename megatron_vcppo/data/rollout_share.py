@@ -31,8 +31,9 @@ ROW = np.dtype(
         ("verdict", "<i2"),
     ]
 )
-"""What every rank knows of a rollout. observed_length: tokens of the response that a tool wrote. group: equal for samples of one prompt. digest: of all that its training reads.
-verdict: an index into ``VERDICTS``. model_score: of a reward model, NaN without one."""
+"""What every rank knows of a rollout. observed_length: tokens of the response that a tool wrote. group: equal for
+samples of one prompt. digest: of all that its training reads. verdict: an index into ``VERDICTS``. model_score: of a
+reward model, NaN without one."""
 VERDICTS = ("", "timeout", "error")
 """Kinds of verdicts that are counted."""
 BLOCK_TOKENS = 1 << 17

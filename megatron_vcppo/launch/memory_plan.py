@@ -84,10 +84,10 @@ def plan(arch: Architecture, config: Config, stage: str) -> dict[str, float]:
 
 
 def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -> dict[str, float]:
-    """One pipeline stage's parts; of frozen parameters there are weights only. The first one holds as many micro-batches at once as there are stages, the last 1.
+    """One pipeline stage's parts. The first one holds as many micro-batches at once as there are stages, the last 1.
 
-    Not counted: the keys and values that context parallelism gathers in each layer without Transformer Engine, where
-    nothing is recomputed.
+    Of frozen parameters there are only weights. Not counted: the keys and values that context parallelism gathers in
+    each layer without Transformer Engine, where nothing is recomputed.
     """
     parallel, dtype = config.parallel, config.model.dtype
     trained, frozen = models_of(config, stage)

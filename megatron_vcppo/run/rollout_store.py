@@ -6,8 +6,8 @@ interrupted is in ``partial_NNNNNNN_KofM.npz`` until the iteration is complete.
 A file holds arrays (``numpy.load`` reads them, without this project): ``schema``; ``places`` [n], of each rollout in
 the order of the iteration; ``prompt_ids`` and ``response_ids``, int32, and ``rollout_logprobs``, float32, of all
 rollouts one after the other, with ``prompt_lengths`` and ``response_lengths`` [n]; and ``records``, all else as UTF-8
-text, one JSON object per rollout and line (``observations``, spans that a tool wrote, only where there are any). Runs made before schema 2 have one ``.jsonl.zst`` per iteration, which is
-read as well.
+text, one JSON object per rollout and line, with ``observations`` ([start, end) in the response) only where a tool wrote
+any. Runs made before schema 2 have one ``.jsonl.zst`` per iteration, which is read as well.
 """
 
 import json
