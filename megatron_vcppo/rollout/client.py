@@ -1,7 +1,8 @@
 """Prompts in, rollouts out: spreads requests over the engines and survives the loss of any of them.
 
 Every request is in exactly one place: waiting, with one engine, or (between two turns) with its tool. It leaves by its
-response, which is counted once; if its engine fails, it waits again. Seeds are fixed per request, so a response drawn twice is the same response.
+response, which is counted once; if its engine fails, it waits again. Seeds are fixed per request, so a response drawn
+twice is the same response.
 """
 
 import asyncio

@@ -31,7 +31,7 @@ VAPO = {
 
 SAO = {
     "advantage": {"length_adaptive_alpha": 0.2},
-    "loss": {"kind": "dis", "clip_low": 0.8, "clip_high": 3.0},
+    "loss": {"kind": "dis", "clip_low": 0.8, "clip_high": 0.3},
     "critic": {"frozen": ["*.self_attn.*"], "updates_per_actor_update": 2},
 }
 
