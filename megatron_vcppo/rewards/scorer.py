@@ -211,18 +211,20 @@ class _Worker:
 
         Raises _WorkerLost if the answer does not come in time, is not one to this request, or the process dies.
         """
-        is_call = isinstance(work, _ToolCall)
-        prompt, text = (work.prompt, work.text) if is_call else (work.rollout.prompt, work.rollout.response_text)
+        if isinstance(work, _ToolCall):
+            prompt, text, check = work.prompt, work.text, _checked_call
+        else:
+            prompt, text, check = work.rollout.prompt, work.rollout.response_text, _checked
         # Without it one message too many would shift every later verdict by one answer.
         request_id = secrets.token_hex(8)
         request = {"id": request_id, "prompt": {**asdict(prompt), "token_ids": []}, "response_text": text}
-        request["is_call"] = is_call
+        request["is_call"] = isinstance(work, _ToolCall)
         try:
             send(self._connection, request, timeout_s)
         except OSError as error:
             raise _WorkerLost(f"error: the verifier process is gone ({error})") from error
         reply = self._receive(timeout_s, f"timeout: {timeout_s:g} s")
-        return (_checked_call if is_call else _checked)(reply, request_id)
+        return check(reply, request_id)
 
     def kill(self) -> None:
         """End the process and what it started."""

@@ -20,8 +20,9 @@ class Tool(Protocol):
     It should be a function of its arguments: an interrupted iteration may call it again.
     """
 
-    stop: str
-    """The text that ends a call. Generation pauses behind it."""
+    @property
+    def stop(self) -> str:
+        """The text that ends a call. Generation pauses behind it."""
 
     def __call__(self, prompt: Prompt, text: str) -> str:
         """What follows the call, which is at the end of ``text``, the response so far; "" for nothing."""

@@ -38,12 +38,13 @@ def main(descriptor: int, settings: dict[str, Any]) -> None:
         # If the scorer is no longer there to kill a verifier that hangs, the alarm does.
         signal.alarm(math.ceil(timeout_s) + 1)
         prompt = Prompt(**{**request["prompt"], "token_ids": ()})
-        reply = (_call if request["is_call"] else _judge)(tools, verifiers, prompt, request["response_text"])
+        text = request["response_text"]
+        reply = _call(tools, prompt, text) if request["is_call"] else _judge(verifiers, prompt, text)
         signal.alarm(0)
         send(connection, {"id": request["id"], **reply})
 
 
-def _judge(_: Mapping[str, Tool], verifiers: Mapping[str, Verifier], prompt: Prompt, text: str) -> dict[str, Any]:
+def _judge(verifiers: Mapping[str, Verifier], prompt: Prompt, text: str) -> dict[str, Any]:
     """A verifier's bug must cost one answer, not the run; the scorer counts and shows it."""
     try:
         verdict = verifiers[prompt.task](prompt, text)
@@ -54,7 +55,7 @@ def _judge(_: Mapping[str, Tool], verifiers: Mapping[str, Verifier], prompt: Pro
         return {"reward": -1.0, "verdict": f"error: {type(error).__name__}: {error}"}
 
 
-def _call(tools: Mapping[str, Tool], _: Mapping[str, Verifier], prompt: Prompt, text: str) -> dict[str, Any]:
+def _call(tools: Mapping[str, Tool], prompt: Prompt, text: str) -> dict[str, Any]:
     """A tool's bug costs what it would have written."""
     try:
         observation = tools[prompt.task](prompt, text)

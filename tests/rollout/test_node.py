@@ -155,7 +155,9 @@ def test_a_response_continues_behind_what_a_tool_wrote(node, models) -> None:
 
     def call(prompt: Prompt, text: str) -> "Future[str]":
         seen.append(text)
-        return begin(lambda: "back 3")
+        written: Future[str] = Future()
+        written.set_result("back 3")
+        return written
 
     tools = ToolCalls({"test": "7"}, call, lambda text: tokenizer.encode(text, add_special_tokens=False), max_calls=3)
     client = replace(node.client(max_tokens=100), decode=tokenizer.decode, tools=tools)

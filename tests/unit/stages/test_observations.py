@@ -39,8 +39,10 @@ def rollout_of(index: int, is_sampled: list[bool], reward: float) -> Rollout:
 
 def without_observations(rollout: Rollout) -> Rollout:
     kept = [t for t in range(len(rollout.response_ids)) if not any(a <= t < b for a, b in rollout.observations)]
-    ids, logprobs = ([row[t] for t in kept] for row in (rollout.response_ids, rollout.rollout_logprobs))
-    return replace(rollout, response_ids=ids, rollout_logprobs=logprobs, observations=())
+    ids, logprobs = rollout.response_ids, rollout.rollout_logprobs
+    return replace(
+        rollout, response_ids=[ids[t] for t in kept], rollout_logprobs=[logprobs[t] for t in kept], observations=()
+    )
 
 
 def make_config(kind: str, aggregation: str, baseline: str) -> Config:
@@ -89,6 +91,7 @@ def losses_of(
         critic, critic_metrics = CriticLoss(config.values, size.denominator("token"))(read, microbatch)
         actor, metrics = ActorLoss.of(config.ppo.loss, config.ppo.loss.kl_coef, size)((read, -read), microbatch)
         (critic + actor).backward()
+        assert read.grad is not None
         gradients.append(read.grad)
         for name, (total, weight) in (metrics | critic_metrics).items():
             found[name] = found.get(name, 0.0) + float(total)
@@ -105,7 +108,7 @@ def losses_of(
     baseline=st.sampled_from(["critic", "grpo"]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_tools_tokens_change_no_number(first: list[list[bool]], kind, aggregation, baseline, seed: int) -> None:
     config = make_config(kind, aggregation, baseline)
     rollouts = [rollout_of(i, [True, *row], 1.0 if i % 3 else -1.0) for i, row in enumerate(first)]
