@@ -52,11 +52,13 @@ def test_a_tool_writes_within_responses_and_only_the_policys_tokens_are_learned(
         "evaluate_every": 0,
         "checkpoint": {"save_every": 1, "keep_last": 0},
         "loss": {"kind": "dis", "clip_low": 0.8, "clip_high": 3.0},
-        "critic": {"init": "random_head", "frozen": ["*.self_attn.*"], "updates_per_actor_update": 2},
+        "critic": {"init": "value_pretrain", "frozen": ["*.self_attn.*"], "updates_per_actor_update": 2},
     }
     prompts = {"tools": {"running_sum": "own_tool:tool"}, "max_tool_calls": 2}
-    stage = Stage(node, make_config(task, tmp_path / "run", {"ppo": ppo, "prompts": prompts}), "ppo")
-    assert set(stage.run()) == {0}
+    config = make_config(task, tmp_path / "run", {"ppo": ppo, "prompts": prompts, "value_pretrain": {"steps": 1}})
+    pretraining, stage = (Stage(node, config, name) for name in ("value_pretrain", "ppo"))
+    assert set(pretraining.run()) == {0} and set(stage.run()) == {0}
+    assert any(rollout.observations for rollout in read_rollouts(pretraining.folder / "rollouts", 1))
     records = read_metrics(stage.folder)
     for iteration, record in enumerate(records, 1):
         rollouts = read_rollouts(stage.folder / "rollouts", iteration)
