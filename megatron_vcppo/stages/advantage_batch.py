@@ -84,7 +84,7 @@ def compute_advantages(
     lam_actor: float | Tensor = config.lam_actor
     if config.length_adaptive_alpha is not None:
         lam_actor = length_adaptive_lam(share.table.sampled_lengths, config.length_adaptive_alpha)
-    gave_up = None if end_of_thinking_id is None else share.response_ids == end_of_thinking_id
+    gave_up = None if end_of_thinking_id is None else (share.response_ids == end_of_thinking_id) & share.sampled
     advantages, returns = torch.empty(share.num_tokens), torch.empty(share.num_tokens)
     parts: list[Metrics] = []
     for block in share.blocks():

@@ -17,7 +17,7 @@ from megatron_vcppo.stages.advantage_batch import AdvantageBatch, compute_advant
 from megatron_vcppo.stages.training_losses import ActorLoss, CriticLoss, LossSize
 from megatron_vcppo.stages.updates import Updater
 
-MAX_TOKENS = 12
+MAX_TOKENS, END_OF_THINKING = 12, 9
 TOKENS = st.lists(st.booleans(), min_size=0, max_size=10)
 """Of a response, without its first: whether the policy sampled it."""
 
@@ -31,7 +31,7 @@ def rollout_of(index: int, is_sampled: list[bool], reward: float) -> Rollout:
         if end > start:
             spans.append((start, end))
         start = end + 1
-    ids = [10 * index + t for t in range(len(is_sampled))]
+    ids = [END_OF_THINKING if t % 4 == 2 else 10 + t for t in range(len(is_sampled))]
     logprobs = [-0.1 * (1 + t % 4) if sampled else 0.0 for t, sampled in enumerate(is_sampled)]
     prompt = Prompt(f"p{index // 2}", (1, 2), "", "", "t")
     return Rollout(prompt, index % 2, 0, ids, "", logprobs, "stop", 0, reward, observations=spans)
@@ -71,7 +71,7 @@ def advantages_of(config: Config, share: RolloutShare, outputs: ModelOutputs) ->
         returns_config=config.returns,
         kl_coef=config.ppo.loss.kl_coef,
         max_tokens=MAX_TOKENS,
-        end_of_thinking_id=13,
+        end_of_thinking_id=END_OF_THINKING,
         total=lambda sums: sums,
     )
 
