@@ -217,8 +217,12 @@ class _Worker:
             prompt, text, check = work.rollout.prompt, work.rollout.response_text, _checked
         # Without it one message too many would shift every later verdict by one answer.
         request_id = secrets.token_hex(8)
-        request = {"id": request_id, "prompt": {**asdict(prompt), "token_ids": []}, "response_text": text}
-        request["is_call"] = isinstance(work, _ToolCall)
+        request = {
+            "id": request_id,
+            "is_call": isinstance(work, _ToolCall),
+            "prompt": {**asdict(prompt), "token_ids": []},
+            "response_text": text,
+        }
         try:
             send(self._connection, request, timeout_s)
         except OSError as error:
