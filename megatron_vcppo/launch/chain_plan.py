@@ -17,7 +17,7 @@ from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.pipeline import stage_layers
 from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.launch.engine_estimate import EngineEstimate, estimate_engines, generation_s, response_tokens
-from megatron_vcppo.launch.memory_plan import ASLEEP_GIB, WEIGHT_BYTES, models_of, plan
+from megatron_vcppo.launch.memory_plan import ASLEEP_GIB, WEIGHT_BYTES, frozen_parameters, models_of, plan
 from megatron_vcppo.launch.push_estimate import PushEstimate, estimate_push
 from megatron_vcppo.launch.role_commands import trainer_layout
 
@@ -193,7 +193,7 @@ def _ppo_phases(arch: Architecture, config: Config) -> dict[str, float]:
     phases = {
         "push": estimate_push(arch, config).seconds,
         "generation": generation_s(arch, config, rollouts),
-        "logprobs": forward * (1 + len(reference)),
+        "logprobs": forward * ((ppo.loss.kind == "clip") + len(reference)),
         "values": forward if has_critic else 0.0,
         "update": passes * pass_s(arch, config, rollouts, training=True, optimizer_steps=ppo.minibatches),
         **saving(arch, config, "ppo", ppo.checkpoint),
@@ -232,11 +232,14 @@ def saving(arch: Architecture, config: Config, stage: str, checkpoint: Checkpoin
 
 
 def checkpoint_gb(arch: Architecture, config: Config, stage: str) -> float:
-    """One checkpoint of a stage, all its components; of models with adapters it has these alone."""
+    """One checkpoint of a stage, all its components; of frozen parameters it has the weights alone, of models with
+    adapters the adapters alone."""
     trained, _ = models_of(config, stage)
+    every, weight = (size[config.model.dtype] for size in (CHECKPOINT_BYTES, WEIGHT_BYTES))
     lora = config.model.lora
     count = arch.parameter_count() if lora.rank is None else adapter_parameters(arch, lora)
-    return len(trained) * count * CHECKPOINT_BYTES[config.model.dtype] / 1e9
+    frozen = sum(frozen_parameters(arch, config, stage))
+    return (len(trained) * count * every - frozen * (every - weight)) / 1e9
 
 
 def checkpoints_gb(arch: Architecture, config: Config, stage: str) -> float:

@@ -15,6 +15,7 @@ from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.folders import iteration_folder
 from megatron_vcppo.hf.reward_model import check_reward_model, uses_reward_model
 from megatron_vcppo.launch.memory_plan import check_memory
+from megatron_vcppo.rewards.tools import check_tools
 from megatron_vcppo.run.folder import RunFolder
 
 
@@ -31,6 +32,8 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
         from megatron_vcppo.rewards.registry import check_names  # imports sympy: half a second
 
         check_names(config.prompts.verifiers, config.rewards.code)
+    if not set(stages).isdisjoint(ENGINE_STAGES):
+        check_tools(config.prompts.tools)
     arch = Architecture.from_hf(config.model.hf)
     check_vocabulary(Path(config.model.hf))
     _check_weights(config)

@@ -9,6 +9,7 @@ from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.adapters import adapter_parameters
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.frozen import frozen_counts, frozen_patterns
 from megatron_vcppo.hf.pipeline import stage_layers
 from megatron_vcppo.hf.reward_model import reward_architecture, uses_reward_model
 
@@ -53,6 +54,18 @@ def parameters_of(arch: Architecture, config: Config, kind: str, pp_rank: int) -
     return count / tp
 
 
+def frozen_parameters(arch: Architecture, config: Config, stage: str) -> tuple[int, int, int]:
+    """Parameters of the stage's critic that are not trained (``ppo.critic.frozen``): (of all layers without experts, of
+    experts, of the embedding).
+
+    Raises UserError if the patterns do not fit the model.
+    """
+    if "critic" not in models_of(config, stage)[0]:
+        return 0, 0, 0
+    key, patterns = frozen_patterns(config, stage)
+    return frozen_counts(arch, patterns, key, config.parallel.pp)
+
+
 def expert_parameters_of(arch: Architecture, config: Config, pp_rank: int) -> float:
     """Parameters of a model's experts on one rank."""
     return arch.expert_parameter_count() * share_of_layers(arch, config, pp_rank) / config.parallel.ep
@@ -81,8 +94,10 @@ def parameters_on_rank(arch: Architecture, config: Config, stage: str, pp_rank: 
     trained, frozen = models_of(config, stage)
     lora, parallel = config.model.lora, config.parallel
     if lora.rank is None:
-        learned = sum(parameters_of(arch, config, kind, pp_rank) for kind in trained)
-        return learned, learned + sum(parameters_of(arch, config, kind, pp_rank) for kind in frozen)
+        owned = sum(parameters_of(arch, config, kind, pp_rank) for kind in trained)
+        layers, _, embedding = frozen_parameters(arch, config, stage)
+        still = layers * share_of_layers(arch, config, pp_rank) + (embedding if pp_rank == 0 else 0)
+        return owned - still / parallel.tp, owned + sum(parameters_of(arch, config, kind, pp_rank) for kind in frozen)
     adapters = adapter_parameters(arch, lora, parallel.tp) * share_of_layers(arch, config, pp_rank)
     bases = sum(parameters_of(arch, config, kind, pp_rank) for kind in bases_of(config, stage))
     return adapters * len(trained), adapters * len(trained + frozen) + bases
@@ -120,8 +135,8 @@ def plan(arch: Architecture, config: Config, stage: str) -> dict[str, float]:
 def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -> dict[str, float]:
     """One pipeline stage's parts. The first one holds as many micro-batches at once as there are stages, the last 1.
 
-    Not counted: the keys and values that context parallelism gathers in each layer without Transformer Engine, where
-    nothing is recomputed.
+    Of frozen parameters there are only weights. Not counted: the keys and values that context parallelism gathers in
+    each layer without Transformer Engine, where nothing is recomputed.
     """
     parallel, dtype = config.parallel, config.model.dtype
     trained, frozen = models_of(config, stage)
@@ -132,7 +147,10 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
         sharing = experts_sharing = 1
     experts = expert_parameters_of(arch, config, pp_rank)
     learned, held = parameters_on_rank(arch, config, stage, pp_rank)
-    learned_experts = experts * len(trained) if lora.rank is None else 0.0
+    learned_experts = 0.0
+    if lora.rank is None:
+        still = frozen_parameters(arch, config, stage)[1] * share_of_layers(arch, config, pp_rank) / parallel.ep
+        learned_experts = experts * len(trained) - still
     optimized = learned / sharing + learned_experts / experts_sharing
     learned += learned_experts
     held += experts * len(trained + frozen)

@@ -55,10 +55,17 @@ class _Shard:
 
 
 def tensors_to_save(learner: Learner) -> dict[str, ShardedTensor]:
-    """The weights and the optimizer state that this rank owns."""
-    assert all(p.requires_grad for p in _stored(learner.model)), "a frozen parameter is nobody's"
+    """The weights and the optimizer state that this rank owns.
+
+    Of a frozen parameter there is the weight alone, which the first data-parallel rank writes; of the base below
+    adapters nothing.
+    """
     shards = _shards(learner)
     boxes: list[ShardedTensor] = []
+    for parameter in _stored(learner.model):
+        if not parameter.requires_grad:
+            shard = shards[id(parameter)]
+            boxes += _boxes(shard, shard.key, parameter.detach().view(-1))
     for owned in owned_ranges(learner.optimizer):
         shard = shards[id(owned.parameter)]
         boxes += _boxes(shard, shard.key, owned.weight, owned)
@@ -70,7 +77,8 @@ def tensors_to_save(learner: Learner) -> dict[str, ShardedTensor]:
 def tensors_to_load(learner: Learner, stored: Collection[str], weights: bool = True) -> dict[str, ShardedTensor]:
     """All of this rank's weights, unless they are there, and the optimizer state that it owns.
 
-    stored: the checkpoint's keys, of which the best are taken.
+    stored: the checkpoint's keys, of which the best are taken. Moments that it lacks, of parameters that were frozen
+    when it was saved, start at zero.
     """
     shards = _shards(learner)
     boxes: list[ShardedTensor] = []
@@ -82,6 +90,9 @@ def tensors_to_load(learner: Learner, stored: Collection[str], weights: bool = T
         shard = shards[id(owned.parameter)]
         for name, tensor in owned.state.items():
             key = _main_key(shard.key, stored) if name == "param" else f"{_STATE}.{name}.{shard.key}"
+            if name != "param" and key not in stored and shard.key in stored:
+                tensor.zero_()
+                continue
             boxes += _boxes(shard, key, tensor, owned)
     return _numbered(boxes)
 

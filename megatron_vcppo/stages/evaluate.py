@@ -102,7 +102,10 @@ class Candidate:
 
 
 def candidates(config: Config) -> dict[str, Candidate]:
-    """By name: evaluate.checkpoints, or the actors of the chain's finished stages, or else model.hf."""
+    """By name: evaluate.checkpoints, or the actors of the chain's finished stages, or else model.hf.
+
+    Of a stage that kept its best actor (``checkpoint.keep_best``), also that one, unless it is the last.
+    """
     chosen = config.evaluate.checkpoints
     for name, path in chosen.items():
         if Architecture.from_hf(path) != Architecture.from_hf(config.model.hf):
@@ -111,9 +114,13 @@ def candidates(config: Config) -> dict[str, Candidate]:
         return {name: Candidate(Path(path), True) for name, path in chosen.items()}
     found: dict[str, Candidate] = {}
     for stage in config.stages:
-        checkpoint = RunFolder.of(config).stage(stage).last_checkpoint("actor") if stage in ACTOR_STAGES else None
+        folder = RunFolder.of(config).stage(stage)
+        checkpoint = folder.last_checkpoint("actor") if stage in ACTOR_STAGES else None
         if checkpoint is not None:
             found[stage] = Candidate(checkpoint, False)
+            best = folder.best.resolve() if folder.best.is_dir() else checkpoint.parent
+            if best.name != checkpoint.parent.name:
+                found[f"{stage} {best.name}, best"] = Candidate(best / "actor", False)
     return found or {Path(config.model.base).name: Candidate(Path(config.model.base), True)}
 
 

@@ -6,9 +6,11 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.folders import is_megatron_lm
+from megatron_vcppo.hf.frozen import frozen_names, frozen_patterns
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_learner
 from megatron_vcppo.mcore.checkpoint_state import adam_steps, reset_moments
+from megatron_vcppo.mcore.frozen import freeze
 from megatron_vcppo.mcore.learner import Critic
 from megatron_vcppo.mcore.model import ActorModel, CriticModel, PackedGPT, build_actor, build_critic
 from megatron_vcppo.mcore.starting_weights import load_component, load_from_hf, stored_adapters
@@ -37,14 +39,16 @@ def starting_actor(config: Config, stage: str, critic: CriticModel | None = None
 def starting_critic(
     config: Config, stage: str, init: str, checkpoint_path: str | None, actor: ActorModel | None = None
 ) -> CriticModel:
-    """A critic: the trunk and head of an earlier critic, or an actor's trunk with a new head.
+    """A critic: the trunk and head of an earlier critic, or an actor's trunk with a new head; frozen as configured.
 
     actor: whose base is shared, if both have adapters and the same base. Raises UserError if what ``init`` names is not
-    there or is another model.
+    there or is another model, or if a pattern of frozen parameters does not fit the model.
     """
     hf = Path(config.model.hf)
     arch = Architecture.from_hf(hf)
     model = build_critic(arch, config.model, config.parallel)
+    key, patterns = frozen_patterns(config, stage)
+    freeze(model, frozen_names(arch, patterns, key, config.parallel.pp))
     trunk = actor_before(config, stage) if init == "sft" else None
     if init in ("value_pretrain", "reward_model", "checkpoint"):
         folder = _critic_folder(config, stage, init, checkpoint_path)

@@ -155,6 +155,21 @@ def test_training_is_the_same_under_every_layout(te_ranks: Call, tmp_path: Path,
             assert ours == pytest.approx(theirs, abs=1e-5)
 
 
+def test_a_frozen_critic_trains_like_with_own_layers(te_ranks: Call, tmp_path: Path) -> None:
+    """Also with gradients that are reduced during the backward pass; only what is trained moves."""
+    hf = save_tiny_model(tmp_path / "hf", "qwen3", num_hidden_layers=2)
+    case = Case(hf, SIDES["torch"], kind="critic", frozen=("*.self_attn.*",))
+    ours = run_distributed_test(train, 1, case, tmp_path / "torch", range(3))[0]
+    parallel = ParallelConfig(distributed_optimizer=True, overlap=True)
+    for found in te_ranks(train, 2, replace(case, model=TE, parallel=parallel), tmp_path / "te", range(3)):
+        for loss_and_norm, expected in zip(found["history"], ours["history"], strict=True):
+            assert loss_and_norm == pytest.approx(expected, abs=1e-5)
+        assert_close(found["weights"], ours["weights"], 1e-4)
+        before = load_file(hf / "model.safetensors")
+        moved = {name for name, weight in found["weights"].items() if not torch.equal(weight, before[name])}
+        assert moved == {name for name in found["weights"] if ".self_attn." not in name}
+
+
 def test_gradients_are_added_in_the_matrix_product(te_ranks: Call, tmp_path: Path) -> None:
     case = Case(save_tiny_model(tmp_path / "hf", num_hidden_layers=2), TE)
     in_place = te_ranks(added_in_place, 1, case)[0]

@@ -31,6 +31,7 @@ METHODS = {
     "vapo": ["sft", "reward_model", "value_pretrain", "ppo", "export", "evaluate"],
     "dapo": ["ppo", "export", "evaluate"],
     "grpo": ["sft", "ppo", "export", "evaluate"],
+    "sao": ["sft", "value_pretrain", "ppo", "export", "evaluate"],
 }
 """Recipes next to VC-PPO's, with the stages of their chains."""
 

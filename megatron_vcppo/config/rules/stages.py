@@ -45,6 +45,10 @@ def lora(config: Config) -> Iterator[str]:
                 f"model.lora.rank {settings.rank} takes the weights of model.hf, not model.weights, a checkpoint of "
                 "Megatron-LM: set that to null"
             )
+        frozen = {"value_pretrain.frozen": config.value_pretrain.frozen, "ppo.critic.frozen": config.ppo.critic.frozen}
+        for key, patterns in frozen.items():
+            if patterns:
+                yield f"{key} {patterns}: below adapters (model.lora.rank {settings.rank}) all is frozen: set it to []"
     if config.export.peft and settings.rank is None and "export" in config.stages:
         yield "export.peft exports adapters: it needs model.lora.rank"
 

@@ -13,9 +13,11 @@ from megatron_vcppo.config import Dtype, ModelConfig, OptimizerConfig, ParallelC
 from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all, rounding
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.frozen import frozen_names
 from megatron_vcppo.hf.mapping import canonical_name
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_model
+from megatron_vcppo.mcore.frozen import freeze
 from megatron_vcppo.mcore.hf_weights_io import stream_hf
 from megatron_vcppo.mcore.layers import unfused_attention
 from megatron_vcppo.mcore.learner import Actor, Critic, Learner
@@ -41,6 +43,8 @@ class Case:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     kind: Kind = "actor"
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3, weight_decay=0.1, clip_grad=0))
+    frozen: tuple[str, ...] = ()
+    """Patterns of a critic's parameters that are not trained."""
 
     @property
     def model_config(self) -> ModelConfig:
@@ -55,6 +59,7 @@ def make_learner(case: Case) -> Learner:
     load_from_hf(model, case.hf)
     if model.adapters is not None:
         fill(model)
+    freeze(model, frozen_names(model.arch, case.frozen, "ppo.critic.frozen", case.parallel.pp))
     return learner(model, case.parallel, case.optimizer, ScheduleConfig(), total_steps=10)
 
 
@@ -114,6 +119,8 @@ def moments(learner: Learner) -> dict[str, Tensor]:
     steps = {float(group["step"]) for one in every for group in one.optimizer.param_groups if "step" in group}
     found = {}
     for name, parameter in learner.model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         name = _name(name, learner)
         main = getattr(parameter, "main_param", parameter)
         for inner in every:

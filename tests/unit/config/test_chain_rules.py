@@ -193,6 +193,12 @@ def test_adapters_that_cannot_be_are_refused(lora: dict, peft: bool, message: st
         check_config(make_config("sft", "export", model=model, export={"peft": peft}))
 
 
+def test_nothing_is_frozen_below_adapters() -> None:
+    sections = {"model": {"lora": {"rank": 8}}, "ppo": {"critic": {"init": "sft", "frozen": ["*.self_attn.*"]}}}
+    with pytest.raises(UserError, match=r"ppo\.critic\.frozen .*: below adapters .* all is frozen"):
+        check_config(make_config(**sections))
+
+
 def test_a_template_has_a_place_for_the_prompt() -> None:
     with pytest.raises(UserError, match=r"prompts\.template must contain \{prompt\}"):
         check_config(make_config("sft", prompts={"template": "Question: "}))

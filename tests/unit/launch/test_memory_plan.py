@@ -13,6 +13,8 @@ from megatron_vcppo.config.value_sources import CONFIGS
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.adapters import adapter_parameters
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.frozen import frozen_counts
+from megatron_vcppo.launch.chain_plan import checkpoint_gb
 from megatron_vcppo.launch.memory_plan import GIB, OPTIMIZER_BYTES, WEIGHT_BYTES, check_memory, plan, plan_of_rank
 from tools.benchmarks._tiny_chains import tiny_model
 from tools.benchmarks._tiny_models import save_tiny_model
@@ -130,6 +132,30 @@ def test_a_reward_model_is_held_by_the_stages_whose_responses_it_scores(
     config.rewards.model.path, config.rewards.model.stage = None, "reward_model"
     added = [plan(arch, config, stage)["weights"] - before for stage, before in zip(stages, alone, strict=True)]
     assert added[0] == 0 and added[1] == added[2] > 0
+
+
+def test_frozen_parameters_have_no_gradients_and_no_optimizer_state(tiny: tuple[Architecture, Config]) -> None:
+    arch, config = tiny
+    config.parallel.pp = 2
+    before = [plan_of_rank(arch, config, "ppo", rank) for rank in (0, 1)]
+    disk = checkpoint_gb(arch, config, "ppo")
+    config.ppo.critic.frozen = ["*.self_attn.*", "model.embed_tokens.*"]
+    layers, _, embedding = frozen_counts(arch, config.ppo.critic.frozen, "")
+    assert layers > 0 and embedding == arch.vocab_size * arch.hidden_size
+    for rank, (old, frozen) in enumerate(zip(before, (layers / 2 + embedding, layers / 2), strict=True)):
+        new = plan_of_rank(arch, config, "ppo", rank)
+        assert (old["gradients"] - new["gradients"]) * 2**30 == pytest.approx(4 * frozen)
+        assert (old["optimizer"] - new["optimizer"]) * 2**30 == pytest.approx(8 * frozen)
+        assert new["weights"] == old["weights"]
+    assert disk - checkpoint_gb(arch, config, "ppo") == pytest.approx(8 * (layers + embedding) / 1e9)
+    alone = plan(arch, config, "value_pretrain")
+    config.value_pretrain.frozen = ["*.self_attn.*"]
+    assert plan(arch, config, "value_pretrain")["gradients"] < alone["gradients"]
+    config.ppo.critic.frozen = ["*.attention.*"]
+    with pytest.raises(UserError, match=r"ppo\.critic\.frozen: no parameter matches"):
+        check_memory(arch, config, ["ppo"])
+    config.ppo.advantage.baseline = "grpo"
+    check_memory(arch, config, ["ppo"])
 
 
 def test_fp8_adds_a_byte_per_parameter_of_layers_that_run(tiny: tuple[Architecture, Config]) -> None:
