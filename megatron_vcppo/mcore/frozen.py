@@ -2,7 +2,8 @@
 
 from collections.abc import Collection
 
-from megatron_vcppo.mcore.hf_weights_io import local_parameters
+from megatron_vcppo.mcore.hf_weights_io import EMBEDDING, local_parameters
+from megatron_vcppo.mcore.lora import ask_for_gradients
 from megatron_vcppo.mcore.model import PackedGPT
 
 
@@ -11,3 +12,5 @@ def freeze(model: PackedGPT, names: Collection[str]) -> None:
     for parameter, entry in local_parameters(model):
         if entry.name in names:
             parameter.requires_grad_(False)
+    if model.pre_process and EMBEDDING in names:
+        model.embedding.register_forward_hook(ask_for_gradients)

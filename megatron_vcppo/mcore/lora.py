@@ -173,8 +173,7 @@ class Adapters:
                 self.linears.append(adapted)
             layer.add_module("lora", holder)
         if model.pre_process:
-            # A layer whose activations are recomputed gives no gradients if its input asks for none.
-            model.embedding.register_forward_hook(_ask_for_gradients)
+            model.embedding.register_forward_hook(ask_for_gradients)
 
     def reset(self) -> None:
         """As new ones."""
@@ -244,5 +243,7 @@ def _copy_each(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         target.copy_(value)
 
 
-def _ask_for_gradients(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def ask_for_gradients(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """A hook of a frozen embedding: a layer whose activations are recomputed gives no gradients if its input needs
+    none."""
     return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output

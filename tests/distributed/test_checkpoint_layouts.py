@@ -260,3 +260,21 @@ def weights_of(hf: Path) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in actor.model.named_parameters()}
 
     return run_distributed_test(body, 1)[0]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_layers_above_a_frozen_embedding_are_trained(tmp_path: Path, recompute: Any) -> None:
+    """What recomputes a layer's activations gives no gradients to a layer whose input needs none."""
+    hf = save_tiny_model(tmp_path / "hf", num_hidden_layers=2)
+    parallel = ParallelConfig(recompute=recompute)
+
+    def prepare(critic: CriticModel) -> None:
+        freeze(critic, frozen_names(critic.arch, ["model.embed_tokens.*"], "ppo.critic.frozen"))
+
+    def body() -> set[str]:
+        _, critic = start(hf, parallel, prepare=prepare)
+        before = {name: p.detach().clone() for name, p in critic.model.named_parameters()}
+        step(critic, parallel, 0)
+        return {name for name, p in critic.model.named_parameters() if torch.equal(p, before[name])}
+
+    assert run_distributed_test(body, 1)[0] == {"embedding.word_embeddings.weight"}
