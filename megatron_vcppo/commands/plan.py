@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
             json.dumps({"parameters": arch.parameter_count(), "stages": [as_dict(s, gpus) for s in stages]}, indent=2)
         )
     else:
-        print(f"{arch.parameter_count() / 1e9:.2f} billion parameters\n\n{as_text(stages, gpus)}")
+        active = f", {arch.active_parameter_count() / 1e9:.2f} of them for each token" if arch.experts else ""
+        print(f"{arch.parameter_count() / 1e9:.2f} billion parameters{active}\n\n{as_text(stages, gpus)}")
     return 0 if all(stage.fits for stage in stages) else 1
 
 

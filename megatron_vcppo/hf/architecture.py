@@ -276,12 +276,6 @@ class Architecture:
         return sizes if self.qk_norm else ()
 
     @property
-    def longest(self) -> int:
-        """Positions that the rotary embeddings are made for."""
-        yarn = self.rope_scaling if isinstance(self.rope_scaling, Yarn) else None
-        return max(self.max_positions, int(yarn.factor * yarn.original_max_position_embeddings) if yarn else 0)
-
-    @property
     def sparse_layers(self) -> tuple[int, ...]:
         """Layers (from 0) that have experts."""
         return self.experts.sparse_layers(self.num_layers) if self.experts else ()
@@ -361,10 +355,14 @@ class Architecture:
 
     def check_length(self, max_length: int) -> None:
         """Raises UserError, with the numbers, if sequences may be longer than the model's positions."""
-        if max_length > self.longest:
+        if max_length > self.max_positions:
+            more = ""
+            if isinstance(self.rope_scaling, Yarn):
+                made_for = int(self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings)
+                more = f"; YaRN's factor × original_max_position_embeddings is {made_for}"
             raise UserError(
-                f"model.max_length {max_length} is more than the model's {self.longest} positions "
-                "(max_position_embeddings in its config.json, or YaRN's factor × original_max_position_embeddings)"
+                f"model.max_length {max_length} is more than the model's {self.max_positions} positions "
+                f"(max_position_embeddings in its config.json{more})"
             )
 
     def _matrix_parameters(self, *, active: bool) -> int:

@@ -132,7 +132,7 @@ class Runner(abc.ABC):
         """Micro-batches that this rank runs. Where replicas share experts, every one of them takes part in all
         micro-batches of the others: as many as the replica with most has; collective then."""
         runtime = self.runtime
-        if runtime.ep_size <= runtime.tp_size * runtime.cp_size:
+        if runtime.tp_size * runtime.cp_size % runtime.ep_size == 0:
             return len(microbatches)
         most = torch.tensor([len(microbatches)], device=runtime.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())

@@ -119,7 +119,7 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         self.config, self.runtime, self.stage = config, runtime, stage.name
         self.folder = rollouts_folder(config, stage.name)
         """Where rollouts are stored."""
-        positions = Architecture.from_hf(config.model.hf).longest
+        positions = Architecture.from_hf(config.model.hf).max_positions
         if config.model.max_length > positions:
             raise UserError(
                 f"model.max_length {config.model.max_length} is more than the {positions} positions of "

@@ -45,9 +45,16 @@ def train(folder: Path, parallel: ParallelConfig, steps: int = 3) -> dict[str, l
         for name, learner in (("actor", actor), ("critic", critic)):
             for key, value in result_of(learner, parallel, seed).items():
                 history.setdefault(f"{name} {key}", []).append(value)
-    fixed = pack_all(make_sequences(99), 160, *rounding(parallel))
+    fixed = pack_all(make_sequences(99), budget(actor), *rounding(parallel))
     history["logprobs"] = [value for row in unpack_all(fixed, actor.logprobs(fixed)) for value in row.tolist()]
-    return history
+    weight = 1e-3 / actor.runtime.dp_size
+    held_out = actor.evaluate(fixed, lambda outputs, m: ((outputs[0] * m.fields["loss_mask"]).sum() * weight, {}))
+    return history | {"held out": [held_out["loss"]]}
+
+
+def budget(learner: Actor | Critic) -> int:
+    """Tokens of a micro-batch: the second replica has more micro-batches than the first."""
+    return 160 if learner.runtime.dp_rank == 0 else 90
 
 
 def result_of(learner: Actor | Critic, parallel: ParallelConfig, seed: int) -> dict[str, float]:
@@ -60,9 +67,8 @@ def result_of(learner: Actor | Critic, parallel: ParallelConfig, seed: int) -> d
         return (error * mask).sum() / total, {}
 
     mine = balance([len(s) for s in sequences], learner.runtime.dp_size)[learner.runtime.dp_rank]
-    # The second replica packs to another budget: it has more micro-batches than the first.
-    budget = 160 if learner.runtime.dp_rank == 0 else 90
-    result = learner.train_step(pack_all([sequences[i] for i in mine], budget, *rounding(parallel)), loss)
+    microbatches = pack_all([sequences[i] for i in mine], budget(learner), *rounding(parallel))
+    result = learner.train_step(microbatches, loss)
     assert result.applied
     return {**result.metrics, "grad_norm": result.grad_norm}
 
@@ -230,17 +236,31 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "message"),
+    ("sizes", "model", "message"),
     [
-        ({"tp": 2, "dp": 1}, "experts with tp 2 need parallel.sequence_parallel"),
-        ({"ep": 3, "dp": 3}, "experts 8 are not divisible by ep 3"),
+        ({"tp": 2, "dp": 1}, {}, "experts with tp 2 need parallel.sequence_parallel"),
+        ({"ep": 3, "dp": 3}, {}, "experts 8 are not divisible by ep 3"),
+        ({"dp": 1}, {"fp8": "hybrid"}, "model.fp8 does not work with a mixture of experts"),
     ],
 )
-def test_layouts_that_experts_exclude_are_refused(tmp_path: Path, sizes: dict[str, Any], message: str) -> None:
+def test_what_experts_exclude_is_refused(tmp_path: Path, sizes: dict[str, Any], model: dict, message: str) -> None:
     folder, parallel = save_tiny_model(tmp_path / "hf", "qwen3_moe"), ParallelConfig(**sizes)
 
     def body() -> None:
         with pytest.raises(UserError, match=message):
-            start(folder, parallel)
+            start(folder, parallel, **model)
+        runtime.sum_over_ranks(1)  # rank 0 holds the store that the others may still be reading
 
     run_distributed_test(body, parallel.tp * (parallel.dp or 1))
+
+
+def test_what_leaves_the_gpu_includes_the_experts(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "hf", "qwen3_moe", num_hidden_layers=2)
+
+    def body() -> tuple[int, dict[str, int]]:
+        actor, _ = start(folder, distributed())
+        held = {part: sum(storage.nbytes() for storage in every) for part, every in actor.storages().items()}
+        return sum(parameter.numel() for parameter in actor.model.parameters()), held
+
+    count, held = run_distributed_test(body, 1)[0]
+    assert held["weights"] >= 4 * count and held["gradients"] >= 4 * count and held["optimizer state"] >= 8 * count

@@ -66,7 +66,7 @@ def expected_scores(reward_model: Path, rollouts: list[Rollout]) -> list[float]:
         return [float(model(input_ids=x).logits) for x in ids]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "llama"])
 def test_scores_are_those_of_transformers(tmp_path: Path, family: str) -> None:
     """pad_token_id is None, so that transformers, too, reads the last token of all."""
     reward_model = save_reward_model(tmp_path / "rm", save_tiny_model(tmp_path / "base", family), pad=None)
@@ -180,5 +180,5 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unexpected: score\.2\.weight"):
         reward_model_tensors(good, Architecture.from_hf(good))
     (good / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    assert "model_type 'bert' is not supported; supported: qwen2, qwen3, llama" in error_of(good)
+    assert "model_type 'bert' is not supported; supported: qwen2, qwen3, qwen3_moe, llama" in error_of(good)
     assert "no such file" in error_of(tmp_path / "nowhere")

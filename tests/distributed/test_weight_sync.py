@@ -146,6 +146,7 @@ def test_an_engine_whose_folder_has_no_weights_gets_them_by_a_push(tmp_path: Pat
         check_logprob_gap(target, node.client(max_tokens=32).generate(PROMPTS, 0, 1, Sampling(), 2))
 
 
+@pytest.mark.slow
 def test_experts_of_all_ranks_reach_the_engine(tmp_path) -> None:
     """The same of a mixture whose experts are divided over replicas; a dense layer is among its layers."""
     target, other = (

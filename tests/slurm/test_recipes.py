@@ -116,6 +116,7 @@ FOUR_NODES = ["cluster.trainer_nodes=4", "weight_sync.offload_weights=true"]
         ("7b", "example-split", ["cluster.engines_on=rollout_nodes"], r"needs cluster.rollout_nodes > 0"),
         ("7b", "example-h100", ["cluster.engines_on=trainer_gpus"], r"leaves the 4 nodes of cluster.rollout_nodes"),
         ("7b", "example-h100", ["rollout.engine.tp=4"], r"4 engines × tp 4 × dp 1 take 16 GPUs of a node; .* is 8"),
+        ("7b", "example-h100", ["parallel.ep=2"], r"it has no experts for parallel.ep 2 to divide"),
         ("7b", "example-one-node", ["ppo.staleness=1"], r"trainer_gpus cannot be combined with ppo.staleness 1"),
         (
             "32b", "example-one-node",

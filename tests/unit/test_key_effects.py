@@ -90,7 +90,7 @@ def test_transport_chooses_how_weights_travel(transport: Any, expected: type, tm
 
 def test_max_senders_bounds_the_senders_of_a_push() -> None:
     config, place = Config(), {"pp_rank": 0, "pp_size": 1, "tp_rank": 1, "tp_size": 2, "dp_rank": 0, "dp_size": 1}
-    runtime: Any = SimpleNamespace(**place, cp_rank=0, cp_size=1)
+    runtime: Any = SimpleNamespace(**place, cp_rank=0, cp_size=1, ep_size=1)
     assert role_of(runtime, config.weight_sync.max_senders).is_sender
     config.weight_sync.max_senders = 1
     assert not role_of(runtime, config.weight_sync.max_senders).is_sender
