@@ -46,12 +46,21 @@ class Rollout:
     """Why the reward is what it is: "correct", "wrong", "no answer", "timeout", "error: …"."""
     model_score: float | None = None
     """What the reward model gave, before normalization; None without one. ``reward`` is the verifier's alone."""
+    observations: Sequence[tuple[int, int]] = ()
+    """Spans [start, end) of ``response_ids``, rising, that a tool wrote and the policy did not sample. Nothing is
+    learned on them; their ``rollout_logprobs`` are 0. Kept as a tuple of tuples."""
 
     def __post_init__(self) -> None:
         for name, kind in (("response_ids", "i"), ("rollout_logprobs", "f")):
             value = getattr(self, name)
             if not isinstance(value, array):
                 object.__setattr__(self, name, array(kind, value))
+        object.__setattr__(self, "observations", tuple((start, end) for start, end in self.observations))
+
+    @property
+    def num_observed(self) -> int:
+        """Response tokens that a tool wrote."""
+        return sum(end - start for start, end in self.observations)
 
     @property
     def truncated(self) -> bool:

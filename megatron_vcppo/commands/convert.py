@@ -32,6 +32,8 @@ def add_parser(subparsers: Any) -> None:
     )
     exporting.add_argument("--out", type=Path, required=True, help="the new Hugging Face folder")
     exporting.add_argument("--dtype", choices=DTYPES, help="convert the weights (default: as in the checkpoint)")
+    exporting.add_argument("--base", type=Path, help="where the model below adapters is (default: where it was)")
+    exporting.add_argument("--peft", action="store_true", help="write the adapters alone, for PEFT, not the model")
     exporting.add_argument("--no-verify", action="store_true", help="do not compare logits with Megatron's")
     exporting.set_defaults(run=run, convert=_export)
 
@@ -53,11 +55,15 @@ def _import(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     import torch
 
-    from megatron_vcppo.hf.convert.exporter import export_hf
+    from megatron_vcppo.hf.convert.adapter_weights import export_peft
+    from megatron_vcppo.hf.convert.exporter import actor_folder, export_hf
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
+    if args.peft:
+        print(f"{args.out}: {export_peft(actor_folder(args.checkpoint), args.out, args.base, dtype)}")
+        return
     with _progress("export") as progress:  # the logits come after the last byte
-        checked = export_hf(args.checkpoint, args.out, dtype, not args.no_verify, progress=progress)
+        checked = export_hf(args.checkpoint, args.out, dtype, not args.no_verify, progress, args.base)
     print(f"{args.out}: names, shapes, dtypes and sizes are right; {checked}")
 
 

@@ -21,7 +21,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "sft_validation.jsonl, prompts_train.jsonl, prompts_test.jsonl. Test prompts are never training prompts.",
     )
     parser.add_argument("--out", required=True, type=Path, help="folder to write; it must not exist")
-    parser.add_argument("--task", nargs="+", default=["running_sum"], help="running_sum, list_ops, search; or several")
+    parser.add_argument(
+        "--task", nargs="+", default=["running_sum"], help="running_sum (default), list_ops, search, tool_sum"
+    )
     parser.add_argument("--steps", nargs=2, type=int, metavar=("MIN", "MAX"), help="difficulty: steps of a solution")
     parser.add_argument("--mistake-rate", type=float, default=0.2, help="probability of a wrong step (0.2)")
     parser.add_argument("--demonstrations", type=int, default=30_000, help="SFT samples per task (30000)")

@@ -79,11 +79,13 @@ def describe(rollout: Rollout) -> Iterator[str]:
     """The lines that show one rollout."""
     reward = "not scored" if rollout.reward is None else f"{rollout.reward:g}"
     score = "" if rollout.model_score is None else f", score {rollout.model_score:.3f}"
-    mean_logprob = sum(rollout.rollout_logprobs) / max(1, len(rollout.rollout_logprobs))
+    num_sampled = len(rollout.response_ids) - rollout.num_observed
+    mean_logprob = sum(rollout.rollout_logprobs) / max(1, num_sampled)
+    tool = f" ({rollout.num_observed} by a tool in {len(rollout.observations)} calls)" if rollout.observations else ""
     yield (
         f"{rollout.prompt.prompt_id} sample {rollout.sample_index}: "
         f"reward {reward} ({rollout.verdict or 'no verdict'}){score}, "
-        f"{len(rollout.response_ids)} tokens, ended by {rollout.finish_reason}, mean log-prob {mean_logprob:.3f}"
+        f"{len(rollout.response_ids)} tokens{tool}, ended by {rollout.finish_reason}, mean log-prob {mean_logprob:.3f}"
     )
     for title, text in (
         ("prompt", rollout.prompt.text),

@@ -4,7 +4,7 @@ from megatron_vcppo.config.schema import Config, Stage
 from megatron_vcppo.config.sections.cluster import ClusterConfig
 from megatron_vcppo.config.sections.evaluate import EvaluateConfig, ExportConfig
 from megatron_vcppo.config.sections.hardware import HardwareConfig
-from megatron_vcppo.config.sections.model import Dtype, ModelConfig, ParallelConfig
+from megatron_vcppo.config.sections.model import Dtype, LoraConfig, ModelConfig, ParallelConfig
 from megatron_vcppo.config.sections.ppo import AdvantageConfig, CriticConfig, PolicyLossConfig, PpoConfig
 from megatron_vcppo.config.sections.prompts import PromptsConfig
 from megatron_vcppo.config.sections.reward_model import RewardModelConfig
@@ -35,6 +35,7 @@ __all__ = [
     "HardwareConfig",
     "Isolation",
     "KeepBestConfig",
+    "LoraConfig",
     "ModelConfig",
     "ModelRewardConfig",
     "OptimizerConfig",

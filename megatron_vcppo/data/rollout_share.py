@@ -23,6 +23,7 @@ ROW = np.dtype(
         ("digest", "<u8"),
         ("prompt_length", "<i4"),
         ("response_length", "<i4"),
+        ("observed_length", "<i4"),
         ("reward", "<f4"),
         ("model_score", "<f8"),
         ("truncated", "?"),
@@ -30,8 +31,9 @@ ROW = np.dtype(
         ("verdict", "<i2"),
     ]
 )
-"""What every rank knows of a rollout. group: equal for samples of one prompt. digest: of all that its training reads.
-verdict: an index into ``VERDICTS``. model_score: of a reward model, NaN without one."""
+"""What every rank knows of a rollout. observed_length: tokens of the response that a tool wrote. group: equal for
+samples of one prompt. digest: of all that its training reads. verdict: an index into ``VERDICTS``. model_score: of a
+reward model, NaN without one."""
 VERDICTS = ("", "timeout", "error")
 """Kinds of verdicts that are counted."""
 BLOCK_TOKENS = 1 << 17
@@ -50,6 +52,8 @@ def rows_of(part: RolloutPart) -> np.ndarray:
             digest.update(repr(rollout.model_score).encode())
         digest.update(np.asarray(rollout.rollout_logprobs, dtype=np.float32).tobytes())
         digest.update(np.asarray(rollout.response_ids, dtype=np.int32).tobytes())
+        if rollout.observations:
+            digest.update(repr(rollout.observations).encode())
         kind = Verdict(0.0, rollout.verdict).kind
         row["place"], row["group"], row["digest"] = (
             place,
@@ -57,6 +61,8 @@ def rows_of(part: RolloutPart) -> np.ndarray:
             digest.intdigest(),
         )
         row["prompt_length"], row["response_length"] = len(prompt.token_ids), len(rollout.response_ids)
+        row["observed_length"] = rollout.num_observed
+        assert row["observed_length"] < row["response_length"], f"rollout of {prompt.prompt_id} is a tool's alone"
         row["reward"], row["truncated"], row["is_correct"] = rollout.reward, rollout.truncated, rollout.is_correct
         row["model_score"] = math.nan if rollout.model_score is None else rollout.model_score
         row["verdict"] = VERDICTS.index(kind) if kind in VERDICTS else 0
@@ -71,6 +77,17 @@ def tokens_of(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
         torch.from_numpy(np.concatenate(ids or [np.zeros(0, np.int32)])),
         torch.from_numpy(np.concatenate(logprobs or [np.zeros(0, np.float32)])),
     )
+
+
+def sampled_tokens(rollouts: Sequence[Rollout]) -> Tensor:
+    """bool [N], response tokens, one rollout after the other: True where the policy sampled the token."""
+    sampled = np.ones(sum(len(rollout.response_ids) for rollout in rollouts), dtype=bool)
+    first = 0
+    for rollout in rollouts:
+        for start, end in rollout.observations:
+            sampled[first + start : first + end] = False
+        first += len(rollout.response_ids)
+    return torch.from_numpy(sampled)
 
 
 @dataclass(frozen=True)
@@ -89,8 +106,18 @@ class RolloutTable:
 
     @property
     def lengths(self) -> Tensor:
-        """Response tokens: int64 [B]."""
+        """Response tokens, those of tools included: int64 [B]."""
         return torch.from_numpy(self.rows["response_length"].astype(np.int64))
+
+    @property
+    def sampled_lengths(self) -> Tensor:
+        """Response tokens that the policy sampled: int64 [B]."""
+        return self.lengths - torch.from_numpy(self.rows["observed_length"].astype(np.int64))
+
+    @property
+    def has_observations(self) -> bool:
+        """Whether a tool wrote any token."""
+        return bool(self.rows["observed_length"].any())
 
     @property
     def sequence_lengths(self) -> np.ndarray:
@@ -143,6 +170,8 @@ class Block:
     """Of its flat response tokens."""
     mask: Tensor
     """bool [b, t]: response tokens."""
+    sampled: Tensor
+    """bool [b, t]: those of them that the policy sampled."""
 
     def pad(self, flat: Tensor) -> Tensor:
         """[b, t] of the share's flat [N], 0 beyond the responses."""
@@ -169,6 +198,8 @@ class RolloutShare:
     """int32: prompt and response of each rollout, one after the other."""
     rollout_logprobs: Tensor
     """float32 [N], from the engines; empty in a part of a minibatch whose losses do not read them."""
+    sampled: Tensor
+    """bool [N]: tokens that the policy sampled; all others are a tool's."""
 
     @classmethod
     def whole(cls, rollouts: Sequence[Rollout]) -> "RolloutShare":
@@ -176,7 +207,8 @@ class RolloutShare:
         token_ids, logprobs = tokens_of(rollouts)
         count = len(rollouts)
         table = RolloutTable(rows_of(RolloutPart.whole(rollouts)))
-        return cls(table, np.zeros(count, np.int64), np.arange(count), token_ids, logprobs)
+        sampled = sampled_tokens(rollouts)
+        return cls(table, np.zeros(count, np.int64), np.arange(count), token_ids, logprobs, sampled)
 
     @cached_property
     def table(self) -> RolloutTable:
@@ -213,7 +245,10 @@ class RolloutShare:
                 last += 1
             mine = lengths[first:last]
             mask = torch.arange(int(mine.max()) if len(mine) else 1) < mine[:, None]
-            yield Block(slice(first, last), slice(ends[first], ends[last]), mask)
+            tokens = slice(ends[first], ends[last])
+            sampled = torch.zeros_like(mask)
+            sampled[mask] = self.sampled[tokens]
+            yield Block(slice(first, last), tokens, mask, sampled)
             if last == len(lengths):
                 return
             first = last

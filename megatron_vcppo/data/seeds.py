@@ -36,7 +36,21 @@ def minibatch_seed(run_seed: int, iteration: int, ppo_epoch: int) -> int:
     return (run_seed * 1_000_003 + iteration) * 1_009 + ppo_epoch
 
 
+def turn_seed(seed: int, turn: int) -> int:
+    """Of a turn of a response with this seed; that of turn 0 is the response's own."""
+    if turn == 0:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed}\n{turn}".encode(), digest_size=4).digest(), "big") >> 1
+
+
 def sample_seed(run_seed: int, iteration: int, prompt_id: str, sample_index: int) -> int:
     """A seed in [0, 2**31), the same on every machine and in every process."""
     key = f"{run_seed}\n{iteration}\n{prompt_id}\n{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") >> 1
+
+
+def adapter_seed(run_seed: int, kind: str, layer: int, name: str) -> int:
+    """Of the initial values of an adapter, for torch: of one Hugging Face layer in one decoder layer (from 1) of the
+    actor or the critic."""
+    digest = hashlib.blake2b(f"{run_seed}\n{kind}\n{layer}\n{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

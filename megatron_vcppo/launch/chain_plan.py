@@ -12,11 +12,12 @@ from megatron_vcppo.config import CheckpointConfig, Config, ParallelConfig
 from megatron_vcppo.config.placement import ENGINE_STAGES, data_parallel_size, engine_placement, trainer_ranks
 from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.adapters import adapter_parameters
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.pipeline import stage_layers
 from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.launch.engine_estimate import EngineEstimate, estimate_engines, generation_s, response_tokens
-from megatron_vcppo.launch.memory_plan import ASLEEP_GIB, WEIGHT_BYTES, models_of, plan
+from megatron_vcppo.launch.memory_plan import ASLEEP_GIB, WEIGHT_BYTES, frozen_parameters, models_of, plan
 from megatron_vcppo.launch.push_estimate import PushEstimate, estimate_push
 from megatron_vcppo.launch.role_commands import trainer_layout
 
@@ -192,7 +193,7 @@ def _ppo_phases(arch: Architecture, config: Config) -> dict[str, float]:
     phases = {
         "push": estimate_push(arch, config).seconds,
         "generation": generation_s(arch, config, rollouts),
-        "logprobs": forward * (1 + len(reference)),
+        "logprobs": forward * ((ppo.loss.kind == "clip") + len(reference)),
         "values": forward if has_critic else 0.0,
         "update": passes * pass_s(arch, config, rollouts, training=True, optimizer_steps=ppo.minibatches),
         **saving(arch, config, "ppo", ppo.checkpoint),
@@ -206,14 +207,15 @@ def _ppo_phases(arch: Architecture, config: Config) -> dict[str, float]:
 def pass_s(arch: Architecture, config: Config, sequences: int, *, training: bool, optimizer_steps: int = 1) -> float:
     """Seconds of one pass of one model over so many sequences of mean length, forward or forward and backward.
 
-    A recomputed forward pass costs a third more. The pipeline idles while it fills and drains, once per optimizer step,
-    and waits for the stage with the most layers.
+    A recomputed forward pass costs a third more; frozen weights below adapters have no gradients, a third less. The
+    pipeline idles while it fills and drains, once per optimizer step, and waits for the stage with the most layers.
     """
     parallel, hardware = config.parallel, config.hardware
     length = min(hardware.prompt_tokens + response_tokens(config), config.model.max_length)
     ranks = trainer_ranks(config)
     flops = float(arch.training_flops([length])) * sequences
-    flops *= (4 / 3 if parallel.recompute == "full" else 1) if training else 1 / 3
+    thirds = 1 if not training else 3 if config.model.lora.rank is None else 2
+    flops *= (thirds + (training and parallel.recompute == "full")) / 3
     replicas = ranks // (parallel.tp * parallel.pp * parallel.cp)
     at_once = ceil_div(sequences, replicas * optimizer_steps) * length
     microbatches = ceil_div(at_once, max(parallel.tokens_per_microbatch, length))
@@ -230,9 +232,14 @@ def saving(arch: Architecture, config: Config, stage: str, checkpoint: Checkpoin
 
 
 def checkpoint_gb(arch: Architecture, config: Config, stage: str) -> float:
-    """One checkpoint of a stage, all its components."""
+    """One checkpoint of a stage, all its components; of frozen parameters it has the weights alone, of models with
+    adapters the adapters alone."""
     trained, _ = models_of(config, stage)
-    return len(trained) * arch.parameter_count() * CHECKPOINT_BYTES[config.model.dtype] / 1e9
+    every, weight = (size[config.model.dtype] for size in (CHECKPOINT_BYTES, WEIGHT_BYTES))
+    lora = config.model.lora
+    count = arch.parameter_count() if lora.rank is None else adapter_parameters(arch, lora)
+    frozen = sum(frozen_parameters(arch, config, stage))
+    return (len(trained) * count * every - frozen * (every - weight)) / 1e9
 
 
 def checkpoints_gb(arch: Architecture, config: Config, stage: str) -> float:

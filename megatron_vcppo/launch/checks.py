@@ -10,10 +10,12 @@ from megatron_vcppo.data.named_sources import check_named, named_source
 from megatron_vcppo.data.readers import check_source
 from megatron_vcppo.data.vocabulary import check_vocabulary
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.adapters import check_model
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.folders import iteration_folder
 from megatron_vcppo.hf.reward_model import check_reward_model, uses_reward_model
 from megatron_vcppo.launch.memory_plan import check_memory
+from megatron_vcppo.rewards.tools import check_tools
 from megatron_vcppo.run.folder import RunFolder
 
 
@@ -30,6 +32,8 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
         from megatron_vcppo.rewards.registry import check_names  # imports sympy: half a second
 
         check_names(config.prompts.verifiers, config.rewards.code)
+    if not set(stages).isdisjoint(ENGINE_STAGES):
+        check_tools(config.prompts.tools)
     arch = Architecture.from_hf(config.model.hf)
     check_vocabulary(Path(config.model.hf))
     _check_weights(config)
@@ -40,6 +44,7 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
             raise UserError(f"export.critic: {error}") from None
     if set(stages) - {"export"}:
         arch.check_length(config.model.max_length)
+    check_model(arch, config.model.lora)
     for stage in stages:
         parallel = stage_config(config, stage).parallel
         arch.check_parallel(parallel.tp, parallel.pp, parallel.ep, parallel.sequence_parallel, parallel.ends)

@@ -7,7 +7,9 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement, trainer_ranks
 from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.adapters import adapter_parameters
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.frozen import frozen_counts, frozen_patterns
 from megatron_vcppo.hf.pipeline import stage_layers
 from megatron_vcppo.hf.reward_model import reward_architecture, uses_reward_model
 
@@ -52,6 +54,18 @@ def parameters_of(arch: Architecture, config: Config, kind: str, pp_rank: int) -
     return count / tp
 
 
+def frozen_parameters(arch: Architecture, config: Config, stage: str) -> tuple[int, int, int]:
+    """Parameters of the stage's critic that are not trained (``ppo.critic.frozen``): (of all layers without experts, of
+    experts, of the embedding).
+
+    Raises UserError if the patterns do not fit the model.
+    """
+    if "critic" not in models_of(config, stage)[0]:
+        return 0, 0, 0
+    key, patterns = frozen_patterns(config, stage)
+    return frozen_counts(arch, patterns, key, config.parallel.pp)
+
+
 def expert_parameters_of(arch: Architecture, config: Config, pp_rank: int) -> float:
     """Parameters of a model's experts on one rank."""
     return arch.expert_parameter_count() * share_of_layers(arch, config, pp_rank) / config.parallel.ep
@@ -61,6 +75,32 @@ def share_of_layers(arch: Architecture, config: Config, pp_rank: int) -> float:
     """The share of all layers that a pipeline stage has."""
     parallel = config.parallel
     return stage_layers(arch.num_layers, parallel.pp, parallel.ends)[pp_rank] / arch.num_layers
+
+
+def bases_of(config: Config, stage: str) -> list[str]:
+    """With adapters: kinds of the models that have weights of their own below them; the others share these.
+
+    Actor and critic of a run start from one base; a critic from elsewhere is counted as one with its own.
+    """
+    if stage == "ppo":
+        own = config.ppo.advantage.baseline == "critic" and config.ppo.critic.init == "checkpoint"
+    else:
+        own = stage == "value_pretrain" and config.value_pretrain.init == "checkpoint"
+    return ["actor", "critic"] if own else ["actor"]
+
+
+def parameters_on_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -> tuple[float, float]:
+    """(trained, held) parameters of the stage's models on one rank, without experts' and a reward model's."""
+    trained, frozen = models_of(config, stage)
+    lora, parallel = config.model.lora, config.parallel
+    if lora.rank is None:
+        owned = sum(parameters_of(arch, config, kind, pp_rank) for kind in trained)
+        layers, _, embedding = frozen_parameters(arch, config, stage)
+        still = layers * share_of_layers(arch, config, pp_rank) + (embedding if pp_rank == 0 else 0)
+        return owned - still / parallel.tp, owned + sum(parameters_of(arch, config, kind, pp_rank) for kind in frozen)
+    adapters = adapter_parameters(arch, lora, parallel.tp) * share_of_layers(arch, config, pp_rank)
+    bases = sum(parameters_of(arch, config, kind, pp_rank) for kind in bases_of(config, stage))
+    return adapters * len(trained), adapters * len(trained + frozen) + bases
 
 
 def layer_activations(arch: Architecture, config: Config) -> tuple[float, float]:
@@ -95,21 +135,25 @@ def plan(arch: Architecture, config: Config, stage: str) -> dict[str, float]:
 def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -> dict[str, float]:
     """One pipeline stage's parts. The first one holds as many micro-batches at once as there are stages, the last 1.
 
-    Not counted: the keys and values that context parallelism gathers in each layer without Transformer Engine, where
-    nothing is recomputed.
+    Of frozen parameters there are only weights. Not counted: the keys and values that context parallelism gathers in
+    each layer without Transformer Engine, where nothing is recomputed.
     """
     parallel, dtype = config.parallel, config.model.dtype
     trained, frozen = models_of(config, stage)
+    lora = config.model.lora
     alike = trainer_ranks(config) // parallel.pp  # ranks of a stage, over which what they hold alike is shared
     sharing, experts_sharing = alike // parallel.tp, alike // parallel.ep
     if not parallel.distributed_optimizer:
         sharing = experts_sharing = 1
     experts = expert_parameters_of(arch, config, pp_rank)
-    learned = sum(parameters_of(arch, config, kind, pp_rank) for kind in trained)
-    learned_experts = experts * len(trained)
+    learned, held = parameters_on_rank(arch, config, stage, pp_rank)
+    learned_experts = 0.0
+    if lora.rank is None:
+        still = frozen_parameters(arch, config, stage)[1] * share_of_layers(arch, config, pp_rank) / parallel.ep
+        learned_experts = experts * len(trained) - still
     optimized = learned / sharing + learned_experts / experts_sharing
     learned += learned_experts
-    held = learned + sum(parameters_of(arch, config, kind, pp_rank) + experts for kind in frozen)
+    held += experts * len(trained + frozen)
     if uses_reward_model(config, stage):
         scorer = reward_architecture(config, arch)
         held += parameters_of(scorer, config, "critic", pp_rank) + expert_parameters_of(scorer, config, pp_rank)
@@ -118,12 +162,16 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
     layers, at_once = stage_layers(arch.num_layers, parallel.pp, parallel.ends)[pp_rank], parallel.pp - pp_rank
     given, kept = layer_activations(arch, config)
     # Logits and their gradient; then that gradient and the one of the output layer, in the weights' type.
-    logits = max(2 * tokens, tokens + arch.hidden_size) * arch.vocab_size / parallel.tp
+    logits = max(2 * tokens, tokens + (arch.hidden_size if lora.rank is None else 0)) * arch.vocab_size / parallel.tp
     if "actor" not in trained or pp_rank < parallel.pp - 1:
         logits = 0.0
+    if lora.rank is not None:  # what is between the two matrices, before and after the ranks' exchange
+        kept += 2 * lora.rank * len(lora.targets)
     activations = kept * layers * at_once * tokens
     if parallel.recompute == "full":  # the layer that is recomputed comes after the logits
         activations = given * layers * at_once * tokens + max(0.0, kept * tokens - logits)
+    if lora.rank is not None:  # of the widest layer what its adapters add, in Megatron's order, and the sum
+        activations += 3 * 2 * arch.ffn_size / parallel.tp * tokens
     sizes = {
         "weights": held * size,
         "gradients": learned * GRADIENT_BYTES,

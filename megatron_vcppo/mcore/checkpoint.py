@@ -25,9 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_vcppo.config import CheckpointConfig, Config
+from megatron_vcppo.config import CheckpointConfig, Config, LoraConfig
 from megatron_vcppo.config.load import config_hash
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.adapters import META_KEY, StoredAdapters, is_adapter
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.checkpoint_metadata import check_checkpoint
 from megatron_vcppo.hf.convert.folders import copy_small_files
@@ -217,6 +218,7 @@ class CheckpointFolder:
                     f"{path}: the {name} is another model than model.hf: {differences}; "
                     f"remove {self.folder} or take another run.dir"
                 )
+            check_adapters(learner.model, path / name)
         if content.get("config_hash") != self.config_hash and self.runtime.is_main:
             say(f"note: {path} was saved under another configuration")
         for name, learner in components.items():
@@ -278,7 +280,25 @@ class CheckpointFolder:
             "tp": self.runtime.tp_size,
             "pp": self.runtime.pp_size,
             "iteration": iteration,
-        }
+        } | ({} if model.stored_adapters is None else {META_KEY: model.stored_adapters.to_dict()})
+
+
+def check_adapters(model: PackedGPT, folder: Path) -> None:
+    """Raise UserError unless the component was saved from adapters like the model's on the same base, or from a model
+    without adapters like this one."""
+    stored, mine = StoredAdapters.of_manifest(folder, read_manifest(folder)["meta"]), model.stored_adapters
+    if stored is not None:
+        stored.check_settings(folder, mine.lora if mine is not None else LoraConfig())
+    elif mine is not None:
+        raise UserError(
+            f"{folder}: has all weights, but model.lora.rank is {mine.lora.rank}: set it to null, or take another "
+            "run.dir"
+        )
+    if stored is not None and mine is not None and stored.base.fingerprint != mine.base.fingerprint:
+        raise UserError(
+            f"{folder}: its adapters belong to the weights that were in {stored.base.path}, but this stage starts from "
+            f"others, in {mine.base.path}"
+        )
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -356,15 +376,23 @@ def _checked(folder: Path, model: PackedGPT) -> Mapping[str, Any]:
 
 
 def load_model(model: PackedGPT, folder: Path, without: str | None = None) -> None:
-    """Weights only, from a training checkpoint's component or an import, before a Learner is made of the model.
+    """Weights only, from a component with all weights or an import, before a Learner is made of the model.
 
-    without: prefix of parameters that the folder does not have and that keep their values ("value_head.").
+    Adapters keep their values. without: prefix of parameters that the folder does not have and that keep theirs
+    ("value_head.").
     """
+    _load(model, folder, lambda name: not is_adapter(name) and not (without and name.startswith(without)))
+
+
+def load_adapters(model: PackedGPT, folder: Path, without: str | None = None) -> None:
+    """The same of a component that has adapters: these, and the value head unless ``without`` names it."""
+    _load(model, folder, lambda name: model.is_stored(name) and not (without and name.startswith(without)))
+
+
+def _load(model: PackedGPT, folder: Path, is_wanted: Callable[[str], bool]) -> None:
     _checked(folder, model)
-    wanted = model.sharded_state_dict()
-    if without is not None:
-        wanted = {name: value for name, value in wanted.items() if not name.startswith(without)}
+    wanted = {name: value for name, value in model.sharded_state_dict().items() if is_wanted(name)}
     loaded = dist_checkpointing.load({"model": wanted}, str(folder), validate_access_integrity=False)
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
-    missing = [name for name in missing if without is None or not name.startswith(without)]
+    missing = [name for name in missing if is_wanted(name)]
     assert not missing and not unexpected, f"{folder}: missing {missing}, unexpected {unexpected}"

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.mcore.learner import Learner
+from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.optimizer import chained_optimizers
 
 _STATE = "optimizer.state"
@@ -54,10 +55,17 @@ class _Shard:
 
 
 def tensors_to_save(learner: Learner) -> dict[str, ShardedTensor]:
-    """The weights and the optimizer state that this rank owns."""
-    assert all(p.requires_grad for p in learner.model.parameters()), "a frozen parameter is nobody's"
+    """The weights and the optimizer state that this rank owns.
+
+    Of a frozen parameter there is the weight alone, which the first data-parallel rank writes; of the base below
+    adapters nothing.
+    """
     shards = _shards(learner)
     boxes: list[ShardedTensor] = []
+    for parameter in _stored(learner.model):
+        if not parameter.requires_grad:
+            shard = shards[id(parameter)]
+            boxes += _boxes(shard, shard.key, parameter.detach().view(-1))
     for owned in owned_ranges(learner.optimizer):
         shard = shards[id(owned.parameter)]
         boxes += _boxes(shard, shard.key, owned.weight, owned)
@@ -69,11 +77,12 @@ def tensors_to_save(learner: Learner) -> dict[str, ShardedTensor]:
 def tensors_to_load(learner: Learner, stored: Collection[str], weights: bool = True) -> dict[str, ShardedTensor]:
     """All of this rank's weights, unless they are there, and the optimizer state that it owns.
 
-    stored: the checkpoint's keys, of which the best are taken.
+    stored: the checkpoint's keys, of which the best are taken. Moments that it lacks, of parameters that were frozen
+    when it was saved, start at zero.
     """
     shards = _shards(learner)
     boxes: list[ShardedTensor] = []
-    for parameter in learner.model.parameters() if weights else ():
+    for parameter in _stored(learner.model) if weights else ():
         shard = shards[id(parameter)]
         key = _main_key(shard.key, stored) if parameter.dtype == torch.float32 else shard.key
         boxes += _boxes(shard, key, parameter.detach().view(-1))
@@ -81,8 +90,16 @@ def tensors_to_load(learner: Learner, stored: Collection[str], weights: bool = T
         shard = shards[id(owned.parameter)]
         for name, tensor in owned.state.items():
             key = _main_key(shard.key, stored) if name == "param" else f"{_STATE}.{name}.{shard.key}"
+            if name != "param" and key not in stored and shard.key in stored:
+                tensor.zero_()
+                continue
             boxes += _boxes(shard, key, tensor, owned)
     return _numbered(boxes)
+
+
+def _stored(model: PackedGPT) -> Iterator[torch.nn.Parameter]:
+    """The parameters that a checkpoint has."""
+    return (parameter for name, parameter in model.named_parameters() if model.is_stored(name))
 
 
 def owned_ranges(optimizer: MegatronOptimizer) -> Iterator[OwnedRange]:

@@ -9,11 +9,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_vcppo.hf.adapters import is_adapter
 from megatron_vcppo.hf.convert.folders import is_megatron_lm
 from megatron_vcppo.hf.convert.megatron_lm import MegatronLmWeights
 from megatron_vcppo.hf.mapping import Parameter, canonical_name, merge, parameters, shard, split, unshard
 from megatron_vcppo.hf.safetensors_files import TensorInFile, model_tensors, reward_model_tensors
-from megatron_vcppo.mcore.model import CriticModel, PackedGPT
+from megatron_vcppo.mcore.model import HEAD, CriticModel, PackedGPT
 from megatron_vcppo.mcore.offload import check_resident, weights
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -72,15 +73,17 @@ def stream_hf(model: PackedGPT) -> Iterator[tuple[str, Tensor]]:
 
     All ranks of these groups iterate together and get the same tensors. A tensor is gathered when the iterator reaches
     it and is not held; of experts, one per expert-parallel rank is. Vocabulary padding is trimmed, so shapes are those
-    of ``hf_shapes``; dtypes are the model's. A tied embedding comes from the first stage only.
+    of ``hf_shapes``; dtypes are the model's. A tied embedding comes from the first stage only. Adapters are merged into
+    the weights.
     """
     check_resident({"weights": weights(model)})
     tp_group = parallel_state.get_tensor_model_parallel_group()
     table = _table(model)
+    adapted = model.adapters.merged_weights() if model.adapters is not None else {}
     for local, entry in local_parameters(model):
         if entry.name == EMBEDDING and not parallel_state.is_pipeline_first_stage():
             continue
-        mine = local.detach().contiguous()
+        mine = adapted[id(local)].merged() if id(local) in adapted else local.detach().contiguous()
         if entry.expert is not None:
             yield from _experts_of_all_ranks(mine, entry, table, model.config.num_moe_experts)
             continue
@@ -119,7 +122,7 @@ def local_parameters(model: PackedGPT) -> Iterator[tuple[Tensor, Parameter]]:
         canonical = canonical_name(name, offset, first_expert, model.arch.sparse_layers)
         if canonical == "output_layer.weight" and model.arch.tied:
             canonical = EMBEDDING
-        if not canonical.startswith("value_head."):
+        if not canonical.startswith(HEAD) and not is_adapter(canonical):
             yield tensor, table[canonical]
 
 

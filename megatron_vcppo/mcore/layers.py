@@ -219,12 +219,16 @@ class PackedAttention(MegatronModule):
 
 
 def block_spec(
-    config: TransformerConfig, arch: Architecture, transformer_engine: bool
+    config: TransformerConfig, arch: Architecture, transformer_engine: bool, adapted: bool = False
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The specification of this pipeline stage's layers and final norm."""
+    """The specification of this pipeline stage's layers and final norm.
+
+    adapted: no norm is fused with a linear layer, whose adapters read what the norm makes.
+    """
     sparse_layers = arch.sparse_layers
     if transformer_engine and not sparse_layers:
-        return _layer_spec(config, arch, transformer_engine, is_sparse=False)
+        spec = _layer_spec(config, arch, transformer_engine, is_sparse=False)
+        return _without_fused_norms(spec) if adapted and arch.norms != "post" else spec
     first = get_transformer_layer_offset(config)
     layers = range(first, first + get_num_layers_to_build(config))
     norm = TENorm if transformer_engine else RMSNorm
@@ -264,3 +268,16 @@ def _layer_spec(config: TransformerConfig, arch: Architecture, transformer_engin
         # Named as with Transformer Engine: no matrix product of this norm alone could take it in.
         parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return layer
+
+
+def _without_fused_norms(spec: ModuleSpec) -> ModuleSpec:
+    """The same layer, with parameters under the same names in checkpoints."""
+    parts = spec.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = TENorm
+    parts.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    parts.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+    parts.sharded_state_dict_keys_map = {
+        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    }
+    return spec

@@ -315,6 +315,23 @@ class Actor(Policy, Learner):
         self.temperature = temperature
 
 
+class AdapterReference(Policy):
+    """The policy before training, where training moves only adapters: the actor's own base, with the adapters that it
+    started from or, if these were new, without any. Made before the first step."""
+
+    def __init__(self, actor: Actor) -> None:
+        assert actor.model.adapters is not None, "a reference without adapters is a model of its own"
+        super().__init__(actor.model)
+        self.actor, self.temperature = actor, actor.temperature
+        self.adapters, self.initial = actor.model.adapters, actor.model.adapters.copy()
+
+    def logprobs(self, microbatches: Sequence[PackedMicrobatch]) -> list[Tensor]:
+        """As the policy's."""
+        self.actor.gathered_model()
+        with self.adapters.replaced_by(self.initial):
+            return super().logprobs(microbatches)
+
+
 class ValueFunction(Runner):
     """A model with a scalar head. Its outputs are values [T]: of the state in which the next token is chosen."""
 

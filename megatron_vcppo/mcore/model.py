@@ -16,9 +16,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron_vcppo.config import ModelConfig, ParallelConfig
+from megatron_vcppo.config import LoraConfig, ModelConfig, ParallelConfig
 from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.adapters import BaseWeights, StoredAdapters, is_adapter
 from megatron_vcppo.hf.architecture import Architecture, LinearScaling, Yarn
 from megatron_vcppo.hf.mapping import padded_vocab_size
 from megatron_vcppo.hf.pipeline import stage_layers
@@ -26,6 +27,7 @@ from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.context_parallel import WHOLE, ContextShard
 from megatron_vcppo.mcore.fp8 import fp8_settings
 from megatron_vcppo.mcore.layers import block_spec, uses_transformer_engine
+from megatron_vcppo.mcore.lora import Adapters
 from megatron_vcppo.mcore.routing import RoutedParams, RouterStep, routed_tokens, routers
 
 
@@ -34,15 +36,19 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+HEAD = "value_head."
+"""What the names of a critic's own parameters begin with."""
+
+
 class PackedGPT(GPTModel, abc.ABC):
     """A GPTModel over one packed micro-batch; ``readout`` is what the last pipeline stage makes of hidden states."""
 
     kind: str
 
-    def __init__(self, config: TransformerConfig, arch: Architecture, *, tied: bool) -> None:
+    def __init__(self, config: TransformerConfig, arch: Architecture, lora: LoraConfig, *, tied: bool) -> None:
         super().__init__(
             config,
-            block_spec(config, arch, config.transformer_impl == "transformer_engine"),
+            block_spec(config, arch, config.transformer_impl == "transformer_engine", adapted=lora.rank is not None),
             vocab_size=padded_vocab_size(arch.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=arch.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),
@@ -61,7 +67,25 @@ class PackedGPT(GPTModel, abc.ABC):
             scale = torch.tensor(math.sqrt(arch.hidden_size)).to(config.params_dtype).item()  # rounded, as by others
             self.embedding.register_forward_hook(lambda module, given, output: output * scale)
         self.register_load_state_dict_post_hook(_forgive_extra_state)
-        _add_gradients_in_place(self)
+        self.adapters: Adapters | None = None
+        self.base: BaseWeights | None = None
+        """What is below the adapters, once it is loaded."""
+        if lora.rank is None:
+            _add_gradients_in_place(self)
+        else:
+            self.adapters = Adapters(self, arch, lora, kind=self.kind, seed=runtime.current().seed)
+
+    @property
+    def stored_adapters(self) -> StoredAdapters | None:
+        """What a checkpoint says of the adapters, which it has in place of the base."""
+        if self.adapters is None:
+            return None
+        assert self.base is not None, "a base is loaded before training starts"
+        return StoredAdapters(self.adapters.settings, self.base)
+
+    def is_stored(self, name: str) -> bool:
+        """Whether a checkpoint of this model has a parameter (by its name in the model): with adapters not the base."""
+        return self.adapters is None or is_adapter(name) or name.startswith(HEAD)
 
     def set_router_losses(self, aux_loss_coef: float, z_loss_coef: float) -> None:
         """Share the losses' coefficients among the routers; without experts there is nothing to do."""
@@ -111,8 +135,8 @@ class ActorModel(PackedGPT):
 
     kind = "actor"
 
-    def __init__(self, config: TransformerConfig, arch: Architecture) -> None:
-        super().__init__(config, arch, tied=arch.tied)
+    def __init__(self, config: TransformerConfig, arch: Architecture, lora: LoraConfig) -> None:
+        super().__init__(config, arch, lora, tied=arch.tied)
 
     def readout(self, hidden_states: Tensor) -> Tensor:
         """Logits [T, padded vocabulary / tp], of the model's dtype."""
@@ -157,9 +181,11 @@ class CriticModel(PackedGPT):
 
     kind = "critic"
 
-    def __init__(self, config: TransformerConfig, arch: Architecture, *, init_std: float, seed: int) -> None:
+    def __init__(
+        self, config: TransformerConfig, arch: Architecture, lora: LoraConfig, *, init_std: float, seed: int
+    ) -> None:
         """init_std, seed: of the value head's normal initialization."""
-        super().__init__(config, arch, tied=False)
+        super().__init__(config, arch, lora, tied=False)
         if self.post_process:
             del self.output_layer
             self.value_head = ValueHead(config, init_std, seed)
@@ -181,7 +207,7 @@ class CriticModel(PackedGPT):
 
 def build_actor(arch: Architecture, model: ModelConfig, parallel: ParallelConfig) -> ActorModel:
     """The actor on this rank; its weights are undefined until a checkpoint is loaded."""
-    actor = ActorModel(transformer_config(arch, model, parallel), arch)
+    actor = ActorModel(transformer_config(arch, model, parallel), arch, model.lora)
     actor.set_router_losses(model.router_aux_loss_coef, model.router_z_loss_coef)
     return actor
 
@@ -192,7 +218,7 @@ def build_critic(arch: Architecture, model: ModelConfig, parallel: ParallelConfi
     The head's weights are drawn with the seed of ``runtime.start``.
     """
     config = transformer_config(arch, model, parallel)
-    critic = CriticModel(config, arch, init_std=model.init_std, seed=runtime.current().seed)
+    critic = CriticModel(config, arch, model.lora, init_std=model.init_std, seed=runtime.current().seed)
     critic.set_router_losses(model.router_aux_loss_coef, model.router_z_loss_coef)
     return critic
 

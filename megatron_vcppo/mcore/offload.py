@@ -43,9 +43,12 @@ class HostMemory:
         self.buffers: dict[int, torch.Tensor] = {}
 
     def take(self, storages: Iterable[Storage], keep: bool = True) -> int:
-        """Empty these storages; keep: their bytes are in host memory then. Returns the bytes that are free."""
+        """Empty these storages; keep: their bytes are in host memory then. Returns the bytes that are free.
+
+        One may come twice: models can share weights.
+        """
         taken = []
-        for storage in storages:
+        for storage in {storage._cdata: storage for storage in storages}.values():
             if storage.nbytes() and storage._cdata not in self.parked:
                 host = self._copy(storage) if keep else None
                 taken.append(Parked(storage, storage.nbytes(), host))

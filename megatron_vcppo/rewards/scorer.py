@@ -1,6 +1,7 @@
-"""Scores rollouts as they arrive, in worker processes, with a time limit for each answer."""
+"""Scores rollouts as they arrive, and runs the tools that responses call: in worker processes, within a time limit."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -13,13 +14,14 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_vcppo.config import CodeRewardConfig
-from megatron_vcppo.records import Rollout
+from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.rewards.registry import resolve_verifiers
+from megatron_vcppo.rewards.tools import MAX_OBSERVATION, resolve_tools
 from megatron_vcppo.rewards.verifier import Verdict
 from megatron_vcppo.rewards.worker_messages import BrokenMessage, receive, send
 
@@ -36,6 +38,7 @@ class Scorer:
 
     A verifier that raises costs its answer ("error: …"), one that hangs or dies costs its answer and its process
     ("timeout", "error: …"), which is started again. All are counted and kept for ``take_problems``.
+    A tool that fails in these ways writes nothing. Calls of tools come first, because engines wait for them.
     A response cut at the token limit is wrong ("truncated") whatever it says: it never ended its episode.
     """
 
@@ -46,22 +49,28 @@ class Scorer:
         verifiers: Mapping[str, str] | None = None,
         code: CodeRewardConfig | None = None,
         memory_mib: int = 2048,
+        tools: Mapping[str, str] | None = None,
     ) -> None:
-        """timeout_s: for one answer. verifiers: as in ``resolve_verifiers``, whose UserError it raises at once.
+        """timeout_s: for one answer or call. verifiers, tools: as in ``resolve_verifiers`` and ``resolve_tools``, whose
+        UserError it raises at once.
 
         memory_mib: what a worker may allocate on top of what it has when it starts.
         """
         code = code or CodeRewardConfig()
         self.tasks = frozenset(resolve_verifiers(verifiers or {}, code))
         """Tasks that can be judged."""
+        self.tool_stops = {task: tool.stop for task, tool in resolve_tools(tools or {}).items()}
+        """By task that has a tool: the text that ends a call."""
         self._timeout_s = timeout_s
         self._settings = {
             "timeout_s": timeout_s,
             "memory_mib": memory_mib,
             "verifiers": dict(verifiers or {}),
             "code": asdict(code),
+            "tools": dict(tools or {}),
         }
-        self._queue: queue.SimpleQueue[tuple[Rollout, Future[Rollout]] | None] = queue.SimpleQueue()
+        self._queue: queue.PriorityQueue[tuple[int, int, _Work | None]] = queue.PriorityQueue()
+        self._order = itertools.count()
         self._lock = threading.Lock()
         self._problems: list[str] = []
         self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(num_workers)]
@@ -75,8 +84,17 @@ class Scorer:
         if rollout.truncated:
             self._finish(rollout, future, _TRUNCATED)
         else:
-            self._queue.put((rollout, future))
+            self._put(_SCORE, _Judgment(rollout, future))
         return future
+
+    def call_tool(self, prompt: Prompt, text: str) -> "Future[str]":
+        """What the tool of the prompt's task writes behind ``text``, the response so far. Safe from any thread."""
+        future: Future[str] = Future()
+        self._put(_CALL, _ToolCall(prompt, text, future))
+        return future
+
+    def _put(self, rank: int, work: "_Work | None") -> None:
+        self._queue.put((rank, next(self._order), work))
 
     def score(self, rollouts: Iterable[Rollout]) -> list[Rollout]:
         """Score rollouts while they arrive; returns all, in the order in which they arrived."""
@@ -92,11 +110,11 @@ class Scorer:
         """End the workers; first finish what was submitted, or, without ``finish``, only what they are at."""
         while not finish and not self._queue.empty():
             with contextlib.suppress(queue.Empty):
-                item = self._queue.get_nowait()
-                if item is not None:
-                    item[1].cancel()
+                work = self._queue.get_nowait()[2]
+                if work is not None:
+                    work.future.cancel()
         for _ in self._threads:
-            self._queue.put(None)
+            self._put(_END, None)
         for thread in self._threads:
             thread.join()
 
@@ -109,28 +127,56 @@ class Scorer:
     def _serve(self) -> None:
         """One thread per worker process: it waits for the answer so that nothing else has to."""
         worker: _Worker | None = None
-        while (item := self._queue.get()) is not None:
-            rollout, future = item
+        while (work := self._queue.get()[2]) is not None:
+            if not work.future.set_running_or_notify_cancel():
+                continue
+            failure = ""
             try:
                 worker = worker or _Worker(self._settings)
-                verdict = worker.judge(rollout, self._timeout_s)
+                reply = worker.ask(work, self._timeout_s)
             except BaseException as error:
                 if worker:
                     worker.kill()
                 worker = None
                 if not isinstance(error, _WorkerLost):
-                    future.set_exception(error)
+                    work.future.set_exception(error)
                     continue
-                verdict = Verdict(-1.0, str(error))
-            self._finish(rollout, future, verdict)
+                failure = str(error)
+            if isinstance(work, _Judgment):
+                verdict = Verdict(-1.0, failure) if failure else Verdict(reply["reward"], reply["verdict"])
+                self._finish(work.rollout, work.future, verdict)
+            else:
+                self._note(work.prompt, "tool: " + failure if failure else reply["problem"])
+                work.future.set_result("" if failure else reply["observation"])
         if worker:
             worker.kill()
 
     def _finish(self, rollout: Rollout, future: "Future[Rollout]", verdict: Verdict) -> None:
-        with self._lock:
-            if verdict.kind in ("timeout", "error") and len(self._problems) < _SHOWN:
-                self._problems.append(f"{rollout.prompt.prompt_id} (task {rollout.prompt.task}): {verdict.verdict}")
+        self._note(rollout.prompt, verdict.verdict if verdict.kind in ("timeout", "error") else "")
         future.set_result(replace(rollout, reward=verdict.reward, verdict=verdict.verdict))
+
+    def _note(self, prompt: Prompt, problem: str) -> None:
+        with self._lock:
+            if problem and len(self._problems) < _SHOWN:
+                self._problems.append(f"{prompt.prompt_id} (task {prompt.task}): {problem}")
+
+
+@dataclass(frozen=True)
+class _Judgment:
+    rollout: Rollout
+    future: "Future[Rollout]"
+
+
+@dataclass(frozen=True)
+class _ToolCall:
+    prompt: Prompt
+    text: str
+    future: "Future[str]"
+
+
+_Work = _Judgment | _ToolCall
+_CALL, _SCORE, _END = range(3)
+"""What comes first."""
 
 
 class _WorkerLost(Exception):
@@ -160,17 +206,29 @@ class _Worker:
             self.kill()
             raise
 
-    def judge(self, rollout: Rollout, timeout_s: float) -> Verdict:
-        """Raises _WorkerLost if the answer does not come in time, is not one to this request, or the process dies."""
-        prompt = {**asdict(rollout.prompt), "token_ids": []}
+    def ask(self, work: _Work, timeout_s: float) -> dict[str, Any]:
+        """reward and verdict, or observation and problem.
+
+        Raises _WorkerLost if the answer does not come in time, is not one to this request, or the process dies.
+        """
+        if isinstance(work, _ToolCall):
+            prompt, text, check = work.prompt, work.text, _checked_call
+        else:
+            prompt, text, check = work.rollout.prompt, work.rollout.response_text, _checked
         # Without it one message too many would shift every later verdict by one answer.
         request_id = secrets.token_hex(8)
-        request = {"id": request_id, "prompt": prompt, "response_text": rollout.response_text}
+        request = {
+            "id": request_id,
+            "is_call": isinstance(work, _ToolCall),
+            "prompt": {**asdict(prompt), "token_ids": []},
+            "response_text": text,
+        }
         try:
             send(self._connection, request, timeout_s)
         except OSError as error:
             raise _WorkerLost(f"error: the verifier process is gone ({error})") from error
-        return _checked(self._receive(timeout_s, f"timeout: {timeout_s:g} s"), request_id)
+        reply = self._receive(timeout_s, f"timeout: {timeout_s:g} s")
+        return check(reply, request_id)
 
     def kill(self) -> None:
         """End the process and what it started."""
@@ -192,12 +250,26 @@ class _Worker:
             raise _WorkerLost(f"error: the verifier process died (exit code {self._process.poll()})") from error
 
 
-def _checked(reply: Any, request_id: str) -> Verdict:
-    """A reply as a verdict. Raises _WorkerLost if it is none, or not to this request."""
+def _checked(reply: Any, request_id: str) -> dict[str, Any]:
+    """A reply as reward and verdict. Raises _WorkerLost if it is none, or not to this request."""
     reward, verdict = (reply.get("reward"), reply.get("verdict")) if isinstance(reply, dict) else (None, None)
     if not isinstance(reward, float) or not math.isfinite(reward) or not isinstance(verdict, str):
         raise _WorkerLost("error: the verifier process sent a reply that is no verdict")
     if reply.get("id") != request_id:
         raise _WorkerLost("error: the verifier process sent a reply to another request")
-    # A verdict may quote what a program wrote; it is shown in terminals and reports.
-    return Verdict(reward, "".join(c if c.isprintable() else "\ufffd" for c in verdict[:_LONGEST_VERDICT]))
+    return {"reward": reward, "verdict": _shown(verdict)}
+
+
+def _checked_call(reply: Any, request_id: str) -> dict[str, Any]:
+    """A reply as what a tool wrote, and what went wrong with it. Raises _WorkerLost as ``_checked``."""
+    text, problem = (reply.get("observation"), reply.get("problem")) if isinstance(reply, dict) else (None, None)
+    if not isinstance(text, str) or not isinstance(problem, str):
+        raise _WorkerLost("error: the verifier process sent a reply that is no tool's")
+    if reply.get("id") != request_id:
+        raise _WorkerLost("error: the verifier process sent a reply to another request")
+    return {"observation": text[:MAX_OBSERVATION], "problem": _shown(f"tool: {problem}" if problem else "")}
+
+
+def _shown(text: str) -> str:
+    """A verdict may quote what a program wrote; it is shown in terminals and reports."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text[:_LONGEST_VERDICT])

@@ -1,7 +1,8 @@
 """Prompts in, rollouts out: spreads requests over the engines and survives the loss of any of them.
 
-Every request is in exactly one place: waiting, or with one engine. It leaves by its response, which is counted once;
-if its engine fails, it waits again. Seeds are fixed per request, so a response drawn twice is the same response.
+Every request is in exactly one place: waiting, with one engine, or (between two turns) with its tool. It leaves by its
+response, which is counted once; if its engine fails, it waits again. Seeds are fixed per request, so a response drawn
+twice is the same response.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from megatron_vcppo.rollout import engine_http
 from megatron_vcppo.rollout.fleet import Fleet, Member
 from megatron_vcppo.rollout.messages import GenerateBatch, GenerateRequest, Response, Sampling
 from megatron_vcppo.rollout.rendezvous import SECRET
+from megatron_vcppo.rollout.turns import ToolCalls, Turns
 from megatron_vcppo.run.progress import Progress
 from megatron_vcppo.run.secret import read_secret
 
@@ -49,6 +51,8 @@ class PendingRequest:
     errors: list[str] = field(default_factory=list)
     num_losses: int = 0
     """How often its engine failed before it was answered."""
+    turns: Turns | None = None
+    """Of a response that can call a tool; ``request`` is then its next turn."""
 
     @property
     def tokens(self) -> int:
@@ -70,6 +74,7 @@ class RolloutClient:
     run_seed: int
     decode: Callable[[Sequence[int]], str]
     show_progress: bool = False
+    tools: ToolCalls | None = None
 
     def generate(
         self,
@@ -121,7 +126,11 @@ class RolloutClient:
                 if (prompt.prompt_id, sample, seed) in known:
                     continue
                 request = GenerateRequest(len(requests), list(prompt.token_ids), room, seed)
-                requests.append(PendingRequest(prompt, sample, request))
+                turns = None
+                if self.tools is not None and (stop := self.tools.stops.get(prompt.task)) is not None:
+                    turns = Turns(request, stop, self.tools.max_calls)
+                    request = turns.request()
+                requests.append(PendingRequest(prompt, sample, request, turns=turns))
         return requests
 
 
@@ -143,6 +152,7 @@ class _Generation:
         self.waiting = deque(requests)
         self.rollouts: dict[int, Rollout] = {}
         self.failure: BaseException | None = None
+        self.tool_calls: set[asyncio.Task] = set()
         self.progress = Progress("rollouts", len(requests), unit="tok") if client.show_progress else None
 
     async def run(self) -> list[Rollout]:
@@ -159,6 +169,8 @@ class _Generation:
                     self.progress.wait(self.in_flight())
         finally:
             watch.cancel()
+            for call in self.tool_calls:
+                call.cancel()
             for member in self.fleet.members.values():
                 member.take_out("generation is over")
         return [self.rollouts[index] for index in range(len(self.requests))]
@@ -251,15 +263,44 @@ class _Generation:
                 raise RolloutError(f"prompt {item.prompt.prompt_id} was refused: {'; '.join(item.errors)}")
             self.waiting.append(item)
             return
+        if item.turns is not None:
+            if item.turns.add_turn(response, self.client.decode(response.token_ids)):
+                call = asyncio.create_task(self.answer_call(item, item.turns))
+                self.tool_calls.add(call)
+                call.add_done_callback(self.tool_calls.discard)
+                return
+            response = item.turns.response(response.finish_reason)
+        self.finish(item, response)
+
+    async def answer_call(self, item: PendingRequest, turns: Turns) -> None:
+        """Have the tool answer the call at the end of a response; then it waits for its next turn, if there is room."""
+        tools = self.client.tools
+        assert tools is not None
+        try:
+            text = self.client.decode(turns.token_ids)
+            observation = await asyncio.wrap_future(tools.call(item.prompt, text))
+            if turns.add_observation(tools.encode(observation) if observation else ()):
+                item.request = turns.request()
+                self.waiting.appendleft(item)
+            else:
+                self.finish(item, turns.response("length"))
+        except Exception as error:
+            self.failure = error
+        self.fleet.changed.set()
+
+    def finish(self, item: PendingRequest, response: Response) -> None:
+        """A response is whole."""
+        turns = item.turns
         rollout = Rollout(
             prompt=item.prompt,
             sample_index=item.sample_index,
-            seed=item.request.seed,
+            seed=item.request.seed if turns is None else turns.first.seed,
             response_ids=response.token_ids,
             response_text=self.client.decode(response.token_ids),
             rollout_logprobs=response.logprobs,
             finish_reason=response.finish_reason,
             policy_version=response.policy_version,
+            observations=() if turns is None else turns.observations,
         )
         assert item.request.key not in self.rollouts
         self.rollouts[item.request.key] = rollout

@@ -23,12 +23,14 @@ class Sampling(msgspec.Struct, frozen=True):
 
 
 class GenerateRequest(msgspec.Struct, frozen=True):
-    """One response to draw. ``key`` comes back with it."""
+    """One response to draw, or a turn of one. ``key`` comes back with it."""
 
     key: int
     token_ids: list[int]
     max_tokens: int
     seed: int
+    stop: list[str] = []
+    """Texts that end it, in addition to those of the batch."""
 
 
 class GenerateBatch(msgspec.Struct, frozen=True):

@@ -229,12 +229,13 @@ async def take_weights(engine: Any, request: SyncRequest, is_awake: bool) -> Syn
 
 def sampling_params(sampling: Sampling, request: GenerateRequest) -> SamplingParams:
     """vLLM's parameters of one request: the sampled token's log-prob, no text, one output when it is finished."""
+    stop = [*sampling.stop, *request.stop]
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
-        stop=sampling.stop or None,
-        detokenize=bool(sampling.stop),
+        stop=stop or None,
+        detokenize=bool(stop),
         ignore_eos=sampling.ignore_eos,
         max_tokens=request.max_tokens,
         seed=request.seed,

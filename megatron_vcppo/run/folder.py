@@ -129,8 +129,9 @@ class StageFolder:
         """The tokenized examples of a data set."""
         return self.path / "data" / name
 
-    def exported(self, component: Literal["actor", "critic"]) -> Path:
-        """Where the stage export puts a model, unless export.out names another place for the actor."""
+    def exported(self, component: Literal["actor", "critic", "peft"]) -> Path:
+        """Where the stage export puts a model, unless export.out names another place for the actor. peft: the actor's
+        adapters alone."""
         return self.path / ("hf" if component == "actor" else component)
 
     def make(self) -> "StageFolder":

@@ -36,7 +36,7 @@ class AdvantageBatch:
     """Of a replica's share of the batch; all [N], response tokens; 0 where ``mask`` is False."""
 
     mask: Tensor
-    """bool: tokens that are trained on (response tokens, less what overlong filtering drops)."""
+    """bool: tokens that are trained on (sampled tokens, less what overlong filtering drops)."""
     advantages: Tensor
     returns: Tensor
     metrics: dict[str, float]
@@ -59,7 +59,8 @@ def compute_advantages(
 ) -> AdvantageBatch:
     """Decoupled GAE (VC-PPO Eq. 7-8), or a group baseline, with the configured additions; collective over replicas.
 
-    A response that was truncated counts as ended: its verdict is its return.
+    A response that was truncated counts as ended: its verdict is its return. Tokens that a tool wrote are stepped over:
+    the value after a sampled token is that of the next sampled one.
 
     Args:
         outputs: values None means that the baseline is the group.
@@ -82,12 +83,12 @@ def compute_advantages(
         kl = kl_estimate(outputs.policy_logprobs, outputs.ref_logprobs, loss.kl_kind)
     lam_actor: float | Tensor = config.lam_actor
     if config.length_adaptive_alpha is not None:
-        lam_actor = length_adaptive_lam(share.table.lengths, config.length_adaptive_alpha)
-    gave_up = None if end_of_thinking_id is None else share.response_ids == end_of_thinking_id
+        lam_actor = length_adaptive_lam(share.table.sampled_lengths, config.length_adaptive_alpha)
+    gave_up = None if end_of_thinking_id is None else (share.response_ids == end_of_thinking_id) & share.sampled
     advantages, returns = torch.empty(share.num_tokens), torch.empty(share.num_tokens)
     parts: list[Metrics] = []
     for block in share.blocks():
-        mask, block_values = block.mask, block.pad(values)
+        mask, block_values = block.sampled, block.pad(values)
         block_kl = None if kl is None else block.pad(kl)
         lam = lam_actor[block.rows] if isinstance(lam_actor, Tensor) else lam_actor
         block_advantages, block_returns = decoupled_gae(
@@ -100,7 +101,7 @@ def compute_advantages(
         )
         if group_baseline:
             block_advantages = broadcast_to_tokens(over_others[block.rows], mask)
-        advantages[block.tokens], returns[block.tokens] = block_advantages[mask], block_returns[mask]
+        advantages[block.tokens], returns[block.tokens] = block_advantages[block.mask], block_returns[block.mask]
         wrong = ~share.table.is_correct[block.rows]
         part = batch_diagnostics(
             values=block_values,
@@ -114,7 +115,7 @@ def compute_advantages(
             give_up_mask=None if gave_up is None else first_of_row(block.pad(gave_up)) & wrong[:, None],
         )
         parts.append(part)
-    summed = add_over(add(parts) | _token_means(outputs, kl), total)
+    summed = add_over(add(parts) | _token_means(outputs, kl, share.sampled), total)
     per_token: Metrics = {name: summed.pop(name) for name in ("rollout/logprob_gap", "actor/kl_ref") if name in summed}
     metrics, profiles = summarize(summed)
     if group_baseline:  # there is no critic to judge
@@ -124,28 +125,33 @@ def compute_advantages(
         advantages = gate_on_explained_variance(
             advantages,
             returns=returns,
-            mask=torch.ones_like(advantages, dtype=torch.bool),
+            mask=share.sampled,
             explained_variance=metrics["critic/explained_variance"],
             mean_return=metrics["critic/return_mean"],
         )
-    trained = share.per_token(trained_rollouts(batch, returns_config)[own])
+    trained = share.per_token(trained_rollouts(batch, returns_config)[own]) & share.sampled
     if config.whiten:
         pieces = [block.tokens for block in share.blocks()]
         moments = total(torch.stack([masked_moments(advantages[x], trained[x]) for x in pieces]).sum(dim=0))
         for x in pieces:
             advantages[x] = whiten(advantages[x], trained[x], moments)
     metrics |= length_statistics(batch.lengths, batch.truncated) | reward_statistics(batch)
+    if batch.has_observations:
+        metrics["rollout/observed_share"] = 1.0 - float(batch.sampled_lengths.sum() / batch.lengths.sum())
     metrics |= {name: float(mean) for name, mean in means(per_token).items()}
     return AdvantageBatch(trained, advantages.masked_fill_(~trained, 0.0), returns, metrics, profiles)
 
 
-def _token_means(outputs: ModelOutputs, kl: Tensor | None) -> Metrics:
-    """How far the engines' log-probs are off, and the KL divergence from the reference, if it is in the rewards."""
+def _token_means(outputs: ModelOutputs, kl: Tensor | None, sampled: Tensor) -> Metrics:
+    """How far the engines' log-probs are off, and the KL divergence from the reference, if it is in the rewards.
+
+    Over the tokens that were ``sampled``, bool [N].
+    """
     old = outputs.old_logprobs
     gap = None if old is None else (old - outputs.rollout_logprobs).abs_()
     found = {"rollout/logprob_gap": gap, "actor/kl_ref": kl}
     return {
-        name: (x.sum(dtype=torch.float64), torch.tensor(len(x), dtype=torch.float64))
+        name: (x.masked_fill(~sampled, 0.0).sum(dtype=torch.float64), sampled.sum().double())
         for name, x in found.items()
         if x is not None
     }

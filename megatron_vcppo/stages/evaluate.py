@@ -8,9 +8,9 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.checkpoint import load_model
-from megatron_vcppo.mcore.hf_weights_io import load_base, stream_hf
+from megatron_vcppo.mcore.hf_weights_io import stream_hf
 from megatron_vcppo.mcore.model import ActorModel, build_actor
+from megatron_vcppo.mcore.starting_weights import load_component, load_from_hf
 from megatron_vcppo.records import RolloutPart
 from megatron_vcppo.report.text_table import markdown_table, percent_interval, text_table
 from megatron_vcppo.run.events import startup
@@ -67,7 +67,7 @@ def generate(
     """A candidate's scored responses, which leaders store. Raises Stopped on every rank if any was asked to stop."""
     stopping.point()
     session.wait_for_engines()
-    candidate.load(model)
+    candidate.load(model, Path(config.model.hf))
     startup.done("model")
     session.push(version, lambda: stream_hf(model))
     rollouts = evaluation_rollouts(config, session, BatchNumber.candidate(version))
@@ -93,13 +93,19 @@ class Candidate:
     is_base: bool
     """Not a checkpoint of a run: a Hugging Face folder, or model.weights."""
 
-    def load(self, model: ActorModel) -> None:
-        """Put them into a model."""
-        load_base(model, self.folder) if self.is_base else load_model(model, self.folder)
+    def load(self, model: ActorModel, hf: Path) -> None:
+        """Put them into a model. hf: model.hf."""
+        if self.is_base:
+            load_from_hf(model, self.folder)
+        else:
+            load_component(model, self.folder, hf)
 
 
 def candidates(config: Config) -> dict[str, Candidate]:
-    """By name: evaluate.checkpoints, or the actors of the chain's finished stages, or else model.hf."""
+    """By name: evaluate.checkpoints, or the actors of the chain's finished stages, or else model.hf.
+
+    Of a stage that kept its best actor (``checkpoint.keep_best``), also that one, unless it is the last.
+    """
     chosen = config.evaluate.checkpoints
     for name, path in chosen.items():
         if Architecture.from_hf(path) != Architecture.from_hf(config.model.hf):
@@ -108,9 +114,13 @@ def candidates(config: Config) -> dict[str, Candidate]:
         return {name: Candidate(Path(path), True) for name, path in chosen.items()}
     found: dict[str, Candidate] = {}
     for stage in config.stages:
-        checkpoint = RunFolder.of(config).stage(stage).last_checkpoint("actor") if stage in ACTOR_STAGES else None
+        folder = RunFolder.of(config).stage(stage)
+        checkpoint = folder.last_checkpoint("actor") if stage in ACTOR_STAGES else None
         if checkpoint is not None:
             found[stage] = Candidate(checkpoint, False)
+            best = folder.best.resolve() if folder.best.is_dir() else checkpoint.parent
+            if best.name != checkpoint.parent.name:
+                found[f"{stage} {best.name}, best"] = Candidate(best / "actor", False)
     return found or {Path(config.model.base).name: Candidate(Path(config.model.base), True)}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.convert.adapter_weights import export_peft
 from megatron_vcppo.hf.convert.exporter import export_hf
 from megatron_vcppo.hf.convert.folders import unfinished
 from megatron_vcppo.mcore.model import torch_dtype
@@ -39,6 +40,12 @@ def run(config: Config) -> None:
             raise UserError("export.critic: no finished stage of this run has a critic")
         export(config, critic, folder.exported("critic"))
         outputs.append("critic")
+    if config.export.peft:
+        out = folder.exported("peft")
+        _remove_leftovers(config, out)
+        dtype = torch_dtype(config.export.dtype) if config.export.dtype else None
+        say(f"export: {checkpoint} -> {out}: {export_peft(checkpoint, out, Path(config.model.hf), dtype)}")
+        outputs.append("peft")
     # Last: a folder elsewhere is not touched if it is there, so an attempt that made it must not be repeated.
     export(config, checkpoint, Path(config.export.out) if config.export.out else folder.exported("actor"))
     outputs += ["hf"] if config.export.out is None else []
@@ -48,10 +55,7 @@ def run(config: Config) -> None:
 def export(config: Config, checkpoint: Path, out: Path) -> None:
     """One checked export, with progress."""
     dtype = torch_dtype(config.export.dtype) if config.export.dtype else None
-    if out.exists() and out.parent == RunFolder.of(config).stage("export").path:
-        shutil.rmtree(out)  # from an attempt that was killed before it could say that it was done
-    for leftover in unfinished(out):
-        shutil.rmtree(leftover, ignore_errors=True)  # from an attempt that was killed at work
+    _remove_leftovers(config, out)
     progress, seen = Progress("export", 100, unit="B"), 0
 
     def on_progress(done_bytes: int, total_bytes: int) -> None:
@@ -59,5 +63,12 @@ def export(config: Config, checkpoint: Path, out: Path) -> None:
         progress.update(100 * done_bytes // total_bytes, done_bytes - seen)
         seen = done_bytes
 
-    checked = export_hf(checkpoint, out, dtype, config.export.verify_logits, progress=on_progress)
+    checked = export_hf(checkpoint, out, dtype, config.export.verify_logits, on_progress, Path(config.model.hf))
     say(f"export: {checkpoint} -> {out}: {checked}")
+
+
+def _remove_leftovers(config: Config, out: Path) -> None:
+    if out.exists() and out.parent == RunFolder.of(config).stage("export").path:
+        shutil.rmtree(out)  # from an attempt that was killed before it could say that it was done
+    for leftover in unfinished(out):
+        shutil.rmtree(leftover, ignore_errors=True)  # from an attempt that was killed at work

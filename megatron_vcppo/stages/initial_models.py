@@ -6,52 +6,71 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.folders import is_megatron_lm
-from megatron_vcppo.mcore.checkpoint import load_learner, load_model
+from megatron_vcppo.hf.frozen import frozen_names, frozen_patterns
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.checkpoint import load_learner
 from megatron_vcppo.mcore.checkpoint_state import adam_steps, reset_moments
-from megatron_vcppo.mcore.hf_weights_io import load_base
+from megatron_vcppo.mcore.frozen import freeze
 from megatron_vcppo.mcore.learner import Critic
-from megatron_vcppo.mcore.model import ActorModel, CriticModel, build_actor, build_critic
+from megatron_vcppo.mcore.model import ActorModel, CriticModel, PackedGPT, build_actor, build_critic
+from megatron_vcppo.mcore.starting_weights import load_component, load_from_hf, stored_adapters
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.manifest import read_manifest
 from megatron_vcppo.stages.stage import actor_before
 
-HEAD = "value_head."
 
+def starting_actor(config: Config, stage: str, critic: CriticModel | None = None) -> ActorModel:
+    """The actor with the weights of the newest actor stage before this one, or of model.hf.
 
-def starting_actor(config: Config, stage: str) -> ActorModel:
-    """The actor with the weights of the newest actor stage before this one, or of model.hf (or model.weights)."""
-    arch = Architecture.from_hf(config.model.hf)
-    model = build_actor(arch, config.model, config.parallel)
+    critic: whose base is shared, if both have adapters and the same base.
+    """
+    hf = Path(config.model.hf)
+    model = build_actor(Architecture.from_hf(hf), config.model, config.parallel)
     checkpoint = actor_before(config, stage)
     if checkpoint is None:
-        load_base(model, config.model.base)
+        load_from_hf(model, Path(config.model.base), owner=critic)
     else:
-        load_model(model, checkpoint)
+        load_component(model, checkpoint, hf, owner=critic)
+    _say_base(stage, model, critic)
     return model
 
 
-def starting_critic(config: Config, stage: str, init: str, checkpoint_path: str | None) -> CriticModel:
-    """A critic: the trunk and head of an earlier critic, or an actor's trunk with a new head.
+def starting_critic(
+    config: Config, stage: str, init: str, checkpoint_path: str | None, actor: ActorModel | None = None
+) -> CriticModel:
+    """A critic: the trunk and head of an earlier critic, or an actor's trunk with a new head; frozen as configured.
 
-    Raises UserError if what ``init`` names is not there or is another model.
+    actor: whose base is shared, if both have adapters and the same base. Raises UserError if what ``init`` names is not
+    there or is another model, or if a pattern of frozen parameters does not fit the model.
     """
-    arch = Architecture.from_hf(config.model.hf)
+    hf = Path(config.model.hf)
+    arch = Architecture.from_hf(hf)
     model = build_critic(arch, config.model, config.parallel)
+    key, patterns = frozen_patterns(config, stage)
+    freeze(model, frozen_names(arch, patterns, key, config.parallel.pp))
+    trunk = actor_before(config, stage) if init == "sft" else None
     if init in ("value_pretrain", "reward_model", "checkpoint"):
         folder = _critic_folder(config, stage, init, checkpoint_path)
         if is_megatron_lm(folder):  # of a language model
-            load_base(model, folder)
+            load_from_hf(model, folder)
             return model
         check_same_model(folder, arch)
-        load_model(model, folder)
-        return model
-    trunk = actor_before(config, stage) if init == "sft" else None
-    if trunk is None:
-        load_base(model, config.model.base)
+        load_component(model, folder, hf, owner=actor)
+    elif trunk is not None:
+        load_component(model, trunk, hf, without_head=True, owner=actor)
     else:
-        load_model(model, trunk, without=HEAD)
+        load_from_hf(model, Path(config.model.base), owner=actor)
+    _say_base(stage, model, actor)
     return model
+
+
+def _say_base(stage: str, model: PackedGPT, owner: PackedGPT | None) -> None:
+    if owner is None or owner.base is None or model.base is None or not runtime.current().is_main:
+        return
+    is_shared = owner.base.fingerprint == model.base.fingerprint
+    text = "actor and critic share one base" if is_shared else f"the {model.kind} has a base of its own"
+    say(f"{stage}: {text}: {model.base.path}")
 
 
 def continue_pretraining(critic: Critic, config: Config) -> None:
@@ -64,6 +83,10 @@ def continue_pretraining(critic: Critic, config: Config) -> None:
         return
     folder = _critic_folder(config, "ppo", settings.init, settings.checkpoint_path)
     if is_megatron_lm(folder):
+        return
+    if critic.model.adapters is not None and stored_adapters(folder) is None:
+        if critic.runtime.is_main:
+            say(f"ppo: Adam's moments of the critic start at zero: its adapters are new, {folder} has none")
         return
     load_learner(critic, folder, weights=False)  # starting_critic loaded them
     critic.optimizer_steps = 0

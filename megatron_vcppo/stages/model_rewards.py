@@ -8,6 +8,7 @@ running moments are a part of the checkpoint.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from megatron_vcppo.algo.model_rewards import (
     model_rewards,
     summarize_model_rewards,
 )
-from megatron_vcppo.config import Config
+from megatron_vcppo.config import Config, LoraConfig
 from megatron_vcppo.data.bad_samples import BadSample
 from megatron_vcppo.data.mixture import training_sources
 from megatron_vcppo.data.packer import Packer
@@ -38,11 +39,11 @@ from megatron_vcppo.hf.reward_model import (
     uses_reward_model,
 )
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.checkpoint import load_model
 from megatron_vcppo.mcore.hf_weights_io import load_reward_model
 from megatron_vcppo.mcore.learner import FrozenValues
 from megatron_vcppo.mcore.model import CriticModel, build_critic
 from megatron_vcppo.mcore.row_exchange import broadcast_in_replica
+from megatron_vcppo.mcore.starting_weights import load_component, lora_of
 from megatron_vcppo.records import Prompt, Rollout, RolloutPart, TrainSequence
 from megatron_vcppo.run.log import say
 from megatron_vcppo.stages.initial_models import check_same_model
@@ -134,10 +135,11 @@ def load(config: Config) -> CriticModel:
     folder, path = reward_model_folder(config), config.rewards.model.path
     assert folder is not None, "called for a run with a reward model"
     arch = reward_architecture(config, Architecture.from_hf(config.model.hf))
-    model = build_critic(arch, replace(config.model, fp8="off"), config.parallel)
+    lora = lora_of(folder) if path is None else LoraConfig()
+    model = build_critic(arch, replace(config.model, fp8="off", lora=lora), config.parallel)
     if path is None:
         check_same_model(folder, arch)
-        load_model(model, folder)
+        load_component(model, folder, Path(config.model.hf))
     else:
         under_path_key(lambda: load_reward_model(model, folder))
     return model

@@ -9,7 +9,7 @@ from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.packing import PackedMicrobatch, unpack_each
 from megatron_vcppo.data.rollout_share import RolloutShare
 from megatron_vcppo.mcore.hf_weights_io import stream_hf
-from megatron_vcppo.mcore.learner import Actor, Critic, Learner, Reference
+from megatron_vcppo.mcore.learner import Actor, AdapterReference, Critic, Learner, Reference
 from megatron_vcppo.stages.initial_models import starting_actor, starting_critic
 from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.weight_sync.sync import PushResult
@@ -21,8 +21,9 @@ class PpoModels:
     def __init__(self, config: Config) -> None:
         settings = config.ppo
         steps_per_iteration = settings.ppo_epochs * settings.minibatches
+        model = starting_actor(config, "ppo")
         self.actor = Actor(
-            starting_actor(config, "ppo"),
+            model,
             config.parallel,
             settings.optimizer,
             settings.schedule,
@@ -33,16 +34,20 @@ class PpoModels:
         self.critic: Critic | None = None
         if settings.advantage.baseline == "critic":
             self.critic = Critic(
-                starting_critic(config, "ppo", settings.critic.init, settings.critic.checkpoint_path),
+                starting_critic(config, "ppo", settings.critic.init, settings.critic.checkpoint_path, model),
                 config.parallel,
                 settings.critic.optimizer,
                 settings.critic.schedule,
                 settings.iterations * steps_per_iteration * settings.critic.updates_per_actor_update,
             )
             self.learners["critic"] = self.critic
-        self.reference: Reference | None = None
+        self.reference: Reference | AdapterReference | None = None
         if settings.loss.kl_coef:
-            self.reference = Reference(starting_actor(config, "ppo"), config.rollout.temperature)
+            self.reference = (
+                Reference(starting_actor(config, "ppo"), config.rollout.temperature)
+                if model.adapters is None
+                else AdapterReference(self.actor)
+            )
 
 
 def push_actor(actor: Actor, session: RolloutSession, policy_version: int) -> PushResult:

@@ -48,7 +48,9 @@ def origin_of_evaluation(config: Config, candidates: dict[str, Path]) -> Origin:
     """The same for the stage evaluate. candidates: name → folder of the weights."""
     made: Origin = {"actors": [[name, identity(path)] for name, path in candidates.items()]}
     made |= {f"evaluate.{name}": getattr(config.evaluate, name) for name in ("temperature", "top_p")}
-    made |= {"prompts.verifiers": config.prompts.verifiers, "prompts.task": config.prompts.task}
+    made |= {
+        f"prompts.{name}": getattr(config.prompts, name) for name in ("verifiers", "task", "tools", "max_tool_calls")
+    }
     made |= {"run.seed": config.run.seed, "rollout.max_tokens": config.rollout.max_tokens}
     made |= {f"prompts.{name}": value for name, value in asdict(PromptFormat.of(config.prompts)).items()}
     return made | {"prompts.test": config.prompts.test, "model.max_length": config.model.max_length}

@@ -19,6 +19,7 @@ from megatron_vcppo.data.seeds import truncation_seed
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.learner import Critic
+from megatron_vcppo.mcore.model import ActorModel
 from megatron_vcppo.records import Rollout, TrainSequence
 from megatron_vcppo.run.events import startup
 from megatron_vcppo.stages.initial_models import starting_critic
@@ -36,11 +37,12 @@ def run(config: Config) -> None:
     stage, settings = start_stage(config, "reward_model"), config.reward_model
     with RolloutSession(stage) as session:
         session.start_engines()
-        examples = label_responses(load_responses(stage, session), settings, config.run.seed)
+        responses, actor = load_responses(stage, session)
+        examples = label_responses(responses, settings, config.run.seed)
     startup.done("rollouts")
     units = training_units(examples, settings)
     model = Critic(
-        starting_critic(config, "reward_model", "sft", checkpoint_path=None),
+        starting_critic(config, "reward_model", "sft", checkpoint_path=None, actor=actor),
         config.parallel,
         settings.optimizer,
         settings.schedule,
@@ -63,12 +65,13 @@ def run(config: Config) -> None:
     runtime.stop()
 
 
-def load_responses(stage: Stage, session: RolloutSession) -> list[Rollout]:
-    """Verified responses of the SFT actor, generated once and kept in RUN/reward_model/rollouts."""
+def load_responses(stage: Stage, session: RolloutSession) -> tuple[list[Rollout], ActorModel | None]:
+    """Verified responses of the SFT actor, generated once and kept in RUN/reward_model/rollouts; and that actor, if it
+    was loaded to generate them."""
     source = rollout_source(stage, session, reached=0)
     assert isinstance(source, StoredRollouts)
     rollouts = source.read_all()
-    return [rollouts[number] for _, number in source.order.next(len(rollouts))]
+    return [rollouts[number] for _, number in source.order.next(len(rollouts))], source.actor
 
 
 def label_responses(

@@ -26,6 +26,7 @@ from megatron_vcppo.rewards.registry import check_answer, isolation_of_code, res
 from megatron_vcppo.rewards.scorer import Scorer
 from megatron_vcppo.rollout.client import RequestId, RolloutClient
 from megatron_vcppo.rollout.messages import Sampling
+from megatron_vcppo.rollout.turns import ToolCalls
 from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.rollout_store import (
@@ -146,6 +147,7 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
                 config.prompts.verifiers,
                 config.rewards.code,
                 config.prompts.verify_memory_mib,
+                config.prompts.tools,
             )
             self.client = RolloutClient(
                 rendezvous,
@@ -154,6 +156,12 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
                 config.run.seed,
                 decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
                 show_progress=runtime.is_main,
+                tools=ToolCalls(
+                    self.scorer.tool_stops,
+                    self.scorer.call_tool,
+                    lambda text: self.tokenizer.encode(text, add_special_tokens=False),
+                    config.prompts.max_tool_calls,
+                ),
             )
         self._prompts: dict[str, list[Prompt]] = {}
         self.policy_version = -1

@@ -12,7 +12,7 @@ from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.integers import ceil_div
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.hf_weights_io import stream_hf
-from megatron_vcppo.mcore.model import ActorModel
+from megatron_vcppo.mcore.model import ActorModel, CriticModel
 from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.log import say
@@ -51,17 +51,21 @@ class RolloutSource(Protocol):
 
 
 def rollout_source(
-    stage: Stage, session: RolloutSession, reached: int, model_rewards: ModelRewards | None = None
+    stage: Stage,
+    session: RolloutSession,
+    reached: int,
+    model_rewards: ModelRewards | None = None,
+    critic: CriticModel | None = None,
 ) -> RolloutSource:
     """Rollouts of the policy that the stage starts from: fresh ones for every step, or its stored set.
 
     reached: the step from which the stage continues; stored rollouts after it that another policy made are dropped.
-    model_rewards: scores them.
+    model_rewards: scores them. critic: the one in training, as ``starting_actor`` takes it.
     """
     config = stage.config
     stream = session.training_prompts(fixed_policy_seed(config.run.seed))
     sampler = PromptSampler(config, session, stream, model_rewards.score if model_rewards is not None else None)
-    fresh = FreshRollouts(session, sampler, lambda: starting_actor(config, stage.name))
+    fresh = FreshRollouts(session, sampler, lambda: starting_actor(config, stage.name, critic))
     wanted = stored_set(config, stage.name)
     if wanted is not None:
         return StoredRollouts(wanted, fresh, stage)
@@ -75,17 +79,18 @@ class FreshRollouts:
 
     def __init__(self, session: RolloutSession, sampler: PromptSampler, load_actor: Callable[[], ActorModel]) -> None:
         self.session, self.sampler, self.load_actor = session, sampler, load_actor
-        self.pushed = False
+        self.actor: ActorModel | None = None
+        """Once it is loaded."""
 
     def next(self, count: int, step: int) -> RolloutPart:
         """Whole groups: at least ``count``."""
-        if not self.pushed:
+        if self.actor is None:
             actor = self.load_actor()
             self.session.share(actor)
             startup.done("model")
             self.session.wait_for_engines()
             self.session.push(0, lambda: stream_hf(actor))
-            self.pushed = True
+            self.actor = actor
         return self.sampler.rollouts_for(self._next_prompts(count), step)
 
     def skip(self, count: int) -> None:
@@ -120,6 +125,8 @@ class StoredRollouts:
         self.rollouts = self._load_or_make(fresh)
         """By number in the set, those of this rank."""
         fresh.session.trainer_turn()
+        self.actor = fresh.actor
+        """The policy, if it had to generate."""
         problem = misfit(self.rollouts.values(), wanted, stage.config)
         problems = [text for text in fresh.session.sync.exchange(problem) if text]
         if problems:

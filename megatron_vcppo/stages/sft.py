@@ -15,9 +15,9 @@ from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.data.vocabulary import stop_ids
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
-from megatron_vcppo.mcore.hf_weights_io import load_base
 from megatron_vcppo.mcore.learner import Actor, StepResult
 from megatron_vcppo.mcore.model import ActorModel, build_actor
+from megatron_vcppo.mcore.starting_weights import load_from_hf
 from megatron_vcppo.records import TrainSequence
 from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.folder import StageFolder
@@ -68,7 +68,7 @@ def base_actor(config: Config) -> ActorModel:
     arch = Architecture.from_hf(config.model.hf)
     arch.check_length(config.model.max_length)
     model = build_actor(arch, config.model, config.parallel)
-    load_base(model, config.model.base)
+    load_from_hf(model, Path(config.model.base))
     startup.done("model")
     return model
 

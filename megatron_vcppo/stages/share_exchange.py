@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_vcppo.data.packing import balance
-from megatron_vcppo.data.rollout_share import RolloutShare, RolloutTable, rows_of, tokens_of
+from megatron_vcppo.data.rollout_share import RolloutShare, RolloutTable, rows_of, sampled_tokens, tokens_of
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.row_exchange import broadcast_in_replica, exchange_rows, gather_from_leaders
 from megatron_vcppo.records import RolloutPart
@@ -36,11 +36,17 @@ def share_out(part: RolloutPart) -> RolloutShare:
     mine = np.flatnonzero(replicas == current.dp_rank)
     token_ids = torch.empty(int(batch.sequence_lengths[mine].sum()), dtype=torch.int32)
     logprobs = torch.empty(int(batch.lengths[mine].sum()))
+    sampled = torch.ones(len(logprobs), dtype=torch.bool)
     if current.is_leader:
         here = tokens_of(part.rollouts)
         token_ids = exchange_rows(here[0], batch.sequence_lengths, holders, replicas)
         logprobs = exchange_rows(here[1], batch.lengths.numpy(), holders, replicas)
-    return RolloutShare(batch, replicas, mine, broadcast_in_replica(token_ids), broadcast_in_replica(logprobs))
+        if batch.has_observations:
+            sampled = exchange_rows(sampled_tokens(part.rollouts), batch.lengths.numpy(), holders, replicas)
+    if batch.has_observations:
+        sampled = broadcast_in_replica(sampled)
+    token_ids, logprobs = broadcast_in_replica(token_ids), broadcast_in_replica(logprobs)
+    return RolloutShare(batch, replicas, mine, token_ids, logprobs, sampled)
 
 
 def move(
@@ -55,4 +61,8 @@ def move(
     token_ids = exchange_rows(share.token_ids, share.batch.sequence_lengths, share.replicas, replicas)
     moved = {name: exchange_rows(field, lengths, share.replicas, replicas) for name, field in fields.items()}
     logprobs = moved.get("rollout_logprobs", torch.zeros(0))
-    return RolloutShare(share.batch, replicas, rows, token_ids, logprobs), moved
+    if share.batch.has_observations:
+        sampled = exchange_rows(share.sampled, lengths, share.replicas, replicas)
+    else:
+        sampled = torch.ones(int(lengths[rows].sum()), dtype=torch.bool)
+    return RolloutShare(share.batch, replicas, rows, token_ids, logprobs, sampled), moved

@@ -169,10 +169,10 @@ class Updater:
     def microbatches(self, share: RolloutShare, fields: dict[str, Tensor], part: list[int]) -> list[PackedMicrobatch]:
         """This replica's micro-batches of a minibatch, in whose order its rollouts are packed."""
         trained = trained_rollouts(share.table, self.returns_config)
-        mask = share.per_token(trained)
+        mask = share.per_token(trained) & share.sampled
         weights = torch.zeros(len(mask))
         for block in share.blocks():
-            rows = block.mask & trained[block.rows, None]
+            rows = block.sampled & trained[block.rows, None]
             weights[block.tokens] = sequence_weights(rows, self.config.loss)[block.mask]
         fields = {
             "response_mask": mask,

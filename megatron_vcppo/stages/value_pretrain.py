@@ -42,7 +42,7 @@ def run(config: Config) -> None:
         loop = TrainLoop(
             stage, {"critic": critic}, settings.steps, settings.checkpoint, session=session, unit="rollouts"
         )
-        source, fit = rollout_source(stage, session, loop.step, model_rewards), FitHistory(settings)
+        source, fit = rollout_source(stage, session, loop.step, model_rewards, critic.model), FitHistory(settings)
         loop.track(rollouts=source, history=fit, **tracked(model_rewards))
         startup.done("rollouts")
         with loop:
@@ -91,17 +91,17 @@ def learn_returns(
     rewards = episode_rewards(share.table, returns_config, max_tokens)
     returns = torch.empty(share.num_tokens)
     for block in share.blocks():
-        block_rewards = token_rewards(rewards[block.rows], block.mask)
+        block_rewards = token_rewards(rewards[block.rows], block.sampled)
         _, block_returns = decoupled_gae(
             rewards=block_rewards,
             values=torch.zeros_like(block_rewards),
-            mask=block.mask,
+            mask=block.sampled,
             gamma=returns_config.gamma,
             lam_actor=1.0,
             lam_critic=1.0,
         )
         returns[block.tokens] = block_returns[block.mask]
-    mask = share.per_token(trained_rollouts(share.table, returns_config))
+    mask = share.per_token(trained_rollouts(share.table, returns_config)) & share.sampled
     tensors = {"response_mask": mask, "returns": returns}
     microbatches = packer.pack(share.sequences(tensors), field_types(tensors))
     size = LossSize.of(share.batch, trained_rollouts(share.batch, returns_config), max_tokens)

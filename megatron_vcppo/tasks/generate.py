@@ -9,8 +9,9 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.tasks.chain import LIST_OPERATIONS, RUNNING_SUM
 from megatron_vcppo.tasks.search import SEARCH
 from megatron_vcppo.tasks.task import DEFAULT_STYLE, Problem, Style, Task
+from megatron_vcppo.tasks.tool_sum import TOOL_SUM
 
-TASKS: dict[str, Task] = {task.name: task for task in (RUNNING_SUM, LIST_OPERATIONS, SEARCH)}
+TASKS: dict[str, Task] = {task.name: task for task in (RUNNING_SUM, LIST_OPERATIONS, SEARCH, TOOL_SUM)}
 """Every synthetic task by its name, which is the ``task`` of its prompts."""
 
 _MAX_REJECTED = 20_000

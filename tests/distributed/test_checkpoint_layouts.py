@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_vcppo.config import Dtype, ParallelConfig
+from megatron_vcppo.hf.frozen import frozen_names
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_learner
 from megatron_vcppo.mcore.checkpoint_state import adam_steps, owned_ranges, tensors_to_save
+from megatron_vcppo.mcore.frozen import freeze
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.model import CriticModel
 from tests.helpers.checkpoints import checkpoint_folder
@@ -184,6 +186,52 @@ def test_another_dtype_takes_the_main_parameters_or_becomes_them(tmp_path: Path)
     assert_equal(content(tmp_path / "2" / "iter_0000001"), half)
 
 
+ATTENTION = ["*.self_attn.*"]
+
+
+def freeze_attention(critic: CriticModel) -> None:
+    freeze(critic, frozen_names(critic.arch, ATTENTION, "ppo.critic.frozen"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+def test_frozen_parameters_have_weights_alone_and_can_be_trained_later(tmp_path: Path, dtype: Dtype) -> None:
+    hf = save_tiny_model(tmp_path / "hf")
+
+    def save_frozen(source: Path | None, folder: Path, parallel: ParallelConfig, prepare: Any) -> int:
+        learners = trained(hf, parallel, dtype, prepare) if source is None else {}
+        if source is not None:
+            learners = dict(zip(("actor", "critic"), start(hf, parallel, dtype, prepare=prepare), strict=True))
+            for name, learner in learners.items():
+                load_learner(learner, source / name)
+        checkpoint_folder(folder, hf).save(1, learners, {})
+        return sum(buffer.numel for buffer in learners["critic"].ddp.buffers)
+
+    first, second, third = (tmp_path / name / "iter_0000001" for name in "012")
+    (with_gradients, *_) = run_distributed_test(save_frozen, 2, None, first.parent, distributed(), freeze_attention)
+    saved = content(first)
+    kinds = ("linear_qkv.weight", "linear_qkv.bias", "linear_proj.weight")
+    frozen = [f"critic decoder.layers.self_attention.{kind}" for kind in kinds]
+    trained_ones = [key for key in saved if key.startswith("critic ") and STATE not in key and key not in frozen]
+    moments = [
+        f"critic {STATE}.{name}.{key.removeprefix('critic ')}" for key in frozen for name in ("exp_avg", "param")
+    ]
+    assert set(frozen) < saved.keys() and not set(moments) & saved.keys()
+    assert all(f"critic {STATE}.exp_avg.{key.removeprefix('critic ')}" in saved for key in trained_ones)
+    num_trained = sum(saved[key].numel() for key in trained_ones)
+    assert num_trained <= with_gradients < num_trained + sum(saved[key].numel() for key in frozen)
+    run_distributed_test(save_frozen, 4, first, second.parent, ParallelConfig(tp=2, pp=2), freeze_attention)
+    assert_equal(content(second), saved)
+    run_distributed_test(save_frozen, 2, second, third.parent, distributed(tp=2), lambda critic: None)
+    thawed = content(third)
+    assert_equal({key: thawed[key] for key in saved}, saved)
+    for key in (name.removeprefix("critic ") for name in frozen):
+        assert (
+            not thawed[f"critic {STATE}.exp_avg.{key}"].any() and not thawed[f"critic {STATE}.exp_avg_sq.{key}"].any()
+        )
+        if dtype == "bfloat16":
+            assert torch.equal(thawed[f"critic {STATE}.param.{key}"], saved[f"critic {key}"].float())
+
+
 def test_no_rank_copies_or_writes_state_that_is_not_its_own(tmp_path: Path) -> None:
     hf = save_tiny_model(tmp_path / "hf")
 
@@ -212,3 +260,21 @@ def weights_of(hf: Path) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in actor.model.named_parameters()}
 
     return run_distributed_test(body, 1)[0]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_layers_above_a_frozen_embedding_are_trained(tmp_path: Path, recompute: Any) -> None:
+    """What recomputes a layer's activations gives no gradients to a layer whose input needs none."""
+    hf = save_tiny_model(tmp_path / "hf", num_hidden_layers=2)
+    parallel = ParallelConfig(recompute=recompute)
+
+    def prepare(critic: CriticModel) -> None:
+        freeze(critic, frozen_names(critic.arch, ["model.embed_tokens.*"], "ppo.critic.frozen"))
+
+    def body() -> set[str]:
+        _, critic = start(hf, parallel, prepare=prepare)
+        before = {name: p.detach().clone() for name, p in critic.model.named_parameters()}
+        step(critic, parallel, 0)
+        return {name for name, p in critic.model.named_parameters() if torch.equal(p, before[name])}
+
+    assert run_distributed_test(body, 1)[0] == {"embedding.word_embeddings.weight"}

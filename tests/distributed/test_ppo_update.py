@@ -11,7 +11,7 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.records import Rollout
 from megatron_vcppo.stages.updates import UpdateMetrics
 from tests.helpers.distributed import run_distributed_test
-from tests.helpers.ppo_reference import reference_update
+from tests.helpers.ppo_reference import reference_update, sampled
 from tests.helpers.ppo_update import (
     HEAD,
     build,
@@ -21,11 +21,18 @@ from tests.helpers.ppo_update import (
     reference_of,
     save_models,
     share_of,
+    with_observations,
 )
 
 VAPO = {
     "advantage": {"length_adaptive_alpha": 0.2},
     "loss": {"clip_high": 0.28, "positive_lm_coef": 0.1, "kl_coef": 0.05},
+}
+
+SAO = {
+    "advantage": {"length_adaptive_alpha": 0.2},
+    "loss": {"kind": "dis", "clip_low": 0.8, "clip_high": 0.3},
+    "critic": {"frozen": ["*.self_attn.*"], "updates_per_actor_update": 2},
 }
 
 
@@ -67,13 +74,17 @@ def distances(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("family", "ppo"),
-    [("qwen2", {}), ("qwen2", VAPO), ("qwen3", {}), ("qwen3", VAPO), ("qwen3_moe", VAPO)],
-    ids=["qwen2-vcppo", "qwen2-vapo", "qwen3-vcppo", "qwen3-vapo", "qwen3_moe-vapo"],
+    [*((family, ppo) for family in ("qwen2", "qwen3") for ppo in ({}, VAPO, SAO)), ("qwen3_moe", VAPO)],
+    ids=[*(f"{family}-{name}" for family in ("qwen2", "qwen3") for name in ("vcppo", "vapo", "sao")), "qwen3_moe-vapo"],
 )
 def test_an_update_equals_plain_torch(tmp_path: Path, family: str, ppo: dict[str, Any]) -> None:
     folder = save_models(tmp_path, family)
     config, rollouts = make_config(folder, ppo), make_rollouts()
+    if ppo:  # with tokens of a tool
+        rollouts = with_observations(rollouts)
     ours = run(config, rollouts)
+    kept = torch.cat([sampled(rollout) for rollout in rollouts])
+    ours |= {name: value[kept] for name, value in ours.items() if isinstance(value, torch.Tensor)}
     theirs = {
         name: torch.cat(value) if isinstance(value, list) else value
         for name, value in reference_update(folder, reference_of(config), HEAD, config, rollouts).items()
@@ -82,7 +93,8 @@ def test_an_update_equals_plain_torch(tmp_path: Path, family: str, ppo: dict[str
     assert max(worst.values()) <= 1e-4, worst
     moved = float((ours["logprobs_after"] - ours["old_logprobs"]).abs().max())
     assert moved > 0.05 and float((ours["values_after"] - ours["values"]).abs().max()) > 0.01
-    assert ours["actor/clip_fraction"] > 0
+    left_out = ["actor/dis_masked_low", "actor/dis_masked_high"] if ppo is SAO else ["actor/clip_fraction"]
+    assert all(ours[name] > 0 for name in left_out)
 
 
 def test_an_update_of_a_mixture_is_the_same_with_divided_experts(tmp_path: Path) -> None:
@@ -116,6 +128,15 @@ def test_an_update_is_the_same_under_every_layout(
     world_size, sizes = LAYOUTS[layout]
     worst = distances(alone, run(config, rollouts, world_size, **sizes))
     assert max(worst.values()) <= 1e-5, worst
+
+
+def test_tools_and_a_frozen_critic_are_the_same_under_every_layout(tmp_path: Path) -> None:
+    config, rollouts = make_config(save_models(tmp_path, "qwen3"), SAO), with_observations(make_rollouts())
+    alone = run(config, rollouts)
+    for layout in ("tp2pp2-sequence-parallel", "dp2-distributed-optimizer"):
+        world_size, sizes = LAYOUTS[layout]
+        worst = distances(alone, run(config, rollouts, world_size, **sizes))
+        assert max(worst.values()) <= 1e-5, (layout, worst)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

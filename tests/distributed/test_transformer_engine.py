@@ -12,7 +12,9 @@ from torch import Tensor
 
 from megatron_vcppo.config import ParallelConfig
 from megatron_vcppo.hf.convert.exporter import export_hf
+from megatron_vcppo.hf.convert.importer import import_hf
 from tests.helpers.distributed import run_distributed_test
+from tests.helpers.lora import LORA
 from tests.helpers.te.process import Call
 from tests.helpers.te.scenarios import (
     Case,
@@ -25,6 +27,7 @@ from tests.helpers.te.scenarios import (
     fp8_step_of_unequal_replicas,
     outputs_and_gradients,
     train,
+    weights_on_a_component,
 )
 from tools.benchmarks._tiny_models import YARN, save_tiny_model
 
@@ -64,6 +67,31 @@ def test_outputs_and_gradients_equal_own_layers(
     theirs = te_ranks(outputs_and_gradients, 1, replace(case, model=TE))[0]
     assert len(ours) > 15
     assert_close(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("qwen2", {}), ("qwen3", {"tp": 2, "sequence_parallel": True, "recompute": "full"})],
+    ids=["one-rank", "tp2-sequence-parallel-recompute"],
+)
+def test_adapters_equal_those_on_own_layers(te_ranks: Call, tmp_path: Path, family: str, layout: dict) -> None:
+    parallel = ParallelConfig(**layout)
+    hf = save_tiny_model(tmp_path / "hf", family, num_hidden_layers=2)
+    case = Case(hf, {**SIDES["torch"], "lora": LORA}, parallel)
+    ours = run_distributed_test(outputs_and_gradients, parallel.tp, case)
+    theirs = te_ranks(outputs_and_gradients, parallel.tp, replace(case, model={**TE, "lora": LORA}))
+    for own, other in zip(ours, theirs, strict=True):
+        assert len(own) == 2 + 2 * 2 * 7 and min(float(value.abs().max()) for value in own.values()) > 1e-6
+        assert_close(own, other, 1e-5)
+
+
+def test_a_component_is_the_base_of_adapters(te_ranks: Call, tmp_path: Path) -> None:
+    """Norms lie elsewhere in layers with adapters, but not in checkpoints."""
+    hf = save_tiny_model(tmp_path / "hf", num_hidden_layers=2)
+    import_hf(hf, tmp_path / "component", 1, 1)
+    pushed = te_ranks(weights_on_a_component, 1, Case(hf, {**TE, "lora": LORA}), tmp_path / "component")[0]
+    stored = load_file(hf / "model.safetensors")
+    assert pushed.keys() == stored.keys() and all(torch.equal(pushed[name], stored[name]) for name in stored)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -127,6 +155,21 @@ def test_training_is_the_same_under_every_layout(te_ranks: Call, tmp_path: Path,
             assert ours == pytest.approx(theirs, abs=1e-5)
 
 
+def test_a_frozen_critic_trains_like_with_own_layers(te_ranks: Call, tmp_path: Path) -> None:
+    """Also with gradients that are reduced during the backward pass; only what is trained moves."""
+    hf = save_tiny_model(tmp_path / "hf", "qwen3", num_hidden_layers=2)
+    case = Case(hf, SIDES["torch"], kind="critic", frozen=("*.self_attn.*",))
+    ours = run_distributed_test(train, 1, case, tmp_path / "torch", range(3))[0]
+    parallel = ParallelConfig(distributed_optimizer=True, overlap=True)
+    for found in te_ranks(train, 2, replace(case, model=TE, parallel=parallel), tmp_path / "te", range(3)):
+        for loss_and_norm, expected in zip(found["history"], ours["history"], strict=True):
+            assert loss_and_norm == pytest.approx(expected, abs=1e-5)
+        assert_close(found["weights"], ours["weights"], 1e-4)
+        before = load_file(hf / "model.safetensors")
+        moved = {name for name, weight in found["weights"].items() if not torch.equal(weight, before[name])}
+        assert moved == {name for name in found["weights"] if ".self_attn." not in name}
+
+
 def test_gradients_are_added_in_the_matrix_product(te_ranks: Call, tmp_path: Path) -> None:
     case = Case(save_tiny_model(tmp_path / "hf", num_hidden_layers=2), TE)
     in_place = te_ranks(added_in_place, 1, case)[0]
@@ -178,6 +221,18 @@ def test_fp8_trains_close_to_bfloat16_and_resumes(te_ranks: Call, tmp_path: Path
     differences = (found["resumed"] - found["again"]).abs()
     # "delayed" starts its history again with a resume: other scales, so another rounding.
     assert differences.max() == 0 if recipe == "current" else 0 < differences.mean() < 0.1
+
+
+def test_fp8_below_adapters(te_ranks: Call, tmp_path: Path) -> None:
+    """The base's products are in 8 bits, the adapters' are not."""
+    case = Case(save_tiny_model(tmp_path / "hf", num_hidden_layers=2), {**TE, "dtype": "bfloat16", "lora": LORA})
+    plain, found = (
+        te_ranks(fp8_run, 1, replace(case, model={**case.model, "fp8": fp8}), tmp_path / fp8)[0]
+        for fp8 in ("off", "hybrid")
+    )
+    assert plain["quantized"] == 0 and found["quantized"] == 8
+    assert found["losses"] == pytest.approx(plain["losses"], rel=0.02)
+    assert len({float(x.sum()) for x in found["logprobs"]}) == 4, "every step must show in the next pass"
 
 
 def test_fp8_with_delayed_scales_takes_replicas_with_different_numbers_of_microbatches(

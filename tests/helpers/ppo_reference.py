@@ -1,6 +1,7 @@
 """One PPO update with transformers and plain torch, a sequence at a time: the oracle of the distributed one."""
 
 import dataclasses
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from megatron_vcppo.records import Rollout
 from megatron_vcppo.stages.updates import minibatches
 
 Rows = list[Tensor]
-"""One number per response token, a tensor per rollout."""
+"""One number per sampled response token, a tensor per rollout."""
 
 
 class ReferenceCritic(nn.Module):
@@ -27,13 +28,22 @@ class ReferenceCritic(nn.Module):
     def forward(self, rollout: Rollout) -> Tensor:
         ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
         values = self.head(self.trunk(ids).last_hidden_state)[0, :, 0]
-        return values[len(rollout.prompt.token_ids) - 1 : -1]  # the state in which each response token is chosen
+        values = values[len(rollout.prompt.token_ids) - 1 : -1]  # the state in which each response token is chosen
+        return values[sampled(rollout)]
+
+
+def sampled(rollout: Rollout) -> Tensor:
+    """bool [response tokens]: what the policy wrote; the oracle has no other tokens."""
+    is_sampled = [
+        not any(start <= t < end for start, end in rollout.observations) for t in range(len(rollout.response_ids))
+    ]
+    return torch.tensor(is_sampled)
 
 
 def logprobs_of(model: nn.Module, rollout: Rollout, temperature: float) -> Tensor:
     ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
     logprobs = (model(ids).logits[0, :-1] / temperature).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    return logprobs[len(rollout.prompt.token_ids) - 1 :]
+    return logprobs[len(rollout.prompt.token_ids) - 1 :][sampled(rollout)]
 
 
 def gae(rewards: Tensor, values: Tensor, lam: float) -> Tensor:
@@ -55,8 +65,9 @@ class Trainer:
     weight_decay: float
 
     def __post_init__(self) -> None:
-        matrices = [p for p in self.model.parameters() if p.dim() > 1]
-        vectors = [p for p in self.model.parameters() if p.dim() == 1]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        matrices = [p for p in trained if p.dim() > 1]
+        vectors = [p for p in trained if p.dim() == 1]
         groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.8, 0.95), eps=1e-5)
         self.grad_norms: list[float] = []
@@ -76,7 +87,8 @@ def reference_update(
     """Old log-probs and values, advantages and returns, the update; then log-probs and values of the new weights.
 
     kl_reference: folder of the model from which the KL divergence is taken. Knows the token-level loss, clip-higher,
-    length-adaptive λ, k3 in the loss, positive examples and whitening.
+    double-sided importance sampling, length-adaptive λ, k3 in the loss, positive examples, whitening, frozen parameters
+    of the critic and several of its updates per actor update.
     """
     ppo, temperature = config.ppo, config.rollout.temperature
     actor = Trainer(
@@ -84,8 +96,11 @@ def reference_update(
         ppo.optimizer.lr,
         ppo.optimizer.weight_decay,
     )
+    critic_model = ReferenceCritic(folder, head)
+    for name, parameter in critic_model.trunk.named_parameters():
+        parameter.requires_grad_(not any(fnmatchcase(f"model.{name}", pattern) for pattern in ppo.critic.frozen))
     critic = Trainer(
-        ReferenceCritic(folder, head),
+        critic_model,
         ppo.critic.optimizer.lr,
         ppo.critic.optimizer.weight_decay,
     )
@@ -110,16 +125,21 @@ def reference_update(
     good = [float(rollout.reward or 0.0) > 0 for rollout in rollouts]
     for ppo_epoch in range(ppo.ppo_epochs):
         for part in minibatches(len(rollouts), ppo.minibatches, config.run.seed, 1, ppo_epoch):
-            num_tokens = sum(len(rollouts[i].response_ids) for i in part)
-            errors = [(critic.model(rollouts[i]) - returns[i]).square().sum() for i in part]
-            critic.step(0.5 * torch.stack(errors).sum() / num_tokens)
-            num_positive = sum(len(rollouts[i].response_ids) for i in part if good[i])
+            num_tokens = sum(int(sampled(rollouts[i]).sum()) for i in part)
+            for _ in range(ppo.critic.updates_per_actor_update):
+                errors = [(critic.model(rollouts[i]) - returns[i]).square().sum() for i in part]
+                critic.step(0.5 * torch.stack(errors).sum() / num_tokens)
+            num_positive = sum(int(sampled(rollouts[i]).sum()) for i in part if good[i])
             loss = torch.tensor(0.0)
             for i in part:
                 logprobs = logprobs_of(actor.model, rollouts[i], temperature)
-                ratio = (logprobs - old[i]).exp()
-                clipped = ratio.clamp(1 - ppo.loss.clip_low, 1 + ppo.loss.clip_high)
-                surrogate = torch.minimum(ratio * advantages[i], clipped * advantages[i])
+                low, high = 1 - ppo.loss.clip_low, 1 + ppo.loss.clip_high
+                if ppo.loss.kind == "dis":
+                    ratio = (logprobs - torch.tensor(rollouts[i].rollout_logprobs)[sampled(rollouts[i])]).exp()
+                    surrogate = ratio * advantages[i] * ((ratio >= low) & (ratio <= high))
+                else:
+                    ratio = (logprobs - old[i]).exp()
+                    surrogate = torch.minimum(ratio * advantages[i], ratio.clamp(low, high) * advantages[i])
                 difference = reference[i] - logprobs
                 k3 = difference.exp() - 1 - difference
                 loss = loss + (-surrogate + ppo.loss.kl_coef * k3).sum() / num_tokens

@@ -1,6 +1,6 @@
 """A small batch of rollouts, the models that learn from it, and one update under any layout."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.rollout_share import ModelOutputs, RolloutShare
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.frozen import frozen_names
 from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.frozen import freeze
 from megatron_vcppo.mcore.hf_weights_io import load_hf
 from megatron_vcppo.mcore.learner import Actor, Critic, Reference
 from megatron_vcppo.mcore.model import ActorModel, build_actor, build_critic
@@ -73,6 +75,20 @@ def make_rollouts(num_prompts: int = 8, num_samples: int = 2, seed: int = 0) -> 
             reward = 1.0 if (number + sample) % 2 or number == 5 else -1.0
             rollouts.append(Rollout(prompt, sample, 0, ids, "", logprobs, reason, 0, reward, ""))
     return rollouts
+
+
+def with_observations(rollouts: list[Rollout]) -> list[Rollout]:
+    """The same with a span in the middle, and in some a second one at the end, that a tool wrote."""
+    found = []
+    for i, rollout in enumerate(rollouts):
+        length = len(rollout.response_ids)
+        spans = [(1, 1 + length // 3)] if length > 3 else []
+        spans += [(length - 1, length)] if spans and i % 3 == 0 else []
+        logprobs = [*rollout.rollout_logprobs]
+        for start, end in spans:
+            logprobs[start:end] = [0.0] * (end - start)
+        found.append(replace(rollout, observations=tuple(spans), rollout_logprobs=logprobs))
+    return found
 
 
 def share_of(rollouts: list[Rollout]) -> RolloutShare:
@@ -164,6 +180,7 @@ def build(config: Config) -> Models:
     if ppo.advantage.baseline == "critic":
         model = build_critic(arch, config.model, config.parallel)
         load_hf(model, config.model.hf)
+        freeze(model, frozen_names(arch, ppo.critic.frozen, "ppo.critic.frozen", config.parallel.pp))
         if joined.is_last_stage:
             model.value_head.weight.data.copy_(HEAD[None])
         critic = Critic(model, config.parallel, ppo.critic.optimizer, ppo.critic.schedule, 4)

@@ -9,7 +9,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -18,13 +19,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_vcppo.records import Rollout
+from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.rollout import engine_http, messages
 from megatron_vcppo.rollout.auth import Call
 from megatron_vcppo.rollout.client import RolloutError
 from megatron_vcppo.rollout.messages import Sampling
+from megatron_vcppo.rollout.turns import ToolCalls
 from megatron_vcppo.run.processes import alive
 from megatron_vcppo.run.secret import read_secret
+from megatron_vcppo.tasks.word_tokenizer import WORDS, build_tokenizer
 from megatron_vcppo.weight_sync.joiners import begin, finish_with_joiners
 from megatron_vcppo.weight_sync.sync import WeightSyncError
 from megatron_vcppo.weight_sync.transport import DiskTransport
@@ -141,6 +144,41 @@ def test_sampled_logprobs_are_the_policys_and_seeds_repeat(node, models) -> None
     assert [r.response_ids for r in again] == [r.response_ids for r in rollouts]
     other = client.generate(PROMPTS, 4, 1, Sampling(temperature=0.7), 2)
     assert [r.response_ids for r in other] != [r.response_ids for r in rollouts]
+
+
+def test_a_response_continues_behind_what_a_tool_wrote(node, models) -> None:
+    """Log-probs of every turn are those of the model on the whole sequence; the budget is that of the response."""
+    model = AutoModelForCausalLM.from_pretrained(models[1], dtype=torch.float32).eval()
+    tokenizer = build_tokenizer()
+    wrote = [WORDS.index("back"), WORDS.index("3")]
+    seen: list[str] = []
+
+    def call(prompt: Prompt, text: str) -> "Future[str]":
+        seen.append(text)
+        written: Future[str] = Future()
+        written.set_result("back 3")
+        return written
+
+    tools = ToolCalls({"test": "7"}, call, lambda text: tokenizer.encode(text, add_special_tokens=False), max_calls=3)
+    client = replace(node.client(max_tokens=100), decode=tokenizer.decode, tools=tools)
+    sampling = Sampling(ignore_eos=True)
+    rollouts = client.generate(PROMPTS, 3, 1, sampling, 1)
+    assert sum(len(rollout.observations) for rollout in rollouts) == len(seen) > 0
+    assert all("7" in text.split()[-1] for text in seen) and any("7 back 3" in text for text in seen)
+    for rollout in rollouts:
+        ids = list(rollout.response_ids)
+        assert len(ids) == 100 and rollout.truncated and rollout.response_text == tokenizer.decode(ids)
+        calls = [t for t, token in enumerate(ids) if "7" in WORDS[token]][:3]  # 7, +7, #17, …
+        assert rollout.observations == tuple((t + 1, min(t + 3, 100)) for t in calls if t + 1 < 100)
+        whole = torch.tensor([[*rollout.prompt.token_ids, *ids]])
+        with torch.no_grad():
+            logprobs = model(whole).logits[0, len(rollout.prompt.token_ids) - 1 : -1].log_softmax(-1)
+        expected = logprobs.gather(1, torch.tensor(ids)[:, None])[:, 0]
+        for start, end in rollout.observations:
+            assert ids[start:end] == wrote[: end - start]
+            expected[start:end] = 0.0
+        assert torch.allclose(torch.tensor(rollout.rollout_logprobs), expected, atol=1e-3)
+    assert client.generate(PROMPTS, 3, 1, sampling, 1) == rollouts
 
 
 def test_a_stop_string_ends_a_response(node) -> None:

@@ -31,6 +31,7 @@ METHODS = {
     "vapo": ["sft", "reward_model", "value_pretrain", "ppo", "export", "evaluate"],
     "dapo": ["ppo", "export", "evaluate"],
     "grpo": ["sft", "ppo", "export", "evaluate"],
+    "sao": ["sft", "value_pretrain", "ppo", "export", "evaluate"],
 }
 """Recipes next to VC-PPO's, with the stages of their chains."""
 
@@ -39,7 +40,7 @@ def arguments_for(folder: Path, size: str, method: str = "vcppo") -> list[str]:
     """A recipe, and what a user adds to it."""
     model, data = folder / "model", folder / "data.jsonl"
     model.mkdir(exist_ok=True)
-    (model / "config.json").write_text(json.dumps(MODELS[size]))
+    (model / "config.json").write_text(json.dumps(MODELS[size.removesuffix("_lora")]))
     data.touch()
     keys = {"run.dir": folder / "run", "model.hf": model, "sft.train": data}
     keys |= {"prompts.train": data, "prompts.test": data}
@@ -73,6 +74,16 @@ def test_every_method_is_planned_and_would_be_submitted(method: str, size: str, 
     arguments = [*arguments_for(tmp_path, size, method), "--cluster", "example-h100"]
     assert main(["plan", *arguments]) == 0, capsys.readouterr().out
     assert "does not fit" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_32b_with_adapters_is_trained_by_one_node(profile: str, tmp_path: Path, capsys) -> None:
+    one = ["cluster.trainer_nodes=1", *(["parallel.tp=4"] if profile == "example-split" else [])]
+    assert dry_run(tmp_path, "32b_lora", profile, *one) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.count(" GiB per rank") == 6
+    assert main(["plan", *arguments_for(tmp_path, "32b_lora"), "--cluster", profile, *one]) == 0
+    assert dry_run(tmp_path, "32b", profile, *one, "parallel.pp=1") == 2
+    assert "parallel.pp" in capsys.readouterr().err, "all weights do not fit"
 
 
 def test_the_7b_recipe_fits_one_node_of_split_gpus(tmp_path: Path, capsys) -> None:

@@ -19,6 +19,7 @@ def measure(rank: int, config: Any, stage: str) -> tuple[int, int]:
     from megatron_vcppo.launch.memory_plan import models_of
     from megatron_vcppo.mcore import runtime
     from megatron_vcppo.mcore.learner import Actor, Critic
+    from megatron_vcppo.mcore.lora import share_base
     from megatron_vcppo.mcore.model import build_actor, build_critic
     from megatron_vcppo.records import TrainSequence
     from megatron_vcppo.stages.training_losses import TokenLoss
@@ -42,14 +43,23 @@ def measure(rank: int, config: Any, stage: str) -> tuple[int, int]:
     before = status_bytes("VmRSS")
     settings = (parallel, OptimizerConfig(), ScheduleConfig(), 2)
     trained, frozen = models_of(config, stage)
-    kept = [build_actor(arch, config.model, parallel) for _ in frozen]
+    kept: list[Any] = []
+
+    def build(kind: str) -> Any:
+        model: Any = (build_actor if kind == "actor" else build_critic)(arch, config.model, parallel)
+        if model.adapters is not None and kept:
+            share_base(model, kept[0])
+        kept.append(model)
+        return model
+
+    for kind in frozen:
+        build(kind)
     learners: list[tuple[Any, Any]] = []
     for kind in trained:
         if kind == "actor":
-            actor = Actor(build_actor(arch, config.model, parallel), *settings)
-            learners.append((actor, TokenLoss(len(batch) * (length - 1))))
+            learners.append((Actor(build(kind), *settings), TokenLoss(len(batch) * (length - 1))))
         else:
-            learners.append((Critic(build_critic(arch, config.model, parallel), *settings), critic_loss))
+            learners.append((Critic(build(kind), *settings), critic_loss))
 
     def step() -> None:
         for learner, loss in learners:
@@ -58,6 +68,6 @@ def measure(rank: int, config: Any, stage: str) -> tuple[int, int]:
     step()  # untouched zeros take no memory: only a step fills gradients and moments
     held = status_bytes("VmRSS")
     peak = held + peak_bytes(step)
-    del kept
+    kept.clear()
     runtime.stop()
     return held - before, peak - before

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens-per-microbatch", type=int, default=1024)
     parser.add_argument("--layouts", nargs="*", choices=list(LAYOUTS), default=list(LAYOUTS), metavar="LAYOUT")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=["sft"], help="default: sft")
+    parser.add_argument("--lora-rank", type=int, help="train adapters of this rank on a shared base; default: none")
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def _config(args: argparse.Namespace, hf: Path, layout: str) -> Config:
     config = Config()
     config.model.hf, config.model.dtype, config.model.max_length = str(hf), "float32", args.tokens_per_microbatch
-    config.parallel.tokens_per_microbatch = args.tokens_per_microbatch
+    config.parallel.tokens_per_microbatch, config.model.lora.rank = args.tokens_per_microbatch, args.lora_rank
     for key, value in LAYOUTS[layout].items():
         setattr(config.parallel, key, value)
     return config

@@ -31,6 +31,28 @@ def fp8(config: Config) -> Iterator[str]:
         yield f"model.fp8 {model.fp8} needs GPUs, but cluster.gpus_per_node is 0: set model.fp8=off"
 
 
+def lora(config: Config) -> Iterator[str]:
+    """Adapters have layers to be in, and an export of them has adapters."""
+    settings = config.model.lora
+    if settings.rank is not None:
+        if not settings.targets:
+            yield f"model.lora.rank {settings.rank} needs model.lora.targets: name at least one layer, such as [q_proj]"
+        for target in dict.fromkeys(settings.targets):
+            if (count := settings.targets.count(target)) > 1:
+                yield f"model.lora.targets names {target} {count} times: name it once"
+        if config.model.weights is not None:
+            yield (
+                f"model.lora.rank {settings.rank} takes the weights of model.hf, not model.weights, a checkpoint of "
+                "Megatron-LM: set that to null"
+            )
+        frozen = {"value_pretrain.frozen": config.value_pretrain.frozen, "ppo.critic.frozen": config.ppo.critic.frozen}
+        for key, patterns in frozen.items():
+            if patterns:
+                yield f"{key} {patterns}: below adapters (model.lora.rank {settings.rank}) all is frozen: set it to []"
+    if config.export.peft and settings.rank is None and "export" in config.stages:
+        yield "export.peft exports adapters: it needs model.lora.rank"
+
+
 def sft(config: Config) -> Iterator[str]:
     """The warm-up ends within training."""
     steps, warmup = config.sft.steps, config.sft.schedule.warmup_steps
@@ -175,6 +197,7 @@ def kept_checkpoints(config: Config) -> Iterator[str]:
 CHAIN_RULES = (
     stages,
     fp8,
+    lora,
     sft,
     prompt_template,
     response_length,

@@ -39,3 +39,5 @@ class ExportConfig:
     """Compare the logits of a short prompt with those of the Megatron model."""
     critic: bool = False
     """Also export the critic, to RUN/export/critic."""
+    peft: bool = False
+    """Also export the actor's adapters, unmerged, as PEFT reads them, to RUN/export/peft; needs model.lora.rank."""

@@ -1,6 +1,6 @@
 """Sections ``model`` and ``parallel``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from omegaconf import MISSING
@@ -8,6 +8,24 @@ from omegaconf import MISSING
 from megatron_vcppo.config.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 
 Dtype = Literal["bfloat16", "float32"]
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters: all stages train these and the heads of critics, and leave the model's weights as they are.
+
+    Actor and critic have their own adapters. Where both start from the same weights, PPO holds these once.
+    """
+
+    rank: PositiveInt | None = None
+    """Rank of every adapter. Default: none, all weights are trained."""
+    alpha: PositiveFloat = 32.0
+    """An adapter adds alpha / rank × B·A to the weight of its layer."""
+    targets: list[LoraTarget] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Linear layers that get an adapter, by their Hugging Face names."""
 
 
 @dataclass
@@ -49,6 +67,7 @@ class ModelConfig:
     fp8_recipe: Literal["delayed", "current", "blockwise"] = "current"
     """Scaling of the 8-bit tensors: by the largest value of earlier steps (delayed), of the tensor itself (current), or
     of each block (blockwise). delayed is the fastest; its history starts again in each stage and after each resume."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     @property
     def base(self) -> str:

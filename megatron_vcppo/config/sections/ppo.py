@@ -74,7 +74,10 @@ class CriticConfig:
     """Adam's moments of a critic from value_pretrain or checkpoint, when PPO starts. keep: those of its pretraining.
     reset: zero, with the bias correction of a first step. Its learning-rate schedule is new in either case."""
     updates_per_actor_update: PositiveInt = 1
-    """Optimizer steps of the critic on each minibatch."""
+    """Optimizer steps of the critic on each minibatch; 2 in SAO."""
+    frozen: list[str] = field(default_factory=list)
+    """Shell patterns of parameters that stay as they are, over Hugging Face names: ["*.self_attn.*"] freezes attention,
+    as SAO does. They have no gradients and no optimizer state. The value head is always trained."""
     value_clip: PositiveFloat | None = None
     """Clip the change of each value to this, as PPO's code does; null: no clipping."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-6))

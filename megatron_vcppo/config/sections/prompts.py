@@ -44,8 +44,15 @@ class PromptsConfig:
     """task: verifier, in addition to the built-in ones: the name of a built-in verifier, or module:function, which gets
     the Prompt and the response's text and returns a Verdict (megatron_vcppo/rewards/verifier.py).
     {math: math_percent} accepts 0.5 where 50% is expected and vice versa."""
+    tools: dict[str, str] = field(default_factory=dict)
+    """task: tool that the policy can call within its response: the name of a built-in tool, or module:name of your own
+    (megatron_vcppo/rewards/tools.py). What it writes is part of the response, and nothing is learned on it. The task
+    tool_sum has one."""
+    max_tool_calls: PositiveInt = 32
+    """Calls of a tool per response; generation does not pause for later ones."""
     verify_timeout_s: PositiveFloat = 10.0
-    """Time limit in seconds of a verifier per answer; on a timeout the answer counts as wrong and is reported."""
+    """Time limit in seconds of a verifier per answer; on a timeout the answer counts as wrong and is reported. Also of
+    a tool per call; on a timeout it writes nothing and is reported."""
     verify_workers: PositiveInt = 2
     """Verifier processes per data-parallel replica."""
     verify_memory_mib: PositiveInt = 2048

@@ -34,6 +34,8 @@ class ValuePretrainConfig:
     """Steps averaged in a window."""
     stable_tolerance: NonNegativeFloat = 0.02
     """Absolute for explained variance, relative for the value loss."""
+    frozen: list[str] = field(default_factory=list)
+    """Parameters that stay as they are in pretraining; patterns as in ppo.critic.frozen."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-6))
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

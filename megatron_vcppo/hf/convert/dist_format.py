@@ -12,7 +12,7 @@ import math
 import os
 import pickle
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
@@ -98,6 +98,27 @@ def read_model(folder: Path, skipped: tuple[str, ...] = ("optimizer.",)) -> dict
         ]
         tensors[key] = GlobalTensor(tuple(entry.size), entry.properties.dtype, tuple(chunks))
     return tensors
+
+
+def check_keys(checkpoint: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, GlobalTensor]) -> None:
+    """Raises UserError that lists every missing, unexpected, misshaped or incomplete key, if there is one."""
+    problems = [*_problems(expected, stored)]
+    if problems:
+        raise UserError(
+            f"{checkpoint}: tensors do not match the architecture:\n" + "\n".join(f"  {text}" for text in problems)
+        )
+
+
+def _problems(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, GlobalTensor]) -> Iterator[str]:
+    yield from (f"missing: {key}" for key in expected if key not in stored)
+    yield from (f"unexpected: {key}" for key in stored if key not in expected)
+    for key, shape in expected.items():
+        if key not in stored:
+            continue
+        if stored[key].shape != shape:
+            yield f"misshaped: {key} is {list(stored[key].shape)}, should be {list(shape)}"
+        elif sum(math.prod(chunk.sizes) for chunk in stored[key].chunks) != math.prod(shape):
+            yield f"incomplete: {key}: its chunks do not add up to {list(shape)}"
 
 
 def write_frame(folder: Path, new_chunks: Sequence[NewChunk]) -> list[Chunk]:

@@ -8,8 +8,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import psutil
@@ -17,14 +18,24 @@ import torch
 
 from megatron_vcppo.data.vocabulary import complete_generation_config
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.adapter_base import locate
+from megatron_vcppo.hf.adapters import StoredAdapters
 from megatron_vcppo.hf.architecture import CRITIC_CLASSES, Architecture
 from megatron_vcppo.hf.convert import conversion_plan
+from megatron_vcppo.hf.convert.adapter_weights import AdapterWeights, adapter_keys, read_adapters
 from megatron_vcppo.hf.convert.checkpoint_metadata import check_checkpoint
-from megatron_vcppo.hf.convert.copying import Job, Matrix, Progress, gather
-from megatron_vcppo.hf.convert.dist_format import Chunk, GlobalTensor, read_model
+from megatron_vcppo.hf.convert.copying import Job, Matrix, Progress, Strip, gather
+from megatron_vcppo.hf.convert.dist_format import Chunk, GlobalTensor, check_keys, read_model
 from megatron_vcppo.hf.convert.folders import copy_small_files, new_folder
 from megatron_vcppo.hf.mapping import Parameter, checkpoint_place, hf_shapes, parameters
-from megatron_vcppo.hf.safetensors_files import INDEX_NAME, check_shapes, plan_files, read_folder
+from megatron_vcppo.hf.safetensors_files import (
+    INDEX_NAME,
+    TensorInFile,
+    check_shapes,
+    model_tensors,
+    plan_files,
+    read_folder,
+)
 from megatron_vcppo.run.manifest import MANIFEST_NAME, path_inside, read_manifest, verify_manifest
 
 TOLERANCE = 1e-4
@@ -53,12 +64,14 @@ def check_export(folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], torc
             raise UserError(f"{index}: total_size is {recorded}, should be {total}")
 
 
-def compare_logits(checkpoint: Path, exported: Path, arch: Architecture, dtype: torch.dtype | None = None) -> str:
+def compare_logits(
+    checkpoint: Path, exported: Path, arch: Architecture, dtype: torch.dtype | None = None, hf: Path | None = None
+) -> str:
     """Run one prompt through Megatron (TP 1, PP 1) and transformers on the CPU in float32; returns how far they differ.
 
     A separate process does it and holds one model at a time: 4 bytes per parameter. If the memory does not suffice,
     the comparison is skipped and the returned line reports that. ``dtype`` is what the export rounded the weights to,
-    if it did. Raises UserError if the logits differ.
+    if it did; ``hf`` as in ``export_hf``. Raises UserError if the logits differ.
     """
     needed = int(4.5 * arch.parameter_count()) + _BASE_BYTES
     available = psutil.virtual_memory().available
@@ -68,8 +81,7 @@ def compare_logits(checkpoint: Path, exported: Path, arch: Architecture, dtype: 
             f"{available / 2**30:.0f} GiB are available"
         )
     command = [sys.executable, "-m", "megatron_vcppo.mcore.export_logits", str(checkpoint), str(exported)]
-    if dtype is not None:
-        command.append(str(dtype).removeprefix("torch."))
+    command += [str(dtype).removeprefix("torch.") if dtype is not None else "", str(hf or "")]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
@@ -92,43 +104,43 @@ def export_hf(
     dtype: torch.dtype | None = None,
     verify_logits: bool = True,
     progress: Progress | None = None,
+    hf: Path | None = None,
 ) -> str:
     """Write the model in ``checkpoint`` (an import, a component of an iteration, or what ``actor_folder`` takes).
 
-    A critic becomes a token-classification model whose one logit per token is the value of the prefix.
+    A critic becomes a token-classification model whose one logit per token is the value of the prefix. Adapters are
+    merged into the weights below them.
 
-    dtype: converts every tensor; None keeps the checkpoint's. Returns one line about what was checked. Raises UserError
-    if the checkpoint is damaged or unsuitable, a check fails, or ``out`` is in use; ``out`` is then not made.
+    dtype: converts every tensor; None keeps the checkpoint's. hf: where the weights below adapters may be now. Returns
+    one line about what was checked. Raises UserError if the checkpoint is damaged or unsuitable, a check fails, or
+    ``out`` is in use; ``out`` is then not made.
     """
     checkpoint = actor_folder(Path(checkpoint))
     meta = verify_manifest(checkpoint)
     check_checkpoint(checkpoint)
     arch = _architecture(checkpoint, meta)
-    tp = meta.get("tp")
-    if not isinstance(tp, int) or tp < 1:
-        raise UserError(f"{checkpoint}/{MANIFEST_NAME}: damaged: tp {tp!r} is no number of ranks")
-    arch.check_parallel(tp, 1)
-    table = parameters(arch, tp, meta["kind"])
-    stored = read_model(checkpoint)
-    _check_keys(checkpoint, arch, table, stored)
-    dtypes = {
-        name: dtype or stored[checkpoint_place(parameter.name, arch).key].dtype
-        for parameter in table
-        for name in parameter.hf_names
-    }
-    tensors = {name: (shape, dtypes[name]) for name, shape in hf_shapes(table).items()}
+    sources, adapters = _sources(checkpoint, meta, arch, hf)
+    own = {name: kind for source in sources for name, kind in source.dtypes().items()}
+    shapes = hf_shapes(parameters(arch, 1, meta["kind"]))
+    tensors = {name: (shape, dtype or own[name]) for name, shape in shapes.items()}
     total_bytes = sum(int(np.prod(shape)) * kind.itemsize for shape, kind in tensors.values())
     with new_folder(Path(out), needed_bytes=total_bytes) as folder:
         copy_small_files(checkpoint / "hf", folder)
         complete_generation_config(folder)
-        _describe(folder / "config.json", arch, dtypes["model.norm.weight"], meta["kind"])
+        _describe(folder / "config.json", arch, tensors["model.norm.weight"][1], meta["kind"])
         placed = plan_files(folder, tensors, MAX_FILE_BYTES)
         wide = {name: Matrix(place.path, place.offset, place.row_bytes) for name, place in placed.items()}
-        for source, some in _by_dtype(table, arch, stored).items():
-            convert = None if dtype in (None, source) else _converter(source, dtype)
-            gather(_jobs(some, arch, stored, wide), total_bytes, progress, convert)
+        for source in sources:
+            for kind, jobs in source.copies(wide):
+                convert = None if dtype in (None, kind) else _converter(kind, dtype)
+                gather(jobs, total_bytes, progress, convert)
+        if adapters is not None:
+            adapters.merge_into(placed)
+            dtype = tensors["model.norm.weight"][1]
         check_export(folder, tensors)
-        return compare_logits(checkpoint, folder, arch, dtype) if verify_logits else "logits not compared, as requested"
+        if not verify_logits:
+            return "logits not compared, as requested"
+        return compare_logits(checkpoint, folder, arch, dtype, hf)
 
 
 def actor_folder(checkpoint: Path) -> Path:
@@ -155,27 +167,91 @@ def _architecture(checkpoint: Path, meta: Mapping[str, Any]) -> Architecture:
     return arch
 
 
-def _check_keys(
-    checkpoint: Path, arch: Architecture, table: list[Parameter], stored: Mapping[str, GlobalTensor]
-) -> None:
-    """Raises UserError that lists every missing, unexpected, misshaped or incomplete key, if there is one."""
+def _keys(arch: Architecture, table: list[Parameter]) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of a table's parameters in a checkpoint."""
     expected = {}
     for parameter in table:
         place = checkpoint_place(parameter.name, arch)
         expected[place.key] = (*place.stack, *parameter.shape)
-    problems = [f"missing: {key}" for key in expected if key not in stored]
-    problems += [f"unexpected: {key}" for key in stored if key not in expected]
-    for key, shape in expected.items():
-        if key not in stored:
-            continue
-        if stored[key].shape != shape:
-            problems.append(f"misshaped: {key} is {list(stored[key].shape)}, should be {list(shape)}")
-        elif sum(int(np.prod(chunk.sizes)) for chunk in stored[key].chunks) != int(np.prod(shape)):
-            problems.append(f"incomplete: {key}: its chunks do not add up to {list(shape)}")
-    if problems:
-        raise UserError(
-            f"{checkpoint}: tensors do not match the architecture:\n" + "\n".join(f"  {text}" for text in problems)
-        )
+    return expected
+
+
+class _Source(Protocol):
+    """Where weights of an export come from."""
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """By Hugging Face name."""
+
+    def copies(self, wide: Mapping[str, Matrix]) -> Iterator[tuple[torch.dtype, Iterator[Job]]]:
+        """What to copy, by the dtype that it has here."""
+
+
+@dataclass(frozen=True)
+class _Stored(_Source):
+    """Parameters of a Megatron checkpoint."""
+
+    arch: Architecture
+    table: list[Parameter]
+    stored: Mapping[str, GlobalTensor]
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        kinds = ((p, self.stored[checkpoint_place(p.name, self.arch).key].dtype) for p in self.table)
+        return {name: kind for parameter, kind in kinds for name in parameter.hf_names}
+
+    def copies(self, wide: Mapping[str, Matrix]) -> Iterator[tuple[torch.dtype, Iterator[Job]]]:
+        for kind, some in _by_dtype(self.table, self.arch, self.stored).items():
+            yield kind, _jobs(some, self.arch, self.stored, wide)
+
+
+@dataclass(frozen=True)
+class _Files(_Source):
+    """Tensors of a Hugging Face folder."""
+
+    tensors: Mapping[str, TensorInFile]
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: tensor.dtype for name, tensor in self.tensors.items()}
+
+    def copies(self, wide: Mapping[str, Matrix]) -> Iterator[tuple[torch.dtype, Iterator[Job]]]:
+        for kind in dict.fromkeys(self.dtypes().values()):
+            some = {name: tensor for name, tensor in self.tensors.items() if tensor.dtype == kind}
+            yield kind, (_whole(wide[name], tensor) for name, tensor in some.items())
+
+
+def _whole(wide: Matrix, tensor: TensorInFile) -> Job:
+    return Job(wide, 0, tensor.shape[0], (Strip(Matrix(tensor.path, tensor.offset, tensor.row_bytes), 0, 0),))
+
+
+def _sources(
+    checkpoint: Path, meta: Mapping[str, Any], arch: Architecture, hf: Path | None
+) -> tuple[list[_Source], AdapterWeights | None]:
+    """Where the weights are, and the adapters that are to be merged into them. Raises UserError as ``export_hf``."""
+    kind, own = meta["kind"], read_model(checkpoint)
+    adapters = StoredAdapters.of_manifest(checkpoint, meta)
+    if adapters is None:
+        table = parameters(arch, _tp_of(checkpoint, meta, arch), kind)
+        check_keys(checkpoint, _keys(arch, table), own)
+        return [_Stored(arch, table, own)], None
+    head = [parameter for parameter in parameters(arch, 1, kind) if parameter.name.startswith("value_head.")]
+    check_keys(checkpoint, _keys(arch, head) | adapter_keys(arch, adapters), own)
+    merged = read_adapters(arch, adapters, own)
+    folder = locate(adapters.base, checkpoint, hf)
+    if adapters.base.kind == "hf":
+        return [_Files(model_tensors(folder, arch, trunk_only=kind == "critic")), _Stored(arch, head, own)], merged
+    base_meta, base = verify_manifest(folder), read_model(folder)
+    check_checkpoint(folder)
+    table = parameters(arch, _tp_of(folder, base_meta, arch), base_meta["kind"])
+    check_keys(folder, _keys(arch, table), base)
+    wanted = {parameter.name for parameter in parameters(arch, 1, kind)} - {parameter.name for parameter in head}
+    return [_Stored(arch, [p for p in table if p.name in wanted], base), _Stored(arch, head, own)], merged
+
+
+def _tp_of(checkpoint: Path, meta: Mapping[str, Any], arch: Architecture) -> int:
+    tp = meta.get("tp")
+    if not isinstance(tp, int) or tp < 1:
+        raise UserError(f"{checkpoint}/{MANIFEST_NAME}: damaged: tp {tp!r} is no number of ranks")
+    arch.check_parallel(tp, 1)
+    return tp
 
 
 def _by_dtype(

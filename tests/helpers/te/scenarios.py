@@ -13,16 +13,20 @@ from megatron_vcppo.config import Dtype, ModelConfig, OptimizerConfig, ParallelC
 from megatron_vcppo.data.packing import PackedMicrobatch, balance, pack_all, rounding
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.frozen import frozen_names
 from megatron_vcppo.hf.mapping import canonical_name
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import load_model
-from megatron_vcppo.mcore.hf_weights_io import load_hf, stream_hf
+from megatron_vcppo.mcore.frozen import freeze
+from megatron_vcppo.mcore.hf_weights_io import stream_hf
 from megatron_vcppo.mcore.layers import unfused_attention
 from megatron_vcppo.mcore.learner import Actor, Critic, Learner
 from megatron_vcppo.mcore.model import build_actor, build_critic, transformer_config
 from megatron_vcppo.mcore.offload import drop_fp8_copies
 from megatron_vcppo.mcore.optimizer import chained_optimizers
+from megatron_vcppo.mcore.starting_weights import load_component, load_from_hf
 from tests.helpers.checkpoints import checkpoint_folder
+from tests.helpers.lora import fill
 from tests.helpers.training import make_sequences
 
 Kind = Literal["actor", "critic"]
@@ -39,6 +43,8 @@ class Case:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     kind: Kind = "actor"
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3, weight_decay=0.1, clip_grad=0))
+    frozen: tuple[str, ...] = ()
+    """Patterns of a critic's parameters that are not trained."""
 
     @property
     def model_config(self) -> ModelConfig:
@@ -47,10 +53,13 @@ class Case:
 
 
 def make_learner(case: Case) -> Learner:
-    """With the weights of case.hf; the process group must be there."""
+    """With the weights of case.hf; the process group must be there. Adapters, if there are any, add to these."""
     build, learner = LEARNERS[case.kind]
     model = build(Architecture.from_hf(case.hf), case.model_config, case.parallel)
-    load_hf(model, case.hf)
+    load_from_hf(model, case.hf)
+    if model.adapters is not None:
+        fill(model)
+    freeze(model, frozen_names(model.arch, case.frozen, "ppo.critic.frozen", case.parallel.pp))
     return learner(model, case.parallel, case.optimizer, ScheduleConfig(), total_steps=10)
 
 
@@ -80,7 +89,8 @@ def _name(name: str, learner: Learner) -> str:
 
 
 def outputs_and_gradients(case: Case) -> dict[str, Tensor]:
-    """By name: what the model reads out of a batch, and every parameter's gradient in Megatron's own-layer names."""
+    """By name: what the model reads out of a batch, and the gradient of every parameter that has one, in Megatron's
+    own-layer names."""
     runtime.start(case.parallel, seed=3, timeout_s=60)
     learner = make_learner(case)
     microbatches = packed(case, 7)
@@ -90,8 +100,17 @@ def outputs_and_gradients(case: Case) -> dict[str, Tensor]:
     found["outputs"] = torch.cat(run(microbatches))
     train_step(learner, case, 7)
     for name, parameter in learner.model.named_parameters():
-        found[f"gradient of {_name(name, learner)}"] = parameter.main_grad.clone()
+        if parameter.requires_grad:
+            found[f"gradient of {_name(name, learner)}"] = parameter.main_grad.clone()
     return found
+
+
+def weights_on_a_component(case: Case, component: Path) -> dict[str, Tensor]:
+    """What is pushed of new adapters on the weights of a component, by Hugging Face name."""
+    runtime.start(case.parallel, seed=3, timeout_s=60)
+    model = build_actor(Architecture.from_hf(case.hf), case.model_config, case.parallel)
+    load_component(model, component, case.hf)
+    return {name: tensor.clone() for name, tensor in stream_hf(model)}
 
 
 def moments(learner: Learner) -> dict[str, Tensor]:
@@ -100,6 +119,8 @@ def moments(learner: Learner) -> dict[str, Tensor]:
     steps = {float(group["step"]) for one in every for group in one.optimizer.param_groups if "step" in group}
     found = {}
     for name, parameter in learner.model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         name = _name(name, learner)
         main = getattr(parameter, "main_param", parameter)
         for inner in every:

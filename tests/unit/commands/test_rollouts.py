@@ -42,3 +42,8 @@ def test_a_reward_models_score_is_shown_and_ranks_equal_rewards() -> None:
     rollouts = [replace(make_rollout(i, reward=1.0), model_score=score) for i, score in enumerate((0.5, -1.25, 3.0))]
     assert [rollout.sample_index for rollout in command.worst(rollouts, 3)] == [1, 0, 2]
     assert "reward 1 (correct), score -1.250, 3 tokens" in next(command.describe(rollouts[1]))
+
+
+def test_what_a_tool_wrote_is_counted_apart() -> None:
+    rollout = replace(make_rollout(0, 1.0), rollout_logprobs=(-0.5, 0.0, -1.5), observations=((1, 2),))
+    assert "3 tokens (1 by a tool in 1 calls), ended by stop, mean log-prob -1.000" in next(command.describe(rollout))

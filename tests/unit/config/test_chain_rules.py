@@ -163,6 +163,42 @@ def test_the_recipes_of_other_methods_have_the_papers_settings(method: str) -> N
         assert ppo.dynamic_sampling
 
 
+def test_the_recipe_with_adapters_is_the_other_one_but_for_what_it_says() -> None:
+    paths = [f"{key}=x" for key in ("run.dir", "model.hf", "sft.train", "prompts.train", "prompts.test")]
+    profiles = [CONFIGS / "cluster" / "example-h100.yaml"]
+    full, lora = (
+        load_config(CONFIGS / "recipes" / f"vcppo_32b{name}.yaml", paths, profiles=profiles) for name in ("", "_lora")
+    )
+    assert (lora.model.lora.rank, lora.model.lora.alpha, len(lora.model.lora.targets)) == (32, 64.0, 7)
+    for section in ("returns", "values", "rollout", "prompts", "rewards"):
+        assert getattr(lora, section) == getattr(full, section)
+    for stage in ("sft", "reward_model", "value_pretrain", "ppo"):
+        assert getattr(lora, stage).optimizer.lr == pytest.approx(10 * getattr(full, stage).optimizer.lr), stage
+    assert lora.ppo.critic.optimizer.lr == pytest.approx(10 * full.ppo.critic.optimizer.lr)
+    assert (lora.parallel.tp, lora.parallel.pp, full.parallel.pp) == (8, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("lora", "peft", "message"),
+    [
+        ({"rank": 8, "targets": []}, False, r"model\.lora\.rank 8 needs model\.lora\.targets"),
+        ({"rank": 8, "targets": ["q_proj", "q_proj"]}, False, r"model\.lora\.targets names q_proj 2 times"),
+        ({"rank": 8, "weights": "x"}, False, r"model\.lora\.rank 8 takes the weights of model\.hf, not model\.weights"),
+        ({}, True, r"export\.peft exports adapters: it needs model\.lora\.rank"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(lora: dict, peft: bool, message: str) -> None:
+    model = {"weights": lora.pop("weights", None), "lora": lora}
+    with pytest.raises(UserError, match=message):
+        check_config(make_config("sft", "export", model=model, export={"peft": peft}))
+
+
+def test_nothing_is_frozen_below_adapters() -> None:
+    sections = {"model": {"lora": {"rank": 8}}, "ppo": {"critic": {"init": "sft", "frozen": ["*.self_attn.*"]}}}
+    with pytest.raises(UserError, match=r"ppo\.critic\.frozen .*: below adapters .* all is frozen"):
+        check_config(make_config(**sections))
+
+
 def test_a_template_has_a_place_for_the_prompt() -> None:
     with pytest.raises(UserError, match=r"prompts\.template must contain \{prompt\}"):
         check_config(make_config("sft", prompts={"template": "Question: "}))

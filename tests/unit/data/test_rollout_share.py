@@ -1,5 +1,7 @@
 """Rollouts as flat arrays, their blocks, and back through packed micro-batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,7 +53,8 @@ def test_blocks_are_bounded_and_cover_every_token_once(num_tokens: int, shapes: 
 
 def test_a_share_without_rollouts_has_one_empty_block() -> None:
     whole = RolloutShare.whole(ROLLOUTS)
-    empty = RolloutShare(whole.batch, whole.replicas, whole.rows[:0], whole.token_ids[:0], whole.rollout_logprobs[:0])
+    empty = RolloutShare(whole.batch, whole.replicas, whole.rows[:0], whole.token_ids[:0], whole.rollout_logprobs[:0],
+                         whole.sampled[:0])  # fmt: skip
     (block,) = empty.blocks()
     assert block.mask.shape == (0, 1) and empty.sequences({}) == [] and empty.flatten([]).shape == (0,)
 
@@ -85,3 +88,21 @@ def test_fields_are_zero_on_the_prompt_and_the_order_is_free() -> None:
     assert second.token_ids.tolist() == [4, 9, 2] and last.token_ids.tolist() == [1, 2, 3, 5, 5, 5, 5]
     assert second.fields["x"].tolist() == [0.0, 3.0, 4.0]
     assert second.fields["response_mask"].tolist() == [False, True, True]
+
+
+def test_tokens_of_a_tool_are_known_by_rollout_and_by_token() -> None:
+    tool = [
+        replace(ROLLOUTS[0], observations=((1, 2),)),
+        ROLLOUTS[1],
+        replace(ROLLOUTS[2], observations=((0, 1), (2, 4))),
+    ]
+    share = RolloutShare.whole(tool)
+    assert share.batch.lengths.tolist() == [3, 2, 4] and share.batch.sampled_lengths.tolist() == [2, 2, 1]
+    assert share.sampled.tolist() == [True, False, True, True, True, False, True, False, False]
+    first, *_ = share.blocks(1)
+    assert first.mask.tolist() == [[True] * 3] and first.sampled.tolist() == [[True, False, True]]
+    before, after = (RolloutShare.whole(rollouts).batch for rollouts in (ROLLOUTS, tool))
+    assert after.has_observations and not before.has_observations
+    assert (before.rows["digest"] != after.rows["digest"]).tolist() == [True, False, True]
+    with pytest.raises(AssertionError, match="of b is a tool's alone"):
+        RolloutShare.whole([replace(ROLLOUTS[1], observations=((0, 2),))])

@@ -116,6 +116,20 @@ def test_time_and_gpu_hours_follow_from_the_phases(model: Path) -> None:
     assert slow_disk.phases_s["saving"] == pytest.approx(5 * saved)
 
 
+def test_adapters_let_one_node_train_32b(model: Path) -> None:
+    """What takes 73 GiB on each of 16 GPUs takes 17 on each of 8: docs/slurm.md has these figures."""
+    lora = ("parallel.pp=1", "model.lora={rank: 32, alpha: 64.0}", "cluster.trainer_nodes=1")
+    adapted = plan_of(model, "ppo", *lora)
+    assert adapted.fits and sum(adapted.memory_gib.values()) < 18
+    assert not plan_of(model, "ppo", "parallel.pp=1", "cluster.trainer_nodes=1").fits
+    full = plan_of(model, "ppo", "cluster.trainer_nodes=2")
+    assert full.fits and sum(full.memory_gib.values()) > 70
+    assert adapted.checkpoints_gb < full.checkpoints_gb / 100
+    same_nodes = plan_of(model, "ppo", "model.lora.rank=32", "cluster.trainer_nodes=2")
+    assert same_nodes.phases_s["update"] == pytest.approx(full.phases_s["update"] * 3 / 4), "no gradients of the base"
+    assert same_nodes.phases_s["values"] == full.phases_s["values"]
+
+
 def test_stages_hold_only_the_nodes_that_they_use(model: Path) -> None:
     assert [plan_of(model, stage).nodes for stage in ("sft", "ppo", "export")] == [4, 6, 1]
     own = plan_of(model, "sft", "overrides.sft.cluster.trainer_nodes=2")

@@ -1,6 +1,7 @@
 """What the memory plan says, against what real ranks held, and how it follows layout and settings."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.value_sources import CONFIGS
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.hf.adapters import adapter_parameters
 from megatron_vcppo.hf.architecture import Architecture
-from megatron_vcppo.launch.memory_plan import check_memory, plan, plan_of_rank
+from megatron_vcppo.hf.frozen import frozen_counts
+from megatron_vcppo.launch.chain_plan import checkpoint_gb
+from megatron_vcppo.launch.memory_plan import GIB, OPTIMIZER_BYTES, WEIGHT_BYTES, check_memory, plan, plan_of_rank
 from tools.benchmarks._tiny_chains import tiny_model
 from tools.benchmarks._tiny_models import save_tiny_model
 
@@ -50,6 +54,29 @@ def test_the_plan_is_what_real_ranks_held(
     held = parts["weights"] + parts["gradients"] + parts["optimizer"]
     assert held == pytest.approx(held_gib, rel=0.05)
     assert sum(parts.values()) - parts["overhead"] == pytest.approx(peak_gib, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("stage", "layout", "held_gib", "peak_gib"),
+    [
+        ("sft", {}, 0.437, 1.247),
+        ("sft", {"tp": 2, "sequence_parallel": True}, 0.237, 0.648),
+        ("sft", {"recompute": "full"}, 0.435, 0.713),
+        ("ppo", {}, 0.467, 1.276),
+    ],
+)
+def test_the_plan_of_adapters_is_what_real_ranks_held(
+    tmp_path: Path, stage: str, layout: dict[str, Any], held_gib: float, peak_gib: float
+) -> None:
+    """The same with --lora-rank 16. Next to so little what ranks hold besides shows: 0.03 GiB."""
+    arch, config = measured_model(tmp_path), Config()
+    config.model.dtype, config.model.max_length, config.parallel.tokens_per_microbatch = "float32", 1024, 1024
+    config.model.lora.rank = 16
+    for key, value in layout.items():
+        setattr(config.parallel, key, value)
+    parts = plan(arch, config, stage)
+    assert parts["weights"] + parts["gradients"] + parts["optimizer"] == pytest.approx(held_gib, abs=0.03)
+    assert sum(parts.values()) - parts["overhead"] == pytest.approx(peak_gib, rel=0.06)
 
 
 def test_stages_of_uneven_pipelines_are_planned_by_their_layers(tmp_path: Path) -> None:
@@ -107,6 +134,30 @@ def test_a_reward_model_is_held_by_the_stages_whose_responses_it_scores(
     assert added[0] == 0 and added[1] == added[2] > 0
 
 
+def test_frozen_parameters_have_no_gradients_and_no_optimizer_state(tiny: tuple[Architecture, Config]) -> None:
+    arch, config = tiny
+    config.parallel.pp = 2
+    before = [plan_of_rank(arch, config, "ppo", rank) for rank in (0, 1)]
+    disk = checkpoint_gb(arch, config, "ppo")
+    config.ppo.critic.frozen = ["*.self_attn.*", "model.embed_tokens.*"]
+    layers, _, embedding = frozen_counts(arch, config.ppo.critic.frozen, "")
+    assert layers > 0 and embedding == arch.vocab_size * arch.hidden_size
+    for rank, (old, frozen) in enumerate(zip(before, (layers / 2 + embedding, layers / 2), strict=True)):
+        new = plan_of_rank(arch, config, "ppo", rank)
+        assert (old["gradients"] - new["gradients"]) * 2**30 == pytest.approx(4 * frozen)
+        assert (old["optimizer"] - new["optimizer"]) * 2**30 == pytest.approx(8 * frozen)
+        assert new["weights"] == old["weights"]
+    assert disk - checkpoint_gb(arch, config, "ppo") == pytest.approx(8 * (layers + embedding) / 1e9)
+    alone = plan(arch, config, "value_pretrain")
+    config.value_pretrain.frozen = ["*.self_attn.*"]
+    assert plan(arch, config, "value_pretrain")["gradients"] < alone["gradients"]
+    config.ppo.critic.frozen = ["*.attention.*"]
+    with pytest.raises(UserError, match=r"ppo\.critic\.frozen: no parameter matches"):
+        check_memory(arch, config, ["ppo"])
+    config.ppo.advantage.baseline = "grpo"
+    check_memory(arch, config, ["ppo"])
+
+
 def test_fp8_adds_a_byte_per_parameter_of_layers_that_run(tiny: tuple[Architecture, Config]) -> None:
     arch, config = tiny
     assert "8-bit weights" not in plan(arch, config, "ppo")
@@ -114,6 +165,29 @@ def test_fp8_adds_a_byte_per_parameter_of_layers_that_run(tiny: tuple[Architectu
     layers_gib = (arch.parameter_count() - 2 * arch.vocab_size * arch.hidden_size) / 2**30
     for stage, copies in (("ppo", 5), ("value_pretrain", 2), ("evaluate", 0)):
         assert plan(arch, config, stage)["8-bit weights"] == pytest.approx(copies * layers_gib), stage
+
+
+def test_adapters_are_trained_on_one_base(tiny: tuple[Architecture, Config]) -> None:
+    arch, config = tiny
+    full = {stage: plan(arch, config, stage) for stage in ("sft", "value_pretrain", "ppo")}
+    config.model.lora.rank, config.ppo.loss.kl_coef = 4, 0.1
+    adapters = adapter_parameters(arch, config.model.lora)
+    size = WEIGHT_BYTES[config.model.dtype]
+    sft, value_pretrain, ppo = (plan(arch, config, stage) for stage in full)
+    assert ppo["gradients"] == pytest.approx(2 * adapters * 4 / GIB)
+    assert ppo["optimizer"] == pytest.approx(2 * adapters * OPTIMIZER_BYTES[config.model.dtype] / GIB)
+    one = full["sft"]["weights"]
+    assert sft["weights"] == pytest.approx(one + adapters * size / GIB)
+    assert value_pretrain["weights"] == pytest.approx(one + 2 * adapters * size / GIB)
+    assert ppo["weights"] == pytest.approx(one + 3 * adapters * size / GIB), "a reference has adapters alone"
+    config.ppo.critic.init = "checkpoint"
+    own = full["ppo"]["weights"] - one
+    assert plan(arch, config, "ppo")["weights"] == pytest.approx(ppo["weights"] + own), "a critic from elsewhere"
+    tp2 = replace(config, parallel=replace(config.parallel, tp=2))
+    assert adapters / 2 < adapter_parameters(arch, config.model.lora, 2) < adapters
+    assert plan(arch, tp2, "ppo")["gradients"] == pytest.approx(
+        2 * adapter_parameters(arch, config.model.lora, 2) * 4 / GIB
+    )
 
 
 def test_the_plan_follows_the_layout(tiny: tuple[Architecture, Config]) -> None:

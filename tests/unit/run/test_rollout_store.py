@@ -123,3 +123,12 @@ def test_files_of_schema_1_are_read_and_newer_ones_are_refused(tmp_path: Path) -
     np.savez(tmp_path / "iter_0000005_0of1.npz", schema=3)
     with pytest.raises(UserError, match="rollouts of schema 3; this version reads 2"):
         read_rollouts(tmp_path, 5)
+
+
+def test_spans_of_a_tool_come_back_and_are_stored_only_where_there_are_any(tmp_path: Path) -> None:
+    rollouts = [dataclasses.replace(make_rollout(0, 1.0), observations=((1, 2),)), make_rollout(1, 1.0)]
+    path = write_rollouts(tmp_path, 1, RolloutPart.whole(rollouts))
+    found = read_rollouts(tmp_path, 1)
+    assert found == rollouts and found[0].observations == ((1, 2),) and found[1].observations == ()
+    records = np.load(path)["records"].tobytes().decode().splitlines()
+    assert ["observations" in json.loads(line) for line in records] == [True, False]

@@ -1,11 +1,15 @@
 """What an evaluation reports: over all and by task, as metrics and as tables."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.rewards.registry import VERIFIERS
-from megatron_vcppo.stages.evaluate import markdown, table
+from megatron_vcppo.run.folder import StageFolder
+from megatron_vcppo.run.manifest import write_manifest
+from megatron_vcppo.stages.evaluate import candidates, markdown, table
 from megatron_vcppo.stages.held_out import Outcome, evaluation_metrics, outcomes_of, scores
 
 
@@ -84,3 +88,23 @@ def test_results_as_markdown() -> None:
     assert lines[2] == "| checkpoint | avg | pass@2 | length | truncated |" and lines[3] == "| --- |" + " --- |" * 4
     assert lines[4].startswith(r"| p\|po | 75.0 % (") and "100.0 % (" in lines[4]
     assert lines[6].startswith("Samples per problem: 2; ")
+
+
+def test_the_best_checkpoint_is_evaluated_beside_the_last(tmp_path: Path) -> None:
+    config = Config()
+    config.run.dir, config.model.hf, config.stages = str(tmp_path), "base", ["sft", "ppo", "evaluate"]
+    for name, last in (("sft", 4), ("ppo", 9)):
+        stage = StageFolder(tmp_path / name)
+        for iteration in (last, 3):
+            (stage.checkpoint(iteration) / "actor").mkdir(parents=True)
+        write_manifest(stage.checkpoint(last), {})
+        stage.mark_done(checkpoint=stage.checkpoint(last))
+    assert list(candidates(config)) == ["sft", "ppo"]
+    ppo = StageFolder(tmp_path / "ppo")
+    for best, names in ((3, ["sft", "ppo", "ppo iter_0000003, best"]), (9, ["sft", "ppo"])):
+        (ppo.kept_checkpoint(best) / "actor").mkdir(parents=True)
+        ppo.best.unlink(missing_ok=True)
+        ppo.best.symlink_to(ppo.kept_checkpoint(best).name)
+        found = candidates(config)
+        assert list(found) == names
+        assert found[names[-1]].folder.parent.name == ("iter_0000003" if best == 3 else "iter_0000009")

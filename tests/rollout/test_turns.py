@@ -1,0 +1,52 @@
+"""The turns of a response: one budget, one seed per turn, and what a tool wrote is marked."""
+
+from concurrent.futures import Future
+from pathlib import Path
+
+from megatron_vcppo.config import RolloutConfig
+from megatron_vcppo.records import Prompt
+from megatron_vcppo.rollout.client import RolloutClient
+from megatron_vcppo.rollout.messages import GenerateRequest, Response
+from megatron_vcppo.rollout.turns import ToolCalls, Turns
+
+FIRST = GenerateRequest(3, [1, 2], max_tokens=8, seed=5)
+
+
+def answer(ids: list[int], reason: str = "stop", version: int = 4) -> Response:
+    return Response(3, ids, [-1.0] * len(ids), reason, version)
+
+
+def test_turns_share_one_budget_and_know_what_the_tool_wrote() -> None:
+    turns = Turns(FIRST, "?", max_calls=2)
+    assert turns.request() == GenerateRequest(3, [1, 2], 8, 5, ["?"])
+    assert turns.add_turn(answer([7, 8]), "a ?") and turns.add_observation([9])
+    second = turns.request()
+    assert (second.token_ids, second.max_tokens, second.stop) == ([1, 2, 7, 8, 9], 5, ["?"]) and second.seed != 5
+    assert turns.add_turn(answer([7], version=6), "?") and turns.add_observation([]), "a tool may write nothing"
+    third = turns.request()
+    assert third.stop == [] and third.max_tokens == 4, "no pause after the last call"
+    assert len({FIRST.seed, second.seed, third.seed}) == 3
+    assert not turns.add_turn(answer([5, 2]), "b ? c")
+    whole = turns.response("stop")
+    assert (whole.token_ids, whole.policy_version, whole.finish_reason) == ([7, 8, 9, 7, 5, 2], 4, "stop")
+    assert whole.logprobs == [-1.0, -1.0, 0.0, -1.0, -1.0, -1.0] and turns.observations == [(2, 3)]
+
+
+def test_a_long_observation_is_truncated_and_ends_the_response() -> None:
+    turns = Turns(FIRST, "?", max_calls=2)
+    assert turns.add_turn(answer([7] * 6), "?") and not turns.add_observation([9] * 5)
+    assert turns.observations == [(6, 8)] and len(turns.response("length").token_ids) == 8
+    full = Turns(FIRST, "?", max_calls=2)
+    assert not full.add_turn(answer([7] * 8, "length"), "?"), "no call is answered without room"
+
+
+def test_only_tasks_with_a_tool_have_turns(tmp_path: Path) -> None:
+    tools = ToolCalls({"with": "?"}, lambda prompt, text: Future(), lambda text: [], 3)
+    client = RolloutClient(tmp_path, RolloutConfig(), 64, run_seed=7, decode=str, tools=tools)
+    first, second = client.plan([Prompt("a", (1,), "", "", "with"), Prompt("b", (1,), "", "", "without")], 1, 1)
+    assert first.request.stop == ["?"] and first.turns is not None and second.turns is None
+    plain = RolloutClient(tmp_path, RolloutConfig(), 64, run_seed=7, decode=str)
+    assert [item.request for item in plain.plan([first.prompt, second.prompt], 1, 1)] == [
+        GenerateRequest(0, [1], 63, first.request.seed),
+        second.request,
+    ]
