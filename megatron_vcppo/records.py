@@ -6,6 +6,7 @@ No torch, no numpy: configuration and command line load them on a login node.
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 
@@ -41,17 +42,28 @@ class Rollout:
     finish_reason: str
     """"stop" (an end token was sampled) or "length" (truncated at max_tokens)."""
     policy_version: int
+    """Of the weights under which the first token was sampled."""
     reward: float | None = None
     verdict: str = ""
     """Why the reward is what it is: "correct", "wrong", "no answer", "timeout", "error: …"."""
     model_score: float | None = None
     """What the reward model gave, before normalization; None without one. ``reward`` is the verifier's alone."""
+    version_changes: Sequence[tuple[int, int]] = ()
+    """(token, policy version), rising: from this token on the response was sampled under other weights, because a push
+    came meanwhile. Kept as a tuple of tuples."""
 
     def __post_init__(self) -> None:
         for name, kind in (("response_ids", "i"), ("rollout_logprobs", "f")):
             value = getattr(self, name)
             if not isinstance(value, array):
                 object.__setattr__(self, name, array(kind, value))
+        object.__setattr__(self, "version_changes", tuple((token, version) for token, version in self.version_changes))
+
+    def versions(self) -> Iterator[tuple[int, int]]:
+        """(policy version, number of tokens sampled under it), in the order of the tokens."""
+        starts = (0, *(token for token, _ in self.version_changes), len(self.response_ids))
+        versions = (self.policy_version, *(version for _, version in self.version_changes))
+        yield from ((version, end - start) for version, (start, end) in zip(versions, pairwise(starts), strict=True))
 
     @property
     def truncated(self) -> bool:
