@@ -150,13 +150,17 @@ class RolloutClient:
 class RolloutStream:
     """Requests that are added at any time, answered by engines that take new weights meanwhile; runs in a thread.
 
-    A request goes to an engine that holds the version that was set last, and stays there through later pushes. The
-    methods may be called from any other thread.
+    A request goes to an engine that holds ``policy_version``, which follows the pushes, and stays there through later
+    ones. Methods and attributes are for other threads than the stream's.
     """
 
     def __init__(self, client: RolloutClient, policy_version: int, sampling: Sampling) -> None:
         self.client, self.sampling = client, sampling
         self.policy_version = policy_version
+        self.held = False
+        """Whether engines get no further requests."""
+        self.num_running = 0
+        """Requests that engines have."""
         self.keys = itertools.count()
         self.added: queue.SimpleQueue[tuple[PendingRequest, Callable[[Rollout], None]]] = queue.SimpleQueue()
         self.closed = threading.Event()
@@ -168,10 +172,6 @@ class RolloutStream:
         """Have it answered. on_rollout: is called with the response, in the stream's thread, and returns at once."""
         request.request = msgspec.structs.replace(request.request, key=next(self.keys))
         self.added.put((request, on_rollout))
-
-    def set_version(self, policy_version: int) -> None:
-        """Engines hold this version now."""
-        self.policy_version = policy_version
 
     def close(self) -> None:
         """Engines drop what is not answered."""
@@ -203,6 +203,9 @@ class RolloutStream:
                         request, on_rollout = self.added.get()
                         answers[request.request.key] = on_rollout
                         generation.add([request])
+                    if generation.held and not self.held:
+                        fleet.changed.set()
+                    generation.held, self.num_running = self.held, generation.num_running
                     await asyncio.sleep(FOLLOW_S)
 
             following = asyncio.create_task(follow())
@@ -232,7 +235,9 @@ class _Generation:
         self.waiting: deque[PendingRequest] = deque()
         self.unanswered: set[int] = set()
         """Keys of requests."""
-        self.num_answered = 0
+        self.num_answered = self.num_running = 0
+        self.held = False
+        """Whether what waits goes on waiting."""
         self.failure: BaseException | None = None
 
     def add(self, requests: Sequence[PendingRequest]) -> None:
@@ -285,13 +290,14 @@ class _Generation:
     def dispatch(self) -> None:
         """Give what waits to the engines with the fewest tokens in flight, in one call per engine."""
         given: dict[int, tuple[Member, list[PendingRequest]]] = {}
-        while self.waiting:
+        while self.waiting and not self.held:
             free = [m for m in self.fleet.usable if m.requests_in_flight < self.config.engine.max_num_seqs]
             if not free:
                 break
             member = min(free, key=lambda m: m.tokens_in_flight)
             item = self.waiting.popleft()
             item.begun_under = self.fleet.policy_version
+            self.num_running += 1
             member.requests_in_flight += 1
             member.tokens_in_flight += item.tokens
             given.setdefault(id(member), (member, []))[1].append(item)
@@ -369,9 +375,9 @@ class _Generation:
             self.progress.update(self.num_answered, len(response.token_ids), self.in_flight())
         self.on_answer(item.request.key, rollout)
 
-    @staticmethod
-    def release(member: Member, items: Iterable[PendingRequest]) -> None:
+    def release(self, member: Member, items: Iterable[PendingRequest]) -> None:
         """These requests are no longer with the engine."""
         for item in items:
+            self.num_running -= 1
             member.requests_in_flight -= 1
             member.tokens_in_flight -= item.tokens

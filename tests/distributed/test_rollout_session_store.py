@@ -98,3 +98,17 @@ def test_a_file_that_cannot_be_written_ends_every_rank(tmp_path: Path) -> None:
     with pytest.raises(RanksFailed, match="storing rollouts 1") as failure:
         run_distributed_test(fail, 2)
     assert "on another rank" in str(failure.value)
+
+
+def find_among(folder: Path, prompts: list[Prompt], count: int) -> tuple[list[int], int] | None:
+    session = make_session(folder)
+    found = session.stored_among(1, prompts, count, 2)
+    return None if found is None else (found[0], len(found[1]))
+
+
+def test_a_batch_is_found_among_prompts_that_were_taken_ahead(tmp_path: Path) -> None:
+    run_distributed_test(store, 2, tmp_path)
+    order = [PROMPTS[i] for i in (3, 1, 0)] + [Prompt("q", (1,), "", "", "t")] + [PROMPTS[i] for i in (4, 2)]
+    assert run_distributed_test(find_among, 2, tmp_path, order, 5) == [([2, 1, 5, 0, 4], 6), ([2, 1, 5, 0, 4], 4)]
+    assert run_distributed_test(find_among, 2, tmp_path, order[:4], 3) == [None, None], "others are in it"
+    assert not list(tmp_path.iterdir())

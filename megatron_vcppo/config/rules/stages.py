@@ -104,6 +104,11 @@ def ppo(config: Config) -> Iterator[str]:
             f"ppo.staleness {settings.staleness} cannot be combined with ppo.dynamic_sampling, whose rounds depend on "
             "each other: set ppo.staleness=0"
         )
+    if settings.partial_rollouts and (not settings.staleness or config.weight_sync.pause != "keep"):
+        yield (
+            f"ppo.partial_rollouts needs ppo.staleness > 0 and weight_sync.pause keep, got {settings.staleness} and "
+            f"{config.weight_sync.pause}: responses run on through pushes"
+        )
     rollouts = settings.prompts_per_iteration * num_samples
     if settings.minibatches > rollouts:
         yield (

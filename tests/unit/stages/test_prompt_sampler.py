@@ -41,7 +41,7 @@ def test_plain_sampling_does_not_warn(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_rollouts_are_scored_once_before_they_are_stored() -> None:
-    """Generated in their turn, prefetched, and stored by an attempt before."""
+    """Generated in their turn, and stored by an attempt before."""
     stored: dict[int, RolloutPart] = {}
 
     def generate(prompts: list[Prompt], *_: Any) -> RolloutPart:
@@ -50,10 +50,8 @@ def test_rollouts_are_scored_once_before_they_are_stored() -> None:
     session: Any = SimpleNamespace(
         runtime=SimpleNamespace(is_main=True),
         generate=generate,
-        request=lambda *arguments: SimpleNamespace(rollouts=generate(*arguments)),
         stored=lambda number, prompts, num_samples: stored.get(number),
         store=stored.__setitem__,
-        collect=lambda pending: pending.rollouts,
     )
     config = Config()
     config.ppo.prompts_per_iteration = 2
@@ -67,8 +65,33 @@ def test_rollouts_are_scored_once_before_they_are_stored() -> None:
     prompts = [Prompt(str(i), (1,), "", "", "t") for i in range(8)]
     sampler = PromptSampler(config, session, PromptStream(prompts, 0), score)
     first = sampler.next_batch(1)
-    sampler.prefetch(2)
     second = sampler.next_batch(2)
     assert stored == {1: first, 2: second} and num_scored == 4
     assert {rollout.model_score for rollout in (*first.rollouts, *second.rollouts)} == {0.5}
     assert sampler.next_batch(2) == second and num_scored == 4
+
+
+def test_what_was_taken_ahead_is_trained_on_when_staleness_becomes_zero() -> None:
+    """A checkpoint of a run with staleness; and one of a run without, or from before it had a list."""
+    prompts = [Prompt(str(i), (1,), "", "", "t") for i in range(5)]
+    config = Config()
+    config.ppo.prompts_per_iteration = 3
+    session: Any = SimpleNamespace(runtime=SimpleNamespace(is_main=True), stored=lambda *_: RolloutPart())
+    seen: list[str] = []
+
+    def stored(number: int, prompts: list[Prompt], num_samples: int) -> RolloutPart:
+        seen.extend(prompt.prompt_id for prompt in prompts)
+        return RolloutPart()
+
+    session.stored = stored
+    sampler = PromptSampler(config, session, PromptStream(prompts, 0))
+    stream = PromptStream(prompts, 0)
+    wanted = [prompt.prompt_id for prompt in stream.next(13)]
+    sampler.load_state_dict({"samples_seen": 7, "num_samples": 5, "seed": 0, "taken": [[1, 1], [4, 2], [5, 2], [6, 3]]})
+    for iteration in (2, 3):
+        sampler.next_batch(iteration)
+    assert seen == [wanted[place] for place in (1, 4, 5, 6, 7, 8)]
+    assert sampler.state_dict() == {"samples_seen": 9, "num_samples": 5, "seed": 0}
+    sampler.load_state_dict(sampler.state_dict())
+    sampler.next_batch(4)
+    assert seen[6:] == wanted[9:12]
