@@ -94,7 +94,7 @@ def ppo(config: Config) -> Iterator[str]:
                 f"ppo.critic_only_iterations {settings.critic_only_iterations} needs a critic, but "
                 f"ppo.advantage.baseline {baseline} has none: set it to 0"
             )
-    for key in ("tis_cap", "dual_clip"):
+    for key in ("tis_cap", "dual_clip", "max_logprob_error"):
         if settings.loss.kind == "dis" and (value := getattr(settings.loss, key)) is not None:
             yield f"ppo.loss.{key} {value} belongs to ppo.loss.kind clip: with dis, set it to null"
     if settings.dynamic_sampling and num_samples < 2:

@@ -45,6 +45,9 @@ class PolicyLossConfig:
     over tokens / (responses × rollout.max_tokens)."""
     tis_cap: PositiveFloat | None = None
     """Truncated importance sampling between the trainer's and the engines' log-probs: cap of the ratio; null: off."""
+    max_logprob_error: PositiveFloat | None = None
+    """Drop a response from the policy loss if its log-probs differ between trainer and engines by more than this (mean
+    of |difference| over its tokens, nats); the denominator still counts it. null: none is dropped."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     positive_lm_coef: NonNegativeFloat = 0.0
