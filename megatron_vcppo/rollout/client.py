@@ -249,7 +249,7 @@ class _Generation:
         self.fleet.changed.set()
 
     async def run(self, until: Callable[[], bool] | None = None) -> None:
-        """Until it is said, by default until every request is answered; raises what went wrong."""
+        """Until ``until`` returns true, by default until every request is answered; raises what went wrong."""
         watch = asyncio.create_task(self.fleet.watch())
         try:
             while self.unanswered if until is None else not until():

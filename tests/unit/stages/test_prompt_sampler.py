@@ -1,5 +1,6 @@
 """Which groups dynamic sampling keeps, and warnings about sampling that biases training."""
 
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -95,3 +96,39 @@ def test_what_was_taken_ahead_is_trained_on_when_staleness_becomes_zero() -> Non
     sampler.load_state_dict(sampler.state_dict())
     sampler.next_batch(4)
     assert seen[6:] == wanted[9:12]
+
+
+@pytest.mark.parametrize("staleness", [1, 2, 5])
+def test_every_prompt_is_trained_on_once_over_any_resumes(staleness: int) -> None:
+    """Whatever finishes first; each state is a checkpoint from which an attempt continues, as kills do."""
+    prompts = [Prompt(str(i), (1,), "", "", "t") for i in range(7)]
+    config, chance = Config(), random.Random(staleness)
+    config.ppo.prompts_per_iteration, config.ppo.iterations, config.ppo.staleness = 3, 8, staleness
+    batches: dict[int, list[str]] = {}
+
+    def stored_among(number: int, among: list[Prompt], count: int, num_samples: int) -> tuple[list[int], RolloutPart]:
+        """An attempt before stored what was finished first then."""
+        ids = [prompt.prompt_id for prompt in among]
+        batches.setdefault(number, chance.sample(ids, count))
+        return [ids.index(prompt_id) for prompt_id in batches[number]], RolloutPart()
+
+    session: Any = SimpleNamespace(runtime=SimpleNamespace(is_main=True), stored_among=stored_among)
+    # A run of staleness 1 from before there were groups: two iterations are done, the third was being generated.
+    state: dict[str, Any] = {"samples_seen": 6, "num_samples": 7, "seed": 0}
+    iteration, furthest = 3, 0
+    while iteration <= 8:
+        sampler = PromptSampler(config, session, PromptStream(prompts, 0))
+        sampler.load_state_dict(state)
+        for _ in range(chance.randint(1, 3)):
+            if iteration <= 8:
+                sampler.next_batch(iteration)
+                furthest = max(furthest, sampler.stream.position)
+                iteration += 1
+        if chance.random() < 0.5 or iteration > 8:
+            state, saved = sampler.state_dict(), iteration
+        else:
+            iteration = saved if "taken" in state else 3
+    wanted = [prompt.prompt_id for prompt in PromptStream(prompts, 0).next(24)][6:]
+    assert sorted(prompt_id for batch in batches.values() for prompt_id in batch) == sorted(wanted)
+    assert furthest == 24 and "taken" not in state
+    assert batches[3] != wanted[:3] or batches[4] != wanted[3:6], "finished first, not in order"
