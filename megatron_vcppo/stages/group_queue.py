@@ -16,6 +16,7 @@ from megatron_vcppo.mcore import runtime
 from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.rollout.client import PendingRequest, RolloutStream
 from megatron_vcppo.rollout.messages import Sampling
+from megatron_vcppo.run.progress import Progress
 from megatron_vcppo.run.rollout_store import read_partial
 from megatron_vcppo.stages.rollout_session import RolloutSession, scored_before
 from megatron_vcppo.stages.stopping import stopping
@@ -78,6 +79,11 @@ def choose_groups(
             if len(older & taken) < min(count, len(older) - room):
                 return None
     return chosen
+
+
+def count_begun(states: Sequence[GroupState]) -> int:
+    """Groups that are not finished and of which a sample was given to an engine."""
+    return sum(state.begun_under is not None and not state.finished for state in states)
 
 
 @dataclass(eq=False)
@@ -159,7 +165,11 @@ class GroupQueue:
         stop; then the responses so far are stored.
         """
         polls = 0
-        while (chosen := choose(self._states(groups))) is None:
+        progress = Progress("groups", len(groups), unit="groups") if self.session.runtime.is_main else None
+        while (chosen := choose(states := self._states(groups))) is None:
+            if progress is not None:
+                finished = sum(state.finished for state in states)
+                progress.update(finished, finished - progress.position, {"begun": count_begun(states)})
             polls = self._wait(polls)
         found: list[tuple[int, Rollout]] = []
         for number, index in enumerate(chosen):
