@@ -209,6 +209,7 @@ class RolloutStream:
                     await asyncio.sleep(FOLLOW_S)
 
             following = asyncio.create_task(follow())
+            following.add_done_callback(lambda _: fleet.changed.set())
             try:
                 await generation.run(until=following.done)
                 following.result()

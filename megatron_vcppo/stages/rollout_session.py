@@ -175,6 +175,8 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         self.source: Callable[[], Tensors] | None = None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.ahead is not None:
+            self.ahead.stop()
         if self.scorer is not None:
             self.scorer.close(finish=kind is None)
         if self.gpus is not None:
