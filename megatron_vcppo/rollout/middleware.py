@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ class Middleware:
         choice = output.outputs[0]
         if choice.finish_reason not in ("stop", "length"):
             return Response(request.key, error=f"ended by the engine: {choice.finish_reason}")
-        version, changes = self._versions_of(output)
+        version, changes = versions_of(output, self.pushed)
         logprobs = choice.logprobs.logprobs
         if not all(map(math.isfinite, logprobs)):
             return Response(
@@ -150,26 +150,6 @@ class Middleware:
                 error=f"log-probs that are not finite: weights {version}, or ones before them, are out of range",
             )
         return Response(request.key, list(choice.token_ids), logprobs, choice.finish_reason, version, changes)
-
-    def _versions_of(self, output: Any) -> tuple[int, list[tuple[int, int]]]:
-        """The version of a finished response's first token, and where others follow.
-
-        The engine's core reports the version of the last step, and how many tokens there were at each push before.
-        """
-        spans = output.outputs[0].weight_versions or []
-        last = spans[-1].version if spans else ""
-        if not last.isdecimal():  # the weights that it started with
-            return NO_VERSION, []
-        if len(spans) > 1:  # a response with stop strings comes token by token
-            first, *later = [(span.start, int(span.version) if span.version.isdecimal() else NO_VERSION)
-                             for span in spans]  # fmt: skip
-            return first[1], later
-        starts = (output.kv_transfer_params or {}).get(PUSHES, [])
-        end = len(self.pushed) - self.pushed[::-1].index(int(last))
-        versions = [NO_VERSION] * max(0, len(starts) + 1 - end) + self.pushed[max(0, end - 1 - len(starts)) : end]
-        # Pushes with no token between them: the last one counts.
-        changes = dict(zip(starts, versions[1:], strict=True))
-        return versions[0], list(changes.items())
 
     async def _sync(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
         request = msgspec.json.decode(body, type=SyncRequest)
@@ -255,6 +235,25 @@ async def take_weights(engine: Any, request: SyncRequest, is_awake: bool, pushed
     if is_awake:
         await engine.resume_generation()
     return SyncReport(pause_s=time.monotonic() - drained)
+
+
+def versions_of(output: Any, pushed: Sequence[int]) -> tuple[int, list[tuple[int, int]]]:
+    """The policy version of a finished response's first token, and (token, version) where others follow.
+
+    output: with the version of its last step, as the engine's core knows it, and how many tokens it had at each push
+    before. pushed: the versions of all pushes so far, in order.
+    """
+    spans = [(span.start, int(span.version) if span.version.isdecimal() else NO_VERSION)
+             for span in output.outputs[0].weight_versions or ()]  # fmt: skip
+    if len(spans) > 1:  # a response with stop strings comes token by token
+        return spans[0][1], spans[1:]
+    if not spans or spans[0][1] == NO_VERSION:  # the weights that the engine started with
+        return NO_VERSION, []
+    starts = (output.kv_transfer_params or {}).get(PUSHES, [])
+    end = len(pushed) - pushed[::-1].index(spans[0][1])
+    versions = [NO_VERSION] * max(0, len(starts) + 1 - end) + [*pushed[max(0, end - 1 - len(starts)) : end]]
+    # Of pushes with no token between them the last one counts.
+    return versions[0], [*dict(zip(starts, versions[1:], strict=True)).items()]
 
 
 def sampling_params(sampling: Sampling, request: GenerateRequest) -> SamplingParams:
