@@ -12,7 +12,7 @@ def main() -> None:
     """Run the server with the arguments of the command line."""
     import vllm.v1.engine.core
     import vllm.v1.engine.utils
-    import vllm.v1.worker.cpu_worker
+    import vllm.v1.worker.cpu_worker  # what a core would import by itself
 
     vllm.v1.engine.utils.get_mp_context = lambda: multiprocessing.get_context("fork")
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
