@@ -81,11 +81,6 @@ def choose_groups(
     return chosen
 
 
-def count_begun(states: Sequence[GroupState]) -> int:
-    """Groups that are not finished and of which a sample was given to an engine."""
-    return sum(state.begun_under is not None and not state.finished for state in states)
-
-
 @dataclass(eq=False)
 class _Requested:
     """A group of this leader."""
@@ -161,16 +156,20 @@ class GroupQueue:
     ) -> tuple[list[int], RolloutPart]:
         """Wait until ``choose`` takes some of the groups; its choice, and what this rank has of their scored rollouts.
 
-        Engines that restart meanwhile receive the current weights. Raises Stopped on every rank if any was asked to
-        stop; then the responses so far are stored.
+        Not between an update and the push of its weights: engines that restart meanwhile receive the actor's. Raises
+        Stopped on every rank if any was asked to stop; then the responses so far are stored.
         """
         polls = 0
         progress = Progress("groups", len(groups), unit="groups") if self.session.runtime.is_main else None
         while (chosen := choose(states := self._states(groups))) is None:
             if progress is not None:
                 finished = sum(state.finished for state in states)
-                progress.update(finished, finished - progress.position, {"begun": count_begun(states)})
-            polls = self._wait(polls)
+                begun = sum(state.begun_under is not None for state in states)
+                progress.update(finished, finished - progress.position, {"running": begun - finished})
+            time.sleep(POLL_S)
+            polls += 1
+            if polls % POLLS_PER_LOOK == 0:
+                self._tend_engines()
         found: list[tuple[int, Rollout]] = []
         for number, index in enumerate(chosen):
             self.requested.discard(groups[index].place)
@@ -184,25 +183,21 @@ class GroupQueue:
     def settle(self) -> None:
         """Wait until every response that is begun is finished, and begin no others until weights are pushed.
 
+        Engines that restart meanwhile wait for that push: the actor has moved on from the weights that the others hold.
         Raises Stopped on every rank if any was asked to stop.
         """
         if self.stream is not None:
             self.stream.held = True
-        polls = 0
         while self._agree([self.stream.num_running if self.stream is not None else 0])[0]:
-            polls = self._wait(polls)
+            time.sleep(POLL_S)
 
-    def _wait(self, polls: int) -> int:
-        """A moment; now and then engines that were restarted get the current weights."""
-        time.sleep(POLL_S)
-        if polls % POLLS_PER_LOOK == POLLS_PER_LOOK - 1:
-            session = self.session
-            assert session.source is not None, "generation before the first push"
-            try:
-                session.sync.update_joiners(session.policy_version, session.source)
-            except WeightSyncError as error:
-                log.warning("%s; its supervisor starts it again", error)
-        return polls + 1
+    def _tend_engines(self) -> None:
+        session = self.session
+        assert session.source is not None, "generation before the first push"
+        try:
+            session.sync.update_joiners(session.policy_version, session.source)
+        except WeightSyncError as error:
+            log.warning("%s; its supervisor starts it again", error)
 
     def _states(self, groups: Sequence[Group]) -> list[GroupState]:
         """The same on every rank."""
