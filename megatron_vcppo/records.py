@@ -6,6 +6,7 @@ No torch, no numpy: configuration and command line load them on a login node.
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 
@@ -41,6 +42,7 @@ class Rollout:
     finish_reason: str
     """"stop" (an end token was sampled) or "length" (truncated at max_tokens)."""
     policy_version: int
+    """Of the weights under which the first token was sampled."""
     reward: float | None = None
     verdict: str = ""
     """Why the reward is what it is: "correct", "wrong", "no answer", "timeout", "error: …"."""
@@ -49,18 +51,33 @@ class Rollout:
     observations: Sequence[tuple[int, int]] = ()
     """Spans [start, end) of ``response_ids``, rising, that a tool wrote and the policy did not sample. Nothing is
     learned on them; their ``rollout_logprobs`` are 0. Kept as a tuple of tuples."""
+    version_changes: Sequence[tuple[int, int]] = ()
+    """(token, policy version), rising: from this token on the response was sampled under other weights, because a push
+    came meanwhile. Kept as a tuple of tuples."""
 
     def __post_init__(self) -> None:
         for name, kind in (("response_ids", "i"), ("rollout_logprobs", "f")):
             value = getattr(self, name)
             if not isinstance(value, array):
                 object.__setattr__(self, name, array(kind, value))
-        object.__setattr__(self, "observations", tuple((start, end) for start, end in self.observations))
+        for name in ("observations", "version_changes"):
+            object.__setattr__(self, name, tuple((first, second) for first, second in getattr(self, name)))
 
     @property
     def num_observed(self) -> int:
         """Response tokens that a tool wrote."""
-        return sum(end - start for start, end in self.observations)
+        return self._observed(0, len(self.response_ids))
+
+    def _observed(self, start: int, end: int) -> int:
+        """Of the response tokens [start, end), those that a tool wrote."""
+        return sum(max(0, min(end, last) - max(start, first)) for first, last in self.observations)
+
+    def versions(self) -> Iterator[tuple[int, int]]:
+        """(policy version, number of tokens sampled under it), in the order of the tokens."""
+        starts = (0, *(token for token, _ in self.version_changes), len(self.response_ids))
+        versions = (self.policy_version, *(version for _, version in self.version_changes))
+        for version, (start, end) in zip(versions, pairwise(starts), strict=True):
+            yield version, end - start - self._observed(start, end)
 
     @property
     def truncated(self) -> bool:

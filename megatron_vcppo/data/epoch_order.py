@@ -32,12 +32,14 @@ class EpochOrder:
 
     def next(self, batch_size: int) -> list[tuple[int, int]]:
         """Hand out the next ``batch_size`` samples as (epoch, sample index)."""
-        batch = []
-        for place in range(self.samples_seen, self.samples_seen + batch_size):
-            epoch, position = divmod(place, self.num_samples)
-            batch.append((epoch, int(self._of_epoch(epoch)[position])))
+        batch = [self.at(place) for place in range(self.samples_seen, self.samples_seen + batch_size)]
         self.samples_seen += batch_size
         return batch
+
+    def at(self, place: int) -> tuple[int, int]:
+        """(epoch, sample index) of the sample at this place from the start, whether it was handed out or not."""
+        epoch, position = divmod(place, self.num_samples)
+        return epoch, int(self._of_epoch(epoch)[position])
 
     def state_dict(self) -> dict[str, Any]:
         """The place, as plain numbers for a checkpoint."""

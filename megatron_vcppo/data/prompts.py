@@ -87,6 +87,16 @@ class PromptStream:
         """The epoch, from 0, that the next prompt belongs to."""
         return self._order.epoch
 
+    @property
+    def position(self) -> int:
+        """How many prompts were handed out: the place of the next one."""
+        return self._order.samples_seen
+
+    def at(self, place: int) -> Prompt:
+        """The prompt at this place of the stream, whether it was handed out or not."""
+        epoch, index = self._order.at(place)
+        return self._prompt(epoch, *self._mixture.at(epoch, index))
+
     def next(self, num_prompts: int) -> list[Prompt]:
         """The next prompts."""
         return [self._prompt(epoch, *self._mixture.at(epoch, place)) for epoch, place in self._order.next(num_prompts)]

@@ -213,6 +213,13 @@ def sum_over_ranks(number: int) -> int:
     return int(total.item())
 
 
+def max_over_ranks(numbers: torch.Tensor) -> torch.Tensor:
+    """The largest over all ranks of each number, on every rank; collective. numbers: any shape; the result: CPU."""
+    largest = numbers.to(device(), copy=True)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.cpu()
+
+
 def sum_over_replicas(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over data-parallel replicas, on every rank; collective. tensor: any shape and device; the sum: CPU."""
     summed = tensor.to(device())

@@ -6,7 +6,10 @@ twice is the same response.
 """
 
 import asyncio
+import itertools
 import logging
+import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -15,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
+import msgspec
 
 from megatron_vcppo.config import RolloutConfig
 from megatron_vcppo.data.seeds import sample_seed
@@ -35,6 +39,8 @@ MAX_ERRORS = 3
 """A request that engines refuse this often ends generation: it is the request's fault, not theirs."""
 MAX_LOSSES = 6
 """A request whose engine failed this often ends generation: it may be what kills them."""
+FOLLOW_S = 0.02
+"""How often a stream looks for what was added to it."""
 
 
 class RolloutError(RuntimeError):
@@ -53,11 +59,17 @@ class PendingRequest:
     """How often its engine failed before it was answered."""
     turns: Turns | None = None
     """Of a response that can call a tool; ``request`` is then its next turn."""
+    begun_under: int | None = None
+    """The policy version when it was given to its engine, which may begin it later; None: it waits for its first."""
 
     @property
     def tokens(self) -> int:
         """The most tokens that it can cost."""
         return len(self.request.token_ids) + self.request.max_tokens
+
+    def begin_again(self) -> None:
+        """Its engine did not answer: what stands of it are the turns before."""
+        self.begun_under = None if self.turns is None else self.turns.policy_version
 
 
 @dataclass
@@ -105,9 +117,23 @@ class RolloutClient:
         cancelled: Callable[[], bool],
     ) -> list[Rollout]:
         """See generate."""
+        rollouts: dict[int, Rollout] = {}
+
+        def take(key: int, rollout: Rollout) -> None:
+            rollouts[key] = rollout
+            on_rollout(rollout)
+
         async with engine_http.open_session(read_secret(self.rendezvous / SECRET)) as session:
             fleet = Fleet(self.rendezvous, session, policy_version, self.config.health_timeout_s)
-            return await _Generation(self, session, fleet, sampling, requests, on_rollout, cancelled).run()
+            progress = Progress("rollouts", len(requests), unit="tok") if self.show_progress else None
+            generation = _Generation(self, session, fleet, sampling, take, cancelled, progress)
+            generation.add(requests)
+            await generation.run()
+        return [rollouts[index] for index in range(len(requests))]
+
+    def stream(self, policy_version: int, sampling: Sampling) -> "RolloutStream":
+        """Generation without an end, to which requests are added while weights are pushed."""
+        return RolloutStream(self, policy_version, sampling)
 
     def plan(
         self, prompts: Sequence[Prompt], iteration: int, num_samples: int, known: Collection[RequestId] = ()
@@ -134,8 +160,81 @@ class RolloutClient:
         return requests
 
 
+class RolloutStream:
+    """Requests that are added at any time, answered by engines that take new weights meanwhile; runs in a thread.
+
+    A request goes to an engine that holds ``policy_version``, which follows the pushes, and stays there through later
+    ones. Methods and attributes are for other threads than the stream's.
+    """
+
+    def __init__(self, client: RolloutClient, policy_version: int, sampling: Sampling) -> None:
+        self.client, self.sampling = client, sampling
+        self.policy_version = policy_version
+        self.held = False
+        """Whether engines get no further requests."""
+        self.num_running = 0
+        """Requests that engines have."""
+        self.keys = itertools.count()
+        self.added: queue.SimpleQueue[tuple[PendingRequest, Callable[[Rollout], None]]] = queue.SimpleQueue()
+        self.closed = threading.Event()
+        self.failure: BaseException | None = None
+        """What ended the stream."""
+        threading.Thread(target=self._run, name="generate", daemon=True).start()
+
+    def add(self, request: PendingRequest, on_rollout: Callable[[Rollout], None]) -> None:
+        """Have it answered. on_rollout: is called with the response, in the stream's thread, and returns at once."""
+        key = next(self.keys)
+        request.request = msgspec.structs.replace(request.request, key=key)
+        if request.turns is not None:
+            request.turns.first = msgspec.structs.replace(request.turns.first, key=key)
+        self.added.put((request, on_rollout))
+
+    def close(self) -> None:
+        """Engines drop what is not answered."""
+        self.closed.set()
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._generate())
+        except BaseException as error:
+            self.failure = error
+
+    async def _generate(self) -> None:
+        client = self.client
+        answers: dict[int, Callable[[Rollout], None]] = {}
+        async with engine_http.open_session(read_secret(client.rendezvous / SECRET)) as session:
+            fleet = Fleet(
+                client.rendezvous, session, self.policy_version, client.config.health_timeout_s, across_pushes=True
+            )
+            generation = _Generation(
+                client, session, fleet, self.sampling, lambda key, rollout: answers.pop(key)(rollout)
+            )
+
+            async def follow() -> None:
+                while not self.closed.is_set():
+                    if fleet.policy_version != self.policy_version:
+                        fleet.policy_version = self.policy_version
+                        fleet.look_now.set()
+                    while not self.added.empty():
+                        request, on_rollout = self.added.get()
+                        answers[request.request.key] = on_rollout
+                        generation.add([request])
+                    if generation.held and not self.held:
+                        fleet.changed.set()
+                    generation.held, self.num_running = self.held, generation.num_running
+                    await asyncio.sleep(FOLLOW_S)
+
+            following = asyncio.create_task(follow())
+            following.add_done_callback(lambda _: fleet.changed.set())
+            try:
+                await generation.run(until=following.done)
+                following.result()
+            finally:
+                following.cancel()
+
+
 class _Generation:
-    """One call of generate: what waits, what is with whom, what is done."""
+    """What waits, what is with whom, what is done."""
 
     def __init__(
         self,
@@ -143,23 +242,35 @@ class _Generation:
         session: engine_http.Session,
         fleet: Fleet,
         sampling: Sampling,
-        requests: list[PendingRequest],
-        on_rollout: Callable[[Rollout], None],
-        cancelled: Callable[[], bool],
+        on_answer: Callable[[int, Rollout], None],
+        cancelled: Callable[[], bool] = lambda: False,
+        progress: Progress | None = None,
     ) -> None:
+        """on_answer: gets each request's key and response, once."""
         self.client, self.config, self.session, self.fleet = client, client.config, session, fleet
-        self.sampling, self.requests, self.on_rollout, self.cancelled = sampling, requests, on_rollout, cancelled
-        self.waiting = deque(requests)
-        self.rollouts: dict[int, Rollout] = {}
+        self.sampling, self.on_answer, self.cancelled, self.progress = sampling, on_answer, cancelled, progress
+        self.waiting: deque[PendingRequest] = deque()
+        self.unanswered: set[int] = set()
+        """Keys of requests."""
+        self.num_answered = self.num_running = 0
+        self.held = False
+        """Whether what waits goes on waiting."""
         self.failure: BaseException | None = None
         self.tool_calls: set[asyncio.Task] = set()
-        self.progress = Progress("rollouts", len(requests), unit="tok") if client.show_progress else None
 
-    async def run(self) -> list[Rollout]:
-        """Until every response is there; raises what went wrong."""
+    def add(self, requests: Sequence[PendingRequest]) -> None:
+        """Have these answered, too."""
+        if not self.unanswered:  # engines that were away while nothing was requested of them have time to come back
+            self.fleet.last_usable = time.monotonic()
+        self.waiting.extend(requests)
+        self.unanswered.update(item.request.key for item in requests)
+        self.fleet.changed.set()
+
+    async def run(self, until: Callable[[], bool] | None = None) -> None:
+        """Until ``until`` returns true, by default until every request is answered; raises what went wrong."""
         watch = asyncio.create_task(self.fleet.watch())
         try:
-            while len(self.rollouts) < len(self.requests):
+            while self.unanswered if until is None else not until():
                 self.fleet.changed.clear()
                 self.dispatch()
                 with suppress(TimeoutError):
@@ -173,7 +284,6 @@ class _Generation:
                 call.cancel()
             for member in self.fleet.members.values():
                 member.take_out("generation is over")
-        return [self.rollouts[index] for index in range(len(self.requests))]
 
     def in_flight(self) -> dict[str, int]:
         """What progress shows next to the finished responses: minutes may pass before the first one is."""
@@ -189,23 +299,26 @@ class _Generation:
         if watch.done():
             watch.result()
         dead_s = time.monotonic() - self.fleet.last_usable
-        if not self.fleet.usable and dead_s > self.config.all_dead_timeout_s:
+        if self.unanswered and not self.fleet.usable and dead_s > self.config.all_dead_timeout_s:
             raise RolloutError(
                 f"no engine with policy version {self.fleet.policy_version} for {dead_s:.0f} s "
                 f"(rollout.all_dead_timeout_s = {self.config.all_dead_timeout_s:g}); "
-                f"{len(self.requests) - len(self.rollouts)} of {len(self.requests)} responses are missing. "
+                f"{len(self.unanswered)} of {len(self.unanswered) + self.num_answered} responses are missing. "
                 f"{self.fleet.describe()}"
             )
 
     def dispatch(self) -> None:
         """Give what waits to the engines with the fewest tokens in flight, in one call per engine."""
         given: dict[int, tuple[Member, list[PendingRequest]]] = {}
-        while self.waiting:
+        while self.waiting and not self.held:
             free = [m for m in self.fleet.usable if m.requests_in_flight < self.config.engine.max_num_seqs]
             if not free:
                 break
             member = min(free, key=lambda m: m.tokens_in_flight)
             item = self.waiting.popleft()
+            if item.begun_under is None:
+                item.begun_under = self.fleet.policy_version
+            self.num_running += 1
             member.requests_in_flight += 1
             member.tokens_in_flight += item.tokens
             given.setdefault(id(member), (member, []))[1].append(item)
@@ -241,6 +354,8 @@ class _Generation:
             self.failure = error
         finally:
             self.release(member, left.values())
+            for item in left.values():
+                item.begin_again()
             self.check_losses(left.values(), member)
             self.waiting.extendleft(reversed(left.values()))
             self.fleet.changed.set()
@@ -261,6 +376,7 @@ class _Generation:
             item.errors.append(f"{member.engine}: {response.error}")
             if len(item.errors) >= MAX_ERRORS:
                 raise RolloutError(f"prompt {item.prompt.prompt_id} was refused: {'; '.join(item.errors)}")
+            item.begin_again()
             self.waiting.append(item)
             return
         if item.turns is not None:
@@ -301,16 +417,17 @@ class _Generation:
             finish_reason=response.finish_reason,
             policy_version=response.policy_version,
             observations=() if turns is None else turns.observations,
+            version_changes=response.version_changes,
         )
-        assert item.request.key not in self.rollouts
-        self.rollouts[item.request.key] = rollout
+        self.unanswered.remove(item.request.key)
+        self.num_answered += 1
         if self.progress is not None:
-            self.progress.update(len(self.rollouts), len(response.token_ids), self.in_flight())
-        self.on_rollout(rollout)
+            self.progress.update(self.num_answered, len(response.token_ids), self.in_flight())
+        self.on_answer(item.request.key, rollout)
 
-    @staticmethod
-    def release(member: Member, items: Iterable[PendingRequest]) -> None:
+    def release(self, member: Member, items: Iterable[PendingRequest]) -> None:
         """These requests are no longer with the engine."""
         for item in items:
+            self.num_running -= 1
             member.requests_in_flight -= 1
             member.tokens_in_flight -= item.tokens

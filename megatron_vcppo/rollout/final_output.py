@@ -19,6 +19,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from megatron_vcppo.rollout.messages import PUSHES
+
 Base: Any = Scheduler if current_platform.is_cpu() else AsyncScheduler  # vLLM schedules synchronously on CPU
 
 
@@ -28,6 +30,16 @@ class FinalOutputScheduler(Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.held: dict[str, Unfinished] = {}
+        self.pushes: dict[str, list[int]] = {}
+        """Of each request that weights were pushed during: how many tokens it had at each push."""
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """The end of a push: with ``reset_running_requests``, what runs continues under other weights."""
+        if reset_running_requests:
+            for name, request in self.requests.items():
+                if request.num_output_tokens:
+                    self.pushes.setdefault(name, []).append(request.num_output_tokens)
+        return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -37,6 +49,9 @@ class FinalOutputScheduler(Base):
         step = super().update_from_output(scheduler_output, model_runner_output)
         for client, outputs in list(step.items()):
             outputs.outputs = [whole for output in outputs.outputs if (whole := self._hold(output, holdable))]
+            for output in outputs.outputs:
+                if output.finished and (pushes := self.pushes.pop(output.request_id, None)):
+                    output.kv_transfer_params = {**(output.kv_transfer_params or {}), PUSHES: pushes}
             if not outputs.outputs and outputs.scheduler_stats is None and outputs.finished_requests is None:
                 del step[client]
         return step
@@ -46,6 +61,7 @@ class FinalOutputScheduler(Base):
         finished = super().finish_requests(request_ids, finished_status)
         for request in finished:
             self.held.pop(request.request_id, None)
+            self.pushes.pop(request.request_id, None)
         return finished
 
     def _is_holdable(self, request_id: str) -> bool:

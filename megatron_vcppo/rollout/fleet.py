@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,12 +41,15 @@ class Fleet:
         session: engine_http.Session,
         policy_version: int,
         health_timeout_s: float,
+        across_pushes: bool = False,
     ) -> None:
+        """across_pushes: an engine that takes weights, or holds others, gets no requests but keeps those it has."""
         self.folder, self.session, self.policy_version = folder, session, policy_version
-        self.health_timeout_s = health_timeout_s
+        self.health_timeout_s, self.across_pushes = health_timeout_s, across_pushes
         self.members: dict[tuple[str, int, int], Member] = {}
         self.changed = asyncio.Event()
         """Set whenever an engine became usable or unusable."""
+        self.look_now = asyncio.Event()
         self.last_usable = time.monotonic()
 
     @property
@@ -56,8 +60,10 @@ class Fleet:
     async def watch(self) -> None:
         """Runs until cancelled."""
         while True:
+            self.look_now.clear()
             await self.look()
-            await asyncio.sleep(POLL_S)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.look_now.wait(), POLL_S)
 
     async def look(self) -> None:
         """One round of questions."""
@@ -80,13 +86,14 @@ class Fleet:
         except engine_http.FAILURES as error:
             member.trouble = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             silent_s = time.monotonic() - member.last_answer
-            if was_usable and silent_s > self.health_timeout_s:
+            if (was_usable or member.calls) and silent_s > self.health_timeout_s:
                 member.take_out(f"no answer for {silent_s:.0f} s ({member.trouble})")
         else:
             member.last_answer = time.monotonic()
             member.usable = status.state == "serving" and status.policy_version == self.policy_version
             member.trouble = f"{status.state}, policy version {status.policy_version}"
-            if was_usable and not member.usable:
+            keeps_calls = self.across_pushes and status.state in ("serving", "syncing")
+            if (was_usable or member.calls) and not member.usable and not keeps_calls:
                 member.take_out(member.trouble)
         if member.usable != was_usable:
             self.changed.set()

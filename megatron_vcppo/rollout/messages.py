@@ -12,6 +12,11 @@ NO_VERSION = -1
 """The policy version of an engine that still holds the weights it started with, or half of a push."""
 
 
+PUSHES = "vcppo_pushes"
+"""Where an engine's core puts, among vLLM's transfer parameters of a finished response, how many tokens it had at each
+push. vLLM's own spans of weight versions are those of outputs, and of a response there is one output only."""
+
+
 class Sampling(msgspec.Struct, frozen=True):
     """How responses are drawn; the same for every request of a batch."""
 
@@ -49,6 +54,8 @@ class Response(msgspec.Struct, frozen=True):
     finish_reason: str = ""
     policy_version: int = NO_VERSION
     """The version under which the first token was drawn."""
+    version_changes: list[tuple[int, int]] = []
+    """(token, policy version) from which on later tokens were drawn, where weights were pushed meanwhile."""
     error: str = ""
 
 

@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from megatron_vcppo.rollout.messages import (
     CORE_IS_DEAD,
     GENERATE,
     NO_VERSION,
+    PUSHES,
     SLEEP,
     STATUS,
     SYNC,
@@ -59,6 +60,8 @@ class Middleware:
         self.names = itertools.count()
         self.policy_version = NO_VERSION
         self.state = "serving"
+        self.pushed: list[int] = []
+        """All versions that it has held, each once in a row."""
         self.running = 0
         self.awake = {WEIGHTS, CACHE}
         """The parts of its GPU memory that it has."""
@@ -127,7 +130,6 @@ class Middleware:
                 task.cancel()
 
     async def _respond(self, engine: Any, sampling: Sampling, request: GenerateRequest) -> Response:
-        version = self.policy_version
         output = None
         try:
             params = sampling_params(sampling, request)
@@ -140,13 +142,14 @@ class Middleware:
         choice = output.outputs[0]
         if choice.finish_reason not in ("stop", "length"):
             return Response(request.key, error=f"ended by the engine: {choice.finish_reason}")
+        version, changes = versions_of(output, self.pushed)
         logprobs = choice.logprobs.logprobs
         if not all(map(math.isfinite, logprobs)):
             return Response(
                 request.key,
                 error=f"log-probs that are not finite: weights {version}, or ones before them, are out of range",
             )
-        return Response(request.key, list(choice.token_ids), logprobs, choice.finish_reason, version)
+        return Response(request.key, list(choice.token_ids), logprobs, choice.finish_reason, version, changes)
 
     async def _sync(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
         request = msgspec.json.decode(body, type=SyncRequest)
@@ -155,7 +158,8 @@ class Middleware:
             return await answer(send, 200, msgspec.json.encode(report))
         self.state, self.policy_version = "syncing", NO_VERSION
         try:
-            report = await asyncio.wait_for(take_weights(engine, request, CACHE in self.awake), request.timeout_s)
+            taken = take_weights(engine, request, CACHE in self.awake, self.pushed)
+            report = await asyncio.wait_for(taken, request.timeout_s)
             self.state, self.policy_version = self._rested(), request.policy_version
         except TimeoutError:  # the workers' deadline is earlier: whoever passes this one hangs
             self.state = "broken"
@@ -209,8 +213,11 @@ class Middleware:
         return {0: "asleep", 1: "waking", 2: "serving"}[len(self.awake)]
 
 
-async def take_weights(engine: Any, request: SyncRequest, is_awake: bool) -> SyncReport:
-    """One push as the engine sees it. is_awake: it has its cache, too; else it stays paused, as sleep left it."""
+async def take_weights(engine: Any, request: SyncRequest, is_awake: bool, pushed: list[int]) -> SyncReport:
+    """One push as the engine sees it; adds it to ``pushed``, unless the engine held this version.
+
+    is_awake: it has its cache, too; else it stays paused, as sleep left it.
+    """
     started = time.monotonic()
     if is_awake:
         await engine.pause_generation(mode={"drain": "wait", "keep": "keep"}[request.pause], clear_cache=False)
@@ -221,10 +228,32 @@ async def take_weights(engine: Any, request: SyncRequest, is_awake: bool) -> Syn
     await engine.start_weight_update()
     await engine.update_weights(WeightTransferUpdateRequest(update_info={}))
     await engine.finish_weight_update(str(request.policy_version))
-    await engine.reset_prefix_cache(reset_running_requests=request.pause == "keep")
+    is_new = pushed[-1:] != [request.policy_version]
+    if is_new:
+        pushed.append(request.policy_version)
+    await engine.reset_prefix_cache(reset_running_requests=is_new and request.pause == "keep")
     if is_awake:
         await engine.resume_generation()
     return SyncReport(pause_s=time.monotonic() - drained)
+
+
+def versions_of(output: Any, pushed: Sequence[int]) -> tuple[int, list[tuple[int, int]]]:
+    """The policy version of a finished response's first token, and (token, version) where others follow.
+
+    output: with the version of its last step, as the engine's core knows it, and how many tokens it had at each push
+    before. pushed: the versions of all pushes so far, in order.
+    """
+    spans = [(span.start, int(span.version) if span.version.isdecimal() else NO_VERSION)
+             for span in output.outputs[0].weight_versions or ()]  # fmt: skip
+    if len(spans) > 1:  # a response with stop strings comes token by token
+        return spans[0][1], spans[1:]
+    if not spans or spans[0][1] == NO_VERSION:  # the weights that the engine started with
+        return NO_VERSION, []
+    starts = (output.kv_transfer_params or {}).get(PUSHES, [])
+    end = len(pushed) - pushed[::-1].index(spans[0][1])
+    versions = [NO_VERSION] * max(0, len(starts) + 1 - end) + [*pushed[max(0, end - 1 - len(starts)) : end]]
+    # Of pushes with no token between them the last one counts.
+    return versions[0], [*dict(zip(starts, versions[1:], strict=True)).items()]
 
 
 def sampling_params(sampling: Sampling, request: GenerateRequest) -> SamplingParams:

@@ -36,6 +36,8 @@ class Turns:
     num_calls: int = 0
     policy_version: int | None = None
     """Of the first token."""
+    version_changes: list[tuple[int, int]] = field(default_factory=list)
+    """(token, policy version), as in a response: turns may be sampled under different weights."""
 
     def request(self) -> GenerateRequest:
         """The next turn."""
@@ -52,12 +54,21 @@ class Turns:
         """Tokens that may follow."""
         return self.first.max_tokens - len(self.token_ids)
 
+    @property
+    def last_version(self) -> int | None:
+        """Of the last token that was sampled."""
+        return self.version_changes[-1][1] if self.version_changes else self.policy_version
+
     def add_turn(self, response: Response, text: str) -> bool:
         """What an engine wrote, and its text; True if it ended with a call that is to be answered."""
-        self.token_ids += response.token_ids
-        self.logprobs += response.logprobs
+        start = len(self.token_ids)
         if self.policy_version is None:
             self.policy_version = response.policy_version
+        elif response.policy_version != self.last_version:
+            self.version_changes.append((start, response.policy_version))
+        self.version_changes += [(start + token, version) for token, version in response.version_changes]
+        self.token_ids += response.token_ids
+        self.logprobs += response.logprobs
         return response.finish_reason == "stop" and self.num_calls < self.max_calls and self.stop in text
 
     def add_observation(self, token_ids: Sequence[int]) -> bool:
@@ -74,4 +85,11 @@ class Turns:
     def response(self, finish_reason: str) -> Response:
         """All turns as one."""
         assert self.policy_version is not None
-        return Response(self.first.key, self.token_ids, self.logprobs, finish_reason, self.policy_version)
+        return Response(
+            self.first.key,
+            self.token_ids,
+            self.logprobs,
+            finish_reason,
+            self.policy_version,
+            version_changes=self.version_changes,
+        )

@@ -6,8 +6,9 @@ interrupted is in ``partial_NNNNNNN_KofM.npz`` until the iteration is complete.
 A file holds arrays (``numpy.load`` reads them, without this project): ``schema``; ``places`` [n], of each rollout in
 the order of the iteration; ``prompt_ids`` and ``response_ids``, int32, and ``rollout_logprobs``, float32, of all
 rollouts one after the other, with ``prompt_lengths`` and ``response_lengths`` [n]; and ``records``, all else as UTF-8
-text, one JSON object per rollout and line, with ``observations`` ([start, end) in the response) only where a tool wrote
-any. Runs made before schema 2 have one ``.jsonl.zst`` per iteration, which is read as well.
+text, one JSON object per rollout and line. ``observations`` ([start, end) in the response) is there only where a tool
+wrote any, ``version_changes`` only for responses during which weights were pushed. Runs made before schema 2 have one
+``.jsonl.zst`` per iteration, which is read as well.
 """
 
 import json
@@ -118,8 +119,9 @@ def _write(path: Path, rollouts: RolloutPart) -> None:
     for rollout in rollouts.rollouts:
         record = {**vars(rollout), "prompt": {**vars(rollout.prompt)}, "length": len(rollout.response_ids)}
         del record["prompt"]["token_ids"], record["response_ids"], record["rollout_logprobs"]
-        if not record["observations"]:
-            del record["observations"]
+        for name in ("observations", "version_changes"):  # as in files from before there were any
+            if not record[name]:
+                del record[name]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     prompts, responses, logprobs = (
         [rollout.prompt.token_ids for rollout in rollouts.rollouts],

@@ -21,6 +21,7 @@ from megatron_vcppo.algo.gae import decoupled_gae
 from megatron_vcppo.algo.kl import kl_estimate, soft_overlong_penalty, token_rewards
 from megatron_vcppo.algo.masked import first_of_row, masked_moments
 from megatron_vcppo.algo.metrics import Metrics, add, add_over, means
+from megatron_vcppo.algo.sequence_mask import logprob_errors
 from megatron_vcppo.config import AdvantageConfig, PolicyLossConfig, ReturnsConfig
 from megatron_vcppo.data.rollout_share import ModelOutputs, RolloutShare, RolloutTable
 from megatron_vcppo.integers import ceil_div
@@ -135,11 +136,41 @@ def compute_advantages(
         moments = total(torch.stack([masked_moments(advantages[x], trained[x]) for x in pieces]).sum(dim=0))
         for x in pieces:
             advantages[x] = whiten(advantages[x], trained[x], moments)
+    if loss.max_logprob_error is not None:
+        metrics |= drop_far_responses(advantages, share, outputs, trained, loss.max_logprob_error, total)
     metrics |= length_statistics(batch.lengths, batch.truncated) | reward_statistics(batch)
     if batch.has_observations:
         metrics["rollout/observed_share"] = 1.0 - float(batch.sampled_lengths.sum() / batch.lengths.sum())
     metrics |= {name: float(mean) for name, mean in means(per_token).items()}
     return AdvantageBatch(trained, advantages.masked_fill_(~trained, 0.0), returns, metrics, profiles)
+
+
+def drop_far_responses(
+    advantages: Tensor,
+    share: RolloutShare,
+    outputs: ModelOutputs,
+    trained: Tensor,
+    limit: float,
+    total: Callable[[Tensor], Tensor],
+) -> dict[str, float]:
+    """Set the advantages [N] of responses to 0 whose log-probs differ by more than ``limit`` from the engines' (see
+    ``logprob_errors``); with that the policy loss has no gradient there. Metrics: the share of responses and tokens.
+
+    trained: bool [N], the tokens that are trained on. total: sums a float64 [n] over the replicas.
+    """
+    assert outputs.old_logprobs is not None, "checked with the configuration"
+    counts = torch.zeros(4, dtype=torch.float64)
+    for block in share.blocks():
+        mask = block.pad(trained)
+        errors = logprob_errors(block.pad(outputs.old_logprobs), block.pad(outputs.rollout_logprobs), mask)
+        far = (errors > limit)[:, None] & mask
+        advantages[block.tokens] = advantages[block.tokens].masked_fill(far[block.mask], 0.0)
+        counts += torch.stack((far.any(dim=1).sum(), mask.any(dim=1).sum(), far.sum(), mask.sum()))
+    responses, num_responses, tokens, num_tokens = total(counts).tolist()
+    return {
+        "actor/dropped_responses": responses / max(1.0, num_responses),
+        "actor/dropped_tokens": tokens / max(1.0, num_tokens),
+    }
 
 
 def _token_means(outputs: ModelOutputs, kl: Tensor | None, sampled: Tensor) -> Metrics:

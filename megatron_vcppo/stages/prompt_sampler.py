@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from megatron_vcppo.config import Config, RolloutConfig
@@ -11,24 +11,15 @@ from megatron_vcppo.mcore import runtime
 from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.run.log import say
-from megatron_vcppo.stages.rollout_session import BatchNumber, PendingRollouts, RolloutSession
-
-
-@dataclass(frozen=True)
-class Prefetched:
-    """The batch of an iteration, requested before its turn."""
-
-    iteration: int
-    position: dict[str, Any]
-    """Prompt-stream position before this batch; a resume restarts here because a pending batch dies with the
-    process."""
-    rollouts: PendingRollouts | RolloutPart
+from megatron_vcppo.stages.group_queue import Group, GroupQueue, choose_groups
+from megatron_vcppo.stages.rollout_session import BatchNumber, RolloutSession
 
 
 class PromptSampler:
     """Takes prompts from the stream and rollouts from the engines; collective.
 
-    As a part of a checkpoint it is the position in the prompt stream up to which batches were taken.
+    As a part of a checkpoint it is the position in the prompt stream up to which prompts were taken, and the groups
+    that were taken and are not trained on yet. With ``ppo.staleness`` there are always some: engines work ahead.
     """
 
     def __init__(
@@ -43,31 +34,28 @@ class PromptSampler:
         self.config, self.session, self.stream = config.ppo, session, stream
         self.sampling = training_sampling(config.rollout, session.runtime.is_main)
         self.num_samples = config.rollout.num_samples
-        self.prefetched: Prefetched | None = None
+        self.taken: list[Group] = []
+        """From the stream and not trained on, in its order."""
+        self.queue: GroupQueue | None = None
+        """Once engines work ahead."""
+        self.drains = config.weight_sync.pause == "drain"
 
     def next_batch(self, iteration: int) -> RolloutPart:
-        """The scored rollouts of an iteration that this rank has; leaders store them in the background."""
-        if self.prefetched is not None:
-            rollouts, self.prefetched = self._collect(self.prefetched), None
-            return rollouts
+        """The scored rollouts of an iteration that this rank has; leaders store them in the background.
+
+        The weights of the actor before the iteration must be pushed.
+        """
+        if self.config.staleness:
+            return self._batch_from_queue(iteration)
         if self.config.dynamic_sampling:
             return self._dynamic_batch(iteration)
-        return self.rollouts_for(self.stream.next(self.config.prompts_per_iteration), iteration)
+        return self.rollouts_for(self._next_prompts(self.config.prompts_per_iteration), iteration)
 
-    def prefetch(self, iteration: int) -> None:
-        """Request the batch of an iteration before its turn; ``next_batch`` waits for it."""
-        position = self.stream.state_dict()
-        prompts = self.stream.next(self.config.prompts_per_iteration)
-        requested: PendingRollouts | RolloutPart | None = self.session.stored(iteration, prompts, self.num_samples)
-        if requested is None:
-            number = BatchNumber.training(iteration)
-            requested = self.session.request(prompts, number, self.sampling, self.num_samples)
-        self.prefetched = Prefetched(iteration, position, requested)
-
-    def drain(self) -> None:
-        """Wait for what was prefetched, so that other weights may be pushed before its turn comes."""
-        if self.prefetched is not None:
-            self.prefetched = replace(self.prefetched, rollouts=self._collect(self.prefetched))
+    def before_push(self) -> None:
+        """With ``weight_sync.pause: drain``, wait for running responses: here a stop request is heard, and no deadline
+        of the push counts it."""
+        if self.queue is not None and self.drains:
+            self.queue.settle()
 
     def rollouts_for(self, prompts: list[Prompt], number: int) -> RolloutPart:
         """Rollouts of these prompts: those that an interrupted attempt stored under the number, else new ones."""
@@ -89,12 +77,46 @@ class PromptSampler:
         return (iteration + 1) * self.config.dynamic_sampling_rounds - 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The position up to which batches were taken."""
-        return self.stream.state_dict() if self.prefetched is None else self.prefetched.position
+        """The position up to which prompts were taken, and what is not trained on of them."""
+        taken = {"taken": [[group.place, group.number] for group in self.taken]} if self.taken else {}
+        return self.stream.state_dict() | taken
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was taken. Raises UserError if the prompts or the seed are not the same."""
         self.stream.load_state_dict(state)
+        self.taken = [Group(place, number, self.stream.at(place)) for place, number in state.get("taken", [])]
+
+    def _next_prompts(self, count: int) -> list[Prompt]:
+        """Those that were taken ahead before staleness was 0, then new ones."""
+        ahead, self.taken = self.taken[:count], self.taken[count:]
+        return [group.prompt for group in ahead] + self.stream.next(count - len(ahead))
+
+    def _batch_from_queue(self, iteration: int) -> RolloutPart:
+        """Groups are requested for ``ppo.staleness`` iterations ahead, as far as there are iterations."""
+        config, count = self.config, self.config.prompts_per_iteration
+        ahead = min(config.staleness, config.iterations - iteration)
+        while len(self.taken) < count * (ahead + 1):
+            number, place = iteration + len(self.taken) // count, self.stream.position
+            self.taken.append(Group(place, number, *self.stream.next(1)))
+        stored = self.session.stored_among(iteration, [group.prompt for group in self.taken], count, self.num_samples)
+        if stored is not None:
+            chosen, rollouts = stored
+        else:
+            if self.queue is None:
+                self.queue = GroupQueue(self.session, self.sampling, self.num_samples)
+            self.queue.request(self.taken, iteration)
+            choose = partial(
+                choose_groups,
+                count=count,
+                iteration=iteration,
+                staleness=config.staleness,
+                wait_for_due=not config.partial_rollouts,
+            )
+            chosen, rollouts = self.queue.collect(self.taken, choose)
+            rollouts = self.score(rollouts)
+            self.session.store(iteration, rollouts)
+        self.taken = [group for index, group in enumerate(self.taken) if index not in set(chosen)]
+        return rollouts
 
     def _dynamic_batch(self, iteration: int) -> RolloutPart:
         """Prompts whose samples got equal rewards are replaced, for some rounds (DAPO)."""
@@ -103,7 +125,7 @@ class PromptSampler:
         num_kept = 0
         for round_number in range(rounds):
             number = self.last_number(iteration - 1) + 1 + round_number
-            drawn = self.rollouts_for(self.stream.next(wanted - num_kept), number)
+            drawn = self.rollouts_for(self._next_prompts(wanted - num_kept), number)
             after = round_number * wanted * self.num_samples
             kept += [(after + place, rollout) for place, rollout in unequal_groups(drawn).items()]
             num_kept = runtime.sum_over_ranks(len(kept)) // self.num_samples
@@ -117,14 +139,6 @@ class PromptSampler:
                 + ("" if num_kept else "; the last round is trained on as it is")
             )
         return RolloutPart.of(kept) if num_kept else drawn
-
-    def _collect(self, prefetched: Prefetched) -> RolloutPart:
-        """The rollouts of a prefetched iteration, which leaders store."""
-        if isinstance(prefetched.rollouts, RolloutPart):
-            return prefetched.rollouts
-        rollouts = self.score(self.session.collect(prefetched.rollouts))
-        self.session.store(prefetched.iteration, rollouts)
-        return rollouts
 
 
 def unequal_groups(part: RolloutPart) -> RolloutPart:

@@ -10,6 +10,7 @@ from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -20,7 +21,7 @@ from megatron_vcppo.data.prompts import PromptKeys, PromptStream, load_prompts
 from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.hf.architecture import Architecture
-from megatron_vcppo.mcore.runtime import any_rank
+from megatron_vcppo.mcore.runtime import any_rank, max_over_ranks
 from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.rewards.registry import check_answer, isolation_of_code, resolve_verifiers
 from megatron_vcppo.rewards.scorer import Scorer
@@ -105,6 +106,16 @@ class PendingRollouts:
         return RolloutPart.of((self.places[r.prompt.prompt_id, r.sample_index], r) for r in rollouts)
 
 
+class WorkAhead(Protocol):
+    """What engines work on through pushes, for iterations to come (stages/group_queue.py)."""
+
+    def set_version(self, policy_version: int) -> None:
+        """Engines hold this version now."""
+
+    def stop(self) -> tuple[int, list[Rollout]]:
+        """End the work; the number under which to store what is finished, and this leader's finished responses."""
+
+
 class RolloutSession(AbstractContextManager["RolloutSession"]):
     """Pushes weights and collects scored rollouts. Every method is collective over the trainer's ranks.
 
@@ -166,11 +177,14 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         self._prompts: dict[str, list[Prompt]] = {}
         self.policy_version = -1
         self.pending: list[PendingRollouts] = []
+        self.ahead: WorkAhead | None = None
         self.storing: tuple[int, Future[None] | None] | None = None
         """The number of the batch that leaders store in the background, and on leaders its end."""
         self.source: Callable[[], Tensors] | None = None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.ahead is not None:
+            self.ahead.stop()
         if self.scorer is not None:
             self.scorer.close(finish=kind is None)
         if self.gpus is not None:
@@ -215,6 +229,8 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         if self.gpus is not None:
             self.gpus.to_engines()
         result = self.sync.sync(policy_version, source)
+        if self.ahead is not None:
+            self.ahead.set_version(policy_version)
         startup.done("push")
         return result
 
@@ -263,11 +279,15 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
             self.keep_finished()
             raise
         self.pending.remove(pending)
+        self.report_verifier_problems()
+        return pending.part_of(scored or ())
+
+    def report_verifier_problems(self) -> None:
+        """Print what the leaders' verifiers had to report since the last call; collective."""
         problems = self.sync.exchange(self.scorer.take_problems() if self.scorer else [])
         if self.runtime.is_main:
             for problem in (problem for part in problems for problem in part):
                 say(f"warning: verifier: {problem}")
-        return pending.part_of(scored or ())
 
     def keep_finished(self) -> None:
         """End what is pending and store what is finished of it, each leader its own part; collective.
@@ -281,6 +301,11 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
                 storage = pending.number.storage
                 write_partial(self.folder, storage, finished, self.runtime.dp_rank, self.runtime.dp_size)
         self.pending.clear()
+        if self.ahead is not None:
+            storage, rollouts = self.ahead.stop()
+            if rollouts:
+                part = RolloutPart.whole(rollouts)
+                write_partial(self.folder, storage, part, self.runtime.dp_rank, self.runtime.dp_size)
         self.sync.exchange(None)
         self.trainer_turn()
 
@@ -372,14 +397,50 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
             except UserError:
                 is_there = False
         is_whole = is_there and not num_foreign and len(found) == len(places)
+        return RolloutPart.of(found.items()) if self._is_taken(storage, is_there, is_whole) else None
+
+    def stored_among(
+        self, storage: int, prompts: list[Prompt], count: int, num_samples: int
+    ) -> tuple[list[int], RolloutPart] | None:
+        """The stored rollouts of any ``count`` of these prompts: which they are, in the order of the batch, and what
+        this rank reads of them. None if there are none."""
+        index_of = {prompt.prompt_id: index for index, prompt in enumerate(prompts)}
+        numbers = torch.full((len(prompts),), -1)
+        num_found = num_foreign = 0
+        is_there, part = True, RolloutPart()
+
+        def is_mine(place: int, rollout: Rollout) -> bool:
+            nonlocal num_found, num_foreign
+            number, index = place // num_samples, index_of.get(rollout.prompt.prompt_id)
+            if index is None or rollout.sample_index != place % num_samples:
+                num_foreign += 1
+                return False
+            numbers[index] = number
+            num_found += 1
+            return number % self.runtime.dp_size == self.runtime.dp_rank
+
+        if self.is_leader:
+            try:
+                part = read_places(self.folder, storage, is_mine)
+            except UserError:
+                is_there = False
+        is_whole = not num_foreign and num_found == count * num_samples
+        is_whole = is_whole and sorted(numbers[numbers >= 0].tolist()) == [*range(count)]
+        if not self._is_taken(storage, is_there, is_whole or not self.is_leader):
+            return None
+        numbers = max_over_ranks(numbers)
+        return sorted(range(len(prompts)), key=numbers.tolist().__getitem__)[-count:], part
+
+    def _is_taken(self, storage: int, is_there: bool, is_whole: bool) -> bool:
+        """Whether every rank found a stored batch whole; removes what is not; collective."""
         if any_rank(not is_whole):
             if self.runtime.is_main:  # what is there of it would be taken for parts of the batch that follows
                 (drop_rollouts if is_there else keep_as_partial)(self.folder, storage)
             self.sync.exchange(None)
-            return None
+            return False
         if self.runtime.is_main:
             drop_partial(self.folder, storage)  # a kill may have come between the two
-        return RolloutPart.of(found.items())
+        return True
 
     def training_prompts(self, seed: int) -> PromptStream:
         """The problems of prompts.train and prompts.mix, in every epoch as often as their source's weight says."""

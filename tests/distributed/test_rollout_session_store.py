@@ -2,6 +2,7 @@
 
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 
 from megatron_vcppo.config import ParallelConfig
+from megatron_vcppo.data.rollout_share import RolloutTable, rows_of
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.run.rollout_store import partial_iterations, read_partial, read_rollouts, stored_iterations
 from megatron_vcppo.stages import rollout_session
+from megatron_vcppo.stages.group_queue import age_metrics
 from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.weight_sync.rank_role import make_exchange
 from tests.helpers.distributed import RanksFailed, run_distributed_test
@@ -98,3 +101,32 @@ def test_a_file_that_cannot_be_written_ends_every_rank(tmp_path: Path) -> None:
     with pytest.raises(RanksFailed, match="storing rollouts 1") as failure:
         run_distributed_test(fail, 2)
     assert "on another rank" in str(failure.value)
+
+
+def find_among(folder: Path, prompts: list[Prompt], count: int) -> tuple[list[int], int] | None:
+    session = make_session(folder)
+    found = session.stored_among(1, prompts, count, 2)
+    return None if found is None else (found[0], len(found[1]))
+
+
+def test_a_batch_is_found_among_prompts_that_were_taken_ahead(tmp_path: Path) -> None:
+    run_distributed_test(store, 2, tmp_path)
+    order = [PROMPTS[i] for i in (3, 1, 0)] + [Prompt("q", (1,), "", "", "t")] + [PROMPTS[i] for i in (4, 2)]
+    assert run_distributed_test(find_among, 2, tmp_path, order, 5) == [([2, 1, 5, 0, 4], 6), ([2, 1, 5, 0, 4], 4)]
+    assert run_distributed_test(find_among, 2, tmp_path, order[:4], 3) == [None, None], "others are in it"
+    assert not list(tmp_path.iterdir())
+
+
+def test_ages_of_tokens_are_those_of_the_whole_batch() -> None:
+    def ages() -> dict[str, float]:
+        session = make_session(Path())
+        plain = rollout(PROMPTS[0], 0)
+        spanning = replace(plain, policy_version=3, response_ids=(1, 2, 3, 4), version_changes=((1, 4), (3, 6)))
+        parts = [RolloutPart.whole([plain]), RolloutPart.whole([spanning])]
+        table = RolloutTable(rows_of(RolloutPart.whole([plain, spanning])))
+        return age_metrics(parts[session.runtime.dp_rank], table, policy_version=6)
+
+    # Two tokens of version 0; then one of 3, two of 4, one of 6.
+    wanted = {"staleness_mean": (12 + 3 + 4) / 6, "staleness_max": 6.0, "spans_push": 0.5}
+    for found in run_distributed_test(ages, 2):
+        assert found == pytest.approx({f"rollout/{name}": value for name, value in wanted.items()})

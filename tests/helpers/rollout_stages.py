@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +132,20 @@ class Stage:
         assert set(self.run()) == {0}
 
     def assert_every_prompt_once(self, num_prompts: int, iterations: int, seed: int) -> None:
-        """Stored rollouts and log are those of a stream that nothing interrupted."""
+        """Stored rollouts and log are those of a stream that nothing interrupted; with staleness in any order."""
         keys = self.config.prompts
         prompts, _ = load_prompts(keys.train, load_tokenizer(self.config.model.hf), 255)
         stream = PromptStream(prompts, seed)
-        for iteration in range(1, iterations + 1):
-            stored = [rollout.prompt.prompt_id for rollout in read_rollouts(self.folder / "rollouts", iteration)]
-            assert stored == [prompt.prompt_id for prompt in stream.next(num_prompts)], f"iteration {iteration}"
+        batches = [
+            [rollout.prompt.prompt_id for rollout in read_rollouts(self.folder / "rollouts", iteration)]
+            for iteration in range(1, iterations + 1)
+        ]
+        wanted = [[prompt.prompt_id for prompt in stream.next(num_prompts)] for _ in batches]
+        if self.config.ppo.staleness and self.name == "ppo":
+            assert [*map(len, batches)] == [num_prompts] * iterations
+            assert sorted(chain(*batches)) == sorted(chain(*wanted))
+        else:
+            assert batches == wanted
         records = read_metrics(self.folder)
         assert [record["iteration"] for record in records] == list(range(1, iterations + 1))
 

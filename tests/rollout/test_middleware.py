@@ -9,8 +9,18 @@ import msgspec
 import pytest
 
 from megatron_vcppo.rollout.auth import Call
-from megatron_vcppo.rollout.messages import CORE_IS_DEAD, SLEEP, STATUS, WAKE, SleepRequest, TurnReport, WakeRequest
-from megatron_vcppo.rollout.middleware import Middleware
+from megatron_vcppo.rollout.messages import (
+    CORE_IS_DEAD,
+    NO_VERSION,
+    PUSHES,
+    SLEEP,
+    STATUS,
+    WAKE,
+    SleepRequest,
+    TurnReport,
+    WakeRequest,
+)
+from megatron_vcppo.rollout.middleware import Middleware, versions_of
 from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE, make_secret, read_secret
 
 OUT_OF_MEMORY = "CUDA Error: out of memory at cumem_allocator.cpp"
@@ -73,3 +83,20 @@ def test_an_engine_that_could_not_wake_is_to_be_started_again(tmp_path: Path, mo
     assert status == CORE_IS_DEAD and OUT_OF_MEMORY in answer.decode()
     assert turn(SLEEP, SleepRequest(2, 5.0)) == f"RuntimeError: {OUT_OF_MEMORY}"
     assert engine.calls == asked == ["sleep 2", "wake ['weights']", "wake ['kv_cache']"]
+
+
+def test_a_response_says_which_tokens_are_from_which_push() -> None:
+    def output(version: str, pushes: list[int] | None = None, more: list[tuple[int, str]] | None = None) -> Any:
+        spans = [SimpleNamespace(start=start, version=name) for start, name in (*(more or ()), (0, version))]
+        spans.sort(key=lambda span: span.start)
+        parameters = None if pushes is None else {PUSHES: pushes}
+        return SimpleNamespace(outputs=[SimpleNamespace(weight_versions=spans)], kv_transfer_params=parameters)
+
+    pushed = [3, 4, 6, 7]
+    assert versions_of(output("6"), pushed) == (6, [])
+    assert versions_of(output("6", [5]), pushed) == (4, [(5, 6)])
+    assert versions_of(output("7", [5, 9]), pushed) == (4, [(5, 6), (9, 7)])
+    assert versions_of(output("7", [5, 5]), pushed) == (4, [(5, 7)]), "no token between two pushes"
+    assert versions_of(output("3", [5]), pushed) == (NO_VERSION, [(5, 3)]), "begun before the first push"
+    assert versions_of(output("default"), []) == (NO_VERSION, [])
+    assert versions_of(output("4", more=[(8, "6")]), pushed) == (4, [(8, 6)]), "vLLM's own spans"

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,20 +200,41 @@ def test_without_an_engine_of_the_wanted_version_generation_fails_in_time(node) 
 
 
 def test_running_responses_survive_a_push_that_keeps_them(node, models) -> None:
-    arrived: list[float] = []
-    with ThreadPoolExecutor(1) as pool:
-        client = node.client(max_tokens=200)
-        running = pool.submit(
-            client.generate, make_prompts(64), 0, 1, Sampling(ignore_eos=True), 1,
-            lambda _: arrived.append(time.monotonic()),
-        )  # fmt: skip
-        wait_until(lambda: sum(asyncio.run(count_running(node))) == 64, 20, "64 requests running")
-        sync = node.weight_sync(pause="keep")
-        pushed = sync.sync(1, weights_of(models[1]))
-        end = time.monotonic()
-        rollouts = running.result(120)
-    assert len(pushed.engines) == 2 and all(len(r.response_ids) == 200 for r in rollouts)
-    assert max(arrived) > end, "nothing was running any more when the push ended"
+    """They say which token was sampled under which weights: log-probs agree."""
+    client = node.client(max_tokens=200)
+    stream = client.stream(1, Sampling(ignore_eos=True))
+    arrived: list[tuple[float, Rollout]] = []
+    for request in client.plan(make_prompts(64), 0, 1):
+        stream.add(request, lambda rollout: arrived.append((time.monotonic(), rollout)))
+    wait_until(lambda: sum(asyncio.run(count_running(node))) == 64, 20, "64 requests running")
+    sync = node.weight_sync(pause="keep")
+    pushed = sync.sync(2, weights_of(models[0]))
+    end = time.monotonic()
+    stream.policy_version = 2
+    for request in client.plan(make_prompts(72)[64:], 0, 1):
+        stream.add(request, lambda rollout: arrived.append((time.monotonic(), rollout)))
+    wait_until(lambda: len(arrived) == 72 or stream.failure, 120, "all responses")
+    stream.close()
+    assert stream.failure is None and len(pushed.engines) == 2
+    rollouts = {rollout.prompt.prompt_id: rollout for _, rollout in arrived}
+    assert all(len(r.response_ids) == 200 for r in rollouts.values())
+    assert max(when for when, _ in arrived) > end, "nothing was running any more when the push ended"
+    assert all([*rollouts[f"p{i}"].versions()] == [(2, 200)] for i in range(64, 72))
+    spanning = [rollout for rollout in rollouts.values() if rollout.version_changes]
+    assert spanning and all([version for version, _ in rollout.versions()] == [1, 2] for rollout in spanning)
+    weights = [AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval() for model in models]
+    for rollout in spanning[:4]:
+        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
+        with torch.no_grad():
+            by_version = {
+                version: model(ids).logits[0, len(rollout.prompt.token_ids) - 1 : -1].log_softmax(-1)
+                for version, model in ((1, weights[1]), (2, weights[0]))
+            }
+        expected = torch.cat([by_version[v].split([n for _, n in rollout.versions()])[i]
+                              for i, (v, _) in enumerate(rollout.versions())])  # fmt: skip
+        chosen = expected.gather(1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+        assert torch.allclose(torch.tensor(rollout.rollout_logprobs), chosen, atol=1e-3)
+    node.weight_sync().sync(1, weights_of(models[1]))
 
 
 async def count_running(node: RolloutNode) -> list[int]:

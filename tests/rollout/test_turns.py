@@ -4,7 +4,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from megatron_vcppo.config import RolloutConfig
-from megatron_vcppo.records import Prompt
+from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.rollout.client import RolloutClient
 from megatron_vcppo.rollout.messages import GenerateRequest, Response
 from megatron_vcppo.rollout.turns import ToolCalls, Turns
@@ -50,3 +50,42 @@ def test_only_tasks_with_a_tool_have_turns(tmp_path: Path) -> None:
         GenerateRequest(0, [1], 63, first.request.seed),
         second.request,
     ]
+
+
+def test_turns_may_be_sampled_under_different_weights() -> None:
+    """A push may come during a turn, or between two of them; what the tool wrote is of no version."""
+    turns = Turns(FIRST, "?", max_calls=2)
+    turns.add_turn(Response(3, [7, 8], [-1.0] * 2, "stop", 4, version_changes=[(1, 5)]), "?")
+    turns.add_observation([9])
+    turns.add_turn(answer([7], version=5), "?")
+    turns.add_observation([])
+    turns.add_turn(Response(3, [5, 6, 2], [-1.0] * 3, "stop", 6, version_changes=[(2, 7)]), "")
+    whole = turns.response("stop")
+    assert (whole.policy_version, whole.version_changes) == (4, [(1, 5), (4, 6), (6, 7)])
+    rollout = Rollout(
+        prompt=Prompt("a", (1,), "", "", "with"),
+        sample_index=0,
+        seed=5,
+        response_ids=whole.token_ids,
+        response_text="",
+        rollout_logprobs=whole.logprobs,
+        finish_reason="stop",
+        policy_version=whole.policy_version,
+        observations=turns.observations,
+        version_changes=whole.version_changes,
+    )
+    assert [*rollout.versions()] == [(4, 1), (5, 2), (6, 2), (7, 1)]
+
+
+def test_a_request_keeps_the_version_that_its_first_turn_began_under(tmp_path: Path) -> None:
+    tools = ToolCalls({"with": "?"}, lambda prompt, text: Future(), lambda text: [], 3)
+    client = RolloutClient(tmp_path, RolloutConfig(), 64, run_seed=7, decode=str, tools=tools)
+    item = client.plan([Prompt("a", (1,), "", "", "with")], 1, 1)[0]
+    item.begun_under = 3
+    item.begin_again()
+    assert item.begun_under is None, "its first turn was lost"
+    item.begun_under = 3
+    assert item.turns is not None
+    item.turns.add_turn(answer([7], version=4), "?")
+    item.begin_again()
+    assert item.begun_under == 4, "a later one was"

@@ -80,8 +80,8 @@ def test_a_stop_within_an_iteration_loses_nothing(node: RolloutNode, task: Path,
 
 
 @pytest.mark.slow
-def test_with_staleness_the_batch_begun_ahead_is_kept_too(node: RolloutNode, task: Path, tmp_path: Path) -> None:
-    """A stop within the update of iteration 1, while engines work on iteration 2: two replicas keep their shares."""
+def test_with_staleness_what_was_begun_ahead_is_kept_too(node: RolloutNode, task: Path, tmp_path: Path) -> None:
+    """A stop within the update of iteration 1, while engines work on later ones: two replicas keep their shares."""
     layout = {"pp": 1, "dp": 2}
     config = make_config(
         task, tmp_path / "run", {"parallel": layout, "ppo": PPO | {"staleness": 1, "critic": {"init": "sft"}}}
@@ -90,10 +90,10 @@ def test_with_staleness_the_batch_begun_ahead_is_kept_too(node: RolloutNode, tas
     rollouts = stage.folder / "rollouts"
 
     def stop_in_the_update() -> None:
-        held = hold_responses(4 + 1)  # each leader has half of the prompts
+        held = hold_responses(4 + 3)  # each leader has half of the prompts
 
         def stop() -> None:
-            wait_until(held, "a response of iteration 2 on each leader", 60)
+            wait_until(held, "responses of later iterations on each leader", 60)
             ask_to_stop(1)
 
         at_call(Learner, "train_step", 5, stop)
@@ -102,13 +102,13 @@ def test_with_staleness_the_batch_begun_ahead_is_kept_too(node: RolloutNode, tas
     state = newest(stage)["state"]
     assert state["prompts"]["samples_seen"] == 0 and "unfinished" in state, "iteration 1 is not done"
     kept = read_partial(rollouts, 2)
-    assert len(kept) == 2  # a verdict that is not there yet comes at the resume
-    assert sorted(path.name for path in rollouts.glob("partial_*")) == [
-        "partial_0000002_0of2.npz",
-        "partial_0000002_1of2.npz",
-    ]
+    assert 2 <= len(kept) <= 6  # finished ones may be in iteration 1
     assert set(stage.run()) == {0}
-    assert_kept(stage, 2, kept)
+    complete = {
+        (r.prompt.prompt_id, r.sample_index): r for iteration in (1, 2, 3) for r in read_rollouts(rollouts, iteration)
+    }
+    assert all(complete[r.prompt.prompt_id, r.sample_index].response_ids == r.response_ids for r in kept)
+    assert partial_iterations(rollouts) == []
     stage.assert_every_prompt_once(8, 3, config.run.seed)
     again = stage.replay(node, tmp_path / "again")
     assert again.checkpoint() == stage.checkpoint() and learned(again) == learned(stage)

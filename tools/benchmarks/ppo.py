@@ -1,11 +1,15 @@
 """PPO iterations of a run: seconds per phase, tokens/s, idle time; padding and balance of its batches under any dp.
 
 Reads the run that is named (``vcppo run configs/demo/vcppo.yaml`` makes one). Its first iteration, which compiles and
-connects, is not counted.
+connects, is not counted. With ``--staleness`` it makes runs of the demo's ppo stage instead, whose responses have
+given lengths with a long tail, and compares them.
 """
 
 import argparse
+import contextlib
+import os
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,20 +29,61 @@ WORK = ("generation", "logprobs", "values", "update", "evaluation")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which run, and how its batches are shared out."""
-    parser.add_argument("run_folder", type=Path, help="run folder with a ppo stage")
+    parser.add_argument("run_folder", type=Path, help="run folder with a ppo stage; with --staleness: to be made")
+    tail = parser.add_argument_group("runs with a long tail", "1 %% of the responses are ten times as long as the mean")
+    tail.add_argument("--staleness", type=int, nargs="+", help="make a run for each ppo.staleness")
+    tail.add_argument("--pinned", action="store_true", help="engines on one core, the trainer on another")
+    tail.add_argument("--mean-tokens", type=int, default=80, help="of the other responses (80)")
+    tail.add_argument("--long-share", type=float, default=0.01, help="share of long responses (0.01)")
+    tail.add_argument("--iterations", type=int, default=12, help="of each run, with the first one (12)")
+    tail.add_argument("--prompts", type=int, default=128, help="of an iteration, one response each (128)")
+    tail.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="configuration of these runs")
     parser.add_argument("--dp", type=int, nargs="+", default=[1, 2, 4, 8], help="replicas to share its rollouts over")
     parser.add_argument("--tp", type=int, help="ranks that sequence parallelism pads for; default: the run's")
     parser.add_argument("--cp", type=int, help="ranks that context parallelism pads for; default: the run's")
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The mean iteration, then the packing of all stored rollouts for each number of replicas."""
+    """The mean iteration, then the packing of all stored rollouts for each number of replicas; or runs compared."""
+    if args.staleness:
+        yield from long_tail_cases(args)
+        return
     yield iteration_case(args.run_folder)
     config = load_config(args.run_folder / "config.yaml")
     layout = {name: value for name, value in (("tp", args.tp), ("cp", args.cp)) if value}
     parallel = replace(config.parallel, **layout, **({"sequence_parallel": args.tp > 1} if args.tp else {}))
     for dp_size in args.dp:
         yield packing_case(args.run_folder, config, parallel, dp_size)
+
+
+def long_tail_cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A run for each staleness, then rates over that of the first."""
+    from tools.benchmarks._long_tail import Lengths, make_prompts, max_length, run_stage
+
+    folder = args.run_folder.resolve()
+    lengths = Lengths(args.mean_tokens, args.long_share, args.pinned)
+    make_prompts(folder / "task", args.iterations * args.prompts, max_length(args.mean_tokens))
+    rates = []
+    for staleness in args.staleness:
+        settings = {
+            "ppo.iterations": args.iterations,
+            "ppo.prompts_per_iteration": args.prompts,
+            "rollout.engine.max_num_seqs": args.prompts,
+            "ppo.staleness": staleness,
+            "ppo.partial_rollouts": staleness > 0,
+            "weight_sync.pause": "keep",
+        }
+        load = os.getloadavg()[0]
+        with contextlib.redirect_stdout(sys.stderr):  # one JSON line per case
+            run_stage(folder / f"staleness_{staleness}", lengths, settings, args.set)
+        timed = read_metrics(folder / f"staleness_{staleness}" / "ppo")[1:]
+        ages = {name: statistics.fmean(float(record[f"rollout/{name}"]) for record in timed)
+                for name in ("staleness_mean", "staleness_max", "spans_push")}  # fmt: skip
+        case = iteration_case(folder / f"staleness_{staleness}")
+        rates.append(case["response_tokens_per_s"])
+        about = {"staleness": staleness, "pinned": args.pinned, "load_before": round(load, 1)}
+        yield about | case | {name: round(mean, 3) for name, mean in ages.items()}
+    yield {"case": "over_first", "staleness": args.staleness, "ratio": [round(r / rates[0], 2) for r in rates]}
 
 
 def iteration_case(run_folder: Path) -> dict[str, Any]:

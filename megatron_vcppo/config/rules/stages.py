@@ -116,7 +116,7 @@ def ppo(config: Config) -> Iterator[str]:
                 f"ppo.critic_only_iterations {settings.critic_only_iterations} needs a critic, but "
                 f"ppo.advantage.baseline {baseline} has none: set it to 0"
             )
-    for key in ("tis_cap", "dual_clip"):
+    for key in ("tis_cap", "dual_clip", "max_logprob_error"):
         if settings.loss.kind == "dis" and (value := getattr(settings.loss, key)) is not None:
             yield f"ppo.loss.{key} {value} belongs to ppo.loss.kind clip: with dis, set it to null"
     if settings.dynamic_sampling and num_samples < 2:
@@ -125,6 +125,11 @@ def ppo(config: Config) -> Iterator[str]:
         yield (
             f"ppo.staleness {settings.staleness} cannot be combined with ppo.dynamic_sampling, whose rounds depend on "
             "each other: set ppo.staleness=0"
+        )
+    if settings.partial_rollouts and (not settings.staleness or config.weight_sync.pause != "keep"):
+        yield (
+            f"ppo.partial_rollouts needs ppo.staleness > 0 and weight_sync.pause keep, got {settings.staleness} and "
+            f"{config.weight_sync.pause}: responses run on through pushes"
         )
     rollouts = settings.prompts_per_iteration * num_samples
     if settings.minibatches > rollouts:

@@ -45,6 +45,9 @@ class PolicyLossConfig:
     over tokens / (responses × rollout.max_tokens)."""
     tis_cap: PositiveFloat | None = None
     """Truncated importance sampling between the trainer's and the engines' log-probs: cap of the ratio; null: off."""
+    max_logprob_error: PositiveFloat | None = None
+    """Drop a response from the policy loss if its log-probs differ between trainer and engines by more than this (mean
+    of |difference| over its tokens, nats); the denominator still counts it. null: none is dropped."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     positive_lm_coef: NonNegativeFloat = 0.0
@@ -98,8 +101,13 @@ class PpoConfig:
     """Passes over each batch."""
     critic_only_iterations: NonNegativeInt = 0
     """Number of initial iterations in which only the critic is updated."""
-    staleness: Literal[0, 1] = 0
-    """1: the next batch is generated during the update, by the actor from before it."""
+    staleness: NonNegativeInt = 0
+    """For how many iterations ahead engines generate while the trainer trains; 0: they take turns. A response begun
+    with the weights from before iteration i is trained on in iteration i + staleness at the latest, which waits for
+    it."""
+    partial_rollouts: bool = False
+    """With staleness: no iteration waits for a response that is due; it continues under newer weights and comes when it
+    is finished. Needs weight_sync.pause keep."""
     dynamic_sampling: bool = False
     """DAPO: drop prompts whose responses all got the same reward and sample other prompts in their place."""
     dynamic_sampling_rounds: PositiveInt = 5

@@ -54,6 +54,18 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"ppo": {"dynamic_sampling": True, "staleness": 1}, "rollout": {"num_samples": 2}},
         "ppo.staleness 1 cannot be combined with ppo.dynamic_sampling",
     ),
+    "partial rollouts that end at every push": (
+        {"ppo": {"partial_rollouts": True, "staleness": 2}},
+        "ppo.partial_rollouts needs ppo.staleness > 0 and weight_sync.pause keep, got 2 and drain",
+    ),
+    "partial rollouts without staleness": (
+        {"ppo": {"partial_rollouts": True}, "weight_sync": {"pause": "keep"}},
+        "ppo.partial_rollouts needs ppo.staleness > 0 and weight_sync.pause keep, got 0 and keep",
+    ),
+    "a limit on an error that nobody computes": (
+        {"ppo": {"loss": {"kind": "dis", "max_logprob_error": 0.5}}},
+        "ppo.loss.max_logprob_error 0.5 belongs to ppo.loss.kind clip",
+    ),
     "minibatches": (
         {"ppo": {"minibatches": 9, "prompts_per_iteration": 4}, "rollout": {"num_samples": 2}},
         "ppo.minibatches 9 is more than the 8 rollouts of an iteration "

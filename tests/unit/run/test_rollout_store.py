@@ -40,6 +40,14 @@ def test_stored_rollouts_come_back_in_order(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000012_0of1.npz"]
 
 
+def test_policy_versions_of_tokens_come_back(tmp_path: Path) -> None:
+    spanning = dataclasses.replace(make_rollout(0), version_changes=((1, 4), (2, 6)))
+    write_rollouts(tmp_path, 1, RolloutPart.whole([spanning, make_rollout(1)]))
+    assert read_rollouts(tmp_path, 1) == [spanning, make_rollout(1)]
+    assert [*read_rollouts(tmp_path, 1)[0].versions()] == [(3, 1), (4, 1), (6, 1)]
+    assert [*make_rollout(1).versions()] == [(3, 3)]
+
+
 def test_a_later_attempt_replaces_what_an_earlier_one_stored(tmp_path) -> None:
     write_rollouts(tmp_path, 3, RolloutPart.whole([make_rollout(0), make_rollout(1)]))
     write_rollouts(tmp_path, 3, RolloutPart.whole([make_rollout(7)]))

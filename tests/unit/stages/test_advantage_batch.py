@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_vcppo.algo.gae import gae_reference
+from megatron_vcppo.algo.losses.policy import policy_loss
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.packing import PackedMicrobatch
@@ -87,6 +88,39 @@ def test_whitened_over_the_tokens_that_are_trained_on() -> None:
     trained = found.advantages[found.mask]
     assert float(trained.mean()) == pytest.approx(0, abs=1e-6)
     assert float(trained.std(correction=0)) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mean", "filtered"])
+def test_a_response_far_from_the_engines_policy_has_no_gradient(kind: str) -> None:
+    """The others have what they had without the limit."""
+    config, batch = make_config(), batch_of()
+    config.returns.overlong_filter = kind == "filtered"  # that of 8 tokens, which is far: not counted twice
+    far = torch.zeros(batch.num_tokens, dtype=torch.bool)
+    far[5:16] = True
+    old = batch.rollout_logprobs + torch.where(far, -0.75, 0.25)
+    outputs = ModelOutputs(old, batch.rollout_logprobs, None, values_of(batch))
+
+    def gradient(limit: float | None) -> tuple[torch.Tensor, dict[str, float]]:
+        config.ppo.loss.max_logprob_error = limit
+        found = compute_advantages(
+            batch, outputs, config.ppo.advantage, config.ppo.loss, returns_config=config.returns, kl_coef=0.0,
+            max_tokens=8, end_of_thinking_id=END_OF_THINKING, total=lambda sums: sums,
+        )  # fmt: skip
+        logprobs = old.clone().requires_grad_()
+        loss, _ = policy_loss(
+            logprobs, old_logprobs=old, advantages=found.advantages, mask=found.mask, denominator=22.0,
+            clip_low=0.2, clip_high=0.2,
+        )  # fmt: skip
+        return torch.autograd.grad(loss, logprobs)[0], found.metrics
+
+    free, metrics = gradient(None)
+    assert "actor/dropped_responses" not in metrics
+    limited, metrics = gradient(0.5)
+    assert torch.equal(limited, free.masked_fill(far, 0.0)) and bool((free[5:8] != 0).all())
+    dropped = (2 / 4, 11 / 22) if kind == "mean" else (1 / 3, 3 / 14)
+    assert (metrics["actor/dropped_responses"], metrics["actor/dropped_tokens"]) == pytest.approx(dropped)
+    nearly, metrics = gradient(0.8)
+    assert torch.equal(nearly, free) and metrics["actor/dropped_responses"] == 0.0
 
 
 def test_group_baseline_needs_no_critic_and_reports_none() -> None:

@@ -7,6 +7,7 @@ import pytest
 from megatron_vcppo.config import ParallelConfig
 from megatron_vcppo.run.rollout_store import read_rollouts
 from tests.helpers.recorded_run import record_run
+from tools.benchmarks._long_tail import TAIL, Lengths
 from tools.benchmarks.ppo import iteration_case, packing_case
 
 
@@ -39,3 +40,11 @@ def test_packing_counts_every_token_of_every_replica_once(tmp_path, dp_size, tp_
     assert case["padding_share"] == pytest.approx(padding / case["tokens"], abs=1e-5)
     assert 0 <= padding < tp_size * case["microbatches"] and (padding > 0) == (tp_size > 1)
     assert 1 <= case["dp_imbalance"] <= case["dp_imbalance_worst"] and (case["dp_imbalance"] == 1) == (dp_size == 1)
+
+
+def test_one_response_in_a_hundred_is_ten_times_as_long():
+    lengths = [Lengths(mean=80, share=0.01, pinned=False).of(seed) for seed in range(20_000)]
+    assert lengths == [Lengths(mean=80, share=0.01, pinned=True).of(seed) for seed in range(20_000)]
+    long = [length for length in lengths if length > 120]
+    assert set(long) == {80 * TAIL} and len(long) / len(lengths) == pytest.approx(0.01, abs=0.002)
+    assert min(lengths) == 40 and sum(lengths) / len(lengths) == pytest.approx(80 * 0.99 + 8, rel=0.02)

@@ -1,5 +1,6 @@
 """Which groups dynamic sampling keeps, and warnings about sampling that biases training."""
 
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +42,7 @@ def test_plain_sampling_does_not_warn(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_rollouts_are_scored_once_before_they_are_stored() -> None:
-    """Generated in their turn, prefetched, and stored by an attempt before."""
+    """Generated in their turn, and stored by an attempt before."""
     stored: dict[int, RolloutPart] = {}
 
     def generate(prompts: list[Prompt], *_: Any) -> RolloutPart:
@@ -50,10 +51,8 @@ def test_rollouts_are_scored_once_before_they_are_stored() -> None:
     session: Any = SimpleNamespace(
         runtime=SimpleNamespace(is_main=True),
         generate=generate,
-        request=lambda *arguments: SimpleNamespace(rollouts=generate(*arguments)),
         stored=lambda number, prompts, num_samples: stored.get(number),
         store=stored.__setitem__,
-        collect=lambda pending: pending.rollouts,
     )
     config = Config()
     config.ppo.prompts_per_iteration = 2
@@ -67,8 +66,69 @@ def test_rollouts_are_scored_once_before_they_are_stored() -> None:
     prompts = [Prompt(str(i), (1,), "", "", "t") for i in range(8)]
     sampler = PromptSampler(config, session, PromptStream(prompts, 0), score)
     first = sampler.next_batch(1)
-    sampler.prefetch(2)
     second = sampler.next_batch(2)
     assert stored == {1: first, 2: second} and num_scored == 4
     assert {rollout.model_score for rollout in (*first.rollouts, *second.rollouts)} == {0.5}
     assert sampler.next_batch(2) == second and num_scored == 4
+
+
+def test_what_was_taken_ahead_is_trained_on_when_staleness_becomes_zero() -> None:
+    """A checkpoint of a run with staleness; and one of a run without, or from before it had a list."""
+    prompts = [Prompt(str(i), (1,), "", "", "t") for i in range(5)]
+    config = Config()
+    config.ppo.prompts_per_iteration = 3
+    session: Any = SimpleNamespace(runtime=SimpleNamespace(is_main=True), stored=lambda *_: RolloutPart())
+    seen: list[str] = []
+
+    def stored(number: int, prompts: list[Prompt], num_samples: int) -> RolloutPart:
+        seen.extend(prompt.prompt_id for prompt in prompts)
+        return RolloutPart()
+
+    session.stored = stored
+    sampler = PromptSampler(config, session, PromptStream(prompts, 0))
+    stream = PromptStream(prompts, 0)
+    wanted = [prompt.prompt_id for prompt in stream.next(13)]
+    sampler.load_state_dict({"samples_seen": 7, "num_samples": 5, "seed": 0, "taken": [[1, 1], [4, 2], [5, 2], [6, 3]]})
+    for iteration in (2, 3):
+        sampler.next_batch(iteration)
+    assert seen == [wanted[place] for place in (1, 4, 5, 6, 7, 8)]
+    assert sampler.state_dict() == {"samples_seen": 9, "num_samples": 5, "seed": 0}
+    sampler.load_state_dict(sampler.state_dict())
+    sampler.next_batch(4)
+    assert seen[6:] == wanted[9:12]
+
+
+@pytest.mark.parametrize("staleness", [1, 2, 5])
+def test_every_prompt_is_trained_on_once_over_any_resumes(staleness: int) -> None:
+    """Whatever finishes first; each state is a checkpoint from which an attempt continues, as kills do."""
+    prompts = [Prompt(str(i), (1,), "", "", "t") for i in range(7)]
+    config, chance = Config(), random.Random(staleness)
+    config.ppo.prompts_per_iteration, config.ppo.iterations, config.ppo.staleness = 3, 8, staleness
+    batches: dict[int, list[str]] = {}
+
+    def stored_among(number: int, among: list[Prompt], count: int, num_samples: int) -> tuple[list[int], RolloutPart]:
+        """An attempt before stored what was finished first then."""
+        ids = [prompt.prompt_id for prompt in among]
+        batches.setdefault(number, chance.sample(ids, count))
+        return [ids.index(prompt_id) for prompt_id in batches[number]], RolloutPart()
+
+    session: Any = SimpleNamespace(runtime=SimpleNamespace(is_main=True), stored_among=stored_among)
+    # A run of staleness 1 from before there were groups: two iterations are done, the third was being generated.
+    state: dict[str, Any] = {"samples_seen": 6, "num_samples": 7, "seed": 0}
+    iteration, furthest = 3, 0
+    while iteration <= 8:
+        sampler = PromptSampler(config, session, PromptStream(prompts, 0))
+        sampler.load_state_dict(state)
+        for _ in range(chance.randint(1, 3)):
+            if iteration <= 8:
+                sampler.next_batch(iteration)
+                furthest = max(furthest, sampler.stream.position)
+                iteration += 1
+        if chance.random() < 0.5 or iteration > 8:
+            state, saved = sampler.state_dict(), iteration
+        else:
+            iteration = saved if "taken" in state else 3
+    wanted = [prompt.prompt_id for prompt in PromptStream(prompts, 0).next(24)][6:]
+    assert sorted(prompt_id for batch in batches.values() for prompt_id in batch) == sorted(wanted)
+    assert furthest == 24 and "taken" not in state
+    assert batches[3] != wanted[:3] or batches[4] != wanted[3:6], "finished first, not in order"
