@@ -11,6 +11,9 @@ from megatron_vcppo.run.metrics_log import cut_back, read_history
 from megatron_vcppo.stages.loop import TrainLoop
 from megatron_vcppo.stages.stage import Stage
 
+REPLAYED = 50
+"""Points of an interrupted run's history at which its warnings are found again: a long one costs no more."""
+
 
 class IterationReport:
     """The profiles of each iteration, in RUN/ppo/profiles.jsonl, and warnings that name a failure; main rank."""
@@ -19,8 +22,12 @@ class IterationReport:
         self.loop, self.is_main = loop, stage.runtime.is_main
         self.path, self.worst_reward = stage.folder.profiles, worst_reward(asdict(stage.config))
         self.history: list[dict[str, float]] = []
+        self.warned: set[str] = set()
+        """Signatures that were printed, also before a resume: each is printed once."""
         if self.is_main:
             self.history = read_history(stage.folder.path)
+            for count in range(len(self.history), 0, -max(1, len(self.history) // REPLAYED)):
+                warnings_of(self.history[:count], self.worst_reward, self.warned)
             cut_back(self.path, loop.step)
 
     def add(self, iteration: int, metrics: dict[str, float], profiles: Mapping[str, Sequence[float | None]]) -> None:
@@ -30,7 +37,7 @@ class IterationReport:
         finite = {name: [x if x is not None and isfinite(x) else None for x in row] for name, row in profiles.items()}
         append_json_line(self.path, {"iteration": iteration, **finite})
         self.history.append({"iteration": iteration, **metrics})
-        for text in warnings_of(self.history, self.worst_reward):
+        for text in warnings_of(self.history, self.worst_reward, self.warned):
             self.loop.warn(text)
 
 
