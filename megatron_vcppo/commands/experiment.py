@@ -12,6 +12,7 @@ from megatron_vcppo import __version__
 from megatron_vcppo.commands.arguments import check_not_queued, checked_stages, positive, prepare, print_note
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import DONE, SAVED, UserError
+from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say
 
@@ -168,7 +169,7 @@ def make_task(experiment: "Experiment", root: Path) -> None:
     command.run(parser.parse_args(["make-task", "--out", str(folder), *experiment.task_arguments]))
 
 
-def start_all(chains: Sequence[Chain]) -> int:
+def start_all(chains: Sequence[Chain], role_commands: RoleCommands = ROLE_COMMANDS) -> int:
     """Run or queue what is not done; returns the worst exit code. A request to stop ends it after a save.
 
     A chain that fails does not keep the others from running, but those that begin with its stages wait.
@@ -193,7 +194,7 @@ def start_all(chains: Sequence[Chain]) -> int:
         check_not_queued(chain.run)
         base = chain.base.path if chain.base else None
         taken = stages_to_take(chain.run, chain.config, base, chain.stages[0] if base else None)
-        result = run_chain(chain.run, chain.config, chain.stages, taken=taken)
+        result = run_chain(chain.run, chain.config, chain.stages, role_commands, taken)
         if result == SAVED:
             return result
         if result != DONE:
@@ -246,12 +247,13 @@ def stages_before(chain: Chain) -> list[str]:
 
 def collect_and_report(experiment: "Experiment", root: Path, seeds: Sequence[int], figures: Path | None) -> int:
     """Read the runs that there are, keep their numbers, draw the page. UserError if there is none."""
-    from megatron_vcppo.report.experiment_results import RESULTS_NAME, write_results
+    from megatron_vcppo.report.experiment_results import RESULTS_NAME, read_results, write_results
 
-    results, folder = collect(experiment, root, seeds), root / experiment.name
-    write_results(folder / RESULTS_NAME, results, root=str(root))
-    report(results, folder / "report.html", figures)
-    print(f"{folder / RESULTS_NAME}: the numbers, {(folder / RESULTS_NAME).stat().st_size / 1000:,.0f} kB")
+    folder = root / experiment.name
+    kept = folder / RESULTS_NAME
+    write_results(kept, collect(experiment, root, seeds), root=str(root))
+    report(read_results(kept), folder / "report.html", figures)
+    print(f"{kept}: the numbers, {kept.stat().st_size / 1000:,.0f} kB; vcppo experiment --redraw draws them again")
     return DONE
 
 
