@@ -11,7 +11,10 @@ question: One arm's critic starts too low.
 config: demo/vcppo
 shared: {stages: [sft, reward_model], per_seed: false}
 arms:
-  collapsing: {ppo.advantage.lam_critic: 0.95, ppo.critic.init: reward_model, stages: [sft, reward_model, ppo, evaluate]}
+  collapsing:
+    stages: [sft, reward_model, ppo, evaluate]
+    ppo.critic.init: reward_model
+    ppo.advantage.lam_critic: 0.95
   sound: {}
 claims:
   - {text: The sound arm ends higher, outcome: pass@1, higher: sound, than: collapsing}

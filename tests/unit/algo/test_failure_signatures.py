@@ -42,7 +42,7 @@ def test_a_collapsing_run_is_named_with_its_numbers():
         critic__value_loss=[1.0 - 0.05 * i for i in range(10)],
         critic__terminal_share_first_token=[0.95**n for n in (91, 89, 73, 50, 29, 17, 9, 5, 4, 4)],
         actor__advantage_early_late_gap=[-1.58] * 10,
-        actor__advantage_std=[1.1] * 10,
+        rollout__reward_std=[0.98] * 10,
         actor__give_up_advantage_sigma=[1.53] * 10,
     )
     states = _states(history)
@@ -63,7 +63,7 @@ def test_a_sound_run_has_no_findings():
             critic__value_loss=[0.41, 0.4, 0.38, 0.41, 0.37, 0.33, 0.35, 0.3, 0.31, 0.28],
             critic__terminal_share_first_token=[1.0] * 10,
             actor__advantage_early_late_gap=[-0.1, 0.05, -0.2, -0.1, 0.1, -0.1, -0.1, 0.0, -0.1, -0.1],
-            actor__advantage_std=[0.8] * 10,
+            rollout__reward_std=[0.98] * 10,
             actor__give_up_advantage_sigma=[-1.19] * 10,
         )
     )
@@ -96,7 +96,7 @@ def test_one_odd_batch_is_not_a_collapse():
 
 def test_an_early_late_gap_must_keep_its_sign():
     gap = [1.0, -1.2, 1.0, 1.3, 1.1]
-    options = {"actor__advantage_std": [1.0] * 5}
+    options = {"rollout__reward_std": [1.0] * 5}
     assert _states(_history(actor__advantage_early_late_gap=gap, **options))["value_misalignment"] == "absent"
     gap = [abs(x) for x in gap]
     assert _states(_history(actor__advantage_early_late_gap=gap, **options))["value_misalignment"] == "found"
@@ -139,8 +139,20 @@ def test_a_critic_that_knows_nothing_is_not_misaligned():
 
 
 def test_late_advantages_above_early_ones_are_a_lagging_critic_not_a_misaligned_one():
-    lagging = _history(actor__advantage_early_late_gap=[-0.8, -0.7, -0.75], actor__advantage_std=[1.0] * 3)
+    lagging = _history(actor__advantage_early_late_gap=[-0.8, -0.7, -0.75], rollout__reward_std=[1.0] * 3)
     assert _states(lagging)["value_misalignment"] == "absent"
+
+
+def test_an_early_late_gap_is_measured_by_the_reward_not_by_small_advantages():
+    """Seen on a sound run: 0.2 of ±1, which is 0.7 of the advantages' own deviation; the paper's failure has 1.0."""
+    sound = _history(
+        actor__advantage_early_late_gap=[0.19, 0.22, 0.2, 0.21],
+        actor__advantage_std=[0.3] * 4,
+        rollout__reward_std=[0.95] * 4,
+    )
+    assert _states(sound)["value_misalignment"] == "absent"
+    failing = _history(actor__advantage_early_late_gap=[1.04, 1.0, 1.1], rollout__reward_std=[1.0] * 3)
+    assert _states(failing)["value_misalignment"] == "found"
 
 
 def test_a_few_responses_that_gave_up_are_no_proof():
