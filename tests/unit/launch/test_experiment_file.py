@@ -82,7 +82,7 @@ def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path: Path) -> 
         chain.run.path.mkdir(parents=True)
         chain.run.config.write_text(dump_config(chain.config))
     plan(experiment, tmp_path, range(1), None, ["parallel.pp=1", "cluster.trainer_ranks=1"], None)
-    with pytest.raises(UserError, match=r"shared/vcppo/seed_0: was begun with sft\.steps=850, now it is 90"):
+    with pytest.raises(UserError, match=r"mine/one/seed_0: was begun with sft\.steps=850, now it is 90"):
         plan(experiment, tmp_path, range(1), ["one"], ["sft.steps=90"], None)
 
 
