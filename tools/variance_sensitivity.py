@@ -178,7 +178,10 @@ def main() -> int:
     for title, rows in (
         ("1. Squared error of a value under noisy targets, rate 0.05", regression_rows),
         ("2. Variance of the logit of a decision that does not matter, rate 0.02", neutral_rows),
-        ("3. Share of runs in which the better of two actions (by 0.1) has become the rarer, rate 0.005", wrong_side_rows),
+        (
+            "3. Share of runs in which the better of two actions (by 0.1) has become the rarer, rate 0.005",
+            wrong_side_rows,
+        ),
         ("4. Updates until 90 % of 20 decisions are right, each at the best of three rates", slowdown_rows),
     ):
         print(f"{title}\n{text_table(rows(args.noise, generator))}\n", flush=True)

@@ -9,10 +9,10 @@ from tools.benchmarks._tiny_chains import TINY, result, tiny_config, write_confi
 
 def chains_of(root: Path, bad: str = "") -> list[Chain]:
     """A shared SFT, and two arms that export its model; ``bad`` names the run whose data are bad."""
-    shared = RunFolder(root / "shared" / "seed_0")
+    shared = RunFolder(root / "shared")
     chains = []
     for name in ("shared", "one", "two"):
-        config = tiny_config(root / name / "seed_0", ("sft",) if name == "shared" else ("sft", "export"), ranks=1)
+        config = tiny_config(root / name, ("sft",) if name == "shared" else ("sft", "export"), ranks=1)
         if name == bad:
             config.sft.train = "bad"
         write_config(config)
@@ -21,27 +21,26 @@ def chains_of(root: Path, bad: str = "") -> list[Chain]:
     return chains
 
 
-def test_shared_stages_run_once_and_a_second_call_continues(tmp_path: Path, capsys) -> None:
-    shared, one, two = chains_of(tmp_path)
-    assert start_all([shared, one], TINY) == 0
+def test_shared_stages_run_once_and_a_failure_is_repeated_alone(tmp_path: Path, capsys) -> None:
+    shared, one, two = chains = chains_of(tmp_path, bad="one")
+    assert start_all(chains, TINY) == 2
     out = capsys.readouterr().out
-    assert "2 chains, 0 of them done before" in out and "chain 2 of 2: one; " in out and " to go" in out
-    for chain in (shared, one):
-        assert result(chain.run)["trained"] == [1, 2, 3, 4, 5, 6], "SFT, trained or taken"
-    assert len(one.run.stage("sft").attempts()) == 0 and len(shared.run.stage("sft").attempts()) == 1
-    assert start_all([shared, one, two], TINY) == 0
-    assert "3 chains, 2 of them done before" in capsys.readouterr().out
-    assert len(one.run.stage("export").attempts()) == 1 and two.is_done()
-
-
-def test_a_failure_keeps_back_only_what_needs_it(tmp_path: Path, capsys) -> None:
-    shared, one, two = chains_of(tmp_path, bad="one")
-    assert start_all([shared, one, two], TINY) == 2
+    assert "3 chains, 0 of them done before" in out and "chain 2 of 3: one; " in out and " to go" in out
     assert not one.is_done() and two.is_done()
-    broken, third, _ = chains_of(tmp_path / "other", bad="shared")
-    assert start_all([broken, third], TINY) == 2
+    for chain in (shared, two):
+        assert result(chain.run)["trained"] == [1, 2, 3, 4, 5, 6], "SFT, trained or taken"
+    one.config.sft.train = two.config.sft.train
+    assert start_all(chains, TINY) == 0
+    assert "3 chains, 2 of them done before" in capsys.readouterr().out
+    assert [len(chain.run.stage("sft").attempts()) for chain in chains] == [1, 0, 0]
+    assert [len(chain.run.stage("export").attempts()) for chain in (one, two)] == [2, 1]
+
+
+def test_arms_wait_where_their_shared_stages_failed(tmp_path: Path, capsys) -> None:
+    shared, one, _ = chains_of(tmp_path, bad="shared")
+    assert start_all([shared, one], TINY) == 2
     assert "one: left out, because its shared stages failed" in capsys.readouterr().out
-    assert not third.run.stage("sft").path.exists()
+    assert not one.run.stage("sft").path.exists()
 
 
 def test_the_time_to_go_follows_from_the_chains_before(monkeypatch) -> None:
