@@ -3,8 +3,8 @@
     python tools/variance_sensitivity.py            # half a minute on one core
 
 Prints four tables. 1 to 3 compare a formula with a simulation of the very recursion that it describes. 4 is the
-experiment: an actor and a critic learn together, with noise on the critic's returns or on the actor's advantages, each in
-standard deviations of what it is added to.
+experiment: an actor and a critic learn together, with noise on the critic's returns or on the actor's advantages, each
+in standard deviations of what it is added to.
 """
 
 import argparse
