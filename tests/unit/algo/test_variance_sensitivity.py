@@ -48,4 +48,4 @@ def test_noise_on_the_advantages_costs_more_than_on_the_returns() -> None:
         )
 
     clean, on_returns, on_advantages = updates(0.0, 0.0), updates(4.0, 0.0), updates(0.0, 4.0)
-    assert on_returns < 1.2 * clean and on_advantages > 2 * clean
+    assert on_returns < 1.25 * clean and on_advantages > 1.5 * clean
