@@ -241,7 +241,7 @@ def queue_all(chains: Sequence[Chain]) -> int:
 
 def stages_before(chain: Chain) -> list[str]:
     """The stages of the whole chain that come before its own."""
-    stages = list(chain.config.stages)
+    stages: list[str] = [*chain.config.stages]
     return stages[: stages.index(chain.stages[0])]
 
 

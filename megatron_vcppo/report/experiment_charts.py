@@ -35,7 +35,8 @@ def _chart(figure: Mapping[str, Any], results: ExperimentResults) -> Chart | Non
     if "profile" in figure:
         return _profiles(figure["profile"], results)
     if "scatter" in figure:
-        return _scatter(*figure["scatter"], results)
+        x_name, y_name = figure["scatter"]
+        return _scatter(x_name, y_name, results)
     return _against_setting(figure["setting"], figure["outcome"], results)
 
 

@@ -9,6 +9,7 @@ from megatron_vcppo.cli import main
 from megatron_vcppo.commands.experiment import collect
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.experiment_file import read_experiment
+from megatron_vcppo.report.chart_data import Lines
 from megatron_vcppo.report.experiment_charts import experiment_charts, over_seeds
 from megatron_vcppo.report.experiment_diagnosis import first_named, outcome_class, signature_rows
 from megatron_vcppo.report.experiment_page import render_experiment
@@ -68,7 +69,7 @@ def test_figures_that_have_something_to_show_are_drawn(results: ExperimentResult
     charts = experiment_charts(results)
     assert len(charts) == 5, "no run has a reward model's score"
     assert len({chart.name for chart in charts}) == 5
-    lengths, _, profile, scatter, setting = (chart.content for chart in charts)
+    lengths, _, profile, scatter, setting = (chart.content for chart in charts if isinstance(chart.content, Lines))
     assert [line.name for line in lengths.lines] == ["collapsing", "sound"]
     assert len(lengths.lines[0].points) == len(lengths.lines[0].band) == 6
     assert len(profile.lines[0].points) == 10 and len(scatter.lines[1].points) == 3
