@@ -2,9 +2,10 @@
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ class Chain:
     """Those that it runs itself."""
     base: RunFolder | None = None
     """The shared run that it takes the stages before from."""
+    is_arm: bool = True
 
     def is_done(self) -> bool:
         """Whether every stage has its manifest."""
@@ -57,6 +59,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--dry-run", action="store_true", help="print the chains and check them; write nothing")
     parser.add_argument("--report", action="store_true", help="run nothing: draw what is there")
     parser.add_argument("--redraw", type=Path, metavar="FILE", help="draw kept results again, of a file or its folder")
+    parser.add_argument(
+        "--diagnosis", type=Path, nargs="+", metavar="FILE", help="hits and false alarms over all runs of kept results"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="page of --redraw (report.html next to the file)")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="also write each chart to DIR, as SVG and PDF")
     parser.set_defaults(run=run)
@@ -73,8 +78,11 @@ def run(args: argparse.Namespace) -> int:
         folder = args.redraw if args.redraw.is_dir() else args.redraw.parent
         report(read_results(args.redraw), args.out or folder / "report.html", args.figures)
         return DONE
+    if args.diagnosis:
+        print_diagnosis([read_results(path) for path in args.diagnosis])
+        return DONE
     if args.name is None:
-        raise UserError("vcppo experiment needs a NAME, or --redraw FILE")
+        raise UserError("vcppo experiment needs a NAME, --redraw FILE or --diagnosis FILE")
     experiment = read_experiment(find_experiment(args.name))
     root, seeds = args.dir.absolute(), range(args.seeds)
     if args.report:
@@ -87,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     for chain in chains:  # all are checked before anything is trained
         checked_stages(chain.run, chain.config, chain.stages[0], chain.stages[-1])
     code = start_all(chains)
-    if any(chain.run.config.exists() for chain in chains if chain.base is not None or not experiment.shared_stages):
+    arms = [chain for chain in chains if chain.is_arm]
+    if any(chain.run.stage(stage).metrics.exists() for chain in arms for stage in chain.stages):
         collect_and_report(experiment, root, seeds, args.figures)
     return code
 
@@ -131,7 +140,7 @@ def plan(
             base = RunFolder(experiment.shared_run(root, seed, seeds[0])) if taken else None
             needed |= {*chain.stages[:taken]}
             check_settings(chain.run, chain.config, chain.stages)
-            of_seed.append(Chain(label, chain.run, chain.config, chain.stages[taken:], base))
+            of_seed.append(replace(chain, stages=chain.stages[taken:], base=base))
         stages = [stage for stage in experiment.shared_stages if stage in needed]
         folder = experiment.shared_run(root, seed, seeds[0])
         if stages and all(chain.run.path != folder for chain in chains):
@@ -139,7 +148,7 @@ def plan(
             stages_value = f"stages=[{', '.join(stages)}]"
             chain = prepared(f"shared stages, seed {of_it}", folder, of_it, stages_value)
             check_settings(chain.run, chain.config, stages)
-            chains.append(chain)
+            chains.append(replace(chain, is_arm=False))
         chains += of_seed
     return chains
 
@@ -278,6 +287,16 @@ def collect(experiment: "Experiment", root: Path, seeds: Sequence[int]) -> "Expe
     return ExperimentResults(experiment.question, made, runs)
 
 
+def print_diagnosis(experiments: "Sequence[ExperimentResults]") -> None:
+    """The table of the diagnosis over the runs of all of these."""
+    from megatron_vcppo.report.experiment_diagnosis import DIAGNOSIS_NOTE, signature_rows
+    from megatron_vcppo.report.text_table import text_table
+
+    rows = signature_rows([run for results in experiments for run in results.runs])
+    print(text_table(rows, sys.stdout) if rows else "no run has failed, and none is healthy: nothing to judge")
+    print(DIAGNOSIS_NOTE)
+
+
 def report(results: "ExperimentResults", out: Path, figures: Path | None) -> None:
     """Write the page, the same as Markdown next to it, and the figures; print the verdicts."""
     from megatron_vcppo.commands.report import make_folder, write
@@ -295,7 +314,7 @@ def report(results: "ExperimentResults", out: Path, figures: Path | None) -> Non
         for chart in experiment_charts(results):
             for name, content in paper_files(chart).items():
                 write(figures / name, content, "--figures")
-    print(text_table(arm_rows(results)))
+    print(text_table(arm_rows(results), sys.stdout))
     for line in verdict_lines(results):
         print(line)
     print(f"{out}: {len(page) / 1000:,.0f} kB")

@@ -82,7 +82,7 @@ def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path: Path) -> 
     for chain in plan(experiment, tmp_path, range(1), None, [], None):
         chain.run.path.mkdir(parents=True)
         chain.run.config.write_text(dump_config(chain.config))
-    plan(experiment, tmp_path, range(1), None, ["parallel.pp=1", "cluster.trainer_ranks=1"], None)
+    plan(experiment, tmp_path, range(1), None, ["parallel.tokens_per_microbatch=2048"], None)
     with pytest.raises(UserError, match=r"mine/one/seed_0: was begun with sft\.steps=850, now it is 90"):
         plan(experiment, tmp_path, range(1), ["one"], ["sft.steps=90"], None)
 
@@ -118,7 +118,7 @@ def test_a_mistake_in_the_file_is_one_line(old: str, new: str, message: str, tmp
 def test_a_wrong_call_is_one_line(tmp_path: Path, capsys) -> None:
     file = str(write(tmp_path, ARMS.replace("PER_SEED", "true")))
     for call, message in (
-        (["experiment"], "needs a NAME, or --redraw FILE"),
+        (["experiment"], "needs a NAME, --redraw FILE or --diagnosis FILE"),
         (["experiment", "nothing"], "there are components"),
         (["experiment", file, "--arms", "two", "--dry-run"], "--arms two: no such arm; there are one"),
         (["experiment", file, "ppo.lr=1", "--dry-run"], "unknown key ppo.lr"),

@@ -130,6 +130,10 @@ def test_the_command_reports_and_redraws(recorded: tuple[Path, Path], tmp_path: 
     assert main(["experiment", "--redraw", str(folder), "--out", str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.md").read_text() == text
     assert (tmp_path / "again.html").read_text() == page
+    capsys.readouterr()
+    assert main(["experiment", "--diagnosis", str(folder), str(folder)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("value_misalignment")]
+    assert line.split()[1:] == "6 of 6 6 of 6 0 of 6".split(), "the runs of both files"
 
 
 def test_nothing_to_report_is_one_line(recorded: tuple[Path, Path], tmp_path: Path, capsys) -> None:
