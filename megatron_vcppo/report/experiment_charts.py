@@ -96,7 +96,7 @@ def _scatter(x_name: str, y_name: str, results: ExperimentResults) -> Chart | No
     """One point per run."""
     lines = []
     for arm in results.question.arms:
-        pairs = [(outcome_of(x_name, run.data), outcome_of(y_name, run.data)) for run in _runs_of(results, arm)]
+        pairs = [(_shown(x_name, run), _shown(y_name, run)) for run in _runs_of(results, arm)]
         points = sorted((x, y) for x, y in pairs if x is not None and y is not None)
         if points:
             lines.append(Line(arm, arm_color(results.question, arm), points, dots=True))
@@ -111,7 +111,7 @@ def _against_setting(key: str, name: str, results: ExperimentResults) -> Chart |
     """An outcome over the values of a configuration key: mean and standard error of each arm."""
     lines = []
     for arm in results.question.arms:
-        found = [(setting(run.data.config, key), outcome_of(name, run.data)) for run in _runs_of(results, arm)]
+        found = [(setting(run.data.config, key), _shown(name, run)) for run in _runs_of(results, arm)]
         pairs = [(float(x), y) for x, y in found if isinstance(x, int | float) and y is not None]
         points, band = over_seeds([pairs])
         if points:
@@ -121,6 +121,12 @@ def _against_setting(key: str, name: str, results: ExperimentResults) -> Chart |
     content = Lines(lines, x_range=extent(x for line in lines for x, _ in line.points))
     label = OUTCOMES[name].label
     return _made(f"{label} by {key}", "mean; bars: one standard error over the seeds", key, label, content)
+
+
+def _shown(name: str, run: ExperimentRun) -> float | None:
+    """An outcome as its label says it: shares in percent."""
+    value = outcome_of(name, run.data)
+    return None if value is None else value * OUTCOMES[name].scale
 
 
 def _made(title: str, caption: str, x_label: str, y_label: str, content: Lines) -> Chart:

@@ -46,7 +46,7 @@ def judged(claim: Claim, results: ExperimentResults) -> Judged:
     if claim.correlation:
         return _judged_correlation(claim, claim.correlation, results)
     outcome, ours = OUTCOMES[claim.outcome], results.values(claim.higher, claim.outcome)
-    scale = 100.0 if outcome.percent else 1.0
+    scale = outcome.scale
     if isinstance(claim.than, str):
         theirs = results.values(claim.than, claim.outcome)
         differences = [*paired_differences(ours, theirs).values()]
@@ -116,7 +116,7 @@ def difference_rows(results: ExperimentResults) -> list[dict[str, str]]:
             continue
         row = {"arm": f"{arm} − {against}"}
         for name in _present(results):
-            scale = 100.0 if OUTCOMES[name].percent else 1.0
+            scale = OUTCOMES[name].scale
             differences = paired_differences(results.values(arm, name), results.values(against, name))
             row[OUTCOMES[name].label] = mean_text(differences, scale, signed) if differences else ""
         rows.append(row)
@@ -130,7 +130,7 @@ def seed_rows(results: ExperimentResults) -> list[dict[str, str]]:
         row = {"arm": run.arm, "seed": str(run.seed)}
         for name in _present(results):
             value = outcome_of(name, run.data)
-            row[OUTCOMES[name].label] = "" if value is None else short(value * (100.0 if OUTCOMES[name].percent else 1))
+            row[OUTCOMES[name].label] = "" if value is None else short(value * OUTCOMES[name].scale)
         rows.append(row)
     return rows
 
@@ -143,7 +143,7 @@ def _present(results: ExperimentResults) -> list[str]:
 
 def _cell(results: ExperimentResults, arm: str, name: str) -> str:
     values = results.values(arm, name)
-    return mean_text(values, 100.0 if OUTCOMES[name].percent else 1.0) if values else ""
+    return mean_text(values, OUTCOMES[name].scale) if values else ""
 
 
 def mean_text(values: dict[int, float], scale: float = 1.0, number: Callable[[float], str] = short) -> str:

@@ -18,6 +18,11 @@ class Outcome:
     of: Callable[[RunData], float | None]
     percent: bool = False
 
+    @property
+    def scale(self) -> float:
+        """From the number to what its label says."""
+        return 100.0 if self.percent else 1.0
+
 
 def evaluated(stage: str, key: str) -> Callable[[RunData], float | None]:
     """A number of the evaluation of a stage's actor."""

@@ -73,7 +73,7 @@ def test_figures_that_have_something_to_show_are_drawn(results: ExperimentResult
     assert [line.name for line in lengths.lines] == ["collapsing", "sound"]
     assert len(lengths.lines[0].points) == len(lengths.lines[0].band) == 6
     assert len(profile.lines[0].points) == 10 and len(scatter.lines[1].points) == 3
-    assert [line.points for line in setting.lines] == [[(0.95, pytest.approx(0.1))], [(1.0, pytest.approx(0.83))]]
+    assert [line.points for line in setting.lines] == [[(0.95, pytest.approx(10))], [(1.0, pytest.approx(83))]]
 
 
 def test_the_diagnosis_is_compared_with_what_became_of_the_runs(results: ExperimentResults) -> None:
@@ -133,7 +133,7 @@ def test_the_command_reports_and_redraws(recorded: tuple[Path, Path], tmp_path: 
     capsys.readouterr()
     assert main(["experiment", "--diagnosis", str(folder), str(folder)]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("value_misalignment")]
-    assert line.split()[1:] == "6 of 6 6 of 6 0 of 6".split(), "the runs of both files"
+    assert line.split()[1:] == ["6", "of", "6", "6", "of", "6", "0", "of", "6"], "the runs of both files"
 
 
 def test_nothing_to_report_is_one_line(recorded: tuple[Path, Path], tmp_path: Path, capsys) -> None:
