@@ -36,6 +36,8 @@ LENGTH_CORRELATION = 0.8
 _RECENT = 5
 _MIN_ITERATIONS = 3
 _MIN_ITERATIONS_OSCILLATION = 8
+_REPLAYED = 50
+"""Enough for a sign that lasts, at a cost that a long history does not square."""
 _LIKED = ("verifier", "length")
 
 
@@ -99,6 +101,14 @@ def warnings_of(history: History, worst_reward: float | None, known: set[str]) -
     ]
     known |= {finding.signature for finding in new}
     return [f"{finding.signature}: {finding.evidence}; {finding.advice}" for finding in new]
+
+
+def warned_before(history: History, worst_reward: float | None) -> set[str]:
+    """The signatures that an interrupted run has printed, found at up to about _REPLAYED points of its history."""
+    known: set[str] = set()
+    for count in range(len(history), 0, -max(1, len(history) // _REPLAYED)):
+        warnings_of(history[:count], worst_reward, known)
+    return known
 
 
 def _length_collapse(history: History) -> Finding:

@@ -4,15 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
 
-from megatron_vcppo.algo.failure_signatures import warnings_of
+from megatron_vcppo.algo.failure_signatures import warned_before, warnings_of
 from megatron_vcppo.report.run_data import worst_reward
 from megatron_vcppo.run.files import append_json_line
 from megatron_vcppo.run.metrics_log import cut_back, read_history
 from megatron_vcppo.stages.loop import TrainLoop
 from megatron_vcppo.stages.stage import Stage
-
-REPLAYED = 50
-"""Points of an interrupted run's history at which its warnings are found again: a long one costs no more."""
 
 
 class IterationReport:
@@ -26,8 +23,7 @@ class IterationReport:
         """Signatures that were printed, also before a resume: each is printed once."""
         if self.is_main:
             self.history = read_history(stage.folder.path)
-            for count in range(len(self.history), 0, -max(1, len(self.history) // REPLAYED)):
-                warnings_of(self.history[:count], self.worst_reward, self.warned)
+            self.warned = warned_before(self.history, self.worst_reward)
             cut_back(self.path, loop.step)
 
     def add(self, iteration: int, metrics: dict[str, float], profiles: Mapping[str, Sequence[float | None]]) -> None:

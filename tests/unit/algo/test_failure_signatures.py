@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vcppo.algo.failure_signatures import SIGNS, diagnose, sign_scores, warnings_of
+from megatron_vcppo.algo.failure_signatures import SIGNS, diagnose, sign_scores, warned_before, warnings_of
 
 
 def _history(**series: list[Any]) -> list[dict[str, float]]:
@@ -120,6 +120,17 @@ def test_a_warning_comes_once_when_its_signature_first_shows():
     (line,) = [line for lines in warned for line in lines]
     assert line.startswith("length_collapse: mean length: ") and "pretrain the critic" in line
     assert warnings_of([], None, known) == [] and known == {"length_collapse"}
+
+
+def test_a_resumed_run_does_not_warn_again_of_what_has_passed():
+    """The value was impossible at the start and is sound since; then it is impossible again."""
+    values = [-1.5, -1.4, *[0.0] * 8, *[-3.0] * 5]
+    history = _history(critic__value_first_token=values)
+    assert _states(history[:10])["value_misalignment"] == "absent"
+    known = warned_before(history[:10], -1.0)
+    assert known == {"value_misalignment"}
+    assert warnings_of(history, -1.0, known) == []
+    assert [line.partition(":")[0] for line in warnings_of(history, -1.0, set())] == ["value_misalignment"]
 
 
 def test_equal_rewards_leave_no_variance_to_explain():
