@@ -82,7 +82,7 @@ def run_name(arm: str, seed: int) -> str:
 
 
 def write_results(path: Path, results: ExperimentResults, root: str = "") -> None:
-    """Keep the results. root: the folder of the experiments, which is removed from paths."""
+    """Keep the results. root: the folder of the experiments, to which paths are made relative."""
     head = {"format": FORMAT, "question": results.question.as_dict(), "made": results.made}
     lines = [json.dumps(line) for line in (head, *(_kept(run, root) for run in results.runs))]
     content = "".join(f"{line}\n" for line in lines).encode()
@@ -115,7 +115,7 @@ def _kept(run: ExperimentRun, root: str) -> dict[str, Any]:
     return {
         "arm": run.arm,
         "seed": run.seed,
-        "config": _without(config, root) if root else config,
+        "config": _without_places(config, root),
         "done": sorted(data.done),
         "history": {stage: _columns(rows) for stage, rows in data.history.items()},
         "profiles": [_rounded(record) for record in _first_middle_last(data.profiles)],
@@ -162,10 +162,11 @@ def _rounded(value: Any) -> Any:
     return [_rounded(part) for part in value] if isinstance(value, list) else value
 
 
-def _without(value: Any, root: str) -> Any:
-    """Paths relative to the folder of the experiments."""
-    if isinstance(value, str):
-        return value.replace(f"{root}/", "")
+def _without_places(value: Any, root: str) -> Any:
+    """Absolute paths become relative to the folder of the experiments, or, outside of it, their last part."""
+    if isinstance(value, str) and value.startswith("/"):
+        path = Path(value)
+        return path.relative_to(root).as_posix() if root and path.is_relative_to(root) else path.name
     if isinstance(value, Mapping):
-        return {key: _without(part, root) for key, part in value.items()}
-    return [_without(part, root) for part in value] if isinstance(value, list) else value
+        return {key: _without_places(part, root) for key, part in value.items()}
+    return [_without_places(part, root) for part in value] if isinstance(value, list) else value

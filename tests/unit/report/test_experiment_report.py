@@ -92,8 +92,12 @@ def test_kept_results_draw_the_same_page_and_name_no_place(
     recorded: tuple[Path, Path], results: ExperimentResults, tmp_path: Path
 ) -> None:
     kept = tmp_path / "kept.jsonl.zst"
+    results.runs[0].data.config["model"]["hf"] = "/home/somebody/models/tiny"
+    results.runs[0].data.config["value_pretrain"]["stored_path"] = f"{recorded[1]}/collapse/rollouts"
     write_results(kept, results, root=str(recorded[1]))
     again = read_results(kept)
+    assert again.runs[0].data.config["model"]["hf"] == "tiny"
+    assert again.runs[0].data.config["value_pretrain"]["stored_path"] == "collapse/rollouts"
     assert render_experiment(again) == render_experiment(read_results(kept))
     for run, other in zip(results.runs, again.runs, strict=True):
         assert run.data.results == other.data.results
