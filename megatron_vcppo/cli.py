@@ -34,6 +34,7 @@ COMMANDS = {
     "plan": ("megatron_vcppo.commands.plan", "estimate memory, time, GPU-hours and disk of a chain"),
     "doctor": ("megatron_vcppo.commands.doctor", "check a cluster profile with short test jobs"),
     "sweep": ("megatron_vcppo.commands.sweep", "several chains, one table of results"),
+    "experiment": ("megatron_vcppo.commands.experiment", "arms over seeds, with one report and a verdict"),
 }
 """Name → (module, help); the order is that of ``vcppo --help``."""
 

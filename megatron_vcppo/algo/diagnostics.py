@@ -43,6 +43,7 @@ def batch_diagnostics(
     bin_width: int,
     num_bins: int,
     give_up_mask: Tensor | None = None,
+    mc_returns: Tensor | None = None,
 ) -> Metrics:
     """Metrics of one rank's rollouts; every rank passes the same options. Add them up, then ``summarize``.
 
@@ -58,14 +59,19 @@ def batch_diagnostics(
         give_up_mask: bool [B, T], tokens with which the actor ends its thinking before it is done. Their advantage is
             what an actor with a misaligned critic follows into collapse, so it separates failing runs from sound ones
             earlier than any correlation does. Default: no such token is known.
+        mc_returns: [B, T], the discounted sums of the rewards: how far off the values are from what came, which critics
+            with different targets can be compared by. Default: the targets are that (λ_critic = 1).
 
     Returns (sum, weight) pairs, float64: profiles [bins], everything else 0-d.
     """
     first = mask & (valid_index(mask) == 0)
+    mc_returns = returns if mc_returns is None else mc_returns
     metrics: Metrics = {
         **moment_metrics("values", values, mask),
         **moment_metrics("returns", returns, mask),
         **moment_metrics("value_errors", returns - values, mask),
+        **moment_metrics("mc_returns", mc_returns, mask),
+        **moment_metrics("mc_errors", mc_returns - values, mask),
         **moment_metrics("advantages", advantages, mask),
         **_trends("advantage", advantages, mask),
         **_trends("value", values, mask),
@@ -100,8 +106,16 @@ def summarize(metrics: Metrics) -> tuple[dict[str, float], dict[str, list[float 
         for part in (slice(None, _EARLY_LATE_DECILES), slice(-_EARLY_LATE_DECILES, None))
     )
     advantage_std = standard_deviation(values, "advantages")
+    mc_moments = {
+        "returns": values["mc_returns"],
+        "returns_squared": values["mc_returns_squared"],
+        "value_errors": values["mc_errors"],
+        "value_errors_squared": values["mc_errors_squared"],
+    }
     numbers = {
         "critic/explained_variance": explained_variance(values),
+        "critic/mc_explained_variance": explained_variance(mc_moments),
+        "critic/mc_error": values["mc_errors_squared"],
         "critic/value_mean": values["values"],
         "critic/value_std": standard_deviation(values, "values"),
         "critic/value_first_token": values["value_first_token"],

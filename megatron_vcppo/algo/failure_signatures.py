@@ -5,17 +5,20 @@ signatures; thresholds are this project's own, each explained where it stands.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from megatron_vcppo.algo.seed_statistics import mean_over
+
 History = Sequence[Mapping[str, Any]]
 
 # A response length that falls by a third is far outside the noise of a batch mean, and well before the floor.
 LENGTH_DROP = 0.33
-# In units of the advantages' standard deviation: beyond it, the position of a token decides as much as its content.
+# In standard deviations: of the advantages for one token (beyond it, to give up looks better than most that could be
+# written), of the rewards for early against late ones. The paper's failure has 0.69 + 0.35 with rewards of ±1.
 POSITION_BIAS = 0.5
 # With λ_critic = 1 and γ = 1 the share is 1; below 1 % the outcome is lost in the critic's own error.
 TERMINAL_SHARE = 0.01
@@ -33,7 +36,27 @@ LENGTH_CORRELATION = 0.8
 _RECENT = 5
 _MIN_ITERATIONS = 3
 _MIN_ITERATIONS_OSCILLATION = 8
+_REPLAYED = 50
+"""Enough for a sign that lasts, at a cost that a long history does not square."""
 _LIKED = ("verifier", "length")
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One number of a history that a signature compares with a threshold; above it is bad."""
+
+    text: str
+    threshold: float
+
+
+SIGNS = {
+    "length_drop": Sign("drop of the mean length", LENGTH_DROP),
+    "unexplained": Sign("how far the explained variance is below 0", 0.0),
+    "give_up": Sign("advantage of giving up in σ", POSITION_BIAS),
+    "below_worst": Sign("how far the first token's value is below the worst reward", 0.0),
+    "early_late": Sign("early minus late advantage in standard deviations of the reward", POSITION_BIAS),
+}
+"""By the names of ``sign_scores``; those behind length_collapse and value_misalignment."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +92,23 @@ def diagnose(history: History, worst_reward: float | None = None) -> list[Findin
     ]
 
 
-def warnings_of(history: History, worst_reward: float | None = None) -> list[str]:
-    """One line per failure signature that shows since the last iteration of the history and did not show before it."""
-    if not history:
-        return []
-    before = {finding.signature for finding in diagnose(history[:-1], worst_reward) if finding.state == "found"}
-    return [
-        f"{finding.signature}: {finding.evidence}; {finding.advice}"
+def warnings_of(history: History, worst_reward: float | None, known: set[str]) -> list[str]:
+    """One line per failure signature that the history shows and ``known`` does not hold; they are added to it."""
+    new = [
+        finding
         for finding in diagnose(history, worst_reward)
-        if finding.state == "found" and finding.signature not in before
+        if finding.state == "found" and finding.signature not in known
     ]
+    known |= {finding.signature for finding in new}
+    return [f"{finding.signature}: {finding.evidence}; {finding.advice}" for finding in new]
+
+
+def warned_before(history: History, worst_reward: float | None) -> set[str]:
+    """The signatures that an interrupted run has printed, found at up to about _REPLAYED points of its history."""
+    known: set[str] = set()
+    for count in range(len(history), 0, -max(1, len(history) // _REPLAYED)):
+        warnings_of(history[:count], worst_reward, known)
+    return known
 
 
 def _length_collapse(history: History) -> Finding:
@@ -86,59 +116,96 @@ def _length_collapse(history: History) -> Finding:
     iterations, lengths = _series(history, "rollout/length_mean")
     if len(lengths) < _MIN_ITERATIONS:
         return _unknown(name, "rollout/length_mean", len(lengths))
-    # The median of three ignores a single odd batch.
-    smooth = [float(np.median(lengths[max(0, i - 1) : i + 2])) for i in range(len(lengths))]
+    smooth, drop = _smooth(lengths), sign_scores(history, None)["length_drop"]
     lowest = min(range(len(smooth)), key=smooth.__getitem__)
-    start = max(smooth[0], smooth[1])
-    drop = 1.0 - smooth[lowest] / start if start > 0 else 0.0
     evidence = (
-        f"mean length: {start:.1f} tokens at the start, lowest {smooth[lowest]:.1f} at iteration {iterations[lowest]} "
+        f"mean length: {max(smooth[:2]):.1f} tokens at the start, "
+        f"lowest {smooth[lowest]:.1f} at iteration {iterations[lowest]} "
         f"({-drop:+.0%}), now {lengths[-1]:.1f}"
     )
     advice = (
         "the critic's initial values make stopping early look good: pretrain the critic on Monte-Carlo returns of the "
         "SFT policy before PPO, and look at the give-up advantage and the value of the first token"
     )
-    return _finding(name, drop > LENGTH_DROP, evidence, advice)
+    return _finding(name, drop > SIGNS["length_drop"].threshold, evidence, advice)
+
+
+def sign_scores(history: History, worst_reward: float | None) -> dict[str, float]:
+    """The signs of SIGNS that a history allows, of its last iterations; in each a higher number is worse.
+
+    Single batches scatter, most where few responses count: giving up in a wrong response becomes rare as the policy
+    gets better, and a critic that knows nothing has an explained variance around 0. So give_up, unexplained and
+    early_late are what the mean of the last iterations exceeds at 95 % by their own scatter, from three iterations on.
+    A value below the worst reward is impossible at any scatter, and counts from the first one. early_late is in
+    standard deviations of the reward: those of the advantages are a few tenths of it under a critic that says about the
+    same at every token, and the error of one batch's mean outcome, which a sound critic also has, would look large.
+    """
+    scores = {}
+    lengths = _series(history, "rollout/length_mean")[1]
+    if len(lengths) >= _MIN_ITERATIONS:
+        smooth = _smooth(lengths)
+        start = max(smooth[0], smooth[1])
+        scores["length_drop"] = 1.0 - min(smooth) / start if start > 0 else 0.0
+    # Where every response got the same reward there is no variance to explain, and 0 means nothing.
+    varied = [row for row in history if row.get("rollout/reward_std") != 0]
+    noisy = {
+        "unexplained": [-ev for ev in _series(varied, "critic/explained_variance")[1]],
+        "give_up": _series(history, "actor/give_up_advantage_sigma")[1],
+        "early_late": [
+            row["actor/advantage_early_late_gap"] / row["rollout/reward_std"]
+            for row in varied
+            if _has(row, "actor/advantage_early_late_gap") and _has(row, "rollout/reward_std")
+        ],
+    }
+    scores |= {name: _at_least(values[-_RECENT:]) for name, values in noisy.items() if len(values) >= _MIN_ITERATIONS}
+    first_values = _series(history, "critic/value_first_token")[1]
+    if worst_reward is not None and first_values:
+        scores["below_worst"] = worst_reward - _mean(first_values[-_RECENT:])
+    return scores
+
+
+def _at_least(values: Sequence[float]) -> float:
+    """The lower end of the 95 % interval of the mean of at least two numbers."""
+    mean = mean_over(values)
+    return mean.value - (mean.half_width or 0.0)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The median of three neighbors, which ignores a single odd batch."""
+    return [float(np.median(values[max(0, i - 1) : i + 2])) for i in range(len(values))]
 
 
 def _value_misalignment(history: History, worst_reward: float | None) -> Finding:
-    name = "value_misalignment"
-    signs: list[tuple[bool, str]] = []
-    # Where every response got the same reward there is no variance to explain, and 0 means nothing.
-    varied = [row for row in history if row.get("rollout/reward_std") != 0]
+    """The critic is wrong in a direction that the actor follows.
 
-    def judge(metric: str, bad: Callable[[float], bool], text: str) -> None:
-        values = _series(varied if metric == "critic/explained_variance" else history, metric)[1]
-        if values:
-            recent = _mean(values[-_RECENT:])
-            signs.append((bad(recent), f"{text} {recent:+.3f}"))
-
-    judge("critic/explained_variance", lambda ev: ev <= 0, "explained variance")
-    judge("actor/give_up_advantage_sigma", lambda sigma: sigma > POSITION_BIAS, "give-up advantage in σ")
-    if worst_reward is not None:
-        text = f"value of the first token (worst reward {worst_reward:+g})"
-        judge("critic/value_first_token", lambda value: value < worst_reward, text)
-    relative_gap = [
-        {"gap": row["actor/advantage_early_late_gap"] / row["actor/advantage_std"]}
-        for row in history
-        if _has(row, "actor/advantage_early_late_gap")
-        and _has(row, "actor/advantage_std")
-        and row["actor/advantage_std"]
+    Early tokens above late ones is the paper's sign. Late above early is what a critic shows that lags behind a policy
+    that gets better: its surprise at the end reaches the early tokens only with λ^distance.
+    """
+    name, scores = "value_misalignment", sign_scores(history, worst_reward)
+    signs = [
+        (scores[key] > SIGNS[key].threshold, text, _series(history, metric)[1])
+        for key, text, metric in (
+            ("unexplained", "explained variance", "critic/explained_variance"),
+            ("give_up", "give-up advantage in σ", "actor/give_up_advantage_sigma"),
+            (
+                "below_worst",
+                f"value of the first token (worst reward {worst_reward or 0:+g})",
+                "critic/value_first_token",
+            ),
+            ("early_late", "early minus late advantage", "actor/advantage_early_late_gap"),
+        )
+        if key in scores
     ]
-    gaps = _series(relative_gap, "gap")[1][-_RECENT:]
-    if gaps:
-        same_sign = min(gaps) > 0 or max(gaps) < 0
-        gap = _mean(gaps)
-        signs.append((same_sign and abs(gap) > POSITION_BIAS, f"early minus late advantage in σ {gap:+.3f}"))
     if not signs:
-        return _unknown(name, "critic/explained_variance", 0)
-    evidence = f"{_recent(len(history))}, mean: " + "; ".join(f"{text} (bad)" if bad else text for bad, text in signs)
+        return _unknown(name, "critic/explained_variance", len(_series(history, "critic/explained_variance")[1]))
+    evidence = f"{_recent(len(history))}, mean: " + "; ".join(
+        f"{text} {_mean(values[-_RECENT:]):+.3f}{' (bad)' if bad else ''}" for bad, text, values in signs
+    )
     advice = (
         "the critic does not fit this policy: pretrain it longer (watch its explained variance on held-out rollouts), "
         "use λ_critic = 1, raise the critic's learning rate relative to the actor's, or warm it up alone first"
     )
-    return _finding(name, any(bad for bad, _ in signs), evidence, advice)
+    return _finding(name, any(bad for bad, *_ in signs), evidence, advice)
 
 
 def _reward_decay(history: History) -> Finding:

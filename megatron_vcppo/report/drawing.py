@@ -66,6 +66,8 @@ COLUMN_INCHES = 3.3
 """The column of a paper in two columns."""
 MOST_MARKERS = 40
 """Lines of at most this many points show each of them, on the page with its numbers as a tooltip."""
+SMALLEST_COUNT = 4
+"""An x axis that is at least this long has whole numbers."""
 NO_DATE = {"Date": None}
 
 
@@ -109,7 +111,9 @@ def draw(axes: Axes, chart: Chart) -> None:
     else:
         _draw_stack(axes, chart.content)
     axes.set_xlabel(chart.x_label)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    left, right = axes.get_xlim()
+    counts = right - left >= SMALLEST_COUNT  # iterations or tokens, not a share
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=counts, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))

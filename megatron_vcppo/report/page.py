@@ -59,7 +59,7 @@ def render(runs: Sequence[RunData], written_at: str) -> str:
         "rollouts": ("Sample rollouts", any(run.samples for run in runs)),
         "configuration": ("Configuration", True),
     }
-    return _template().render(
+    return template("page.html.jinja").render(
         title=" against ".join(run.name for run in runs),
         written_at=written_at,
         runs=runs,
@@ -77,7 +77,8 @@ def render(runs: Sequence[RunData], written_at: str) -> str:
     )
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """A page's template, with what templates call."""
     environment = Environment(
         loader=PackageLoader("megatron_vcppo", "report"),
         autoescape=True,
@@ -94,7 +95,7 @@ def _template() -> Any:
         "shorten": shorten,
         "yaml": as_yaml,
     }
-    return environment.get_template("page.html.jinja")
+    return environment.get_template(name)
 
 
 def stage_summary(run: RunData, stage: str) -> StageSummary:

@@ -235,11 +235,11 @@ def _profile_lines(run: RunData, name: str) -> list[Line]:
     lines = []
     for age, record in enumerate(picked.values()):
         color = AGES[-1] if age == len(picked) - 1 else AGES[age]
-        lines.append(Line(f"iteration {record['iteration']}", color, _profile_points(run.config, name, record[name])))
+        lines.append(Line(f"iteration {record['iteration']}", color, profile_points(run.config, name, record[name])))
     return lines
 
 
-def _profile_points(
+def profile_points(
     config: dict[str, Any], name: str, means: Sequence[float | None]
 ) -> list[tuple[float, float | None]]:
     """Bins to x: the middle of each bin in tokens, or the number of the decile. Empty bins at the end are dropped."""

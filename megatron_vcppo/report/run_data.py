@@ -110,7 +110,12 @@ def worst_reward(config: dict[str, Any]) -> float | None:
 
 def differences(runs: Sequence[RunData]) -> dict[str, list[Any]]:
     """Dotted key → its value in each run, of the keys that are not the same in all."""
-    flat = [dict(_leaves(run.config)) for run in runs]
+    return differences_of([run.config for run in runs])
+
+
+def differences_of(configs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The same of configurations."""
+    flat = [dict(_leaves(config)) for config in configs]
     keys = dict.fromkeys(key for one in flat for key in one)
     values = {key: [one.get(key) for one in flat] for key in keys}
     return {key: row for key, row in values.items() if any(value != row[0] for value in row)}

@@ -92,14 +92,25 @@ def compute_advantages(
         mask, block_values = block.sampled, block.pad(values)
         block_kl = None if kl is None else block.pad(kl)
         lam = lam_actor[block.rows] if isinstance(lam_actor, Tensor) else lam_actor
+        block_rewards = token_rewards(rewards[block.rows], mask, block_kl, kl_coef)
         block_advantages, block_returns = decoupled_gae(
-            rewards=token_rewards(rewards[block.rows], mask, block_kl, kl_coef),
+            rewards=block_rewards,
             values=block_values,
             mask=mask,
             gamma=returns_config.gamma,
             lam_actor=lam,
             lam_critic=config.lam_critic,
         )
+        mc_returns = block_returns
+        if config.lam_critic != 1.0 and not group_baseline:
+            _, mc_returns = decoupled_gae(
+                rewards=block_rewards,
+                values=torch.zeros_like(block_rewards),
+                mask=mask,
+                gamma=returns_config.gamma,
+                lam_actor=1.0,
+                lam_critic=1.0,
+            )
         if group_baseline:
             block_advantages = broadcast_to_tokens(over_others[block.rows], mask)
         advantages[block.tokens], returns[block.tokens] = block_advantages[block.mask], block_returns[block.mask]
@@ -114,6 +125,7 @@ def compute_advantages(
             bin_width=max(1, ceil_div(max_tokens, NUM_POSITION_BINS)),
             num_bins=NUM_POSITION_BINS,
             give_up_mask=None if gave_up is None else first_of_row(block.pad(gave_up)) & wrong[:, None],
+            mc_returns=mc_returns,
         )
         parts.append(part)
     summed = add_over(add(parts) | _token_means(outputs, kl, share.sampled), total)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
 
-from megatron_vcppo.algo.failure_signatures import warnings_of
+from megatron_vcppo.algo.failure_signatures import warned_before, warnings_of
 from megatron_vcppo.report.run_data import worst_reward
 from megatron_vcppo.run.files import append_json_line
 from megatron_vcppo.run.metrics_log import cut_back, read_history
@@ -19,8 +19,11 @@ class IterationReport:
         self.loop, self.is_main = loop, stage.runtime.is_main
         self.path, self.worst_reward = stage.folder.profiles, worst_reward(asdict(stage.config))
         self.history: list[dict[str, float]] = []
+        self.warned: set[str] = set()
+        """Signatures that were printed, also before a resume: each is printed once."""
         if self.is_main:
             self.history = read_history(stage.folder.path)
+            self.warned = warned_before(self.history, self.worst_reward)
             cut_back(self.path, loop.step)
 
     def add(self, iteration: int, metrics: dict[str, float], profiles: Mapping[str, Sequence[float | None]]) -> None:
@@ -30,7 +33,7 @@ class IterationReport:
         finite = {name: [x if x is not None and isfinite(x) else None for x in row] for name, row in profiles.items()}
         append_json_line(self.path, {"iteration": iteration, **finite})
         self.history.append({"iteration": iteration, **metrics})
-        for text in warnings_of(self.history, self.worst_reward):
+        for text in warnings_of(self.history, self.worst_reward, self.warned):
             self.loop.warn(text)
 
 

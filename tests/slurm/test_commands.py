@@ -118,6 +118,28 @@ def test_a_sweep_and_its_table(cluster: DevCluster, tmp_path: Path, capsys) -> N
     assert "another sweep lives here" in capsys.readouterr().err
 
 
+def test_an_experiment_is_queued_in_two_calls(cluster: DevCluster, tmp_path: Path, capsys) -> None:
+    """Arms begin with the finished stages of the shared run, so they are queued once these are done."""
+    config_file(tmp_path, ("sft", "export"))
+    experiment = "title: T\nconfig: config.yaml\nshared: {stages: [sft]}\narms: {one: {}, two: {}}\n"
+    (tmp_path / "mine.yaml").write_text(experiment)
+    root = tmp_path / "experiments"
+    command = ["experiment", str(tmp_path / "mine.yaml"), "--seeds", "1", "--dir", str(root)]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("shared stages, seed 0: sft ") and "2 chains wait for their shared stages" in out
+    wait_for_jobs(submitted_jobs(open_run(root / "shared" / "config" / "seed_0")[0]).values(), 120)
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "one, seed 0: export " in out and "two, seed 0: export " in out and "wait" not in out
+    for arm in ("one", "two"):
+        run, _ = open_run(root / "mine" / arm / "seed_0")
+        assert list(submitted_jobs(run)) == ["export"] and result(run)["trained"] == [1, 2, 3, 4, 5, 6]
+        wait_for_jobs(submitted_jobs(run).values(), 120)
+    assert main(command) == 0
+    assert "mine/report.html" in capsys.readouterr().out
+
+
 def test_a_silent_controller_is_not_a_failed_stage(cluster: DevCluster, tmp_path: Path, capsys) -> None:
     """While slurmctld is down, status says so and --watch keeps asking."""
     file, folder = config_file(tmp_path, ("sft",), steps=60, seconds=0.2), str(tmp_path / "run")

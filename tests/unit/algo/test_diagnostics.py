@@ -102,6 +102,20 @@ def test_summary_by_definition():
     assert len(profiles["advantage_by_position"]) == 5 and len(profiles["value_by_decile"]) == 10
 
 
+def test_values_are_compared_with_what_came_whatever_the_targets_were():
+    mask = torch.tensor([[True, True], [True, True]])
+    values = torch.tensor([[0.0, 0.5], [0.0, -0.5]])
+    mc_returns = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
+    options = {"values": values, "advantages": values, "mask": mask, **OPTIONS}
+    numbers, _ = summarize(batch_diagnostics(returns=values, mc_returns=mc_returns, **options))
+    # Errors 1, 0.5, -1, -0.5: mean square 0.625, which is 62.5 % of the returns' variance, 1.
+    assert numbers["critic/mc_error"] == pytest.approx(0.625)
+    assert numbers["critic/mc_explained_variance"] == pytest.approx(0.375)
+    assert numbers["critic/explained_variance"] == 1.0
+    numbers, _ = summarize(batch_diagnostics(returns=mc_returns, **options))
+    assert numbers["critic/mc_explained_variance"] == numbers["critic/explained_variance"] == pytest.approx(0.375)
+
+
 def test_early_tokens_above_late_ones_show_as_a_gap():
     values = torch.zeros(2, 20)
     mask = torch.ones(2, 20, dtype=torch.bool)

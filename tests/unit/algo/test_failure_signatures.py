@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vcppo.algo.failure_signatures import diagnose, warnings_of
+from megatron_vcppo.algo.failure_signatures import SIGNS, diagnose, sign_scores, warned_before, warnings_of
 
 
 def _history(**series: list[Any]) -> list[dict[str, float]]:
@@ -42,7 +42,7 @@ def test_a_collapsing_run_is_named_with_its_numbers():
         critic__value_loss=[1.0 - 0.05 * i for i in range(10)],
         critic__terminal_share_first_token=[0.95**n for n in (91, 89, 73, 50, 29, 17, 9, 5, 4, 4)],
         actor__advantage_early_late_gap=[-1.58] * 10,
-        actor__advantage_std=[1.1] * 10,
+        rollout__reward_std=[0.98] * 10,
         actor__give_up_advantage_sigma=[1.53] * 10,
     )
     states = _states(history)
@@ -50,7 +50,7 @@ def test_a_collapsing_run_is_named_with_its_numbers():
     assert states["value_loss_oscillation"] == "absent" and states["truncation"] == "absent"
     collapse, misalignment = diagnose(history, -1.0)[:2]
     assert "91.0 tokens at the start, lowest 5.0 at iteration 8 (-95%)" in collapse.evidence
-    assert misalignment.evidence.count("(bad)") == 4 and "-2.650" in misalignment.evidence
+    assert misalignment.evidence.count("(bad)") == 3 and "-2.650" in misalignment.evidence
 
 
 def test_a_sound_run_has_no_findings():
@@ -63,7 +63,7 @@ def test_a_sound_run_has_no_findings():
             critic__value_loss=[0.41, 0.4, 0.38, 0.41, 0.37, 0.33, 0.35, 0.3, 0.31, 0.28],
             critic__terminal_share_first_token=[1.0] * 10,
             actor__advantage_early_late_gap=[-0.1, 0.05, -0.2, -0.1, 0.1, -0.1, -0.1, 0.0, -0.1, -0.1],
-            actor__advantage_std=[0.8] * 10,
+            rollout__reward_std=[0.98] * 10,
             actor__give_up_advantage_sigma=[-1.19] * 10,
         )
     )
@@ -96,7 +96,7 @@ def test_one_odd_batch_is_not_a_collapse():
 
 def test_an_early_late_gap_must_keep_its_sign():
     gap = [1.0, -1.2, 1.0, 1.3, 1.1]
-    options = {"actor__advantage_std": [1.0] * 5}
+    options = {"rollout__reward_std": [1.0] * 5}
     assert _states(_history(actor__advantage_early_late_gap=gap, **options))["value_misalignment"] == "absent"
     gap = [abs(x) for x in gap]
     assert _states(_history(actor__advantage_early_late_gap=gap, **options))["value_misalignment"] == "found"
@@ -115,22 +115,81 @@ def test_missing_or_broken_metrics_are_unknown_not_fine():
 def test_a_warning_comes_once_when_its_signature_first_shows():
     lengths = [92.0, 90.0, 85.0, 80.0, 60.0, 40.0, 30.0, 20.0]
     history = _history(rollout__length_mean=lengths, critic__explained_variance=[0.2] * 8)
-    warned = [warnings_of(history[: i + 1]) for i in range(8)]
+    known: set[str] = set()
+    warned = [warnings_of(history[: i + 1], None, known) for i in range(8)]
     (line,) = [line for lines in warned for line in lines]
     assert line.startswith("length_collapse: mean length: ") and "pretrain the critic" in line
-    assert warnings_of([]) == []
+    assert warnings_of([], None, known) == [] and known == {"length_collapse"}
+
+
+def test_a_resumed_run_does_not_warn_again_of_what_has_passed():
+    """The value was impossible at the start and is sound since; then it is impossible again."""
+    values = [-1.5, -1.4, *[0.0] * 8, *[-3.0] * 5]
+    history = _history(critic__value_first_token=values)
+    assert _states(history[:10])["value_misalignment"] == "absent"
+    known = warned_before(history[:10], -1.0)
+    assert known == {"value_misalignment"}
+    assert warnings_of(history, -1.0, known) == []
+    assert [line.partition(":")[0] for line in warnings_of(history, -1.0, set())] == ["value_misalignment"]
 
 
 def test_equal_rewards_leave_no_variance_to_explain():
-    equal = _history(critic__explained_variance=[0.0, 0.0], rollout__reward_std=[0.0, 0.0])
+    equal = _history(critic__explained_variance=[0.0] * 4, rollout__reward_std=[0.0] * 4)
     assert _states(equal)["value_misalignment"] == "unknown"
-    varied = _history(critic__explained_variance=[0.0, 0.0], rollout__reward_std=[0.0, 0.5])
+    varied = _history(critic__explained_variance=[0.0, -0.3, -0.3, -0.31], rollout__reward_std=[0.0, 0.5, 0.5, 0.5])
     assert _states(varied)["value_misalignment"] == "found"
 
 
+def test_a_critic_that_knows_nothing_is_not_misaligned():
+    """Its explained variance scatters around 0, also below it for a while; one that is worse than a constant stays."""
+    around_zero = [0.05, 0.02, -0.03, 0.01, -0.06, -0.02, 0.02, -0.04]
+    for count in range(1, 9):
+        assert _states(_history(critic__explained_variance=around_zero[:count]))["value_misalignment"] != "found"
+    below = _history(critic__explained_variance=[-0.30, -0.32, -0.35])
+    assert _states(below)["value_misalignment"] == "found"
+
+
+def test_late_advantages_above_early_ones_are_a_lagging_critic_not_a_misaligned_one():
+    lagging = _history(actor__advantage_early_late_gap=[-0.8, -0.7, -0.75], rollout__reward_std=[1.0] * 3)
+    assert _states(lagging)["value_misalignment"] == "absent"
+
+
+def test_an_early_late_gap_is_measured_by_the_reward_not_by_small_advantages():
+    """Seen on a sound run: 0.2 of ±1, which is 0.7 of the advantages' own deviation; the paper's failure has 1.0."""
+    sound = _history(
+        actor__advantage_early_late_gap=[0.19, 0.22, 0.2, 0.21],
+        actor__advantage_std=[0.3] * 4,
+        rollout__reward_std=[0.95] * 4,
+    )
+    assert _states(sound)["value_misalignment"] == "absent"
+    failing = _history(actor__advantage_early_late_gap=[1.04, 1.0, 1.1], rollout__reward_std=[1.0] * 3)
+    assert _states(failing)["value_misalignment"] == "found"
+
+
+def test_a_few_responses_that_gave_up_are_no_proof():
+    """A sound policy gives up rarely: the mean of a few tokens swings."""
+    swinging = _history(actor__give_up_advantage_sigma=[-1.0, 2.4, -0.5, 2.0, 1.1])
+    assert _states(swinging)["value_misalignment"] == "absent"
+    steady = _history(actor__give_up_advantage_sigma=[1.35, 1.37, 1.43])
+    assert _states(steady)["value_misalignment"] == "found"
+
+
+def test_an_impossible_value_is_named_in_the_first_iteration():
+    low = _history(critic__value_first_token=[-2.4])
+    assert _states(low)["value_misalignment"] == "found" and _states(low, None)["value_misalignment"] == "unknown"
+
+
+def test_signs_are_what_the_findings_compare():
+    """The explained variance: mean -0.32, standard error 0.0116; times 4.303 below it."""
+    history = _history(critic__explained_variance=[-0.30, -0.32, -0.34], rollout__length_mean=[90.0, 60.0, 45.0])
+    scores = sign_scores(history, -1.0)
+    assert scores == pytest.approx({"unexplained": 0.32 - 4.303 * 0.02 / math.sqrt(3), "length_drop": 1 - 52.5 / 75})
+    assert set(scores) <= set(SIGNS)
+
+
 def test_evidence_counts_the_iterations_that_there_are():
-    early = _history(critic__explained_variance=[-0.1], rollout__truncated_share=[0.5])
-    evidence = [finding.evidence for finding in diagnose(early) if finding.state == "found"]
+    early = _history(critic__value_first_token=[-1.1], rollout__truncated_share=[0.5])
+    evidence = [finding.evidence for finding in diagnose(early, -1.0) if finding.state == "found"]
     assert len(evidence) == 2 and all("first iteration" in text for text in evidence)
 
 

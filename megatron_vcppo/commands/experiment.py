@@ -1,0 +1,320 @@
+"""``vcppo experiment NAME``: the arms of an experiment file as chains, over several seeds, and one report."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_vcppo import __version__
+from megatron_vcppo.commands.arguments import check_not_queued, checked_stages, positive, prepare, print_note
+from megatron_vcppo.config import Config
+from megatron_vcppo.errors import DONE, SAVED, UserError
+from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
+from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.log import say
+
+if TYPE_CHECKING:
+    from megatron_vcppo.launch.experiment_file import Experiment
+    from megatron_vcppo.report.experiment_results import ExperimentResults
+
+DEFAULT_DIR = Path("runs/experiments")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One run of the experiment: a shared one, or an arm with a seed."""
+
+    label: str
+    run: RunFolder
+    config: Config
+    stages: list[str]
+    """Those that it runs itself."""
+    base: RunFolder | None = None
+    """The shared run that it takes the stages before from."""
+    is_arm: bool = True
+
+    def is_done(self) -> bool:
+        """Whether every stage has its manifest."""
+        return all(self.run.stage(stage).marked_done() for stage in self.stages)
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "experiment",
+        description="Runs every arm of configs/experiments/NAME.yaml for every seed, here one after another or as jobs "
+        "of a cluster, and writes one report: curves and tables with standard errors over seeds, differences between "
+        "arms, and what that says about the claims. What is done is never repeated: called again, it continues.",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="in configs/experiments/, or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, the same in every run")
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="seeds 0 to N - 1 (3)")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms")
+    parser.add_argument("--dir", type=Path, default=DEFAULT_DIR, help=f"folder of all experiments ({DEFAULT_DIR})")
+    parser.add_argument("--cluster", metavar="NAME", help="profile in configs/cluster/, a YAML file, or local")
+    parser.add_argument("--dry-run", action="store_true", help="print the chains and check them; write nothing")
+    parser.add_argument("--report", action="store_true", help="run nothing: draw what is there")
+    parser.add_argument("--redraw", type=Path, metavar="FILE", help="draw kept results again, of a file or its folder")
+    parser.add_argument(
+        "--diagnosis", type=Path, nargs="+", metavar="FILE", help="hits and false alarms over all runs of kept results"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="page of --redraw (report.html next to the file)")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="also write each chart to DIR, as SVG and PDF")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what is missing, then report."""
+    from megatron_vcppo.launch.experiment_file import find_experiment, read_experiment
+    from megatron_vcppo.report.experiment_results import read_results
+
+    if args.redraw:
+        if args.name:
+            raise UserError("--redraw draws a file of results: leave out the experiment's name")
+        folder = args.redraw if args.redraw.is_dir() else args.redraw.parent
+        report(read_results(args.redraw), args.out or folder / "report.html", args.figures)
+        return DONE
+    if args.diagnosis:
+        print_diagnosis([read_results(path) for path in args.diagnosis])
+        return DONE
+    if args.name is None:
+        raise UserError("vcppo experiment needs a NAME, --redraw FILE or --diagnosis FILE")
+    experiment = read_experiment(find_experiment(args.name))
+    root, seeds = args.dir.absolute(), range(args.seeds)
+    if args.report:
+        return collect_and_report(experiment, root, seeds, args.figures)
+    chains = plan(experiment, root, seeds, args.arms, args.overrides, args.cluster)
+    if args.dry_run:
+        print_plan(experiment, root, chains)
+        return DONE
+    make_task(experiment, root)
+    for chain in chains:  # all are checked before anything is trained
+        checked_stages(chain.run, chain.config, chain.stages[0], chain.stages[-1])
+    code = start_all(chains)
+    arms = [chain for chain in chains if chain.is_arm]
+    if any(chain.run.stage(stage).metrics.exists() for chain in arms for stage in chain.stages):
+        collect_and_report(experiment, root, seeds, args.figures)
+    return code
+
+
+def plan(
+    experiment: "Experiment",
+    root: Path,
+    seeds: Sequence[int],
+    arms: Sequence[str] | None,
+    overrides: Sequence[str],
+    cluster: str | None,
+) -> list[Chain]:
+    """The chains in the order in which they are started: seed by seed, the shared stages before the arms.
+
+    UserError for a configuration that is wrong, or if a run was begun with other settings.
+    """
+    from megatron_vcppo.launch.experiment_file import check_settings
+
+    known = [arm.name for arm in experiment.arms]
+    if unknown := [name for name in arms or () if name not in known]:
+        raise UserError(f"--arms {unknown[0]}: no such arm; there are {', '.join(known)}")
+    common = [*experiment.data_overrides(root), *experiment.shared_overrides]
+
+    def prepared(label: str, folder: Path, seed: int, *more: str) -> Chain:
+        given = [*common, *more, *overrides, f"run.dir={folder}", f"run.seed={seed}"]
+        run, config = prepare(experiment.config, given, cluster, note=print_note)
+        return Chain(label, run, config, [*config.stages])
+
+    chains: list[Chain] = []
+    for seed in seeds:
+        needed: set[str] = set()
+        of_seed = []
+        for arm in experiment.arms:
+            if arms and arm.name not in arms:
+                continue
+            label = f"{arm.name}, seed {seed}"
+            chain = prepared(label, experiment.arm_run(root, arm, seed), seed, *experiment.overrides, *arm.overrides)
+            taken = experiment.num_taken(arm, chain.stages)
+            if taken == len(chain.stages):
+                raise UserError(f"arm {arm.name}: all its stages are shared, it has none of its own")
+            base = RunFolder(experiment.shared_run(root, seed, seeds[0])) if taken else None
+            needed |= {*chain.stages[:taken]}
+            check_settings(chain.run, chain.config, chain.stages)
+            of_seed.append(replace(chain, stages=chain.stages[taken:], base=base))
+        stages = [stage for stage in experiment.shared_stages if stage in needed]
+        folder = experiment.shared_run(root, seed, seeds[0])
+        if stages and all(chain.run.path != folder for chain in chains):
+            of_it = seed if experiment.per_seed else seeds[0]
+            stages_value = f"stages=[{', '.join(stages)}]"
+            chain = prepared(f"shared stages, seed {of_it}", folder, of_it, stages_value)
+            check_settings(chain.run, chain.config, stages)
+            chains.append(replace(chain, is_arm=False))
+        chains += of_seed
+    return chains
+
+
+def print_plan(experiment: "Experiment", root: Path, chains: Sequence[Chain]) -> None:
+    """What would be run, where, and what is done."""
+    print(f"{experiment.question.title}: {len(chains)} chains below {root}")
+    if experiment.task:
+        print(f"task {experiment.task}: vcppo make-task {' '.join(experiment.task_arguments)}")
+    for chain in chains:
+        done = [stage for stage in chain.stages if chain.run.stage(stage).marked_done()]
+        state = f"; done: {', '.join(done)}" if done else ""
+        takes = f"; begins with {chain.base.path.relative_to(root)}" if chain.base else ""
+        print(f"  {chain.run.path.relative_to(root)}: {', '.join(chain.stages)}{takes}{state}")
+    print("nothing was written")
+
+
+def make_task(experiment: "Experiment", root: Path) -> None:
+    """Make the synthetic task if it is not there. UserError if one with other settings is."""
+    folder = experiment.task_folder(root)
+    if folder is None:
+        return
+    from megatron_vcppo.commands import make_task as command
+
+    parser = argparse.ArgumentParser(prog="vcppo")
+    command.add_parser(parser.add_subparsers())
+    command.run(parser.parse_args(["make-task", "--out", str(folder), *experiment.task_arguments]))
+
+
+def start_all(chains: Sequence[Chain], role_commands: RoleCommands = ROLE_COMMANDS) -> int:
+    """Run or queue what is not done; returns the worst exit code. A request to stop ends it after a save.
+
+    A chain that fails does not keep the others from running, but those that begin with its stages wait.
+    """
+    from megatron_vcppo.config.sections.cluster import LOCAL
+
+    if any(chain.config.cluster.name != LOCAL for chain in chains):
+        return queue_all(chains)
+    from megatron_vcppo.launch.inherit import stages_to_take
+    from megatron_vcppo.launch.local_chain import run_chain
+
+    missing = [chain for chain in chains if not chain.is_done()]
+    say(f"experiment: {len(chains)} chains, {len(chains) - len(missing)} of them done before")
+    code, started, failed = DONE, time.monotonic(), set[Path]()
+    for number, chain in enumerate(missing):
+        say(
+            f"experiment: chain {number + 1} of {len(missing)}: {chain.label}{remaining(started, number, len(missing))}"
+        )
+        if chain.base and chain.base.path in failed:
+            say(f"experiment: {chain.label}: left out, because its shared stages failed")
+            continue
+        check_not_queued(chain.run)
+        base = chain.base.path if chain.base else None
+        taken = stages_to_take(chain.run, chain.config, base, chain.stages[0] if base else None)
+        result = run_chain(chain.run, chain.config, chain.stages, role_commands, taken)
+        if result == SAVED:
+            return result
+        if result != DONE:
+            failed.add(chain.run.path)
+            code = max(code, result)
+    return code
+
+
+def remaining(started: float, num_done: int, total: int) -> str:
+    """When the rest would be done if it took as long per chain as those before. started: of ``time.monotonic``."""
+    from megatron_vcppo.report.text_table import duration
+
+    if not num_done:
+        return ""
+    elapsed = time.monotonic() - started
+    return f"; {duration(elapsed)} so far, about {duration(elapsed / num_done * (total - num_done))} to go"
+
+
+def queue_all(chains: Sequence[Chain]) -> int:
+    """Queue the chains whose first stages are there; the others once these are done, by the same command."""
+    from megatron_vcppo.launch.inherit import stages_to_take
+    from megatron_vcppo.slurm.slurm_cli import check_slurm_installed
+    from megatron_vcppo.slurm.submission import active_jobs, resolve_python, submit
+
+    check_slurm_installed()
+    waiting = 0
+    for chain in chains:
+        if chain.is_done():
+            continue
+        if chain.run.config.exists() and active_jobs(chain.run):
+            print(f"{chain.label}: queued before")
+            continue
+        if chain.base and not all(chain.base.stage(stage).marked_done() for stage in stages_before(chain)):
+            waiting += 1
+            continue
+        base = chain.base.path if chain.base else None
+        taken = stages_to_take(chain.run, chain.config, base, chain.stages[0] if base else None)
+        jobs = submit(chain.run, chain.config, chain.stages, resolve_python(chain.config), taken)
+        print(f"{chain.label}: " + ", ".join(f"{stage} {job}" for stage, job in jobs.items()))
+    if waiting:
+        print(f"{waiting} chains wait for their shared stages: call this again once those are done")
+    return DONE
+
+
+def stages_before(chain: Chain) -> list[str]:
+    """The stages of the whole chain that come before its own."""
+    stages: list[str] = [*chain.config.stages]
+    return stages[: stages.index(chain.stages[0])]
+
+
+def collect_and_report(experiment: "Experiment", root: Path, seeds: Sequence[int], figures: Path | None) -> int:
+    """Read the runs that there are, keep their numbers, draw the page. UserError if there is none."""
+    from megatron_vcppo.report.experiment_results import RESULTS_NAME, read_results, write_results
+
+    folder = root / experiment.name
+    kept = folder / RESULTS_NAME
+    write_results(kept, collect(experiment, root, seeds), root=str(root))
+    report(read_results(kept), folder / "report.html", figures)
+    print(f"{kept}: the numbers, {kept.stat().st_size / 1000:,.0f} kB; vcppo experiment --redraw draws them again")
+    return DONE
+
+
+def collect(experiment: "Experiment", root: Path, seeds: Sequence[int]) -> "ExperimentResults":
+    """The numbers of all runs of these seeds that have begun. UserError if none has."""
+    from megatron_vcppo.report.experiment_results import ExperimentResults, ExperimentRun, arm_color, run_name
+    from megatron_vcppo.report.run_data import read_run
+
+    runs = []
+    for arm in experiment.arms:
+        for seed in seeds:
+            folder = RunFolder(experiment.arm_run(root, arm, seed))
+            if not folder.config.exists():
+                continue
+            done = frozenset(stage.name for stage in folder.stages() if stage.marked_done())
+            color = arm_color(experiment.question, arm.name)
+            data = read_run(folder.path, run_name(arm.name, seed), color, done)
+            runs.append(ExperimentRun(arm.name, seed, data))
+    if not runs:
+        raise UserError(f"{root / experiment.name}: no run of this experiment has begun; see --dir and --seeds")
+    made = {"drawn": time.strftime("%Y-%m-%d"), "version": __version__, "CPU cores": os.cpu_count() or 0}
+    return ExperimentResults(experiment.question, made, runs)
+
+
+def print_diagnosis(experiments: "Sequence[ExperimentResults]") -> None:
+    """The table of the diagnosis over the runs of all of these."""
+    from megatron_vcppo.report.experiment_diagnosis import DIAGNOSIS_NOTE, signature_rows
+    from megatron_vcppo.report.text_table import text_table
+
+    rows = signature_rows([run for results in experiments for run in results.runs])
+    print(text_table(rows, sys.stdout) if rows else "no run has failed, and none is healthy: nothing to judge")
+    print(DIAGNOSIS_NOTE)
+
+
+def report(results: "ExperimentResults", out: Path, figures: Path | None) -> None:
+    """Write the page, the same as Markdown next to it, and the figures; print the verdicts."""
+    from megatron_vcppo.commands.report import make_folder, write
+    from megatron_vcppo.report.drawing import paper_files
+    from megatron_vcppo.report.experiment_charts import experiment_charts
+    from megatron_vcppo.report.experiment_page import experiment_markdown, render_experiment, verdict_lines
+    from megatron_vcppo.report.experiment_tables import arm_rows
+    from megatron_vcppo.report.text_table import text_table
+
+    page = render_experiment(results).encode()
+    write(out, page, "--out")
+    write(out.with_suffix(".md"), experiment_markdown(results).encode(), "--out")
+    if figures:
+        make_folder(figures)
+        for chart in experiment_charts(results):
+            for name, content in paper_files(chart).items():
+                write(figures / name, content, "--figures")
+    print(text_table(arm_rows(results), sys.stdout))
+    for line in verdict_lines(results):
+        print(line)
+    print(f"{out}: {len(page) / 1000:,.0f} kB")

@@ -1,0 +1,70 @@
+"""The report of an experiment: one self-contained HTML page, and the same tables as Markdown."""
+
+from typing import Any
+
+from megatron_vcppo.report.experiment_charts import experiment_charts
+from megatron_vcppo.report.experiment_diagnosis import DIAGNOSIS_NOTE, signature_rows
+from megatron_vcppo.report.experiment_results import ExperimentResults
+from megatron_vcppo.report.experiment_tables import (
+    RULE,
+    arm_rows,
+    difference_rows,
+    judged_claims,
+    seed_rows,
+    summary_lines,
+)
+from megatron_vcppo.report.page import template
+from megatron_vcppo.report.text_table import duration, markdown_table
+
+BADGES = {"supported": "done", "contrary": "found", "not supported": "running", "not judged": "waiting"}
+"""Verdict → CSS class."""
+
+
+def render_experiment(results: ExperimentResults) -> str:
+    """The page as HTML; a function of the results alone."""
+    return str(
+        template("experiment.html.jinja").render(
+            question=results.question,
+            several=False,
+            made=made_text(results),
+            claims=judged_claims(results),
+            badges=BADGES,
+            rule=RULE,
+            arms=arm_rows(results),
+            differences=difference_rows(results),
+            charts=experiment_charts(results),
+            signatures=signature_rows(results.runs),
+            diagnosis_note=DIAGNOSIS_NOTE,
+            seeds=seed_rows(results),
+        )
+    )
+
+
+def experiment_markdown(results: ExperimentResults) -> str:
+    """Verdicts and tables, for a document."""
+    question = results.question
+    parts = [f"# {question.title}", question.question, question.shared, made_text(results)]
+    if question.claims:
+        verdicts: list[dict[str, Any]] = [
+            {"claim": claim.text, "at this scale": claim.verdict, "numbers": claim.numbers}
+            for claim in judged_claims(results)
+        ]
+        parts += ["## Verdict", markdown_table(verdicts), RULE]
+    parts += ["## Arms", "Mean ± standard error over seeds.", markdown_table(arm_rows(results))]
+    if differences := difference_rows(results):
+        parts += ["## Differences by seed", markdown_table(differences)]
+    if signatures := signature_rows(results.runs):
+        parts += ["## Diagnosis", DIAGNOSIS_NOTE, markdown_table(signatures)]
+    parts += ["## Runs", markdown_table(seed_rows(results))]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def made_text(results: ExperimentResults) -> str:
+    """How many runs, how long they took, where and when. Example: 6 runs, 1 h 5 min of logged steps; 2026-11-27."""
+    made = ", ".join(f"{name} {value}" for name, value in results.made.items())
+    return f"{len(results.runs)} runs, {duration(results.seconds())} of logged steps; {made}"
+
+
+def verdict_lines(results: ExperimentResults) -> list[str]:
+    """What the command prints."""
+    return summary_lines(judged_claims(results))

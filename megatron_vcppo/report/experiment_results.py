@@ -1,0 +1,172 @@
+"""The numbers of an experiment's runs: read from their folders, kept as one small file, and read again from it.
+
+The file is JSON lines, compressed with Zstandard: the question and where the numbers are from, then one line per run
+with its metrics by column. It holds what the page draws and what the diagnosis reads, to five digits; no response, no
+path of the machine, no value of cluster.environment.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from megatron_vcppo.data.compressed import open_file
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.report.experiment_question import Question
+from megatron_vcppo.report.run_data import COLORS, RunData
+from megatron_vcppo.report.run_outcomes import outcome_of
+from megatron_vcppo.run.files import parse_json, write_bytes
+
+FORMAT = 1
+RESULTS_NAME = "experiment.jsonl.zst"
+SECTIONS = (
+    "stages",
+    "model",
+    "rollout",
+    "sft",
+    "reward_model",
+    "value_pretrain",
+    "ppo",
+    "returns",
+    "values",
+    "rewards",
+)
+"""Of a run's configuration: what its numbers depend on."""
+NOT_KEPT = ("timestamp", "total_iterations", "speed/", "packing/", "stopping/", "time/")
+TIMES = ("time/iteration_s", "time/step_s")
+"""All that is kept of the times."""
+DIGITS = 5
+
+
+@dataclass(frozen=True)
+class ExperimentRun:
+    """One arm with one seed."""
+
+    arm: str
+    seed: int
+    data: RunData
+
+
+@dataclass(frozen=True)
+class ExperimentResults:
+    """What there is of an experiment."""
+
+    question: Question
+    made: dict[str, Any]
+    """When, where and with what: date, version, machine."""
+    runs: list[ExperimentRun]
+
+    def values(self, arm: str, outcome: str) -> dict[int, float]:
+        """Seed → outcome, of the runs that have it."""
+        found = {run.seed: outcome_of(outcome, run.data) for run in self.runs if run.arm == arm}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def seconds(self) -> float:
+        """What the logged iterations and steps of all runs took together."""
+        stages = [rows for run in self.runs for rows in run.data.history.values()]
+        return sum(row.get(name, 0.0) for rows in stages for row in rows for name in TIMES)
+
+
+def arm_color(question: Question, arm: str) -> str:
+    """The color of an arm in every chart."""
+    return COLORS[list(question.arms).index(arm) % len(COLORS)]
+
+
+def run_name(arm: str, seed: int) -> str:
+    """Example: VC-PPO, seed 0."""
+    return f"{arm}, seed {seed}"
+
+
+def write_results(path: Path, results: ExperimentResults, root: str = "") -> None:
+    """Keep the results. root: the folder of the experiments, to which paths are made relative."""
+    head = {"format": FORMAT, "question": results.question.as_dict(), "made": results.made}
+    lines = [json.dumps(line) for line in (head, *(_kept(run, root) for run in results.runs))]
+    content = "".join(f"{line}\n" for line in lines).encode()
+    # The window spans all runs: what they share is there once.
+    parameters = zstandard.ZstdCompressionParameters.from_level(19, window_log=24, write_checksum=True)
+    write_bytes(path, zstandard.ZstdCompressor(compression_params=parameters).compress(content))
+
+
+def read_results(path: Path) -> ExperimentResults:
+    """Results as ``write_results`` kept them. UserError if the file is none, or damaged."""
+    file = path / RESULTS_NAME if path.is_dir() else path
+    try:
+        with open_file(file) as (content, _):
+            head, *lines = [parse_json(line) for line in content.read().splitlines()]
+        if head.get("format") != FORMAT:
+            raise UserError(f"{file}: format {head.get('format')!r} is not known here")
+        question = Question.of(head["question"], str(file))
+        runs = [_run(line, question) for line in lines]
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file}: damaged: not the results of an experiment") from None
+    return ExperimentResults(question, head["made"], runs)
+
+
+def _kept(run: ExperimentRun, root: str) -> dict[str, Any]:
+    data = run.data
+    config = {name: data.config[name] for name in SECTIONS if name in data.config}
+    config["run"] = {"seed": run.seed}
+    return {
+        "arm": run.arm,
+        "seed": run.seed,
+        "config": _without_places(config, root),
+        "done": sorted(data.done),
+        "history": {stage: _columns(rows) for stage, rows in data.history.items()},
+        "profiles": [_rounded(record) for record in _first_middle_last(data.profiles)],
+        "results": _rounded(data.results),
+    }
+
+
+def _run(line: Mapping[str, Any], question: Question) -> ExperimentRun:
+    arm, seed = line["arm"], line["seed"]
+    data = RunData(
+        name=run_name(arm, seed),
+        color=arm_color(question, arm),
+        config=line["config"],
+        stages=line["config"].get("stages") or [],
+        done=frozenset(line["done"]),
+        history={stage: _rows(columns) for stage, columns in line["history"].items()},
+        profiles=line["profiles"],
+        results=line["results"],
+    )
+    return ExperimentRun(arm, seed, data)
+
+
+def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float | None]]:
+    names = dict.fromkeys(name for row in rows for name in row if name in TIMES or not name.startswith(NOT_KEPT))
+    return {name: [_rounded(row.get(name)) for row in rows] for name in names}
+
+
+def _rows(columns: Mapping[str, Sequence[float | None]]) -> list[dict[str, float]]:
+    count = max(map(len, columns.values()), default=0)
+    return [{name: y for name, column in columns.items() if (y := column[i]) is not None} for i in range(count)]
+
+
+def _first_middle_last(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    picked = records[:1] + records[len(records) // 2 :][:1] + records[-1:]
+    return list({record["iteration"]: record for record in picked}.values())
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to DIGITS digits; what is not finite is None."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _rounded(part) for key, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list) else value
+
+
+def _without_places(value: Any, root: str) -> Any:
+    """Absolute paths become relative to the folder of the experiments, or, outside of it, their last part."""
+    if isinstance(value, str) and value.startswith("/"):
+        path = Path(value)
+        return path.relative_to(root).as_posix() if root and path.is_relative_to(root) else path.name
+    if isinstance(value, Mapping):
+        return {key: _without_places(part, root) for key, part in value.items()}
+    return [_without_places(part, root) for part in value] if isinstance(value, list) else value

@@ -1,0 +1,136 @@
+"""Experiment files: those that are shipped, what is shared, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vcppo.cli import main
+from megatron_vcppo.commands.experiment import plan
+from megatron_vcppo.config.load import dump_config
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.launch.experiment_file import FOLDER, find_experiment, read_experiment
+from megatron_vcppo.report.experiment_question import Question
+
+SHIPPED = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_experiment_is_sound(name: str, tmp_path: Path) -> None:
+    experiment = read_experiment(find_experiment(name))
+    assert experiment.question.claims and experiment.question.question, "an experiment asks something"
+    chains = plan(experiment, tmp_path, range(2), None, [], None)
+    arms = [chain for chain in chains if chain.run.path.is_relative_to(tmp_path / name)]
+    assert len(arms) == 2 * len(experiment.arms)
+    for chain in arms:
+        assert "ppo" in chain.stages
+        assert experiment.task is None or chain.config.prompts.train.startswith(str(tmp_path / "tasks"))
+        for section in ("reward_model", "value_pretrain", "ppo"):
+            if (path := getattr(chain.config, section).__dict__.get("stored_path")) and section in chain.stages:
+                assert path.startswith(str(chain.run.path)), "no arm writes into another"
+    assert Question.of(experiment.question.as_dict(), name) == experiment.question
+    assert not list(tmp_path.iterdir())
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+ARMS = """
+title: T
+config: demo/vcppo
+shared: {stages: [sft, reward_model], per_seed: PER_SEED}
+set: {ppo.iterations: 7}
+arms:
+  one: {ppo.critic.init: reward_model, stages: [sft, reward_model, ppo]}
+  its own model: {own: [reward_model], reward_model.steps: 3}
+"""
+
+
+def test_arms_begin_with_what_is_shared(tmp_path: Path) -> None:
+    chains = plan(
+        read_experiment(write(tmp_path, ARMS.replace("PER_SEED", "true"))),
+        tmp_path,
+        range(2),
+        None,
+        ["sft.steps=90"],
+        None,
+    )
+    assert [chain.run.path.relative_to(tmp_path).as_posix() for chain in chains] == [
+        "shared/vcppo/seed_0", "mine/one/seed_0", "mine/its_own_model/seed_0",
+        "shared/vcppo/seed_1", "mine/one/seed_1", "mine/its_own_model/seed_1",
+    ]  # fmt: skip
+    shared, one, own = chains[:3]
+    assert shared.stages == ["sft", "reward_model"] and shared.base is None and shared.config.stages == shared.stages
+    assert one.stages == ["ppo"] and one.base == shared.run and one.config.ppo.critic.init == "reward_model"
+    assert own.stages[0] == "reward_model" and own.config.reward_model.steps == 3 and own.base == shared.run
+    assert (one.config.ppo.iterations, shared.config.ppo.iterations) == (7, 15), "set is of the arms"
+    assert all(chain.config.sft.steps == 90 for chain in chains)
+    assert [chain.config.run.seed for chain in chains] == [0, 0, 0, 1, 1, 1]
+
+
+def test_one_shared_run_may_serve_all_seeds(tmp_path: Path) -> None:
+    experiment = read_experiment(write(tmp_path, ARMS.replace("PER_SEED", "false")))
+    chains = plan(experiment, tmp_path, range(3), ["one"], [], None)
+    assert len(chains) == 4 and {chain.base.path.name for chain in chains if chain.base} == {"seed_0"}
+    assert "one for all seeds" in experiment.question.shared
+
+
+def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path: Path) -> None:
+    experiment = read_experiment(write(tmp_path, ARMS.replace("PER_SEED", "true")))
+    for chain in plan(experiment, tmp_path, range(1), None, [], None):
+        chain.run.path.mkdir(parents=True)
+        chain.run.config.write_text(dump_config(chain.config))
+    plan(experiment, tmp_path, range(1), None, ["parallel.tokens_per_microbatch=2048"], None)
+    with pytest.raises(UserError, match=r"mine/one/seed_0: was begun with sft\.steps=850, now it is 90"):
+        plan(experiment, tmp_path, range(1), ["one"], ["sft.steps=90"], None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("title: T", "titel: T", "unknown key titel"),
+        ("title: T", "", "title is missing"),
+        ("demo/vcppo", "demo/nothing", "config demo/nothing: no such file"),
+        ("own: [reward_model]", "own: [ppo]", "arm its own model: own names ppo, which is not among the shared stages"),
+        ("per_seed:", "pro_seed:", "shared: unknown key pro_seed"),
+        ("title: T", "title: T\nclaims: [{text: a, outcome: nonsense, higher: one, than: 0}]", "no outcome 'nonsense'"),
+        (
+            "title: T",
+            "title: T\nclaims: [{text: a, outcome: pass@1, higher: two, than: 0}]",
+            "no arm 'two'; there are one",
+        ),
+        ("title: T", "title: T\nclaims: [{text: a, outcome: pass@1, higher: one}]", "than is missing"),
+        ("title: T", "title: T\nfigures: [{plot: x}]", "write one of curve, profile, scatter, setting"),
+        ("title: T", "title: T\nagainst: two", "against: no arm 'two'"),
+        ("its own model", "one?", "two arms have the same name but for punctuation"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(old: str, new: str, message: str, tmp_path: Path, capsys) -> None:
+    file = write(tmp_path, ARMS.replace("PER_SEED", "true").replace(old, new))
+    assert main(["experiment", str(file), "--dir", str(tmp_path / "runs"), "--dry-run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and str(file) in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_wrong_call_is_one_line(tmp_path: Path, capsys) -> None:
+    file = str(write(tmp_path, ARMS.replace("PER_SEED", "true")))
+    for call, message in (
+        (["experiment"], "needs a NAME, --redraw FILE or --diagnosis FILE"),
+        (["experiment", "nothing"], "there are components"),
+        (["experiment", file, "--arms", "two", "--dry-run"], "--arms two: no such arm; there are one"),
+        (["experiment", file, "ppo.lr=1", "--dry-run"], "unknown key ppo.lr"),
+        (["experiment", "--redraw", str(tmp_path / "none.zst")], "none.zst"),
+    ):
+        assert main(call) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_the_chains_and_writes_nothing(tmp_path: Path, capsys) -> None:
+    assert main(["experiment", "components", "--seeds", "1", "--dir", str(tmp_path / "runs"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "shared/long_sum/seed_0: sft, reward_model, value_pretrain\n" in out
+    assert "components/vc_ppo/seed_0: ppo, evaluate; begins with shared/long_sum/seed_0" in out
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,145 @@
+"""The report of an experiment: verdicts with their numbers, and the same page again from the kept file."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_vcppo.cli import main
+from megatron_vcppo.commands.experiment import collect
+from megatron_vcppo.errors import UserError
+from megatron_vcppo.launch.experiment_file import read_experiment
+from megatron_vcppo.report.chart_data import Lines
+from megatron_vcppo.report.experiment_charts import experiment_charts, over_seeds
+from megatron_vcppo.report.experiment_diagnosis import first_named, outcome_class, signature_rows
+from megatron_vcppo.report.experiment_page import render_experiment
+from megatron_vcppo.report.experiment_results import ExperimentResults, read_results, write_results
+from megatron_vcppo.report.experiment_tables import arm_rows, difference_rows, judged_claims
+from megatron_vcppo.report.run_outcomes import OUTCOMES, outcome_of
+from tests.helpers.recorded_experiment import record_experiment
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> tuple[Path, Path]:
+    return record_experiment(tmp_path_factory.mktemp("experiment"))
+
+
+@pytest.fixture(scope="module")
+def results(recorded: tuple[Path, Path]) -> ExperimentResults:
+    file, root = recorded
+    return collect(read_experiment(file), root, range(3))
+
+
+def test_claims_are_judged_by_the_differences_of_the_seeds(results: ExperimentResults) -> None:
+    sound, collapse, contrary, margin, correlation = judged_claims(results)
+    # Differences 0.70, 0.75, 0.74: mean 0.73, standard error 0.0153, times 4.303.
+    assert sound.verdict == "supported"
+    assert "83 ± 1.73 in sound against 10 ± 0.577 in collapsing; difference +73, 95 % interval +66.4 to +79.6" in (
+        sound.numbers
+    )
+    assert collapse.verdict == "supported" and "against 50" in collapse.numbers
+    assert contrary.verdict == "contrary" and margin.verdict == "contrary"
+    assert correlation.verdict == "supported" and "6 runs" in correlation.numbers
+
+
+def test_one_seed_is_judged_by_the_problems_or_not_at_all(results: ExperimentResults) -> None:
+    first = ExperimentResults(results.question, results.made, [run for run in results.runs if run.seed == 0])
+    sound, collapse, *_, correlation = judged_claims(first)
+    # 0.80 - 0.10, half width √(0.03² + 0.03²) = 0.0424.
+    assert sound.verdict == "supported" and "+65.8 to +74.2 (one seed; interval over problems)" in sound.numbers
+    assert collapse.verdict == "not judged" and correlation.verdict == "not judged"
+
+
+def test_tables_have_means_with_standard_errors(results: ExperimentResults) -> None:
+    rows = {row["arm"]: row for row in arm_rows(results)}
+    assert rows["sound"]["pass@1 after PPO, %"] == "83 ± 1.73" and rows["sound"]["seeds"] == "3"
+    assert rows["sound"]["pass@1 after SFT, %"] == "45 ± 0"
+    (row,) = difference_rows(results)
+    assert row["arm"] == "sound − collapsing" and row["pass@1 after PPO, %"] == "+73 ± 1.53"
+
+
+def test_curves_are_means_with_a_band_of_one_standard_error() -> None:
+    points, band = over_seeds([[(1, 2.0), (2, 5.0)], [(1, 4.0)], [(1, 6.0), (3, None)]])
+    assert points == [(1, 4.0), (2, 5.0)]
+    ((x, low, high),) = band
+    assert x == 1 and (low, high) == pytest.approx((4 - 2 / math.sqrt(3), 4 + 2 / math.sqrt(3)))
+
+
+def test_figures_that_have_something_to_show_are_drawn(results: ExperimentResults) -> None:
+    charts = experiment_charts(results)
+    assert len(charts) == 5, "no run has a reward model's score"
+    assert len({chart.name for chart in charts}) == 5
+    lengths, _, profile, scatter, setting = (chart.content for chart in charts if isinstance(chart.content, Lines))
+    assert [line.name for line in lengths.lines] == ["collapsing", "sound"]
+    assert len(lengths.lines[0].points) == len(lengths.lines[0].band) == 6
+    assert len(profile.lines[0].points) == 10 and len(scatter.lines[1].points) == 3
+    assert [line.points for line in setting.lines] == [[(0.95, pytest.approx(10))], [(1.0, pytest.approx(83))]]
+
+
+def test_the_diagnosis_is_compared_with_what_became_of_the_runs(results: ExperimentResults) -> None:
+    classes = {run.arm: outcome_class(run.data) for run in results.runs}
+    assert classes == {"collapsing": "failed", "sound": "healthy"}
+    named = first_named(results.runs[0].data)
+    assert named["value_misalignment"] == 1 and named["length_collapse"] > 1
+    rows = {row["sign"]: row for row in signature_rows(results.runs)}
+    assert rows["value_misalignment"]["failed runs named early"] == "3 of 3"
+    assert rows["any of them"]["healthy runs with an alarm"] == "0 of 3"
+    fitted = next(row for sign, row in rows.items() if "worst reward above" in sign and "fitted" in sign)
+    assert fitted["failed runs named early"] == "1 of 1" and fitted["healthy runs with an alarm"] == "0 of 1"
+
+
+def test_kept_results_draw_the_same_page_and_name_no_place(
+    recorded: tuple[Path, Path], results: ExperimentResults, tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept.jsonl.zst"
+    results.runs[0].data.config["model"]["hf"] = "/home/somebody/models/tiny"
+    results.runs[0].data.config["value_pretrain"]["stored_path"] = f"{recorded[1]}/collapse/rollouts"
+    write_results(kept, results, root=str(recorded[1]))
+    again = read_results(kept)
+    assert again.runs[0].data.config["model"]["hf"] == "tiny"
+    assert again.runs[0].data.config["value_pretrain"]["stored_path"] == "collapse/rollouts"
+    assert render_experiment(again) == render_experiment(read_results(kept))
+    for run, other in zip(results.runs, again.runs, strict=True):
+        assert run.data.results == other.data.results
+        before, after = ({name: outcome_of(name, data) for name in OUTCOMES} for data in (run.data, other.data))
+        assert [name for name in OUTCOMES if before[name] is None] == [name for name in OUTCOMES if after[name] is None]
+        assert [x for x in after.values() if x] == pytest.approx([x for x in before.values() if x], rel=1e-4)
+    assert judged_claims(again)[0] == judged_claims(results)[0]
+    write_results(tmp_path / "twice.jsonl.zst", again)
+    assert read_results(tmp_path / "twice.jsonl.zst") == again
+    assert kept.stat().st_size < 40_000
+    assert str(recorded[1]) not in repr(again)
+
+
+@pytest.mark.parametrize("content", [b"", b"not compressed", None])
+def test_a_damaged_file_is_named(content: bytes | None, results: ExperimentResults, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.jsonl.zst"
+    write_results(kept, results)
+    kept.write_bytes(kept.read_bytes()[:-20] if content is None else content)
+    with pytest.raises(UserError, match=r"kept\.jsonl\.zst"):
+        read_results(kept)
+
+
+def test_the_command_reports_and_redraws(recorded: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    file, root = recorded
+    figures = tmp_path / "figures"
+    assert main(["experiment", str(file), "--dir", str(root), "--report", "--figures", str(figures)]) == 0
+    out = capsys.readouterr().out
+    assert "supported: The sound arm ends higher" in out and "contrary: The collapsing arm ends higher" in out
+    assert len(list(figures.glob("*.pdf"))) == len(list(figures.glob("*.svg"))) == 5
+    folder = root / "collapse"
+    page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
+    assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
+    assert "| sound | 3 |" in text and "## Diagnosis" in text
+    assert main(["experiment", "--redraw", str(folder), "--out", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.md").read_text() == text
+    assert (tmp_path / "again.html").read_text() == page
+    capsys.readouterr()
+    assert main(["experiment", "--diagnosis", str(folder), str(folder)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("value_misalignment")]
+    assert line.split()[1:] == ["6", "of", "6", "6", "of", "6", "0", "of", "6"], "the runs of both files"
+
+
+def test_nothing_to_report_is_one_line(recorded: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    assert main(["experiment", str(recorded[0]), "--dir", str(tmp_path), "--report"]) == 2
+    assert "no run of this experiment has begun" in capsys.readouterr().err
