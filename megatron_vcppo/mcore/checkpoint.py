@@ -20,18 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_vcppo.config import CheckpointConfig, Config
 from megatron_vcppo.config.load import config_hash
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
-from megatron_vcppo.hf.convert.checkpoint_metadata import check_checkpoint
 from megatron_vcppo.hf.convert.folders import copy_small_files
 from megatron_vcppo.mcore import checkpoint_state, runtime
+from megatron_vcppo.mcore.checkpoint_reader import load_tensors
 from megatron_vcppo.mcore.checkpoint_writer import ComponentSave
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.model import PackedGPT
@@ -333,10 +331,9 @@ def load_learner(learner: Learner, folder: Path, weights: bool = True) -> None:
 
     weights: False if the model has the folder's weights already.
     """
-    check_checkpoint(folder)
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    wanted = {"tensors": checkpoint_state.tensors_to_load(learner, stored, weights)}
-    loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+    loaded = load_tensors(
+        folder, lambda stored: {"tensors": checkpoint_state.tensors_to_load(learner, stored, weights)}
+    )
     checkpoint_state.set_adam_steps(learner.optimizer, checkpoint_state.stored_adam_steps(loaded))
     learner.optimizer_steps = loaded["optimizer_steps"]
 
@@ -346,11 +343,10 @@ def load_model(model: PackedGPT, folder: Path, without: str | None = None) -> No
 
     without: prefix of parameters that the folder does not have and that keep their values ("value_head.").
     """
-    check_checkpoint(folder)
     wanted = model.sharded_state_dict()
     if without is not None:
         wanted = {name: value for name, value in wanted.items() if not name.startswith(without)}
-    loaded = dist_checkpointing.load({"model": wanted}, str(folder), validate_access_integrity=False)
+    loaded = load_tensors(folder, lambda _: {"model": wanted})
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
     missing = [name for name in missing if without is None or not name.startswith(without)]
     assert not missing and not unexpected, f"{folder}: missing {missing}, unexpected {unexpected}"

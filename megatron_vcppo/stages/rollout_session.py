@@ -255,10 +255,10 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
             self.keep_finished()
             raise
         self.pending.remove(pending)
-        problems = self.sync.exchange(self.scorer.take_problems() if self.scorer else [])
-        if self.runtime.is_main:
-            for problem in (problem for part in problems for problem in part):
-                say(f"warning: verifier: {problem}")
+        for _, problems in self.sync.ranks.texts("\n".join(self.scorer.take_problems() if self.scorer else [])):
+            if self.runtime.is_main:
+                for problem in problems.splitlines():
+                    say(f"warning: verifier: {problem}")
         return pending.part_of(scored or ())
 
     def keep_finished(self) -> None:
@@ -273,7 +273,7 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
                 storage = pending.number.storage
                 write_partial(self.folder, storage, finished, self.runtime.dp_rank, self.runtime.dp_size)
         self.pending.clear()
-        self.sync.exchange(None)
+        self.sync.ranks.barrier()
         self.trainer_turn()
 
     def forget(self, number: BatchNumber) -> None:
@@ -367,7 +367,7 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         if any_rank(not is_whole):
             if self.runtime.is_main:  # what is there of it would be taken for parts of the batch that follows
                 (drop_rollouts if is_there else keep_as_partial)(self.folder, storage)
-            self.sync.exchange(None)
+            self.sync.ranks.barrier()
             return None
         if self.runtime.is_main:
             drop_partial(self.folder, storage)  # a kill may have come between the two

@@ -1,7 +1,7 @@
 """``.metadata`` of a Megatron checkpoint as data: the file is a pickle, and loading a pickle can run any code.
 
-Here only the classes that such a file is made of are loaded, and what they say is checked: every reader in this project
-calls ``read_metadata`` first, also where Megatron's own loader, which trusts the file, reads it afterwards.
+Here only the classes that such a file is made of are loaded, and what they say is checked; every reader in this project
+has it from here.
 """
 
 import pickle
@@ -78,9 +78,12 @@ def read_metadata(folder: Path, only_tensors: bool = False) -> Metadata:
     return found
 
 
-def check_checkpoint(folder: Path) -> None:
-    """UserError if a folder that Megatron is about to load is damaged, or holds anything but tensors and numbers."""
-    read_metadata(folder, only_tensors=True)
+def check_checkpoint(folder: Path) -> Metadata:
+    """What a folder that is about to be loaded holds.
+
+    Raises UserError if it is damaged, or holds anything but tensors and numbers.
+    """
+    found = read_metadata(folder, only_tensors=True)
     try:
         torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -88,6 +91,7 @@ def check_checkpoint(folder: Path) -> None:
     except Exception as error:  # whatever torch raises, the file cannot be read as tensors and numbers
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{folder}/common.pt: cannot be read: {reason}") from None
+    return found
 
 
 def _problem(found: Any, only_tensors: bool) -> str:
