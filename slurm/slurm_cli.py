@@ -179,14 +179,27 @@ def show_job(job_id: str) -> dict[str, str] | None:
 
 
 def job_end_time(job_id: str) -> float:
-    """When the job's time limit ends it, seconds since the epoch; infinity if it has none, or Slurm does not say."""
+    """When the job's time limit ends it, seconds since the epoch by this machine's clock; infinity if it has none, or
+    Slurm does not say."""
     record: dict[str, str] | None = None
     with suppress(Unreachable):
         record = patiently(lambda: show_job(job_id))
     try:
-        return datetime.fromisoformat((record or {})["EndTime"]).timestamp()
+        return time.time() + seconds_left(record or {})
     except (KeyError, ValueError):
         return float("inf")
+
+
+def seconds_left(record: Mapping[str, str]) -> float:
+    """Until the end of a running job, from times of Slurm's controller alone: its clock may differ from this one.
+
+    record: of ``scontrol show job``. KeyError, ValueError if it does not say.
+    """
+    start, end = (datetime.fromisoformat(record[name]) for name in ("StartTime", "EndTime"))
+    days, _, clock = record["RunTime"].rpartition("-")
+    hours, minutes, seconds = (int(part) for part in clock.split(":"))
+    run_s = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    return (end - start).total_seconds() - run_s
 
 
 def check_slurm_installed() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import DONE, FAILED, SAVED, USER_ERROR, UserError
+from megatron_vcppo.launch import memory_kills
 from megatron_vcppo.launch.controller import Outcome, RoleProcess, supervise
 from megatron_vcppo.launch.save_timing import save_allowance_s
 from megatron_vcppo.run import events
@@ -55,7 +56,7 @@ def run_stage(
         logs = run.stage(stage).next_attempt()
         clear_rendezvous(run, stage)
         events.append(run.path, "attempt", stage=stage, attempt=logs.name, checkpoint=reached)
-        started = time.time()
+        started, kills = time.time(), memory_kills.oom_kills()
         outcome = supervise(
             layout(logs.absolute()),
             logs,
@@ -67,7 +68,7 @@ def run_stage(
         )
         for log in run.stage(stage).rendezvous.glob("*.log"):
             move(log, logs / log.name)
-        outcome = judge(run, stage, outcome)
+        outcome = memory_kills.named(judge(run, stage, outcome), config, stage, kills)
         events.append(
             run.path,
             "attempt_end",

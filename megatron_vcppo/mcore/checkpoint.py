@@ -128,7 +128,7 @@ class CheckpointFolder:
         for learner in components.values():
             check_resident(learner.storages())
         self.finish()
-        started, self.saved_at = time.time(), time.monotonic()
+        started = self.saved_at = time.monotonic()
         temporary = self.folder / f".{iteration_name(iteration)}.tmp"
         if self.runtime.is_main:
             shutil.rmtree(temporary, ignore_errors=True)  # left by a save that a signal or a full disk cut short
@@ -151,11 +151,11 @@ class CheckpointFolder:
                     "optimizer_steps": learner.optimizer_steps,
                     "adam_steps": checkpoint_state.adam_steps(learner.optimizer),
                 }
-                writing[name] = ComponentSave(parts, temporary / name, staged=self.async_save)
+                writing[name] = ComponentSave(parts, temporary / name, self.async_save, started)
                 if not self.async_save:
                     writing[name].wait()
         self.writing = writing
-        self.complete = functools.partial(self._complete, temporary, components, iteration, content, started)
+        self.complete = functools.partial(self._complete, temporary, components, iteration, content)
         if not self.async_save:
             self.finish()
 
@@ -226,11 +226,10 @@ class CheckpointFolder:
         components: Mapping[str, Learner],
         iteration: int,
         content: str,
-        started: float,
         written: Mapping[str, ComponentSave],
     ) -> None:
         """Write the manifests with the checksums that the ranks' writers computed, rename, drop old checkpoints."""
-        completing = time.time()
+        completing = time.monotonic()
         mine = {
             f"{name}/{file}": dict(record) for name, part in written.items() for file, record in part.finish().items()
         }
@@ -243,10 +242,9 @@ class CheckpointFolder:
                 write_manifest(temporary / name, self._meta(learner, iteration), known=inside)
             write_text(temporary / STATE_NAME, content)
             write_manifest(temporary, {"iteration": iteration}, known=known)
-            files = [path for path in temporary.glob("*/__*") if path.is_file()]
-            background_s = max((path.stat().st_mtime for path in files), default=started) - started
             _put_in_place(temporary, self.folder / temporary.name.removeprefix(".").removesuffix(".tmp"))
-            self.save_time_s = max(0.0, background_s) + time.time() - completing
+            background_s = max(part.seconds for part in written.values())
+            self.save_time_s = background_s + time.monotonic() - completing
             assert self.kept is not None
             self.kept.update(iteration)
             if keep_last := self.settings.keep_last:

@@ -9,6 +9,7 @@ none of another rank), and what it wrote travels once, as msgpack.
 import io
 import os
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,15 @@ FILES_PER_RANK = 2
 class ComponentSave:
     """One component's part of a save. The constructor and ``finish`` are collective; between them, threads write."""
 
-    def __init__(self, state: dict[str, Any], folder: Path, staged: bool) -> None:
+    def __init__(self, state: dict[str, Any], folder: Path, staged: bool, started: float) -> None:
         """state: ShardedTensors to write, and what all ranks have alike, which the main rank writes at once.
 
         staged: copy this rank's tensors to host memory first, so that training may change them while threads write;
-        otherwise each is copied when it is written.
+        otherwise each is copied when it is written. started: when the save began, by time.monotonic().
         """
+        self._started = started
+        self.seconds = 0.0
+        """From the start until the slowest rank had written; on the main rank, once finished."""
         strategy = _Strategy("torch_dist", 1, thread_count=FILES_PER_RANK)
         request = dist_checkpointing.save(
             state, str(folder), strategy, validate_access_integrity=False, async_sharded_save=True
@@ -83,7 +87,8 @@ class ComponentSave:
         """
         self.wait()
         failure, chunks = self._writer.failure(), self._writer.chunks()
-        parts = gather_values(_Part(chunks, failure), _Part, runtime.device())
+        seconds = self._writer.ended - self._started
+        parts = gather_values(_Part(chunks, failure, seconds), _Part, runtime.device())
         found = [part.failure for part in parts or () if part.failure is not None]
         if runtime.any_rank(failure is not None):
             raise (found[0] if found else failure or _Failure("on another rank")).as_error()
@@ -95,6 +100,7 @@ class ComponentSave:
                 for chunk in part.chunks
             ]
             self._writer.finish(listed, [places])
+            self.seconds = max(part.seconds for part in parts)
         for finalize in self._finalize:
             finalize()
         return self._writer.records
@@ -136,6 +142,8 @@ class _Part(msgspec.Struct, frozen=True):
 
     chunks: list[_Chunk]
     failure: _Failure | None
+    seconds: float
+    """By its own clock, as clocks of nodes differ."""
 
 
 def _metadata_of(chunks: list[_Chunk]) -> Metadata:
@@ -172,6 +180,8 @@ class _Writer(FileSystemWriter):
         self.results: list[WriteResult] = []
         self.records: dict[str, dict[str, Any]] = {}
         self.errors: list[BaseException] = []
+        self.ended = time.monotonic()
+        """When the last thread had written."""
 
     def start(self, staged: bool) -> list[threading.Thread]:
         """Copy the tensors to host memory if ``staged``; then write every file in a thread."""
@@ -224,6 +234,7 @@ class _Writer(FileSystemWriter):
                     self.results.append(result)
                     del data  # before the next one is copied
             self.records[name] = stream.record()
+            self.ended = time.monotonic()
         except Exception as error:  # raised in ``finish``, on every rank
             cause: BaseException = error
             while cause.__context__ is not None:  # torch.save raises its own error at the end

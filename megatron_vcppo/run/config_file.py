@@ -1,5 +1,7 @@
 """RUN/config.yaml: the resolved configuration of a run, which every process of it reads."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from megatron_vcppo.config.keys import BEFORE
 from megatron_vcppo.config.load import dump_config, load_stored_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run import events
-from megatron_vcppo.run.files import write_text
+from megatron_vcppo.run.files import write_bytes, write_text
 from megatron_vcppo.run.folder import RunFolder
 
 ALWAYS_STORED = ("run", "stages", "model", "sft", "ppo", "evaluate", "cluster")
@@ -53,6 +55,19 @@ def check_run_folder_free(run: RunFolder) -> None:
     stored = yaml.safe_load(run.config.read_text(encoding="utf-8"))  # YAML: kept_defaults has read it
     if missing := [name for name in ALWAYS_STORED if name not in (stored or {})]:
         raise UserError(f"{run.config}: not written by a run, it has no {missing[0]}: {advice}")
+
+
+@contextmanager
+def config_undone(run: RunFolder) -> Iterator[None]:
+    """Where the block raises, the run has the configuration again that it had before; a new run keeps the new one."""
+    before = run.config.read_bytes() if run.config.exists() else None
+    try:
+        yield
+    except BaseException:
+        if before is not None and run.config.read_bytes() != before:
+            write_bytes(run.config, before)
+            events.append(run.path, "config_undone")
+        raise
 
 
 def write_config(run: RunFolder, config: Config) -> None:
