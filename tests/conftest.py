@@ -23,8 +23,8 @@ from tests.helpers.te.process import Call, te_process  # noqa: E402
 
 ENDING_S = 10.0
 """What processes that were told to end may take."""
-HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
-"""Python ends them with this process."""
+HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "wandb-core")
+"""Libraries end them with this process."""
 
 
 @pytest.fixture(scope="session", autouse=True)

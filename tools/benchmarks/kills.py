@@ -176,6 +176,7 @@ class Slurm(Place):
 
     def __init__(self, cluster: DevCluster) -> None:
         self.cluster = cluster
+        self.known, self.asked_at = False, 0.0
 
     @override
     def config(self, folder: Path) -> Config:
@@ -184,10 +185,13 @@ class Slurm(Place):
     @override
     def start(self, run: RunFolder, config: Config) -> None:
         submit(run, config, [*config.stages], TINY)
+        self.known, self.asked_at = True, time.monotonic()
 
     @override
     def is_active(self, run: RunFolder) -> bool:
-        return bool(active_jobs(run))
+        if time.monotonic() - self.asked_at > 1:  # squeue costs a tenth of a second
+            self.known, self.asked_at = bool(active_jobs(run)), time.monotonic()
+        return self.known
 
     @override
     def end(self, run: RunFolder) -> None:
@@ -279,7 +283,7 @@ class Chain:
         kills = 0
         self.begin()
         try:
-            due = time.monotonic() + self.draw.uniform(0, undisturbed.seconds / 2)
+            due = time.monotonic() + self.draw.uniform(0, undisturbed.seconds / 3)
             role = self.draw.choice(ROLES)
             while not self.is_done():
                 if time.monotonic() > end:
@@ -294,12 +298,12 @@ class Chain:
                     os.kill(pid, signal.SIGKILL)
                     kills += 1
                     yield row
-                    due = time.monotonic() + self.draw.uniform(0.2, undisturbed.seconds / 2)
+                    due = time.monotonic() + self.draw.uniform(0.2, undisturbed.seconds / 3)
                     role = self.draw.choice(ROLES)
                 elif time.monotonic() >= due + 3:  # nobody of this role lives in this stage
                     role = self.draw.choice(ROLES)
                     due = time.monotonic()
-                time.sleep(0.02)
+                time.sleep(0.05)
             wait_until(lambda: not self.place.is_active(self.run), "the controller to end", 60)
         except (AssertionError, UserError) as error:
             problem = str(error)
