@@ -24,7 +24,11 @@ def open_run(path: Path) -> tuple[RunFolder, Config]:
     run = RunFolder(path.absolute())
     if not run.config.exists():
         raise UserError(f"{path}: not a run folder: it has no {run.config.name}")
-    return run, load_stored_config(run.config)
+    config = load_stored_config(run.config)
+    stored = Path(config.run.dir).expanduser()
+    if not (stored.exists() and stored.samefile(run.path)):
+        config.run.dir = str(run.path)  # it was moved or renamed; the next start of stages stores that
+    return run, config
 
 
 def kept_defaults(run: RunFolder) -> dict[str, Any]:
