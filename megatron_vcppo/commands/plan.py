@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan."""
     from megatron_vcppo.commands.arguments import print_note
     from megatron_vcppo.config.load import load_config
+    from megatron_vcppo.config.sections.hardware import HardwareConfig
     from megatron_vcppo.config.value_sources import local_overrides, profile_files
     from megatron_vcppo.hf.architecture import Architecture
     from megatron_vcppo.launch.chain_plan import plan_chain
@@ -40,6 +41,11 @@ def run(args: argparse.Namespace) -> int:
     arch = Architecture.from_hf(config.model.hf)
     stages = plan_chain(arch, config, list(config.stages))
     gpus = config.cluster.gpus_per_node
+    if not gpus and config.hardware.tflops == HardwareConfig().tflops:
+        print_note(
+            "warning: cluster.gpus_per_node is 0, but the figures below hardware are a GPU's: the times are far too "
+            "short; set hardware.tflops, mfu, memory_gb_per_s and step_ms to those of the CPUs (docs/slurm.md)"
+        )
     if args.json:
         print(
             json.dumps({"parameters": arch.parameter_count(), "stages": [as_dict(s, gpus) for s in stages]}, indent=2)

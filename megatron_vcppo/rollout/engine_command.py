@@ -87,7 +87,8 @@ def command(
         if engine.tp == 1:
             options["--distributed-executor-backend"] = "uni"
     arguments = [text for option in options.items() for text in option]
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, *switches, *engine.extra_args]
+    server = "vllm.entrypoints.openai.api_server" if on_gpu else "megatron_vcppo.rollout.engine_main"
+    return [sys.executable, "-m", server, *arguments, *switches, *engine.extra_args]
 
 
 def environment(

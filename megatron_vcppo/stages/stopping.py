@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_vcppo.errors import Stopped
-from megatron_vcppo.mcore import runtime
 from megatron_vcppo.run.metrics_log import LONGEST_PIECE, SAVE_TIME
 
 
@@ -43,6 +42,8 @@ class Stopping:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. Collective: all ranks call it at the same points."""
+        from megatron_vcppo.mcore import runtime  # the entry point listens before anything imports torch
+
         return runtime.any_rank(self.requested())
 
     def point(self) -> None:

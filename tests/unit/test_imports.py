@@ -81,3 +81,25 @@ def test_configuration_and_command_line_load_without_torch() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
+
+
+def test_a_rank_listens_and_sets_its_environment_before_torch_is_there(tmp_path: Path) -> None:
+    """NCCL and gloo read the environment when they load; a stop may come while libraries are imported."""
+    code = (
+        "import importlib, sys\nfrom pathlib import Path\n"
+        "from megatron_vcppo.config.load import load_config\n"
+        "from megatron_vcppo.run.config_file import write_config\n"
+        "from megatron_vcppo.run.folder import RunFolder\n"
+        "from megatron_vcppo.stages.__main__ import main\n"
+        f"run = RunFolder(Path({str(tmp_path)!r}))\n"
+        "config = load_config('configs/demo/sft.yaml', [f'run.dir={run.path}'])\n"
+        "write_config(run, config)\n"
+        "def stage(name):\n"
+        "    heavy = {'torch', 'megatron', 'vllm', 'transformers'} & set(sys.modules)\n"
+        "    sys.exit(f'imported before {name}: {heavy}' if heavy else 42)\n"
+        "importlib.import_module = stage\n"
+        "sys.argv = ['stage', 'sft', '--config', str(run.config)]\n"
+        "main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True, text=True)
+    assert result.returncode == 42, result.stderr

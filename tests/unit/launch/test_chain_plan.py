@@ -143,3 +143,11 @@ def test_the_command_prints_the_plan_and_says_by_its_exit_code_whether_it_fits(m
     assert stages["ppo"]["push"]["seconds"] < 1 and stages["ppo"]["gpu_hours"] > 0 and stages["sft"]["steps"] is None
     assert main(["plan", *given, "parallel.recompute=none", "parallel.pp=1"]) == 1
     assert "ppo does not fit: the nearest layout that does: parallel.recompute=full" in capsys.readouterr().out
+
+
+def test_without_gpus_a_gpus_figures_are_warned_of(model: Path, capsys) -> None:
+    given = ["plan", str(CONFIGS / "demo" / "vcppo.yaml"), f"model.hf={model}"]
+    assert main(given) == 0
+    assert "hardware are a GPU's: the times are far too short" in capsys.readouterr().err
+    assert main([*given, "hardware.tflops=0.013", "hardware.mfu=1"]) == 0
+    assert not capsys.readouterr().err
