@@ -84,7 +84,9 @@ def script(shell: str) -> str:
 
 def _completions(parser: argparse.ArgumentParser) -> tuple[list[str], list[str], bool]:
     """Options, fixed words, and whether key=value may follow; of sub-commands, too."""
-    options, words, takes_keys = [], [], False
+    options: list[str] = []
+    words: list[str] = []
+    takes_keys = False
     for action in parser._actions:
         options += action.option_strings
         takes_keys |= action.dest == "overrides"

@@ -28,7 +28,7 @@ from typing_extensions import override
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.report.text_table import text_table
-from megatron_vcppo.run.files import append_json_line, read_json_lines, write_json
+from megatron_vcppo.run.files import append_json_line, parse_json, read_json_lines, write_json
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.devcluster import DevCluster, missing_programs
 from megatron_vcppo.slurm.submission import active_jobs, pending_stages, submit
@@ -237,12 +237,16 @@ class Undisturbed:
 
 def _undisturbed(folder: Path, place: Place) -> Undisturbed:
     chain = Chain(folder / f"undisturbed_{place.name}", 0, place, random.Random())
-    shutil.rmtree(chain.run.path, ignore_errors=True)
-    started = time.monotonic()
-    chain.begin()
-    wait_until(lambda: not place.is_active(chain.run), f"{chain.run.path}", CHAIN_S[place.name])
-    assert chain.is_done(), f"an undisturbed chain did not end: {chain.run.path}"
-    return Undisturbed(chain.weights(), time.monotonic() - started, frozenset(chain.kinds_of_files()))
+    known = folder / f"undisturbed_{place.name}.json"
+    if not known.exists():
+        shutil.rmtree(chain.run.path, ignore_errors=True)
+        started = time.monotonic()
+        chain.begin()
+        wait_until(lambda: not place.is_active(chain.run), f"{chain.run.path}", CHAIN_S[place.name])
+        assert chain.is_done(), f"an undisturbed chain did not end: {chain.run.path}"
+        write_json(known, {"seconds": time.monotonic() - started})
+    seconds = parse_json(known.read_bytes())["seconds"]
+    return Undisturbed(chain.weights(), seconds, frozenset(chain.kinds_of_files()))
 
 
 @dataclass
