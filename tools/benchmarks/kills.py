@@ -26,7 +26,7 @@ from typing import Any, Protocol
 from typing_extensions import override
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.errors import SIGNALLED, UserError
 from megatron_vcppo.report.text_table import text_table
 from megatron_vcppo.run.files import append_json_line, parse_json, read_json_lines, write_json
 from megatron_vcppo.run.folder import RunFolder
@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     folder: Path = (args.folder or Path(tempfile.mkdtemp(prefix="vcppo_kills_"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)  # munge wants readable parents
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGNALLED + signal.SIGTERM))  # what is left open is closed
     with _places(args.places, folder) as places:
         undisturbed = {name: _undisturbed(folder, place) for name, place in places.items()}
         end = time.monotonic() + 60 * args.minutes
@@ -311,6 +312,9 @@ class Chain:
             wait_until(lambda: not self.place.is_active(self.run), "the controller to end", 60)
         except (AssertionError, UserError) as error:
             problem = str(error)
+        except BaseException:
+            self.place.end(self.run)
+            raise
         yield self.judged(undisturbed, problem, time.monotonic() - started)
 
     def judged(self, undisturbed: Undisturbed, problem: str, seconds: float) -> dict[str, Any]:
