@@ -23,7 +23,7 @@ from tests.helpers.te.process import Call, te_process  # noqa: E402
 
 ENDING_S = 10.0
 """What processes that were told to end may take."""
-HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "wandb-core")
+HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "wandb-core", "_inductor/compile_worker")
 """Libraries end them with this process."""
 
 
