@@ -33,6 +33,7 @@ COMMANDS = {
     "clean": ("megatron_vcppo.commands.clean", "remove old checkpoints and rollouts of a run"),
     "plan": ("megatron_vcppo.commands.plan", "estimate memory, time, GPU-hours and disk of a chain"),
     "doctor": ("megatron_vcppo.commands.doctor", "check a cluster profile with short test jobs"),
+    "completion": ("megatron_vcppo.commands.completion", "print a completion script for bash or zsh"),
     "sweep": ("megatron_vcppo.commands.sweep", "several chains, one table of results"),
     "experiment": ("megatron_vcppo.commands.experiment", "arms over seeds, with one report and a verdict"),
 }

@@ -19,7 +19,7 @@ from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
 from megatron_vcppo.launch.save_timing import signal_margin_s
 from megatron_vcppo.launch.snapshot import take_snapshot
 from megatron_vcppo.run import events
-from megatron_vcppo.run.config_file import write_config
+from megatron_vcppo.run.config_file import config_undone, write_config
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.job import StageJob
 from megatron_vcppo.slurm.slurm_cli import (
@@ -187,23 +187,29 @@ def submit(
         scripts = [executor(run, config, stage, code, role_commands, None).script() for stage in todo]
         asked = [request_text(config, stage) for stage in todo]
         check_scripts(zip(scripts, asked, strict=True), run.slurm)
-        write_config(run, config)
-        take_stages(run, taken)
-        jobs_of: dict[str, str] = {}
-        try:
-            before = None
-            for stage in todo:
-                made = executor(run, config, stage, code, role_commands, before)
-                with site_environment(made.script()):
-                    before = made.submit(StageJob(run.path, stage, role_commands)).job_id
-                jobs_of[stage] = before
-                events.append(run.path, "submitted", stage=stage, job=before, code=code.name)
-        except FailedJobError as error:
-            cancel_jobs(list(jobs_of.values()))
-            raise UserError(f"Slurm refuses the job of {stage}: {slurm_message(str(error))}") from None
-        except BaseException:
-            cancel_jobs(list(jobs_of.values()))
-            raise
+        with config_undone(run):
+            write_config(run, config)
+            take_stages(run, taken)
+            return _queue(run, config, todo, code, role_commands)
+
+
+def _queue(run: RunFolder, config: Config, todo: list[str], code: Path, role_commands: RoleCommands) -> dict[str, str]:
+    """The jobs of these stages by stage, each after the one before; all or none."""
+    jobs_of: dict[str, str] = {}
+    try:
+        before = None
+        for stage in todo:
+            made = executor(run, config, stage, code, role_commands, before)
+            with site_environment(made.script()):
+                before = made.submit(StageJob(run.path, stage, role_commands)).job_id
+            jobs_of[stage] = before
+            events.append(run.path, "submitted", stage=stage, job=before, code=code.name)
+    except FailedJobError as error:
+        cancel_jobs(list(jobs_of.values()))
+        raise UserError(f"Slurm refuses the job of {stage}: {slurm_message(str(error))}") from None
+    except BaseException:
+        cancel_jobs(list(jobs_of.values()))
+        raise
     return jobs_of
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import DONE, FAILED, SAVED, USER_ERROR, UserError
+from megatron_vcppo.launch import memory_kills
 from megatron_vcppo.launch.controller import Outcome, RoleProcess, supervise
 from megatron_vcppo.launch.save_timing import save_allowance_s
 from megatron_vcppo.run import events
@@ -14,6 +15,8 @@ from megatron_vcppo.run.files import make_private_folder, move, remove
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.secret import make_secret
+
+GONE_CHECK_S = 5.0
 
 
 def clear_rendezvous(run: RunFolder, stage: str) -> Path:
@@ -49,25 +52,28 @@ def run_stage(
         events.append(run.path, "save_requested", stage=stage, seconds=round(seconds))
         return seconds
 
+    is_gone = _gone_watch(run)
     futile = 0
     while True:
         reached = run.stage(stage).checkpoint_iteration()
         logs = run.stage(stage).next_attempt()
         clear_rendezvous(run, stage)
         events.append(run.path, "attempt", stage=stage, attempt=logs.name, checkpoint=reached)
-        started = time.time()
+        started, kills = time.time(), memory_kills.oom_kills()
         outcome = supervise(
             layout(logs.absolute()),
             logs,
             save_requested=save_requested,
-            abort_requested=abort_requested,
+            abort_requested=lambda: abort_requested() or is_gone(),
             save_allowance_s=allowance_s,
             follow_timeout_s=config.run.timeout_s,
             grace_s=config.cluster.stop_grace_s,
         )
+        if run.is_gone():
+            raise UserError(run.gone_text)
         for log in run.stage(stage).rendezvous.glob("*.log"):
             move(log, logs / log.name)
-        outcome = judge(run, stage, outcome)
+        outcome = memory_kills.named(judge(run, stage, outcome), config, stage, kills)
         events.append(
             run.path,
             "attempt_end",
@@ -90,6 +96,19 @@ def run_stage(
         if not outcome.killed or stopping or futile > config.cluster.crash_retries:
             return outcome
         say(f"{stage}: starting again from " + ("the beginning" if gained is None else f"iteration {gained}"))
+
+
+def _gone_watch(run: RunFolder) -> Callable[[], bool]:
+    """Whether the run folder was renamed or removed: the ranks would write into a new folder of the old name."""
+    checked, found = time.monotonic(), False
+
+    def is_gone() -> bool:
+        nonlocal checked, found
+        if time.monotonic() - checked > GONE_CHECK_S:
+            checked, found = time.monotonic(), run.is_gone()
+        return found
+
+    return is_gone
 
 
 def judge(run: RunFolder, stage: str, outcome: Outcome) -> Outcome:

@@ -30,6 +30,7 @@ because of it."""
 TASK_ENDED = re.compile(r"\btasks? (\d+)[\d,-]*: (?:Exited with exit code (\d+)|(.+))$", re.MULTILINE)
 """srun's report of ended tasks: "srun: error: node7: tasks 3-5: Exited with exit code 1", "…: task 2: Killed"."""
 SIGNAL_WORDS = {signal.strsignal(number): number for number in signal.valid_signals()}
+SIGNAL_WORDS |= {"Out Of Memory": signal.SIGKILL}
 
 
 @dataclass(frozen=True)

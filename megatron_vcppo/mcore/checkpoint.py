@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -30,10 +29,10 @@ from megatron_vcppo.config.load import config_hash
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.adapters import META_KEY, StoredAdapters, is_adapter
 from megatron_vcppo.hf.architecture import Architecture
-from megatron_vcppo.hf.convert.checkpoint_metadata import check_checkpoint
 from megatron_vcppo.hf.convert.folders import copy_small_files
 from megatron_vcppo.hf.mapping import VOCABULARY
 from megatron_vcppo.mcore import checkpoint_state, runtime
+from megatron_vcppo.mcore.checkpoint_reader import load_tensors
 from megatron_vcppo.mcore.checkpoint_writer import ComponentSave
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.model import PackedGPT
@@ -132,7 +131,7 @@ class CheckpointFolder:
         for learner in components.values():
             check_resident(learner.storages())
         self.finish()
-        started, self.saved_at = time.time(), time.monotonic()
+        started = self.saved_at = time.monotonic()
         temporary = self.folder / f".{iteration_name(iteration)}.tmp"
         if self.runtime.is_main:
             shutil.rmtree(temporary, ignore_errors=True)  # left by a save that a signal or a full disk cut short
@@ -155,11 +154,11 @@ class CheckpointFolder:
                     "optimizer_steps": learner.optimizer_steps,
                     "adam_steps": checkpoint_state.adam_steps(learner.optimizer),
                 }
-                writing[name] = ComponentSave(parts, temporary / name, staged=self.async_save)
+                writing[name] = ComponentSave(parts, temporary / name, self.async_save, started)
                 if not self.async_save:
                     writing[name].wait()
         self.writing = writing
-        self.complete = functools.partial(self._complete, temporary, components, iteration, content, started)
+        self.complete = functools.partial(self._complete, temporary, components, iteration, content)
         if not self.async_save:
             self.finish()
 
@@ -231,11 +230,10 @@ class CheckpointFolder:
         components: Mapping[str, Learner],
         iteration: int,
         content: str,
-        started: float,
         written: Mapping[str, ComponentSave],
     ) -> None:
         """Write the manifests with the checksums that the ranks' writers computed, rename, drop old checkpoints."""
-        completing = time.time()
+        completing = time.monotonic()
         mine = {
             f"{name}/{file}": dict(record) for name, part in written.items() for file, record in part.finish().items()
         }
@@ -248,10 +246,9 @@ class CheckpointFolder:
                 write_manifest(temporary / name, self._meta(learner, iteration), known=inside)
             write_text(temporary / STATE_NAME, content)
             write_manifest(temporary, {"iteration": iteration}, known=known)
-            files = [path for path in temporary.glob("*/__*") if path.is_file()]
-            background_s = max((path.stat().st_mtime for path in files), default=started) - started
             _put_in_place(temporary, self.folder / temporary.name.removeprefix(".").removesuffix(".tmp"))
-            self.save_time_s = max(0.0, background_s) + time.time() - completing
+            background_s = max(part.seconds for part in written.values())
+            self.save_time_s = background_s + time.monotonic() - completing
             assert self.kept is not None
             self.kept.update(iteration)
             if keep_last := self.settings.keep_last:
@@ -354,25 +351,26 @@ def load_learner(learner: Learner, folder: Path, weights: bool = True) -> None:
 
     weights: False if the model has the folder's weights already.
     """
-    stored = _checked(folder, learner.model)
-    wanted = {"tensors": checkpoint_state.tensors_to_load(learner, stored, weights)}
-    loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+
+    def choose(stored: Mapping[str, Any]) -> dict[str, Any]:
+        _check_vocabulary(folder, stored, learner.model)
+        return {"tensors": checkpoint_state.tensors_to_load(learner, stored, weights)}
+
+    loaded = load_tensors(folder, choose)
     checkpoint_state.set_adam_steps(learner.optimizer, checkpoint_state.stored_adam_steps(loaded))
     learner.optimizer_steps = loaded["optimizer_steps"]
 
 
-def _checked(folder: Path, model: PackedGPT) -> Mapping[str, Any]:
-    """What a folder stores by key. UserError if it must not be loaded, or lacks rows of the vocabulary.
+def _check_vocabulary(folder: Path, stored: Mapping[str, Any], model: PackedGPT) -> None:
+    """UserError if a folder, which stores this by key, lacks rows of the vocabulary.
 
     More rows are padding for another number of tensor-parallel ranks. What the folder lacks of this model's padding is
     zero after a load, and neither read nor trained.
     """
-    stored = check_checkpoint(folder).state_dict_metadata
     for key in VOCABULARY:
         entry = stored.get(key)
         if isinstance(entry, TensorStorageMetadata) and entry.size[0] < model.arch.vocab_size:
             raise UserError(f"{folder}: {key} has {entry.size[0]} rows, the model has {model.arch.vocab_size} tokens")
-    return stored
 
 
 def load_model(model: PackedGPT, folder: Path, without: str | None = None) -> None:
@@ -390,9 +388,13 @@ def load_adapters(model: PackedGPT, folder: Path, without: str | None = None) ->
 
 
 def _load(model: PackedGPT, folder: Path, is_wanted: Callable[[str], bool]) -> None:
-    _checked(folder, model)
     wanted = {name: value for name, value in model.sharded_state_dict().items() if is_wanted(name)}
-    loaded = dist_checkpointing.load({"model": wanted}, str(folder), validate_access_integrity=False)
+
+    def choose(stored: Mapping[str, Any]) -> dict[str, Any]:
+        _check_vocabulary(folder, stored, model)
+        return {"model": wanted}
+
+    loaded = load_tensors(folder, choose)
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
     missing = [name for name in missing if is_wanted(name)]
     assert not missing and not unexpected, f"{folder}: missing {missing}, unexpected {unexpected}"

@@ -1,27 +1,26 @@
-"""Writes one component's tensors: planned with all ranks, written by threads of each rank, hashed on the way.
+"""Writes one component's tensors: by threads of each rank, hashed on the way; the main rank then lists all chunks.
 
 Megatron's own writer forks processes, which report through a further process; a thread needs neither, ends with its
 rank, and its errors have a traceback. Writing spends its time in system calls and in hashing, outside Python's lock.
+Megatron's plan gathers pickled objects, before the writing and after it. Here a rank plans alone (boxes overlap with
+none of another rank), and what it wrote travels once, as msgpack.
 """
 
 import io
 import os
 import threading
+import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 import xxhash
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import _split_by_size_and_type
-from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
-    save_state_dict_async_finalize,
-    save_state_dict_async_plan,
-)
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -30,12 +29,20 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
-from torch.distributed.checkpoint.filesystem import SerializationFormat, _StoragePrefix, _write_item
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageInfo, _write_item
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_vcppo.errors import system_error
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.rank_messages import gather_values
 from megatron_vcppo.run.manifest import BLOCK_BYTES
 
 FILES_PER_RANK = 2
@@ -45,12 +52,15 @@ FILES_PER_RANK = 2
 class ComponentSave:
     """One component's part of a save. The constructor and ``finish`` are collective; between them, threads write."""
 
-    def __init__(self, state: dict[str, Any], folder: Path, staged: bool) -> None:
+    def __init__(self, state: dict[str, Any], folder: Path, staged: bool, started: float) -> None:
         """state: ShardedTensors to write, and what all ranks have alike, which the main rank writes at once.
 
         staged: copy this rank's tensors to host memory first, so that training may change them while threads write;
-        otherwise each is copied when it is written.
+        otherwise each is copied when it is written. started: when the save began, by time.monotonic().
         """
+        self._started = started
+        self.seconds = 0.0
+        """From the start until the slowest rank had written; on the main rank, once finished."""
         strategy = _Strategy("torch_dist", 1, thread_count=FILES_PER_RANK)
         request = dist_checkpointing.save(
             state, str(folder), strategy, validate_access_integrity=False, async_sharded_save=True
@@ -72,51 +82,106 @@ class ComponentSave:
     def finish(self) -> Mapping[str, Mapping[str, Any]]:
         """Once this rank has written: gather the places of all ranks' chunks, and store them.
 
-        Returns the manifest's records of this rank's files. Raises CheckpointException if any rank could not write,
-        UserError if the disk was full or the like.
+        Returns the manifest's records of this rank's files. Raises RuntimeError on every rank if any could not write,
+        UserError instead, on the main rank and where it was, if the disk was full or the like.
         """
         self.wait()
-        try:
-            for finalize in self._finalize:
-                finalize()
-        except CheckpointException as error:
-            for cause, _ in error.failures.values():
-                if isinstance(cause, OSError) and (named := system_error(cause)):
-                    raise named from None
-            raise
+        failure, chunks = self._writer.failure(), self._writer.chunks()
+        seconds = self._writer.ended - self._started
+        parts = gather_values(_Part(chunks, failure, seconds), _Part, runtime.device())
+        found = [part.failure for part in parts or () if part.failure is not None]
+        if runtime.any_rank(failure is not None):
+            raise (found[0] if found else failure or _Failure("on another rank")).as_error()
+        if parts is not None:
+            listed = _metadata_of([chunk for part in parts for chunk in part.chunks])
+            places = [
+                WriteResult(chunk.index, chunk.length, _StorageInfo(chunk.file, chunk.offset, chunk.length))
+                for part in parts
+                for chunk in part.chunks
+            ]
+            self._writer.finish(listed, [places])
+            self.seconds = max(part.seconds for part in parts)
+        for finalize in self._finalize:
+            finalize()
         return self._writer.records
 
 
+class _Chunk(msgspec.Struct, frozen=True):
+    """A box of a global tensor, and where it was written."""
+
+    key: str
+    shape: list[int]
+    """Of the global tensor."""
+    dtype: str
+    offsets: list[int]
+    sizes: list[int]
+    file: str
+    offset: int
+    length: int
+
+    @property
+    def index(self) -> MetadataIndex:
+        return MetadataIndex(self.key, torch.Size(self.offsets))
+
+
+class _Failure(msgspec.Struct, frozen=True):
+    """Why a rank could not write."""
+
+    text: str
+    number: int = 0
+    """errno of an OSError, with its file."""
+    file: str | None = None
+
+    def as_error(self) -> Exception:
+        named = system_error(OSError(self.number, os.strerror(self.number), self.file)) if self.number else None
+        return named or RuntimeError(f"writing a checkpoint failed: {self.text}")
+
+
+class _Part(msgspec.Struct, frozen=True):
+    """What a rank wrote."""
+
+    chunks: list[_Chunk]
+    failure: _Failure | None
+    seconds: float
+    """By its own clock, as clocks of nodes differ."""
+
+
+def _metadata_of(chunks: list[_Chunk]) -> Metadata:
+    """The table of tensors from which loads find the boxes that they need."""
+    tensors: dict[str, TensorStorageMetadata] = {}
+    for chunk in chunks:
+        if chunk.key not in tensors:
+            dtype = getattr(torch, chunk.dtype)
+            tensors[chunk.key] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(chunk.shape), [])
+        tensors[chunk.key].chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
+    return Metadata({**tensors})
+
+
 class _Strategy(TorchDistSaveShardedStrategy):
-    """Megatron's plan of who writes what where, carried out by our writer."""
+    """What of a state this rank writes, by Megatron's rules, handed to our writer."""
 
     def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        self.writer = _Writer(checkpoint_dir, thread_count=self.thread_count)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        (writer, metadata, ranks), *_ = save_state_dict_async_plan(
-            mcore_to_pyt_state_dict(state), self.writer, None, 0, planner=planner
-        )
-        if metadata is not None:  # on the main rank
-            # Megatron would store all ranks' plans, for every rank to read, and never looks at them here.
-            metadata.all_local_plans = None
-        return AsyncRequest(None, (), [lambda: save_state_dict_async_finalize(writer, metadata, ranks)])
+        planner.set_up_planner(mcore_to_pyt_state_dict(state), is_coordinator=dist.get_rank() == 0)
+        self.writer = _Writer(checkpoint_dir, planner, thread_count=self.thread_count)
+        return AsyncRequest(None, (), [])
 
 
 class _Writer(FileSystemWriter):
-    """The file side of the plan on one rank."""
+    """The files of one rank."""
 
-    can_run_decentralized_global_plan = True
-
-    def prepare_decentralized_global_plan(self, local_plan: SavePlan) -> SavePlan:
-        return replace(local_plan, storage_data=_StoragePrefix(f"__{dist.get_rank()}_"))
-
-    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        self.buckets = _split_by_size_and_type(self.thread_count, plan.items)
-        self.planner, self.prefix = planner, plan.storage_data.prefix
+    def __init__(self, folder: Path, planner: SavePlanner, thread_count: int) -> None:
+        super().__init__(folder, thread_count=thread_count)
+        self.set_up_storage_writer(is_coordinator=dist.get_rank() == 0)
+        self.items: list[WriteItem] = planner.create_local_plan().items
+        self.buckets = _split_by_size_and_type(self.thread_count, self.items)
+        self.planner, self.prefix = planner, f"__{dist.get_rank()}_"
         self.results: list[WriteResult] = []
         self.records: dict[str, dict[str, Any]] = {}
-        self.errors: list[Any] = []
+        self.errors: list[BaseException] = []
+        self.ended = time.monotonic()
+        """When the last thread had written."""
 
     def start(self, staged: bool) -> list[threading.Thread]:
         """Copy the tensors to host memory if ``staged``; then write every file in a thread."""
@@ -133,8 +198,28 @@ class _Writer(FileSystemWriter):
             thread.start()
         return threads
 
-    def retrieve_write_results(self) -> Any:
-        return self.errors[0] if self.errors else self.results
+    def failure(self) -> _Failure | None:
+        """The first one of this rank's threads."""
+        if not self.errors:
+            return None
+        error = self.errors[0]
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError):
+            return _Failure(text, error.errno or 0, error.filename)
+        return _Failure(text)
+
+    def chunks(self) -> list[_Chunk]:
+        """What was written."""
+        boxes = {item.index: item.tensor_data for item in self.items}
+        found = []
+        for result in self.results:
+            box, place = boxes[result.index], result.storage_data
+            assert box is not None, f"{result.index.fqn} is no tensor"
+            dtype = str(box.properties.dtype).removeprefix("torch.")
+            offsets, sizes = [*box.chunk.offsets], [*box.chunk.sizes]
+            numbers = place.relative_path, place.offset, place.length
+            found.append(_Chunk(result.index.fqn, [*box.size], dtype, offsets, sizes, *numbers))
+        return found
 
     def _write(self, name: str, items: list[tuple[WriteItem, Any]], device: int | None) -> None:
         if device is not None:  # a thread begins with the first GPU, where this rank has no business
@@ -149,11 +234,12 @@ class _Writer(FileSystemWriter):
                     self.results.append(result)
                     del data  # before the next one is copied
             self.records[name] = stream.record()
+            self.ended = time.monotonic()
         except Exception as error:  # raised in ``finish``, on every rank
             cause: BaseException = error
             while cause.__context__ is not None:  # torch.save raises its own error at the end
                 cause = cause.__context__
-            self.errors.append(_wrap_exception(cause))
+            self.errors.append(cause)
 
 
 class _HashedFile(io.RawIOBase):

@@ -5,7 +5,9 @@ has it and who gets it, so only the elements travel, each one to the replica tha
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
+import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -13,6 +15,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_vcppo.mcore import runtime
+
+T = TypeVar("T")
 
 
 def exchange_rows(values: Tensor, lengths: np.ndarray, holders: np.ndarray, takers: np.ndarray) -> Tensor:
@@ -69,6 +73,12 @@ def gather_from_leaders(rows: np.ndarray) -> list[np.ndarray]:
         dist.all_gather_into_tensor(gathered.view(-1), padded, group=group)
     broadcast_in_replica(gathered)
     return [row[: int(size)].numpy().view(rows.dtype) for row, size in zip(gathered, sizes, strict=True)]
+
+
+def values_of_leaders(value: T, kind: type[T]) -> list[T]:
+    """What each replica's leader has, by replica, on every rank; collective. kind: what is read (rank_messages.py)."""
+    mine = np.frombuffer(bytearray(msgspec.msgpack.encode(value)), dtype=np.uint8)
+    return [msgspec.msgpack.decode(one.tobytes(), type=kind) for one in gather_from_leaders(mine)]
 
 
 def broadcast_in_replica(tensor: Tensor) -> Tensor:

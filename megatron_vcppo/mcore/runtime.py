@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_vcppo.config import ParallelConfig
 from megatron_vcppo.config.placement import data_parallel_size
-from megatron_vcppo.mcore import cpu_shim
+from megatron_vcppo.mcore import cpu_shim, object_collectives
 from megatron_vcppo.mcore.ranks_store import ranks_store
 
 _IGNORED_WARNINGS: tuple[dict[str, Any], ...] = (
@@ -97,6 +97,7 @@ def start(parallel: ParallelConfig, seed: int, timeout_s: float) -> Runtime:
     """
     global _runtime
     cpu_shim.install()
+    object_collectives.install()
     for ignored in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", **ignored)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

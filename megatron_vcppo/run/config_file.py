@@ -1,5 +1,7 @@
 """RUN/config.yaml: the resolved configuration of a run, which every process of it reads."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from megatron_vcppo.config.keys import BEFORE
 from megatron_vcppo.config.load import dump_config, load_stored_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run import events
-from megatron_vcppo.run.files import write_text
+from megatron_vcppo.run.files import write_bytes, write_text
 from megatron_vcppo.run.folder import RunFolder
 
 ALWAYS_STORED = ("run", "stages", "model", "sft", "ppo", "evaluate", "cluster")
@@ -22,7 +24,11 @@ def open_run(path: Path) -> tuple[RunFolder, Config]:
     run = RunFolder(path.absolute())
     if not run.config.exists():
         raise UserError(f"{path}: not a run folder: it has no {run.config.name}")
-    return run, load_stored_config(run.config)
+    config = load_stored_config(run.config)
+    stored = Path(config.run.dir).expanduser()
+    if not (stored.exists() and stored.samefile(run.path)):
+        config.run.dir = str(run.path)  # it was moved or renamed; the next start of stages stores that
+    return run, config
 
 
 def kept_defaults(run: RunFolder) -> dict[str, Any]:
@@ -53,6 +59,19 @@ def check_run_folder_free(run: RunFolder) -> None:
     stored = yaml.safe_load(run.config.read_text(encoding="utf-8"))  # YAML: kept_defaults has read it
     if missing := [name for name in ALWAYS_STORED if name not in (stored or {})]:
         raise UserError(f"{run.config}: not written by a run, it has no {missing[0]}: {advice}")
+
+
+@contextmanager
+def config_undone(run: RunFolder) -> Iterator[None]:
+    """Where the block raises, the run has the configuration again that it had before; a new run keeps the new one."""
+    before = run.config.read_bytes() if run.config.exists() else None
+    try:
+        yield
+    except BaseException:
+        if before is not None and run.config.read_bytes() != before:
+            write_bytes(run.config, before)
+            events.append(run.path, "config_undone")
+        raise
 
 
 def write_config(run: RunFolder, config: Config) -> None:

@@ -304,15 +304,34 @@ class RunFolder:
 
     @contextmanager
     def full_disk_named(self) -> Iterator[None]:
-        """A full disk or quota is the user's to fix, not a traceback."""
+        """A full disk or quota, and a folder that was moved meanwhile, are the user's to fix, not a traceback."""
         try:
             yield
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and self.is_gone():
+                raise UserError(self.gone_text) from None
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(
                 f"{error.filename or self.path}: {error.strerror}: make room, then vcppo resume {self.path}"
             ) from None
+
+    def is_gone(self) -> bool:
+        """Whether nothing of that name is a run any more."""
+        try:
+            self.config.stat()
+        except FileNotFoundError:
+            return True
+        except OSError:  # a file system that does not answer just now
+            pass
+        return False
+
+    @property
+    def gone_text(self) -> str:
+        """For a run that was there when its stages started."""
+        return (
+            f"{self.path}: renamed or removed while it ran: vcppo resume NEW-NAME continues from the newest checkpoint"
+        )
 
     def in_use(self) -> bool:
         """True while a process on this machine holds the run."""

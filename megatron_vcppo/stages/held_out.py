@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_vcppo.algo.pass_at_k import Estimate, avg_at_n, maj_at_k, pass_at_k
 from megatron_vcppo.config import Config
+from megatron_vcppo.mcore.row_exchange import values_of_leaders
 from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.rewards.verifier import Verifier
 from megatron_vcppo.rewards.votes import answer_reader
@@ -49,7 +50,8 @@ def evaluation_rollouts(config: Config, session: RolloutSession, number: BatchNu
 
 def gather_outcomes(part: RolloutPart, session: RolloutSession, ks: list[int]) -> list[Outcome]:
     """Of all leaders' responses, in their order, on every rank; collective."""
-    parts = session.sync.exchange([*zip(part.places, outcomes_of(part.rollouts, session.verifiers, ks), strict=True)])
+    mine = [*zip(part.places, outcomes_of(part.rollouts, session.verifiers, ks), strict=True)]
+    parts = values_of_leaders(mine, list[tuple[int, Outcome]])
     return [outcome for _, outcome in sorted((one for found in parts for one in found), key=lambda one: one[0])]
 
 

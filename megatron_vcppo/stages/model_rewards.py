@@ -94,8 +94,8 @@ class ModelRewards:
             if not math.isfinite(score):
                 problem = f"the score of a response to {scored[index].prompt.prompt_id} is {score}: check its weights"
             scored[index] = replace(scored[index], model_score=score)
-        if problems := [text for text in self.session.sync.exchange(problem) if text]:
-            raise UserError(f"rewards.model: {problems[0]}")
+        for _, text in self.session.sync.ranks.texts(problem):
+            raise UserError(f"rewards.model: {text}")
         return RolloutPart(part.places, scored)
 
     def add_to(self, share: RolloutShare) -> tuple[RolloutShare, dict[str, float]]:

@@ -230,7 +230,7 @@ class Ppo:
         self.loop.resume_within(0)
         if unfinished is None:
             return None
-        if unfinished.fits(part, share, self.config.ppo, self.config.run.seed, self.session.sync.exchange):
+        if unfinished.fits(part, share, self.config.ppo, self.config.run.seed):
             return unfinished
         if self.session.runtime.is_main:
             say(

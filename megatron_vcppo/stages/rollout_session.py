@@ -284,10 +284,10 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
 
     def report_verifier_problems(self) -> None:
         """Print what the leaders' verifiers had to report since the last call; collective."""
-        problems = self.sync.exchange(self.scorer.take_problems() if self.scorer else [])
-        if self.runtime.is_main:
-            for problem in (problem for part in problems for problem in part):
-                say(f"warning: verifier: {problem}")
+        for _, problems in self.sync.ranks.texts("\n".join(self.scorer.take_problems() if self.scorer else [])):
+            if self.runtime.is_main:
+                for problem in problems.splitlines():
+                    say(f"warning: verifier: {problem}")
 
     def keep_finished(self) -> None:
         """End what is pending and store what is finished of it, each leader its own part; collective.
@@ -306,7 +306,7 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
             if rollouts:
                 part = RolloutPart.whole(rollouts)
                 write_partial(self.folder, storage, part, self.runtime.dp_rank, self.runtime.dp_size)
-        self.sync.exchange(None)
+        self.sync.ranks.barrier()
         self.trainer_turn()
 
     def forget(self, number: BatchNumber) -> None:
@@ -436,7 +436,7 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         if any_rank(not is_whole):
             if self.runtime.is_main:  # what is there of it would be taken for parts of the batch that follows
                 (drop_rollouts if is_there else keep_as_partial)(self.folder, storage)
-            self.sync.exchange(None)
+            self.sync.ranks.barrier()
             return False
         if self.runtime.is_main:
             drop_partial(self.folder, storage)  # a kill may have come between the two

@@ -128,9 +128,8 @@ class StoredRollouts:
         self.actor = fresh.actor
         """The policy, if it had to generate."""
         problem = misfit(self.rollouts.values(), wanted, stage.config)
-        problems = [text for text in fresh.session.sync.exchange(problem) if text]
-        if problems:
-            raise UserError(problems[0])
+        for _, text in fresh.session.sync.ranks.texts(problem):
+            raise UserError(text)
         self.order = EpochOrder(wanted.num_rollouts, stage.config.run.seed, str(wanted.folder))
 
     def next(self, count: int, step: int) -> RolloutPart:
@@ -169,7 +168,7 @@ class StoredRollouts:
     def _load_or_make(self, fresh: FreshRollouts) -> dict[int, Rollout]:
         session, wanted, total = fresh.session, self.wanted, self.wanted.num_rollouts
         known = (stored_iterations(wanted.folder), self.other_scores) if self.runtime.is_main else None
-        stored, other_scores = session.sync.exchange(known)[0]
+        stored, other_scores = session.sync.ranks.tell(known, tuple[list[int], bool])
         rollouts: dict[int, Rollout] = {}
         number = num_found = 0
         while num_found < total:

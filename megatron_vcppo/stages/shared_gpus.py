@@ -121,7 +121,7 @@ class SharedGpus:
     def _weights_leave(self) -> None:
         if self.config.weight_sync.offload_weights:
             self.host.take(self._weights())
-        self.sync.exchange(None)  # engines take their cache when the last rank is done
+        self.sync.ranks.barrier()  # engines take their cache when the last rank is done
 
     def _weights(self) -> list[Storage]:
         models = [model.model if isinstance(model, Runner) else model for model in self.models]
@@ -129,20 +129,20 @@ class SharedGpus:
 
     def _give_turn(self, holder: Holder) -> None:
         """All ranks have got here when it returns, and every node knows."""
-        self.sync.exchange(None)
+        self.sync.ranks.barrier()
         if self.is_local_main:
             self.node.give_turn(holder)
-        self.sync.exchange(None)
+        self.sync.ranks.barrier()
 
     def _wait_for_starting(self) -> None:
         timeout_s = self.config.rollout.start_timeout_s
         deadline = time.monotonic() + timeout_s
         while starting := self._starting():
-            if self.sync.exchange(time.monotonic() > deadline)[0]:
+            if self.sync.ranks.any(time.monotonic() > deadline)[0]:
                 raise TimeoutError(f"{', '.join(starting)} not ready after {timeout_s:g} s (rollout.start_timeout_s)")
             time.sleep(POLL_S)
 
     def _starting(self) -> list[str]:
-        """Of all nodes."""
+        """By node, of the first ones that have any."""
         mine = self.node.starting() if self.is_local_main else []
-        return [name for names in self.sync.exchange(mine) for name in names]
+        return [names for _, names in self.sync.ranks.texts(", ".join(mine))]

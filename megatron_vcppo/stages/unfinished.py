@@ -4,10 +4,10 @@ Weights have moved by then, so the log-probs and values from before the update c
 as float32, exactly, by each replica for its share; advantages and returns are functions of them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,13 +17,18 @@ from torch import Tensor
 
 from megatron_vcppo.config import PpoConfig
 from megatron_vcppo.data.rollout_share import ModelOutputs, RolloutShare, RolloutTable
-from megatron_vcppo.mcore.row_exchange import exchange_rows
+from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.rank_messages import broadcast_value
+from megatron_vcppo.mcore.row_exchange import exchange_rows, values_of_leaders
 from megatron_vcppo.records import RolloutPart
 from megatron_vcppo.stages.share_exchange import replica_of_each
 from megatron_vcppo.stages.updates import UpdateMetrics
 
 SCHEMA = 2
 """Of what a checkpoint holds; 1: outputs of the whole batch in one file, and another identity."""
+
+_RowOfSchema1: TypeAlias = tuple[int, tuple[str, int, int, float | None]]
+"""Place in the batch; prompt, sample, seed, reward."""
 
 
 @dataclass(frozen=True)
@@ -74,21 +79,14 @@ class Unfinished:
         """Optimizer steps so far, over all models."""
         return UpdateMetrics.from_state(self.metrics).num_all_steps
 
-    def fits(
-        self,
-        part: RolloutPart,
-        share: RolloutShare,
-        config: PpoConfig,
-        run_seed: int,
-        exchange: Callable[[Any], list[Any]],
-    ) -> bool:
+    def fits(self, part: RolloutPart, share: RolloutShare, config: PpoConfig, run_seed: int) -> bool:
         """Whether these are the rollouts, and the settings, that the optimizer steps so far were made with; collective.
 
-        part: what this rank has of the batch from the engines. exchange: gives every rank the objects of all.
+        part: what this rank has of the batch from the engines.
         """
         if self.schema == SCHEMA:
             return self.identity == identity_of(share.batch, config, run_seed)
-        return self.identity == identity_of_schema_1(part, share, config, run_seed, exchange)
+        return self.identity == identity_of_schema_1(part, share, config, run_seed)
 
     def outputs(self, share: RolloutShare) -> ModelOutputs:
         """The model outputs of this replica's share again, whatever the number of replicas was."""
@@ -119,17 +117,11 @@ def identity_of(batch: RolloutTable, config: PpoConfig, run_seed: int) -> str:
     return digest.hexdigest()
 
 
-def identity_of_schema_1(
-    part: RolloutPart,
-    share: RolloutShare,
-    config: PpoConfig,
-    run_seed: int,
-    exchange: Callable[[Any], list[Any]],
-) -> str:
+def identity_of_schema_1(part: RolloutPart, share: RolloutShare, config: PpoConfig, run_seed: int) -> str:
     """The same as checkpoints of schema 1 have it, for which one replica reads all log-probs; collective."""
     batch = share.batch
     known = [(place, (r.prompt.prompt_id, r.sample_index, r.seed, r.reward)) for place, r in part.items()]
-    named = sorted(row for rows in exchange(known) for row in rows)
+    named = sorted(row for rows in values_of_leaders(known, list[_RowOfSchema1]) for row in rows)
     lengths = batch.lengths.numpy()
     logprobs = exchange_rows(share.rollout_logprobs, lengths, share.replicas, np.zeros(len(batch), np.int64))
     digest = xxhash.xxh3_128(_steps(config, run_seed))
@@ -139,7 +131,7 @@ def identity_of_schema_1(
         padded = torch.zeros(int(lengths.max()))
         padded[: len(row)] = row
         digest.update(padded.numpy().tobytes())
-    return str(exchange(digest.hexdigest())[0])
+    return broadcast_value(digest.hexdigest(), str, 0, device=runtime.device())
 
 
 def _steps(config: PpoConfig, run_seed: int) -> bytes:

@@ -48,28 +48,29 @@ def finish_with_joiners(
     rank was asked to stop before all were done.
     """
     while True:
-        states, stops = zip(*sync.exchange((_state(future), stop_requested())), strict=True)
-        failures = [f"rank {rank}: {state}" for rank, state in enumerate(states) if state not in ("", "running")]
-        if failures:
+        failure = _failure(future)
+        failed, running, stops = sync.ranks.any(bool(failure), _is_running(future), stop_requested())
+        if failed:
+            failures = [f"rank {rank}: {text}" for rank, text in sync.ranks.texts(failure)]
             if future and future.done():
                 future.result()
             raise RuntimeError(f"generation failed on {'; '.join(failures)}")
-        if "running" not in states:
+        if not running:
             return future.result() if future else None
-        if any(stops):
+        if stops:
             raise Stopped
         try:
             sync.update_joiners(policy_version, source)
         except WeightSyncError as error:
             log.warning("%s; its supervisor starts it again", error)
-        if future is not None:  # ranks that generate nothing wait for these in the exchange
+        if future is not None:  # ranks that generate nothing wait for these in the next collective
             wait([future], TICK_S)
 
 
-def _state(future: Future | None) -> str:
-    if future is None:
-        return ""
-    if not future.done():
-        return "running"
-    error = future.exception()
+def _is_running(future: Future | None) -> bool:
+    return future is not None and not future.done()
+
+
+def _failure(future: Future | None) -> str:
+    error = future.exception() if future is not None and future.done() else None
     return f"{type(error).__name__}: {error}" if error else ""

@@ -1,17 +1,15 @@
-"""This trainer rank's part in a push, and the collective that the ranks agree over."""
+"""This trainer rank's part in a push, and the group that the ranks agree over."""
 
-import datetime
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.network import node_network
 from megatron_vcppo.config.placement import gather_size
+from megatron_vcppo.mcore.rank_messages import RankGroup
 from megatron_vcppo.rollout.node_folder import NodeFolder
 from megatron_vcppo.rollout.rendezvous import SECRET
 from megatron_vcppo.run.secret import read_secret
@@ -23,8 +21,8 @@ from megatron_vcppo.weight_sync.turns import SleepingSync
 if TYPE_CHECKING:  # a trainer without Megatron pushes, too
     from megatron_vcppo.mcore.runtime import Runtime
 
-EXCHANGE_MARGIN_S = 120.0
-"""What an exchange may take beyond the longest thing that a rank does between two of them."""
+AGREEMENT_MARGIN_S = 120.0
+"""What an agreement of all ranks may take beyond the longest thing that a rank does between two of them."""
 SENDER_SHARE = 0.8
 """Of run.timeout_s, when a sender gives up at the latest: the tensor-parallel ranks that gather for it wait for it in
 NCCL, whose watchdog ends them after run.timeout_s. An engine that hangs would take the trainer along."""
@@ -56,38 +54,23 @@ def role_on_node(pp_rank: int, rank: int, local_rank: int, tp_size: int, ep_size
     )
 
 
-def make_exchange(timeout_s: float) -> Callable[[Any], list[Any]]:
-    """An all-gather of small objects over a separate gloo group (all ranks call this together)."""
-    if not dist.is_initialized():
-        return lambda value: [value]
-    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
-    size = dist.get_world_size()
-
-    def exchange(value: Any) -> list[Any]:
-        values: list[Any] = [None] * size
-        dist.all_gather_object(values, value, group=group)
-        return values
-
-    return exchange
-
-
 def make_weight_sync(config: Config, rendezvous: Path, role: SyncRole, device: torch.device) -> WeightSync:
     """The pushes of a stage; collective. With transport: disk the weights pass through the rendezvous folder."""
-    exchange = make_exchange(config.weight_sync.timeout_s + EXCHANGE_MARGIN_S)
-    return WeightSync(config.weight_sync, rendezvous, role, exchange, _make_transport(config, rendezvous, role, device))
+    ranks = RankGroup(config.weight_sync.timeout_s + AGREEMENT_MARGIN_S)
+    return WeightSync(config.weight_sync, rendezvous, role, ranks, _make_transport(config, rendezvous, role, device))
 
 
 def make_sleeping_sync(
     config: Config, rendezvous: Path, role: SyncRole, device: torch.device, node: NodeFolder, uses_memory: bool
 ) -> SleepingSync:
     """The same for engines on the trainer's GPUs. uses_memory: the weights pass through the memory of each node."""
-    exchange = make_exchange(config.weight_sync.timeout_s + EXCHANGE_MARGIN_S)
+    ranks = RankGroup(config.weight_sync.timeout_s + AGREEMENT_MARGIN_S)
     transport: Transport
     if uses_memory:
         transport = HostTransport(node, rendezvous, _bucket_bytes(config, role), role, config.weight_sync.verify)
     else:
         transport = _make_transport(config, rendezvous, role, device, backend="gloo")
-    return SleepingSync(config.weight_sync, rendezvous, role, exchange, transport)
+    return SleepingSync(config.weight_sync, rendezvous, role, ranks, transport)
 
 
 def _make_transport(

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_vcppo.config import WeightSyncConfig
 from megatron_vcppo.errors import Stopped
+from megatron_vcppo.mcore.rank_messages import RankGroup
 from megatron_vcppo.rollout import engine_http, rendezvous
 from megatron_vcppo.rollout.messages import GroupAddress, SyncReport, SyncRequest
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 Source = Callable[[], Tensors]
 """Starts a pass over this stage's weights: (Hugging Face name, tensor); collective over the tensor-parallel ranks."""
-Exchange = Callable[[Any], list[Any]]
-"""Gives every trainer rank the objects of all, by rank; collective, with a deadline."""
 
 STATUS_TIMEOUT_S = 10.0
 POLL_S = 0.5
@@ -58,9 +56,9 @@ class WeightSync:
     """One trainer rank's part in all pushes of a stage."""
 
     def __init__(
-        self, config: WeightSyncConfig, folder: Path, role: SyncRole, exchange: Exchange, transport: Transport
+        self, config: WeightSyncConfig, folder: Path, role: SyncRole, ranks: RankGroup, transport: Transport
     ) -> None:
-        self.config, self.folder, self.role, self.exchange = config, folder, role, exchange
+        self.config, self.folder, self.role, self.ranks = config, folder, role, ranks
         self.transport = transport
         self.pool = ThreadPoolExecutor(1, "weight_sync")
         self.held_version: int | None = None
@@ -75,10 +73,10 @@ class WeightSync:
         """
         deadline = time.monotonic() + timeout_s
         while len(ready := self.answering()) < count:
-            late, stops = zip(*self.exchange((time.monotonic() > deadline, stop_requested())), strict=True)
-            if any(stops):
+            late, stops = self.ranks.any(time.monotonic() > deadline, stop_requested())
+            if stops:
                 raise Stopped
-            if late[0]:
+            if late:
                 raise WeightSyncError(
                     f"{len(ready)} of {count} engines ready after {timeout_s:g} s; see their logs in {self.folder}", []
                 )
@@ -109,8 +107,7 @@ class WeightSync:
 
     def answering(self, but: int | None = None) -> list[Target]:
         """The engines that answer now, as the driver sees them; ``but``: without those that hold this version."""
-        found = self.exchange(asyncio.run(self._ask(but)) if self.role.is_driver else None)
-        return next(targets for targets in found if targets is not None)
+        return self.ranks.tell(asyncio.run(self._ask(but)) if self.role.is_driver else None, list[Target])
 
     async def _ask(self, but: int | None) -> list[Target]:
         async def ask(engine: Engine) -> Target | None:
@@ -138,43 +135,52 @@ class WeightSync:
         if not targets:
             raise WeightSyncError(f"no engine in {self.folder} answers: nothing to push to", [])
         started = time.monotonic()
-        mine = None
-        if self.role.sender is not None:
-            mine = MeetingPoint(self.role.pp_rank, self.role.sender, *self.transport.meet(targets))
-        points = [point for point in self.exchange(mine) if point]
+        points = self._meet(targets)
+        errors: list[str] = []
         reports: Future[dict[Engine, SyncReport]] | None = None
         if self.role.is_driver and self.transport.live:
             reports = self.pool.submit(asyncio.run, self._tell(policy_version, targets, points))
         if again and self.held_version == policy_version:
-            errors, num_bytes = [""], 0
+            num_bytes = 0
         else:
             errors, num_bytes = self._send_all(policy_version, source, targets)
-            self.held_version = policy_version if not self.transport.live and not any(errors) else None
-        if self.role.is_driver and not self.transport.live and not any(errors):
+            self.held_version = policy_version if not self.transport.live and not errors else None
+        if self.role.is_driver and not self.transport.live and not errors:
             reports = self.pool.submit(asyncio.run, self._tell(policy_version, targets, []))
-        mine_told = (reports.result(), time.monotonic() - started) if reports else None
-        told, seconds = next((answer for answer in self.exchange(mine_told) if answer), ({}, 0.0))
+        mine = ([*reports.result().items()], time.monotonic() - started) if reports else ([], 0.0)
+        answers, seconds = self.ranks.tell(mine, tuple[list[tuple[Engine, SyncReport]], float])
+        told = dict(answers)
         failed = {engine: report for engine, report in told.items() if report.error}
-        if any(errors) or failed:
+        if errors or failed:
             self.transport.close()
             raise _failure(policy_version, errors, failed)
         pause_s = max(report.pause_s for report in told.values())
         return PushResult(policy_version, tuple(t.engine for t in targets), num_bytes, seconds, pause_s)
 
+    def _meet(self, targets: list[Target]) -> list[MeetingPoint]:
+        """Where the senders are met; empty if the weights pass through a folder."""
+        role, mine = self.role, None
+        if role.sender is not None:
+            mine = MeetingPoint(role.pp_rank, role.sender, *self.transport.meet(targets))
+        if not self.transport.live:
+            return []
+        place = role.pp_rank * role.num_senders + (role.sender or 0)
+        return self.ranks.table(mine, place, role.pp_size * role.num_senders, MeetingPoint)
+
     def _send_all(self, policy_version: int, source: Source, targets: list[Target]) -> tuple[list[str], int]:
-        """All stages at once; returns the error of each rank ("" if none) and the bytes of all senders."""
+        """All stages at once; returns what went wrong on which rank and the bytes of all senders."""
         error, sent = "", 0
         if self.role.is_sender:
             try:
                 self.transport.connect(targets)
             except Exception as problem:
                 error = f"connecting: {problem}"
-        errors = self.exchange(error)
-        if self.role.takes_part and not any(errors):
-            error, sent = self._send(policy_version, source)
-        answers = self.exchange((error, sent))
-        errors = [f"trainer rank {rank}: {text}" if text else "" for rank, (text, _) in enumerate(answers)]
-        return errors, sum(num_bytes for _, num_bytes in answers)
+        errors = self.ranks.texts(error)
+        if not errors:
+            if self.role.takes_part:
+                error, sent = self._send(policy_version, source)
+            errors = self.ranks.texts(error)
+        return [f"trainer rank {rank}: {text}" for rank, text in errors], self.ranks.sum(sent)
 
     def _send(self, policy_version: int, source: Source) -> tuple[str, int]:
         tensors = source()
@@ -220,5 +226,5 @@ def _failure(policy_version: int, errors: list[str], failed: dict[Engine, SyncRe
     """The engines that vanished are the cause if there are any; the others only noticed."""
     lost = [engine for engine, report in failed.items() if report.lost]
     blamed = {engine: report for engine, report in failed.items() if report.lost} or failed
-    causes = [f"{engine}: {report.error}" for engine, report in blamed.items()] or [error for error in errors if error]
+    causes = [f"{engine}: {report.error}" for engine, report in blamed.items()] or errors
     return WeightSyncError(f"pushing policy version {policy_version} failed: {'; '.join(causes)}", lost)

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing_extensions import override
 
 from megatron_vcppo.config import WeightSyncConfig
+from megatron_vcppo.mcore.rank_messages import RankGroup
 from megatron_vcppo.rollout import engine_http, rendezvous
 from megatron_vcppo.rollout.messages import CACHE, WEIGHTS, SleepRequest, WakeRequest
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
 from megatron_vcppo.run.secret import read_secret
 from megatron_vcppo.weight_sync.push_plan import SyncRole, Target
-from megatron_vcppo.weight_sync.sync import POLL_S, Exchange, PushResult, Source, WeightSync, WeightSyncError
+from megatron_vcppo.weight_sync.sync import POLL_S, PushResult, Source, WeightSync, WeightSyncError
 from megatron_vcppo.weight_sync.transport import Transport
 
 TURN_TIMEOUT_S = 60.0
@@ -29,9 +30,9 @@ class SleepingSync(WeightSync):
     """``WeightSync`` whose engines are awake from a push to ``put_to_sleep``."""
 
     def __init__(
-        self, config: WeightSyncConfig, folder: Path, role: SyncRole, exchange: Exchange, transport: Transport
+        self, config: WeightSyncConfig, folder: Path, role: SyncRole, ranks: RankGroup, transport: Transport
     ) -> None:
-        super().__init__(config, folder, role, exchange, transport)
+        super().__init__(config, folder, role, ranks, transport)
         self.after_push: Callable[[], None] = lambda: None
         """Called on every rank when engines have their weights and before they take their cache."""
         self.turn_timeout_s = min(TURN_TIMEOUT_S, config.timeout_s)
@@ -59,7 +60,7 @@ class SleepingSync(WeightSync):
         deadline = time.monotonic() + self.config.timeout_s
         request = SleepRequest(level, self.turn_timeout_s)
         while awake := self._turn(rendezvous.engines(self.folder) if self.role.is_driver else [], request):
-            if self.exchange(time.monotonic() > deadline)[0]:
+            if self.ranks.any(time.monotonic() > deadline)[0]:
                 raise WeightSyncError(
                     f"engines are not asleep after {self.config.timeout_s:g} s: {_causes(awake)}", list(awake)
                 )
@@ -68,7 +69,7 @@ class SleepingSync(WeightSync):
     def _turn(self, engines: Sequence[Engine], request: SleepRequest | WakeRequest) -> dict[Engine, str]:
         """The engines that did not do it, and why; the same on every rank."""
         mine = asyncio.run(self._ask_turn(engines, request)) if self.role.is_driver and engines else {}
-        return next((failed for failed in self.exchange(mine) if failed), {})
+        return dict(self.ranks.tell([*mine.items()], list[tuple[Engine, str]]))
 
     async def _ask_turn(self, engines: Sequence[Engine], request: SleepRequest | WakeRequest) -> dict[Engine, str]:
         async def ask(engine: Engine) -> str:

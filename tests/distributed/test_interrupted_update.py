@@ -18,7 +18,6 @@ from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.records import Rollout, RolloutPart
 from megatron_vcppo.stages.unfinished import Unfinished, UpdateUnderWay
 from megatron_vcppo.stages.updates import UpdateMetrics
-from megatron_vcppo.weight_sync.rank_role import make_exchange
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import RanksFailed, run_distributed_test
 from tests.helpers.ppo_update import build, make_config, make_rollouts, save_models, share_of
@@ -41,7 +40,6 @@ def train_up_to(config: Config, rollouts: list[Rollout], folder: Path, num_steps
     """
     models, seed = build(config), config.run.seed
     share = share_of(rollouts)
-    exchange = make_exchange(60)
     assert models.critic is not None and models.reference is not None
     checkpoints = CheckpointFolder(folder, config, CheckpointConfig())
     learners: dict[str, Learner] = {"actor": models.actor, "critic": models.critic}
@@ -50,8 +48,8 @@ def train_up_to(config: Config, rollouts: list[Rollout], folder: Path, num_steps
         metrics, outputs = UpdateMetrics(), models.outputs(share)
     else:
         unfinished = Unfinished.from_checkpoint(resumed.state["unfinished"], resumed.tensor_files)
-        assert unfinished.fits(RolloutPart(), share, config.ppo, seed, exchange)
-        assert not unfinished.fits(RolloutPart(), share_of(rollouts[::-1]), config.ppo, seed, exchange)
+        assert unfinished.fits(RolloutPart(), share, config.ppo, seed)
+        assert not unfinished.fits(RolloutPart(), share_of(rollouts[::-1]), config.ppo, seed)
         metrics, outputs = UpdateMetrics.from_state(unfinished.metrics), unfinished.outputs(share)
     under_way = UpdateUnderWay(share, outputs, metrics, config.ppo, seed)
 

@@ -12,12 +12,12 @@ import pytest
 from megatron_vcppo.config import ParallelConfig
 from megatron_vcppo.data.rollout_share import RolloutTable, rows_of
 from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.rank_messages import RankGroup
 from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.run.rollout_store import partial_iterations, read_partial, read_rollouts, stored_iterations
 from megatron_vcppo.stages import rollout_session
 from megatron_vcppo.stages.group_queue import age_metrics
 from megatron_vcppo.stages.rollout_session import RolloutSession
-from megatron_vcppo.weight_sync.rank_role import make_exchange
 from tests.helpers.distributed import RanksFailed, run_distributed_test
 
 PROMPTS = [Prompt(f"p:{i}", (1, 2), "", "", "t") for i in range(5)]
@@ -32,7 +32,7 @@ def make_session(folder: Path) -> RolloutSession:
     session = RolloutSession.__new__(RolloutSession)
     session.runtime = runtime.start(ParallelConfig(), seed=1, timeout_s=60)
     session.folder, session.is_leader, session.storing = folder, True, None
-    sync: Any = SimpleNamespace(exchange=make_exchange(60))
+    sync: Any = SimpleNamespace(ranks=RankGroup(60))
     session.sync = sync
     return session
 

@@ -17,7 +17,6 @@ from megatron_vcppo.records import RolloutPart
 from megatron_vcppo.stages.share_exchange import move, replica_of_each, share_out
 from megatron_vcppo.stages.unfinished import Unfinished, UpdateUnderWay, identity_of_schema_1
 from megatron_vcppo.stages.updates import UpdateMetrics
-from megatron_vcppo.weight_sync.rank_role import make_exchange
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.ppo_update import make_rollouts, share_of
 
@@ -75,7 +74,7 @@ def test_every_rollout_is_on_one_replica_and_on_all_its_ranks() -> None:
 def save_and_read(folder: Path, number: int, writers: int, before: str) -> None:
     """Each replica saves its share's outputs; read back under another number of replicas."""
     runtime.start(ParallelConfig(), seed=1, timeout_s=60)
-    current, share, exchange = runtime.current(), share_of(ROLLOUTS), make_exchange(60)
+    current, share = runtime.current(), share_of(ROLLOUTS)
     config = PpoConfig()
     outputs = ModelOutputs(field_of(share), share.rollout_logprobs, values=-field_of(share))
     under_way = UpdateUnderWay(share, outputs, UpdateMetrics(), config, 3)
@@ -90,8 +89,8 @@ def save_and_read(folder: Path, number: int, writers: int, before: str) -> None:
     mine = [(i, r) for i, r in enumerate(ROLLOUTS) if group[r.prompt.prompt_id] % current.dp_size == current.dp_rank]
     for one in (state, {"identity": before, "report": state["report"]}):
         unfinished = Unfinished.from_checkpoint(one, files)
-        assert unfinished.fits(RolloutPart.of(mine), share, config, 3, exchange)
-        assert not unfinished.fits(RolloutPart.of(mine), share, replace(config, minibatches=7), 3, exchange)
+        assert unfinished.fits(RolloutPart.of(mine), share, config, 3)
+        assert not unfinished.fits(RolloutPart.of(mine), share, replace(config, minibatches=7), 3)
         found = unfinished.outputs(share).by_name()
         assert found.keys() == outputs.by_name().keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in outputs.by_name().items())
@@ -122,10 +121,9 @@ def test_identity_of_schema_1_sees_other_rewards() -> None:
     def body() -> tuple[str, str]:
         runtime.start(ParallelConfig(), seed=1, timeout_s=60)
         others = [replace(ROLLOUTS[0], reward=0.5), *ROLLOUTS[1:]]
-        share, exchange, config = share_of(ROLLOUTS), make_exchange(60), PpoConfig()
+        share, config = share_of(ROLLOUTS), PpoConfig()
         first, second = (
-            identity_of_schema_1(RolloutPart.whole(rollouts), share, config, 3, exchange)
-            for rollouts in (ROLLOUTS, others)
+            identity_of_schema_1(RolloutPart.whole(rollouts), share, config, 3) for rollouts in (ROLLOUTS, others)
         )
         return first, second
 

@@ -45,6 +45,7 @@ def test_offloading_gives_the_memory_to_other_processes_and_brings_the_bits_back
 def test_a_sleeping_engine_frees_its_memory_and_wakes_with_pushed_weights(tmp_path: Path) -> None:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("needs vLLM")
+    from megatron_vcppo.mcore.rank_messages import RankGroup
     from megatron_vcppo.rollout.node_folder import NodeFolder
     from megatron_vcppo.weight_sync.push_plan import SINGLE
     from megatron_vcppo.weight_sync.transport import HostTransport
@@ -58,7 +59,7 @@ def test_a_sleeping_engine_frees_its_memory_and_wakes_with_pushed_weights(tmp_pa
         asleep = free_bytes()
         with NodeFolder(node.rendezvous, 0) as shared:
             transport = HostTransport(shared, node.rendezvous, 1 << 20)
-            sync = SleepingSync(WeightSyncConfig(), node.rendezvous, SINGLE, lambda value: [value], transport)
+            sync = SleepingSync(WeightSyncConfig(), node.rendezvous, SINGLE, RankGroup(60.0), transport)
             outputs = []
             for version, model in enumerate((models[0], models[1], models[0])):
                 sync.sync(version, weights_of(model))

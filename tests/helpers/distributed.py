@@ -3,6 +3,7 @@
 Forking after importing Megatron once costs milliseconds a rank; a fresh interpreter costs seven seconds.
 """
 
+import contextlib
 import faulthandler
 import importlib
 import multiprocessing
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from megatron_vcppo.launch.guard import descendants
 from megatron_vcppo.run.processes import die_with_parent, free_port
 
 GRACE_S = 3.0
@@ -60,6 +62,11 @@ def run_distributed_test(
                 raise RanksFailed(_failure_report(ranks, folder, timeout_s))
         finally:
             for process in ranks:
+                if process.is_alive():  # no guard is there that would take along what it started
+                    assert process.pid is not None
+                    for child in descendants(process.pid):
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(child, signal.SIGKILL)
                 process.kill()
                 process.join()
         return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(world_size)]

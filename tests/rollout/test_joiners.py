@@ -2,24 +2,23 @@
 
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from megatron_vcppo.config import WeightSyncConfig
 from megatron_vcppo.errors import Stopped
+from megatron_vcppo.mcore.rank_messages import RankGroup
 from megatron_vcppo.weight_sync import joiners
 from megatron_vcppo.weight_sync.push_plan import SINGLE
 from megatron_vcppo.weight_sync.sync import WeightSync
 from megatron_vcppo.weight_sync.transport import NetworkTransport
 
 
-def make_sync(folder: Path, exchange: Callable[[Any], list[Any]] = lambda value: [value]) -> WeightSync:
+def make_sync(folder: Path, ranks: RankGroup | None = None) -> WeightSync:
     transport = NetworkTransport("127.0.0.1", torch.device("cpu"), 1 << 16, 10.0, lambda: "secret")
-    return WeightSync(WeightSyncConfig(), folder, SINGLE, exchange, transport)
+    return WeightSync(WeightSyncConfig(), folder, SINGLE, ranks or RankGroup(60.0), transport)
 
 
 def test_the_wait_ends_with_the_last_response_and_not_at_the_next_look_at_the_engines(tmp_path, monkeypatch) -> None:
@@ -35,10 +34,11 @@ def test_the_wait_ends_with_the_last_response_and_not_at_the_next_look_at_the_en
 
 
 def test_a_stop_on_any_rank_ends_the_wait_on_all_but_not_when_all_are_done(tmp_path: Path) -> None:
-    def with_a_rank_that_stops(value: Any) -> list[Any]:
-        return [value, ("", True)] if isinstance(value, tuple) else [value]
+    class WithARankThatStops(RankGroup):
+        def any(self, *flags: bool) -> tuple[bool, ...]:
+            return (*flags[:-1], True)
 
-    sync, release = make_sync(tmp_path, with_a_rank_that_stops), threading.Event()
+    sync, release = make_sync(tmp_path, WithARankThatStops(60.0)), threading.Event()
     begun = joiners.begin(lambda: release.wait(60))
     with pytest.raises(Stopped):
         joiners.finish_with_joiners(sync, 0, lambda: iter(()), begun)

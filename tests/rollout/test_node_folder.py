@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.errors import UserError, system_error
+from megatron_vcppo.rollout import node_folder
 from megatron_vcppo.rollout.node_folder import TRAINER, USERS, NodeFolder, remove_stale, weights_path
 
 HOLDER = """
@@ -110,3 +111,18 @@ def test_nodes_and_stages_have_folders_of_their_own(tmp_path: Path) -> None:
     assert os.getuid() == NodeFolder(tmp_path, 0).path.stat().st_uid
     time.sleep(0)
     remove_stale()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounting needs root")
+def test_a_full_memory_of_the_node_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = tmp_path / "shm"
+    memory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k,nr_inodes=1", "none", str(memory)], check=True)
+    monkeypatch.setattr(node_folder, "ROOT", memory)
+    try:
+        with pytest.raises(OSError, match="No space left") as failure:
+            NodeFolder(tmp_path, 0)
+    finally:
+        subprocess.run(["umount", str(memory)], check=True)
+    line = str(system_error(failure.value))
+    assert line.startswith(str(memory)) and "No space left on device: make room" in line

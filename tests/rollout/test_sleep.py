@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.config import WeightSyncConfig
+from megatron_vcppo.mcore.rank_messages import RankGroup
 from megatron_vcppo.rollout import engine_http, messages
 from megatron_vcppo.rollout.client import RolloutError
 from megatron_vcppo.rollout.messages import CACHE, WEIGHTS, Sampling, Status
@@ -62,7 +63,7 @@ def trainer(shared: NodeFolder) -> Iterator[Hold]:
 @pytest.fixture
 def sync(node: RolloutNode, shared: NodeFolder, trainer: Hold) -> SleepingSync:
     transport = HostTransport(shared, node.rendezvous, 1 << 16)
-    return SleepingSync(WeightSyncConfig(timeout_s=60.0), node.rendezvous, SINGLE, lambda value: [value], transport)
+    return SleepingSync(WeightSyncConfig(timeout_s=60.0), node.rendezvous, SINGLE, RankGroup(60.0), transport)
 
 
 def states(node: RolloutNode) -> list[Status]:

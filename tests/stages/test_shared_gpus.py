@@ -17,6 +17,7 @@ import pytest
 
 from megatron_vcppo.config import WeightSyncConfig
 from megatron_vcppo.errors import SAVED
+from megatron_vcppo.mcore.rank_messages import RankGroup
 from megatron_vcppo.rollout.messages import CACHE, WEIGHTS
 from megatron_vcppo.rollout.node_folder import TRAINER, NodeFolder, weights_path
 from megatron_vcppo.rollout.rendezvous import engines
@@ -63,7 +64,7 @@ def wake(node: RolloutNode) -> None:
     """For a stage that knows nothing of sleep."""
     with NodeFolder(node.rendezvous, 0) as shared:
         transport = HostTransport(shared, node.rendezvous, 1 << 20)
-        sync = SleepingSync(WeightSyncConfig(), node.rendezvous, SINGLE, lambda value: [value], transport)
+        sync = SleepingSync(WeightSyncConfig(), node.rendezvous, SINGLE, RankGroup(60.0), transport)
         for part in (WEIGHTS, CACHE):
             sync.wake(sync.answering(), part)
 

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_vcppo.config import EngineConfig, RolloutConfig, WeightSyncConfig
+from megatron_vcppo.mcore.rank_messages import RankGroup
 from megatron_vcppo.records import Prompt
 from megatron_vcppo.rollout import rendezvous
 from megatron_vcppo.rollout.client import RolloutClient
@@ -121,7 +122,7 @@ class RolloutNode:
         secret = partial(read_secret, self.rendezvous / SECRET)
         transport = transport or NetworkTransport("127.0.0.1", torch.device("cpu"), 1 << 16, timeout_s, secret)
         config = WeightSyncConfig(timeout_s=timeout_s, pause=pause)  # type: ignore[arg-type]
-        return WeightSync(config, self.rendezvous, SINGLE, lambda value: [value], transport)
+        return WeightSync(config, self.rendezvous, SINGLE, RankGroup(60.0), transport)
 
     def greedy(self, policy_version: int, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         """Greedy responses of 24 tokens from engines that hold policy_version."""

@@ -1,7 +1,9 @@
 """A stage small enough for fault tests: real gloo ranks, real checkpoints, the same contract as every stage.
 
-Its state is the list of iterations trained so far and the sum of an all-reduce per iteration; both are in the
-checkpoint, so a lost, repeated or torn iteration shows in the final state.
+Its state is the list of iterations trained so far, the sum of an all-reduce per iteration, and weights, each bit of
+which depends on all iterations; all are in the checkpoint, so a lost, repeated or torn iteration shows in the end. With
+TINY_WRITE_SECONDS a thread takes that long to write a checkpoint while training continues, and with TINY_VERIFIER=1
+rank 0 scores an answer per iteration in a verifier's process.
 """
 
 import json
@@ -9,10 +11,16 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.network import node_environment
 from megatron_vcppo.errors import UserError
@@ -26,26 +34,66 @@ def request_stop(*_: object) -> None:
     stop_requested = True
 
 
-def load_newest(checkpoints: Path) -> dict:
+def load_newest(checkpoints: Path) -> dict[str, Any]:
     for folder in sorted(checkpoints.glob("iter_*"), reverse=True):
         try:
             verify_manifest(folder)
-            return json.loads((folder / "state.json").read_text())
+            state = json.loads((folder / "state.json").read_text())
+            return state | {"weights": np.fromfile(folder / "weights.bin")}
         except UserError as error:
             print(f"checkpoint skipped: {error}", flush=True)
-    return {"trained": [], "total": 0.0}
+    weights = np.random.default_rng(1).standard_normal(int(os.environ.get("TINY_BYTES", "1000")) // 8)
+    return {"trained": [], "total": 0.0, "weights": weights}
 
 
-def save(checkpoints: Path, state: dict) -> None:
+def save(checkpoints: Path, state: dict[str, Any]) -> None:
     final = checkpoints / f"iter_{len(state['trained']):07d}"
     temporary = checkpoints / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(final, ignore_errors=True)
     temporary.mkdir(parents=True)
-    (temporary / "state.json").write_text(json.dumps(state))
-    (temporary / "weights.bin").write_bytes(os.urandom(int(os.environ.get("TINY_BYTES", "1000"))))
+    (temporary / "state.json").write_text(json.dumps({key: state[key] for key in ("trained", "total")}))
+    state["weights"].tofile(temporary / "weights.bin")
+    time.sleep(float(os.environ.get("TINY_WRITE_SECONDS", "0")))
     write_manifest(temporary, {"iteration": len(state["trained"])})
     temporary.rename(final)
+
+
+class Writer:
+    """One background save at a time; a failed one fails the rank at the next."""
+
+    def __init__(self, checkpoints: Path) -> None:
+        self.checkpoints = checkpoints
+        self.error: Exception | None = None
+        self.thread: threading.Thread | None = None
+
+    def start(self, state: dict[str, Any]) -> None:
+        self.finish()
+        copy = {**state, "trained": [*state["trained"]], "weights": state["weights"].copy()}
+        self.thread = threading.Thread(target=self._write, args=(copy,))
+        self.thread.start()
+
+    def finish(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+        if self.error is not None:
+            raise self.error
+
+    def _write(self, state: dict[str, Any]) -> None:
+        try:
+            save(self.checkpoints, state)
+        except Exception as error:
+            self.error = error
+
+
+def answer_to(scorer: Any, iteration: int) -> str:
+    """The verdict on a right answer, from a verifier's process."""
+    from megatron_vcppo.records import Prompt, Rollout
+
+    prompt = Prompt(f"p:{iteration}", (1,), "", str(iteration), "math")
+    text = f"\\boxed{{{iteration}}}"
+    (scored,) = scorer.score([Rollout(prompt, 0, iteration, (2,), text, (-1.0,), "stop", 0)])
+    return str(scored.verdict)
 
 
 def main() -> int:
@@ -56,18 +104,31 @@ def main() -> int:
         print("vcppo: data.jsonl:7: sample has no response", file=sys.stderr, flush=True)
         return 2
     os.environ.update(node_environment(config.cluster))
-    import torch
     import torch.distributed as dist
 
     from megatron_vcppo.mcore.ranks_store import ranks_store
 
     folder = Path(config.run.dir) / stage
-    checkpoints = folder / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    assert config.sft.steps
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     rank, ranks, timeout = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(seconds=60)
     dist.init_process_group("gloo", store=ranks_store(rank, ranks, timeout), rank=rank, world_size=ranks)
-    state = load_newest(checkpoints)
+    with ExitStack() as stack:
+        scorer = None
+        if rank == 0 and os.environ.get("TINY_VERIFIER") == "1":
+            from megatron_vcppo.rewards.scorer import Scorer
+
+            scorer = stack.enter_context(Scorer(num_workers=1))
+        return train(config, folder, rank, ranks, scorer)
+
+
+def train(config: Config, folder: Path, rank: int, ranks: int, scorer: Any) -> int:
+    """Every iteration that is left; returns the exit code."""
+    import torch
+    import torch.distributed as dist
+
+    checkpoints = folder / "checkpoints"
+    writer, state = Writer(checkpoints), load_newest(checkpoints)
+    assert config.sft.steps
     print(f"rank {rank}/{ranks} starts after iteration {len(state['trained'])}", flush=True)
     while len(state["trained"]) < config.sft.steps:
         time.sleep(float(os.environ.get("TINY_SECONDS", "0.05")))
@@ -76,6 +137,9 @@ def main() -> int:
         dist.all_reduce(both)
         state["trained"].append(iteration)
         state["total"] += both[0].item() / ranks
+        weights = torch.from_numpy(np.sin(state["weights"] * iteration) / (1 + rank))
+        dist.all_reduce(weights)
+        state["weights"] = weights.numpy()
         stopping = both[1].item() > 0
         if rank == 0:
             record = {
@@ -84,15 +148,19 @@ def main() -> int:
                 "total_iterations": config.sft.steps,
                 "loss": 1 / iteration,
             }
+            if scorer is not None and (verdict := answer_to(scorer, iteration)) != "correct":
+                print(f"iteration {iteration}: verdict {verdict}", flush=True)
             if stopping or iteration % config.sft.checkpoint.save_every == 0 or iteration == config.sft.steps:
-                save(checkpoints, state)
+                writer.start(state)
+            if stopping or iteration == config.sft.steps or "TINY_WRITE_SECONDS" not in os.environ:
+                writer.finish()
             with (folder / "metrics.jsonl").open("a") as metrics:
                 metrics.write(json.dumps(record) + "\n")
         dist.barrier()
         if stopping and iteration < config.sft.steps:
             return 75
     if rank == 0:
-        (folder / "result.json").write_text(json.dumps(state))
+        (folder / "result.json").write_text(json.dumps({key: state[key] for key in ("trained", "total")}))
         finish(folder)
     return 0
 

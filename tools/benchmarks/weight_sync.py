@@ -22,10 +22,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_vcppo.config import WeightSyncConfig
+from megatron_vcppo.mcore.rank_messages import RankGroup
 from megatron_vcppo.rollout.rendezvous import SECRET
 from megatron_vcppo.run.secret import read_secret
 from megatron_vcppo.weight_sync.push_plan import role_in_stage
-from megatron_vcppo.weight_sync.rank_role import make_exchange
 from megatron_vcppo.weight_sync.sync import WeightSync
 from megatron_vcppo.weight_sync.transport import DiskTransport, NetworkTransport, Transport
 from tools.benchmarks._ranks import run_ranks
@@ -145,6 +145,6 @@ def push(
         address, cpu = address_of(1 + rank), torch.device("cpu")
         secret = partial(read_secret, rendezvous / SECRET)
         transport = NetworkTransport(address, cpu, bucket_bytes, TIMEOUT_S, secret, role=role, verify=args.verify)
-    sync = WeightSync(WeightSyncConfig(timeout_s=TIMEOUT_S), rendezvous, role, make_exchange(TIMEOUT_S), transport)
+    sync = WeightSync(WeightSyncConfig(timeout_s=TIMEOUT_S), rendezvous, role, RankGroup(TIMEOUT_S), transport)
     results = [sync.sync(first_version + number, lambda: iter(weights.items())) for number in range(rounds)]
     return [(result.seconds, result.pause_s) for result in results]

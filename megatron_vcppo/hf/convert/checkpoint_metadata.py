@@ -1,7 +1,7 @@
 """``.metadata`` of a Megatron checkpoint as data: the file is a pickle, and loading a pickle can run any code.
 
-Here only the classes that such a file is made of are loaded, and what they say is checked: every reader in this project
-calls ``read_metadata`` first, also where Megatron's own loader, which trusts the file, reads it afterwards.
+Here only the classes that such a file is made of are loaded, and what they say is checked; every reader in this project
+has it from here.
 """
 
 import pickle
@@ -79,8 +79,10 @@ def read_metadata(folder: Path, only_tensors: bool = False) -> Metadata:
 
 
 def check_checkpoint(folder: Path) -> Metadata:
-    """What a folder that Megatron is about to load holds. UserError if it is damaged, or holds anything but tensors and
-    numbers."""
+    """What a folder that is about to be loaded holds.
+
+    Raises UserError if it is damaged, or holds anything but tensors and numbers.
+    """
     found = read_metadata(folder, only_tensors=True)
     try:
         torch.load(folder / "common.pt", map_location="cpu", weights_only=True)

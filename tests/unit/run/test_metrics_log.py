@@ -3,11 +3,14 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from wandb.proto.wandb_internal_pb2 import Record
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
@@ -87,6 +90,35 @@ def test_online_without_a_key_is_the_users_to_mend(
         MetricsLog(tmp_path, config, "sft")
 
 
+def wandb_messages(content: bytes) -> Iterator[bytes]:
+    """The file is LevelDB's log: blocks of 32 KiB, in which a message is one piece (type 1), or a first, middle and
+    last one (2, 3, 4), each after its checksum, length and type; the first seven bytes are the file's mark."""
+    place, message = 7, b""
+    while place < len(content):
+        if 32768 - place % 32768 < 7:  # too little for a head: padding
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, place)
+        message += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield message
+            message = b""
+
+
+def wandb_records(path: Path) -> tuple[set[str], list[int]]:
+    """Ids of runs in an offline file, and the steps that it has: what `wandb sync` uploads, files in order of time."""
+    ids, steps = set(), []
+    for data in wandb_messages(path.read_bytes()):
+        record = Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "run":
+            ids.add(record.run.run_id)
+        if record.WhichOneof("record_type") == "history":
+            steps.append(record.history.step.num)
+    return ids, steps
+
+
 def test_offline_runs_keep_their_id_and_no_secret(tmp_path: Path, config: Config) -> None:
     config.run.wandb, config.run.wandb_project = "offline", "my-own-project"
     config.cluster.environment["PRIVATE"] = "do-not-publish"
@@ -96,6 +128,7 @@ def test_offline_runs_keep_their_id_and_no_secret(tmp_path: Path, config: Config
     assert (tmp_path / WANDB_ID_NAME).read_text() == identifier
     stored = sorted((tmp_path / "wandb").glob(f"offline-run-*/run-{identifier}.wandb"))
     assert len(stored) == 2
+    assert [wandb_records(path) for path in stored] == [({identifier}, [1, 2]), ({identifier}, [3])]
     assert b"sft/loss" in stored[0].read_bytes() and b"my-own-project" in stored[0].read_bytes()
     for folder, _, files in os.walk(tmp_path):
         for name in files:
