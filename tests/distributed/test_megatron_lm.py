@@ -24,7 +24,7 @@ from megatron_vcppo.hf import mapping
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.folders import LATEST
 from megatron_vcppo.launch.checks import check_inputs
-from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore import object_collectives, runtime
 from megatron_vcppo.mcore.hf_weights_io import load_base, load_hf
 from megatron_vcppo.mcore.learner import Actor
 from megatron_vcppo.mcore.model import build_actor, build_critic, transformer_config
@@ -40,6 +40,7 @@ PADDED = 192
 
 def save_as_megatron_lm(hf: Path, folder: Path, parallel: ParallelConfig, keys: str) -> None:
     """One rank: the weights of ``hf`` in a plain GPTModel, saved next to what Megatron-LM saves with them."""
+    object_collectives.install = lambda: None  # Megatron's own saving gathers objects
     me = runtime.start(parallel, seed=1, timeout_s=60)
     mapping.padded_vocab_size = lambda vocab_size, tp: PADDED
     arch = Architecture.from_hf(hf)

@@ -2,7 +2,13 @@
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
 from megatron_vcppo.config import CheckpointConfig, Config
+from megatron_vcppo.hf.convert.checkpoint_metadata import check_checkpoint
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder
 
 
@@ -13,3 +19,15 @@ def checkpoint_folder(
     config = Config()
     config.model.hf, config.run.seed = str(hf), seed
     return CheckpointFolder(folder, config, CheckpointConfig(keep_last=keep_last, async_save=async_save))
+
+
+def stored_tensors(component: Path) -> dict[str, Tensor]:
+    """Every global tensor of a component, put together from its boxes by torch itself; without ranks."""
+    stored = check_checkpoint(component).state_dict_metadata.items()
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in stored
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(tensors, storage_reader=FileSystemReader(component), no_dist=True)
+    return tensors

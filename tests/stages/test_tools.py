@@ -4,15 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
 
-from megatron_vcppo.config import ParallelConfig
-from megatron_vcppo.mcore import runtime
 from megatron_vcppo.run.manifest import read_manifest
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import read_rollouts
 from megatron_vcppo.tasks.word_tokenizer import WORDS
-from tests.helpers.distributed import run_distributed_test
+from tests.helpers.checkpoints import stored_tensors
 from tests.helpers.rollout_stages import Stage, make_config
 from tools.benchmarks._rollout_node import RolloutNode
 
@@ -32,13 +29,7 @@ tool = Tool()
 def critic_of(stage: Stage, iteration: int) -> dict[str, torch.Tensor]:
     """Its tensors in a checkpoint."""
     folder = stage.folder / "checkpoints" / f"iter_{iteration:07d}" / "critic"
-
-    def body() -> dict[str, torch.Tensor]:
-        runtime.start(ParallelConfig(), 3, 60)
-        tensors = dist_checkpointing.load_plain_tensors(str(folder))
-        return {key: value for key, value in tensors.items() if isinstance(value, torch.Tensor)}
-
-    return run_distributed_test(body, 1)[0]
+    return stored_tensors(folder)
 
 
 def test_a_tool_writes_within_responses_and_only_the_policys_tokens_are_learned(
