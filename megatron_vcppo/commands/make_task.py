@@ -9,17 +9,7 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.files import replacing
 
 _DONE = "make_task.json"
-_DATA_SETTINGS = (
-    "task",
-    "steps",
-    "demonstration_steps",
-    "mistake_rate",
-    "demonstrations",
-    "validation",
-    "prompts",
-    "test",
-    "seed",
-)
+_DATA_SETTINGS = ("task", "steps", "mistake_rate", "demonstrations", "validation", "prompts", "test", "seed")
 _MODEL_SETTINGS = ("family", "layers", "width", "head_size", "max_length")
 
 
@@ -35,13 +25,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--task", nargs="+", default=["running_sum"], help="running_sum (default), list_ops, search, tool_sum"
     )
     parser.add_argument("--steps", nargs=2, type=int, metavar=("MIN", "MAX"), help="difficulty: steps of a solution")
-    parser.add_argument(
-        "--demonstration-steps",
-        nargs=2,
-        type=int,
-        metavar=("MIN", "MAX"),
-        help="those of the SFT samples, if they are to be others: long solutions are learned from shorter ones sooner",
-    )
     parser.add_argument("--mistake-rate", type=float, default=0.2, help="probability of a wrong step (0.2)")
     parser.add_argument("--demonstrations", type=int, default=30_000, help="SFT samples per task (30000)")
     parser.add_argument("--validation", type=int, default=500, help="SFT validation samples per task (500)")
@@ -64,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {name: getattr(args, name) for name in _DATA_SETTINGS + _MODEL_SETTINGS}
     if out.exists():
         done = out / _DONE
-        if done.is_file() and dict.fromkeys(settings) | json.loads(done.read_text())["settings"] == settings:
+        if done.is_file() and json.loads(done.read_text())["settings"] == settings:
             print(f"{out} is already made with these settings")
             return 0
         raise UserError(f"{out} exists; remove it or choose another --out")
@@ -92,10 +75,9 @@ def _check(args: argparse.Namespace) -> None:
 
     for name in args.task:
         task = get_task(name)
-        for option, given in (("--steps", args.steps), ("--demonstration-steps", args.demonstration_steps)):
-            low, high = given or task.default_steps
-            if not 1 <= low <= high <= task.max_steps:
-                raise UserError(f"{option} {low} {high}: task {name} takes 1 ≤ MIN ≤ MAX ≤ {task.max_steps}")
+        low, high = args.steps or task.default_steps
+        if not 1 <= low <= high <= task.max_steps:
+            raise UserError(f"--steps {low} {high}: task {name} takes 1 ≤ MIN ≤ MAX ≤ {task.max_steps}")
     if args.width % args.head_size or args.head_size % 2:
         raise UserError(f"--width {args.width} must be a multiple of an even --head-size, which is {args.head_size}")
     for key in ("demonstrations", "validation", "prompts", "test", "layers"):
@@ -112,13 +94,12 @@ def _write_data(args: argparse.Namespace, folder: Path) -> dict[str, int]:
 
     tasks = [get_task(name) for name in args.task]
     steps = {task.name: tuple(args.steps or task.default_steps) for task in tasks}
-    shown = {task.name: tuple(args.demonstration_steps or steps[task.name]) for task in tasks}
     style = Style(mistake_rate=args.mistake_rate)
     seed = args.seed
     files = {
-        "sft_train": [demonstration_rows(t, "train", shown[t.name], seed, args.demonstrations, style) for t in tasks],
+        "sft_train": [demonstration_rows(t, "train", steps[t.name], seed, args.demonstrations, style) for t in tasks],
         "sft_validation": [
-            demonstration_rows(t, "validation", shown[t.name], seed, args.validation, style) for t in tasks
+            demonstration_rows(t, "validation", steps[t.name], seed, args.validation, style) for t in tasks
         ],
         "prompts_train": [prompt_rows(t, "train", steps[t.name], seed, args.prompts) for t in tasks],
         "prompts_test": [prompt_rows(t, "test", steps[t.name], seed, args.test, unique=True) for t in tasks],

@@ -29,8 +29,8 @@ from megatron_vcppo.run.folder import RunFolder
 FOLDER = CONFIGS / "experiments"
 KEYS = {"title", "question", "task", "config", "set", "shared", "arms", "claims", "figures", "outcomes", "against"}
 TASK_OPTIONS = {
-    "steps", "demonstration_steps", "mistake_rate", "demonstrations", "validation", "prompts", "test", "family",
-    "layers", "width", "head_size", "max_length", "seed",
+    "steps", "mistake_rate", "demonstrations", "validation", "prompts", "test", "family", "layers", "width",
+    "head_size", "max_length", "seed",
 }  # fmt: skip
 """Of ``vcppo make-task``, besides its name and kinds."""
 OWN = "own"

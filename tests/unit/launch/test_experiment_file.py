@@ -1,5 +1,6 @@
 """Experiment files: those that are shipped, what is shared, and what is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,11 @@ def test_a_dry_run_prints_the_chains_and_writes_nothing(tmp_path: Path, capsys) 
     assert "shared/long_sum/seed_0: sft, reward_model, value_pretrain\n" in out
     assert "components/vc_ppo/seed_0: ppo, evaluate; begins with shared/long_sum/seed_0" in out
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_documented_file_is_sound(tmp_path: Path) -> None:
+    document = FOLDER.parents[1] / "docs" / "experiments.md"
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    experiment = read_experiment(write(tmp_path, text))
+    assert len(plan(experiment, tmp_path, range(1), None, [], None)) == 4
+    assert experiment.arms[2].own == ("reward_model",) and experiment.shared_overrides == ("sft.steps=2500",)

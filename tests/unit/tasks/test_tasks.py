@@ -163,7 +163,6 @@ def test_make_task_keeps_what_is_done_and_refuses_what_is_not(
     for bad, message in [
         (("--task", "sudoku"), "unknown task 'sudoku'; the synthetic tasks are running_sum"),
         (("--steps", "5", "70"), "MAX ≤ 64"),
-        (("--demonstration-steps", "9", "8"), "--demonstration-steps 9 8: task running_sum takes"),
         (("--width", "50"), "multiple of an even --head-size"),
         (("--test", "0"), "--test must be at least 1"),
         (("--mistake-rate", "2"), "is no probability"),
@@ -171,27 +170,3 @@ def test_make_task_keeps_what_is_done_and_refuses_what_is_not(
         with pytest.raises(UserError, match=message):
             command("--out", str(tmp_path / "other"), *bad)
     assert [path.name for path in tmp_path.iterdir()] == ["task"]
-
-
-def test_demonstrations_may_be_shorter_than_the_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "task"
-    command("--out", str(out), *SMALL, "--steps", "20", "24", "--demonstration-steps", "3", "5")
-
-    def steps(file: str) -> set[int]:
-        prompts = [json.loads(line)["prompt"] for line in (out / file).read_text().splitlines()]
-        return {(len(prompt.split()) - 2) // 2 for prompt in prompts}
-
-    assert steps("sft_train.jsonl") | steps("sft_validation.jsonl") <= {3, 4, 5}
-    assert steps("prompts_train.jsonl") | steps("prompts_test.jsonl") <= {20, 21, 22, 23, 24}
-
-
-def test_a_task_that_was_made_before_an_option_existed_is_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "task"
-    command("--out", str(out), *SMALL)
-    record = json.loads((out / "make_task.json").read_text())
-    del record["settings"]["demonstration_steps"]
-    (out / "make_task.json").write_text(json.dumps(record))
-    capsys.readouterr()
-    assert command("--out", str(out), *SMALL) == 0 and "already made" in capsys.readouterr().out
