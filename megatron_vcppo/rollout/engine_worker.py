@@ -1,7 +1,7 @@
 """What every vLLM worker process imports: the receiving end of a weight push.
 
 Importing this module (vLLM does it through ``--worker-extension-cls``) registers the weight-transfer engine "vcppo"
-in the worker. Four things that a plain ``model.load_weights`` gets wrong, the second and third without an error:
+in the worker. Four things that a plain ``model.load_weights`` gets wrong, without an error on the second:
 linear layers are stored repacked for oneDNN, so loading goes through vLLM's layer-wise reload; with tied embeddings
 the output layer keeps its old repacked copy on CPU, so it is repacked by hand; experts are repacked on CPU only when
 their kernel is made, so it is made again; and the base class ends an update with an accelerator call that does not
