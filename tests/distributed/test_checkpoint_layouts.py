@@ -18,6 +18,7 @@ from megatron_vcppo.mcore.checkpoint import load_learner
 from megatron_vcppo.mcore.checkpoint_state import adam_steps, owned_ranges, tensors_to_save
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.model import CriticModel
+from megatron_vcppo.mcore.object_collectives import torchs_own
 from tests.helpers.checkpoints import checkpoint_folder
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.training import start, step
@@ -61,7 +62,8 @@ def save_trained_by_megatron(hf: Path, folder: Path, parallel: ParallelConfig, d
         (folder / name).mkdir(parents=True, exist_ok=True)
         filesystem_async._results_queue = queue.Queue()  # not one of a process that imports torch first
         state = {"model": model, "optimizer": state, "optimizer_steps": learner.optimizer_steps}
-        dist_checkpointing.save(state, str(folder / name))
+        with torchs_own():
+            dist_checkpointing.save(state, str(folder / name))
 
 
 def load_and_save(hf: Path, source: Path, folder: Path, parallel: ParallelConfig, dtype: Dtype = "float32") -> None:
@@ -84,7 +86,8 @@ def content(folder: Path) -> dict[str, Tensor]:
 
     def body() -> dict[str, Tensor]:
         runtime.start(ParallelConfig(), 3, 60)
-        parts = {name: dist_checkpointing.load_plain_tensors(str(folder / name)) for name in ("actor", "critic")}
+        with torchs_own():
+            parts = {name: dist_checkpointing.load_plain_tensors(str(folder / name)) for name in ("actor", "critic")}
         items = [(f"{name} {key}", value) for name, part in parts.items() for key, value in part.items()]
         return {key: value for key, value in items if isinstance(value, Tensor)}
 
