@@ -14,12 +14,12 @@ from torch.nn import functional
 
 from megatron_vcppo.config import Dtype, ParallelConfig
 from megatron_vcppo.hf.frozen import frozen_names
-from megatron_vcppo.mcore import object_collectives
 from megatron_vcppo.mcore.checkpoint import load_learner
 from megatron_vcppo.mcore.checkpoint_state import adam_steps, owned_ranges, tensors_to_save
 from megatron_vcppo.mcore.frozen import freeze
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.model import CriticModel
+from megatron_vcppo.mcore.object_collectives import torchs_own
 from tests.helpers.checkpoints import checkpoint_folder, stored_tensors
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.training import start, step
@@ -56,7 +56,6 @@ def head_in_the_models_type(critic: CriticModel) -> None:
 
 def save_trained_by_megatron(hf: Path, folder: Path, parallel: ParallelConfig, dtype: Dtype) -> None:
     """In the format of before: Megatron's own state of the optimizer, gathered on every data-parallel rank."""
-    object_collectives.install = lambda: None  # as it was then: Megatron's own saving gathers objects
     for name, learner in trained(hf, parallel, dtype, head_in_the_models_type).items():
         model = learner.model.sharded_state_dict()
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -64,7 +63,8 @@ def save_trained_by_megatron(hf: Path, folder: Path, parallel: ParallelConfig, d
         (folder / name).mkdir(parents=True, exist_ok=True)
         filesystem_async._results_queue = queue.Queue()  # not one of a process that imports torch first
         state = {"model": model, "optimizer": state, "optimizer_steps": learner.optimizer_steps}
-        dist_checkpointing.save(state, str(folder / name))
+        with torchs_own():
+            dist_checkpointing.save(state, str(folder / name))
 
 
 def load_and_save(hf: Path, source: Path, folder: Path, parallel: ParallelConfig, dtype: Dtype = "float32") -> None:

@@ -24,10 +24,11 @@ from megatron_vcppo.hf import mapping
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.folders import LATEST
 from megatron_vcppo.launch.checks import check_inputs
-from megatron_vcppo.mcore import object_collectives, runtime
+from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.hf_weights_io import load_base, load_hf
 from megatron_vcppo.mcore.learner import Actor
 from megatron_vcppo.mcore.model import build_actor, build_critic, transformer_config
+from megatron_vcppo.mcore.object_collectives import torchs_own
 from megatron_vcppo.stages.initial_models import starting_actor, starting_critic
 from megatron_vcppo.stages.provenance import identity
 from tests.helpers.distributed import run_distributed_test
@@ -40,7 +41,6 @@ PADDED = 192
 
 def save_as_megatron_lm(hf: Path, folder: Path, parallel: ParallelConfig, keys: str) -> None:
     """One rank: the weights of ``hf`` in a plain GPTModel, saved next to what Megatron-LM saves with them."""
-    object_collectives.install = lambda: None  # Megatron's own saving gathers objects
     me = runtime.start(parallel, seed=1, timeout_s=60)
     mapping.padded_vocab_size = lambda vocab_size, tp: PADDED
     arch = Architecture.from_hf(hf)
@@ -75,7 +75,8 @@ def save_as_megatron_lm(hf: Path, folder: Path, parallel: ParallelConfig, keys: 
         "rng_state": ShardedObject("rng_state", [{"random": 1}], *place),
     }
     filesystem_async._results_queue = queue.Queue()  # not one of a process that imports torch first
-    dist_checkpointing.save(state, str(folder))
+    with torchs_own():
+        dist_checkpointing.save(state, str(folder))
 
 
 class Trap:
