@@ -19,11 +19,11 @@ from megatron_vcppo.launch.attempts import run_stage
 from megatron_vcppo.launch.notify import announce
 from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.launch.save_timing import save_clock
-from megatron_vcppo.run import events, log
+from megatron_vcppo.run import events
 from megatron_vcppo.run.config_file import open_run
 from megatron_vcppo.run.events import process_age_s
 from megatron_vcppo.run.folder import RunFolder
-from megatron_vcppo.run.log import say
+from megatron_vcppo.run.log import say, speaking_as
 from megatron_vcppo.run.processes import free_port
 from megatron_vcppo.run.rollout_store import rollouts_folder
 from megatron_vcppo.slurm.slurm_cli import ENDED, job_end_time, patiently, show_job, slurm, slurm_message
@@ -47,7 +47,14 @@ class StageJob:
 
     def __call__(self) -> None:
         """Run the stage. Leaves with the trainer's exit code if that is not 0: it is the job's."""
-        log.configure("controller")
+        with speaking_as("controller"):
+            code = self.run_and_announce()
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the interpreter's end would make it deadly again
+        if code:
+            sys.exit(code)
+
+    def run_and_announce(self) -> int:
+        """The stage, its end told to whom run.notify names; returns its exit code."""
         try:
             with RunFolder(self.run).full_disk_named():
                 code = self.run_here()
@@ -59,9 +66,7 @@ class StageJob:
         with suppress(UserError):
             run, config = open_run(self.run)
             announce(run, config, self.stage, code)
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the interpreter's end would make it deadly again
-        if code:
-            sys.exit(code)
+        return code
 
     def run_here(self) -> int:
         """The stage in this allocation; returns its exit code."""

@@ -68,7 +68,7 @@ def train(hf: Path, folder: Path, parallel: ParallelConfig, dtype: Dtype, offloa
     return {"history": history, "sizes": sizes, "files": {n: f for n, f in files.items() if n.endswith(".distcp")}}
 
 
-QUICK = {("overlap", "float32"), ("distributed", "bfloat16"), ("tp2-pp2", "bfloat16")}
+QUICK = {("overlap", "float32"), ("distributed", "bfloat16")}
 CASES = [
     pytest.param(layout, dtype, marks=() if (layout, dtype) in QUICK else pytest.mark.slow)
     for layout in LAYOUTS

@@ -195,6 +195,7 @@ def test_a_hung_engine_is_replaced_and_sleep_waits_for_that(node, sync, shared) 
     wait_for_successor(node, victim)
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_sleep_is_named_at_the_deadline(node, sync) -> None:
     sync.wake(sync.answering(), WEIGHTS)
     sync.wake(sync.answering(), CACHE)

@@ -116,6 +116,7 @@ def test_a_node_whose_python_lacks_the_packages(cluster: DevCluster, tmp_path: P
     assert not cluster.command("squeue", "-h").stdout
 
 
+@pytest.mark.slow
 def test_a_port_taken_meanwhile_costs_an_attempt_and_one_taken_for_good_is_named(
     tiny_run: tuple[RunFolder, Config], monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

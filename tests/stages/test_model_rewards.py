@@ -30,6 +30,7 @@ def scores_of(reward_model: Path, rollouts: list[Rollout]) -> list[float]:
         return [float(model(input_ids=x).logits) for x in ids]
 
 
+@pytest.mark.slow
 def test_ppo_on_a_models_rewards_continues_after_a_kill(
     node: RolloutNode, task: Path, tmp_path: Path, reward_model: Path
 ) -> None:

@@ -147,6 +147,7 @@ def test_an_engine_killed_in_the_update_waits_and_one_killed_in_generation_joins
     assert replay_elsewhere(stage, node, tmp_path / "again").checkpoint() == stage.checkpoint()
 
 
+@pytest.mark.slow
 def test_a_killed_trainer_leaves_engines_that_the_next_attempt_uses(
     node: RolloutNode, task: Path, tmp_path: Path
 ) -> None:
@@ -171,6 +172,7 @@ def test_a_stop_in_the_engines_turn_saves_what_is_in_host_memory(node: RolloutNo
     assert replay_elsewhere(stage, node, tmp_path / "again").checkpoint() == stage.checkpoint()
 
 
+@pytest.mark.slow
 def test_the_other_stages_that_generate_take_turns(node: RolloutNode, task: Path, tmp_path: Path) -> None:
     """Fresh rollouts for every step of pretraining (each wakes and pushes), a reward model's set, an evaluation."""
     stages = {"stages": ["reward_model", "value_pretrain", "evaluate"]}

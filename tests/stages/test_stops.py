@@ -114,6 +114,7 @@ def test_with_staleness_what_was_begun_ahead_is_kept_too(node: RolloutNode, task
     assert again.checkpoint() == stage.checkpoint() and learned(again) == learned(stage)
 
 
+@pytest.mark.slow
 def test_value_pretraining_stops_while_a_step_is_generated(node: RolloutNode, task: Path, tmp_path: Path) -> None:
     config = make_config(task, tmp_path / "run", {"value_pretrain": {"steps": 3, "checkpoint": {"save_every": 100}}})
     stage = Stage(node, config, "value_pretrain")
