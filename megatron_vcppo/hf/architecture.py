@@ -16,6 +16,14 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf import experts
 from megatron_vcppo.hf.experts import Experts
 from megatron_vcppo.hf.pipeline import Ends, stage_layers
+from megatron_vcppo.hf.rope import (
+    ROPE_NUMBERS,
+    LinearScaling,
+    RopeScaling,
+    Yarn,
+    read_rope_scaling,
+    rope_parameters,
+)
 from megatron_vcppo.run.files import parse_json
 
 GELU = "gelu_pytorch_tanh"
@@ -54,10 +62,6 @@ CRITIC_CLASSES = {
 }
 """Those of transformers; other families have none."""
 DTYPES = ("float32", "bfloat16", "float16")
-_ROPE_NUMBERS = (
-    *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "local_theta"),
-)
 _REQUIRED = (
     "hidden_size",
     "num_hidden_layers",
@@ -79,39 +83,6 @@ _LARGEST = {
     "max_positions": 1 << 40,
 }
 """Far above every model: a larger number is a mistake, and the work to find that out elsewhere would not end."""
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's frequency-dependent scaling of rotary embeddings."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclass(frozen=True)
-class LinearScaling:
-    """Rotary embeddings of positions divided by ``factor``."""
-
-    factor: float
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """YaRN (arXiv:2309.00071): rotary embeddings for ``factor`` times as many positions as the model was made for."""
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float
-    """Rotary pairs that turn at least this often in the original context keep their frequency."""
-    beta_slow: float
-    """Those that turn at most this often are slowed down by ``factor``; between the two the change is linear."""
-    attention_factor: float
-    """Queries and keys are multiplied by it after the rotation."""
-    truncate: bool
-    """Whether the bounds of that linear part are rounded outwards to whole pairs."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +156,7 @@ class Architecture:
         if missing:
             raise UserError(f"{source}: missing or not a positive integer: {', '.join(missing)}")
         given, config = config, _DEFAULTS.get(family, {}) | dict(config)
-        rope = _rope_parameters(config, source)
+        rope = rope_parameters(config, source)
         if malformed := _malformed(config, rope):
             raise UserError(f"{source}: {'; '.join(malformed)}")
         problems = _unsupported(config, rope)
@@ -203,7 +174,7 @@ class Architecture:
             ffn_size=config["intermediate_size"],
             vocab_size=config["vocab_size"],
             rope_theta=float(rope.get("rope_theta") or 10000.0),
-            rope_scaling=_rope_scaling(rope, source),
+            rope_scaling=read_rope_scaling(rope, source),
             max_positions=config["max_position_embeddings"],
             norm_eps=float(config.get("rms_norm_eps") or 1e-6),
             tied=bool(config.get("tie_word_embeddings", False)),
@@ -402,7 +373,7 @@ def _malformed(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str]:
     for key in ("num_key_value_heads", "head_dim", "sliding_window", "sliding_window_pattern", "query_pre_attn_scalar"):
         if config.get(key) is not None and not _is_positive_int(config[key]):
             problems.append(f"{key} {config[key]!r} is not a positive integer")
-    for key, value in (("rms_norm_eps", config.get("rms_norm_eps")), *((key, rope.get(key)) for key in _ROPE_NUMBERS)):
+    for key, value in (("rms_norm_eps", config.get("rms_norm_eps")), *((key, rope.get(key)) for key in ROPE_NUMBERS)):
         if value is not None and not _is_positive_number(value):
             problems.append(f"{key} {value!r} is not a positive number")
     if not isinstance(config.get("layer_types") or [], list):
@@ -416,69 +387,6 @@ def _malformed(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str]:
     if config.get("use_sliding_window") and not isinstance(config.get("max_window_layers", 0), int):
         problems.append(f"max_window_layers {config['max_window_layers']!r} is not a whole number")
     return problems
-
-
-def _rope_parameters(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """transformers 5 keeps everything in ``rope_parameters``; before, ``rope_theta`` and ``rope_scaling``."""
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(config.get(key) or {}, Mapping):
-            raise UserError(f"{source}: {key} {config[key]!r} is not an object")
-    rope = dict(config.get("rope_scaling") or {})
-    given = dict(config.get("rope_parameters") or {})
-    if "rope_local_base_freq" in config:  # Gemma: one for each kind of layer
-        local = given.get("sliding_attention") or {}
-        given = given.get("full_attention") or {}
-        if not all(isinstance(each, Mapping) for each in (local, given)):
-            raise UserError(f"{source}: rope_parameters: full_attention or sliding_attention is not an object")
-        if local.get("rope_type", "default") != "default":
-            raise UserError(f"{source}: not supported: rope type {local['rope_type']!r} of sliding_attention")
-        rope["local_theta"] = local.get("rope_theta") or config["rope_local_base_freq"] or 1e4
-    types = [each.get("rope_type", each.get("type", "default")) for each in (rope, given)]
-    if rope and given and types[0] != types[1] and "local_theta" not in rope:
-        raise UserError(
-            f"{source}: rope_scaling has type {types[0]!r}, rope_parameters {types[1]!r}: remove one of the two"
-        )
-    rope |= given
-    if "rope_theta" in config:
-        rope.setdefault("rope_theta", config["rope_theta"])
-    rope.setdefault("rope_type", rope.get("type", "default"))
-    return rope
-
-
-def _rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | LinearScaling | Yarn | None:
-    kind = rope["rope_type"]
-    if kind == "default":
-        return None
-    needed = [f.name for f in fields(RopeScaling)]
-    if kind in ("yarn", "linear"):
-        needed = ["factor", "original_max_position_embeddings"][: 1 if kind == "linear" else 2]
-    if missing := [name for name in needed if rope.get(name) is None]:
-        raise UserError(f"{source}: rope scaling {kind} lacks {', '.join(missing)}")
-    if kind == "linear":
-        return LinearScaling(float(rope["factor"]))
-    factor, positions = float(rope["factor"]), int(rope["original_max_position_embeddings"])
-    if kind == "llama3":
-        return RopeScaling(factor, float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), positions)
-    return Yarn(
-        factor=factor,
-        original_max_position_embeddings=positions,
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
-        attention_factor=_attention_factor(rope, factor),
-        truncate=bool(rope.get("truncate", True)),
-    )
-
-
-def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:
-    """As given, or the paper's, which mscale and mscale_all_dim (DeepSeek's keys) change where both are there."""
-
-    def of(mscale: float) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    if (given := rope.get("attention_factor")) is not None:
-        return float(given)
-    mscale, all_dims = rope.get("mscale"), rope.get("mscale_all_dim")
-    return of(mscale) / of(all_dims) if mscale and all_dims else of(1.0)
 
 
 def _dtype(config: Mapping[str, Any]) -> str:

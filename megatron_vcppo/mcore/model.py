@@ -20,9 +20,10 @@ from megatron_vcppo.config import LoraConfig, ModelConfig, ParallelConfig
 from megatron_vcppo.data.packing import PackedMicrobatch
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.adapters import BaseWeights, StoredAdapters, is_adapter
-from megatron_vcppo.hf.architecture import Architecture, LinearScaling, Yarn
+from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.mapping import padded_vocab_size
 from megatron_vcppo.hf.pipeline import stage_layers
+from megatron_vcppo.hf.rope import LinearScaling, Yarn
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.context_parallel import WHOLE, ContextShard
 from megatron_vcppo.mcore.fp8 import fp8_settings

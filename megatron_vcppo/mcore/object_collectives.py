@@ -5,8 +5,6 @@ calls another one fails with its name. ``runtime.start`` calls ``install``.
 """
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -22,27 +20,12 @@ _NAMES = (
 )
 
 
-_ORIGINALS = {name: getattr(dist.distributed_c10d, name) for name in (*_NAMES, "all_gather_object")}
-
-
 def install() -> None:
     """Safe to call twice."""
     for module in (dist, dist.distributed_c10d):
         for name in _NAMES:
             setattr(module, name, _refusal(name))
         module.all_gather_object = all_gather_values  # type: ignore[attr-defined]
-
-
-@contextmanager
-def torchs_own() -> Iterator[None]:
-    """Within the block torch's calls are there again: for tests in which Megatron's own code writes and reads."""
-    for module in (dist, dist.distributed_c10d):
-        for name, call in _ORIGINALS.items():
-            setattr(module, name, call)
-    try:
-        yield
-    finally:
-        install()
 
 
 def all_gather_values(object_list: list[Any], obj: Any, group: Any = None) -> None:

@@ -19,8 +19,7 @@ from megatron_vcppo.mcore.checkpoint_state import adam_steps, owned_ranges, tens
 from megatron_vcppo.mcore.frozen import freeze
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.model import CriticModel
-from megatron_vcppo.mcore.object_collectives import torchs_own
-from tests.helpers.checkpoints import checkpoint_folder, stored_tensors
+from tests.helpers.checkpoints import checkpoint_folder, stored_tensors, torchs_own
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.training import start, step
 from tools.benchmarks._tiny_models import save_tiny_model

@@ -28,9 +28,9 @@ from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.hf_weights_io import load_base, load_hf
 from megatron_vcppo.mcore.learner import Actor
 from megatron_vcppo.mcore.model import build_actor, build_critic, transformer_config
-from megatron_vcppo.mcore.object_collectives import torchs_own
 from megatron_vcppo.stages.initial_models import starting_actor, starting_critic
 from megatron_vcppo.stages.provenance import identity
+from tests.helpers.checkpoints import torchs_own
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.training import make_sequences
 from tools.benchmarks._tiny_models import save_tiny_model

@@ -1,15 +1,24 @@
 """Checkpoints without a stage around them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_vcppo.config import CheckpointConfig, Config
 from megatron_vcppo.hf.convert.checkpoint_metadata import check_checkpoint
+from megatron_vcppo.mcore import object_collectives
 from megatron_vcppo.mcore.checkpoint import CheckpointFolder
+
+TORCHS_OWN = {
+    name: call for name, call in vars(dist.distributed_c10d).items() if name.endswith(("_object", "_object_list"))
+}
+"""Its collectives for objects, as they are before a rank starts."""
 
 
 def checkpoint_folder(
@@ -31,3 +40,15 @@ def stored_tensors(component: Path) -> dict[str, Tensor]:
     }
     load(tensors, storage_reader=FileSystemReader(component), no_dist=True)
     return tensors
+
+
+@contextmanager
+def torchs_own() -> Iterator[None]:
+    """Within the block a rank has these again: Megatron's own code writes and reads checkpoints with them."""
+    for module in (dist, dist.distributed_c10d):
+        for name, call in TORCHS_OWN.items():
+            setattr(module, name, call)
+    try:
+        yield
+    finally:
+        object_collectives.install()

@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, MistralConfig
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.hf.architecture import Architecture, LinearScaling, RopeScaling, Yarn
+from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.mapping import hf_shapes, parameters
+from megatron_vcppo.hf.rope import LinearScaling, RopeScaling, Yarn
 from tools.benchmarks._tiny_models import FAMILIES, YARN, save_tiny_model
 
 CASES = [(family, tied) for family in FAMILIES for tied in (False, True)]
