@@ -7,8 +7,8 @@ from pathlib import Path
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.placement import ENGINE_STAGES, engine_placement
 from megatron_vcppo.config.stage_overrides import stage_config
-from megatron_vcppo.launch.controller import GUARD_ARGUMENTS, RoleProcess
-from megatron_vcppo.launch.guard import ALONE
+from megatron_vcppo.launch.controller import RoleProcess
+from megatron_vcppo.launch.guard import ALONE, GUARD_ARGUMENTS
 from megatron_vcppo.launch.role_commands import RoleCommands, role_environment, starts_engines, trainer_layout
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE

@@ -7,18 +7,16 @@ The trainer decides the outcome; a rollout supervisor that dies alone is started
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_vcppo.errors import DONE, FAILED, SAVED, SIGNALLED, USER_ERROR
+from megatron_vcppo.launch.guarded_process import Executed, GuardedProcess
+from megatron_vcppo.launch.preloaded import Preloaded
 from megatron_vcppo.run.log import Follower, last_lines, say
 
-GUARD_ARGUMENTS = ("-I", "-S", str(Path(__file__).with_name("guard.py")))
-"""To be put between an interpreter and the command."""
 PORT_TAKEN = "address already in use"
 """torch's message: the port was free when the attempt was laid out; the next attempt takes another."""
 UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused", "Zero Bytes were trans")
@@ -55,6 +53,8 @@ class RoleProcess:
     """An srun step of several tasks: srun's messages in ``log`` say which of them ended, and how."""
     end_signal: int = signal.SIGTERM
     """What ends the process when the attempt is over. SIGKILL for local ranks: they hang in collectives."""
+    preloaded: Preloaded | None = None
+    """What it is forked from; default: it is executed."""
 
     @property
     def name(self) -> str:
@@ -92,7 +92,7 @@ class Outcome:
 @dataclass
 class _Started:
     role_process: RoleProcess
-    process: subprocess.Popen[bytes]
+    process: GuardedProcess
     log_start: int
     restarts: int = 0
     start_again_at: float | None = None
@@ -145,19 +145,13 @@ class Attempt:
         for role_process in processes:
             self.started.append(_Started(role_process, *self._start(role_process)))
 
-    def _start(self, role_process: RoleProcess) -> tuple[subprocess.Popen[bytes], int]:
+    def _start(self, role_process: RoleProcess) -> tuple[GuardedProcess, int]:
         """The process and where its part of the log begins."""
         env = {key: value for key, value in {**os.environ, **role_process.env}.items() if value}
-        with (self.logs / role_process.log).open("ab") as log:
-            process = subprocess.Popen(
-                (sys.executable, *GUARD_ARGUMENTS, *role_process.command),
-                env=env,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-            return process, log.tell()
+        log, start = self.logs / role_process.log, role_process.preloaded
+        log_start = log.stat().st_size if log.exists() else 0
+        process = start.fork(role_process.command, env, log) if start else Executed(role_process.command, env, log)
+        return process, log_start
 
     def of(self, role: str) -> list[_Started]:
         """The processes of a role."""
@@ -202,7 +196,7 @@ class Attempt:
                 say(f"{started.role_process.name} {describe(code)}: started again in {delay_s:.0f} s")
                 started.start_again_at = time.monotonic() + delay_s
             elif time.monotonic() >= started.start_again_at:
-                self._close(started)
+                started.process.release()
                 started.restarts, started.start_again_at = started.restarts + 1, None
                 started.process, started.log_start = self._start(started.role_process)
         return None
@@ -220,7 +214,7 @@ class Attempt:
         if started.process.poll() is None and started.role_process.end_signal != signal.SIGKILL:
             started.process.send_signal(started.role_process.end_signal)
         else:
-            self._close(started)
+            started.process.release()
 
     def stop(self) -> None:
         """End every process: its end signal, after the grace a closed guard, which kills all descendants."""
@@ -231,16 +225,11 @@ class Attempt:
             while time.monotonic() < end and any(started.process.poll() is None for started in self.started):
                 time.sleep(POLL_S)
             for started in self.started:
-                self._close(started)
+                started.process.release()
                 if last_resort and started.process.poll() is None:
                     started.process.kill()
         for follower in self.followers:
             follower.close()
-
-    @staticmethod
-    def _close(started: _Started) -> None:
-        if started.process.stdin and not started.process.stdin.closed:
-            started.process.stdin.close()
 
 
 def first_death(ended: list[tuple[RoleProcess, int]]) -> tuple[RoleProcess, int]:

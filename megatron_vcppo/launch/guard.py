@@ -3,8 +3,9 @@
 The guard stands between the controller and a role's process. It is a subreaper, so a grandchild that detaches itself
 (an engine's worker, a data loader) stays its descendant. Two things make it kill every descendant: its command ended,
 or its standard input closed, which is what happens when the controller dies, by SIGKILL too (not with ``--alone`` in
-front: inside an srun step Slurm itself sees to that). It is started by path, so that it costs a bare interpreter
-(about 20 ms) and no import of the package.
+front: inside an srun step Slurm itself sees to that). A byte on its standard input is a signal to pass on. It is started
+by path, so that it costs a bare interpreter (about 20 ms) and no import of the package; launch/preloaded.py has guards
+without a start, too.
 """
 
 import contextlib
@@ -17,6 +18,8 @@ import sys
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 ALONE = "--alone"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+GUARD_ARGUMENTS = ("-I", "-S", __file__)
+"""To be put between an interpreter and the command."""
 
 
 def descendants(root: int) -> list[int]:
@@ -56,17 +59,61 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def start(command: list[str]) -> int:
-    """Fork and execute ``command``; returns its process id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    die_with_parent()
-    for number in (*FORWARDED, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
+class Guard:
+    """This process as a guard: ``fork`` its child, then ``watch`` it."""
+
+    def __init__(self) -> None:
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+        self.reading, self.writing = os.pipe()
+        os.set_blocking(self.writing, False)
+        signal.set_wakeup_fd(self.writing)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+        self.child = 0
+
+    def fork(self) -> bool:
+        """True in the child, whose signals are as in a new process and whose standard input is empty."""
+        self.child = os.fork()
+        if self.child:
+            return False
+        die_with_parent()
+        signal.set_wakeup_fd(-1)
+        os.close(self.reading)
+        os.close(self.writing)
+        for number in (*FORWARDED, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+        return True
+
+    def watch(self, alone: bool = False) -> int:
+        """Until the child ends or, unless alone, standard input closes; the exit code, 128 + signal after a signal."""
+        for number in FORWARDED:
+            signal.signal(number, lambda received, _: os.kill(self.child, received))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        while True:
+            ready = select.select([self.reading] if alone else [0, self.reading], [], [])[0]
+            if self.reading in ready:
+                os.read(self.reading, 4096)
+                try:
+                    while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                        if ended[0] == self.child:
+                            kill_descendants()
+                            code = os.waitstatus_to_exitcode(ended[1])
+                            return code if code >= 0 else 128 - code
+                except ChildProcessError:
+                    return 1
+            if 0 in ready:
+                if not (number := os.read(0, 1)):
+                    kill_descendants()
+                    return 128 + signal.SIGKILL
+                os.kill(self.child, number[0])
+
+
+def execute(command: list[str]) -> None:
+    """Become ``command``; exit code 127 if there is no such program."""
     try:
         os.execvp(command[0], command)
     except OSError as error:
@@ -76,32 +123,11 @@ def start(command: list[str]) -> int:
 
 def main() -> int:
     """Run the command of ``sys.argv``; returns its exit code, 128 + signal when a signal ended it."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    signal.set_wakeup_fd(writing)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     alone = sys.argv[1] == ALONE
-    child = start(sys.argv[2 if alone else 1 :])
-    for number in FORWARDED:
-        signal.signal(number, lambda received, _: os.kill(child, received))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    while True:
-        ready = select.select([reading] if alone else [0, reading], [], [])[0]
-        if reading in ready:
-            os.read(reading, 4096)
-            try:
-                while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                    if ended[0] == child:
-                        kill_descendants()
-                        code = os.waitstatus_to_exitcode(ended[1])
-                        return code if code >= 0 else 128 - code
-            except ChildProcessError:
-                return 1
-        if 0 in ready and not os.read(0, 1):
-            kill_descendants()
-            return 128 + signal.SIGKILL
+    guard = Guard()
+    if guard.fork():
+        execute(sys.argv[2 if alone else 1 :])
+    return guard.watch(alone)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,10 @@ class Startup:
         self.phases: dict[str, float] = {}
         self.finished = False
 
+    def begin_at(self, boottime_s: float) -> None:
+        """Count from then on the clock CLOCK_BOOTTIME: this process was requested before it was forked."""
+        self.age_s = lambda: time.clock_gettime(time.CLOCK_BOOTTIME) - boottime_s
+
     def done(self, phase: str) -> None:
         """What was done since the phase before, or since the process's start, was this; no-op once finished."""
         if not self.finished:

@@ -1,0 +1,170 @@
+"""A process that has imported what the ranks of a chain need, and from which they are forked (Linux, without GPUs).
+
+Imports are most of a rank's start: torch, Megatron-Core and transformers, 7 to 12 s of processor time each time and per
+rank. A chain on this machine makes them once. The process is single-threaded and never computes, so a fork is a whole
+process; libraries that are told by the environment at their import were told right, because a rank whose environment
+is another one, apart from its place among the ranks, gets another process to be forked from.
+
+A rank has a guard (guard.py) as any other, which is forked with it: what ends a rank, and what ends with it, is the
+same. Over the connection that is the guard's standard input, it reports its process id and then the exit code.
+
+    controller ── guard ── preloaded ─┬─ guard ── rank 0
+                                      └─ guard ── rank 1
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import runpy
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from megatron_vcppo.errors import FAILED
+from megatron_vcppo.launch.guard import Guard, die_with_parent
+from megatron_vcppo.launch.guarded_process import Executed, Forked
+from megatron_vcppo.run.events import startup
+from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE
+
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", SECRET_FILE_VARIABLE)
+"""What one rank's environment has and another's has not; no library reads it when it is imported."""
+LOG = "preloaded.log"
+"""What is written while libraries are imported, next to the logs of the first ranks that need them."""
+END_S = 30.0
+MESSAGE_BYTES = 65536
+
+
+class Preloaded:
+    """The controller's side: starts the process when the first rank is to be forked, and again if it is gone."""
+
+    def __init__(self, run: Path, python: str, modules: Sequence[str]) -> None:
+        """run: named in the process's arguments. python: the interpreter. modules: to be imported."""
+        self.run, self.python, self.modules = run, python, tuple(modules)
+        self._environment: dict[str, str] = {}
+        self._process: Executed | None = None
+        self._control: socket.socket | None = None
+
+    def __enter__(self) -> "Preloaded":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.end()
+
+    def fork(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Forked:
+        """A rank: ``command`` is PYTHON -m MODULE ARGUMENT…; it writes to log (appended)."""
+        place = {name: environment[name] for name in PLACE if name in environment}
+        shared = {name: value for name, value in environment.items() if name not in PLACE}
+        if self._process is None or self._process.poll() is not None or shared != self._environment:
+            self.end()
+            self._start(shared, log.with_name(LOG))
+        assert self._control is not None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        request = {"command": command, "place": place, "requested_s": time.clock_gettime(time.CLOCK_BOOTTIME)}
+        # A broken pipe: the process was killed just now, and so the rank counts as killed: nobody has its connection.
+        with theirs, log.open("ab") as output, contextlib.suppress(BrokenPipeError):
+            socket.send_fds(self._control, [json.dumps(request).encode()], [theirs.fileno(), output.fileno()])
+        return Forked(ours)
+
+    def _start(self, environment: dict[str, str], log: Path) -> None:
+        self._environment = environment
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        number = theirs.fileno()
+        command = (self.python, "-m", __name__, "--run", str(self.run), "--control", str(number), *self.modules)
+        with theirs:
+            self._process = Executed(command, environment, log, pass_fds=(number,))
+
+    def end(self) -> None:
+        """End the process and whatever is left of its ranks."""
+        if self._process is None or self._control is None:
+            return
+        self._control.close()
+        self._process.release()
+        end = time.monotonic() + END_S
+        while self._process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        self._process = self._control = None
+
+
+def show_command(words: Sequence[str]) -> None:
+    """Have ``ps`` show these words as this process's command line, as far as the room of the real one goes."""
+    fields = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
+    begin, end = int(fields[45]), int(fields[46])
+    text = "\0".join(words).encode()[: max(0, end - begin - 1)]
+    ctypes.memmove(begin, text.ljust(end - begin, b"\0"), end - begin)
+
+
+def receive_jobs(control: socket.socket) -> tuple[list[str], dict[str, str]] | None:
+    """Fork a guard and its rank for every request; returns in a rank: its command and place. None at the end."""
+    while True:
+        message, descriptors, *_ = socket.recv_fds(control, MESSAGE_BYTES, 2)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        if not message:
+            return None
+        request = json.loads(message)
+        if os.fork():
+            for descriptor in descriptors:
+                os.close(descriptor)
+            continue
+        control.close()
+        if become_guard(request["command"], request["place"], *descriptors):
+            startup.begin_at(request["requested_s"])
+            return request["command"], request["place"]
+
+
+def become_guard(command: list[str], place: dict[str, str], connection: int, log: int) -> bool:
+    """Guard a child of this process, in which this returns True; the guard itself ends here."""
+    die_with_parent()
+    os.setsid()
+    for number, descriptor in ((0, connection), (1, log), (2, log)):
+        os.dup2(descriptor, number)
+    os.close(connection)
+    os.close(log)
+    guard = Guard()
+    if guard.fork():
+        show_command([f"RANK={place.get('RANK', '')}", *command])
+        return True
+    show_command(["guard.py", *command])
+    code = FAILED
+    try:
+        with socket.socket(fileno=os.dup(0)) as reports:
+            reports.send(f"pid {os.getpid()}".encode())
+            code = guard.watch()
+            reports.send(f"code {code}".encode())
+    except OSError:
+        pass  # the controller is gone, and everything below this process has been killed
+    finally:
+        os._exit(code)
+
+
+def main() -> None:
+    """Import, then fork ranks until the controller hangs up. In a rank: run its module."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_vcppo.launch.preloaded", description=__doc__)
+    parser.add_argument("--run", help="the run that this process belongs to")
+    parser.add_argument("--control", type=int, required=True)
+    parser.add_argument("modules", nargs="*")
+    arguments = parser.parse_args()
+    for module in arguments.modules:
+        with contextlib.suppress(Exception):  # the rank that needs it will report it, in its log
+            importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # the collector would write to every object that it visits, and pages are shared as long as nobody does
+    job = receive_jobs(socket.socket(fileno=arguments.control))
+    if job is None:
+        return
+    (_, _, module, *words), place = job
+    os.environ.update(place)
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
