@@ -3,9 +3,9 @@
 The guard stands between the controller and a role's process. It is a subreaper, so a grandchild that detaches itself
 (an engine's worker, a data loader) stays its descendant. Two things make it kill every descendant: its command ended,
 or its standard input closed, which is what happens when the controller dies, by SIGKILL too (not with ``--alone`` in
-front: inside an srun step Slurm itself sees to that). A byte on its standard input is a signal to pass on. It is started
-by path, so that it costs a bare interpreter (about 20 ms) and no import of the package; launch/preloaded.py has guards
-without a start, too.
+front: inside an srun step Slurm itself sees to that). A byte on its standard input is a signal to pass on. It is
+started by path, so that it costs a bare interpreter (about 20 ms) and no import of the package; launch/preloaded.py
+forks itself to be one.
 """
 
 import contextlib

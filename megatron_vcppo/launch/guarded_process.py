@@ -67,7 +67,7 @@ class Executed:
 
 
 class Forked:
-    """Its guard, which was forked with it, reports over the connection that is its standard input: "pid N", "code N"."""
+    """Its guard was forked with it, and reports "pid N", then "code N", over the connection that is its input."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection

@@ -1,14 +1,15 @@
 """The chain on this machine: each stage's roles as processes, one stage after another."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.network import node_network
+from megatron_vcppo.config.network import node_environment, node_network
 from megatron_vcppo.config.placement import engine_nodes
 from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import DONE, SAVED, USER_ERROR
@@ -16,6 +17,7 @@ from megatron_vcppo.launch.attempts import run_stage
 from megatron_vcppo.launch.controller import RoleProcess
 from megatron_vcppo.launch.inherit import take_stages
 from megatron_vcppo.launch.notify import announce
+from megatron_vcppo.launch.preloaded import Preloaded
 from megatron_vcppo.launch.role_commands import (
     ROLE_COMMANDS,
     RoleCommands,
@@ -27,16 +29,25 @@ from megatron_vcppo.run import events
 from megatron_vcppo.run.config_file import write_config
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say, speaking_as
-from megatron_vcppo.run.processes import free_port
+from megatron_vcppo.run.processes import free_port, has_gpu_driver
 from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE
 
 
 def local_processes(
-    run: RunFolder, config: Config, stage: str, role_commands: RoleCommands = ROLE_COMMANDS
+    run: RunFolder,
+    config: Config,
+    stage: str,
+    role_commands: RoleCommands = ROLE_COMMANDS,
+    preloaded: Preloaded | None = None,
 ) -> list[RoleProcess]:
-    """One process per trainer rank, and one rollout supervisor if the stage generates."""
+    """One process per trainer rank, and one rollout supervisor if the stage generates.
+
+    preloaded: what ranks are forked from. It has the variables of a node already when it imports libraries.
+    """
     config = stage_config(config, stage)
     env, address = role_environment(config, "trainer"), node_network(config.cluster).address
+    if preloaded is not None:
+        env |= node_environment(config.cluster, os.environ | env)
     nodes, ranks_per_node = trainer_layout(config, stage)
     ranks, port = nodes * ranks_per_node, str(free_port(address))
     processes = []
@@ -54,6 +65,7 @@ def local_processes(
                 log=file,
                 shown_log=file if rank == 0 else None,
                 end_signal=signal.SIGKILL,
+                preloaded=preloaded,
             )
         )
     if starts_engines(config, stage):
@@ -82,6 +94,16 @@ def stop_requests() -> Iterator[dict[str, int]]:
             signal.signal(number, handler)
 
 
+def preloading(
+    run: RunFolder, stages: list[str], role_commands: RoleCommands
+) -> AbstractContextManager[Preloaded | None]:
+    """What the ranks of these stages are forked from; None where there are GPUs: libraries may use them at import, and
+    a process that has cannot be forked."""
+    if has_gpu_driver():
+        return nullcontext()
+    return Preloaded(run.path, role_commands.python, [f"{role_commands.trainer}.{stage}" for stage in stages])
+
+
 def run_chain(
     run: RunFolder,
     config: Config,
@@ -95,7 +117,13 @@ def run_chain(
     refused, and stays as it is.
     """
     run.make()
-    with speaking_as("controller"), run.full_disk_named(), run.locked(), stop_requests() as count:
+    with (
+        speaking_as("controller"),
+        run.full_disk_named(),
+        run.locked(),
+        stop_requests() as count,
+        preloading(run, stages, role_commands) as preloaded,
+    ):
         write_config(run, config)
         take_stages(run, taken)
         for number, stage in enumerate(stages, 1):
@@ -109,7 +137,7 @@ def run_chain(
             started = time.monotonic()
 
             def layout(_: Path, stage: str = stage) -> list[RoleProcess]:
-                return local_processes(run, config, stage, role_commands)
+                return local_processes(run, config, stage, role_commands, preloaded)
 
             outcome = run_stage(
                 run,

@@ -25,10 +25,9 @@ from megatron_vcppo.rollout.node_folder import NodeFolder, remove_stale
 from megatron_vcppo.rollout.rendezvous import SECRET
 from megatron_vcppo.rollout.supervisor import Limits, Slot, run
 from megatron_vcppo.run import log
+from megatron_vcppo.run.processes import has_gpu_driver
 from megatron_vcppo.run.secret import make_secret
 
-GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""Of NVIDIA, of AMD, of Windows' subsystem for Linux: where there is a GPU, there is one of these."""
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
@@ -141,8 +140,8 @@ def visible_gpus() -> list[str]:
     if given is not None:
         names = [name.strip() for name in given.split(",")]
         return list(takewhile(lambda name: name.isdigit() or name.startswith(("GPU-", "MIG-")), names))
-    if not any(Path(driver).exists() for driver in GPU_DRIVERS):
-        return []  # without the seconds that torch's import costs
+    if not has_gpu_driver():
+        return []
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]

@@ -1,5 +1,5 @@
-"""The life of processes: their death with their parent, whether they live, ports and variables for those to be started,
-and a deadline for waits that have none.
+"""The life of processes: their death with their parent, whether they live, ports, variables and GPUs for those to be
+started, and a deadline for waits that have none.
 
 launch/guard.py runs without this package and has its own ``die_with_parent``.
 """
@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from megatron_vcppo.errors import FAILED
 from megatron_vcppo.run.log import say
@@ -21,6 +22,14 @@ PR_SET_PDEATHSIG = 1
 
 TRAINER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "NODE_RANK")
 TRAINER_PREFIXES = ("MASTER_", "TORCHELASTIC_", "SLURM_", "PMI_", "PMIX_", "OMPI_", "OMP_", "MKL_", "OPENBLAS_")
+
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""Of NVIDIA, of AMD, of Windows' subsystem for Linux: where there is a GPU, there is one of these."""
+
+
+def has_gpu_driver() -> bool:
+    """Whether this machine may have a GPU, without the seconds that torch's import costs."""
+    return any(Path(driver).exists() for driver in GPU_DRIVERS)
 
 
 def without_trainer(environment: Mapping[str, str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from megatron_vcppo.launch.local_chain import run_chain
 from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.chain_status import run_status, table
-from tools.benchmarks._tiny_chains import TINY, processes_with, result, tiny_config, wait_until, write_config
+from tools.benchmarks._tiny_chains import TINY, processes_with, ranks_of, result, tiny_config, wait_until, write_config
 
 
 def test_a_chain_runs_once_is_then_skipped_and_damage_is_reported(tiny_run: tuple[RunFolder, Config], capsys) -> None:
@@ -40,11 +40,8 @@ def test_a_killed_rank_costs_at_most_the_work_since_the_checkpoint(tiny_run: tup
 
     def kill_rank_one() -> None:
         wait_until(lambda: run.stage("sft").checkpoint_iteration(), "a checkpoint")
-        for line in processes_with(str(run.config)):
-            pid = int(line.split()[0])
-            environment = Path(f"/proc/{pid}/environ").read_bytes() if "-S" not in line else b""
-            if b"\0RANK=1\0" in environment:
-                os.kill(pid, signal.SIGKILL)
+        (rank,) = ranks_of(run, "sft", 1)
+        os.kill(rank, signal.SIGKILL)
 
     killer = threading.Thread(target=kill_rank_one)
     killer.start()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_vcppo.cli import main as vcppo
 from megatron_vcppo.run import events
 from megatron_vcppo.run.metrics_log import read_metrics
-from tools.benchmarks._tiny_chains import processes_with, wait_until
+from tools.benchmarks._tiny_chains import processes_with, ranks_of, wait_until
 
 STAGES = ["sft", "reward_model", "value_pretrain", "ppo", "export", "evaluate"]
 
@@ -64,11 +64,8 @@ def test_the_chain_ends_with_a_checkpoint_for_transformers(tmp_path: Path, capsy
 
     def kill_a_rank_of_ppo() -> None:
         wait_until(lambda: list((run / "ppo" / "checkpoints").glob("iter_*")), "a checkpoint of ppo", 900)
-        for line in processes_with(f"megatron_vcppo.stages ppo --config {run}"):
-            pid = int(line.split()[0])
-            if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
-                os.kill(pid, signal.SIGKILL)
-                return
+        (rank,) = ranks_of(RunFolder(run), "ppo", 1)
+        os.kill(rank, signal.SIGKILL)
 
     killer = threading.Thread(target=kill_a_rank_of_ppo)
     killer.start()

@@ -69,6 +69,12 @@ def processes_with(text: str) -> list[str]:
     return found
 
 
+def ranks_of(run: RunFolder, stage: str, rank: int) -> list[int]:
+    """Process ids of a rank of a chain on this machine, whose command line names it."""
+    lines = processes_with(f"{stage} --config {run.config}")
+    return [int(line.split()[0]) for line in lines if line.split()[1] == f"RANK={rank}"]
+
+
 def result(run: RunFolder, stage: str = "sft") -> dict:
     return json.loads((run.stage(stage).path / "result.json").read_text())
 
