@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_vcppo.cli import main as vcppo
 from megatron_vcppo.run import events
+from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.metrics_log import read_metrics
 from tools.benchmarks._tiny_chains import processes_with, ranks_of, wait_until
 
