@@ -75,6 +75,7 @@ class Guard:
         """True in the child, whose signals are as in a new process and whose standard input is empty."""
         self.child = os.fork()
         if self.child:
+            self._close_others()
             return False
         die_with_parent()
         signal.set_wakeup_fd(-1)
@@ -87,6 +88,13 @@ class Guard:
         os.dup2(null, 0)
         os.close(null)
         return True
+
+    def _close_others(self) -> None:
+        """What this process was started with is held by the child alone, so that who waits for its end sees it."""
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) not in (0, 1, 2, self.reading, self.writing):
+                with contextlib.suppress(OSError):  # the listing's own
+                    os.close(int(name))
 
     def watch(self, alone: bool = False) -> int:
         """Until the child ends or, unless alone, standard input closes; the exit code, 128 + signal after a signal."""

@@ -26,6 +26,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from megatron_vcppo.errors import FAILED
 from megatron_vcppo.launch.guard import Guard, die_with_parent
@@ -64,13 +65,20 @@ class Preloaded:
         if self._process is None or self._process.poll() is not None or shared != self._environment:
             self.end()
             self._start(shared, log.with_name(LOG))
-        assert self._control is not None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         request = {"command": command, "place": place, "requested_s": time.clock_gettime(time.CLOCK_BOOTTIME)}
-        # A broken pipe: the process was killed just now, and so the rank counts as killed: nobody has its connection.
-        with theirs, log.open("ab") as output, contextlib.suppress(BrokenPipeError):
-            socket.send_fds(self._control, [json.dumps(request).encode()], [theirs.fileno(), output.fileno()])
+        with theirs, log.open("ab") as output:
+            try:
+                self._send(request, theirs.fileno(), output.fileno())
+            except ConnectionError:  # it was killed, and its guard has not ended yet
+                self.end()
+                self._start(shared, log.with_name(LOG))
+                self._send(request, theirs.fileno(), output.fileno())
         return Forked(ours)
+
+    def _send(self, request: dict[str, Any], *descriptors: int) -> None:
+        assert self._control is not None
+        socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
 
     def _start(self, environment: dict[str, str], log: Path) -> None:
         self._environment = environment
