@@ -61,6 +61,10 @@ class RoleProcess:
         """For messages."""
         return f"{self.role} {self.index}"
 
+    def whole_environment(self) -> dict[str, str]:
+        """Of the process, on this machine."""
+        return {key: value for key, value in {**os.environ, **self.env}.items() if value}
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -147,8 +151,7 @@ class Attempt:
 
     def _start(self, role_process: RoleProcess) -> tuple[GuardedProcess, int]:
         """The process and where its part of the log begins."""
-        env = {key: value for key, value in {**os.environ, **role_process.env}.items() if value}
-        log, start = self.logs / role_process.log, role_process.preloaded
+        env, log, start = role_process.whole_environment(), self.logs / role_process.log, role_process.preloaded
         log_start = log.stat().st_size if log.exists() else 0
         process = start.fork(role_process.command, env, log) if start else Executed(role_process.command, env, log)
         return process, log_start

@@ -4,11 +4,13 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.engine_environment import cpu_engine_environment
 from megatron_vcppo.config.network import node_environment, node_network
 from megatron_vcppo.config.placement import engine_nodes
 from megatron_vcppo.config.stage_overrides import stage_config
@@ -29,8 +31,19 @@ from megatron_vcppo.run import events
 from megatron_vcppo.run.config_file import write_config
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say, speaking_as
-from megatron_vcppo.run.processes import free_port, has_gpu_driver
+from megatron_vcppo.run.processes import free_port, has_gpu_driver, without_trainer
 from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE
+
+
+@dataclass(frozen=True)
+class Preloads:
+    """What the processes of each role are forked from; None: they are executed."""
+
+    trainer: Preloaded | None = None
+    rollout: Preloaded | None = None
+
+
+NO_PRELOADS = Preloads()
 
 
 def local_processes(
@@ -38,15 +51,12 @@ def local_processes(
     config: Config,
     stage: str,
     role_commands: RoleCommands = ROLE_COMMANDS,
-    preloaded: Preloaded | None = None,
+    preloads: Preloads = NO_PRELOADS,
 ) -> list[RoleProcess]:
-    """One process per trainer rank, and one rollout supervisor if the stage generates.
-
-    preloaded: what ranks are forked from. It has the variables of a node already when it imports libraries.
-    """
+    """One process per trainer rank, and one rollout supervisor if the stage generates."""
     config = stage_config(config, stage)
     env, address = role_environment(config, "trainer"), node_network(config.cluster).address
-    if preloaded is not None:
+    if preloads.trainer is not None:
         env |= node_environment(config.cluster, os.environ | env)
     nodes, ranks_per_node = trainer_layout(config, stage)
     ranks, port = nodes * ranks_per_node, str(free_port(address))
@@ -65,16 +75,44 @@ def local_processes(
                 log=file,
                 shown_log=file if rank == 0 else None,
                 end_signal=signal.SIGKILL,
-                preloaded=preloaded,
+                preloaded=preloads.trainer,
             )
         )
     if starts_engines(config, stage):
-        env = role_environment(config, "rollout")
+        env = rollout_environment(config, preloads)
         for node in range(engine_nodes(config)):
-            command = role_commands.rollout_command(run, stage, node)
-            restarts = config.cluster.rollout_restarts
-            processes.append(RoleProcess("rollout", node, command, env, f"rollout_{node}.log", restarts=restarts))
+            processes.append(
+                RoleProcess(
+                    role="rollout",
+                    index=node,
+                    command=role_commands.rollout_command(run, stage, node),
+                    env=env,
+                    log=f"rollout_{node}.log",
+                    restarts=config.cluster.rollout_restarts,
+                    preloaded=preloads.rollout,
+                )
+            )
     return processes
+
+
+def rollout_environment(config: Config, preloads: Preloads) -> dict[str, str]:
+    """Of a rollout supervisor: the whole one of its engines, if these are forked from it."""
+    env = role_environment(config, "rollout")
+    if preloads.rollout is None:
+        return env
+    base = {**os.environ, **env}
+    base |= node_environment(config.cluster, base)
+    cpus, engine = len(os.sched_getaffinity(0)), config.rollout.engine
+    wanted = without_trainer(base) | cpu_engine_environment(engine, cpus // engine.per_node or cpus, base)
+    return dict.fromkeys(os.environ.keys() - wanted.keys(), "") | wanted
+
+
+def prepare_engines(config: Config, stages: list[str], preloads: Preloads, logs: Path) -> None:
+    """Start importing what the engines of the first of these stages that has some will need."""
+    first = next((stage for stage in stages if starts_engines(config, stage)), None)
+    if preloads.rollout is not None and first is not None:
+        env = rollout_environment(stage_config(config, first), preloads)
+        preloads.rollout.prepare(RoleProcess("rollout", 0, (), env, "").whole_environment(), logs)
 
 
 @contextmanager
@@ -94,14 +132,20 @@ def stop_requests() -> Iterator[dict[str, int]]:
             signal.signal(number, handler)
 
 
-def preloading(
-    run: RunFolder, stages: list[str], role_commands: RoleCommands
-) -> AbstractContextManager[Preloaded | None]:
-    """What the ranks of these stages are forked from; None where there are GPUs: libraries may use them at import, and
-    a process that has cannot be forked."""
+@contextmanager
+def preloading(run: RunFolder, config: Config, stages: list[str], role_commands: RoleCommands) -> Iterator[Preloads]:
+    """What the roles of these stages are forked from; nothing where there are GPUs: libraries may use them at import,
+    and a process that has cannot be forked."""
     if has_gpu_driver():
-        return nullcontext()
-    return Preloaded(run.path, role_commands.python, [f"{role_commands.trainer}.{stage}" for stage in stages])
+        yield NO_PRELOADS
+        return
+    modules = [f"{role_commands.trainer}.{stage}" for stage in stages]
+    with ExitStack() as stack:
+        trainer = stack.enter_context(Preloaded(run.path, "trainer", role_commands.python, modules))
+        rollout = None
+        if role_commands.engine and any(starts_engines(config, stage) for stage in stages):
+            rollout = stack.enter_context(Preloaded(run.path, "rollout", role_commands.python, [role_commands.engine]))
+        yield Preloads(trainer, rollout)
 
 
 def run_chain(
@@ -122,7 +166,7 @@ def run_chain(
         run.full_disk_named(),
         run.locked(),
         stop_requests() as count,
-        preloading(run, stages, role_commands) as preloaded,
+        preloading(run, config, stages, role_commands) as preloads,
     ):
         write_config(run, config)
         take_stages(run, taken)
@@ -136,8 +180,9 @@ def run_chain(
             say(f"{head} starting on {ranks}, logs in {run.stage(stage).next_attempt()}")
             started = time.monotonic()
 
-            def layout(_: Path, stage: str = stage) -> list[RoleProcess]:
-                return local_processes(run, config, stage, role_commands, preloaded)
+            def layout(logs: Path, number: int = number) -> list[RoleProcess]:
+                prepare_engines(config, stages[number - 1 :], preloads, logs)
+                return local_processes(run, config, stages[number - 1], role_commands, preloads)
 
             outcome = run_stage(
                 run,

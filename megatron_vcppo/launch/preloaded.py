@@ -1,20 +1,21 @@
-"""A process that has imported what the ranks of a chain need, and from which they are forked (Linux, without GPUs).
+"""A process that has imported what roles of a chain need, and from which they are forked (Linux, without GPUs).
 
-Imports are most of a rank's start: torch, Megatron-Core and transformers, 7 to 12 s of processor time each time and per
-rank. A chain on this machine makes them once. The process is single-threaded and never computes, so a fork is a whole
-process; libraries that are told by the environment at their import were told right, because a rank whose environment
-is another one, apart from its place among the ranks, gets another process to be forked from.
+Imports are most of a role's start: torch, Megatron-Core and transformers 7 s of processor time in each rank, vLLM 9 s
+in each engine. A chain on this machine makes them once for all its ranks and once for all its engines. The process is
+single-threaded and never computes, so its forks are whole processes. Libraries that read the environment when they are
+imported read the right one: a role whose environment is another one, apart from its place among the ranks, gets another
+process to be forked from.
 
-A rank has a guard (guard.py) as any other, which is forked with it: what ends a rank, and what ends with it, is the
-same. Over the connection that is the guard's standard input, it reports its process id and then the exit code.
+What is forked has a guard (guard.py), as what is executed has, which is forked with it. Over the connection that is its
+standard input, the guard reports its process id and then the exit code.
 
-    controller ── guard ── preloaded ─┬─ guard ── rank 0
-                                      └─ guard ── rank 1
+    controller ─┬─ guard ── preloaded ─┬─ guard ── rank 0
+                │                      └─ guard ── rank 1
+                └─ guard ── preloaded ─── guard ── rollout node ── engine
 """
 
 import argparse
 import contextlib
-import ctypes
 import gc
 import importlib
 import json
@@ -32,12 +33,11 @@ from megatron_vcppo.errors import FAILED
 from megatron_vcppo.launch.guard import Guard, die_with_parent
 from megatron_vcppo.launch.guarded_process import Executed, Forked
 from megatron_vcppo.run.events import startup
+from megatron_vcppo.run.processes import show_command
 from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", SECRET_FILE_VARIABLE)
 """What one rank's environment has and another's has not; no library reads it when it is imported."""
-LOG = "preloaded.log"
-"""What is written while libraries are imported, next to the logs of the first ranks that need them."""
 END_S = 30.0
 MESSAGE_BYTES = 65536
 
@@ -45,9 +45,9 @@ MESSAGE_BYTES = 65536
 class Preloaded:
     """The controller's side: starts the process when the first rank is to be forked, and again if it is gone."""
 
-    def __init__(self, run: Path, python: str, modules: Sequence[str]) -> None:
-        """run: named in the process's arguments. python: the interpreter. modules: to be imported."""
-        self.run, self.python, self.modules = run, python, tuple(modules)
+    def __init__(self, run: Path, role: str, python: str, modules: Sequence[str]) -> None:
+        """run, role: named in arguments and logs. python: the interpreter. modules: to be imported."""
+        self.run, self.role, self.python, self.modules = run, role, python, tuple(modules)
         self._environment: dict[str, str] = {}
         self._process: Executed | None = None
         self._control: socket.socket | None = None
@@ -58,21 +58,31 @@ class Preloaded:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.end()
 
-    def fork(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Forked:
-        """A rank: ``command`` is PYTHON -m MODULE ARGUMENT…; it writes to log (appended)."""
-        place = {name: environment[name] for name in PLACE if name in environment}
+    def prepare(self, environment: Mapping[str, str], logs: Path) -> None:
+        """Start importing for roles with this environment, unless that was done."""
         shared = {name: value for name, value in environment.items() if name not in PLACE}
-        if self._process is None or self._process.poll() is not None or shared != self._environment:
-            self.end()
-            self._start(shared, log.with_name(LOG))
+        if self._process is not None and self._process.poll() is None and shared == self._environment:
+            return
+        self.end()
+        self._environment = shared
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        number = theirs.fileno()
+        command = (self.python, "-m", __name__, "--run", str(self.run), "--control", str(number), *self.modules)
+        with theirs:
+            self._process = Executed(command, shared, logs / f"preloaded_{self.role}.log", pass_fds=(number,))
+
+    def fork(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Forked:
+        """A role's process: ``command`` is PYTHON -m MODULE ARGUMENT…; it writes to log (appended)."""
+        place = {name: environment[name] for name in PLACE if name in environment}
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         request = {"command": command, "place": place, "requested_s": time.clock_gettime(time.CLOCK_BOOTTIME)}
         with theirs, log.open("ab") as output:
+            self.prepare(environment, log.parent)
             try:
                 self._send(request, theirs.fileno(), output.fileno())
             except ConnectionError:  # it was killed, and its guard has not ended yet
                 self.end()
-                self._start(shared, log.with_name(LOG))
+                self.prepare(environment, log.parent)
                 self._send(request, theirs.fileno(), output.fileno())
         return Forked(ours)
 
@@ -80,16 +90,8 @@ class Preloaded:
         assert self._control is not None
         socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
 
-    def _start(self, environment: dict[str, str], log: Path) -> None:
-        self._environment = environment
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        number = theirs.fileno()
-        command = (self.python, "-m", __name__, "--run", str(self.run), "--control", str(number), *self.modules)
-        with theirs:
-            self._process = Executed(command, environment, log, pass_fds=(number,))
-
     def end(self) -> None:
-        """End the process and whatever is left of its ranks."""
+        """End the process and whatever is left of what it forked."""
         if self._process is None or self._control is None:
             return
         self._control.close()
@@ -98,14 +100,6 @@ class Preloaded:
         while self._process.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
         self._process = self._control = None
-
-
-def show_command(words: Sequence[str]) -> None:
-    """Have ``ps`` show these words as this process's command line, as far as the room of the real one goes."""
-    fields = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
-    begin, end = int(fields[45]), int(fields[46])
-    text = "\0".join(words).encode()[: max(0, end - begin - 1)]
-    ctypes.memmove(begin, text.ljust(end - begin, b"\0"), end - begin)
 
 
 def receive_jobs(control: socket.socket) -> tuple[list[str], dict[str, str]] | None:
@@ -138,7 +132,7 @@ def become_guard(command: list[str], place: dict[str, str], connection: int, log
     os.close(log)
     guard = Guard()
     if guard.fork():
-        show_command([f"RANK={place.get('RANK', '')}", *command])
+        show_command([*(f"RANK={rank}" for name, rank in place.items() if name == "RANK"), *command])
         return True
     show_command(["guard.py", *command])
     code = FAILED

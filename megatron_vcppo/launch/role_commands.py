@@ -20,6 +20,8 @@ class RoleCommands:
     trainer: str = "megatron_vcppo.stages"
     rollout: str = "megatron_vcppo.rollout.node"
     python: str = sys.executable
+    engine: str = ""
+    """What an engine without accelerators runs, if that is to be imported ahead."""
 
     def trainer_command(self, run: RunFolder, stage: str) -> tuple[str, ...]:
         """What every rank runs."""
@@ -31,7 +33,7 @@ class RoleCommands:
         return (self.python, "-m", self.rollout, "--config", str(run.config), *where)
 
 
-ROLE_COMMANDS = RoleCommands()
+ROLE_COMMANDS = RoleCommands(engine="megatron_vcppo.rollout.engine_main")
 
 KEPT_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 """oneDNN and PyTorch keep up to 1024 kernels that they compiled for a shape of a bfloat16 matrix product each. Packed

@@ -2,31 +2,25 @@
 and weight receiver plugged in."""
 
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn, Protocol
 
 from megatron_vcppo.config import EngineConfig
-from megatron_vcppo.run.processes import die_with_parent, without_trainer
+from megatron_vcppo.config.engine_environment import QUIET, cpu_engine_environment
+from megatron_vcppo.errors import DONE, FAILED
+from megatron_vcppo.run.processes import die_with_parent, show_command, without_trainer
 from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE
 
-QUIET = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_DO_NOT_TRACK": "1",
-    "VLLM_CONFIGURE_LOGGING": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-"""No network look-ups, no telemetry, no line of log per request."""
-
-
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
-"""A push touches fresh memory several times its size; page by page that costs as much as the rest of the push."""
-
+CPU_SERVER = "megatron_vcppo.rollout.engine_main"
 CPU_BATCH_TOKENS = 8192
 """Tokens that an engine without accelerators prefills at once."""
 
@@ -91,7 +85,7 @@ def command(
         if engine.tp == 1:
             options["--distributed-executor-backend"] = "uni"
     arguments = [text for option in options.items() for text in option]
-    server = "vllm.entrypoints.openai.api_server" if on_gpu else "megatron_vcppo.rollout.engine_main"
+    server = "vllm.entrypoints.openai.api_server" if on_gpu else CPU_SERVER
     return [sys.executable, "-m", server, *arguments, *switches, *engine.extra_args]
 
 
@@ -106,15 +100,9 @@ def environment(
     if placement.gpus:
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(placement.gpus)
         return variables
-    variables.update(VLLM_CPU_KVCACHE_SPACE=str(engine.cpu_cache_gib), TORCHDYNAMO_DISABLE="1")
-    variables["GLIBC_TUNABLES"] = ":".join(filter(None, (base.get("GLIBC_TUNABLES"), HUGE_PAGES)))
     cpus = placement.cpus or tuple(sorted(os.sched_getaffinity(0)))
-    if engine.tp == 1:
-        # The model runs in the engine's core process: one process and one hop of every step fewer.
-        threads = max(1, len(cpus) // engine.dp)
-        variables.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
-        variables.update(OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="PASSIVE")
-    else:
+    variables |= cpu_engine_environment(engine, len(cpus), base)
+    if engine.tp > 1:
         variables["VLLM_CPU_OMP_THREADS_BIND"] = bind(cpus, engine.tp)
     return variables
 
@@ -125,10 +113,33 @@ def bind(cpus: Sequence[int], num_workers: int) -> str:
     return "|".join(",".join(map(str, share)) for share in shares)
 
 
-def start(arguments: Sequence[str], variables: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """Start an engine that dies with this process and writes to log (appended)."""
+SETTABLE = {SECRET_FILE_VARIABLE, "VLLM_HOST_IP"}
+"""Variables that an engine may have, and what it is forked from not: nothing reads them at its import."""
+
+
+class Started(Protocol):
+    """The engine's process, which leads a session: a part of Popen."""
+
+    pid: int
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """The exit code, -n after signal n; None while it runs."""
+
+    def wait(self, timeout: float) -> int:
+        """Until it has ended; raises subprocess.TimeoutExpired."""
+
+
+def start(arguments: Sequence[str], variables: Mapping[str, str], log: Path) -> Started:
+    """Start an engine that dies with this process and writes to log (appended).
+
+    It is forked, where this process has been forked from one that has imported the engine's libraries in the same
+    environment (run/preloaded.py).
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
+        if is_preloaded(arguments, variables):
+            return ForkedEngine(arguments, variables, output.fileno())
         return subprocess.Popen(
             arguments,
             env=dict(variables),
@@ -139,3 +150,64 @@ def start(arguments: Sequence[str], variables: Mapping[str, str], log: Path) -> 
             start_new_session=True,
             cwd=os.getcwd(),
         )
+
+
+def is_preloaded(arguments: Sequence[str], variables: Mapping[str, str]) -> bool:
+    """Whether this process has imported, in an engine's environment, what these arguments run."""
+    names = os.environ.keys() | variables.keys()
+    differing = {name for name in names if os.environ.get(name) != variables.get(name)}
+    return CPU_SERVER in sys.modules and arguments[2] == CPU_SERVER and differing <= SETTABLE
+
+
+class ForkedEngine:
+    """The server as a fork of this process."""
+
+    def __init__(self, arguments: Sequence[str], variables: Mapping[str, str], output: int) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if not self.pid:
+            self._serve(arguments, variables, output)
+
+    def _serve(self, arguments: Sequence[str], variables: Mapping[str, str], output: int) -> NoReturn:
+        """In the engine. What forked it is a thread, so that the interpreter would not end with it."""
+        code = FAILED
+        try:
+            os.setsid()
+            die_with_parent()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            show_command(arguments)
+            logging.getLogger().handlers.clear()
+            os.environ.clear()
+            os.environ.update(variables)
+            sys.argv = [*arguments[2:]]
+            sys.modules[CPU_SERVER].main()
+            code = DONE
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else FAILED
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        """See Started."""
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """See Started."""
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(f"engine {self.pid}", timeout)
+            time.sleep(0.02)
+        return code

@@ -115,7 +115,7 @@ class Slot:
             stopping.wait(self.limits.poll_s)
 
     def watch(
-        self, process: subprocess.Popen[bytes], engine: Engine, stopping: threading.Event, starting: Hold | ExitStack
+        self, process: engine_command.Started, engine: Engine, stopping: threading.Event, starting: Hold | ExitStack
     ) -> str:
         """Publish the engine once it answers; returns why it must be replaced, or "" if stopping was set.
 
@@ -173,7 +173,7 @@ def ask(engine: Engine, secret: str, method: str, route: str, body: bytes, timeo
         connection.close()
 
 
-def kill_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
+def kill_group(process: engine_command.Started, grace_s: float) -> None:
     """End a process that leads its own group, and all of that group; politely first."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_vcppo.errors import SAVED
 from megatron_vcppo.launch.controller import Outcome, RoleProcess, supervise
-from megatron_vcppo.launch.preloaded import LOG, Preloaded
+from megatron_vcppo.launch.preloaded import Preloaded
 from megatron_vcppo.run.processes import alive
 from tools.benchmarks._tiny_chains import processes_with, wait_until
 
@@ -28,7 +28,7 @@ class Ranks:
     """Ranks that run a given code, forked from one process that has imported the module ``heavy``."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.preloaded = folder, Preloaded(folder, sys.executable, ["heavy"])
+        self.folder, self.preloaded = folder, Preloaded(folder, "trainer", sys.executable, ["heavy"])
         self.env = {"PYTHONPATH": os.pathsep.join([str(folder), os.getcwd()]), "IMPORTS": str(folder / "imports")}
         self.env["PYTHONDONTWRITEBYTECODE"] = "1"  # the modules change within a second
         (folder / "heavy.py").write_text(textwrap.dedent(HEAVY))
@@ -79,7 +79,9 @@ def test_ranks_of_all_attempts_share_the_imports_and_nothing_else(ranks: Ranks) 
             log = (ranks.folder / attempt / f"trainer_{n}.log").read_text()
             assert log == f"{n} {port} True --config True\n"
     assert len(ranks.importers) == 1
-    assert (ranks.folder / "1" / LOG).exists() and not (ranks.folder / "2" / LOG).exists()
+    assert (ranks.folder / "1" / "preloaded_trainer.log").exists() and not (
+        ranks.folder / "2" / "preloaded_trainer.log"
+    ).exists()
 
 
 def test_another_environment_is_there_before_the_imports(ranks: Ranks) -> None:
