@@ -107,12 +107,12 @@ def rollout_environment(config: Config, preloads: Preloads) -> dict[str, str]:
     return dict.fromkeys(os.environ.keys() - wanted.keys(), "") | wanted
 
 
-def prepare_engines(config: Config, stages: list[str], preloads: Preloads, logs: Path) -> None:
+def prepare_engines(config: Config, stages: list[str], preloads: Preloads) -> None:
     """Start importing what the engines of the first of these stages that has some will need."""
     first = next((stage for stage in stages if starts_engines(config, stage)), None)
     if preloads.rollout is not None and first is not None:
         env = rollout_environment(stage_config(config, first), preloads)
-        preloads.rollout.prepare(RoleProcess("rollout", 0, (), env, "").whole_environment(), logs)
+        preloads.rollout.prepare(RoleProcess("rollout", 0, (), env, "").whole_environment())
 
 
 @contextmanager
@@ -141,10 +141,12 @@ def preloading(run: RunFolder, config: Config, stages: list[str], role_commands:
         return
     modules = [f"{role_commands.trainer}.{stage}" for stage in stages]
     with ExitStack() as stack:
-        trainer = stack.enter_context(Preloaded(run.path, "trainer", role_commands.python, modules))
+        trainer = stack.enter_context(Preloaded(run.preloaded_log("trainer"), role_commands.python, modules))
         rollout = None
         if role_commands.engine and any(starts_engines(config, stage) for stage in stages):
-            rollout = stack.enter_context(Preloaded(run.path, "rollout", role_commands.python, [role_commands.engine]))
+            rollout = stack.enter_context(
+                Preloaded(run.preloaded_log("rollout"), role_commands.python, [role_commands.engine])
+            )
         yield Preloads(trainer, rollout)
 
 
@@ -180,9 +182,10 @@ def run_chain(
             say(f"{head} starting on {ranks}, logs in {run.stage(stage).next_attempt()}")
             started = time.monotonic()
 
-            def layout(logs: Path, number: int = number) -> list[RoleProcess]:
-                prepare_engines(config, stages[number - 1 :], preloads, logs)
-                return local_processes(run, config, stages[number - 1], role_commands, preloads)
+            prepare_engines(config, stages[number - 1 :], preloads)
+
+            def layout(_: Path, stage: str = stage) -> list[RoleProcess]:
+                return local_processes(run, config, stage, role_commands, preloads)
 
             outcome = run_stage(
                 run,

@@ -15,6 +15,7 @@ standard input, the guard reports its process id and then the exit code.
 """
 
 import argparse
+import atexit
 import contextlib
 import gc
 import importlib
@@ -45,9 +46,9 @@ MESSAGE_BYTES = 65536
 class Preloaded:
     """The controller's side: starts the process when the first rank is to be forked, and again if it is gone."""
 
-    def __init__(self, run: Path, role: str, python: str, modules: Sequence[str]) -> None:
-        """run, role: named in arguments and logs. python: the interpreter. modules: to be imported."""
-        self.run, self.role, self.python, self.modules = run, role, python, tuple(modules)
+    def __init__(self, log: Path, python: str, modules: Sequence[str]) -> None:
+        """log: of what is written while modules are imported (appended). python: the interpreter."""
+        self.log, self.python, self.modules = log, python, tuple(modules)
         self._environment: dict[str, str] = {}
         self._process: Executed | None = None
         self._control: socket.socket | None = None
@@ -58,7 +59,7 @@ class Preloaded:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.end()
 
-    def prepare(self, environment: Mapping[str, str], logs: Path) -> None:
+    def prepare(self, environment: Mapping[str, str]) -> None:
         """Start importing for roles with this environment, unless that was done."""
         shared = {name: value for name, value in environment.items() if name not in PLACE}
         if self._process is not None and self._process.poll() is None and shared == self._environment:
@@ -67,9 +68,9 @@ class Preloaded:
         self._environment = shared
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         number = theirs.fileno()
-        command = (self.python, "-m", __name__, "--run", str(self.run), "--control", str(number), *self.modules)
+        command = (self.python, "-m", __name__, "--log", str(self.log), "--control", str(number), *self.modules)
         with theirs:
-            self._process = Executed(command, shared, logs / f"preloaded_{self.role}.log", pass_fds=(number,))
+            self._process = Executed(command, shared, self.log, pass_fds=(number,))
 
     def fork(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Forked:
         """A role's process: ``command`` is PYTHON -m MODULE ARGUMENT…; it writes to log (appended)."""
@@ -77,12 +78,12 @@ class Preloaded:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         request = {"command": command, "place": place, "requested_s": time.clock_gettime(time.CLOCK_BOOTTIME)}
         with theirs, log.open("ab") as output:
-            self.prepare(environment, log.parent)
+            self.prepare(environment)
             try:
                 self._send(request, theirs.fileno(), output.fileno())
             except ConnectionError:  # it was killed, and its guard has not ended yet
                 self.end()
-                self.prepare(environment, log.parent)
+                self.prepare(environment)
                 self._send(request, theirs.fileno(), output.fileno())
         return Forked(ours)
 
@@ -150,7 +151,7 @@ def become_guard(command: list[str], place: dict[str, str], connection: int, log
 def main() -> None:
     """Import, then fork ranks until the controller hangs up. In a rank: run its module."""
     parser = argparse.ArgumentParser(prog="python -m megatron_vcppo.launch.preloaded", description=__doc__)
-    parser.add_argument("--run", help="the run that this process belongs to")
+    parser.add_argument("--log", help="where this process writes; tells whose it is")
     parser.add_argument("--control", type=int, required=True)
     parser.add_argument("modules", nargs="*")
     arguments = parser.parse_args()
@@ -165,6 +166,7 @@ def main() -> None:
     (_, _, module, *words), place = job
     os.environ.update(place)
     sys.argv = [module, *words]
+    atexit.register(gc.unfreeze)  # some libraries report what the collector has not freed at the end
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

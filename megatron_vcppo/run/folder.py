@@ -271,6 +271,10 @@ class RunFolder:
         folders = (path for path in self.path.glob("*") if path.is_dir() and not path.name.startswith("."))
         return [StageFolder(path) for path in sorted(folders)]
 
+    def preloaded_log(self, role: str) -> Path:
+        """What libraries write while they are imported for all processes of a role (launch/preloaded.py)."""
+        return self.path / f"preloaded_{role}.log"
+
     def job_log(self, job: str) -> Path:
         """What a job's controller writes, by submitit's naming."""
         return self.slurm / f"{job}_0_log.out"

@@ -42,6 +42,11 @@ def test_guards_and_srun_have_no_role() -> None:
     assert is_of_role("rank", os.getpid(), rank) and not is_of_role("supervisor", os.getpid(), rank)
     for before in ("/usr/bin/srun --overlap", "python -I -S /x/guard.py", "sh -c"):
         assert not is_of_role("rank", os.getpid(), f"{before} {rank}")
+    forked_from = "python -m megatron_vcppo.launch.preloaded --log x tools.benchmarks._tiny_stage.sft"
+    assert is_of_role("preloaded", os.getpid(), forked_from) and not is_of_role("rank", os.getpid(), forked_from)
+    assert is_of_role("writer", os.getpid(), f"RANK=0 {rank}") and not is_of_role(
+        "writer", os.getpid(), f"RANK=1 {rank}"
+    )
     assert is_of_role("controller", os.getpid(), "python -u -m submitit.core._submit /x/slurm")
 
 

@@ -36,7 +36,7 @@ from tools.benchmarks._tiny_chains import TINY, cluster_config, result, tiny_con
 
 STAGES = ("sft", "value_pretrain", "ppo")
 STEPS = 16
-ROLES = ("rank", "writer", "verifier", "supervisor", "engine", "controller")
+ROLES = ("rank", "writer", "verifier", "supervisor", "engine", "controller", "preloaded")
 """writer: a rank at a moment in which its thread writes a checkpoint. The rest are processes of their own."""
 PLACES = ("local", "slurm")
 KILLS_PER_CHAIN = 5
@@ -417,6 +417,8 @@ def has_variable(pid: int, assignment: bytes) -> bool:
         return False
 
 
+PRELOADED = "megatron_vcppo.launch.preloaded"
+"""Names the modules of roles; only chains on this machine have some."""
 MARKS = {
     "rank": "_tiny_stage",
     "writer": "_tiny_stage",
@@ -424,6 +426,7 @@ MARKS = {
     "supervisor": "_tiny_rollout",
     "engine": "sleep 3600.",
     "controller": "_kill_chain",
+    "preloaded": PRELOADED,
 }
 OTHERS = {"srun", "bash", "sh", "slurmstepd:"}
 """Programs whose command lines have those of roles in them; guards do, too."""
@@ -433,6 +436,8 @@ def is_of_role(role: str, pid: int, line: str) -> bool:
     """Whether a process of a chain has this role. Only rank 0 writes."""
     if not line or "guard.py" in line or Path(line.split()[0]).name in OTHERS:
         return False
+    if PRELOADED in line:
+        return role == "preloaded"
     if role == "controller" and "submitit.core._submit" in line:
         return True
-    return MARKS[role] in line and (role != "writer" or has_variable(pid, b"RANK=0\0"))
+    return MARKS[role] in line and (role != "writer" or line.startswith("RANK=0 ") or has_variable(pid, b"RANK=0\0"))

@@ -20,6 +20,7 @@ HEAVY = """
     import os, time
     with open(os.environ["IMPORTS"], "a") as file:
         file.write(f"{os.getpid()}\\n")
+    print("importing", flush=True)
     time.sleep(float(os.environ.get("IMPORT_S", "0")))
 """
 
@@ -28,7 +29,7 @@ class Ranks:
     """Ranks that run a given code, forked from one process that has imported the module ``heavy``."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.preloaded = folder, Preloaded(folder, "trainer", sys.executable, ["heavy"])
+        self.folder, self.preloaded = folder, Preloaded(folder / "preloaded.log", sys.executable, ["heavy"])
         self.env = {"PYTHONPATH": os.pathsep.join([str(folder), os.getcwd()]), "IMPORTS": str(folder / "imports")}
         self.env["PYTHONDONTWRITEBYTECODE"] = "1"  # the modules change within a second
         (folder / "heavy.py").write_text(textwrap.dedent(HEAVY))
