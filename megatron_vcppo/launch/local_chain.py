@@ -139,14 +139,12 @@ def preloading(run: RunFolder, config: Config, stages: list[str], role_commands:
     if has_gpu_driver():
         yield NO_PRELOADS
         return
-    modules = [f"{role_commands.trainer}.{stage}" for stage in stages]
+    python, modules = role_commands.python, [f"{role_commands.trainer}.{stage}" for stage in stages]
     with ExitStack() as stack:
-        trainer = stack.enter_context(Preloaded(run.preloaded_log("trainer"), role_commands.python, modules))
+        trainer = stack.enter_context(Preloaded(run.preloaded_log("trainer"), python, modules))
         rollout = None
         if role_commands.engine and any(starts_engines(config, stage) for stage in stages):
-            rollout = stack.enter_context(
-                Preloaded(run.preloaded_log("rollout"), role_commands.python, [role_commands.engine])
-            )
+            rollout = stack.enter_context(Preloaded(run.preloaded_log("rollout"), python, [role_commands.engine]))
         yield Preloads(trainer, rollout)
 
 
