@@ -78,7 +78,8 @@ class Slot:
             port = free_port(self.address)
             process = engine_command.start(*self.launch(port), self.log_file)
             engine = Engine(self.node, self.index, incarnation, self.address, port, process.pid)
-            log.info("%s: starting, pid %d", engine, process.pid)
+            how = "forked" if isinstance(process, engine_command.ForkedEngine) else "executed"
+            log.info("%s: starting, pid %d, %s", engine, process.pid, how)
             try:
                 reason = self.watch(process, engine, stopping, starting)
             finally:

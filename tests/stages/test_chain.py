@@ -76,6 +76,8 @@ def test_the_chain_ends_with_a_checkpoint_for_transformers(tmp_path: Path, capsy
     assert code == 0, output
     killed = [event for event in events.read(run) if event["event"] == "attempt_end" and event["code"] == 137]
     assert [event["stage"] for event in killed] == ["ppo"] and "trainer 1 was killed by SIGKILL" in killed[0]["cause"]
+    engines = [path.read_text() for path in run.glob("*/logs/attempt_*/rollout_0.log")]
+    assert len(engines) >= 3 and all(", forked" in text for text in engines)
     assert [record["iteration"] for record in read_metrics(run / "ppo")] == [1, 2, 3]
     assert [record["iteration"] for record in read_metrics(run / "value_pretrain")] == [1, 2, 3]
 
