@@ -114,10 +114,10 @@ class Guard:
                 except ChildProcessError:
                     return 1
             if 0 in ready:
-                if not (number := os.read(0, 1)):
+                if not (byte := os.read(0, 1)):
                     kill_descendants()
                     return 128 + signal.SIGKILL
-                os.kill(self.child, number[0])
+                os.kill(self.child, byte[0])
 
 
 def execute(command: list[str]) -> None:

@@ -73,8 +73,8 @@ def test_ranks_of_all_attempts_share_the_imports_and_nothing_else(ranks: Ranks) 
         os.environ["RANK"] = "spoilt"
         assert not os.read(0, 1), "an empty input"
     """
-    for attempt, port in (("1", {"MASTER_PORT": "4711"}), ("2", {})):
-        assert ranks.run(*(ranks.process(code, n, **port) for n in range(2)), logs=attempt).code == 0
+    for attempt, place in (("1", {"MASTER_PORT": "4711"}), ("2", {})):
+        assert ranks.run(*(ranks.process(code, n, **place) for n in range(2)), logs=attempt).code == 0
     for attempt, port in (("1", "4711"), ("2", "None")):
         for n in range(2):
             log = (ranks.folder / attempt / f"trainer_{n}.log").read_text()
