@@ -15,7 +15,6 @@ standard input, the guard reports its process id and then the exit code.
 """
 
 import argparse
-import atexit
 import contextlib
 import gc
 import importlib
@@ -30,11 +29,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_vcppo.errors import FAILED
+from megatron_vcppo.errors import DONE, FAILED
 from megatron_vcppo.launch.guard import Guard, die_with_parent
 from megatron_vcppo.launch.guarded_process import Executed, Forked
 from megatron_vcppo.run.events import startup
-from megatron_vcppo.run.processes import show_command
+from megatron_vcppo.run.processes import leave, show_command
 from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", SECRET_FILE_VARIABLE)
@@ -166,8 +165,23 @@ def main() -> None:
     (_, _, module, *words), place = job
     os.environ.update(place)
     sys.argv = [module, *words]
-    atexit.register(gc.unfreeze)  # some libraries report what the collector has not freed at the end
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    code = FAILED
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        code = DONE
+    except SystemExit as end:
+        code = exit_code(end)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    leave(code)
+
+
+def exit_code(end: SystemExit) -> int:
+    """As the interpreter does, print what is no number."""
+    if end.code is None or isinstance(end.code, int):
+        return end.code or DONE
+    print(end.code, file=sys.stderr)
+    return FAILED
 
 
 if __name__ == "__main__":

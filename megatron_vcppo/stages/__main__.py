@@ -3,8 +3,6 @@
 Light on purpose: checkpoint writers are spawned processes that import this module again.
 """
 
-import sys
-
 
 def main() -> int:
     """Run the stage named on the command line; returns the exit code."""
@@ -52,4 +50,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    from megatron_vcppo.run.processes import leave
+
+    leave(code)

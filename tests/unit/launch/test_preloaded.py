@@ -99,9 +99,13 @@ def test_a_rank_that_fails_is_named_with_its_last_lines(ranks: Ranks) -> None:
     assert outcome.details[-1] == "ValueError: loss is NaN"
 
 
-@pytest.mark.parametrize("code", [2, 75])
-def test_exit_codes_arrive(ranks: Ranks, code: int) -> None:
-    assert ranks.run(ranks.process(f"raise SystemExit({code})")).code == code
+@pytest.mark.parametrize(
+    ("argument", "code", "log"), [("75", 75, "bye\n"), ("", 0, "bye\n"), ("'bad'", 1, "bad\nbye\n")]
+)
+def test_exit_codes_arrive_after_exit_functions(ranks: Ranks, argument: str, code: int, log: str) -> None:
+    work = f"import atexit\natexit.register(print, 'bye')\nraise SystemExit({argument})"
+    assert ranks.run(ranks.process(work)).code == code
+    assert (ranks.folder / "logs" / "trainer_0.log").read_text() == f"{log}\n"
 
 
 def test_what_cannot_be_imported_is_reported_by_the_rank(ranks: Ranks) -> None:
