@@ -108,10 +108,17 @@ def test_a_forked_engine_ends_with_its_group_and_with_the_thread_that_forked_it(
     kill_group(engine, 5.0)
     assert engine.returncode == -signal.SIGTERM and not alive(int((tmp_path / "pid").read_text()))
 
+    def main_of_another() -> None:
+        (tmp_path / "begun").touch()
+        time.sleep(600)
+
     engines: list[engine_command.ForkedEngine] = []
-    thread = threading.Thread(
-        target=lambda: engines.append(fork(monkeypatch, tmp_path / "log", lambda: time.sleep(600)))
-    )
+
+    def start_another() -> None:
+        engines.append(fork(monkeypatch, tmp_path / "log", main_of_another))
+        wait_until((tmp_path / "begun").exists, "another engine")
+
+    thread = threading.Thread(target=start_another)
     thread.start()
     thread.join()
     assert engines[0].wait(30) == -signal.SIGKILL
