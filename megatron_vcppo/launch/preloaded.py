@@ -43,7 +43,7 @@ MESSAGE_BYTES = 65536
 
 
 class Preloaded:
-    """The controller's side: starts the process when the first rank is to be forked, and again if it is gone."""
+    """The controller's side: starts the process when the first role is to be forked, and again if it is gone."""
 
     def __init__(self, log: Path, python: str, modules: Sequence[str]) -> None:
         """log: of what is written while modules are imported (appended). python: the interpreter."""

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.launch import preloaded
 from megatron_vcppo.launch.local_chain import run_chain
 from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
@@ -32,24 +33,31 @@ def test_a_chain_runs_once_is_then_skipped_and_damage_is_reported(tiny_run: tupl
 
 
 @pytest.mark.slow
-def test_a_killed_rank_costs_at_most_the_work_since_the_checkpoint(tiny_run: tuple[RunFolder, Config]) -> None:
+@pytest.mark.parametrize("victim", ["rank 1", "preloaded"])
+def test_a_kill_costs_at_most_the_work_since_the_checkpoint(tiny_run: tuple[RunFolder, Config], victim: str) -> None:
     run, config = tiny_run
     config.sft.steps = 12
     config.cluster.environment["TINY_SECONDS"] = "0.1"
     write_config(config)
 
-    def kill_rank_one() -> None:
+    def kill() -> None:
         wait_until(lambda: run.stage("sft").checkpoint_iteration(), "a checkpoint")
-        (rank,) = ranks_of(run, "sft", 1)
-        os.kill(rank, signal.SIGKILL)
+        forked_from = [line for line in processes_with(f"-m {preloaded.__name__}") if str(run.path) in line]
+        (pid,) = (
+            ranks_of(run, "sft", 1)
+            if victim == "rank 1"
+            else [int(line.split()[0]) for line in forked_from if "guard.py" not in line]
+        )
+        os.kill(pid, signal.SIGKILL)
 
-    killer = threading.Thread(target=kill_rank_one)
+    killer = threading.Thread(target=kill)
     killer.start()
     code = run_chain(run, config, ["sft"], TINY)
     killer.join()
     assert code == 0 and result(run)["trained"] == list(range(1, 13)) and result(run)["total"] == 78
     ends = [event for event in events.read(run.path) if event["event"] == "attempt_end"]
-    assert [end["code"] for end in ends] == [137, 0] and "trainer 1 was killed by SIGKILL" in ends[0]["cause"]
+    assert [end["code"] for end in ends] == [137, 0] and "was killed by SIGKILL" in ends[0]["cause"]
+    assert victim != "rank 1" or "trainer 1" in ends[0]["cause"]
 
 
 def test_bad_data_ends_the_chain_with_code_2(tiny_run: tuple[RunFolder, Config], capsys) -> None:
