@@ -99,9 +99,7 @@ def test_a_rank_that_fails_is_named_with_its_last_lines(ranks: Ranks) -> None:
     assert outcome.details[-1] == "ValueError: loss is NaN"
 
 
-@pytest.mark.parametrize(
-    ("argument", "code", "log"), [("75", 75, "bye\n"), ("", 0, "bye\n"), ("'bad'", 1, "bad\nbye\n")]
-)
+@pytest.mark.parametrize(("argument", "code", "log"), [("75", 75, "bye"), ("", 0, "bye"), ("'bad'", 1, "bad\nbye")])
 def test_exit_codes_arrive_after_exit_functions(ranks: Ranks, argument: str, code: int, log: str) -> None:
     work = f"import atexit\natexit.register(print, 'bye')\nraise SystemExit({argument})"
     assert ranks.run(ranks.process(work)).code == code
