@@ -99,11 +99,18 @@ def test_a_rank_that_fails_is_named_with_its_last_lines(ranks: Ranks) -> None:
     assert outcome.details[-1] == "ValueError: loss is NaN"
 
 
-@pytest.mark.parametrize(("argument", "code", "log"), [("75", 75, "bye"), ("", 0, "bye"), ("'bad'", 1, "bad\nbye")])
-def test_exit_codes_arrive_after_exit_functions(ranks: Ranks, argument: str, code: int, log: str) -> None:
-    work = f"import atexit\natexit.register(print, 'bye')\nraise SystemExit({argument})"
+@pytest.mark.parametrize(("argument", "code", "log"), [("75", 75, ""), ("", 0, ""), ("'bad'", 1, "bad\n")])
+def test_a_rank_ends_with_its_code_after_threads_and_exit_functions(
+    ranks: Ranks, argument: str, code: int, log: str
+) -> None:
+    work = f"""
+        import atexit, threading, time
+        atexit.register(print, "bye")
+        threading.Thread(target=lambda: (time.sleep(0.2), print("stored", flush=True))).start()
+        raise SystemExit({argument})
+    """
     assert ranks.run(ranks.process(work)).code == code
-    assert (ranks.folder / "logs" / "trainer_0.log").read_text() == f"{log}\n"
+    assert (ranks.folder / "logs" / "trainer_0.log").read_text() == f"{log}stored\nbye\n"
 
 
 def test_what_cannot_be_imported_is_reported_by_the_rank(ranks: Ranks) -> None:
