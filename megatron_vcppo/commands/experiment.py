@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_vcppo import __version__
 from megatron_vcppo.commands.arguments import check_not_queued, checked_stages, positive, prepare, print_note
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.value_sources import local_overrides
 from megatron_vcppo.errors import DONE, SAVED, UserError
 from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
 from megatron_vcppo.run.folder import RunFolder
@@ -36,6 +37,8 @@ class Chain:
     base: RunFolder | None = None
     """The shared run that it takes the stages before from."""
     is_arm: bool = True
+    call: tuple[str, ...] = ()
+    """Configuration and overrides, as ``vcppo run`` takes them."""
 
     def is_done(self) -> bool:
         """Whether every stage has its manifest."""
@@ -46,15 +49,23 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Register the command."""
     parser = subparsers.add_parser(
         "experiment",
-        description="Runs every arm of configs/experiments/NAME.yaml for every seed, here one after another or as jobs "
-        "of a cluster, and writes one report: curves and tables with standard errors over seeds, differences between "
-        "arms, and what that says about the claims. What is done is never repeated: called again, it continues.",
+        description="Runs every arm of configs/experiments/NAME.yaml for every seed, here one after another, several "
+        "at once, or as jobs of a cluster, and writes one report: curves and tables with standard errors over seeds, "
+        "differences between arms, and what that says about the claims. What is done is never repeated: called again, "
+        "it continues.",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="in configs/experiments/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, the same in every run")
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="seeds 0 to N - 1 (3)")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms")
     parser.add_argument("--dir", type=Path, default=DEFAULT_DIR, help=f"folder of all experiments ({DEFAULT_DIR})")
+    parser.add_argument(
+        "--at-once",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="chains on this machine, each on its share of the CPUs (1)",
+    )
     parser.add_argument("--cluster", metavar="NAME", help="profile in configs/cluster/, a YAML file, or local")
     parser.add_argument("--dry-run", action="store_true", help="print the chains and check them; write nothing")
     parser.add_argument("--report", action="store_true", help="run nothing: draw what is there")
@@ -91,10 +102,11 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_plan(experiment, root, chains)
         return DONE
+    check_at_once(args.at_once, chains)
     make_task(experiment, root)
     for chain in chains:  # all are checked before anything is trained
         checked_stages(chain.run, chain.config, chain.stages[0], chain.stages[-1])
-    code = start_all(chains)
+    code = start_all(chains, at_once=args.at_once)
     arms = [chain for chain in chains if chain.is_arm]
     if any(chain.run.stage(stage).metrics.exists() for chain in arms for stage in chain.stages):
         collect_and_report(experiment, root, seeds, args.figures)
@@ -123,7 +135,8 @@ def plan(
     def prepared(label: str, folder: Path, seed: int, *more: str) -> Chain:
         given = [*common, *more, *overrides, f"run.dir={folder}", f"run.seed={seed}"]
         run, config = prepare(experiment.config, given, cluster, note=print_note)
-        return Chain(label, run, config, [*config.stages])
+        call = (str(experiment.config), *local_overrides(cluster), *given)
+        return Chain(label, run, config, [*config.stages], call=call)
 
     chains: list[Chain] = []
     for seed in seeds:
@@ -178,7 +191,18 @@ def make_task(experiment: "Experiment", root: Path) -> None:
     command.run(parser.parse_args(["make-task", "--out", str(folder), *experiment.task_arguments]))
 
 
-def start_all(chains: Sequence[Chain], role_commands: RoleCommands = ROLE_COMMANDS) -> int:
+def check_at_once(at_once: int, chains: Sequence[Chain]) -> None:
+    """UserError if so many chains cannot run here at once."""
+    from megatron_vcppo.config.sections.cluster import LOCAL
+
+    num_cpus = len(os.sched_getaffinity(0))
+    if at_once > num_cpus:
+        raise UserError(f"--at-once {at_once}: this machine has {num_cpus} CPUs, and each chain needs one of its own")
+    if at_once > 1 and any(chain.config.cluster.name != LOCAL for chain in chains):
+        raise UserError("--at-once is for chains on this machine: leave it out with --cluster, where Slurm decides")
+
+
+def start_all(chains: Sequence[Chain], role_commands: RoleCommands = ROLE_COMMANDS, at_once: int = 1) -> int:
     """Run or queue what is not done; returns the worst exit code. A request to stop ends it after a save.
 
     A chain that fails does not keep the others from running, but those that begin with its stages wait.
@@ -187,11 +211,34 @@ def start_all(chains: Sequence[Chain], role_commands: RoleCommands = ROLE_COMMAN
 
     if any(chain.config.cluster.name != LOCAL for chain in chains):
         return queue_all(chains)
+    missing = [chain for chain in chains if not chain.is_done()]
+    say(f"experiment: {len(chains)} chains, {len(chains) - len(missing)} of them done before")
+    return run_in_turn(missing, role_commands) if at_once == 1 else run_side_by_side(missing, at_once)
+
+
+def run_side_by_side(missing: Sequence[Chain], at_once: int) -> int:
+    """Each chain as a command of its own, ``at_once`` at a time, in as far as they do not begin with one another."""
+    from megatron_vcppo.launch.chains_at_once import ChainCommand, run_at_once, shares_of
+    from megatron_vcppo.launch.role_commands import trainer_layout
+
+    shares = shares_of(sorted(os.sched_getaffinity(0)), at_once)
+    layouts = [trainer_layout(chain.config, stage) for chain in missing for stage in chain.stages]
+    if (ranks := max((nodes * per_node for nodes, per_node in layouts), default=1)) > len(shares[0]):
+        say(f"note: chains have up to {ranks} ranks on {len(shares[0])} CPUs; see parallel and overrides")
+    commands = []
+    for chain in missing:
+        base = ("--base", str(chain.base.path), "--from", chain.stages[0]) if chain.base else ()
+        command = (sys.executable, "-m", "megatron_vcppo.cli", "run", *chain.call, *base)
+        commands.append(ChainCommand(chain.label, chain.run.path, command, chain.base.path if chain.base else None))
+    return run_at_once(commands, shares)
+
+
+def run_in_turn(missing: Sequence[Chain], role_commands: RoleCommands) -> int:
+    """One chain after another, each on the whole machine."""
+    from megatron_vcppo.launch.chains_at_once import INTERRUPTED, remaining
     from megatron_vcppo.launch.inherit import stages_to_take
     from megatron_vcppo.launch.local_chain import run_chain
 
-    missing = [chain for chain in chains if not chain.is_done()]
-    say(f"experiment: {len(chains)} chains, {len(chains) - len(missing)} of them done before")
     code, started, failed = DONE, time.monotonic(), set[Path]()
     for number, chain in enumerate(missing):
         say(
@@ -204,22 +251,12 @@ def start_all(chains: Sequence[Chain], role_commands: RoleCommands = ROLE_COMMAN
         base = chain.base.path if chain.base else None
         taken = stages_to_take(chain.run, chain.config, base, chain.stages[0] if base else None)
         result = run_chain(chain.run, chain.config, chain.stages, role_commands, taken)
-        if result == SAVED:
+        if result in (SAVED, INTERRUPTED):
             return result
         if result != DONE:
             failed.add(chain.run.path)
             code = max(code, result)
     return code
-
-
-def remaining(started: float, num_done: int, total: int) -> str:
-    """When the rest would be done if it took as long per chain as those before. started: of ``time.monotonic``."""
-    from megatron_vcppo.report.text_table import duration
-
-    if not num_done:
-        return ""
-    elapsed = time.monotonic() - started
-    return f"; {duration(elapsed)} so far, about {duration(elapsed / num_done * (total - num_done))} to go"
 
 
 def queue_all(chains: Sequence[Chain]) -> int:
