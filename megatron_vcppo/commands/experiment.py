@@ -15,6 +15,7 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.value_sources import local_overrides
 from megatron_vcppo.errors import DONE, SAVED, UserError
 from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
+from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say
 
@@ -75,6 +76,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="page of --redraw (report.html next to the file)")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="also write each chart to DIR, as SVG and PDF")
+    parser.add_argument(
+        "--into", type=Path, metavar="FILE", help="put the tables into this document, between the experiment's marks"
+    )
     parser.set_defaults(run=run)
 
 
@@ -87,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         if args.name:
             raise UserError("--redraw draws a file of results: leave out the experiment's name")
         folder = args.redraw if args.redraw.is_dir() else args.redraw.parent
-        report(read_results(args.redraw), args.out or folder / "report.html", args.figures)
+        report(read_results(args.redraw), args.out or folder / "report.html", args.figures, args.into)
         return DONE
     if args.diagnosis:
         print_diagnosis([read_results(path) for path in args.diagnosis])
@@ -97,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     experiment = read_experiment(find_experiment(args.name))
     root, seeds = args.dir.absolute(), range(args.seeds)
     if args.report:
-        return collect_and_report(experiment, root, seeds, args.figures)
+        return collect_and_report(experiment, root, seeds, args.figures, args.into)
     chains = plan(experiment, root, seeds, args.arms, args.overrides, args.cluster)
     if args.dry_run:
         print_plan(experiment, root, chains)
@@ -109,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     code = start_all(chains, at_once=args.at_once)
     arms = [chain for chain in chains if chain.is_arm]
     if any(chain.run.stage(stage).metrics.exists() for chain in arms for stage in chain.stages):
-        collect_and_report(experiment, root, seeds, args.figures)
+        collect_and_report(experiment, root, seeds, args.figures, args.into)
     return code
 
 
@@ -291,14 +295,16 @@ def stages_before(chain: Chain) -> list[str]:
     return stages[: stages.index(chain.stages[0])]
 
 
-def collect_and_report(experiment: "Experiment", root: Path, seeds: Sequence[int], figures: Path | None) -> int:
+def collect_and_report(
+    experiment: "Experiment", root: Path, seeds: Sequence[int], figures: Path | None, into: Path | None
+) -> int:
     """Read the runs that there are, keep their numbers, draw the page. UserError if there is none."""
     from megatron_vcppo.report.experiment_results import RESULTS_NAME, read_results, write_results
 
     folder = root / experiment.name
     kept = folder / RESULTS_NAME
     write_results(kept, collect(experiment, root, seeds), root=str(root))
-    report(read_results(kept), folder / "report.html", figures)
+    report(read_results(kept), folder / "report.html", figures, into)
     print(f"{kept}: the numbers, {kept.stat().st_size / 1000:,.0f} kB; vcppo experiment --redraw draws them again")
     return DONE
 
@@ -307,8 +313,9 @@ def collect(experiment: "Experiment", root: Path, seeds: Sequence[int]) -> "Expe
     """The numbers of all runs of these seeds that have begun. UserError if none has."""
     from megatron_vcppo.report.experiment_results import ExperimentResults, ExperimentRun, arm_color, run_name
     from megatron_vcppo.report.run_data import read_run
+    from megatron_vcppo.report.text_table import duration
 
-    runs = []
+    runs, folders = [], set[Path]()
     for arm in experiment.arms:
         for seed in seeds:
             folder = RunFolder(experiment.arm_run(root, arm, seed))
@@ -318,10 +325,17 @@ def collect(experiment: "Experiment", root: Path, seeds: Sequence[int]) -> "Expe
             color = arm_color(experiment.question, arm.name)
             data = read_run(folder.path, run_name(arm.name, seed), color, done)
             runs.append(ExperimentRun(arm.name, seed, data))
+            folders |= {folder.path, experiment.shared_run(root, seed, seeds[0])}
     if not runs:
         raise UserError(f"{root / experiment.name}: no run of this experiment has begun; see --dir and --seeds")
     made = {"drawn": time.strftime("%Y-%m-%d"), "version": __version__, "CPU cores": os.cpu_count() or 0}
+    made["time of all stages, with their starts:"] = duration(sum(map(stage_seconds, folders)))
     return ExperimentResults(experiment.question, made, runs)
+
+
+def stage_seconds(run: Path) -> float:
+    """How long the attempts of a run's own stages took, together."""
+    return sum(float(event.get("seconds", 0)) for event in events.read(run) if event["event"] == "attempt_end")
 
 
 def print_diagnosis(experiments: "Sequence[ExperimentResults]") -> None:
@@ -334,15 +348,27 @@ def print_diagnosis(experiments: "Sequence[ExperimentResults]") -> None:
     print(DIAGNOSIS_NOTE)
 
 
-def report(results: "ExperimentResults", out: Path, figures: Path | None) -> None:
-    """Write the page, the same as Markdown next to it, and the figures; print the verdicts."""
+def report(results: "ExperimentResults", out: Path, figures: Path | None, into: Path | None) -> None:
+    """Write the page, the same as Markdown next to it, the figures, the tables of a document; print the verdicts."""
     from megatron_vcppo.commands.report import make_folder, write
     from megatron_vcppo.report.drawing import paper_files
     from megatron_vcppo.report.experiment_charts import experiment_charts
-    from megatron_vcppo.report.experiment_page import experiment_markdown, render_experiment, verdict_lines
+    from megatron_vcppo.report.experiment_page import (
+        document_block,
+        experiment_markdown,
+        put_block,
+        render_experiment,
+        verdict_lines,
+    )
     from megatron_vcppo.report.experiment_tables import arm_rows
     from megatron_vcppo.report.text_table import text_table
 
+    if into:
+        try:
+            document = put_block(into.read_text(encoding="utf-8"), results.question.name, document_block(results))
+        except (OSError, UserError) as error:
+            raise UserError(f"--into {into}: {getattr(error, 'strerror', None) or error}") from None
+        write(into, document.encode(), "--into")
     page = render_experiment(results).encode()
     write(out, page, "--out")
     write(out.with_suffix(".md"), experiment_markdown(results).encode(), "--out")

@@ -1,5 +1,6 @@
 """The report of an experiment: verdicts with their numbers, and the same page again from the kept file."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.experiment_file import read_experiment
 from megatron_vcppo.report.chart_data import Lines
 from megatron_vcppo.report.experiment_charts import experiment_charts, over_seeds
-from megatron_vcppo.report.experiment_diagnosis import first_named, outcome_class, signature_rows
+from megatron_vcppo.report.experiment_diagnosis import distinct, first_named, outcome_class, signature_rows
 from megatron_vcppo.report.experiment_page import render_experiment
 from megatron_vcppo.report.experiment_results import ExperimentResults, read_results, write_results
 from megatron_vcppo.report.experiment_tables import arm_rows, difference_rows, judged_claims
@@ -137,7 +138,40 @@ def test_the_command_reports_and_redraws(recorded: tuple[Path, Path], tmp_path: 
     capsys.readouterr()
     assert main(["experiment", "--diagnosis", str(folder), str(folder)]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("value_misalignment")]
-    assert line.split()[1:] == ["6", "of", "6", "6", "of", "6", "0", "of", "6"], "the runs of both files"
+    assert line.split()[1:] == ["3", "of", "3", "3", "of", "3", "0", "of", "3"], (
+        "a run that both files have counts once"
+    )
+
+
+def test_the_diagnosis_counts_runs_of_the_same_settings_once(results: ExperimentResults) -> None:
+    other = copy.deepcopy(results.runs)
+    for run in other:
+        run.data.config["value_pretrain"]["stored_path"] = "another_experiment/reward_model/rollouts"
+    assert len(distinct([*results.runs, *other])) == len(results.runs)
+    other[0].data.config["ppo"]["minibatches"] = 7
+    assert len(distinct([*results.runs, *other])) == len(results.runs) + 1
+
+
+def test_results_go_into_a_document_between_the_marks(
+    recorded: tuple[Path, Path], results: ExperimentResults, tmp_path: Path, capsys
+) -> None:
+    file, root = recorded
+    document = tmp_path / "results.md"
+    text = "# Results\n\n<!-- results of collapse -->\nNot run.\n<!-- end of collapse -->\n\nWhat it means.\n"
+    document.write_text(text, encoding="utf-8")
+    command = ["experiment", str(file), "--dir", str(root), "--report", "--into", str(document)]
+    assert main(command) == 0
+    once = document.read_text(encoding="utf-8")
+    assert once.startswith("# Results\n\n<!-- results") and once.endswith("collapse -->\n\nWhat it means.\n")
+    assert "Not run." not in once and "| The sound arm ends higher | supported |" in once
+    assert "| sound | 3 |" in once and "| sound − collapsing |" in once and "| any of them | 3 of 3 |" in once
+    again = ["experiment", "--redraw", str(root / "collapse"), "--out", str(tmp_path / "page.html")]
+    assert main([*again, "--into", str(document)]) == 0
+    assert document.read_text(encoding="utf-8") == once, "the kept numbers give the same tables"
+    document.write_text("# Results\n", encoding="utf-8")
+    assert main(command) == 2
+    assert "no place for the results of collapse: it is between the lines <!-- results of" in capsys.readouterr().err
+    assert document.read_text(encoding="utf-8") == "# Results\n"
 
 
 def test_nothing_to_report_is_one_line(recorded: tuple[Path, Path], tmp_path: Path, capsys) -> None:
