@@ -9,15 +9,18 @@ import pytest
 from megatron_vcppo.cli import main
 from megatron_vcppo.commands.experiment import collect
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.launch.experiment_file import read_experiment
+from megatron_vcppo.launch.experiment_file import FOLDER, read_experiment
 from megatron_vcppo.report.chart_data import Lines
 from megatron_vcppo.report.experiment_charts import experiment_charts, over_seeds
 from megatron_vcppo.report.experiment_diagnosis import distinct, first_named, outcome_class, signature_rows
-from megatron_vcppo.report.experiment_page import render_experiment
-from megatron_vcppo.report.experiment_results import ExperimentResults, read_results, write_results
+from megatron_vcppo.report.experiment_page import document_block, put_block, render_experiment
+from megatron_vcppo.report.experiment_results import RESULTS_NAME, ExperimentResults, read_results, write_results
 from megatron_vcppo.report.experiment_tables import arm_rows, difference_rows, judged_claims
 from megatron_vcppo.report.run_outcomes import OUTCOMES, outcome_of
 from tests.helpers.recorded_experiment import record_experiment
+from tests.helpers.source import ROOT
+
+KEPT = sorted((ROOT / "docs" / "results").glob(f"*/{RESULTS_NAME}"))
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +180,17 @@ def test_results_go_into_a_document_between_the_marks(
 def test_nothing_to_report_is_one_line(recorded: tuple[Path, Path], tmp_path: Path, capsys) -> None:
     assert main(["experiment", str(recorded[0]), "--dir", str(tmp_path), "--report"]) == 2
     assert "no run of this experiment has begun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kept", KEPT, ids=lambda path: path.parent.name)
+def test_the_document_of_results_has_what_the_kept_numbers_give(kept: Path) -> None:
+    document, results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), read_results(kept)
+    assert put_block(document, results.question.name, document_block(results)) == document, (
+        "see vcppo experiment --into"
+    )
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
+def test_the_document_of_results_has_a_place_for_every_experiment(name: str) -> None:
+    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert "filled" in put_block(document, name, "filled\n")
