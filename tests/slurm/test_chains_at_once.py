@@ -22,7 +22,8 @@ needs_two_cpus = pytest.mark.skipif(len(CPUS) < 2, reason="one CPU")
 def chain(name: str, folder: Path, code: str, base: str | None = None) -> ChainCommand:
     """A chain that is a line of Python; it leaves a file of its name first."""
     text = f"import os, pathlib, signal, sys, time; pathlib.Path({str(folder / name)!r}).touch(); {code}"
-    return ChainCommand(name, folder / f"run_{name}", (sys.executable, "-c", text), base and folder / f"run_{base}")
+    before = folder / f"run_{base}" if base else None
+    return ChainCommand(name, folder / f"run_{name}", (sys.executable, "-c", text), before)
 
 
 def wait_for(file: Path) -> str:
