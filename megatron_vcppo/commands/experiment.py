@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         report(read_results(args.redraw), args.out or folder / "report.html", args.figures, args.into)
         return DONE
     if args.diagnosis:
-        print_diagnosis([read_results(path) for path in args.diagnosis])
+        report_diagnosis([read_results(path) for path in sorted(args.diagnosis)], args.into)
         return DONE
     if args.name is None:
         raise UserError("vcppo experiment needs a NAME, --redraw FILE or --diagnosis FILE")
@@ -338,14 +338,30 @@ def stage_seconds(run: Path) -> float:
     return sum(float(event.get("seconds", 0)) for event in events.read(run) if event["event"] == "attempt_end")
 
 
-def print_diagnosis(experiments: "Sequence[ExperimentResults]") -> None:
-    """The table of the diagnosis over the runs of all of these."""
+def report_diagnosis(experiments: "Sequence[ExperimentResults]", into: Path | None) -> None:
+    """The table of the diagnosis over the runs of all of these, on the terminal and in a document."""
     from megatron_vcppo.report.experiment_diagnosis import DIAGNOSIS_NOTE, signature_rows
+    from megatron_vcppo.report.experiment_page import diagnosis_block
     from megatron_vcppo.report.text_table import text_table
 
-    rows = signature_rows([run for results in experiments for run in results.runs])
+    runs = [run for results in experiments for run in results.runs]
+    if into:
+        put_into(into, "diagnosis", diagnosis_block(runs))
+    rows = signature_rows(runs)
     print(text_table(rows, sys.stdout) if rows else "no run has failed, and none is healthy: nothing to judge")
     print(DIAGNOSIS_NOTE)
+
+
+def put_into(document: Path, name: str, block: str) -> None:
+    """Put the block between the marks of that name in a document. UserError if that cannot be done."""
+    from megatron_vcppo.commands.report import write
+    from megatron_vcppo.report.experiment_page import put_block
+
+    try:
+        text = put_block(document.read_text(encoding="utf-8"), name, block)
+    except (OSError, UserError) as error:
+        raise UserError(f"--into {document}: {getattr(error, 'strerror', None) or error}") from None
+    write(document, text.encode(), "--into")
 
 
 def report(results: "ExperimentResults", out: Path, figures: Path | None, into: Path | None) -> None:
@@ -356,7 +372,6 @@ def report(results: "ExperimentResults", out: Path, figures: Path | None, into: 
     from megatron_vcppo.report.experiment_page import (
         document_block,
         experiment_markdown,
-        put_block,
         render_experiment,
         verdict_lines,
     )
@@ -364,11 +379,7 @@ def report(results: "ExperimentResults", out: Path, figures: Path | None, into: 
     from megatron_vcppo.report.text_table import text_table
 
     if into:
-        try:
-            document = put_block(into.read_text(encoding="utf-8"), results.question.name, document_block(results))
-        except (OSError, UserError) as error:
-            raise UserError(f"--into {into}: {getattr(error, 'strerror', None) or error}") from None
-        write(into, document.encode(), "--into")
+        put_into(into, results.question.name, document_block(results))
     page = render_experiment(results).encode()
     write(out, page, "--out")
     write(out.with_suffix(".md"), experiment_markdown(results).encode(), "--out")

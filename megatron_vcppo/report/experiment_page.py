@@ -1,12 +1,13 @@
 """The report of an experiment: one self-contained HTML page, the same tables as Markdown, and the block of a document
 that has the results of several experiments."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.report.experiment_charts import experiment_charts
-from megatron_vcppo.report.experiment_diagnosis import DIAGNOSIS_NOTE, signature_rows
-from megatron_vcppo.report.experiment_results import ExperimentResults
+from megatron_vcppo.report.experiment_diagnosis import DIAGNOSIS_NOTE, distinct, signature_rows
+from megatron_vcppo.report.experiment_results import ExperimentResults, ExperimentRun
 from megatron_vcppo.report.experiment_tables import (
     RULE,
     arm_rows,
@@ -79,8 +80,14 @@ def document_block(results: ExperimentResults) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def diagnosis_block(runs: Sequence[ExperimentRun]) -> str:
+    """The same for the diagnosis over the runs of several experiments."""
+    rows = signature_rows(runs)
+    return (f"{len(distinct(runs))} runs.\n\n{markdown_table(rows)}" if rows else "No run to judge.") + "\n"
+
+
 def put_block(document: str, name: str, block: str) -> str:
-    """The document with the block between the two marks of an experiment. UserError if it does not have them."""
+    """The document with the block between the two marks of that name. UserError if it does not have them."""
     first, last = f"<!-- results of {name} -->\n", f"<!-- end of {name} -->"
     before, start, rest = document.partition(first)
     _, end, after = rest.partition(last)

@@ -13,7 +13,7 @@ from megatron_vcppo.launch.experiment_file import FOLDER, read_experiment
 from megatron_vcppo.report.chart_data import Lines
 from megatron_vcppo.report.experiment_charts import experiment_charts, over_seeds
 from megatron_vcppo.report.experiment_diagnosis import distinct, first_named, outcome_class, signature_rows
-from megatron_vcppo.report.experiment_page import document_block, put_block, render_experiment
+from megatron_vcppo.report.experiment_page import diagnosis_block, document_block, put_block, render_experiment
 from megatron_vcppo.report.experiment_results import RESULTS_NAME, ExperimentResults, read_results, write_results
 from megatron_vcppo.report.experiment_tables import arm_rows, difference_rows, judged_claims
 from megatron_vcppo.report.run_outcomes import OUTCOMES, outcome_of
@@ -139,7 +139,10 @@ def test_the_command_reports_and_redraws(recorded: tuple[Path, Path], tmp_path: 
     assert (tmp_path / "again.md").read_text() == text
     assert (tmp_path / "again.html").read_text() == page
     capsys.readouterr()
-    assert main(["experiment", "--diagnosis", str(folder), str(folder)]) == 0
+    document = tmp_path / "results.md"
+    document.write_text("<!-- results of diagnosis -->\n<!-- end of diagnosis -->\n", encoding="utf-8")
+    assert main(["experiment", "--diagnosis", str(folder), str(folder), "--into", str(document)]) == 0
+    assert "-->\n6 runs.\n\n| sign |" in document.read_text(encoding="utf-8")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("value_misalignment")]
     assert line.split()[1:] == ["3", "of", "3", "3", "of", "3", "0", "of", "3"], (
         "a run that both files have counts once"
@@ -188,6 +191,13 @@ def test_the_document_of_results_has_what_the_kept_numbers_give(kept: Path) -> N
     assert put_block(document, results.question.name, document_block(results)) == document, (
         "see vcppo experiment --into"
     )
+
+
+@pytest.mark.skipif(not KEPT, reason="no results are kept")
+def test_the_documents_diagnosis_is_that_of_all_kept_runs() -> None:
+    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    runs = [run for kept in KEPT for run in read_results(kept).runs]
+    assert put_block(document, "diagnosis", diagnosis_block(runs)) == document
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
