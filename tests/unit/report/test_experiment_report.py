@@ -62,6 +62,15 @@ def test_tables_have_means_with_standard_errors(results: ExperimentResults) -> N
     assert row["arm"] == "sound − collapsing" and row["pass@1 after PPO, %"] == "+73 ± 1.53"
 
 
+def test_what_follows_the_first_iteration_is_an_outcome_of_its_own(results: ExperimentResults) -> None:
+    run = copy.deepcopy(results.runs[0].data)
+    rows = [{"iteration": i, "critic/mc_explained_variance": value} for i, value in enumerate([9, 1, 2, 6, 50], 1)]
+    run.history["ppo"] = rows
+    assert outcome_of("mc_explained_variance_early", run) == 3.0
+    run.history["ppo"] = rows[:1]
+    assert outcome_of("mc_explained_variance_early", run) is None
+
+
 def test_curves_are_means_with_a_band_of_one_standard_error() -> None:
     points, band = over_seeds([[(1, 2.0), (2, 5.0)], [(1, 4.0)], [(1, 6.0), (3, None)]])
     assert points == [(1, 4.0), (2, 5.0)]
