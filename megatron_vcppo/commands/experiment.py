@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 from megatron_vcppo import __version__
 from megatron_vcppo.commands.arguments import check_not_queued, checked_stages, positive, prepare, print_note
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.value_sources import local_overrides
 from megatron_vcppo.errors import DONE, SAVED, UserError
 from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
+from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say
 
@@ -36,6 +38,8 @@ class Chain:
     base: RunFolder | None = None
     """The shared run that it takes the stages before from."""
     is_arm: bool = True
+    call: tuple[str, ...] = ()
+    """Configuration and overrides, as ``vcppo run`` takes them."""
 
     def is_done(self) -> bool:
         """Whether every stage has its manifest."""
@@ -46,15 +50,23 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Register the command."""
     parser = subparsers.add_parser(
         "experiment",
-        description="Runs every arm of configs/experiments/NAME.yaml for every seed, here one after another or as jobs "
-        "of a cluster, and writes one report: curves and tables with standard errors over seeds, differences between "
-        "arms, and what that says about the claims. What is done is never repeated: called again, it continues.",
+        description="Runs every arm of configs/experiments/NAME.yaml for every seed, here one after another, several "
+        "at once, or as jobs of a cluster, and writes one report: curves and tables with standard errors over seeds, "
+        "differences between arms, and what that says about the claims. What is done is never repeated: called again, "
+        "it continues.",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="in configs/experiments/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, the same in every run")
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="seeds 0 to N - 1 (3)")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms")
     parser.add_argument("--dir", type=Path, default=DEFAULT_DIR, help=f"folder of all experiments ({DEFAULT_DIR})")
+    parser.add_argument(
+        "--at-once",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="chains on this machine, each on its share of the CPUs (1)",
+    )
     parser.add_argument("--cluster", metavar="NAME", help="profile in configs/cluster/, a YAML file, or local")
     parser.add_argument("--dry-run", action="store_true", help="print the chains and check them; write nothing")
     parser.add_argument("--report", action="store_true", help="run nothing: draw what is there")
@@ -64,6 +76,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="page of --redraw (report.html next to the file)")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="also write each chart to DIR, as SVG and PDF")
+    parser.add_argument(
+        "--into", type=Path, metavar="FILE", help="put the tables into this document, between the experiment's marks"
+    )
     parser.set_defaults(run=run)
 
 
@@ -76,28 +91,29 @@ def run(args: argparse.Namespace) -> int:
         if args.name:
             raise UserError("--redraw draws a file of results: leave out the experiment's name")
         folder = args.redraw if args.redraw.is_dir() else args.redraw.parent
-        report(read_results(args.redraw), args.out or folder / "report.html", args.figures)
+        report(read_results(args.redraw), args.out or folder / "report.html", args.figures, args.into)
         return DONE
     if args.diagnosis:
-        print_diagnosis([read_results(path) for path in args.diagnosis])
+        report_diagnosis([read_results(path) for path in sorted(args.diagnosis)], args.into)
         return DONE
     if args.name is None:
         raise UserError("vcppo experiment needs a NAME, --redraw FILE or --diagnosis FILE")
     experiment = read_experiment(find_experiment(args.name))
     root, seeds = args.dir.absolute(), range(args.seeds)
     if args.report:
-        return collect_and_report(experiment, root, seeds, args.figures)
+        return collect_and_report(experiment, root, seeds, args.figures, args.into)
     chains = plan(experiment, root, seeds, args.arms, args.overrides, args.cluster)
     if args.dry_run:
         print_plan(experiment, root, chains)
         return DONE
+    check_at_once(args.at_once, chains)
     make_task(experiment, root)
     for chain in chains:  # all are checked before anything is trained
         checked_stages(chain.run, chain.config, chain.stages[0], chain.stages[-1])
-    code = start_all(chains)
+    code = start_all(chains, at_once=args.at_once)
     arms = [chain for chain in chains if chain.is_arm]
     if any(chain.run.stage(stage).metrics.exists() for chain in arms for stage in chain.stages):
-        collect_and_report(experiment, root, seeds, args.figures)
+        collect_and_report(experiment, root, seeds, args.figures, args.into)
     return code
 
 
@@ -123,7 +139,8 @@ def plan(
     def prepared(label: str, folder: Path, seed: int, *more: str) -> Chain:
         given = [*common, *more, *overrides, f"run.dir={folder}", f"run.seed={seed}"]
         run, config = prepare(experiment.config, given, cluster, note=print_note)
-        return Chain(label, run, config, [*config.stages])
+        call = (str(experiment.config), *local_overrides(cluster), *given)
+        return Chain(label, run, config, [*config.stages], call=call)
 
     chains: list[Chain] = []
     for seed in seeds:
@@ -178,7 +195,18 @@ def make_task(experiment: "Experiment", root: Path) -> None:
     command.run(parser.parse_args(["make-task", "--out", str(folder), *experiment.task_arguments]))
 
 
-def start_all(chains: Sequence[Chain], role_commands: RoleCommands = ROLE_COMMANDS) -> int:
+def check_at_once(at_once: int, chains: Sequence[Chain]) -> None:
+    """UserError if so many chains cannot run here at once."""
+    from megatron_vcppo.config.sections.cluster import LOCAL
+
+    num_cpus = len(os.sched_getaffinity(0))
+    if at_once > num_cpus:
+        raise UserError(f"--at-once {at_once}: this machine has {num_cpus} CPUs, and each chain needs one of its own")
+    if at_once > 1 and any(chain.config.cluster.name != LOCAL for chain in chains):
+        raise UserError("--at-once is for chains on this machine: leave it out with --cluster, where Slurm decides")
+
+
+def start_all(chains: Sequence[Chain], role_commands: RoleCommands = ROLE_COMMANDS, at_once: int = 1) -> int:
     """Run or queue what is not done; returns the worst exit code. A request to stop ends it after a save.
 
     A chain that fails does not keep the others from running, but those that begin with its stages wait.
@@ -187,11 +215,34 @@ def start_all(chains: Sequence[Chain], role_commands: RoleCommands = ROLE_COMMAN
 
     if any(chain.config.cluster.name != LOCAL for chain in chains):
         return queue_all(chains)
+    missing = [chain for chain in chains if not chain.is_done()]
+    say(f"experiment: {len(chains)} chains, {len(chains) - len(missing)} of them done before")
+    return run_in_turn(missing, role_commands) if at_once == 1 else run_side_by_side(missing, at_once)
+
+
+def run_side_by_side(missing: Sequence[Chain], at_once: int) -> int:
+    """Each chain as a command of its own, ``at_once`` at a time, in as far as they do not begin with one another."""
+    from megatron_vcppo.launch.chains_at_once import ChainCommand, run_at_once, shares_of
+    from megatron_vcppo.launch.role_commands import trainer_layout
+
+    shares = shares_of(sorted(os.sched_getaffinity(0)), at_once)
+    layouts = [trainer_layout(chain.config, stage) for chain in missing for stage in chain.stages]
+    if (ranks := max((nodes * per_node for nodes, per_node in layouts), default=1)) > len(shares[0]):
+        say(f"note: chains have up to {ranks} ranks on {len(shares[0])} CPUs; see parallel and overrides")
+    commands = []
+    for chain in missing:
+        base = ("--base", str(chain.base.path), "--from", chain.stages[0]) if chain.base else ()
+        command = (sys.executable, "-m", "megatron_vcppo.cli", "run", *chain.call, *base)
+        commands.append(ChainCommand(chain.label, chain.run.path, command, chain.base.path if chain.base else None))
+    return run_at_once(commands, shares)
+
+
+def run_in_turn(missing: Sequence[Chain], role_commands: RoleCommands) -> int:
+    """One chain after another, each on the whole machine."""
+    from megatron_vcppo.launch.chains_at_once import INTERRUPTED, remaining
     from megatron_vcppo.launch.inherit import stages_to_take
     from megatron_vcppo.launch.local_chain import run_chain
 
-    missing = [chain for chain in chains if not chain.is_done()]
-    say(f"experiment: {len(chains)} chains, {len(chains) - len(missing)} of them done before")
     code, started, failed = DONE, time.monotonic(), set[Path]()
     for number, chain in enumerate(missing):
         say(
@@ -204,22 +255,12 @@ def start_all(chains: Sequence[Chain], role_commands: RoleCommands = ROLE_COMMAN
         base = chain.base.path if chain.base else None
         taken = stages_to_take(chain.run, chain.config, base, chain.stages[0] if base else None)
         result = run_chain(chain.run, chain.config, chain.stages, role_commands, taken)
-        if result == SAVED:
+        if result in (SAVED, INTERRUPTED):
             return result
         if result != DONE:
             failed.add(chain.run.path)
             code = max(code, result)
     return code
-
-
-def remaining(started: float, num_done: int, total: int) -> str:
-    """When the rest would be done if it took as long per chain as those before. started: of ``time.monotonic``."""
-    from megatron_vcppo.report.text_table import duration
-
-    if not num_done:
-        return ""
-    elapsed = time.monotonic() - started
-    return f"; {duration(elapsed)} so far, about {duration(elapsed / num_done * (total - num_done))} to go"
 
 
 def queue_all(chains: Sequence[Chain]) -> int:
@@ -254,14 +295,16 @@ def stages_before(chain: Chain) -> list[str]:
     return stages[: stages.index(chain.stages[0])]
 
 
-def collect_and_report(experiment: "Experiment", root: Path, seeds: Sequence[int], figures: Path | None) -> int:
+def collect_and_report(
+    experiment: "Experiment", root: Path, seeds: Sequence[int], figures: Path | None, into: Path | None
+) -> int:
     """Read the runs that there are, keep their numbers, draw the page. UserError if there is none."""
     from megatron_vcppo.report.experiment_results import RESULTS_NAME, read_results, write_results
 
     folder = root / experiment.name
     kept = folder / RESULTS_NAME
     write_results(kept, collect(experiment, root, seeds), root=str(root))
-    report(read_results(kept), folder / "report.html", figures)
+    report(read_results(kept), folder / "report.html", figures, into)
     print(f"{kept}: the numbers, {kept.stat().st_size / 1000:,.0f} kB; vcppo experiment --redraw draws them again")
     return DONE
 
@@ -270,8 +313,9 @@ def collect(experiment: "Experiment", root: Path, seeds: Sequence[int]) -> "Expe
     """The numbers of all runs of these seeds that have begun. UserError if none has."""
     from megatron_vcppo.report.experiment_results import ExperimentResults, ExperimentRun, arm_color, run_name
     from megatron_vcppo.report.run_data import read_run
+    from megatron_vcppo.report.text_table import duration
 
-    runs = []
+    runs, folders = [], set[Path]()
     for arm in experiment.arms:
         for seed in seeds:
             folder = RunFolder(experiment.arm_run(root, arm, seed))
@@ -281,31 +325,61 @@ def collect(experiment: "Experiment", root: Path, seeds: Sequence[int]) -> "Expe
             color = arm_color(experiment.question, arm.name)
             data = read_run(folder.path, run_name(arm.name, seed), color, done)
             runs.append(ExperimentRun(arm.name, seed, data))
+            folders |= {folder.path, experiment.shared_run(root, seed, seeds[0])}
     if not runs:
         raise UserError(f"{root / experiment.name}: no run of this experiment has begun; see --dir and --seeds")
     made = {"drawn": time.strftime("%Y-%m-%d"), "version": __version__, "CPU cores": os.cpu_count() or 0}
+    made["time of all stages, with their starts:"] = duration(sum(map(stage_seconds, folders)))
     return ExperimentResults(experiment.question, made, runs)
 
 
-def print_diagnosis(experiments: "Sequence[ExperimentResults]") -> None:
-    """The table of the diagnosis over the runs of all of these."""
+def stage_seconds(run: Path) -> float:
+    """How long the attempts of a run's own stages took, together."""
+    return sum(float(event.get("seconds", 0)) for event in events.read(run) if event["event"] == "attempt_end")
+
+
+def report_diagnosis(experiments: "Sequence[ExperimentResults]", into: Path | None) -> None:
+    """The table of the diagnosis over the runs of all of these, on the terminal and in a document."""
     from megatron_vcppo.report.experiment_diagnosis import DIAGNOSIS_NOTE, signature_rows
+    from megatron_vcppo.report.experiment_page import diagnosis_block
     from megatron_vcppo.report.text_table import text_table
 
-    rows = signature_rows([run for results in experiments for run in results.runs])
+    runs = [run for results in experiments for run in results.runs]
+    if into:
+        put_into(into, "diagnosis", diagnosis_block(runs))
+    rows = signature_rows(runs)
     print(text_table(rows, sys.stdout) if rows else "no run has failed, and none is healthy: nothing to judge")
     print(DIAGNOSIS_NOTE)
 
 
-def report(results: "ExperimentResults", out: Path, figures: Path | None) -> None:
-    """Write the page, the same as Markdown next to it, and the figures; print the verdicts."""
+def put_into(document: Path, name: str, block: str) -> None:
+    """Put the block between the marks of that name in a document. UserError if that cannot be done."""
+    from megatron_vcppo.commands.report import write
+    from megatron_vcppo.report.experiment_page import put_block
+
+    try:
+        text = put_block(document.read_text(encoding="utf-8"), name, block)
+    except (OSError, UserError) as error:
+        raise UserError(f"--into {document}: {getattr(error, 'strerror', None) or error}") from None
+    write(document, text.encode(), "--into")
+
+
+def report(results: "ExperimentResults", out: Path, figures: Path | None, into: Path | None) -> None:
+    """Write the page, the same as Markdown next to it, the figures, the tables of a document; print the verdicts."""
     from megatron_vcppo.commands.report import make_folder, write
     from megatron_vcppo.report.drawing import paper_files
     from megatron_vcppo.report.experiment_charts import experiment_charts
-    from megatron_vcppo.report.experiment_page import experiment_markdown, render_experiment, verdict_lines
+    from megatron_vcppo.report.experiment_page import (
+        document_block,
+        experiment_markdown,
+        render_experiment,
+        verdict_lines,
+    )
     from megatron_vcppo.report.experiment_tables import arm_rows
     from megatron_vcppo.report.text_table import text_table
 
+    if into:
+        put_into(into, results.question.name, document_block(results))
     page = render_experiment(results).encode()
     write(out, page, "--out")
     write(out.with_suffix(".md"), experiment_markdown(results).encode(), "--out")

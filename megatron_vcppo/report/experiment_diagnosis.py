@@ -5,8 +5,8 @@ healthy if its length stayed above three quarters and it did not end below. Runs
 words come from what happened in the end, not from what the signatures read on the way.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from megatron_vcppo.algo.failure_signatures import SIGNS, diagnose, sign_scores
 from megatron_vcppo.algo.sign_thresholds import count, fit_threshold, halves
@@ -18,6 +18,8 @@ from megatron_vcppo.report.text_table import short
 EARLY = 3
 """Iterations within which a failure should be named."""
 FAILED_DROP, HEALTHY_DROP = 0.5, 0.25
+OF_THE_RUN = {"run", "stored_path"}
+"""Keys of a configuration, in any section, that differ between two runs of the same settings."""
 DIAGNOSIS_NOTE = (
     "Failed: the mean length fell below half of its start, or pass@1 ended below that of SFT by more than its interval "
     "(without an evaluation: the accuracy of the rollouts below half of its start). Healthy: neither, and the length "
@@ -47,9 +49,30 @@ def _got_worse(run: RunData) -> bool:
     return bool(accuracies) and ends is not None and ends < FAILED_DROP * accuracies[0]
 
 
+def distinct(runs: Sequence[ExperimentRun]) -> list[RunData]:
+    """The first of the runs that have the same settings and seed: several experiments have an arm in common, and a run
+    that a threshold was fitted on must not judge it under another name."""
+    found: list[RunData] = []
+    seen: list[dict[str, Any]] = []
+    for run in runs:
+        settings = {**_settings(run.data.config), "seed": run.seed}
+        if settings not in seen:
+            seen.append(settings)
+            found.append(run.data)
+    return found
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _settings(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in OF_THE_RUN
+    }
+
+
 def signature_rows(runs: Sequence[ExperimentRun]) -> list[dict[str, str]]:
     """One row per signature, then two per sign: its built-in and its fitted threshold. Empty without such runs."""
-    trained = [run.data for run in runs if run.data.history.get("ppo")]
+    trained = [run for run in distinct(runs) if run.history.get("ppo")]
     failed = [run for run in trained if outcome_class(run) == "failed"]
     healthy = [run for run in trained if outcome_class(run) == "healthy"]
     if not failed and not healthy:

@@ -1,10 +1,13 @@
-"""The report of an experiment: one self-contained HTML page, and the same tables as Markdown."""
+"""The report of an experiment: one self-contained HTML page, the same tables as Markdown, and the block of a document
+that has the results of several experiments."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from megatron_vcppo.errors import UserError
 from megatron_vcppo.report.experiment_charts import experiment_charts
-from megatron_vcppo.report.experiment_diagnosis import DIAGNOSIS_NOTE, signature_rows
-from megatron_vcppo.report.experiment_results import ExperimentResults
+from megatron_vcppo.report.experiment_diagnosis import DIAGNOSIS_NOTE, distinct, signature_rows
+from megatron_vcppo.report.experiment_results import ExperimentResults, ExperimentRun
 from megatron_vcppo.report.experiment_tables import (
     RULE,
     arm_rows,
@@ -45,11 +48,7 @@ def experiment_markdown(results: ExperimentResults) -> str:
     question = results.question
     parts = [f"# {question.title}", question.question, question.shared, made_text(results)]
     if question.claims:
-        verdicts: list[dict[str, Any]] = [
-            {"claim": claim.text, "at this scale": claim.verdict, "numbers": claim.numbers}
-            for claim in judged_claims(results)
-        ]
-        parts += ["## Verdict", markdown_table(verdicts), RULE]
+        parts += ["## Verdict", markdown_table(verdict_rows(results)), RULE]
     parts += ["## Arms", "Mean ± standard error over seeds.", markdown_table(arm_rows(results))]
     if differences := difference_rows(results):
         parts += ["## Differences by seed", markdown_table(differences)]
@@ -57,6 +56,44 @@ def experiment_markdown(results: ExperimentResults) -> str:
         parts += ["## Diagnosis", DIAGNOSIS_NOTE, markdown_table(signatures)]
     parts += ["## Runs", markdown_table(seed_rows(results))]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def verdict_rows(results: ExperimentResults) -> list[dict[str, Any]]:
+    """One row per claim."""
+    return [
+        {"claim": claim.text, "at this scale": claim.verdict, "numbers": claim.numbers}
+        for claim in judged_claims(results)
+    ]
+
+
+def document_block(results: ExperimentResults) -> str:
+    """What a document with a section per experiment shows: the tables, without what all sections have in common."""
+    question = results.question
+    parts = [f"{made_text(results)}. {question.shared}"]
+    if question.claims:
+        parts += [markdown_table(verdict_rows(results))]
+    parts += ["Arms, mean ± standard error over seeds:", markdown_table(arm_rows(results))]
+    if differences := difference_rows(results):
+        parts += ["Differences by seed, mean ± standard error:", markdown_table(differences)]
+    if signatures := signature_rows(results.runs):
+        parts += ["The diagnosis over these runs:", markdown_table(signatures)]
+    return "\n\n".join(parts) + "\n"
+
+
+def diagnosis_block(runs: Sequence[ExperimentRun]) -> str:
+    """The same for the diagnosis over the runs of several experiments."""
+    rows = signature_rows(runs)
+    return (f"{len(distinct(runs))} runs.\n\n{markdown_table(rows)}" if rows else "No run to judge.") + "\n"
+
+
+def put_block(document: str, name: str, block: str) -> str:
+    """The document with the block between the two marks of that name. UserError if it does not have them."""
+    first, last = f"<!-- results of {name} -->\n", f"<!-- end of {name} -->"
+    before, start, rest = document.partition(first)
+    _, end, after = rest.partition(last)
+    if not start or not end:
+        raise UserError(f"no place for the results of {name}: it is between the lines {first.strip()} and {last}")
+    return f"{before}{first}{block}{last}{after}"
 
 
 def made_text(results: ExperimentResults) -> str:

@@ -39,9 +39,9 @@ def last(metric: str, stage: str = "ppo", count: int = LAST) -> Callable[[RunDat
     return lambda run: mean_of([y for _, y in run.series(stage, metric)][-count:])
 
 
-def mean(metric: str) -> Callable[[RunData], float | None]:
-    """Its mean over all iterations of PPO."""
-    return lambda run: mean_of([y for _, y in run.series("ppo", metric)])
+def after_first(metric: str) -> Callable[[RunData], float | None]:
+    """Its mean over the three iterations after the first of PPO, which shows what PPO started from."""
+    return lambda run: mean_of([y for _, y in run.series("ppo", metric)][1:4])
 
 
 def mean_of(values: Sequence[float]) -> float | None:
@@ -100,6 +100,9 @@ OUTCOMES: dict[str, Outcome] = {
     "explained_variance_last": Outcome("explained variance, last", last("critic/explained_variance")),
     "mc_explained_variance_first": Outcome(
         "explained variance of Monte-Carlo returns, first", first("critic/mc_explained_variance")
+    ),
+    "mc_explained_variance_early": Outcome(
+        "explained variance of Monte-Carlo returns, iterations 2 to 4", after_first("critic/mc_explained_variance")
     ),
     "mc_explained_variance_last": Outcome(
         "explained variance of Monte-Carlo returns, last", last("critic/mc_explained_variance")

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from megatron_vcppo.commands.experiment import Chain, remaining, start_all
+from megatron_vcppo.commands.experiment import Chain, start_all
+from megatron_vcppo.launch.chains_at_once import remaining
 from megatron_vcppo.run.folder import RunFolder
 from tools.benchmarks._tiny_chains import TINY, result, tiny_config, write_config
 

@@ -1,5 +1,6 @@
 """The report of an experiment: verdicts with their numbers, and the same page again from the kept file."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -8,15 +9,18 @@ import pytest
 from megatron_vcppo.cli import main
 from megatron_vcppo.commands.experiment import collect
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.launch.experiment_file import read_experiment
+from megatron_vcppo.launch.experiment_file import FOLDER, read_experiment
 from megatron_vcppo.report.chart_data import Lines
 from megatron_vcppo.report.experiment_charts import experiment_charts, over_seeds
-from megatron_vcppo.report.experiment_diagnosis import first_named, outcome_class, signature_rows
-from megatron_vcppo.report.experiment_page import render_experiment
-from megatron_vcppo.report.experiment_results import ExperimentResults, read_results, write_results
+from megatron_vcppo.report.experiment_diagnosis import distinct, first_named, outcome_class, signature_rows
+from megatron_vcppo.report.experiment_page import diagnosis_block, document_block, put_block, render_experiment
+from megatron_vcppo.report.experiment_results import RESULTS_NAME, ExperimentResults, read_results, write_results
 from megatron_vcppo.report.experiment_tables import arm_rows, difference_rows, judged_claims
 from megatron_vcppo.report.run_outcomes import OUTCOMES, outcome_of
 from tests.helpers.recorded_experiment import record_experiment
+from tests.helpers.source import ROOT
+
+KEPT = sorted((ROOT / "docs" / "results").glob(f"*/{RESULTS_NAME}"))
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,15 @@ def test_tables_have_means_with_standard_errors(results: ExperimentResults) -> N
     assert rows["sound"]["pass@1 after SFT, %"] == "45 ± 0"
     (row,) = difference_rows(results)
     assert row["arm"] == "sound − collapsing" and row["pass@1 after PPO, %"] == "+73 ± 1.53"
+
+
+def test_what_follows_the_first_iteration_is_an_outcome_of_its_own(results: ExperimentResults) -> None:
+    run = copy.deepcopy(results.runs[0].data)
+    rows = [{"iteration": i, "critic/mc_explained_variance": value} for i, value in enumerate([9, 1, 2, 6, 50], 1)]
+    run.history["ppo"] = rows
+    assert outcome_of("mc_explained_variance_early", run) == 3.0
+    run.history["ppo"] = rows[:1]
+    assert outcome_of("mc_explained_variance_early", run) is None
 
 
 def test_curves_are_means_with_a_band_of_one_standard_error() -> None:
@@ -135,11 +148,68 @@ def test_the_command_reports_and_redraws(recorded: tuple[Path, Path], tmp_path: 
     assert (tmp_path / "again.md").read_text() == text
     assert (tmp_path / "again.html").read_text() == page
     capsys.readouterr()
-    assert main(["experiment", "--diagnosis", str(folder), str(folder)]) == 0
+    document = tmp_path / "results.md"
+    document.write_text("<!-- results of diagnosis -->\n<!-- end of diagnosis -->\n", encoding="utf-8")
+    assert main(["experiment", "--diagnosis", str(folder), str(folder), "--into", str(document)]) == 0
+    assert "-->\n6 runs.\n\n| sign |" in document.read_text(encoding="utf-8")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("value_misalignment")]
-    assert line.split()[1:] == ["6", "of", "6", "6", "of", "6", "0", "of", "6"], "the runs of both files"
+    assert line.split()[1:] == ["3", "of", "3", "3", "of", "3", "0", "of", "3"], (
+        "a run that both files have counts once"
+    )
+
+
+def test_the_diagnosis_counts_runs_of_the_same_settings_once(results: ExperimentResults) -> None:
+    other = copy.deepcopy(results.runs)
+    for run in other:
+        run.data.config["value_pretrain"]["stored_path"] = "another_experiment/reward_model/rollouts"
+    assert len(distinct([*results.runs, *other])) == len(results.runs)
+    other[0].data.config["ppo"]["minibatches"] = 7
+    assert len(distinct([*results.runs, *other])) == len(results.runs) + 1
+
+
+def test_results_go_into_a_document_between_the_marks(
+    recorded: tuple[Path, Path], results: ExperimentResults, tmp_path: Path, capsys
+) -> None:
+    file, root = recorded
+    document = tmp_path / "results.md"
+    text = "# Results\n\n<!-- results of collapse -->\nNot run.\n<!-- end of collapse -->\n\nWhat it means.\n"
+    document.write_text(text, encoding="utf-8")
+    command = ["experiment", str(file), "--dir", str(root), "--report", "--into", str(document)]
+    assert main(command) == 0
+    once = document.read_text(encoding="utf-8")
+    assert once.startswith("# Results\n\n<!-- results") and once.endswith("collapse -->\n\nWhat it means.\n")
+    assert "Not run." not in once and "| The sound arm ends higher | supported |" in once
+    assert "| sound | 3 |" in once and "| sound − collapsing |" in once and "| any of them | 3 of 3 |" in once
+    again = ["experiment", "--redraw", str(root / "collapse"), "--out", str(tmp_path / "page.html")]
+    assert main([*again, "--into", str(document)]) == 0
+    assert document.read_text(encoding="utf-8") == once, "the kept numbers give the same tables"
+    document.write_text("# Results\n", encoding="utf-8")
+    assert main(command) == 2
+    assert "no place for the results of collapse: it is between the lines <!-- results of" in capsys.readouterr().err
+    assert document.read_text(encoding="utf-8") == "# Results\n"
 
 
 def test_nothing_to_report_is_one_line(recorded: tuple[Path, Path], tmp_path: Path, capsys) -> None:
     assert main(["experiment", str(recorded[0]), "--dir", str(tmp_path), "--report"]) == 2
     assert "no run of this experiment has begun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kept", KEPT, ids=lambda path: path.parent.name)
+def test_the_document_of_results_has_what_the_kept_numbers_give(kept: Path) -> None:
+    document, results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), read_results(kept)
+    assert put_block(document, results.question.name, document_block(results)) == document, (
+        "see vcppo experiment --into"
+    )
+
+
+@pytest.mark.skipif(not KEPT, reason="no results are kept")
+def test_the_documents_diagnosis_is_that_of_all_kept_runs() -> None:
+    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    runs = [run for kept in KEPT for run in read_results(kept).runs]
+    assert put_block(document, "diagnosis", diagnosis_block(runs)) == document
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
+def test_the_document_of_results_has_a_place_for_every_experiment(name: str) -> None:
+    document = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert "filled" in put_block(document, name, "filled\n")
