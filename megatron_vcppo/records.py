@@ -130,6 +130,9 @@ class TrainSequence:
 
     token_ids: Any
     fields: dict[str, Any] = field(default_factory=dict)
+    routed_experts: Any = None
+    """[tokens or tokens - 1, layers, K] array of the experts that the engine chose for each token; what it has for the
+    last one is not read. All sequences that are packed together have them, or none has."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
