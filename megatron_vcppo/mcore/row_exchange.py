@@ -1,7 +1,8 @@
 """Moves rows of a batch between replicas, and what a replica's leader has to its other ranks: arrays on the CPU.
 
-A row is a run of elements of a tensor (along its first dimension), such as a rollout's tokens. Every rank knows the length of each row, who
-has it and who gets it, so only the elements travel, each one to the replica that asks for it and to no other.
+A row is a run of elements of a tensor (along its first dimension), such as a rollout's tokens. Every rank knows the
+length of each row, who has it and who gets it, so only the elements travel, each one to the replica that asks for it
+and to no other.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """The experts that an engine without accelerators chose, for routing replay: what vLLM has for GPUs only.
 
-vLLM returns them (``--enable-return-routed-experts``) from its second model runner, which needs Triton; vLLM 0.32 refuses
-the option on CPU ("Model Runner V2 requires Triton"). Here its own capturer, which hooks onto the routers, is read out
-around the first runner. No prefix may be cached: of tokens that are not computed nothing is captured.
+vLLM returns them (``--enable-return-routed-experts``) from its second model runner, which needs Triton; vLLM 0.32
+refuses the option on CPU ("Model Runner V2 requires Triton"). Here its own capturer, which hooks onto the routers, is
+read out around the first runner. No prefix may be cached: of tokens that are not computed nothing is captured.
 """
 
 from typing import Any
