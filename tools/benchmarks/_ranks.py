@@ -22,8 +22,8 @@ def run_ranks(function: Callable[..., Any], ranks: int, timeout_s: float, *args:
 
 
 def architecture_folder(args: argparse.Namespace, folder: Path, max_length: int) -> Path:
-    """A folder with the config.json of a model of these sizes (hidden, layers, vocab; experts, if there are any); weights
-    are random anyway."""
+    """A folder with the config.json of a model of these sizes (hidden, layers, vocab, and experts if there are any);
+    weights are random anyway."""
     heads = args.hidden // 64
     sizes = {
         "hidden_size": args.hidden,
