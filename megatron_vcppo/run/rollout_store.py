@@ -154,7 +154,7 @@ def _write(path: Path, rollouts: RolloutPart) -> None:
         )
 
 
-def _write_experts(path: Path, rollouts: RolloutPart) -> dict[str, np.ndarray]:
+def _write_experts(path: Path, rollouts: RolloutPart) -> dict[str, Any]:
     """Write the file of experts that belongs to ``path``; what must be in that one to find them again."""
     lengths = np.asarray([len(rollout.routed_experts) for rollout in rollouts.rollouts], dtype=np.int64)
     file_of_experts = path.with_name(path.name.removesuffix(_SUFFIX) + _EXPERTS)
