@@ -124,7 +124,7 @@ class Models:
 
     def token_outputs(self, share: RolloutShare) -> dict[str, Tensor]:
         """Log-probs and values under the current weights, by name: [N]."""
-        found = {"logprobs": token_outputs(share, self.packer, self.actor.logprobs)}
+        found = {"logprobs": token_outputs(share, self.packer, self.actor.logprobs, replays_routing=True)}
         if self.critic is not None:
             found["values"] = token_outputs(share, self.packer, self.critic.values)
         return found
