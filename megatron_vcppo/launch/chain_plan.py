@@ -276,7 +276,7 @@ def experts_gb(arch: Architecture, config: Config) -> float:
         return 0.0
     settings, ppo = config.ppo.checkpoint, config.ppo
     kept = settings.save_every * (settings.keep_last + 1) if settings.keep_last else ppo.iterations
-    row_bytes = arch.num_layers * arch.experts.per_token * (1 if arch.experts.count <= 256 else 2)
+    row_bytes = arch.num_layers * arch.experts.per_token * arch.experts.number_bytes
     tokens = config.hardware.prompt_tokens + response_tokens(config)
     count = min(kept, ppo.iterations) * ppo.prompts_per_iteration * config.rollout.num_samples
     return count * tokens * row_bytes / 1e9

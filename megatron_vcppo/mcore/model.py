@@ -111,11 +111,7 @@ class PackedGPT(GPTModel, abc.ABC):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             shard=shard,
-            tokens=(
-                routed_tokens(microbatch, shard, self.config, replays=self.replays_routing)
-                if self.router_step
-                else None
-            ),
+            tokens=routed_tokens(microbatch, shard, self.config, self.replays_routing) if self.router_step else None,
         )
         token_ids, position_ids = shard.take(microbatch.token_ids), shard.take(microbatch.position_ids)
         return self(token_ids[None], position_ids[None], None, packed_seq_params=packed)

@@ -63,7 +63,7 @@ class RoutedParams(PackedParams):
 
 
 def routed_tokens(
-    microbatch: PackedMicrobatch, shard: ContextShard, config: TransformerConfig, *, replays: bool = False
+    microbatch: PackedMicrobatch, shard: ContextShard, config: TransformerConfig, replays: bool
 ) -> RoutedTokens:
     """Those of this rank: its share over context parallelism, and of that its part over sequence parallelism.
 

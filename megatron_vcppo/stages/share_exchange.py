@@ -34,7 +34,7 @@ def replica_of_each(lengths: np.ndarray, num_replicas: int, among: Sequence[int]
 def experts_format(arch: Architecture) -> ExpertsFormat:
     """How engines send the experts of a mixture."""
     assert arch.experts is not None, f"{arch.family} has no experts"
-    return ExpertsFormat(arch.num_layers, arch.experts.per_token, 1 if arch.experts.count <= 256 else 2)
+    return ExpertsFormat(arch.num_layers, arch.experts.per_token, arch.experts.number_bytes)
 
 
 def share_out(part: RolloutPart, experts: ExpertsFormat | None = None) -> RolloutShare:
