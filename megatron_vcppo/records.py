@@ -54,6 +54,10 @@ class Rollout:
     version_changes: Sequence[tuple[int, int]] = ()
     """(token, policy version), rising: from this token on the response was sampled under other weights, because a push
     came meanwhile. Kept as a tuple of tuples."""
+    routed_experts: bytes = b""
+    """With routing replay: the experts that the engine chose, token by token of prompt and response and layer by layer,
+    1 byte each, or 2 (little-endian) where a layer has more than 256. The last token, which no engine runs, has none;
+    tokens of a tool at the end of the response have none either."""
 
     def __post_init__(self) -> None:
         for name, kind in (("response_ids", "i"), ("rollout_logprobs", "f")):
@@ -130,6 +134,9 @@ class TrainSequence:
 
     token_ids: Any
     fields: dict[str, Any] = field(default_factory=dict)
+    routed_experts: Any = None
+    """[tokens or tokens - 1, layers, K] array of the experts that the engine chose for each token; what it has for the
+    last one is not read. All sequences that are packed together have them, or none has."""
 
     def __len__(self) -> int:
         return len(self.token_ids)

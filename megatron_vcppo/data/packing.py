@@ -48,6 +48,9 @@ class PackedMicrobatch:
     """Tokens of each packed sequence, without padding."""
     padding_tokens: int
     """Tokens that only round lengths up."""
+    routed_experts: Tensor | None = None
+    """[T, layers, K]: the experts that the engine chose for each token (not shifted: they belong to the input); 0 for
+    padding and for the last token of each sequence. None: not known."""
 
     @property
     def num_tokens(self) -> int:
@@ -68,6 +71,7 @@ class PackedMicrobatch:
             cu_seqlens=self.cu_seqlens.to(device),
             labels=self.labels.to(device),
             fields={name: values.to(device) for name, values in self.fields.items()},
+            routed_experts=None if self.routed_experts is None else self.routed_experts.to(device),
         )
 
     def unpack(self, values: Tensor) -> list[Tensor]:
@@ -125,6 +129,12 @@ def pack(
             assert len(values) == length, f"field {name}: {len(values)} values for {length} tokens"
             assert not (dtypes[name] is np.bool_ and values[0]), f"field {name}: nothing predicts the first token"
             fields[name][start : start + length - 1] = values[1:]
+    routed_experts = None
+    if chosen and chosen[0].routed_experts is not None:
+        kind = chosen[0].routed_experts
+        routed_experts = np.zeros((num_tokens, *kind.shape[1:]), dtype=kind.dtype)
+        for sequence, start, length in zip(chosen, borders, lengths, strict=False):
+            routed_experts[start : start + length - 1] = sequence.routed_experts[: length - 1]
     return PackedMicrobatch(
         token_ids=torch.from_numpy(token_ids),
         position_ids=torch.from_numpy(np.arange(num_tokens) - np.repeat(borders[:-1], spans)),
@@ -134,6 +144,7 @@ def pack(
         sequence_index=tuple(sequence_index),
         lengths=tuple(lengths),
         padding_tokens=num_tokens - sum(lengths),
+        routed_experts=None if routed_experts is None else torch.from_numpy(routed_experts),
     )
 
 

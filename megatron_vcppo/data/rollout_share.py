@@ -52,6 +52,7 @@ def rows_of(part: RolloutPart) -> np.ndarray:
             digest.update(repr(rollout.model_score).encode())
         digest.update(np.asarray(rollout.rollout_logprobs, dtype=np.float32).tobytes())
         digest.update(np.asarray(rollout.response_ids, dtype=np.int32).tobytes())
+        digest.update(rollout.routed_experts)
         if rollout.observations:
             digest.update(repr(rollout.observations).encode())
         kind = Verdict(0.0, rollout.verdict).kind
@@ -77,6 +78,50 @@ def tokens_of(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
         torch.from_numpy(np.concatenate(ids or [np.zeros(0, np.int32)])),
         torch.from_numpy(np.concatenate(logprobs or [np.zeros(0, np.float32)])),
     )
+
+
+@dataclass(frozen=True)
+class ExpertsFormat:
+    """How the experts that an engine chose for a token are stored."""
+
+    num_layers: int
+    """Dense ones included, for which engines send anything."""
+    per_token: int
+    num_bytes: int
+    """Of each expert's number: 1 or 2."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a token."""
+        return self.num_layers * self.per_token * self.num_bytes
+
+    def numbers(self, rows: np.ndarray) -> np.ndarray:
+        """[n, layers, experts per token] of uint8 [n, row_bytes]; no copy."""
+        kind = np.uint8 if self.num_bytes == 1 else np.int16
+        return rows.view(kind).reshape(len(rows), self.num_layers, self.per_token)
+
+
+@dataclass(frozen=True)
+class RoutedExperts:
+    """The experts that engines chose for the tokens of some rollouts."""
+
+    rows: Tensor
+    """uint8 [tokens of prompts and responses, row_bytes]"""
+    format: ExpertsFormat
+
+    @classmethod
+    def of(cls, rollouts: Sequence[Rollout], form: ExpertsFormat) -> "RoutedExperts":
+        """One rollout after the other. At its end tokens without experts, whose outputs nothing reads, get any."""
+        lengths = [len(rollout.prompt.token_ids) + len(rollout.response_ids) for rollout in rollouts]
+        rows = np.empty((sum(lengths), form.row_bytes), np.uint8)
+        form.numbers(rows)[:] = np.arange(form.per_token)
+        start = 0
+        for rollout, length in zip(rollouts, lengths, strict=True):
+            known = np.frombuffer(rollout.routed_experts, np.uint8).reshape(-1, form.row_bytes)
+            assert 0 < len(known) < length, f"{rollout.prompt.prompt_id}: experts of {len(known)} of {length} tokens"
+            rows[start : start + len(known)] = known
+            start += length
+        return cls(torch.from_numpy(rows), form)
 
 
 def sampled_tokens(rollouts: Sequence[Rollout]) -> Tensor:
@@ -200,6 +245,8 @@ class RolloutShare:
     """float32 [N], from the engines; empty in a part of a minibatch whose losses do not read them."""
     sampled: Tensor
     """bool [N]: tokens that the policy sampled; all others are a tool's."""
+    routed_experts: RoutedExperts | None = None
+    """With routing replay, of the tokens in ``token_ids``."""
 
     @classmethod
     def whole(cls, rollouts: Sequence[Rollout]) -> "RolloutShare":
@@ -253,11 +300,15 @@ class RolloutShare:
                 return
             first = last
 
-    def sequences(self, fields: Mapping[str, Tensor], order: Sequence[int] | None = None) -> list[TrainSequence]:
+    def sequences(
+        self, fields: Mapping[str, Tensor], order: Sequence[int] | None = None, *, with_experts: bool = False
+    ) -> list[TrainSequence]:
         """Prompt and response of each rollout; ``fields`` [N] become per-token fields, 0 on the prompt.
 
-        order: indices of this share's rollouts; default: all as they are.
+        order: indices of this share's rollouts; default: all as they are. with_experts: with the experts that engines
+        chose, if they are known.
         """
+        routed = self.routed_experts if with_experts else None
         own = self.table.rows
         arrays = {name: tensor.numpy() for name, tensor in fields.items()}
         ends, response_ends = self.table.sequence_lengths.cumsum(), own["response_length"].astype(np.int64).cumsum()
@@ -269,8 +320,9 @@ class RolloutShare:
             for name, array in arrays.items():
                 padded[name] = np.zeros(num_prompt + num_response, dtype=array.dtype)
                 padded[name][num_prompt:] = array[response_ends[index] - num_response : response_ends[index]]
-            sequence_ids = ids[ends[index] - num_prompt - num_response : ends[index]]
-            result.append(TrainSequence(sequence_ids, padded))
+            tokens = slice(ends[index] - num_prompt - num_response, ends[index])
+            experts = None if routed is None else routed.format.numbers(routed.rows.numpy()[tokens])
+            result.append(TrainSequence(ids[tokens], padded, experts))
         return result
 
     def flatten(self, rows: Iterable[tuple[int, Tensor]]) -> Tensor:

@@ -68,6 +68,11 @@ class Experts:
             raise UserError(f"{source}: {data!r} does not describe experts")
         return cls(**sizes, norm_topk_prob=norm, dense_layers=tuple(dense))
 
+    @property
+    def number_bytes(self) -> int:
+        """Of an expert's number, where engines send it."""
+        return 1 if self.count <= 256 else 2
+
     def sparse_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers (from 0) that have experts."""
         return tuple(layer for layer in range(num_layers) if layer not in self.dense_layers)

@@ -95,7 +95,7 @@ def plan_stage(arch: Architecture, config: Config, stage: str) -> StagePlan:
         phases_s=phases,
         once_s=once,
         checkpoints_gb=checkpoints_gb(arch, config, stage),
-        rollouts_gb=rollouts_gb(config, stage),
+        rollouts_gb=rollouts_gb(config, stage) + (experts_gb(arch, config) if stage == "ppo" else 0.0),
         stage_layers=stage_layers(arch.num_layers, config.parallel.pp, config.parallel.ends),
     )
 
@@ -268,3 +268,15 @@ def rollouts_gb(config: Config, stage: str) -> float:
         "evaluate": (config.evaluate.num_prompts or 0) * config.evaluate.num_samples,
     }.get(stage, 0)
     return count * response_tokens(config) * ROLLOUT_BYTES_PER_TOKEN / 1e9
+
+
+def experts_gb(arch: Architecture, config: Config) -> float:
+    """Most that the experts for routing replay take: of iterations that the oldest checkpoint is not past."""
+    if arch.experts is None or not config.ppo.routing_replay:
+        return 0.0
+    settings, ppo = config.ppo.checkpoint, config.ppo
+    kept = settings.save_every * (settings.keep_last + 1) if settings.keep_last else ppo.iterations
+    row_bytes = arch.num_layers * arch.experts.per_token * arch.experts.number_bytes
+    tokens = config.hardware.prompt_tokens + response_tokens(config)
+    count = min(kept, ppo.iterations) * ppo.prompts_per_iteration * config.rollout.num_samples
+    return count * tokens * row_bytes / 1e9

@@ -45,6 +45,10 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
     if set(stages) - {"export"}:
         arch.check_length(config.model.max_length)
     check_model(arch, config.model.lora)
+    if "ppo" in stages and config.ppo.routing_replay and arch.experts is None:
+        raise UserError(
+            f"ppo.routing_replay is for mixtures of experts, and {config.model.hf} has none: set it to false"
+        )
     for stage in stages:
         parallel = stage_config(config, stage).parallel
         arch.check_parallel(parallel.tp, parallel.pp, parallel.ep, parallel.sequence_parallel, parallel.ends)

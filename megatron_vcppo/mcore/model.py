@@ -45,6 +45,8 @@ class PackedGPT(GPTModel, abc.ABC):
     """A GPTModel over one packed micro-batch; ``readout`` is what the last pipeline stage makes of hidden states."""
 
     kind: str
+    replays_routing = False
+    """Whether its routers take the experts that engines chose, from micro-batches that have them."""
 
     def __init__(self, config: TransformerConfig, arch: Architecture, lora: LoraConfig, *, tied: bool) -> None:
         super().__init__(
@@ -109,7 +111,7 @@ class PackedGPT(GPTModel, abc.ABC):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             shard=shard,
-            tokens=routed_tokens(microbatch, shard, self.config) if self.router_step else None,
+            tokens=routed_tokens(microbatch, shard, self.config, self.replays_routing) if self.router_step else None,
         )
         token_ids, position_ids = shard.take(microbatch.token_ids), shard.take(microbatch.position_ids)
         return self(token_ids[None], position_ids[None], None, packed_seq_params=packed)
@@ -135,6 +137,7 @@ class ActorModel(PackedGPT):
     """The policy: reads out logits [T, padded vocabulary / tp]."""
 
     kind = "actor"
+    replays_routing = True
 
     def __init__(self, config: TransformerConfig, arch: Architecture, lora: LoraConfig) -> None:
         super().__init__(config, arch, lora, tied=arch.tied)

@@ -10,11 +10,14 @@ the experts per token), and P_i the mean of their probabilities for it, over seq
 which is K if the load is even; of one sequence and one layer it is the loss of Hugging Face's
 ``load_balancing_loss_func``, and the sequence-wise balance loss of DeepSeek-V3 (arXiv:2412.19437, eq. 17) times K.
 The z-loss is the mean over l and tokens of (log Σ exp logits)² (arXiv:2202.08906). Padding counts nowhere.
+
+With routing replay a token takes the experts that the engine chose for it. Their weights are the router's own
+probabilities, so gradients reach the router as they do for its own choice.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,6 +43,11 @@ class RoutedTokens:
     """int64 [tokens of this rank]: its index among the micro-batch's S sequences, S of padding."""
     lengths: Tensor
     """float32 [S]: tokens of each sequence, on all ranks."""
+    experts: Tensor | None = None
+    """[tokens of this rank, layers, K]: those that the engine chose; None: routers choose."""
+    is_replayed: Tensor | None = None
+    """bool [tokens of this rank]: tokens with such experts. Padding and the last token of a sequence, which no engine
+    runs, have none."""
 
     @property
     def is_real(self) -> Tensor:
@@ -54,18 +62,32 @@ class RoutedParams(PackedParams):
     tokens: RoutedTokens | None = None
 
 
-def routed_tokens(microbatch: PackedMicrobatch, shard: ContextShard, config: TransformerConfig) -> RoutedTokens:
-    """Those of this rank: its share over context parallelism, and of that its part over sequence parallelism."""
+def routed_tokens(
+    microbatch: PackedMicrobatch, shard: ContextShard, config: TransformerConfig, replays: bool
+) -> RoutedTokens:
+    """Those of this rank: its share over context parallelism, and of that its part over sequence parallelism.
+
+    replays: whether routers take the experts that the micro-batch has, if it has any.
+    """
+
+    def mine(whole: Tensor) -> Tensor:
+        part = shard.take(whole)
+        if config.sequence_parallel:
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            part = part.chunk(config.tensor_model_parallel_size)[rank]
+        return part
+
     device = microbatch.token_ids.device
     spans = microbatch.cu_seqlens.diff().long()
     lengths = torch.tensor(microbatch.lengths, device=device)
     owner = torch.arange(len(spans), device=device).repeat_interleave(spans)
     # A segment is a sequence and padding at its end; the last one may be padding only.
     real = torch.cat((lengths, lengths.new_zeros(len(spans) - len(lengths))))[owner]
-    sequence = shard.take(torch.where(microbatch.position_ids < real, owner, len(lengths)))
-    if config.sequence_parallel:
-        sequence = sequence.chunk(config.tensor_model_parallel_size)[parallel_state.get_tensor_model_parallel_rank()]
-    return RoutedTokens(sequence, lengths.float())
+    tokens = RoutedTokens(mine(torch.where(microbatch.position_ids < real, owner, len(lengths))), lengths.float())
+    if not replays or microbatch.routed_experts is None:
+        return tokens
+    is_replayed = mine(microbatch.position_ids < real - 1)
+    return replace(tokens, experts=mine(microbatch.routed_experts), is_replayed=is_replayed)
 
 
 @dataclass
@@ -82,15 +104,17 @@ class RouterStep:
     gradient_scale: float = 1.0
     """Undoes the mean that the gradient reduction takes over ranks."""
     layers: dict[int, Tensor] = field(default_factory=dict)
-    """By layer number, of this rank's tokens in this step: float64 [count + 2]: how often each expert was chosen, and
-    the layer's auxiliary and z-loss."""
+    """By layer number, of this rank's tokens in this step: float64 [count + 4]: how often each expert was chosen; the
+    layer's auxiliary and z-loss; replayed tokens, and those of them for which the router would choose others."""
 
     def begin(self, num_tokens: int, gradient_scale: float) -> None:
         """A training step of so many tokens begins."""
         self.layers.clear()
         self.num_tokens, self.gradient_scale = num_tokens, gradient_scale
 
-    def add(self, layer: int, logits: Tensor, chosen: Tensor, weights: Tensor, tokens: RoutedTokens) -> Tensor:
+    def add(
+        self, layer: int, logits: Tensor, chosen: Tensor, weights: Tensor, tokens: RoutedTokens, own: Tensor
+    ) -> Tensor:
         """Count one micro-batch in one layer; returns ``weights`` with the losses attached to their gradient.
 
         Args:
@@ -98,6 +122,8 @@ class RouterStep:
             logits: float32 [tokens, count].
             chosen: bool [tokens, count].
             weights: [tokens, count].
+            tokens: which these are.
+            own: [tokens, K], the experts that the router itself would choose.
         """
         num_sequences, real = len(tokens.lengths), tokens.is_real[:, None]
         picks = (chosen & real).float()
@@ -111,7 +137,11 @@ class RouterStep:
         per_token = self.num_tokens * self.num_layers
         aux_loss = (logits.softmax(-1) * share).sum() * self.experts.count / per_token
         z_loss = (logits.logsumexp(-1, keepdim=True).square() * real).sum() / per_token
-        found = torch.cat((here, torch.stack((aux_loss, z_loss)).detach())).double()
+        replayed = differs = aux_loss.new_zeros(())
+        if tokens.is_replayed is not None:
+            others = ~chosen.gather(1, own).all(1) & tokens.is_replayed
+            replayed, differs = tokens.is_replayed.sum().float(), others.sum().float()
+        found = torch.cat((here, torch.stack((aux_loss, z_loss, replayed, differs)).detach())).double()
         self.layers[layer] = self.layers[layer] + found if layer in self.layers else found
         loss = self.aux_loss_coef * aux_loss + self.z_loss_coef * z_loss
         return _AttachLoss.apply(weights, loss, self.gradient_scale) if loss.requires_grad else weights
@@ -121,11 +151,12 @@ class RouterStep:
 
         router_aux_loss and router_z_loss: without their coefficients. router_max_load and router_min_load: tokens of
         the fullest and the emptiest expert of all layers, relative to the mean over the experts of its layer.
-        router_balance: entropy of the load relative to that of an even one, the mean over layers.
+        router_balance: entropy of the load relative to that of an even one, the mean over layers. With routing replay
+        router_mismatch: of the replayed tokens and layers, the share for which the router would have chosen others.
         """
         count = self.experts.count
         device = torch.cuda.current_device()
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        sums = torch.zeros(5, dtype=torch.float64, device=device)
         extremes = torch.zeros(2, dtype=torch.float64, device=device)
         if self.layers:
             layers = torch.stack([self.layers[number] for number in sorted(self.layers)])
@@ -140,14 +171,23 @@ class RouterStep:
         if dist.get_world_size(group) > 1:
             dist.all_reduce(sums, group=group)
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-        names = ("aux_loss", "z_loss", "balance", "max_load", "min_load")
-        aux_loss, z_loss, balance, largest, smallest = (*sums.tolist(), *extremes.tolist())
-        values = (aux_loss, z_loss, balance, largest, -smallest)
-        return {f"router_{name}": value for name, value in zip(names, values, strict=True)}
+        aux_loss, z_loss, replayed, differs, balance, largest, smallest = (*sums.tolist(), *extremes.tolist())
+        found = {
+            "aux_loss": aux_loss,
+            "z_loss": z_loss,
+            "balance": balance,
+            "max_load": largest,
+            "min_load": -smallest,
+            **({"mismatch": differs / replayed} if replayed else {}),
+        }
+        return {f"router_{name}": value for name, value in found.items()}
 
 
 class Router(TopKRouter):
-    """Softmax over all experts, the best K of them, their probabilities as weights: as Qwen3-MoE defines it."""
+    """Softmax over all experts, the best K of them, their probabilities as weights: as Qwen3-MoE defines it.
+
+    With ``RoutedTokens.experts`` these are taken instead of the best.
+    """
 
     step: RouterStep
     tokens: RoutedTokens
@@ -168,13 +208,19 @@ class Router(TopKRouter):
         """logits [tokens, 1, experts] -> the weight of each expert for each token, 0 where it is not chosen, and
         whether it is: [tokens, experts]."""
         logits = logits.view(-1, self.config.num_moe_experts).float()
-        best, index = logits.softmax(-1).topk(self.topk, dim=-1)
+        probabilities = logits.softmax(-1)
+        own = index = probabilities.topk(self.topk, dim=-1).indices
+        if self.tokens.experts is not None:
+            assert self.tokens.is_replayed is not None
+            engines = self.tokens.experts[:, self.layer_number - 1].long()
+            index = torch.where(self.tokens.is_replayed[:, None], engines, own)
+        best = probabilities.gather(1, index)
         if self.step.experts.norm_topk_prob:
             best = best / best.sum(-1, keepdim=True)
         weights = torch.zeros_like(logits).scatter(1, index, best)
         chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, True)
         if self.training and torch.is_grad_enabled():  # not in the first pass of recomputed layers
-            weights = self.step.add(self.layer_number, logits, chosen, weights, self.tokens)
+            weights = self.step.add(self.layer_number, logits, chosen, weights, self.tokens, own)
         return weights, chosen
 
 

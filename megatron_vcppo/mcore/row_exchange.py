@@ -1,7 +1,8 @@
-"""Moves rows of a batch between replicas, and what a replica's leader has to its other ranks: flat arrays on the CPU.
+"""Moves rows of a batch between replicas, and what a replica's leader has to its other ranks: arrays on the CPU.
 
-A row is a run of elements of a flat tensor, such as a rollout's tokens. Every rank knows the length of each row, who
-has it and who gets it, so only the elements travel, each one to the replica that asks for it and to no other.
+A row is a run of elements of a tensor (along its first dimension), such as a rollout's tokens. Every rank knows the
+length of each row, who has it and who gets it, so only the elements travel, each one to the replica that asks for it
+and to no other.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ def exchange_rows(values: Tensor, lengths: np.ndarray, holders: np.ndarray, take
     """The rows that this replica takes, one after the other, by rising index; collective over replicas.
 
     Args:
-        values: flat, the rows that this replica holds, by rising index.
+        values: [elements, …], the rows that this replica holds, by rising index.
         lengths: int64 [B]: elements of every row.
         holders: int64 [B]: the replica that holds each row.
         takers: int64 [B]: the replica that gets it; -1: none.
@@ -40,7 +41,7 @@ def exchange_rows(values: Tensor, lengths: np.ndarray, holders: np.ndarray, take
         return sent
     wanted = np.flatnonzero(takers == me)
     by_holder = [wanted[holders[wanted] == holder] for holder in range(size)]
-    received = values.new_empty(int(lengths[wanted].sum()))
+    received = values.new_empty((int(lengths[wanted].sum()), *values.shape[1:]))
     dist.all_to_all_single(
         received,
         sent,
@@ -90,4 +91,4 @@ def broadcast_in_replica(tensor: Tensor) -> Tensor:
 
 
 def _concatenated(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    return torch.cat([*parts]) if parts else like.new_empty(0)
+    return torch.cat([*parts]) if parts else like.new_empty((0, *like.shape[1:]))

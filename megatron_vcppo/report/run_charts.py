@@ -106,6 +106,7 @@ PPO_PLOTS = (
     Plot("Gradient norm, actor", "actor/grad_norm", "before clipping", negative=False),
     Plot("Gradient norm, critic", "critic/grad_norm", "before clipping", negative=False),
     Plot("Fullest expert", "actor/router_max_load", "its tokens, relative to the mean over experts", negative=False),
+    Plot("Other experts", "actor/router_mismatch", "tokens × layers that the engine routed otherwise", negative=False),
     Plot(
         "Verifiers too slow", "rollout/verifier_timeouts", "answers; each counts as wrong", negative=False, if_any=True
     ),

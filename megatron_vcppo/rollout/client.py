@@ -418,6 +418,7 @@ class _Generation:
             policy_version=response.policy_version,
             observations=() if turns is None else turns.observations,
             version_changes=response.version_changes,
+            routed_experts=response.routed_experts,
         )
         self.unanswered.remove(item.request.key)
         self.num_answered += 1

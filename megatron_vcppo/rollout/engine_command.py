@@ -46,11 +46,13 @@ def command(
     seed: int,
     sleeps: bool = False,
     has_weights: bool = True,
+    returns_experts: bool = False,
 ) -> list[str]:
     """Arguments that start one engine. The secret is not among them: anyone may list a process's arguments.
 
     sleeps: it gives its GPU memory back between turns. Without GPUs vLLM refuses the option, and needs none to be told.
     has_weights: whether the model's folder has them; without, the engine starts with others until the first push.
+    returns_experts: it can send the experts that its routers choose. Without GPUs that costs the prefix cache.
     """
     options = {
         "--model": str(model),
@@ -84,6 +86,12 @@ def command(
         switches.append("--no-enable-chunked-prefill")
         if engine.tp == 1:
             options["--distributed-executor-backend"] = "uni"
+    if returns_experts and on_gpu:
+        switches.append("--enable-return-routed-experts")
+    elif returns_experts:
+        options["--worker-cls"] = "megatron_vcppo.rollout.routed_experts.CapturingWorker"
+        options["--scheduler-cls"] = "megatron_vcppo.rollout.routed_experts.CapturingScheduler"
+        switches.append("--no-enable-prefix-caching")
     arguments = [text for option in options.items() for text in option]
     server = "vllm.entrypoints.openai.api_server" if on_gpu else CPU_SERVER
     return [sys.executable, "-m", server, *arguments, *switches, *engine.extra_args]

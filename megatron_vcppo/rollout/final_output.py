@@ -95,6 +95,8 @@ class Unfinished:
         self.token_ids = array("q")
         self.logprobs = (bytearray(), bytearray(), bytearray())
         """Token ids, log-probs and ranks of vLLM's LogprobsLists, row after row."""
+        self.routed_experts = bytearray()
+        """Of every token in turn, if the engine captures them."""
 
     def add(self, output: EngineCoreOutput) -> None:
         """Append the tokens of one step."""
@@ -102,9 +104,12 @@ class Unfinished:
         if output.new_logprobs is not None:
             for column, rows in zip(self.logprobs, output.new_logprobs[:3], strict=True):
                 column += rows.tobytes()
+        if output.routed_experts is not None:
+            self.routed_experts += output.routed_experts.tobytes()
 
     def finish(self, last: EngineCoreOutput) -> EngineCoreOutput:
-        """The last step's output with the tokens and log-probs of all steps, and the prefill figures of the first."""
+        """The last step's output with tokens, log-probs and experts of all steps, and the prefill figures of the
+        first."""
         last.new_token_ids = self.token_ids.tolist()
         if last.new_logprobs is not None:
             columns = [
@@ -112,5 +117,8 @@ class Unfinished:
                 for column, rows in zip(self.logprobs, last.new_logprobs[:3], strict=True)
             ]
             last.new_logprobs = LogprobsLists(*columns, None)
+        if last.routed_experts is not None:
+            rows = last.routed_experts
+            last.routed_experts = np.frombuffer(self.routed_experts, rows.dtype).reshape(-1, *rows.shape[1:])
         last.prefill_stats = self.prefill_stats
         return last

@@ -25,6 +25,8 @@ class Sampling(msgspec.Struct, frozen=True):
     top_k: int = 0
     stop: list[str] = []
     ignore_eos: bool = False
+    routed_experts: bool = False
+    """Also send the experts that were chosen for each token."""
 
 
 class GenerateRequest(msgspec.Struct, frozen=True):
@@ -36,6 +38,8 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     seed: int
     stop: list[str] = []
     """Texts that end it, in addition to those of the batch."""
+    num_routed: int = 0
+    """Leading tokens whose experts are not sent, because they came with the turn before."""
 
 
 class GenerateBatch(msgspec.Struct, frozen=True):
@@ -56,6 +60,9 @@ class Response(msgspec.Struct, frozen=True):
     """The version under which the first token was drawn."""
     version_changes: list[tuple[int, int]] = []
     """(token, policy version) from which on later tokens were drawn, where weights were pushed meanwhile."""
+    routed_experts: bytes = b""
+    """If requested: of each token of prompt and response but the last, from ``num_routed`` on, the experts of each
+    layer, 1 byte each, or 2 (little-endian) where a layer has more than 256."""
     error: str = ""
 
 

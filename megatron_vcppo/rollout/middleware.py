@@ -149,7 +149,20 @@ class Middleware:
                 request.key,
                 error=f"log-probs that are not finite: weights {version}, or ones before them, are out of range",
             )
-        return Response(request.key, list(choice.token_ids), logprobs, choice.finish_reason, version, changes)
+        routed_experts = b""
+        if sampling.routed_experts:
+            if choice.routed_experts is None:
+                return Response(request.key, error="the engine was started without --enable-return-routed-experts")
+            routed_experts = choice.routed_experts.tobytes()
+        return Response(
+            request.key,
+            list(choice.token_ids),
+            logprobs,
+            choice.finish_reason,
+            version,
+            changes,
+            routed_experts,
+        )
 
     async def _sync(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
         request = msgspec.json.decode(body, type=SyncRequest)
@@ -271,6 +284,7 @@ def sampling_params(sampling: Sampling, request: GenerateRequest) -> SamplingPar
         logprobs=0,
         flat_logprobs=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        routed_experts_prompt_start=request.num_routed,
         skip_clone=True,
     )
 

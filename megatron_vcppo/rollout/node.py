@@ -50,17 +50,25 @@ def main() -> int:
         if engine_placement(config) == "trainer_gpus":
             remove_stale()
             shared = NodeFolder(args.rendezvous, args.node)
-        slots = plan_slots(config, Path(config.model.hf), args.rendezvous, args.node, shared)
+        returns_experts = args.stage == "ppo" and config.ppo.routing_replay
+        slots = plan_slots(config, Path(config.model.hf), args.rendezvous, args.node, shared, returns_experts)
     except UserError as error:
         log.say(f"error: {error}")
         return USER_ERROR
     return run(slots, stopping, shared)
 
 
-def plan_slots(config: Config, model: Path, folder: Path, node: int, shared: NodeFolder | None = None) -> list[Slot]:
+def plan_slots(
+    config: Config,
+    model: Path,
+    folder: Path,
+    node: int,
+    shared: NodeFolder | None = None,
+    returns_experts: bool = False,
+) -> list[Slot]:
     """What to run on this node: engines, their devices, their log files (next to the rendezvous folder).
 
-    shared: whose turn it is on GPUs that the trainer has, too.
+    shared: whose turn it is on GPUs that the trainer has, too. returns_experts: for routing replay.
     """
     rollout, engine = config.rollout, config.rollout.engine
     make_secret(folder / SECRET)
@@ -88,6 +96,7 @@ def plan_slots(config: Config, model: Path, folder: Path, node: int, shared: Nod
                 seed=config.run.seed,
                 sleeps=shared is not None,
                 has_weights=config.model.weights is None,
+                returns_experts=returns_experts,
             ),
             engine_command.environment(os.environ, engine, placement, folder / SECRET, address),
         )

@@ -38,6 +38,9 @@ class Turns:
     """Of the first token."""
     version_changes: list[tuple[int, int]] = field(default_factory=list)
     """(token, policy version), as in a response: turns may be sampled under different weights."""
+    routed_experts: bytearray = field(default_factory=bytearray)
+    """If requested, of the first ``num_routed`` tokens of prompt and response."""
+    num_routed: int = 0
 
     def request(self) -> GenerateRequest:
         """The next turn."""
@@ -47,6 +50,7 @@ class Turns:
             max_tokens=self.room,
             seed=turn_seed(self.first.seed, self.num_calls),
             stop=[self.stop] if self.num_calls < self.max_calls else [],
+            num_routed=self.num_routed,
         )
 
     @property
@@ -69,6 +73,9 @@ class Turns:
         self.version_changes += [(start + token, version) for token, version in response.version_changes]
         self.token_ids += response.token_ids
         self.logprobs += response.logprobs
+        if response.routed_experts:
+            self.routed_experts += response.routed_experts
+            self.num_routed = len(self.first.token_ids) + len(self.token_ids) - 1
         return response.finish_reason == "stop" and self.num_calls < self.max_calls and self.stop in text
 
     def add_observation(self, token_ids: Sequence[int]) -> bool:
@@ -92,4 +99,5 @@ class Turns:
             finish_reason,
             self.policy_version,
             version_changes=self.version_changes,
+            routed_experts=bytes(self.routed_experts),
         )

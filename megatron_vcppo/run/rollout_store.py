@@ -9,6 +9,10 @@ rollouts one after the other, with ``prompt_lengths`` and ``response_lengths`` [
 text, one JSON object per rollout and line. ``observations`` ([start, end) in the response) is there only where a tool
 wrote any, ``version_changes`` only for responses during which weights were pushed. Runs made before schema 2 have one
 ``.jsonl.zst`` per iteration, which is read as well.
+
+With routing replay the experts that engines chose (``Rollout.routed_experts`` of all rollouts, one after the other) are
+in a file of their own next to it, ``.experts.npy``, with their lengths and a checksum in the first one. They are many
+times larger than all else, and are removed once no resume can need them.
 """
 
 import json
@@ -22,6 +26,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import xxhash
 import zstandard
 
 from megatron_vcppo.config import Config
@@ -33,8 +38,10 @@ from megatron_vcppo.run.log import say
 
 _decoder = msgspec.json.Decoder(Rollout)
 SCHEMA = 2
-_SUFFIX, _SUFFIX_BEFORE = ".npz", ".jsonl.zst"
+_SUFFIX, _SUFFIX_BEFORE, _EXPERTS = ".npz", ".jsonl.zst", ".experts.npy"
 _NAME = re.compile(r"(iter_\d{7,})_(\d+)of(\d+)(?:\.npz|\.jsonl\.zst)")
+_ANY_NAME = re.compile(r"(iter_\d{7,})_\d+of(\d+)\.")
+"""Also of the experts' files."""
 _PARTIAL = re.compile(r"partial_(-?\d+)_\d+of\d+(?:\.npz|\.jsonl\.zst)")
 Origin = dict[str, Any]
 """Dotted key → value."""
@@ -71,7 +78,7 @@ def write_partial(folder: Path, iteration: int, rollouts: RolloutPart, part: int
 def read_partial(folder: Path, iteration: int) -> list[Rollout]:
     """All that ``write_partial`` kept of an iteration, under any number of leaders, each response once."""
     paths = sorted(folder.glob(f"partial_{iteration:07d}_*"))
-    found = (rollout for path in paths if _PARTIAL.fullmatch(path.name) for _, rollout in _read(path))
+    found = (rollout for path in paths if _PARTIAL.fullmatch(path.name) for _, rollout in _read(path, True))
     return list({(rollout.prompt.prompt_id, rollout.sample_index): rollout for rollout in found}.values())
 
 
@@ -87,30 +94,31 @@ def partial_iterations(folder: Path) -> list[int]:
 
 
 def read_rollouts(folder: Path, iteration: int) -> list[Rollout]:
-    """All rollouts of an iteration in its order. UserError if there are none."""
-    return list(read_places(folder, iteration).rollouts)
+    """All rollouts of an iteration in its order, without experts. UserError if there are none."""
+    return list(RolloutPart.of(_read_all(folder, iteration)).rollouts)
 
 
 def read_places(
     folder: Path, iteration: int, wanted: Callable[[int, Rollout], bool] = lambda place, rollout: True
 ) -> RolloutPart:
     """Those of an iteration's rollouts that are ``wanted``, with their places. UserError if it is not stored."""
-    return RolloutPart.of(item for item in _read_all(folder, iteration) if wanted(*item))
+    return RolloutPart.of(item for item in _read_all(folder, iteration, with_experts=True) if wanted(*item))
 
 
 def iterate_rollouts(folder: Path, iteration: int) -> Iterator[Rollout]:
-    """All rollouts of an iteration, one leader's part after the other, of which one is held in memory at a time."""
+    """All rollouts of an iteration without experts, one leader's part after the other, of which one is held in memory
+    at a time."""
     return (rollout for _, rollout in _read_all(folder, iteration))
 
 
-def _read_all(folder: Path, iteration: int) -> Iterator[tuple[int, Rollout]]:
+def _read_all(folder: Path, iteration: int, with_experts: bool = False) -> Iterator[tuple[int, Rollout]]:
     paths = _complete(folder).get(iteration)
     if paths is None:
         known = stored_iterations(folder)
         there = f"; there are iterations {known[0]} to {known[-1]}" if known else ""
         raise UserError(f"{folder}: no rollouts of iteration {iteration}{there}")
     for path in paths:
-        yield from _read(path)
+        yield from _read(path, with_experts)
 
 
 def _write(path: Path, rollouts: RolloutPart) -> None:
@@ -118,7 +126,9 @@ def _write(path: Path, rollouts: RolloutPart) -> None:
     lines = []
     for rollout in rollouts.rollouts:
         record = {**vars(rollout), "prompt": {**vars(rollout.prompt)}, "length": len(rollout.response_ids)}
-        del record["prompt"]["token_ids"], record["response_ids"], record["rollout_logprobs"]
+        del record["prompt"]["token_ids"]
+        for name in ("response_ids", "rollout_logprobs", "routed_experts"):
+            del record[name]
         for name in ("observations", "version_changes"):  # as in files from before there were any
             if not record[name]:
                 del record[name]
@@ -128,6 +138,7 @@ def _write(path: Path, rollouts: RolloutPart) -> None:
         [rollout.response_ids for rollout in rollouts.rollouts],
         [rollout.rollout_logprobs for rollout in rollouts.rollouts],
     )
+    experts = _write_experts(path, rollouts)
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
@@ -139,23 +150,61 @@ def _write(path: Path, rollouts: RolloutPart) -> None:
             response_lengths=np.asarray([*map(len, responses)], dtype=np.int64),
             rollout_logprobs=_joined(logprobs, np.float32),
             records=np.frombuffer("".join(lines).encode(), dtype=np.uint8),
+            **experts,
         )
+
+
+def _write_experts(path: Path, rollouts: RolloutPart) -> dict[str, Any]:
+    """Write the file of experts that belongs to ``path``; what must be in that one to find them again."""
+    lengths = np.asarray([len(rollout.routed_experts) for rollout in rollouts.rollouts], dtype=np.int64)
+    file_of_experts = path.with_name(path.name.removesuffix(_SUFFIX) + _EXPERTS)
+    if not lengths.any():
+        file_of_experts.unlink(missing_ok=True)
+        return {}
+    digest = xxhash.xxh3_64()
+    with replacing(file_of_experts) as temporary, temporary.open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (int(lengths.sum()),)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for rollout in rollouts.rollouts:
+            digest.update(rollout.routed_experts)
+            file.write(rollout.routed_experts)
+    return {"expert_lengths": lengths, "expert_digest": np.uint64(digest.intdigest())}
+
+
+def _read_experts(path: Path, arrays: dict[str, np.ndarray]) -> Iterator[bytes]:
+    """Of each rollout of the file ``path``; none if they are gone, or are those of another attempt."""
+    lengths = arrays.get("expert_lengths", np.zeros(len(arrays["places"]), dtype=np.int64))
+    try:
+        rows = np.load(path.with_name(path.name.removesuffix(_SUFFIX) + _EXPERTS), mmap_mode="r")
+        is_right = len(rows) == lengths.sum() and xxhash.xxh3_64_intdigest(rows) == int(arrays["expert_digest"])
+    except (OSError, EOFError, ValueError, KeyError):
+        is_right = False
+    for end, length in zip(lengths.cumsum().tolist(), lengths.tolist(), strict=True):
+        yield rows[end - length : end].tobytes() if is_right else b""
+
+
+def drop_experts(folder: Path, up_to: int) -> None:
+    """Remove the experts, and nothing else, of the iterations up to this one."""
+    for path in folder.glob(f"iter_*{_EXPERTS}"):
+        match = _ANY_NAME.match(path.name)
+        if match and (iteration := iteration_of(match[1])) is not None and iteration <= up_to:
+            path.unlink(missing_ok=True)
 
 
 def _joined(rows: Sequence[Sequence[float]], dtype: type) -> np.ndarray:
     return np.concatenate([np.asarray(row, dtype=dtype) for row in rows] or [np.zeros(0, dtype)])
 
 
-def _read(path: Path) -> Iterator[tuple[int, Rollout]]:
+def _read(path: Path, with_experts: bool = False) -> Iterator[tuple[int, Rollout]]:
     """(place, rollout) of one file of any schema. UserError for one that is damaged, or newer than this code."""
     try:
-        yield from _read_file(path)
+        yield from _read_file(path, with_experts)
     except (OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, zipfile.BadZipFile, zstandard.ZstdError,
             msgspec.MsgspecError) as error:  # fmt: skip
         raise UserError(f"{path}: damaged: {' '.join(str(error).split())[:200]}") from None
 
 
-def _read_file(path: Path) -> Iterator[tuple[int, Rollout]]:
+def _read_file(path: Path, with_experts: bool) -> Iterator[tuple[int, Rollout]]:
     if path.name.endswith(_SUFFIX_BEFORE):
         with zstandard.open(path, "rt", encoding="utf-8") as file:
             yield from enumerate(map(_decoder.decode, file))
@@ -167,7 +216,9 @@ def _read_file(path: Path) -> Iterator[tuple[int, Rollout]]:
     prompt_ends, response_ends = (arrays[f"{name}_lengths"].cumsum().tolist() for name in ("prompt", "response"))
     lines = arrays["records"].tobytes().decode().split("\n")
     start = prompt_start = 0
-    for place, line, prompt_end, end in zip(arrays["places"].tolist(), lines, prompt_ends, response_ends, strict=False):
+    places = arrays["places"].tolist()
+    experts = _read_experts(path, arrays) if with_experts else (b"" for _ in places)
+    for place, line, prompt_end, end, routed in zip(places, lines, prompt_ends, response_ends, experts, strict=False):
         record = json.loads(line)
         del record["length"]
         record["prompt"] = Prompt(
@@ -177,7 +228,7 @@ def _read_file(path: Path) -> Iterator[tuple[int, Rollout]]:
             "response_ids": array("i", arrays["response_ids"][start:end].tobytes()),
             "rollout_logprobs": array("f", arrays["rollout_logprobs"][start:end].tobytes()),
         }
-        yield place, Rollout(**record, **tokens)
+        yield place, Rollout(**record, **tokens, routed_experts=routed)
         start, prompt_start = end, prompt_end
 
 
@@ -197,7 +248,7 @@ def keep_as_partial(folder: Path, iteration: int) -> None:
 def drop_other_parts(folder: Path, iteration: int, num_parts: int) -> None:
     """Remove the files that an attempt with another number of leaders left of an iteration."""
     for path in folder.glob(f"{iteration_name(iteration)}_*"):
-        if (match := _NAME.fullmatch(path.name)) and int(match[3]) != num_parts:
+        if (match := _ANY_NAME.match(path.name)) and int(match[2]) != num_parts:
             path.unlink(missing_ok=True)
 
 

@@ -17,7 +17,6 @@ from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.rollout.client import PendingRequest, RolloutStream
 from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.run.progress import Progress
-from megatron_vcppo.run.rollout_store import read_partial
 from megatron_vcppo.stages.rollout_session import RolloutSession, scored_before
 from megatron_vcppo.stages.stopping import stopping
 from megatron_vcppo.weight_sync.sync import WeightSyncError, log
@@ -132,7 +131,7 @@ class GroupQueue:
             return
         if self.stream is None:
             self.stream = client.stream(session.policy_version, self.sampling)
-        kept = {(r.prompt.prompt_id, r.sample_index, r.seed): r for r in read_partial(session.folder, iteration)}
+        kept = {(r.prompt.prompt_id, r.sample_index, r.seed): r for r in session.kept(iteration)}
         for group in new:
             if group.place % session.runtime.dp_size != session.runtime.dp_rank:
                 continue

@@ -15,8 +15,9 @@ from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.checkpoint import complete_checkpoints
 from megatron_vcppo.records import RolloutPart
 from megatron_vcppo.run.events import startup
+from megatron_vcppo.run.folder import iteration_of
 from megatron_vcppo.run.log import say
-from megatron_vcppo.run.rollout_store import claim
+from megatron_vcppo.run.rollout_store import claim, drop_experts
 from megatron_vcppo.stages.advantage_batch import END_OF_THINKING, compute_advantages
 from megatron_vcppo.stages.group_queue import age_metrics
 from megatron_vcppo.stages.held_out import evaluate_engines
@@ -28,7 +29,7 @@ from megatron_vcppo.stages.ppo_models import PpoModels, push_actor, token_output
 from megatron_vcppo.stages.prompt_sampler import PromptSampler
 from megatron_vcppo.stages.provenance import origin_of
 from megatron_vcppo.stages.rollout_session import RolloutSession
-from megatron_vcppo.stages.share_exchange import share_out
+from megatron_vcppo.stages.share_exchange import experts_format, share_out
 from megatron_vcppo.stages.speed import work
 from megatron_vcppo.stages.stage import Stage, start_stage
 from megatron_vcppo.stages.training_losses import bounded
@@ -139,6 +140,8 @@ class Ppo:
         if loop.resumed is not None and "unfinished" in loop.resumed.state:
             self.unfinished = Unfinished.from_checkpoint(loop.resumed.state["unfinished"], loop.resumed.tensor_files)
             loop.resume_within(self.unfinished.num_updates)
+        self.experts = experts_format(models.actor.model.arch) if config.ppo.routing_replay else None
+        """Of those that engines chose, with routing replay."""
         self.end_of_thinking_id = session.tokenizer.get_vocab().get(END_OF_THINKING)
 
     def iterate(self, iteration: int) -> tuple[dict[str, float], dict[str, list[float | None]], dict[str, list[bool]]]:
@@ -151,7 +154,7 @@ class Ppo:
         loop.point()
         rollouts, push = self.rollouts_and_push(iteration)
         with loop.timer("exchange"):
-            share = share_out(rollouts)
+            share = share_out(rollouts, self.experts)
         reward_metrics: dict[str, float] = {}
         if self.model_rewards is not None:
             share, reward_metrics = self.model_rewards.add_to(share)
@@ -215,7 +218,14 @@ class Ppo:
         with self.loop.timer("generation"):
             rollouts = self.sampler.next_batch(iteration)
             self.session.trainer_turn()
+        self.drop_experts()
         return rollouts, push
+
+    def drop_experts(self) -> None:
+        """Remove stored experts of iterations that no resume trains again."""
+        done = [iteration_of(path.name) or 0 for path in complete_checkpoints(self.loop.checkpoints.folder)]
+        if self.experts is not None and self.session.runtime.is_main and done:
+            drop_experts(self.session.folder, self.sampler.last_number(min(done)))
 
     def push(self, policy_version: int) -> PushResult:
         """Give the engines the actor's weights."""
@@ -240,18 +250,23 @@ class Ppo:
         return None
 
     def outputs(
-        self, share: RolloutShare, phase: str, run: Callable[[Sequence[PackedMicrobatch]], list[Tensor]]
+        self,
+        share: RolloutShare,
+        phase: str,
+        run: Callable[[Sequence[PackedMicrobatch]], list[Tensor]],
+        *,
+        replays_routing: bool = False,
     ) -> Tensor:
         """A model's outputs for a share, [N]; a point at which the stage can stop comes first."""
         self.loop.point()
         with self.loop.timer(phase):
-            return token_outputs(share, self.packer, run)
+            return token_outputs(share, self.packer, run, replays_routing=replays_routing)
 
     def old_logprobs(self, share: RolloutShare) -> Tensor | None:
         """Of the actor before its update, [N]; None if the loss compares with the engines' log-probs."""
         if self.config.ppo.loss.kind == "dis":
             return None
-        return self.outputs(share, "logprobs", self.models.actor.logprobs)
+        return self.outputs(share, "logprobs", self.models.actor.logprobs, replays_routing=True)
 
     def ref_logprobs(self, share: RolloutShare) -> Tensor | None:
         """Of the frozen reference, [N]; None if there is none."""

@@ -57,11 +57,16 @@ def push_actor(actor: Actor, session: RolloutSession, policy_version: int) -> Pu
 
 
 def token_outputs(
-    share: RolloutShare, packer: Packer, run: Callable[[Sequence[PackedMicrobatch]], list[Tensor]]
+    share: RolloutShare,
+    packer: Packer,
+    run: Callable[[Sequence[PackedMicrobatch]], list[Tensor]],
+    *,
+    replays_routing: bool = False,
 ) -> Tensor:
     """float32 [N]: log-probs or values of every response token of this replica's share; collective.
 
-    run: ``Actor.logprobs`` or ``Critic.values``.
+    run: ``Actor.logprobs`` or ``Critic.values``. replays_routing: through the experts that engines chose, if they are
+    known.
     """
-    microbatches = packer.pack(share.sequences({}))
+    microbatches = packer.pack(share.sequences({}, with_experts=replays_routing))
     return share.flatten(unpack_each(microbatches, run(microbatches)))

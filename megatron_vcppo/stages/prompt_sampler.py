@@ -32,7 +32,7 @@ class PromptSampler:
         """score: gives rollouts what the verifiers do not, before they are stored; collective."""
         self.score = score or (lambda rollouts: rollouts)
         self.config, self.session, self.stream = config.ppo, session, stream
-        self.sampling = training_sampling(config.rollout, session.runtime.is_main)
+        self.sampling = training_sampling(config.rollout, session.runtime.is_main, session.replays_routing)
         self.num_samples = config.rollout.num_samples
         self.taken: list[Group] = []
         """From the stream and not trained on, in its order."""
@@ -149,7 +149,7 @@ def unequal_groups(part: RolloutPart) -> RolloutPart:
     return RolloutPart.of((place, r) for place, r in part.items() if len(rewards[r.prompt.prompt_id]) > 1)
 
 
-def training_sampling(config: RolloutConfig, is_main: bool) -> Sampling:
+def training_sampling(config: RolloutConfig, is_main: bool, routed_experts: bool = False) -> Sampling:
     """The sampling of a training iteration; warns on the main rank if log-probs will not be the policy's own."""
     filters = [
         f"{name} = {value}"
@@ -162,4 +162,6 @@ def training_sampling(config: RolloutConfig, is_main: bool) -> Sampling:
             "are renormalized over the kept tokens, so they are higher than the policy's own (by 0.1 to 1.4 "
             "per token in measurements) and PPO's ratio is biased. Set top_p to 1 and top_k to 0 in training."
         )
-    return Sampling(config.temperature, config.top_p, config.top_k, list(config.stop), config.ignore_eos)
+    return Sampling(
+        config.temperature, config.top_p, config.top_k, list(config.stop), config.ignore_eos, routed_experts
+    )

@@ -128,6 +128,8 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         """Raises UserError if the model is too short for model.max_length."""
         config, runtime = stage.config, stage.runtime
         self.config, self.runtime, self.stage = config, runtime, stage.name
+        self.replays_routing = stage.name == "ppo" and config.ppo.routing_replay
+        """Whether rollouts for training need the experts that the engine chose."""
         self.folder = rollouts_folder(config, stage.name)
         """Where rollouts are stored."""
         positions = Architecture.from_hf(config.model.hf).max_positions
@@ -309,6 +311,16 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         self.sync.ranks.barrier()
         self.trainer_turn()
 
+    def kept(self, storage: int) -> list[Rollout]:
+        """What all leaders of an attempt before this one, whatever their number was, kept of a batch."""
+        rollouts = read_partial(self.folder, storage)
+        if storage < 0:  # an evaluation's
+            return rollouts
+        return [rollout for rollout in rollouts if not self._misses_experts(rollout)]
+
+    def _misses_experts(self, rollout: Rollout) -> bool:
+        return self.replays_routing and not rollout.routed_experts
+
     def forget(self, number: BatchNumber) -> None:
         """Drop what was kept of a batch that is complete and is not stored; main rank."""
         if self.runtime.is_main:
@@ -324,7 +336,7 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
             pending.answered.append((rollout, scorer.submit(rollout)))
 
         known: set[RequestId] = set()
-        if kept := read_partial(self.folder, pending.number.storage):  # of all leaders, whatever their number was
+        if kept := self.kept(pending.number.storage):
             plan = client.plan(prompts, iteration, num_samples)
             wanted = {(item.prompt.prompt_id, item.sample_index, item.request.seed) for item in plan}
             for rollout in kept:
@@ -386,7 +398,8 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
 
         def is_mine(_: int, rollout: Rollout) -> bool:
             nonlocal num_foreign
-            num_foreign += rollout.prompt.prompt_id not in names or rollout.sample_index >= num_samples
+            is_foreign = rollout.prompt.prompt_id not in names or rollout.sample_index >= num_samples
+            num_foreign += is_foreign or self._misses_experts(rollout)
             return (rollout.prompt.prompt_id, rollout.sample_index) in places
 
         is_there = True
@@ -412,7 +425,7 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         def is_mine(place: int, rollout: Rollout) -> bool:
             nonlocal num_found, num_foreign
             number, index = place // num_samples, index_of.get(rollout.prompt.prompt_id)
-            if index is None or rollout.sample_index != place % num_samples:
+            if index is None or rollout.sample_index != place % num_samples or self._misses_experts(rollout):
                 num_foreign += 1
                 return False
             numbers[index] = number

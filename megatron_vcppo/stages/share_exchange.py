@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from megatron_vcppo.data.packing import balance
-from megatron_vcppo.data.rollout_share import RolloutShare, RolloutTable, rows_of, sampled_tokens, tokens_of
+from megatron_vcppo.data.rollout_share import (
+    ExpertsFormat,
+    RolloutShare,
+    RolloutTable,
+    RoutedExperts,
+    rows_of,
+    sampled_tokens,
+    tokens_of,
+)
+from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.row_exchange import broadcast_in_replica, exchange_rows, gather_from_leaders
 from megatron_vcppo.records import RolloutPart
@@ -22,10 +31,16 @@ def replica_of_each(lengths: np.ndarray, num_replicas: int, among: Sequence[int]
     return replicas
 
 
-def share_out(part: RolloutPart) -> RolloutShare:
+def experts_format(arch: Architecture) -> ExpertsFormat:
+    """How engines send the experts of a mixture."""
+    assert arch.experts is not None, f"{arch.family} has no experts"
+    return ExpertsFormat(arch.num_layers, arch.experts.per_token, arch.experts.number_bytes)
+
+
+def share_out(part: RolloutPart, experts: ExpertsFormat | None = None) -> RolloutShare:
     """This replica's share of a batch, from what each leader has of it; collective over all ranks.
 
-    part: scored rollouts; empty on ranks that are no leaders.
+    part: scored rollouts; empty on ranks that are no leaders. experts: with routing replay, of those in the rollouts.
     """
     current = runtime.current()
     parts = gather_from_leaders(rows_of(part))
@@ -37,16 +52,21 @@ def share_out(part: RolloutPart) -> RolloutShare:
     token_ids = torch.empty(int(batch.sequence_lengths[mine].sum()), dtype=torch.int32)
     logprobs = torch.empty(int(batch.lengths[mine].sum()))
     sampled = torch.ones(len(logprobs), dtype=torch.bool)
+    routed = torch.empty((len(token_ids), experts.row_bytes if experts is not None else 0), dtype=torch.uint8)
     if current.is_leader:
         here = tokens_of(part.rollouts)
         token_ids = exchange_rows(here[0], batch.sequence_lengths, holders, replicas)
         logprobs = exchange_rows(here[1], batch.lengths.numpy(), holders, replicas)
         if batch.has_observations:
             sampled = exchange_rows(sampled_tokens(part.rollouts), batch.lengths.numpy(), holders, replicas)
+        if experts is not None:
+            rows = RoutedExperts.of(part.rollouts, experts).rows
+            routed = exchange_rows(rows, batch.sequence_lengths, holders, replicas)
     if batch.has_observations:
         sampled = broadcast_in_replica(sampled)
     token_ids, logprobs = broadcast_in_replica(token_ids), broadcast_in_replica(logprobs)
-    return RolloutShare(batch, replicas, mine, token_ids, logprobs, sampled)
+    routed_experts = None if experts is None else RoutedExperts(broadcast_in_replica(routed), experts)
+    return RolloutShare(batch, replicas, mine, token_ids, logprobs, sampled, routed_experts)
 
 
 def move(
@@ -65,4 +85,8 @@ def move(
         sampled = exchange_rows(share.sampled, lengths, share.replicas, replicas)
     else:
         sampled = torch.ones(int(lengths[rows].sum()), dtype=torch.bool)
-    return RolloutShare(share.batch, replicas, rows, token_ids, logprobs, sampled), moved
+    routed = share.routed_experts
+    if routed is not None:
+        moved_rows = exchange_rows(routed.rows, share.batch.sequence_lengths, share.replicas, replicas)
+        routed = RoutedExperts(moved_rows, routed.format)
+    return RolloutShare(share.batch, replicas, rows, token_ids, logprobs, sampled, routed), moved

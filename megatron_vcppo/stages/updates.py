@@ -182,4 +182,4 @@ class Updater:
         }
         here = {row: index for index, row in enumerate(share.rows.tolist())}
         order = [here[row] for row in part if row in here]
-        return self.packer.pack(share.sequences(fields, order), field_types(fields))
+        return self.packer.pack(share.sequences(fields, order, with_experts=True), field_types(fields))

@@ -1,14 +1,17 @@
 """One PPO update equals plain torch, and itself under every layout and for every variant of the losses."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.records import Rollout
+from megatron_vcppo.stages.share_exchange import experts_format
 from megatron_vcppo.stages.updates import UpdateMetrics
 from tests.helpers.distributed import run_distributed_test
 from tests.helpers.ppo_reference import reference_update, sampled
@@ -39,7 +42,8 @@ SAO = {
 def train(config: Config, rollouts: list[Rollout]) -> dict[str, Any]:
     """What ``reference_update`` returns, on one rank of any layout; every [N] of the whole batch."""
     models = build(config)
-    share = share_of(rollouts)
+    replays = any(rollout.routed_experts for rollout in rollouts)
+    share = share_of(rollouts, experts_format(models.actor.model.arch) if replays else None)
     outputs, metrics = models.outputs(share), UpdateMetrics()
     advantages = models.advantages(share, outputs)
     models.updater.update(share, advantages, outputs, iteration=1, kl_coef=config.ppo.loss.kl_coef, metrics=metrics)
@@ -97,11 +101,29 @@ def test_an_update_equals_plain_torch(tmp_path: Path, family: str, ppo: dict[str
     assert all(ours[name] > 0 for name in left_out)
 
 
-def test_an_update_of_a_mixture_is_the_same_with_divided_experts(tmp_path: Path) -> None:
+def with_experts(rollouts: list[Rollout]) -> list[Rollout]:
+    """Of 2 layers with 8 experts, for every token but the last: 2 at random."""
+    generator, found = np.random.default_rng(0), []
+    for rollout in rollouts:
+        length = len(rollout.prompt.token_ids) + len(rollout.response_ids)
+        chosen = generator.random((length - 1, 2, 8)).argsort(-1)[..., :2].astype(np.uint8)
+        found.append(replace(rollout, routed_experts=chosen.tobytes()))
+    return found
+
+
+@pytest.mark.parametrize("replays", [False, True], ids=["own experts", "routing replay"])
+def test_an_update_of_a_mixture_is_the_same_with_divided_experts(tmp_path: Path, replays: bool) -> None:
     """Its minibatches leave replicas with unequal numbers of micro-batches, which share their experts."""
     config, rollouts = make_config(save_models(tmp_path, "qwen3_moe"), VAPO), make_rollouts()
-    worst = distances(run(config, rollouts), run(config, rollouts, 2, ep=2, distributed_optimizer=True))
+    if replays:
+        rollouts = with_experts(rollouts)
+    alone = run(config, rollouts)
+    worst = distances(alone, run(config, rollouts, 2, ep=2, distributed_optimizer=True))
     assert max(worst.values()) <= 1e-4, worst
+    if replays:
+        assert alone["actor/router_mismatch"] > 0.5, "the experts are random"
+        assert alone["actor/approx_kl"] < 0.1, "old log-probs and updates go through the same ones"
+    assert ("actor/router_mismatch" in alone) == replays and "critic/router_mismatch" not in alone
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

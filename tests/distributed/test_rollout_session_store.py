@@ -14,7 +14,13 @@ from megatron_vcppo.data.rollout_share import RolloutTable, rows_of
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.rank_messages import RankGroup
 from megatron_vcppo.records import Prompt, Rollout, RolloutPart
-from megatron_vcppo.run.rollout_store import partial_iterations, read_partial, read_rollouts, stored_iterations
+from megatron_vcppo.run.rollout_store import (
+    partial_iterations,
+    read_partial,
+    read_rollouts,
+    stored_iterations,
+    write_partial,
+)
 from megatron_vcppo.stages import rollout_session
 from megatron_vcppo.stages.group_queue import age_metrics
 from megatron_vcppo.stages.rollout_session import RolloutSession
@@ -27,11 +33,12 @@ def rollout(prompt: Prompt, sample: int) -> Rollout:
     return Rollout(prompt, sample, 7, (3, 4), "", (-1.0, -2.0), "stop", 0, 1.0)
 
 
-def make_session(folder: Path) -> RolloutSession:
+def make_session(folder: Path, replays_routing: bool = False) -> RolloutSession:
     """Without engines, models and verifiers."""
     session = RolloutSession.__new__(RolloutSession)
     session.runtime = runtime.start(ParallelConfig(), seed=1, timeout_s=60)
     session.folder, session.is_leader, session.storing = folder, True, None
+    session.replays_routing = replays_routing
     sync: Any = SimpleNamespace(ranks=RankGroup(60))
     session.sync = sync
     return session
@@ -87,6 +94,25 @@ def test_a_batch_of_other_prompts_is_not_taken(tmp_path: Path) -> None:
     run_distributed_test(store, 2, tmp_path)
     assert run_distributed_test(find, 2, tmp_path, PROMPTS[:4]) == [None, None]
     assert not list(tmp_path.iterdir())
+
+
+def test_with_routing_replay_only_rollouts_with_experts_are_taken(tmp_path: Path) -> None:
+    def body(folder: Path, experts: bytes) -> tuple[int | None, int]:
+        session = make_session(folder, replays_routing=True)
+        part = mine(session, PROMPTS)
+        part = RolloutPart(part.places, [replace(one, routed_experts=experts) for one in part.rollouts])
+        session.store(1, part)
+        session.finish_storing()
+        write_partial(folder, 2, part, 0, 1)
+        write_partial(folder, -2, part, 0, 1)
+        found = session.stored(1, PROMPTS, 2)
+        assert found is None or list(found.items()) == list(part.items())
+        assert len(session.kept(-2)) == 10, "those of an evaluation need none"
+        return None if found is None else len(found), len(session.kept(2))
+
+    for name, experts, expected in (("with", b"abc", (10, 10)), ("without", b"", (None, 0))):
+        assert run_distributed_test(body, 1, tmp_path / name, experts) == [expected]
+        assert bool(stored_iterations(tmp_path / name)) == bool(experts)
 
 
 def test_a_file_that_cannot_be_written_ends_every_rank(tmp_path: Path) -> None:

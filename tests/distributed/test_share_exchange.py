@@ -11,7 +11,7 @@ import xxhash
 from safetensors.torch import save_file
 
 from megatron_vcppo.config import ParallelConfig, PpoConfig
-from megatron_vcppo.data.rollout_share import ModelOutputs, RolloutShare
+from megatron_vcppo.data.rollout_share import ExpertsFormat, ModelOutputs, RolloutShare, RoutedExperts
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.records import RolloutPart
 from megatron_vcppo.stages.share_exchange import move, replica_of_each, share_out
@@ -69,6 +69,27 @@ def test_every_rollout_is_on_one_replica_and_on_all_its_ranks() -> None:
         assert sorted(row for _, moved in by_replica.values() for row in moved) == [3, 4, 9, 17, 22]
         loads = [WHOLE.batch.sequence_lengths[rows].sum() for rows, _ in by_replica.values()]
         assert max(loads) <= 1.05 * np.mean(loads)
+
+
+def exchange_experts(parallel: ParallelConfig) -> int:
+    runtime.start(parallel, seed=1, timeout_s=60)
+    form, generator = ExpertsFormat(2, 2, 2), np.random.default_rng(3)
+    rollouts = [
+        replace(r, routed_experts=generator.bytes(8 * (len(r.prompt.token_ids) + len(r.response_ids) - 1)))
+        for r in ROLLOUTS
+    ]
+    whole, lengths = RoutedExperts.of(rollouts, form).rows, WHOLE.batch.sequence_lengths.tolist()
+    share = share_of(rollouts, form)
+    replicas = replica_of_each(share.batch.sequence_lengths, runtime.current().dp_size, [17, 3, 9, 4, 22])
+    for one in (share, move(share, {}, replicas)[0]):
+        assert one.routed_experts is not None and one.routed_experts.format == form
+        assert torch.equal(one.routed_experts.rows, rows_of(whole, lengths, one.rows))
+    return len(share.rows)
+
+
+def test_experts_travel_with_the_tokens() -> None:
+    for name in ("dp2-tp2", "dp3"):
+        assert min(run_distributed_test(exchange_experts, *LAYOUTS[name])) > 0
 
 
 def save_and_read(folder: Path, number: int, writers: int, before: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.data.packer import Packer
-from megatron_vcppo.data.rollout_share import ModelOutputs, RolloutShare
+from megatron_vcppo.data.rollout_share import ExpertsFormat, ModelOutputs, RolloutShare
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.frozen import frozen_names
 from megatron_vcppo.mcore import runtime
@@ -91,7 +91,7 @@ def with_observations(rollouts: list[Rollout]) -> list[Rollout]:
     return found
 
 
-def share_of(rollouts: list[Rollout]) -> RolloutShare:
+def share_of(rollouts: list[Rollout], experts: ExpertsFormat | None = None) -> RolloutShare:
     """This replica's share of a batch whose prompts leaders took in turn; after ``build``, on every rank."""
     current = runtime.current()
     group = {prompt_id: i for i, prompt_id in enumerate(dict.fromkeys(r.prompt.prompt_id for r in rollouts))}
@@ -100,7 +100,7 @@ def share_of(rollouts: list[Rollout]) -> RolloutShare:
         for place, rollout in enumerate(rollouts)
         if current.is_leader and group[rollout.prompt.prompt_id] % current.dp_size == current.dp_rank
     ]
-    return share_out(RolloutPart.of(mine))
+    return share_out(RolloutPart.of(mine), experts)
 
 
 def of_all_replicas(share: RolloutShare, flat: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class Models:
 
     def token_outputs(self, share: RolloutShare) -> dict[str, Tensor]:
         """Log-probs and values under the current weights, by name: [N]."""
-        found = {"logprobs": token_outputs(share, self.packer, self.actor.logprobs)}
+        found = {"logprobs": token_outputs(share, self.packer, self.actor.logprobs, replays_routing=True)}
         if self.critic is not None:
             found["values"] = token_outputs(share, self.packer, self.critic.values)
         return found

@@ -23,7 +23,7 @@ from megatron_vcppo.run.processes import without_trainer
 from megatron_vcppo.run.secret import make_secret, read_secret
 
 
-def command(model: Path, on_gpu: bool = False, sleeps: bool = False) -> list[str]:
+def command(model: Path, on_gpu: bool = False, sleeps: bool = False, returns_experts: bool = False) -> list[str]:
     return engine_command.command(
         model,
         EngineConfig(),
@@ -34,6 +34,7 @@ def command(model: Path, on_gpu: bool = False, sleeps: bool = False) -> list[str
         on_gpu=on_gpu,
         seed=0,
         sleeps=sleeps,
+        returns_experts=returns_experts,
     )
 
 
@@ -170,3 +171,12 @@ def test_sleep_is_switched_on_where_vllm_has_it(tmp_path, on_gpu: bool, sleeps: 
     """On CPU vLLM refuses the option, and its engines can be told to sleep without it."""
     arguments = command(tmp_path, on_gpu, sleeps)
     assert ("--enable-sleep-mode" in arguments) == (on_gpu and sleeps)
+
+
+def test_engines_that_return_experts_do_so_as_vllm_can_on_their_device(tmp_path: Path) -> None:
+    on_gpu, on_cpu = command(tmp_path, True, returns_experts=True), command(tmp_path, returns_experts=True)
+    assert "--enable-return-routed-experts" in on_gpu and "--no-enable-prefix-caching" not in on_gpu
+    assert "--enable-return-routed-experts" not in on_cpu and "--no-enable-prefix-caching" in on_cpu
+    scheduler = on_cpu[on_cpu.index("--scheduler-cls") + 1]
+    assert scheduler.endswith("routed_experts.CapturingScheduler")
+    assert not {"--worker-cls", "--enable-return-routed-experts"} & {*command(tmp_path), *command(tmp_path, True)}

@@ -89,3 +89,14 @@ def test_a_request_keeps_the_version_that_its_first_turn_began_under(tmp_path: P
     item.turns.add_turn(answer([7], version=4), "?")
     item.begin_again()
     assert item.begun_under == 4, "a later one was"
+
+
+def test_experts_of_a_turn_are_those_that_the_turns_before_lack() -> None:
+    """An engine runs every token but the last one; the next turn's prompt has it, and what the tool wrote."""
+    turns = Turns(FIRST, "?", max_calls=2)
+    assert turns.request().num_routed == 0
+    turns.add_turn(Response(3, [7, 8], [-1.0] * 2, "stop", 4, routed_experts=b"abc"), "?")
+    turns.add_observation([9, 9])
+    assert turns.request().num_routed == 3
+    turns.add_turn(Response(3, [5], [-1.0], "stop", 4, routed_experts=b"def"), "")
+    assert turns.response("stop").routed_experts == b"abcdef", "7 tokens but the last one"

@@ -22,7 +22,8 @@ def run_ranks(function: Callable[..., Any], ranks: int, timeout_s: float, *args:
 
 
 def architecture_folder(args: argparse.Namespace, folder: Path, max_length: int) -> Path:
-    """A folder with the config.json of a model of these sizes (hidden, layers, vocab); weights are random anyway."""
+    """A folder with the config.json of a model of these sizes (hidden, layers, vocab, and experts if there are any);
+    weights are random anyway."""
     heads = args.hidden // 64
     sizes = {
         "hidden_size": args.hidden,
@@ -33,5 +34,10 @@ def architecture_folder(args: argparse.Namespace, folder: Path, max_length: int)
         "vocab_size": args.vocab,
         "max_position_embeddings": max_length,
     }
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "torch_dtype": "float32", **sizes}))
+    family = "qwen2"
+    if getattr(args, "experts", None):
+        family = "qwen3_moe"
+        sizes |= {"num_experts": args.experts, "num_experts_per_tok": args.experts_per_token}
+        sizes |= {"moe_intermediate_size": args.expert_width, "head_dim": 64}
+    (folder / "config.json").write_text(json.dumps({"model_type": family, "torch_dtype": "float32", **sizes}))
     return folder

@@ -46,6 +46,7 @@ class RolloutNode:
         engines_on: str | None = None,
         address: str | None = None,
         weights: Path | None = None,
+        routing_replay: bool = False,
     ) -> None:
         self.folder, self.rendezvous = folder, folder / "rendezvous"
         settings = {
@@ -60,6 +61,7 @@ class RolloutNode:
             "model": {**base, "dtype": "float32", "max_length": MAX_LENGTH},
             "rollout": settings,
             "cluster": {"engines_on": engines_on, "network_interface": address},
+            "ppo": {"routing_replay": routing_replay},
         }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"config_{node}.yaml").write_text(yaml.safe_dump(config))
@@ -73,6 +75,8 @@ class RolloutNode:
             str(self.rendezvous),
             "--node",
             str(node),
+            "--stage",
+            "ppo",
         ]
         engine = EngineConfig(**settings.get("engine", {}))
         self.settings = RolloutConfig(**{**settings, "engine": engine})

@@ -21,6 +21,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "full recomputation": {"recompute": "full"},
     "pp 2, full recomputation": {"pp": 2, "recompute": "full"},
 }
+MIXTURE_LAYOUTS: dict[str, dict[str, Any]] = {
+    "one rank": {},
+    "ep 2": {"dp": 2, "ep": 2},
+    "ep 2, distributed optimizer": {"dp": 2, "ep": 2, "distributed_optimizer": True},
+    "tp 2, ep 2": {"tp": 2, "sequence_parallel": True, "ep": 2},
+    "pp 2": {"pp": 2},
+    "ep 2, full recomputation": {"dp": 2, "ep": 2, "recompute": "full"},
+}
+"""Of a model with experts."""
 STAGES = ("sft", "value_pretrain", "ppo")
 TIMEOUT_S = 600.0
 
@@ -31,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--tokens-per-microbatch", type=int, default=1024)
-    parser.add_argument("--layouts", nargs="*", choices=list(LAYOUTS), default=list(LAYOUTS), metavar="LAYOUT")
+    choices = sorted({*LAYOUTS, *MIXTURE_LAYOUTS})
+    parser.add_argument("--layouts", nargs="*", choices=choices, metavar="LAYOUT", help=f"of: {', '.join(choices)}")
+    parser.add_argument("--experts", type=int, help="experts of each layer; default: a dense model")
+    parser.add_argument("--experts-per-token", type=int, default=2)
+    parser.add_argument("--expert-width", type=int, default=768)
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=["sft"], help="default: sft")
     parser.add_argument("--lora-rank", type=int, help="train adapters of this rank on a shared base; default: none")
 
@@ -45,7 +58,8 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         hf = architecture_folder(args, Path(name), args.tokens_per_microbatch)
         arch = Architecture.from_hf(hf)
         for stage in args.stages:
-            for layout in args.layouts:
+            layouts = MIXTURE_LAYOUTS if args.experts else LAYOUTS
+            for layout in args.layouts or layouts:
                 config = _config(args, hf, layout)
                 parts = plan(arch, config, stage)
                 planned_held = sum(parts[part] for part in ("weights", "gradients", "optimizer"))
@@ -68,7 +82,7 @@ def _config(args: argparse.Namespace, hf: Path, layout: str) -> Config:
     config = Config()
     config.model.hf, config.model.dtype, config.model.max_length = str(hf), "float32", args.tokens_per_microbatch
     config.parallel.tokens_per_microbatch, config.model.lora.rank = args.tokens_per_microbatch, args.lora_rank
-    for key, value in LAYOUTS[layout].items():
+    for key, value in {**LAYOUTS, **MIXTURE_LAYOUTS}[layout].items():
         setattr(config.parallel, key, value)
     return config
 

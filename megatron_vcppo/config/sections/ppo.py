@@ -113,6 +113,10 @@ class PpoConfig:
     dynamic_sampling_rounds: PositiveInt = 5
     """Maximum number of resampling rounds. If prompts are still missing, a warning is printed and the iteration trains
     on fewer."""
+    routing_replay: bool = False
+    """Mixtures of experts: in its log-prob passes and updates the actor sends each token through the experts that the
+    engine chose for it, with its own router's weights for them. What the engines send, leaders store and replicas hold
+    grows by layers × experts per token bytes per token (twice that above 256 experts)."""
     evaluate_every: NonNegativeInt = 0
     """Iterations between evaluations on the live engines; 0: none."""
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)

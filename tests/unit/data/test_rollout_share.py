@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.packing import unpack_each
-from megatron_vcppo.data.rollout_share import RolloutShare
+from megatron_vcppo.data.rollout_share import ExpertsFormat, RolloutShare, RoutedExperts
 from megatron_vcppo.records import Prompt, Rollout
 
 
@@ -106,3 +107,26 @@ def test_tokens_of_a_tool_are_known_by_rollout_and_by_token() -> None:
     assert (before.rows["digest"] != after.rows["digest"]).tolist() == [True, False, True]
     with pytest.raises(AssertionError, match="of b is a tool's alone"):
         RolloutShare.whole([replace(ROLLOUTS[1], observations=((0, 2),))])
+
+
+@pytest.mark.parametrize("form", [ExpertsFormat(3, 2, 1), ExpertsFormat(3, 2, 2)], ids=["bytes", "words"])
+def test_experts_reach_the_micro_batch_at_their_tokens(form: ExpertsFormat) -> None:
+    """The last token has none; nor have tokens that a tool wrote at the end of a response."""
+    generator, rollouts, numbers = np.random.default_rng(0), [], []
+    for rollout, missing in zip(ROLLOUTS, (1, 1, 2), strict=True):
+        length = len(rollout.prompt.token_ids) + len(rollout.response_ids) - missing
+        chosen = generator.integers(0, 200, (length, 3, 2)).astype(np.uint8 if form.num_bytes == 1 else np.int16)
+        numbers.append(chosen)
+        rollouts.append(replace(rollout, routed_experts=chosen.tobytes()))
+    share = replace(RolloutShare.whole(rollouts), routed_experts=RoutedExperts.of(rollouts, form))
+    assert all(sequence.routed_experts is None for sequence in share.sequences({}))
+    (microbatch,) = Packer(64, 1, 0, 1).pack(share.sequences({}, order=[2, 0, 1], with_experts=True))
+    assert microbatch.routed_experts is not None and microbatch.routed_experts.shape == (16, 3, 2)
+    start = 0
+    for index in (2, 0, 1):
+        part = microbatch.routed_experts[start : start + len(numbers[index])].numpy()
+        np.testing.assert_array_equal(part, numbers[index])
+        start += int(share.batch.sequence_lengths[index])
+    assert microbatch.routed_experts[5].tolist() == [[0, 1]] * 3, "any experts, but different ones"
+    digests = [RolloutShare.whole(every).batch.rows["digest"].tolist() for every in (ROLLOUTS, rollouts)]
+    assert all(a != b for a, b in zip(*digests, strict=True))

@@ -10,7 +10,7 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.value_sources import CONFIGS
 from megatron_vcppo.hf.architecture import Architecture
-from megatron_vcppo.launch.chain_plan import StagePlan, plan_chain
+from megatron_vcppo.launch.chain_plan import StagePlan, experts_gb, plan_chain, rollouts_gb
 from megatron_vcppo.launch.engine_estimate import cache_bytes, estimate_engines, generation_s, parameters_read, step_s
 from megatron_vcppo.launch.push_estimate import LINK_SHARE, estimate_push
 
@@ -209,6 +209,22 @@ def test_a_mixture_is_planned_by_what_ranks_hold_and_tokens_pass_through(mixture
     per_token = arch.training_flops([1]) / 6
     assert per_token == pytest.approx(arch.active_parameter_count() - arch.vocab_size * arch.hidden_size, rel=0.01)
     assert ppo.push is not None and ppo.push.parts_s["gather over ep"] > 0
+
+
+def test_routing_replay_takes_disk_until_checkpoints_are_past_it(mixture: tuple[Architecture, Config]) -> None:
+    arch, config = mixture
+    ppo = config.ppo
+    ppo.iterations, ppo.prompts_per_iteration, config.rollout.num_samples, config.rollout.max_tokens = 100, 10, 2, 1000
+    ppo.checkpoint.save_every, ppo.checkpoint.keep_last = 5, 2
+    config.hardware.prompt_tokens, config.hardware.response_tokens = 200, 800
+    assert experts_gb(arch, config) == 0
+    ppo.routing_replay = True
+    per_iteration = 20 * 1000 * 48 * 8 / 1e9
+    assert experts_gb(arch, config) == pytest.approx(15 * per_iteration)
+    ppo.checkpoint.keep_last = 0
+    assert experts_gb(arch, config) == pytest.approx(100 * per_iteration)
+    without = rollouts_gb(config, "ppo")
+    assert plan_chain(arch, config, ["ppo"])[0].rollouts_gb == pytest.approx(without + 100 * per_iteration)
 
 
 def test_an_engine_reads_the_experts_that_are_chosen(mixture: tuple[Architecture, Config]) -> None:

@@ -47,3 +47,13 @@ def test_a_reward_model_is_a_stage_before_or_a_checkpoint(tmp_path: Path) -> Non
     assert check_inputs(config, ["sft"]), "SFT does not read it"
     with pytest.raises(UserError, match=r"rewards\.model\.path: .*is not a checkpoint for sequence classification"):
         check_inputs(config, ["ppo"])
+
+
+def test_routing_replay_is_for_mixtures(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", ("ppo",))
+    config.ppo.routing_replay = True
+    with pytest.raises(UserError, match=r"ppo\.routing_replay is for mixtures of experts, and .*model has none"):
+        check_inputs(config, ["ppo"])
+    check_inputs(config, ["sft"])
+    config.model.hf = str(save_tiny_model(tmp_path / "mixture", "qwen3_moe", max_position_embeddings=8192))
+    check_inputs(config, ["ppo"])

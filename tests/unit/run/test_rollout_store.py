@@ -11,6 +11,7 @@ import zstandard
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.run.rollout_store import (
+    drop_experts,
     drop_other_parts,
     drop_partial,
     drop_rollouts,
@@ -123,7 +124,9 @@ def test_files_of_schema_1_are_read_and_newer_ones_are_refused(tmp_path: Path) -
     lines = []
     for rollout in rollouts:
         tokens = {"response_ids": [*rollout.response_ids], "rollout_logprobs": [*rollout.rollout_logprobs]}
-        lines.append(json.dumps(vars(rollout) | {"prompt": vars(rollout.prompt), "length": 3} | tokens))
+        record = vars(rollout) | {"prompt": vars(rollout.prompt), "length": 3} | tokens
+        del record["routed_experts"]
+        lines.append(json.dumps(record))
     content = zstandard.compress("\n".join(lines).encode())
     (tmp_path / "iter_0000003_0of1.jsonl.zst").write_bytes(content)
     (tmp_path / "partial_0000004_0of1.jsonl.zst").write_bytes(content)
@@ -140,3 +143,38 @@ def test_spans_of_a_tool_come_back_and_are_stored_only_where_there_are_any(tmp_p
     assert found == rollouts and found[0].observations == ((1, 2),) and found[1].observations == ()
     records = np.load(path)["records"].tobytes().decode().splitlines()
     assert ["observations" in json.loads(line) for line in records] == [True, False]
+
+
+def with_experts(index: int, length: int = 5) -> Rollout:
+    return dataclasses.replace(make_rollout(index, 1.0), routed_experts=bytes(range(index, index + 4 * length)))
+
+
+def test_experts_come_back_for_training_until_they_are_dropped(tmp_path: Path) -> None:
+    rollouts = [with_experts(0), with_experts(1, 3)]
+    for iteration in (1, 2):
+        write_rollouts(tmp_path, iteration, RolloutPart.whole(rollouts))
+    write_partial(tmp_path, 3, RolloutPart.whole(rollouts[:1]), 0, 1)
+    bare = [dataclasses.replace(rollout, routed_experts=b"") for rollout in rollouts]
+    assert read_places(tmp_path, 1).rollouts == rollouts and read_partial(tmp_path, 3) == rollouts[:1]
+    assert read_rollouts(tmp_path, 1) == [*iterate_rollouts(tmp_path, 1)] == bare, "reports read no experts"
+    assert np.load(tmp_path / "iter_0000001_0of1.experts.npy").tobytes() == b"".join(r.routed_experts for r in rollouts)
+    drop_experts(tmp_path, 1)
+    assert read_places(tmp_path, 1).rollouts == bare and read_places(tmp_path, 2).rollouts == rollouts
+    keep_as_partial(tmp_path, 2)
+    assert read_partial(tmp_path, 2) == rollouts and stored_iterations(tmp_path) == [1]
+    drop_partial(tmp_path, 2)
+    drop_partial(tmp_path, 3)
+    drop_rollouts(tmp_path, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_of_another_attempt_are_not_taken(tmp_path: Path) -> None:
+    path = write_rollouts(tmp_path, 1, RolloutPart.whole([with_experts(0)]))
+    before = path.read_bytes()
+    write_rollouts(tmp_path, 1, RolloutPart.whole([with_experts(9)]))
+    path.write_bytes(before)  # a kill came between the two files
+    (found,) = read_places(tmp_path, 1).rollouts
+    assert found.routed_experts == b"" and found.sample_index == 0
+    write_rollouts(tmp_path, 1, RolloutPart.whole([make_rollout(0)]), 1, 2)
+    drop_other_parts(tmp_path, 1, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000001_1of2.npz"]

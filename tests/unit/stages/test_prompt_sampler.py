@@ -50,6 +50,7 @@ def test_rollouts_are_scored_once_before_they_are_stored() -> None:
 
     session: Any = SimpleNamespace(
         runtime=SimpleNamespace(is_main=True),
+        replays_routing=True,
         generate=generate,
         stored=lambda number, prompts, num_samples: stored.get(number),
         store=stored.__setitem__,
@@ -65,6 +66,7 @@ def test_rollouts_are_scored_once_before_they_are_stored() -> None:
 
     prompts = [Prompt(str(i), (1,), "", "", "t") for i in range(8)]
     sampler = PromptSampler(config, session, PromptStream(prompts, 0), score)
+    assert sampler.sampling.routed_experts, "the session's engines return them"
     first = sampler.next_batch(1)
     second = sampler.next_batch(2)
     assert stored == {1: first, 2: second} and num_scored == 4
@@ -77,7 +79,9 @@ def test_what_was_taken_ahead_is_trained_on_when_staleness_becomes_zero() -> Non
     prompts = [Prompt(str(i), (1,), "", "", "t") for i in range(5)]
     config = Config()
     config.ppo.prompts_per_iteration = 3
-    session: Any = SimpleNamespace(runtime=SimpleNamespace(is_main=True), stored=lambda *_: RolloutPart())
+    session: Any = SimpleNamespace(
+        runtime=SimpleNamespace(is_main=True), replays_routing=False, stored=lambda *_: RolloutPart()
+    )
     seen: list[str] = []
 
     def stored(number: int, prompts: list[Prompt], num_samples: int) -> RolloutPart:
@@ -112,7 +116,9 @@ def test_every_prompt_is_trained_on_once_over_any_resumes(staleness: int) -> Non
         batches.setdefault(number, chance.sample(ids, count))
         return [ids.index(prompt_id) for prompt_id in batches[number]], RolloutPart()
 
-    session: Any = SimpleNamespace(runtime=SimpleNamespace(is_main=True), stored_among=stored_among)
+    session: Any = SimpleNamespace(
+        runtime=SimpleNamespace(is_main=True), replays_routing=False, stored_among=stored_among
+    )
     # A run of staleness 1 from before there were groups: two iterations are done, the third was being generated.
     state: dict[str, Any] = {"samples_seen": 6, "num_samples": 7, "seed": 0}
     iteration, furthest = 3, 0
