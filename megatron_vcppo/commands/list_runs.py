@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcppo.commands.arguments import print_note
     from megatron_vcppo.errors import UserError
     from megatron_vcppo.report.text_table import text_table
+    from megatron_vcppo.run.log import printable
     from megatron_vcppo.run.usage import runs_below
     from megatron_vcppo.slurm.slurm_cli import job_states
     from megatron_vcppo.slurm.submission import submitted_jobs
@@ -34,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.folder.is_dir():
         raise UserError(f"{args.folder}: no such folder: name the one that holds your runs")
     found = list(runs_below(args.folder.absolute()))
-    jobs = [job for one in found for job in submitted_jobs(one).values()]
+    queued = ((one.stage(stage), job) for one in found for stage, job in submitted_jobs(one).items())
+    jobs = [job for stage, job in queued if not stage.marked_done()]
     states: dict[str, JobState] | None = {}
     try:
         states = job_states(jobs)
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     elif records:
         print(text_table([row_of(record, args.folder.absolute()) for record in records], sys.stdout))
     else:
-        print(f"no runs below {args.folder}")
+        print(printable(f"no runs below {args.folder}"))
     return 0
 
 

@@ -3,7 +3,8 @@
 Its state is the list of iterations trained so far, the sum of an all-reduce per iteration, and weights, each bit of
 which depends on all iterations; all are in the checkpoint, so a lost, repeated or torn iteration shows in the end. With
 TINY_WRITE_SECONDS a thread takes that long to write a checkpoint while training continues, and with TINY_VERIFIER=1
-rank 0 scores an answer per iteration in a verifier's process.
+rank 0 scores an answer per iteration in a verifier's process. With TINY_GREED_MB the last rank takes that much memory
+in iteration 3.
 """
 
 import json
@@ -133,6 +134,8 @@ def train(config: Config, folder: Path, rank: int, ranks: int, scorer: Any) -> i
     while len(state["trained"]) < config.sft.steps:
         time.sleep(float(os.environ.get("TINY_SECONDS", "0.05")))
         iteration = len(state["trained"]) + 1
+        if iteration == 3 and rank == ranks - 1:
+            _ = [b"x" * (1 << 20) for _ in range(int(os.environ.get("TINY_GREED_MB", "0")))]
         both = torch.tensor([float(iteration), float(stop_requested)])
         dist.all_reduce(both)
         state["trained"].append(iteration)
