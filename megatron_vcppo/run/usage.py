@@ -16,10 +16,10 @@ def runs_below(folder: Path) -> Iterator[RunFolder]:
     Folders inside a run are not looked at, links are not followed.
     """
     run = RunFolder(folder)
-    if run.config.is_file() and run.events.is_file():
-        yield run
-        return
     try:
+        if run.config.is_file() and run.events.is_file():
+            yield run
+            return
         entries = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
     except OSError:  # someone else's, or gone meanwhile
         return
