@@ -224,7 +224,7 @@ class DevCluster:
             return subprocess.run(client, env=env, input=sql, text=True, capture_output=True).returncode == 0
 
         self._wait("MariaDB", prepared)
-        self._spawn("slurmdbd", "slurmdbd", "-D")
+        self.start_slurmdbd()
         add = ("sacctmgr", "-i", "add", "cluster", "dev")
         self._wait("slurmdbd", lambda: self.command(*add).returncode == 0)
         for entity in (
@@ -234,6 +234,10 @@ class DevCluster:
             done = self.command("sacctmgr", "-i", "add", *entity)
             if done.returncode and "Nothing new added" not in done.stdout:
                 raise UserError(f"sacctmgr add {entity[0]}: {(done.stdout + done.stderr).strip()[-300:]}")
+
+    def start_slurmdbd(self) -> None:
+        """Start slurmdbd; what slurmctld kept for it meanwhile reaches it."""
+        self._spawn("slurmdbd", "slurmdbd", "-D")
 
     def start_controller(self) -> None:
         """Start slurmctld; it continues from its saved state."""
