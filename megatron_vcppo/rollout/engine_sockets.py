@@ -18,8 +18,8 @@ from megatron_vcppo.rollout.node_folder import Hold, is_held
 VARIABLE = "VLLM_RPC_BASE_PATH"
 IN_USE = "in_use"
 """Locked by the supervisor of the engine."""
-MAX_ROOT_BYTES = 45
-"""The path of a unix socket has at most 107 bytes; the names of the folder and of the socket take 62."""
+MAX_ROOT_BYTES = 40
+"""The path of a unix socket has at most 107 bytes; the names of the folder and of the socket take up to 63."""
 MIN_AGE_S = 60.0
 """A younger folder may be one whose lock is still to come."""
 

@@ -60,8 +60,7 @@ def test_a_rank_that_hangs_is_named_and_the_stage_starts_again(
     tiny_run: tuple[RunFolder, Config], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run, config = tiny_run
-    config.run.timeout_s = 6.0
-    config.cluster.environment["TINY_HANG"] = str(tmp_path / "hung")
+    config.cluster.environment |= {"TINY_HANG": str(tmp_path / "hung"), "TINY_PATIENCE_S": "6"}
     write_config(config)
     assert run_chain(run, config, ["sft"], TINY) == 0
     assert result(run)["trained"] == [1, 2, 3, 4, 5, 6]

@@ -4,7 +4,8 @@ Its state is the list of iterations trained so far, the sum of an all-reduce per
 which depends on all iterations; all are in the checkpoint, so a lost, repeated or torn iteration shows in the end. With
 TINY_WRITE_SECONDS a thread takes that long to write a checkpoint while training continues, and with TINY_VERIFIER=1
 rank 0 scores an answer per iteration in a verifier's process. With TINY_GREED_MB the last rank takes that much memory
-in iteration 3; with TINY_HANG it hangs there, unless there is a file of that name, which it leaves.
+in iteration 3; with TINY_HANG it hangs there, unless there is a file of that name, which it leaves; a collective waits
+TINY_PATIENCE_S.
 """
 
 import json
@@ -119,7 +120,10 @@ def main() -> int:
     folder = Path(config.run.dir) / stage
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     rank, ranks, timeout = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(seconds=60)
-    store, patience = ranks_store(rank, ranks, timeout), timedelta(seconds=config.run.timeout_s)
+    store, patience = (
+        ranks_store(rank, ranks, timeout),
+        timedelta(seconds=float(os.environ.get("TINY_PATIENCE_S", "1800"))),
+    )
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=patience)
     with ExitStack() as stack:
         scorer = None
