@@ -55,8 +55,15 @@ def typed_into_zsh(folder: Path, *lines: str) -> str:
     start = [f"source {folder}/script", 'vcppo() { print -r -- GOT "$@" }']
     main_side, shell_side = pty.openpty()
     env = {"HOME": str(folder), "ZDOTDIR": str(folder), "TERM": "dumb", "PATH": os.environ["PATH"]}
-    ends = {"stdin": shell_side, "stdout": shell_side, "stderr": shell_side}
-    shell = subprocess.Popen(["zsh", "-f", "-i"], **ends, cwd=folder, env=env, start_new_session=True)
+    shell = subprocess.Popen(
+        ["zsh", "-f", "-i"],
+        stdin=shell_side,
+        stdout=shell_side,
+        stderr=shell_side,
+        cwd=folder,
+        env=env,
+        start_new_session=True,
+    )
     os.close(shell_side)
     shown, end = b"", time.monotonic() + 20
     os.write(main_side, "\n".join([*start, *lines, "exit", ""]).encode())
