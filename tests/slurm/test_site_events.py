@@ -1,11 +1,10 @@
 """What a site does to jobs: holds and requeues them, drains their nodes, submits from within jobs, has no HOME, loses
-slurmdbd, and has nodes whose clocks are wrong."""
+slurmdbd."""
 
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,22 +109,3 @@ def test_a_chain_runs_while_slurmdbd_is_down(accounting: DevCluster, tmp_path: P
     accounting.start_slurmdbd()
     asked = ("sacct", "-X", "-n", "-P", "-j", jobs["sft"], "-o", "State")
     wait_until(lambda: accounting.command(*asked).stdout == "COMPLETED\n", "slurmdbd to learn of the job", 90)
-
-
-FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None)
-
-
-@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not installed")
-def test_a_job_on_nodes_whose_clock_is_an_hour_slow(cluster: DevCluster, tmp_path: Path) -> None:
-    """The controller asks for a save in time all the same, and the job is requeued."""
-    run, config = chain(tmp_path / "run")
-    config.cluster.environment["TINY_SECONDS"] = "2.5"
-    config.cluster.time_limit_minutes, config.cluster.save_margin_s = 1, 20
-    config.cluster.setup += [f"export LD_PRELOAD={FAKETIME} FAKETIME=-1h FAKETIME_DONT_FAKE_MONOTONIC=1"]
-    write_config(config)
-    jobs = submit(run, config, ["sft"], TINY)
-    assert_done(run, jobs)
-    begun = events.of_stage(run.path, "job", "sft")
-    assert len(begun) > 1 and all(abs(time.time() - 3600 - event["time"]) < 600 for event in begun), begun
-    ends = [event["code"] for event in events.of_stage(run.path, "attempt_end", "sft")]
-    assert set(ends) == {0, 75}, "it was asked to save, not killed at the limit"
