@@ -23,7 +23,8 @@ _OF_THE_SYSTEM = {
     errno.ENOTDIR: "a folder is expected there",
     errno.EEXIST: "something else has that name",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "a symbolic link leads to itself",
+    errno.ELOOP: "a symbolic link that leads to itself, or that is not followed there",
+    errno.ENXIO: "a file is expected there",
 }
 
 

@@ -1,8 +1,9 @@
 """A real Slurm on this machine: munged, slurmctld and several slurmd as virtual nodes; optionally slurmdbd + MariaDB.
 
-From the distribution's packages, as root or an ordinary user, without systemd and cgroups, everything below one folder.
-As root every node has its own network namespace and address (devcluster_net.py); otherwise nodes share the
-machine's loopback interface. Used by the tests, the demo and ``tools/devcluster.sh``.
+From the distribution's packages, as root or an ordinary user, without systemd, everything below one folder; cgroups
+only where jobs get memory limits, which needs root. As root every node has its own network namespace and address
+(devcluster_net.py); otherwise nodes share the machine's loopback interface. Used by the tests, the demo and
+``tools/devcluster.sh``.
 """
 
 import argparse
@@ -25,7 +26,17 @@ from megatron_vcppo.errors import DONE, FAILED, USER_ERROR, UserError
 from megatron_vcppo.launch.guard import descendants
 from megatron_vcppo.run.processes import alive, die_with_parent, free_ports
 from megatron_vcppo.slurm import devcluster_net
-from megatron_vcppo.slurm.devcluster_conf import ACCOUNT, FIRST_NODE, Layout, gres_conf, slurm_conf, slurmdbd_conf
+from megatron_vcppo.slurm.devcluster_conf import (
+    ACCOUNT,
+    CGROUPS,
+    FIRST_NODE,
+    Layout,
+    cgroup_conf,
+    gres_conf,
+    memory_cgroup,
+    slurm_conf,
+    slurmdbd_conf,
+)
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 NEEDED_FOR_ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb", "mariadb-install-db", "sacctmgr")
@@ -61,7 +72,7 @@ class DevCluster:
         env = {**os.environ, **self.environment}
         return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=timeout_s)
 
-    def up(self, nodes: int = 3, accounting: bool = False, **sizes: int) -> Layout:
+    def up(self, nodes: int = 3, accounting: bool = False, memory_limits: bool = False, **sizes: int) -> Layout:
         """Start everything and wait until every node is idle. UserError if programs are missing or it is up."""
         if missing := missing_programs(accounting):
             raise UserError(
@@ -73,7 +84,16 @@ class DevCluster:
         user = pwd.getpwuid(os.getuid()).pw_name
         network = devcluster_net.free_network(self.root) if devcluster_net.possible() else None
         ports = free_ports(3 + nodes, "127.0.0.1")
-        layout = Layout(self.root, user, ports, nodes=nodes, accounting=accounting, network=network, **sizes)
+        layout = Layout(
+            self.root,
+            user,
+            ports,
+            nodes=nodes,
+            accounting=accounting,
+            memory_limits=memory_limits,
+            network=network,
+            **sizes,
+        )
         try:
             self._write_files(layout)
             if network:
@@ -119,7 +139,7 @@ class DevCluster:
             (self.root / "gpu" / f"fake{index}").symlink_to(os.devnull)
         self.conf.write_text(slurm_conf(layout))
         (self.root / "gres.conf").write_text(gres_conf(layout) if layout.gpus else "")
-        (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
+        (self.root / "cgroup.conf").write_text(cgroup_conf(layout))
 
     def pids(self) -> dict[str, int]:
         """The daemons that were started, by name."""
@@ -204,7 +224,7 @@ class DevCluster:
             return subprocess.run(client, env=env, input=sql, text=True, capture_output=True).returncode == 0
 
         self._wait("MariaDB", prepared)
-        self._spawn("slurmdbd", "slurmdbd", "-D")
+        self.start_slurmdbd()
         add = ("sacctmgr", "-i", "add", "cluster", "dev")
         self._wait("slurmdbd", lambda: self.command(*add).returncode == 0)
         for entity in (
@@ -214,6 +234,10 @@ class DevCluster:
             done = self.command("sacctmgr", "-i", "add", *entity)
             if done.returncode and "Nothing new added" not in done.stdout:
                 raise UserError(f"sacctmgr add {entity[0]}: {(done.stdout + done.stderr).strip()[-300:]}")
+
+    def start_slurmdbd(self) -> None:
+        """Start slurmdbd; what slurmctld kept for it meanwhile reaches it."""
+        self._spawn("slurmdbd", "slurmdbd", "-D")
 
     def start_controller(self) -> None:
         """Start slurmctld; it continues from its saved state."""
@@ -278,8 +302,23 @@ class DevCluster:
         ours = f"SLURM_CONF={self.conf}\0".encode()
         daemons = [pid for pid in _all_pids() if _is_daemon(pid) and ours in _environ(pid)]
         _kill_trees(daemons)
+        if self.conf.exists():
+            for node in self.node_names:
+                _remove_empty(memory_cgroup(node))
         if not keep:
             shutil.rmtree(self.root, ignore_errors=True)
+
+
+def memory_limits_possible() -> bool:
+    """True for root where the kernel's memory groups are of version 1 and may be written."""
+    return os.getuid() == 0 and os.access(CGROUPS / "memory" / "memory.limit_in_bytes", os.W_OK)
+
+
+def _remove_empty(group: Path) -> None:
+    """Remove a group and those below it that hold no process."""
+    for folder, _, _ in os.walk(group, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
 
 
 def _all_pids() -> list[int]:

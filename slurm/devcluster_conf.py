@@ -5,6 +5,7 @@ from pathlib import Path
 
 ACCOUNT = "dev"
 """The one account of a cluster with accounting."""
+CGROUPS = Path("/sys/fs/cgroup")
 FIRST_NODE = 10
 """The last number of the first node's address."""
 
@@ -23,6 +24,8 @@ class Layout:
     gpus: int = 2
     """Fake ones: device files that lead to /dev/null; Slurm counts and hands them out like real ones."""
     accounting: bool = False
+    memory_limits: bool = False
+    """The kernel ends a job that takes more main memory than it requested, as on most sites (``cgroup_conf``)."""
     grace_s: int = 20
     """Between the signal of a preemption and the end of the preempted job."""
     network: str | None = None
@@ -69,7 +72,7 @@ def slurm_conf(layout: Layout) -> str:
         "SlurmdLogFile": root / "log/slurmd.%n.log",
         "MailProg": "/bin/true",
         "ProctrackType": "proctrack/linuxproc",
-        "TaskPlugin": "task/none",
+        "TaskPlugin": "task/cgroup" if layout.memory_limits else "task/none",
         "MpiDefault": "none",
         "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_Core_Memory",
@@ -120,6 +123,18 @@ def accounting_settings(layout: Layout) -> dict[str, object]:
         "AccountingStorageTRES": "gres/gpu",
         "JobAcctGatherType": "jobacct_gather/linux",
     }
+
+
+def cgroup_conf(layout: Layout) -> str:
+    """cgroup.conf: version 1, which needs no systemd; swap is not limited."""
+    settings = {"CgroupPlugin": "cgroup/v1", "CgroupAutomount": "no", "CgroupMountpoint": CGROUPS}
+    settings |= {"ConstrainRAMSpace": "yes"} if layout.memory_limits else {}
+    return "".join(f"{key}={value}\n" for key, value in settings.items())
+
+
+def memory_cgroup(node: str) -> Path:
+    """Where Slurm limits the memory of a node's jobs. Clusters with a node of one name share it."""
+    return CGROUPS / "memory" / f"slurm_{node}"
 
 
 def gres_conf(layout: Layout) -> str:

@@ -29,6 +29,8 @@ ENDED = (
 )
 """All others are queued, running or between the two; there are many of those, such as SIGNALING."""
 TIMEOUT_S = 30.0
+MAX_IDS = 1000
+"""Of jobs, in one call: an argument has at most 128 KiB."""
 Answer = TypeVar("Answer")
 UNKNOWN_JOB = "Invalid job id"
 """Message of squeue and scontrol: Slurm has forgotten the job."""
@@ -135,6 +137,8 @@ def slurm_message(stderr: str) -> str:
 
 def job_states(job_ids: list[str]) -> dict[str, JobState]:
     """The state of each job that Slurm still knows. Unreachable if Slurm's controller does not answer."""
+    if len(job_ids) > MAX_IDS:
+        return job_states(job_ids[:MAX_IDS]) | job_states(job_ids[MAX_IDS:])
     if not job_ids:
         return {}
     listed = ("squeue", "-h", "-t", "all", "-j", ",".join(job_ids), "-o", SQUEUE_FORMAT)

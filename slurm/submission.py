@@ -81,7 +81,7 @@ def executor(
         "ntasks_per_node": 1,
         "cpus_per_task": cluster.cpus_per_node,
         "gpus_per_node": None if "gres" in cluster.sbatch else cluster.gpus_per_node or None,
-        "mem": None if memory_gb is None else f"{memory_gb:g}GB",
+        "mem": None if memory_gb is None else memory_text(memory_gb),
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
@@ -104,6 +104,11 @@ def requested_memory_gb(config: Config, stage: str) -> float | None:
         return limit
     needed = EXPORT_GB + EXPORT_BYTES_PER_PARAMETER * Architecture.from_hf(config.model.hf).parameter_count() / 1e9
     return min(limit, float(round(needed)))
+
+
+def memory_text(gb: float) -> str:
+    """As Slurm reads it, which knows whole numbers only. Example: 900 → 900GB, 1.5 → 1536MB."""
+    return f"{gb:.0f}GB" if gb == round(gb) else f"{max(1, round(1024 * gb))}MB"
 
 
 def request_text(config: Config, stage: str) -> str:

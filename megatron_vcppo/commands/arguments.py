@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.value_sources import local_overrides, profile_files
+from megatron_vcppo.data.template_check import check_chat_template
 from megatron_vcppo.data.vocabulary import check_vocabulary
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.checks import check_inputs
@@ -78,6 +79,7 @@ def checked_stages(
     stages = chosen_stages(list(config.stages), first, last, only)
     check_run_folder_free(run)
     check_inputs(config, [stage for stage in stages if not run.stage(stage).marked_done()])
+    check_chat_template(Path(config.model.hf))
     if note := check_vocabulary(Path(config.model.hf)):
         print_note(f"note: {note}")
     return stages

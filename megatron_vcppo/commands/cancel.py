@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> int:
     folder, _ = open_run(args.run_folder)
     jobs = sorted((state.job_id for state in active_jobs(folder)), key=int)
     cancel_jobs(jobs)
-    events.append(folder.path, "cancelled", jobs=jobs)
+    if jobs:
+        events.append(folder.path, "cancelled", jobs=jobs)
     print(f"cancelled: {', '.join(jobs)}" if jobs else "nothing to cancel: no job of this run is active")
     return 0

@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcppo.run import events
     from megatron_vcppo.run.cleaning import clean, removable
     from megatron_vcppo.run.config_file import open_run
+    from megatron_vcppo.run.log import printable
     from megatron_vcppo.slurm.submission import active_jobs
 
     folder, config = open_run(args.run_folder)
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
             item for item in removable(folder, config.stages) if not (args.keep_rollouts and item.what == "rollouts")
         ]
         for item in found:
-            print(f"{size_text(item.num_bytes):>10}  {item.what:<14}  {item.path.relative_to(folder.path)}")
+            print(printable(f"{size_text(item.num_bytes):>10}  {item.what:<14}  {item.path.relative_to(folder.path)}"))
         total = size_text(sum(item.num_bytes for item in found))
         if not found:
             print("nothing to remove")

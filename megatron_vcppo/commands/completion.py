@@ -8,7 +8,7 @@ import shlex
 from megatron_vcppo import commands
 from megatron_vcppo.config.keys import all_keys
 
-_SCRIPT = """\
+_BASH = """\
 _vcppo() {{
     local cur="${{COMP_WORDS[COMP_CWORD]}}" command="" word
     for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
@@ -21,14 +21,14 @@ _vcppo() {{
         COMPREPLY=($(compgen -W {commands} -- "$cur"))
         return
     fi
-    local options="" words="" keys=""
+    local options="" choices="" keys=""
     case "$command" in
 {cases}
     esac
     case "$cur" in
         -*) COMPREPLY=($(compgen -W "$options" -- "$cur")) ;;
         *)
-            COMPREPLY=($(compgen -W "$words" -- "$cur"))
+            COMPREPLY=($(compgen -W "$choices" -- "$cur"))
             if [ -n "$keys" ] && [ -n "$cur" ]; then
                 local found=($(compgen -S = -W {keys} -- "$cur"))
                 if [ "${{#found[@]}}" -gt 0 ]; then
@@ -41,7 +41,35 @@ _vcppo() {{
 complete -o bashdefault -o default -F _vcppo vcppo
 """
 """Where nothing of it fits, the shell completes file names."""
-_ZSH = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n"
+_ZSH = """\
+(( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit -i; }}
+_vcppo() {{
+    local command="" word options="" choices="" keys=""
+    for word in "${{(@)words[2,CURRENT-1]}}"; do
+        case "$word" in
+            {names}) command="$word"; break ;;
+        esac
+    done
+    if [[ -z "$command" ]]; then
+        compadd -- {names_as_words}
+        return
+    fi
+    case "$command" in
+{cases}
+    esac
+    if [[ "$PREFIX" == -* ]]; then
+        compadd -- ${{=options}}
+        return
+    fi
+    compadd -- ${{=choices}}
+    if [[ -n "$keys" && -n "$PREFIX" ]]; then
+        keys={keys}
+        compadd -S = -- ${{=keys}}
+    fi
+    (( compstate[nmatches] )) || _files
+}}
+compdef _vcppo vcppo
+"""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -71,15 +99,15 @@ def script(shell: str) -> str:
     names, cases = [*subparsers.choices], []
     for name in names:
         options, words, takes_keys = _completions(subparsers.choices[name])
-        line = f"        {name}) options={shlex.quote(' '.join(options))} words={shlex.quote(' '.join(words))}"
+        line = f"        {name}) options={shlex.quote(' '.join(options))} choices={shlex.quote(' '.join(words))}"
         cases.append(line + (" keys=1" if takes_keys else "") + " ;;")
-    filled = _SCRIPT.format(
+    return (_ZSH if shell == "zsh" else _BASH).format(
         names="|".join(names),
+        names_as_words=" ".join(names),
         commands=shlex.quote(" ".join(names)),
         cases="\n".join(cases),
         keys=shlex.quote(" ".join(all_keys())),
     )
-    return (_ZSH if shell == "zsh" else "") + filled
 
 
 def _completions(parser: argparse.ArgumentParser) -> tuple[list[str], list[str], bool]:

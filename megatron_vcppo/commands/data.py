@@ -42,12 +42,14 @@ def run(args: argparse.Namespace) -> int:
     """Print what there is to say; returns 1 if something is wrong."""
     _, config = prepare(args.config, args.overrides, note=print_note)
     from megatron_vcppo.data.contamination import compare
+    from megatron_vcppo.data.template_check import check_chat_template
     from megatron_vcppo.data.vocabulary import check_vocabulary
 
     with _without_torch():
         from megatron_vcppo.data.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(config.model.hf)
+    check_chat_template(Path(config.model.hf))
     if note := check_vocabulary(Path(config.model.hf)):
         print(f"note: {note}")
     training: list[Inspected] = []

@@ -1,6 +1,8 @@
 """vcppo init: a first configuration."""
 
 import argparse
+import re
+import shlex
 from pathlib import Path
 
 
@@ -28,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcppo.errors import UserError
     from megatron_vcppo.launch.first_config import first_values, render
     from megatron_vcppo.run.files import replacing
+    from megatron_vcppo.run.log import printable
 
     target: Path = args.config
     if target.exists():
@@ -39,11 +42,15 @@ def run(args: argparse.Namespace) -> int:
     with replacing(target, durable=False) as temporary:
         temporary.write_text(render({}, names, "x"), encoding="utf-8")
         cluster = load_config(temporary, complete=False)
-        values = first_values(args.model, args.data, args.test, cluster, f"runs/{target.stem}")
-        command = "submit" if profiles else "run"
-        head = f"Made by vcppo init. vcppo config --explain lists every key.\nStart with: vcppo {command} {target}"
+        run_name = re.sub(r"[^\w.-]+", "-", target.stem).strip(".-") or "run"
+        values = first_values(args.model, args.data, args.test, cluster, f"runs/{run_name}")
+        command, quoted = "submit" if profiles else "run", shlex.quote(str(target))
+        head = f"Made by vcppo init. vcppo config --explain lists every key.\nStart with: vcppo {command} {quoted}"
         temporary.write_text(render(values, names, head), encoding="utf-8")
-        load_config(temporary, note=print_note)
-    print(f"{target}: {', '.join(values['stages'])}")
-    print(f"check it with: vcppo config {target}; start it with: vcppo {command} {target}")
+        try:
+            load_config(temporary, note=print_note)
+        except UserError as error:
+            raise UserError(str(error).replace(str(temporary), str(target))) from None
+    print(printable(f"{target}: {', '.join(values['stages'])}"))
+    print(printable(f"check it with: vcppo config {quoted}; start it with: vcppo {command} {quoted}"))
     return 0

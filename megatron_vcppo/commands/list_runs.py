@@ -27,14 +27,14 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcppo.commands.arguments import print_note
     from megatron_vcppo.errors import UserError
     from megatron_vcppo.report.text_table import text_table
+    from megatron_vcppo.run.log import printable
     from megatron_vcppo.run.usage import runs_below
     from megatron_vcppo.slurm.slurm_cli import job_states
-    from megatron_vcppo.slurm.submission import submitted_jobs
 
     if not args.folder.is_dir():
         raise UserError(f"{args.folder}: no such folder: name the one that holds your runs")
     found = list(runs_below(args.folder.absolute()))
-    jobs = [job for one in found for job in submitted_jobs(one).values()]
+    jobs = [job for one in found for job in open_jobs(one)]
     states: dict[str, JobState] | None = {}
     try:
         states = job_states(jobs)
@@ -47,8 +47,18 @@ def run(args: argparse.Namespace) -> int:
     elif records:
         print(text_table([row_of(record, args.folder.absolute()) for record in records], sys.stdout))
     else:
-        print(f"no runs below {args.folder}")
+        print(printable(f"no runs below {args.folder}"))
     return 0
+
+
+def open_jobs(run: "RunFolder") -> list[str]:
+    """The jobs of stages that are not done; none if the run cannot be read."""
+    from megatron_vcppo.slurm.submission import submitted_jobs
+
+    try:
+        return [job for stage, job in submitted_jobs(run).items() if not run.stage(stage).marked_done()]
+    except OSError:
+        return []
 
 
 def record_of(run: "RunFolder", states: "dict[str, JobState] | None") -> dict[str, Any]:
@@ -58,21 +68,23 @@ def record_of(run: "RunFolder", states: "dict[str, JobState] | None") -> dict[st
     from megatron_vcppo.run.config_file import open_run
     from megatron_vcppo.run.usage import size_bytes
     from megatron_vcppo.slurm.chain_status import chain_status
-    from megatron_vcppo.slurm.submission import submitted_jobs
 
-    times = [event["time"] for event in events.read(run.path)] or [run.config.stat().st_mtime]
+    written = run.config.stat().st_mtime
     record: dict[str, Any] = {"run": str(run.path), "stage": "", "state": "unreadable", "iteration": None}
-    record |= {"total": None, "begun": min(times), "last_event": max(times), "size_bytes": size_bytes(run.path)}
+    record |= {"total": None, "begun": written, "last_event": written, "size_bytes": size_bytes(run.path)}
     try:
+        times = [event["time"] for event in events.read(run.path)] or [written]
+        record |= {"begun": min(times), "last_event": max(times)}
         _, config = open_run(run.path)
         statuses = chain_status(run, config, states or {})
-    except UserError as error:
+        unknown_jobs = open_jobs(run) if states is None else []
+    except (UserError, OSError) as error:  # one run of many, or someone else's
         return record | {"note": str(error)}
     unfinished = [status for status in statuses if status.state != "done"]
     now = next((status for status in unfinished if status.state != "not started"), (unfinished or statuses)[-1])
     if unfinished and now.state == "not started":
         now = unfinished[0]
-    unknown = states is None and now.state != "done" and now.stage in submitted_jobs(run)
+    unknown = now.job in unknown_jobs
     record |= {"stage": now.stage, "state": "unknown" if unknown else now.state, "note": now.note}
     record |= {"iteration": now.iteration, "total": now.total}
     return record | {"gpu_hours": round(sum(status.gpu_hours for status in statuses), 2)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.run.log import printable
 
 if TYPE_CHECKING:
     from megatron_vcppo.report.run_data import RunData
@@ -41,9 +42,9 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or args.run_folders[0] / ("report.html" if len(runs) == 1 else "comparison.html")
     page = render(runs, written_at=time.strftime("%Y-%m-%d %H:%M")).encode()
     write(out, page, "--out")
-    print(f"{out}: {len(page) / 1000:,.0f} kB")
+    print(printable(f"{out}: {len(page) / 1000:,.0f} kB"))
     if args.figures:
-        print(f"{args.figures}: {write_figures(args.figures, runs)} charts, each as SVG and PDF")
+        print(printable(f"{args.figures}: {write_figures(args.figures, runs)} charts, each as SVG and PDF"))
     for one in runs:
         for finding in one.findings() if "ppo" in one.history else ():
             if finding.state == "found":
@@ -64,7 +65,7 @@ def read_runs(folders: Sequence[Path]) -> "list[RunData]":
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     runs = []
-    for i, (folder, name) in enumerate(zip(folders, names)):
+    for i, (folder, name) in enumerate(zip(folders, map(printable, names))):
         done = frozenset(stage.name for stage in RunFolder(folder).stages() if stage.marked_done())
         runs.append(read_run(folder, name, COLORS[i % len(COLORS)], done, samples_of(folder)))
     return runs

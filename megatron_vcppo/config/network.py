@@ -22,9 +22,10 @@ CACHES = {
     "VLLM_CACHE_ROOT": "vllm",
     "FLASHINFER_WORKSPACE_BASE": "flashinfer",
     "CUDA_CACHE_PATH": "cuda",
+    "WANDB_CACHE_DIR": "wandb",
 }
 """Variable → folder below cluster.node_cache. In a shared home directory many engines would lock and overwrite each
-other's compiled kernels, and load a network file system at every start."""
+other's compiled kernels, and load a network file system at every start; and it may be read-only or full."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Data sets by name: from the hub, or from the cache where the hub cannot be reached."""
 
+import errno
 import functools
 import threading
 import urllib.error
@@ -10,6 +11,8 @@ from typing import Any
 
 from megatron_vcppo.errors import UserError
 
+CACHE_REFUSED = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""`datasets` writes what it loads to its cache, by default in the home directory."""
 ANSWER_TIMEOUT_S = 2.0
 """A hub that does not answer a first request within this time is treated as out of reach."""
 
@@ -28,6 +31,11 @@ def open_hub_dataset(source: str, split: str) -> Any:
         with _offline(not is_reachable):
             return datasets.load_dataset(name, rest[0] if len(rest) > 1 else None, split=split)
     except Exception as error:  # `datasets` raises many kinds; each means that the source cannot be read
+        if isinstance(error, OSError) and error.errno in CACHE_REFUSED:
+            raise UserError(
+                f"cannot read the data set {source}: {error.filename or 'the cache of `datasets`'}: {error.strerror}: "
+                "set HF_HOME to a folder that can be written"
+            ) from error
         if not is_reachable:
             raise UserError(
                 f"cannot read the data set {source}: it is no file or folder here, it is not in the cache of "

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vcppo.errors import DONE, SAVED, SIGNALLED
-from megatron_vcppo.launch.controller import GUARD_ARGUMENTS, describe
+from megatron_vcppo.launch.controller import describe
+from megatron_vcppo.launch.guard import GUARD_ARGUMENTS
 from megatron_vcppo.launch.local_chain import stop_requests
 from megatron_vcppo.report.text_table import duration
 from megatron_vcppo.run.log import printable, say

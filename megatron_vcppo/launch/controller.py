@@ -21,10 +21,14 @@ PORT_TAKEN = "address already in use"
 """torch's message: the port was free when the attempt was laid out; the next attempt takes another."""
 UNREACHABLE = ("Unable to contact slurm controller", "Socket timed out", "Connection refused", "Zero Bytes were trans")
 """Messages of Slurm's commands: slurmctld is down, restarting or overloaded."""
+TIMED_OUT = ("Timed out waiting", "collective operation timeout")
+"""Messages of gloo and NCCL: a rank did not come to a collective within run.timeout_s."""
 POLL_S = 0.05
 SETTLE_S = 0.5
 """Exits within this window are judged together, so that the killed rank is blamed and not the peers that failed
 because of it."""
+HANG_SETTLE_S = 5.0
+"""After a collective timed out: ranks that have not left by themselves then are those that hang."""
 TASK_ENDED = re.compile(r"\btasks? (\d+)[\d,-]*: (?:Exited with exit code (\d+)|(.+))$", re.MULTILINE)
 """srun's report of ended tasks: "srun: error: node7: tasks 3-5: Exited with exit code 1", "…: task 2: Killed"."""
 SIGNAL_WORDS = {signal.strsignal(number): number for number in signal.valid_signals()}
@@ -85,11 +89,12 @@ class Outcome:
     def killed(self) -> bool:
         """Something outside the code ended it.
 
-        A signal, a rollout role that died too often, a port taken meanwhile, a Slurm controller that did not answer.
+        A signal, a rollout role that died too often, a port taken meanwhile, a Slurm controller that did not answer, a
+        rank that hung.
         """
         log = "".join(self.details)
         return self.code > SIGNALLED or (
-            self.code == FAILED and any(words in log for words in (PORT_TAKEN, *UNREACHABLE))
+            self.code == FAILED and any(words in log for words in (PORT_TAKEN, *UNREACHABLE, *TIMED_OUT))
         )
 
 
@@ -118,6 +123,17 @@ def taken_port(role_process: RoleProcess, code: int, details: list[str]) -> str:
         return ""
     env = role_process.env
     return f": port {env.get('MASTER_PORT', '?')} of {env.get('MASTER_ADDR', 'its node')} is taken"
+
+
+def timed_out(code: int, details: list[str]) -> bool:
+    """Whether the process failed because another rank did not come to a collective."""
+    return code == FAILED and any(words in "".join(details) for words in TIMED_OUT)
+
+
+def waited_for(hanging: list[str]) -> str:
+    """The ranks that hang, as the tail of a sentence. On a cluster, where they are tasks of one step, without names."""
+    more = f" and {len(hanging) - 4} more" if len(hanging) > 4 else ""
+    return f": waited in vain for {', '.join(hanging[:4]) or 'another rank'}{more} (run.timeout_s)"
 
 
 def reported_code(text: str) -> int:
@@ -275,6 +291,7 @@ def _watch(
     trainers = attempt.of("trainer")
     save_deadline = settled_at = float("inf")
     allowance_s = 0.0
+    hanging = False
     while True:
         now = time.monotonic()
         ended = attempt.ended("trainer")
@@ -284,7 +301,7 @@ def _watch(
         if ended and settled_at == float("inf"):
             bad = any(code not in (DONE, SAVED) for _, code in ended)
             settled_at = now + (SETTLE_S if bad else follow_timeout_s)
-        if ended and any(code not in (DONE, SAVED) for _, code in ended):
+        if ended and not hanging and any(code not in (DONE, SAVED) for _, code in ended):
             settled_at = min(settled_at, now + SETTLE_S)
         if len(ended) == len(trainers) or now >= settled_at:
             role_process, code = first_death(ended)
@@ -294,7 +311,13 @@ def _watch(
             if code in (DONE, SAVED):
                 return Outcome(code, "" if code == DONE else how)
             details = attempt.tail(role_process)
-            return Outcome(code, how + taken_port(role_process, code, details), details)
+            if not timed_out(code, details):
+                return Outcome(code, how + taken_port(role_process, code, details), details)
+            if hanging or len(ended) == len(trainers):
+                left = {one.index for one, _ in ended}
+                names = [one.role_process.name for one in trainers if one.role_process.index not in left]
+                return Outcome(code, how + waited_for(names), details)
+            hanging, settled_at = True, now + HANG_SETTLE_S
         if not ended and (outcome := attempt.restart_rollouts()):
             return outcome
         if abort_requested():

@@ -50,6 +50,8 @@ def percent_interval(share: float, half_width: float, low: float | None = None, 
 
 def duration(seconds: float) -> str:
     """Example: 1 h 5 min."""
+    if not math.isfinite(seconds):
+        return f"{seconds:g} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

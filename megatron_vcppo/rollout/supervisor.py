@@ -17,6 +17,7 @@ import msgspec
 from megatron_vcppo.errors import DONE, FAILED
 from megatron_vcppo.rollout import engine_command, rendezvous
 from megatron_vcppo.rollout.auth import PROOF_HEADER, Call
+from megatron_vcppo.rollout.engine_sockets import VARIABLE, socket_folder
 from megatron_vcppo.rollout.messages import CORE_IS_DEAD, SLEEP, STATUS, SleepRequest, TurnReport
 from megatron_vcppo.rollout.node_folder import Hold, NodeFolder
 from megatron_vcppo.rollout.rendezvous import SECRET, Engine
@@ -76,17 +77,19 @@ class Slot:
             if stopping.is_set():
                 return
             port = free_port(self.address)
-            process = engine_command.start(*self.launch(port), self.log_file)
-            engine = Engine(self.node, self.index, incarnation, self.address, port, process.pid)
-            how = "forked" if isinstance(process, engine_command.ForkedEngine) else "executed"
-            log.info("%s: starting, pid %d, %s", engine, process.pid, how)
-            try:
-                reason = self.watch(process, engine, stopping, starting)
-            finally:
-                with self.mark():  # until its last process is gone, it may hold GPU memory
-                    rendezvous.withdraw(self.folder, engine)
-                    kill_group(process, STOP_GRACE_S)
-                starting.close()
+            with socket_folder() as sockets:
+                arguments, variables = self.launch(port)
+                process = engine_command.start(arguments, {**variables, VARIABLE: str(sockets)}, self.log_file)
+                engine = Engine(self.node, self.index, incarnation, self.address, port, process.pid)
+                how = "forked" if isinstance(process, engine_command.ForkedEngine) else "executed"
+                log.info("%s: starting, pid %d, %s", engine, process.pid, how)
+                try:
+                    reason = self.watch(process, engine, stopping, starting)
+                finally:
+                    with self.mark():  # until its last process is gone, it may hold GPU memory
+                        rendezvous.withdraw(self.folder, engine)
+                        kill_group(process, STOP_GRACE_S)
+                    starting.close()
             if stopping.is_set():
                 return
             log.warning("%s: %s; starting it again. Its log: %s", engine, reason, self.log_file)

@@ -1,5 +1,6 @@
 """What a run can do without: checkpoints that nothing will load, rollouts of a chain that is done."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from megatron_vcppo.run.files import remove
 from megatron_vcppo.run.folder import RunFolder, StageFolder
 from megatron_vcppo.run.manifest import MANIFEST_NAME
 from megatron_vcppo.run.usage import size_bytes
+
+_CHECKPOINT = re.compile(r"\.?iter_\d{7,18}(\.\w+)?$")
+"""A checkpoint, or what a kill left of one that was being written or replaced."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +28,15 @@ def removable(run: RunFolder, stages: Sequence[str]) -> list[Removable]:
     """What can go without changing what a resume, a later stage or an export finds, by stage.
 
     Of a stage that is done its last checkpoint stays, of another one the newest complete checkpoint. Rollouts go only
-    when every stage of the chain is done. stages: the chain. UserError if a manifest is damaged.
+    when every stage of the chain is done. Nothing is found through symbolic links, which may lead to another run, nor
+    what is not named as a checkpoint is. stages: the chain. UserError if a manifest is damaged.
     """
     finished = all(run.stage(stage).is_done(checksums=False) for stage in stages)
     found = []
     for stage in stages:
         folder = run.stage(stage)
         found += [Removable(path, "old checkpoint", size_bytes(path)) for path in _old_checkpoints(folder)]
-        if finished and folder.rollouts.is_dir():
+        if finished and folder.rollouts.is_dir() and not _linked(folder, folder.rollouts):
             found.append(Removable(folder.rollouts, "rollouts", size_bytes(folder.rollouts)))
     return found
 
@@ -42,8 +47,16 @@ def _old_checkpoints(folder: StageFolder) -> Iterator[Path]:
     else:
         newest = folder.checkpoint_iteration()
         kept = None if newest is None else folder.checkpoint(newest)
-    if kept is not None:
-        yield from (path for path in sorted(folder.checkpoints.glob("*")) if path.name != kept.name)
+    if kept is None or _linked(folder, folder.checkpoints):
+        return
+    for path in sorted(folder.checkpoints.glob("*")):
+        is_own = _CHECKPOINT.match(path.name) and path.is_dir() and not path.is_symlink()
+        if is_own and path.name != kept.name:
+            yield path
+
+
+def _linked(folder: StageFolder, path: Path) -> bool:
+    return folder.path.is_symlink() or path.is_symlink()
 
 
 def clean(found: Sequence[Removable]) -> None:

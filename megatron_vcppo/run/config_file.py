@@ -22,7 +22,7 @@ ALWAYS_STORED = ("run", "stages", "model", "sft", "ppo", "evaluate", "cluster")
 def open_run(path: Path) -> tuple[RunFolder, Config]:
     """An existing run and its configuration. UserError if the folder is not a run."""
     run = RunFolder(path.absolute())
-    if not run.config.exists():
+    if not run.config.is_file():
         raise UserError(f"{path}: not a run folder: it has no {run.config.name}")
     config = load_stored_config(run.config)
     stored = Path(config.run.dir).expanduser()

@@ -2,6 +2,7 @@
 start of a rank's process and its first iteration went."""
 
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,9 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "refused": {"stage": str},
 }
 """Event → the fields that others read of it."""
+_JOB = re.compile(r"\d{1,18}")
+_LATEST_S = 1e11
+"""Seconds since the epoch: the year 5138. Later times overflow what prints them."""
 
 
 def append(run: Path, event: str, **fields: Any) -> None:
@@ -34,7 +38,10 @@ def read(run: Path) -> list[dict[str, Any]]:
 
 def _is_event(record: dict[str, Any]) -> bool:
     fields = {"event": str, "time": (int, float), **_FIELDS.get(str(record.get("event")), {})}
-    return all(isinstance(record.get(name), kind) for name, kind in fields.items())
+    if not all(isinstance(record.get(name), kind) for name, kind in fields.items()):
+        return False
+    is_job = record["event"] != "submitted" or _JOB.fullmatch(record["job"])
+    return bool(is_job) and 0 <= record["time"] < _LATEST_S
 
 
 def of_stage(run: Path, event: str, stage: str) -> list[dict[str, Any]]:

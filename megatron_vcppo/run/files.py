@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+LONGEST_INT = 19
+"""Digits, with the sign."""
+
 
 @contextmanager
 def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
@@ -60,10 +63,11 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
     """Append one object to a JSONL file, in one write; a torn line before it is ended first.
 
-    Not synced: a line that a power cut takes from a log is not worth a sync per iteration.
+    Not synced: a line that a power cut takes from a log is not worth a sync per iteration. A symbolic link is not
+    followed: in a folder from elsewhere it may name any file.
     """
     line = json.dumps(record, allow_nan=False) + "\n"
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
         size = os.fstat(descriptor).st_size
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
@@ -77,6 +81,8 @@ def read_json_lines(path: Path, last_bytes: int | None = None) -> list[dict[str,
 
     last_bytes: look only at the complete lines among this many bytes at the file's end.
     """
+    if path.is_fifo():  # reading it would wait for a writer
+        return []
     try:
         with path.open("rb") as file:
             start = max(0, file.seek(0, os.SEEK_END) - last_bytes) if last_bytes is not None else 0
@@ -96,12 +102,19 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_json_line(line: bytes) -> dict[str, Any] | None:
-    """The object of one line of a JSONL file, None if the line is torn or holds something else."""
+    """The object of one line of a JSONL file, None if the line is torn or holds something else.
+
+    A whole number that no 64 bits hold becomes a float.
+    """
     try:
-        record = parse_json(line)
-    except ValueError:
+        record = json.loads(line, parse_int=_whole_number)
+    except (ValueError, RecursionError):
         return None
     return record if line.endswith(b"\n") and isinstance(record, dict) else None
+
+
+def _whole_number(digits: str) -> int | float:
+    return int(digits) if len(digits) < LONGEST_INT else float(digits)
 
 
 def make_private_folder(path: Path) -> Path:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ STATE_NAME = "state.json"
 """In a checkpoint: the iteration and what the stage keeps besides weights."""
 SECRET_NAME = "secret"
 RECENT_BYTES = 1 << 18
+LOCK_ATTEMPTS, LOCK_RETRY_S = 5, 0.05
 _ATTEMPT = re.compile(r"attempt_\d{1,9}")
 _ITERATION = re.compile(r"iter_(\d{7,18})$")
 
@@ -275,6 +277,11 @@ class RunFolder:
         """What libraries write while they are imported for all processes of a role (launch/preloaded.py)."""
         return self.path / f"preloaded_{role}.log"
 
+    @property
+    def lock(self) -> Path:
+        """Held by whoever starts stages."""
+        return self.path / ".lock"
+
     def job_log(self, job: str) -> Path:
         """What a job's controller writes, by submitit's naming."""
         return self.slurm / f"{job}_0_log.out"
@@ -298,13 +305,22 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Held by whoever starts stages: one at a time."""
-        with (self.path / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.path}: another vcppo run or submit is at work in this run") from None
+        """Held by whoever starts stages: one at a time. UserError if another process has it."""
+        # Not emptied, and no link is followed: the folder may be from elsewhere.
+        lock = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        try:
+            for attempt in range(LOCK_ATTEMPTS):  # in_use holds it for a moment
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if attempt == LOCK_ATTEMPTS - 1:
+                        at_work = f"{self.path}: another vcppo run or submit is at work in this run"
+                        raise UserError(at_work) from None
+                    time.sleep(LOCK_RETRY_S)
             yield
+        finally:
+            os.close(lock)
 
     @contextmanager
     def full_disk_named(self) -> Iterator[None]:
@@ -338,12 +354,18 @@ class RunFolder:
         )
 
     def in_use(self) -> bool:
-        """True while a process on this machine holds the run."""
+        """True while a process on this machine holds the run; writes nothing, so the run may be another user's."""
         try:
-            with self.locked():
-                return False
-        except UserError:
+            lock = os.open(self.lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
             return True
+        finally:
+            os.close(lock)
+        return False
 
 
 def _attempt_number(folder: Path) -> int:

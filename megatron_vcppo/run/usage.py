@@ -16,10 +16,10 @@ def runs_below(folder: Path) -> Iterator[RunFolder]:
     Folders inside a run are not looked at, links are not followed.
     """
     run = RunFolder(folder)
-    if run.config.is_file() and run.events.is_file():
-        yield run
-        return
     try:
+        if run.config.is_file() and run.events.is_file():
+            yield run
+            return
         entries = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
     except OSError:  # someone else's, or gone meanwhile
         return
@@ -53,19 +53,19 @@ def gpu_hours(mine: Sequence[Mapping[str, Any]], gpus: int, now_s: float | None)
         gpus: GPUs of its allocation, for jobs whose event does not say so.
         now_s: seconds since the epoch if the stage is running, else None.
     """
-    total, begun, ended, held, in_job = 0.0, 0.0, 0.0, 0, False
+    total, begun, ended, held, in_job = 0.0, 0.0, 0.0, 0, False  # max(): clocks of nodes differ
     for event in mine:
         kind = event["event"]
         if kind == "job" or (kind == "attempt" and not in_job):
-            total += held * (ended - begun)
+            total += held * max(0.0, ended - begun)
             in_job = kind == "job"
             said = event.get("gpus")
             held, begun, ended = said if isinstance(said, int) else gpus, event["time"], event["time"]
         elif kind in WITHIN_A_JOB:
             ended = event["time"]
         elif kind == "submitted":
-            total += held * (ended - begun)
+            total += held * max(0.0, ended - begun)
             held, in_job = 0, False
     if now_s is not None:
         ended = now_s
-    return (total + held * (ended - begun)) / 3600
+    return (total + held * max(0.0, ended - begun)) / 3600

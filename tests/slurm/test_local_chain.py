@@ -60,6 +60,19 @@ def test_a_kill_costs_at_most_the_work_since_the_checkpoint(tiny_run: tuple[RunF
     assert victim != "rank 1" or "trainer 1" in ends[0]["cause"]
 
 
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_and_the_stage_starts_again(
+    tiny_run: tuple[RunFolder, Config], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, config = tiny_run
+    config.cluster.environment |= {"TINY_HANG": str(tmp_path / "hung"), "TINY_PATIENCE_S": "6"}
+    write_config(config)
+    assert run_chain(run, config, ["sft"], TINY) == 0
+    assert result(run)["trained"] == [1, 2, 3, 4, 5, 6]
+    first, _ = events.of_stage(run.path, "attempt_end", "sft")
+    assert first["cause"] == "trainer 0 left with exit code 1: waited in vain for trainer 1 (run.timeout_s)"
+
+
 def test_bad_data_ends_the_chain_with_code_2(tiny_run: tuple[RunFolder, Config], capsys) -> None:
     run, config = tiny_run
     config.sft.train = "bad"

@@ -1,8 +1,11 @@
-"""What a site does to jobs: holds and requeues them, drains their nodes, submits from within jobs, has no HOME."""
+"""What a site does to jobs: holds and requeues them, drains their nodes, submits from within jobs, has no HOME, loses
+slurmdbd."""
 
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,8 @@ from megatron_vcppo.config import Config
 from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.chain_status import run_status, table
-from megatron_vcppo.slurm.devcluster import DevCluster
+from megatron_vcppo.slurm.devcluster import DevCluster, missing_programs
+from megatron_vcppo.slurm.slurm_cli import job_states
 from megatron_vcppo.slurm.submission import submit, submitted_jobs
 from tools.benchmarks._tiny_chains import TINY, cluster_config, result, wait_for_jobs, wait_until, write_config
 
@@ -78,3 +82,30 @@ def test_a_chain_is_submitted_from_within_a_job_that_has_no_home(cluster: DevClu
     jobs = submitted_jobs(run)
     assert jobs, (tmp_path / "outer.log").read_text()
     assert_done(run, jobs)
+
+
+@pytest.fixture
+def accounting(monkeypatch: pytest.MonkeyPatch) -> Iterator[DevCluster]:
+    if missing := missing_programs(accounting=True):
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    cluster = DevCluster(Path(tempfile.mkdtemp(prefix="vcppo_slurm_")), tied=True)
+    try:
+        cluster.up(nodes=3, accounting=True)
+        for name, value in cluster.environment.items():
+            monkeypatch.setenv(name, value)
+        yield cluster
+    finally:
+        cluster.down()
+
+
+def test_a_chain_runs_while_slurmdbd_is_down(accounting: DevCluster, tmp_path: Path) -> None:
+    accounting.kill("slurmdbd")
+    run, config = chain(tmp_path / "run")
+    jobs = submit(run, config, ["sft"], TINY)
+    assert "pending" in (shown := table(run_status(run, config))) or "running" in shown
+    assert_done(run, jobs)
+    assert [status.state for status in run_status(run, config)] == ["done"]
+    assert job_states(["4000000"]) == {}, "a job that only slurmdbd could know"
+    accounting.start_slurmdbd()
+    asked = ("sacct", "-X", "-n", "-P", "-j", jobs["sft"], "-o", "State")
+    wait_until(lambda: accounting.command(*asked).stdout == "COMPLETED\n", "slurmdbd to learn of the job", 90)

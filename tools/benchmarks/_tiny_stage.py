@@ -3,7 +3,9 @@
 Its state is the list of iterations trained so far, the sum of an all-reduce per iteration, and weights, each bit of
 which depends on all iterations; all are in the checkpoint, so a lost, repeated or torn iteration shows in the end. With
 TINY_WRITE_SECONDS a thread takes that long to write a checkpoint while training continues, and with TINY_VERIFIER=1
-rank 0 scores an answer per iteration in a verifier's process.
+rank 0 scores an answer per iteration in a verifier's process. With TINY_GREED_MB the last rank takes that much memory
+in iteration 3; with TINY_HANG it hangs there, unless there is a file of that name, which it leaves; a collective waits
+TINY_PATIENCE_S.
 """
 
 import json
@@ -59,6 +61,13 @@ def save(checkpoints: Path, state: dict[str, Any]) -> None:
     temporary.rename(final)
 
 
+def hang_once(mark: str | None) -> None:
+    """Stop this process as if it hung, the first time."""
+    if mark and not Path(mark).exists():
+        Path(mark).touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
 class Writer:
     """One background save at a time; a failed one fails the rank at the next."""
 
@@ -111,7 +120,11 @@ def main() -> int:
     folder = Path(config.run.dir) / stage
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     rank, ranks, timeout = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(seconds=60)
-    dist.init_process_group("gloo", store=ranks_store(rank, ranks, timeout), rank=rank, world_size=ranks)
+    store, patience = (
+        ranks_store(rank, ranks, timeout),
+        timedelta(seconds=float(os.environ.get("TINY_PATIENCE_S", "1800"))),
+    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=patience)
     with ExitStack() as stack:
         scorer = None
         if rank == 0 and os.environ.get("TINY_VERIFIER") == "1":
@@ -133,6 +146,9 @@ def train(config: Config, folder: Path, rank: int, ranks: int, scorer: Any) -> i
     while len(state["trained"]) < config.sft.steps:
         time.sleep(float(os.environ.get("TINY_SECONDS", "0.05")))
         iteration = len(state["trained"]) + 1
+        if iteration == 3 and rank == ranks - 1:
+            hang_once(os.environ.get("TINY_HANG"))
+            _ = [b"x" * (1 << 20) for _ in range(int(os.environ.get("TINY_GREED_MB", "0")))]
         both = torch.tensor([float(iteration), float(stop_requested)])
         dist.all_reduce(both)
         state["trained"].append(iteration)

@@ -1,6 +1,8 @@
 """vcppo init: what it writes loads, says what its keys mean, and fits the cluster."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,22 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], sample: di
     source = data(tmp_path, **sample)
     assert main(["init", str(tmp_path / name), "--model", model(tmp_path), "--data", source]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["with space: ${b}.yaml", "a\nb.yaml", "50%j.yaml"])
+def test_any_name_of_the_file_gives_a_run_of_a_plain_name(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = data(tmp_path, prompt="1+1?", response="2")
+    assert main(["init", str(tmp_path / name), "--model", model(tmp_path), "--data", source]) == 0
+    assert re.fullmatch(r"runs/[\w.-]+", load_config(tmp_path / name).run.dir)
+    assert f"start it with: vcppo run {shlex.quote(str(tmp_path / name))}" in capsys.readouterr().out
+
+
+def test_what_is_wrong_is_named_with_the_file_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "a${b}"
+    folder.mkdir()
+    source = data(tmp_path, prompt="1+1?", response="2")
+    assert main(["init", str(tmp_path / "my.yaml"), "--model", model(folder), "--data", source]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"vcppo: error: {tmp_path}/my.yaml: ") and not (tmp_path / "my.yaml").exists()

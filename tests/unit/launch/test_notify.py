@@ -53,3 +53,19 @@ def test_a_command_that_fails_or_hangs_changes_nothing(
     config.run.notify = "sleep 600 & sleep 600"
     announce(run, config, "sft", FAILED)
     assert "warning: run.notify: did not end in 0 s" in capfd.readouterr().out
+
+
+def test_a_command_may_print_without_end_close_its_output_and_leave_something_running(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path / "run")
+    run = write_config(config)
+    events.append(run.path, "attempt_end", stage="sft", code=1, cause="a\0b" + "x" * 200_000)
+    config.run.notify = f'sleep 0.5 & echo "$VCPPO_CAUSE" > {tmp_path}/mail; exec >&- 2>&-; sleep 0.2; exit 4'
+    announce(run, config, "sft", FAILED)
+    assert "warning: run.notify: exit code 4\n" in capfd.readouterr().out
+    assert (tmp_path / "mail").read_text().startswith("a\\x00bxxx")
+    monkeypatch.setattr(notify, "COMMAND_TIMEOUT_S", 0.5)
+    config.run.notify = "yes"
+    announce(run, config, "sft", FAILED)
+    assert "warning: run.notify: did not end in 0 s" in capfd.readouterr().out

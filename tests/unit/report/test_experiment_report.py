@@ -64,7 +64,8 @@ def test_tables_have_means_with_standard_errors(results: ExperimentResults) -> N
 
 def test_what_follows_the_first_iteration_is_an_outcome_of_its_own(results: ExperimentResults) -> None:
     run = copy.deepcopy(results.runs[0].data)
-    rows = [{"iteration": i, "critic/mc_explained_variance": value} for i, value in enumerate([9, 1, 2, 6, 50], 1)]
+    values = {1.0: 9.0, 2.0: 1.0, 3.0: 2.0, 4.0: 6.0, 5.0: 50.0}
+    rows = [{"iteration": i, "critic/mc_explained_variance": value} for i, value in values.items()]
     run.history["ppo"] = rows
     assert outcome_of("mc_explained_variance_early", run) == 3.0
     run.history["ppo"] = rows[:1]
