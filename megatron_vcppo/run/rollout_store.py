@@ -7,8 +7,8 @@ A file holds arrays (``numpy.load`` reads them, without this project): ``schema`
 the order of the iteration; ``prompt_ids`` and ``response_ids``, int32, and ``rollout_logprobs``, float32, of all
 rollouts one after the other, with ``prompt_lengths`` and ``response_lengths`` [n]; and ``records``, all else as UTF-8
 text, one JSON object per rollout and line. ``observations`` ([start, end) in the response) is there only where a tool
-wrote any, ``version_changes`` only for responses during which weights were pushed. Runs made before schema 2 have one
-``.jsonl.zst`` per iteration, which is read as well.
+wrote any, ``version_changes`` only for responses during which weights were pushed, ``num_trained`` only for responses
+that are continued. Runs made before schema 2 have one ``.jsonl.zst`` per iteration, which is read as well.
 """
 
 import json
@@ -119,7 +119,7 @@ def _write(path: Path, rollouts: RolloutPart) -> None:
     for rollout in rollouts.rollouts:
         record = {**vars(rollout), "prompt": {**vars(rollout.prompt)}, "length": len(rollout.response_ids)}
         del record["prompt"]["token_ids"], record["response_ids"], record["rollout_logprobs"]
-        for name in ("observations", "version_changes"):  # as in files from before there were any
+        for name in ("observations", "version_changes", "num_trained"):  # as in files from before there were any
             if not record[name]:
                 del record[name]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
