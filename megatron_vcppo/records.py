@@ -40,8 +40,8 @@ class Rollout:
     """log p(token) under the engine's policy and sampling temperature, one per response token; kept as an ``array`` of
     float32."""
     finish_reason: str
-    """"stop" (an end token was sampled), "length" (truncated at max_tokens) or "window" (not finished: it is continued in
-    the next iteration)."""
+    """"stop" (an end token was sampled), "length" (truncated at max_tokens) or "window" (unfinished: the next iteration
+    continues it)."""
     policy_version: int
     """Of the weights under which the first token was sampled."""
     reward: float | None = None

@@ -20,9 +20,8 @@ def length_adaptive_lam(lengths: Tensor, alpha: float) -> Tensor:
 def bootstrap_of_unfinished(values: Tensor, mask: Tensor, unfinished: Tensor) -> Tensor:
     """``bootstrap_values`` of extended GAE (T-PPO, arXiv 2506.15050): [B], of values' dtype.
 
-    A response that is not finished has earned no reward yet, and the state after its last token has no token whose value
-    stands for it: V(s_l) = V(s_{l-1}) is assumed, so that, without discount, the last token's error δ is 0. Finished
-    responses have 0 there.
+    A response that is not finished has earned no reward yet, and no token stands for the state after its last one:
+    V(s_l) = V(s_{l-1}) is assumed, so that, without discount, the last token's error δ is 0. Finished responses have 0.
 
     values: [B, T]; mask: bool [B, T], response tokens; unfinished: bool [B].
     """

@@ -24,7 +24,7 @@ def decoupled_gae(
 ) -> tuple[Tensor, Tensor]:
     """Advantages with λ_actor and critic targets with λ_critic, in one pass.
 
-    With k running over the *valid* tokens of a row (gaps are skipped, whatever they hold), and after the last one V = 0, or
+    With k running over the *valid* tokens of a row (gaps are skipped, whatever they hold); after the last one V = 0, or
     the row's bootstrap value, and A = 0:
 
         δ_k = r_k + γ V_{k+1} - V_k        A_k(λ) = δ_k + γ λ A_{k+1}(λ)
@@ -37,8 +37,8 @@ def decoupled_gae(
         gamma: discount per token.
         lam_actor: λ of the advantages, a number or [B] (length-adaptive λ).
         lam_critic: λ of the critic's targets, a number or [B].
-        bootstrap_values: [B], the value of the state after the last valid token of each row; default: 0, the episodes end
-            there. See ``bootstrap_of_unfinished``.
+        bootstrap_values: [B], values of the states after the last valid tokens (``bootstrap_of_unfinished``).
+            Default: 0, the episodes end there.
 
     Returns (advantages, returns) [B, T], 0 where masked. No gradient flows.
 

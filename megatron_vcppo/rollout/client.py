@@ -77,6 +77,25 @@ class PendingRequest:
         seed = self.so_far.seed if self.so_far is not None else self.request.seed
         return self.prompt.prompt_id, self.sample_index, seed
 
+    def rollout(self, response: Response, decode: Callable[[Sequence[int]], str]) -> Rollout:
+        """The rollout that an engine's response, of all turns, makes of it."""
+        turns, is_window = self.turns, self.rest > 0 and response.finish_reason == "length"
+        found = Rollout(
+            prompt=self.prompt,
+            sample_index=self.sample_index,
+            seed=self.request.seed if turns is None else turns.first.seed,
+            response_ids=response.token_ids,
+            response_text="",
+            rollout_logprobs=response.logprobs,
+            finish_reason="window" if is_window else response.finish_reason,
+            policy_version=response.policy_version,
+            observations=() if turns is None else turns.observations,
+            version_changes=response.version_changes,
+        )
+        if self.so_far is not None:
+            found = self.so_far.continued(found)
+        return replace(found, response_text=decode(found.response_ids))
+
     def begin_again(self) -> None:
         """Its engine did not answer: what stands of it are the turns before."""
         self.begun_under = None if self.turns is None else self.turns.policy_version
@@ -445,22 +464,7 @@ class _Generation:
 
     def finish(self, item: PendingRequest, response: Response) -> None:
         """A response, or its window, is whole."""
-        turns = item.turns
-        rollout = Rollout(
-            prompt=item.prompt,
-            sample_index=item.sample_index,
-            seed=item.request.seed if turns is None else turns.first.seed,
-            response_ids=response.token_ids,
-            response_text=self.client.decode(response.token_ids),
-            rollout_logprobs=response.logprobs,
-            finish_reason="window" if item.rest and response.finish_reason == "length" else response.finish_reason,
-            policy_version=response.policy_version,
-            observations=() if turns is None else turns.observations,
-            version_changes=response.version_changes,
-        )
-        if item.so_far is not None:
-            rollout = item.so_far.continued(rollout)
-            rollout = replace(rollout, response_text=self.client.decode(rollout.response_ids))
+        rollout = item.rollout(response, self.client.decode)
         self.unanswered.remove(item.request.key)
         self.num_answered += 1
         if self.progress is not None:

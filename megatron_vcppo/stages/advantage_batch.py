@@ -62,9 +62,9 @@ def compute_advantages(
 ) -> AdvantageBatch:
     """Decoupled GAE (VC-PPO Eq. 7-8), or a group baseline, with the configured additions; collective over replicas.
 
-    A response that was truncated counts as ended: its verdict is its return. One that is continued in the next iteration
-    has no reward and a bootstrap value; diagnostics and statistics are those of finished responses. Tokens that a tool wrote are stepped over:
-    the value after a sampled token is that of the next sampled one.
+    A response that was truncated counts as ended: its verdict is its return. One that is continued in the next
+    iteration has no reward but a bootstrap value; diagnostics and statistics are those of finished responses. Tokens
+    that a tool wrote are stepped over: the value after a sampled token is that of the next sampled one.
 
     Args:
         outputs: values None means that the baseline is the group.

@@ -182,7 +182,7 @@ class Updater:
     ) -> list[PackedMicrobatch]:
         """This replica's micro-batches of a minibatch's finished rollouts, with what the critic reads; collective."""
         replicas = replica_of_each(share.batch.sequence_lengths, self.packer.dp_size, finished)
-        read = {name: fields[name] for name in ("returns", "values") if name in fields}
+        read: dict[str, Tensor] = {name: fields[name] for name in ("returns", "values") if name in fields}
         here, read = move(share, read, replicas)
         mask = here.per_token(trained_rollouts(here.table, self.returns_config)) & here.sampled
         return self.pack(here, {"response_mask": mask, **read}, finished)

@@ -53,7 +53,7 @@ class Windows:
         next_place: Callable[[], int],
         score: Callable[[RolloutPart], RolloutPart],
     ) -> None:
-        """next_place: takes the next prompt, and returns its place in the stream. score: as ``PromptSampler`` has it."""
+        """next_place: takes the next prompt, and returns its place in the stream. score: as in ``PromptSampler``."""
         self.session, self.stream, self.sampling = session, stream, sampling
         self.next_place, self.score = next_place, score
         self.num_samples = config.rollout.num_samples
@@ -108,7 +108,10 @@ class Windows:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was taken, after the stream did."""
         found = state.get("windows", {"unfinished": [], "open": [0, 0]})
-        self.unfinished = [Started(*numbers, self.stream.at(numbers[0])) for numbers in found["unfinished"]]
+        self.unfinished = [
+            Started(place, number, sample_index, self.stream.at(place))
+            for place, number, sample_index in found["unfinished"]
+        ]
         self.open, self.so_far = [*found["open"]], None
 
     def _start(self, count: int, iteration: int) -> list[Started]:
