@@ -5,7 +5,7 @@ No torch, no numpy: configuration and command line load them on a login node.
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -40,7 +40,8 @@ class Rollout:
     """log p(token) under the engine's policy and sampling temperature, one per response token; kept as an ``array`` of
     float32."""
     finish_reason: str
-    """"stop" (an end token was sampled) or "length" (truncated at max_tokens)."""
+    """"stop" (an end token was sampled), "length" (truncated at max_tokens) or "window" (unfinished: the next iteration
+    continues it)."""
     policy_version: int
     """Of the weights under which the first token was sampled."""
     reward: float | None = None
@@ -58,6 +59,8 @@ class Rollout:
     """With routing replay: the experts that the engine chose, token by token of prompt and response and layer by layer,
     1 byte each, or 2 (little-endian) where a layer has more than 256. The last token, which no engine runs, has none;
     tokens of a tool at the end of the response have none either."""
+    num_trained: int = 0
+    """Response tokens, the first ones, that iterations before have trained the actor on (``ppo.window_tokens``)."""
 
     def __post_init__(self) -> None:
         for name, kind in (("response_ids", "i"), ("rollout_logprobs", "f")):
@@ -77,16 +80,48 @@ class Rollout:
         return sum(max(0, min(end, last) - max(start, first)) for first, last in self.observations)
 
     def versions(self) -> Iterator[tuple[int, int]]:
-        """(policy version, number of tokens sampled under it), in the order of the tokens."""
+        """(policy version, number of tokens sampled under it), in the order of the tokens, without ``num_trained``."""
         starts = (0, *(token for token, _ in self.version_changes), len(self.response_ids))
         versions = (self.policy_version, *(version for _, version in self.version_changes))
         for version, (start, end) in zip(versions, pairwise(starts), strict=True):
-            yield version, end - start - self._observed(start, end)
+            if end > self.num_trained:
+                start = max(start, self.num_trained)
+                yield version, end - start - self._observed(start, end)
 
     @property
     def truncated(self) -> bool:
         """True if the response reached the token limit: its last token does not end the episode."""
         return self.finish_reason == "length"
+
+    @property
+    def unfinished(self) -> bool:
+        """True if the response is continued in the next iteration: it has no reward yet."""
+        return self.finish_reason == "window"
+
+    def continued(self, later: "Rollout") -> "Rollout":
+        """An unfinished response with what was sampled next, under ``later``'s weights; its tokens count as trained on.
+
+        later: of the same sample; its tokens, log-probs, versions and experts are those of the continuation alone.
+        """
+        start, before = len(self.response_ids), [self.policy_version, *(version for _, version in self.version_changes)]
+        changes = [(start, later.policy_version)] if later.policy_version != before[-1] else []
+        changes += [(start + token, version) for token, version in later.version_changes]
+        return replace(
+            later,
+            seed=self.seed,
+            response_ids=array("i", [*self.response_ids, *later.response_ids]),
+            rollout_logprobs=array("f", [*self.rollout_logprobs, *later.rollout_logprobs]),
+            policy_version=self.policy_version,
+            version_changes=(*self.version_changes, *changes),
+            routed_experts=self.routed_experts + later.routed_experts,
+            num_trained=start,
+        )
+
+    def continues(self, before: "Rollout | None") -> bool:
+        """Whether this is ``before``, an unfinished response, with more tokens; None: whether nothing was before it."""
+        num_tokens = 0 if before is None else len(before.response_ids)
+        begins_so = before is None or self.response_ids[:num_tokens] == before.response_ids
+        return self.num_trained == num_tokens and begins_so
 
     @property
     def is_correct(self) -> bool:

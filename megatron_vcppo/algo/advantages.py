@@ -1,9 +1,10 @@
-"""What surrounds GAE: λ by length, baselines without a critic, whitening, and a gate for critics that know nothing."""
+"""What surrounds GAE: λ by length, the value after an unfinished response, baselines without a critic, whitening, and a
+gate for critics that know nothing."""
 
 import torch
 from torch import Tensor
 
-from megatron_vcppo.algo.masked import mean_and_variance
+from megatron_vcppo.algo.masked import last_valid, mean_and_variance
 from megatron_vcppo.errors import UserError
 
 
@@ -14,6 +15,17 @@ def length_adaptive_lam(lengths: Tensor, alpha: float) -> Tensor:
     the formula is 0 at l = 1/α and negative below, so it is clamped to [0, 1].
     """
     return (1.0 - 1.0 / (alpha * lengths.double())).clamp(0.0, 1.0)
+
+
+def bootstrap_of_unfinished(values: Tensor, mask: Tensor, unfinished: Tensor) -> Tensor:
+    """``bootstrap_values`` of extended GAE (T-PPO, arXiv 2506.15050): [B], of values' dtype.
+
+    A response that is not finished has earned no reward yet, and no token stands for the state after its last one:
+    V(s_l) = V(s_{l-1}) is assumed, so that, without discount, the last token's error δ is 0. Finished responses have 0.
+
+    values: [B, T]; mask: bool [B, T], response tokens; unfinished: bool [B].
+    """
+    return torch.where(last_valid(mask) & unfinished[:, None], values, 0.0).sum(dim=1)
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, kind: str) -> Tensor:

@@ -20,10 +20,12 @@ def decoupled_gae(
     gamma: float,
     lam_actor: float | Tensor,
     lam_critic: float | Tensor,
+    bootstrap_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advantages with λ_actor and critic targets with λ_critic, in one pass.
 
-    With k running over the *valid* tokens of a row (gaps are skipped, whatever they hold), V = 0 after the last one:
+    With k running over the *valid* tokens of a row (gaps are skipped, whatever they hold); after the last one V = 0, or
+    the row's bootstrap value, and A = 0:
 
         δ_k = r_k + γ V_{k+1} - V_k        A_k(λ) = δ_k + γ λ A_{k+1}(λ)
         advantages = A(lam_actor)          returns = A(lam_critic) + V
@@ -35,6 +37,8 @@ def decoupled_gae(
         gamma: discount per token.
         lam_actor: λ of the advantages, a number or [B] (length-adaptive λ).
         lam_critic: λ of the critic's targets, a number or [B].
+        bootstrap_values: [B], values of the states after the last valid tokens (``bootstrap_of_unfinished``).
+            Default: 0, the episodes end there.
 
     Returns (advantages, returns) [B, T], 0 where masked. No gradient flows.
 
@@ -56,15 +60,16 @@ def decoupled_gae(
         gamma=gamma,
         lam_actor=_per_row(lam_actor, values),
         lam_critic=_per_row(lam_critic, values),
+        bootstrap_values=_per_row(0.0 if bootstrap_values is None else bootstrap_values.detach(), values),
     )
 
 
-def _per_row(lam: float | Tensor, values: Tensor) -> Tensor:
-    """λ as float64 [B] on the device of ``values``."""
-    if not isinstance(lam, Tensor):  # filled there: a copy to a GPU would wait for it
-        return torch.full((len(values),), lam, dtype=torch.float64, device=values.device)
-    assert lam.ndim == 0 or lam.shape == values.shape[:1], f"λ must be a number or [B], not {tuple(lam.shape)}"
-    return lam.to(values.device, torch.float64).expand(len(values))
+def _per_row(x: float | Tensor, values: Tensor) -> Tensor:
+    """A number per row as float64 [B] on the device of ``values``."""
+    if not isinstance(x, Tensor):  # filled there: a copy to a GPU would wait for it
+        return torch.full((len(values),), x, dtype=torch.float64, device=values.device)
+    assert x.ndim == 0 or x.shape == values.shape[:1], f"λ must be a number or [B], not {tuple(x.shape)}"
+    return x.to(values.device, torch.float64).expand(len(values))
 
 
 def _gae_gpu(**arguments: Any) -> tuple[Tensor, Tensor]:
@@ -74,13 +79,21 @@ def _gae_gpu(**arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _gae_cpu(
-    *, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam_actor: Tensor, lam_critic: Tensor
+    *,
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam_actor: Tensor,
+    lam_critic: Tensor,
+    bootstrap_values: Tensor,
 ) -> tuple[Tensor, Tensor]:
     # Imported here: it brings in a compiler, which ranks on GPUs do not need.
     from megatron_vcppo.algo.gae_kernel_cpu import gae_rows
 
     advantages, returns = (torch.empty(values.shape, dtype=values.dtype) for _ in range(2))
-    by_row = [x.contiguous().numpy() for x in (rewards, values, mask, lam_actor, lam_critic, advantages, returns)]
+    inputs = (rewards, values, mask, lam_actor, lam_critic, bootstrap_values)
+    by_row = [x.contiguous().numpy() for x in (*inputs, advantages, returns)]
     num_threads = min(torch.get_num_threads(), len(values), values.numel() // _TOKENS_PER_THREAD)
     if num_threads <= 1:
         gae_rows(float(gamma), *by_row)
@@ -103,6 +116,7 @@ def gae_reference(
     gamma: float,
     lam_actor: float | Tensor,
     lam_critic: float | Tensor,
+    bootstrap_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The oracle: the definition of ``decoupled_gae``, token by token in Python floats. Returns float64 [B, T] twice.
 
@@ -112,7 +126,7 @@ def gae_reference(
     returns = torch.zeros(rewards.shape, dtype=torch.float64)
     lams = torch.stack((_per_row(lam_actor, values), _per_row(lam_critic, values)), dim=1).tolist()
     for row, (row_rewards, row_values) in enumerate(zip(rewards.tolist(), values.tolist(), strict=True)):
-        next_value, running = 0.0, [0.0, 0.0]
+        next_value, running = 0.0 if bootstrap_values is None else float(bootstrap_values[row]), [0.0, 0.0]
         for t in reversed(mask[row].nonzero().flatten().tolist()):
             td_error = row_rewards[t] + gamma * next_value - row_values[t]
             running = [td_error + gamma * lam * after for lam, after in zip(lams[row], running, strict=True)]

@@ -16,6 +16,7 @@ def gae_rows(
     mask: np.ndarray,
     lam_actor: np.ndarray,
     lam_critic: np.ndarray,
+    bootstrap_values: np.ndarray,
     advantages: np.ndarray,
     returns: np.ndarray,
 ) -> None:
@@ -32,6 +33,7 @@ def gae_rows(
         mask: bool [B, T].
         lam_actor: float64 [B].
         lam_critic: float64 [B].
+        bootstrap_values: float64 [B], of the states after the last valid tokens.
         advantages: [B, T], of the type of rewards; every element is written.
         returns: like advantages.
     """
@@ -43,7 +45,7 @@ def gae_rows(
         row_advantages, row_returns = advantages[b], returns[b]
         decay_actor = gamma * lam_actor[b]
         decay_critic = gamma * lam_critic[b]
-        next_value = 0.0
+        next_value = bootstrap_values[b]
         advantage_actor = 0.0
         advantage_critic = 0.0
         for block_end in range(num_tokens, 0, -_BLOCK):

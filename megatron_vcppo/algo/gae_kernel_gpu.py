@@ -10,7 +10,14 @@ _WARPS = 8
 
 
 def gae_rows(
-    *, rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam_actor: Tensor, lam_critic: Tensor
+    *,
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam_actor: Tensor,
+    lam_critic: Tensor,
+    bootstrap_values: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """``decoupled_gae`` for tensors on a GPU, accumulated in their own precision.
 
@@ -21,10 +28,12 @@ def gae_rows(
         gamma: discount per token.
         lam_actor: [B], of any float type.
         lam_critic: [B].
+        bootstrap_values: [B], of any float type: of the states after the last valid tokens.
 
     What a token needs from its successor is one number, S_{t+1} = (1 - λ) V_{t+1} + λ R_{t+1}, because the λ-return is
     R_t = r_t + γ S_{t+1}. S_t = (1 - λ) V_t + λ r_t + γ λ S_{t+1} on valid tokens and S_t = S_{t+1} in gaps: an
-    associative scan of the maps S → x + d S, without a search for the next valid token.
+    associative scan of the maps S → x + d S, without a search for the next valid token. After the last one S is the
+    bootstrap value, for any λ.
     """
     rewards, values, mask = rewards.contiguous(), values.contiguous(), mask.contiguous()
     advantages, returns = torch.empty_like(values), torch.empty_like(values)
@@ -36,6 +45,7 @@ def gae_rows(
             mask,
             lam_actor.contiguous(),
             lam_critic.contiguous(),
+            bootstrap_values.contiguous(),
             advantages,
             returns,
             num_tokens,
@@ -54,13 +64,15 @@ def _then(d_first, x_first, d_second, x_second):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _gae_rows(  # type: ignore[no-untyped-def]
-    rewards, values, mask, lam_actor, lam_critic, advantages, returns, num_tokens, gamma, BLOCK: tl.constexpr
+    rewards, values, mask, lam_actor, lam_critic, bootstrap_values, advantages, returns, num_tokens, gamma,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     offset = row.to(tl.int64) * num_tokens
     dtype: tl.constexpr = values.dtype.element_ty
     actor, critic = tl.load(lam_actor + row).to(dtype), tl.load(lam_critic + row).to(dtype)
-    state_actor, state_critic = actor * 0, critic * 0
+    state_actor = tl.load(bootstrap_values + row).to(dtype)
+    state_critic = state_actor
     lanes = tl.arange(0, BLOCK)
     for block in range(tl.cdiv(num_tokens, BLOCK) - 1, -1, -1):
         t = block * BLOCK + lanes

@@ -53,13 +53,13 @@ def find_folder(folder: Path, stage: str) -> Path:
 
 def worst(rollouts: list[Rollout], count: int) -> list[Rollout]:
     """The lowest rewards first; unscored ones before them; among equals the lowest scores of a reward model, then
-    longer responses."""
+    longer responses. Not those that are still unfinished."""
 
     def badness(rollout: Rollout) -> tuple[float, float, int]:
         reward = float("-inf") if rollout.reward is None else rollout.reward
         return (reward, rollout.model_score or 0.0, -len(rollout.response_ids))
 
-    return sorted(rollouts, key=badness)[:count]
+    return sorted((rollout for rollout in rollouts if not rollout.unfinished), key=badness)[:count]
 
 
 def summary(rollouts: list[Rollout]) -> str:
@@ -69,9 +69,11 @@ def summary(rollouts: list[Rollout]) -> str:
     lengths = [len(rollout.response_ids) for rollout in rollouts]
     truncated = sum(rollout.truncated for rollout in rollouts) / len(rollouts)
     versions = sorted({rollout.policy_version for rollout in rollouts})
+    num_unfinished = sum(rollout.unfinished for rollout in rollouts)
+    unfinished = f"{num_unfinished} unfinished, " if num_unfinished else ""
     return (
         f"{len(rollouts)} rollouts, mean reward {mean_reward}, mean length {sum(lengths) / len(lengths):.1f}, "
-        f"{truncated:.1%} truncated at the token limit, policy version {', '.join(map(str, versions))}"
+        f"{truncated:.1%} truncated at the token limit, {unfinished}policy version {', '.join(map(str, versions))}"
     )
 
 

@@ -24,16 +24,19 @@ ROW = np.dtype(
         ("prompt_length", "<i4"),
         ("response_length", "<i4"),
         ("observed_length", "<i4"),
+        ("trained_length", "<i4"),
         ("reward", "<f4"),
         ("model_score", "<f8"),
         ("truncated", "?"),
+        ("unfinished", "?"),
         ("is_correct", "?"),
         ("verdict", "<i2"),
     ]
 )
-"""What every rank knows of a rollout. observed_length: tokens of the response that a tool wrote. group: equal for
-samples of one prompt. digest: of all that its training reads. verdict: an index into ``VERDICTS``. model_score: of a
-reward model, NaN without one."""
+"""What every rank knows of a rollout. observed_length: tokens of the response that a tool wrote. trained_length: its
+first tokens, which iterations before trained the actor on. group: equal for samples of one prompt. digest: of all that
+its training reads. verdict: an index into ``VERDICTS``. model_score: of a reward model, NaN without one. unfinished: it
+is continued in the next iteration; its reward here is 0."""
 VERDICTS = ("", "timeout", "error")
 """Kinds of verdicts that are counted."""
 BLOCK_TOKENS = 1 << 17
@@ -41,11 +44,11 @@ BLOCK_TOKENS = 1 << 17
 
 
 def rows_of(part: RolloutPart) -> np.ndarray:
-    """ROW [n] of scored rollouts, in their order."""
+    """ROW [n] of rollouts, scored if they are finished, in their order."""
     rows = np.zeros(len(part), ROW)
     for row, (place, rollout) in zip(rows, part.items(), strict=True):
         prompt = rollout.prompt
-        assert rollout.reward is not None, f"rollout of {prompt.prompt_id} was not scored"
+        assert rollout.reward is not None or rollout.unfinished, f"rollout of {prompt.prompt_id} was not scored"
         assert len(rollout.response_ids), f"rollout of {prompt.prompt_id} is empty"
         digest = xxhash.xxh3_64(repr((prompt.prompt_id, rollout.sample_index, rollout.seed, rollout.reward)).encode())
         if rollout.model_score is not None:
@@ -55,6 +58,8 @@ def rows_of(part: RolloutPart) -> np.ndarray:
         digest.update(rollout.routed_experts)
         if rollout.observations:
             digest.update(repr(rollout.observations).encode())
+        if rollout.num_trained:
+            digest.update(repr(rollout.num_trained).encode())
         kind = Verdict(0.0, rollout.verdict).kind
         row["place"], row["group"], row["digest"] = (
             place,
@@ -64,7 +69,10 @@ def rows_of(part: RolloutPart) -> np.ndarray:
         row["prompt_length"], row["response_length"] = len(prompt.token_ids), len(rollout.response_ids)
         row["observed_length"] = rollout.num_observed
         assert row["observed_length"] < row["response_length"], f"rollout of {prompt.prompt_id} is a tool's alone"
-        row["reward"], row["truncated"], row["is_correct"] = rollout.reward, rollout.truncated, rollout.is_correct
+        row["trained_length"], row["unfinished"] = rollout.num_trained, rollout.unfinished
+        assert rollout.num_trained < len(rollout.response_ids), f"rollout of {prompt.prompt_id} has no new token"
+        row["reward"], row["truncated"] = 0.0 if rollout.reward is None else rollout.reward, rollout.truncated
+        row["is_correct"] = rollout.is_correct
         row["model_score"] = math.nan if rollout.model_score is None else rollout.model_score
         row["verdict"] = VERDICTS.index(kind) if kind in VERDICTS else 0
     return rows
@@ -158,6 +166,22 @@ class RolloutTable:
     def sampled_lengths(self) -> Tensor:
         """Response tokens that the policy sampled: int64 [B]."""
         return self.lengths - torch.from_numpy(self.rows["observed_length"].astype(np.int64))
+
+    @property
+    def new_lengths(self) -> Tensor:
+        """Those of them that no iteration before has trained the actor on: int64 [B]. Tools and windows exclude each
+        other."""
+        return self.sampled_lengths - torch.from_numpy(self.rows["trained_length"].astype(np.int64))
+
+    @property
+    def unfinished(self) -> Tensor:
+        """bool [B]: continued in the next iteration, and without a reward."""
+        return torch.from_numpy(self.rows["unfinished"].copy())
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether any response is not whole, or was not in an iteration before."""
+        return bool(self.rows["unfinished"].any() or self.rows["trained_length"].any())
 
     @property
     def has_observations(self) -> bool:
@@ -273,6 +297,13 @@ class RolloutShare:
         own = self.table.rows
         spans = np.stack((own["prompt_length"], own["response_length"]), axis=1).ravel()
         return torch.from_numpy(self.token_ids.numpy()[np.repeat(np.arange(len(spans)) % 2 == 1, spans)])
+
+    @cached_property
+    def is_new(self) -> Tensor:
+        """bool [N]: tokens that no iteration before has trained the actor on."""
+        old = torch.from_numpy(self.table.rows["trained_length"].astype(np.int64))
+        spans = torch.stack((old, self.table.lengths - old), dim=1).ravel()
+        return torch.tensor([False, True]).repeat(len(old)).repeat_interleave(spans)
 
     def per_token(self, per_rollout: Tensor) -> Tensor:
         """[N]: each response token gets its rollout's number. per_rollout: [n]."""

@@ -192,7 +192,7 @@ def _ppo_phases(arch: Architecture, config: Config) -> dict[str, float]:
     forward = pass_s(arch, config, rollouts, training=False)
     phases = {
         "push": estimate_push(arch, config).seconds,
-        "generation": generation_s(arch, config, rollouts),
+        "generation": generation_s(arch, config, rollouts, ppo.window_tokens),
         "logprobs": forward * ((ppo.loss.kind == "clip") + len(reference)),
         "values": forward if has_critic else 0.0,
         "update": passes * pass_s(arch, config, rollouts, training=True, optimizer_steps=ppo.minibatches),

@@ -57,19 +57,24 @@ def cache_bytes(arch: Architecture, config: Config) -> float:
     return 2 * arch.num_layers * heads * arch.head_dim * WEIGHT_BYTES[engine.dtype or config.model.dtype]
 
 
-def generation_s(arch: Architecture, config: Config, num_responses: int) -> float:
+def generation_s(arch: Architecture, config: Config, num_responses: int, window: int | None = None) -> float:
     """Seconds to generate so many responses; inf if there is no room for one.
 
     Steps of a full batch until all tokens but those of the longest response are there; then steps of that one alone.
+    window: the most tokens that each gets (ppo.window_tokens), after which others go on from where it is; default: all.
     """
     hardware, found = config.hardware, estimate_engines(arch, config)
     share = ceil_div(num_responses, found.engines)
     batch = min(found.concurrency, share)
     if not batch:
         return float("inf")
-    steps = response_tokens(config) * share / batch
-    tail = max(0.0, (hardware.longest_tokens or config.rollout.max_tokens) - steps)
-    prefill = share * arch.training_flops([hardware.prompt_tokens]) / 3 / config.rollout.engine.tp
+    length, longest = response_tokens(config), hardware.longest_tokens or config.rollout.max_tokens
+    window = window or config.rollout.max_tokens
+    new = length / ceil_div(length, window)
+    steps = new * share / batch
+    tail = max(0.0, min(longest, window) - steps)
+    before = round((length - new) / 2)  # of a response, generated in windows before, and prefilled again
+    prefill = share * arch.training_flops([hardware.prompt_tokens + before]) / 3 / config.rollout.engine.tp
     prefill_s = prefill / (hardware.tflops * 1e12 * hardware.mfu)
     return prefill_s + steps * step_s(arch, config, batch) + tail * step_s(arch, config, 1)
 

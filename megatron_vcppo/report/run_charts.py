@@ -70,6 +70,13 @@ PPO_PLOTS = (
     ),
     Plot("Truncated responses", "rollout/truncated_share", "share that reached the token limit", negative=False),
     Plot(
+        "Unfinished responses",
+        "rollout/unfinished_share",
+        "share of the batch that the next iteration continues",
+        negative=False,
+        if_any=True,
+    ),
+    Plot(
         "Explained variance",
         "critic/explained_variance",
         "of the returns by the critic, before the update; 0: no better than a constant, 1: exact",

@@ -21,7 +21,7 @@ REASONS: dict[str, Callable[[Rollout], float]] = {
 
 @dataclass(frozen=True)
 class Samples:
-    """One stored iteration: numbers of all its rollouts, and those that are shown."""
+    """One stored iteration: numbers of all its finished rollouts, and those that are shown."""
 
     stage: str
     iteration: int
@@ -34,13 +34,15 @@ class Samples:
 
 
 def choose(stage: str, iteration: int, rollouts: Iterable[Rollout], count: int = 2) -> Samples:
-    """At most ``count`` rollouts for each of REASONS, in one pass that keeps no others.
+    """At most ``count`` finished rollouts for each of REASONS, in one pass that keeps no others.
 
     Equals keep their order, which is that of the prompts: an unbiased pick.
     """
     best: dict[str, list[Rollout]] = {reason: [] for reason in REASONS}
     num_rollouts = num_correct = num_truncated = num_tokens = 0
     for rollout in rollouts:
+        if rollout.unfinished:
+            continue
         num_rollouts += 1
         num_correct += (rollout.reward or 0.0) > 0
         num_truncated += rollout.truncated

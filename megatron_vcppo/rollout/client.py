@@ -12,16 +12,16 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import aiohttp
 import msgspec
 
 from megatron_vcppo.config import RolloutConfig
-from megatron_vcppo.data.seeds import sample_seed
+from megatron_vcppo.data.seeds import sample_seed, turn_seed
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.rollout import engine_http
 from megatron_vcppo.rollout.fleet import Fleet, Member
@@ -59,6 +59,10 @@ class PendingRequest:
     """How often its engine failed before it was answered."""
     turns: Turns | None = None
     """Of a response that can call a tool; ``request`` is then its next turn."""
+    so_far: Rollout | None = None
+    """The unfinished response that it continues."""
+    rest: int = 0
+    """Tokens that may follow those of the request, which is then one window of a response."""
     begun_under: int | None = None
     """The policy version when it was given to its engine, which may begin it later; None: it waits for its first."""
 
@@ -66,6 +70,32 @@ class PendingRequest:
     def tokens(self) -> int:
         """The most tokens that it can cost."""
         return len(self.request.token_ids) + self.request.max_tokens
+
+    @property
+    def request_id(self) -> RequestId:
+        """The same for every window of a response."""
+        seed = self.so_far.seed if self.so_far is not None else self.request.seed
+        return self.prompt.prompt_id, self.sample_index, seed
+
+    def rollout(self, response: Response, decode: Callable[[Sequence[int]], str]) -> Rollout:
+        """The rollout that an engine's response, of all turns, makes of it."""
+        turns, is_window = self.turns, self.rest > 0 and response.finish_reason == "length"
+        found = Rollout(
+            prompt=self.prompt,
+            sample_index=self.sample_index,
+            seed=self.request.seed if turns is None else turns.first.seed,
+            response_ids=response.token_ids,
+            response_text="",
+            rollout_logprobs=response.logprobs,
+            finish_reason="window" if is_window else response.finish_reason,
+            policy_version=response.policy_version,
+            observations=() if turns is None else turns.observations,
+            version_changes=response.version_changes,
+            routed_experts=response.routed_experts,
+        )
+        if self.so_far is not None:
+            found = self.so_far.continued(found)
+        return replace(found, response_text=decode(found.response_ids))
 
     def begin_again(self) -> None:
         """Its engine did not answer: what stands of it are the turns before."""
@@ -96,16 +126,25 @@ class RolloutClient:
         sampling: Sampling,
         num_samples: int,
         on_rollout: Callable[[Rollout], None] = lambda rollout: None,
-        known: Collection[RequestId] = (),
         cancelled: Callable[[], bool] = lambda: False,
     ) -> list[Rollout]:
-        """num_samples responses for each prompt, by prompt and sample index, without the ``known`` ones.
+        """num_samples responses for each prompt, by prompt and sample index; see ``answer``."""
+        return self.answer(self.plan(prompts, iteration, num_samples), policy_version, sampling, on_rollout, cancelled)
+
+    def answer(
+        self,
+        requests: list[PendingRequest],
+        policy_version: int,
+        sampling: Sampling,
+        on_rollout: Callable[[Rollout], None],
+        cancelled: Callable[[], bool],
+    ) -> list[Rollout]:
+        """The responses to these requests, whose keys differ, in their order.
 
         Only engines that hold policy_version are asked. Raises RolloutError if none did for
         rollout.all_dead_timeout_s, if a request is refused, or, within a second, once ``cancelled`` returns true (the
         engines then drop the requests); ValueError if a prompt leaves no room for a response.
         """
-        requests = self.plan(prompts, iteration, num_samples, known)
         return asyncio.run(self.generate_async(requests, policy_version, sampling, on_rollout, cancelled))
 
     async def generate_async(
@@ -116,7 +155,7 @@ class RolloutClient:
         on_rollout: Callable[[Rollout], None],
         cancelled: Callable[[], bool],
     ) -> list[Rollout]:
-        """See generate."""
+        """See answer."""
         rollouts: dict[int, Rollout] = {}
 
         def take(key: int, rollout: Rollout) -> None:
@@ -129,28 +168,19 @@ class RolloutClient:
             generation = _Generation(self, session, fleet, sampling, take, cancelled, progress)
             generation.add(requests)
             await generation.run()
-        return [rollouts[index] for index in range(len(requests))]
+        return [rollouts[item.request.key] for item in requests]
 
     def stream(self, policy_version: int, sampling: Sampling) -> "RolloutStream":
         """Generation without an end, to which requests are added while weights are pushed."""
         return RolloutStream(self, policy_version, sampling)
 
-    def plan(
-        self, prompts: Sequence[Prompt], iteration: int, num_samples: int, known: Collection[RequestId] = ()
-    ) -> list[PendingRequest]:
-        """The requests of an iteration without the ``known`` ones; the same prompts always give the same seeds."""
+    def plan(self, prompts: Sequence[Prompt], iteration: int, num_samples: int) -> list[PendingRequest]:
+        """The requests of an iteration; the same prompts always give the same seeds."""
         requests: list[PendingRequest] = []
         for prompt in prompts:
-            room = min(self.config.max_tokens, self.max_length - len(prompt.token_ids))
-            if room < 1:
-                raise ValueError(
-                    f"prompt {prompt.prompt_id} has {len(prompt.token_ids)} tokens; model.max_length = "
-                    f"{self.max_length} leaves no room for a response"
-                )
+            room = self.room(prompt)
             for sample in range(num_samples):
                 seed = sample_seed(self.run_seed, iteration, prompt.prompt_id, sample)
-                if (prompt.prompt_id, sample, seed) in known:
-                    continue
                 request = GenerateRequest(len(requests), list(prompt.token_ids), room, seed)
                 turns = None
                 if self.tools is not None and (stop := self.tools.stops.get(prompt.task)) is not None:
@@ -158,6 +188,36 @@ class RolloutClient:
                     request = turns.request()
                 requests.append(PendingRequest(prompt, sample, request, turns=turns))
         return requests
+
+    def plan_window(
+        self, key: int, prompt: Prompt, sample: int, iteration: int, so_far: Rollout | None, num_tokens: int
+    ) -> PendingRequest:
+        """The request for the next ``num_tokens`` of a response that began in ``iteration``; its prompt is all before.
+
+        so_far: what there is of it; None: it begins.
+        """
+        so_far_ids = () if so_far is None else so_far.response_ids
+        # No room is left of a response only if rollout.max_tokens was lowered since: then it gets its last token.
+        room = max(1, self.room(prompt) - len(so_far_ids))
+        first_seed = sample_seed(self.run_seed, iteration, prompt.prompt_id, sample)
+        request = GenerateRequest(
+            key,
+            [*prompt.token_ids, *so_far_ids],
+            min(num_tokens, room),
+            turn_seed(first_seed, len(so_far_ids)),
+            num_routed=len(prompt.token_ids) + len(so_far_ids) - 1 if so_far and so_far.routed_experts else 0,
+        )
+        return PendingRequest(prompt, sample, request, so_far=so_far, rest=room - request.max_tokens)
+
+    def room(self, prompt: Prompt) -> int:
+        """Tokens that the response to a prompt may have. Raises ValueError if there is no room for any."""
+        room = min(self.config.max_tokens, self.max_length - len(prompt.token_ids))
+        if room < 1:
+            raise ValueError(
+                f"prompt {prompt.prompt_id} has {len(prompt.token_ids)} tokens; model.max_length = "
+                f"{self.max_length} leaves no room for a response"
+            )
+        return room
 
 
 class RolloutStream:
@@ -405,21 +465,8 @@ class _Generation:
         self.fleet.changed.set()
 
     def finish(self, item: PendingRequest, response: Response) -> None:
-        """A response is whole."""
-        turns = item.turns
-        rollout = Rollout(
-            prompt=item.prompt,
-            sample_index=item.sample_index,
-            seed=item.request.seed if turns is None else turns.first.seed,
-            response_ids=response.token_ids,
-            response_text=self.client.decode(response.token_ids),
-            rollout_logprobs=response.logprobs,
-            finish_reason=response.finish_reason,
-            policy_version=response.policy_version,
-            observations=() if turns is None else turns.observations,
-            version_changes=response.version_changes,
-            routed_experts=response.routed_experts,
-        )
+        """A response, or its window, is whole."""
+        rollout = item.rollout(response, self.client.decode)
         self.unanswered.remove(item.request.key)
         self.num_answered += 1
         if self.progress is not None:

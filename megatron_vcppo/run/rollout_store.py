@@ -7,8 +7,8 @@ A file holds arrays (``numpy.load`` reads them, without this project): ``schema`
 the order of the iteration; ``prompt_ids`` and ``response_ids``, int32, and ``rollout_logprobs``, float32, of all
 rollouts one after the other, with ``prompt_lengths`` and ``response_lengths`` [n]; and ``records``, all else as UTF-8
 text, one JSON object per rollout and line. ``observations`` ([start, end) in the response) is there only where a tool
-wrote any, ``version_changes`` only for responses during which weights were pushed. Runs made before schema 2 have one
-``.jsonl.zst`` per iteration, which is read as well.
+wrote any, ``version_changes`` only for responses during which weights were pushed, ``num_trained`` only for responses
+that are continued. Runs made before schema 2 have one ``.jsonl.zst`` per iteration, which is read as well.
 
 With routing replay the experts that engines chose (``Rollout.routed_experts`` of all rollouts, one after the other) are
 in a file of their own next to it, ``.experts.npy``, with their lengths and a checksum in the first one. They are many
@@ -129,7 +129,7 @@ def _write(path: Path, rollouts: RolloutPart) -> None:
         del record["prompt"]["token_ids"]
         for name in ("response_ids", "rollout_logprobs", "routed_experts"):
             del record[name]
-        for name in ("observations", "version_changes"):  # as in files from before there were any
+        for name in ("observations", "version_changes", "num_trained"):  # as in files from before there were any
             if not record[name]:
                 del record[name]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")

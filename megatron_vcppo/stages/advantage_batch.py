@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_vcppo.algo.advantages import (
+    bootstrap_of_unfinished,
     broadcast_to_tokens,
     gate_on_explained_variance,
     group_advantages,
@@ -37,7 +38,8 @@ class AdvantageBatch:
     """Of a replica's share of the batch; all [N], response tokens; 0 where ``mask`` is False."""
 
     mask: Tensor
-    """bool: tokens that are trained on (sampled tokens, less what overlong filtering drops)."""
+    """bool: tokens that the actor is trained on (sampled tokens, less what overlong filtering drops and what iterations
+    before have trained on)."""
     advantages: Tensor
     returns: Tensor
     metrics: dict[str, float]
@@ -60,8 +62,9 @@ def compute_advantages(
 ) -> AdvantageBatch:
     """Decoupled GAE (VC-PPO Eq. 7-8), or a group baseline, with the configured additions; collective over replicas.
 
-    A response that was truncated counts as ended: its verdict is its return. Tokens that a tool wrote are stepped over:
-    the value after a sampled token is that of the next sampled one.
+    A response that was truncated counts as ended: its verdict is its return. One that is continued in the next
+    iteration has no reward but a bootstrap value; diagnostics and statistics are those of finished responses. Tokens
+    that a tool wrote are stepped over: the value after a sampled token is that of the next sampled one.
 
     Args:
         outputs: values None means that the baseline is the group.
@@ -85,6 +88,7 @@ def compute_advantages(
     lam_actor: float | Tensor = config.lam_actor
     if config.length_adaptive_alpha is not None:
         lam_actor = length_adaptive_lam(share.table.sampled_lengths, config.length_adaptive_alpha)
+    unfinished = share.table.unfinished
     gave_up = None if end_of_thinking_id is None else (share.response_ids == end_of_thinking_id) & share.sampled
     advantages, returns = torch.empty(share.num_tokens), torch.empty(share.num_tokens)
     parts: list[Metrics] = []
@@ -100,6 +104,7 @@ def compute_advantages(
             gamma=returns_config.gamma,
             lam_actor=lam,
             lam_critic=config.lam_critic,
+            bootstrap_values=bootstrap_of_unfinished(block_values, mask, unfinished[block.rows]),
         )
         mc_returns = block_returns
         if config.lam_critic != 1.0 and not group_baseline:
@@ -119,7 +124,7 @@ def compute_advantages(
             values=block_values,
             returns=block_returns,
             advantages=block_advantages,
-            mask=mask,
+            mask=mask & ~unfinished[block.rows, None],
             decay_actor=returns_config.gamma * lam,
             decay_critic=returns_config.gamma * config.lam_critic,
             bin_width=max(1, ceil_div(max_tokens, NUM_POSITION_BINS)),
@@ -128,9 +133,10 @@ def compute_advantages(
             mc_returns=mc_returns,
         )
         parts.append(part)
-    summed = add_over(add(parts) | _token_means(outputs, kl, share.sampled), total)
+    summed = add_over(add(parts) | _token_means(outputs, kl, share.sampled & share.is_new), total)
     per_token: Metrics = {name: summed.pop(name) for name in ("rollout/logprob_gap", "actor/kl_ref") if name in summed}
-    metrics, profiles = summarize(summed)
+    finished = batch.take((~batch.unfinished).nonzero().flatten().numpy())
+    metrics, profiles = summarize(summed) if len(finished) else ({}, {})
     if group_baseline:  # there is no critic to judge
         metrics = {name: number for name, number in metrics.items() if not name.startswith("critic/")}
         profiles = {name: profile for name, profile in profiles.items() if not name.startswith("value_")}
@@ -142,7 +148,7 @@ def compute_advantages(
             explained_variance=metrics["critic/explained_variance"],
             mean_return=metrics["critic/return_mean"],
         )
-    trained = share.per_token(trained_rollouts(batch, returns_config)[own]) & share.sampled
+    trained = share.per_token(trained_rollouts(batch, returns_config)[own]) & share.sampled & share.is_new
     if config.whiten:
         pieces = [block.tokens for block in share.blocks()]
         moments = total(torch.stack([masked_moments(advantages[x], trained[x]) for x in pieces]).sum(dim=0))
@@ -150,7 +156,10 @@ def compute_advantages(
             advantages[x] = whiten(advantages[x], trained[x], moments)
     if loss.max_logprob_error is not None:
         metrics |= drop_far_responses(advantages, share, outputs, trained, loss.max_logprob_error, total)
-    metrics |= length_statistics(batch.lengths, batch.truncated) | reward_statistics(batch)
+    if len(finished):
+        metrics |= length_statistics(finished.lengths, finished.truncated) | reward_statistics(finished)
+    if batch.has_windows:
+        metrics |= window_statistics(batch)
     if batch.has_observations:
         metrics["rollout/observed_share"] = 1.0 - float(batch.sampled_lengths.sum() / batch.lengths.sum())
     metrics |= {name: float(mean) for name, mean in means(per_token).items()}
@@ -188,7 +197,7 @@ def drop_far_responses(
 def _token_means(outputs: ModelOutputs, kl: Tensor | None, sampled: Tensor) -> Metrics:
     """How far the engines' log-probs are off, and the KL divergence from the reference, if it is in the rewards.
 
-    Over the tokens that were ``sampled``, bool [N].
+    Over the tokens that were ``sampled``, bool [N], since the last iteration.
     """
     old = outputs.old_logprobs
     gap = None if old is None else (old - outputs.rollout_logprobs).abs_()
@@ -201,16 +210,28 @@ def _token_means(outputs: ModelOutputs, kl: Tensor | None, sampled: Tensor) -> M
 
 
 def episode_rewards(batch: RolloutTable, config: ReturnsConfig, max_tokens: int) -> Tensor:
-    """What the critic's returns are made of, in pretraining as in PPO: verdicts and the penalty for length, [B]."""
+    """What the critic's returns are made of, in pretraining as in PPO: verdicts and the penalty for length, [B]; 0 of
+    unfinished responses."""
     buffer = config.overlong_penalty_tokens
     if not buffer:
         return batch.rewards
-    return batch.rewards + soft_overlong_penalty(batch.lengths, max_tokens, buffer)
+    penalty = soft_overlong_penalty(batch.lengths, max_tokens, buffer)
+    return batch.rewards + penalty.masked_fill(batch.unfinished, 0.0)
 
 
 def trained_rollouts(batch: RolloutTable, config: ReturnsConfig) -> Tensor:
     """The rollouts that losses count, in pretraining as in PPO: bool [B]."""
     return ~batch.truncated if config.overlong_filter else torch.ones(len(batch), dtype=torch.bool)
+
+
+def window_statistics(batch: RolloutTable) -> dict[str, float]:
+    """Of responses in windows: the shares of the batch that are unfinished, and that are continued from iterations
+    before; the share of its response tokens that the actor was trained on then."""
+    return {
+        "rollout/unfinished_share": float(batch.unfinished.double().mean()),
+        "rollout/continued_share": float((batch.rows["trained_length"] > 0).mean()),
+        "rollout/trained_before_share": 1.0 - float(batch.new_lengths.sum() / batch.sampled_lengths.sum()),
+    }
 
 
 def reward_statistics(batch: RolloutTable) -> dict[str, float]:

@@ -235,13 +235,14 @@ class GroupQueue:
 def age_metrics(part: RolloutPart, batch: RolloutTable, policy_version: int) -> dict[str, float]:
     """How many updates the tokens of a batch are behind the actor, and how many responses span a push; collective.
 
-    part: what this rank has of the batch from the engines. policy_version: of the actor before its update.
+    part: what this rank has of the batch from the engines. policy_version: of the actor before its update. Tokens are
+    those that no iteration before has trained on.
     """
     ages = [(policy_version - version, count) for rollout in part.rollouts for version, count in rollout.versions()]
     oldest = runtime.max_over_ranks(torch.tensor(max((age for age, _ in ages), default=0)))
     return {
         "rollout/staleness_mean": runtime.sum_over_ranks(sum(age * count for age, count in ages))
-        / int(batch.lengths.sum()),
+        / int(batch.lengths.sum() - batch.rows["trained_length"].sum()),
         "rollout/staleness_max": float(oldest),
         "rollout/spans_push": runtime.sum_over_ranks(sum(bool(r.version_changes) for r in part.rollouts)) / len(batch),
     }

@@ -198,7 +198,7 @@ class Ppo:
             **update_metrics.means(),
             **reward_metrics,
             **ages,
-            "rollout/tokens": float(share.batch.lengths.sum()),
+            "rollout/tokens": float(share.batch.lengths.sum() - share.batch.rows["trained_length"].sum()),
             **work(loop.stage, share.batch.sequence_lengths, self.passes),
             **evaluation,
             "weight_sync/pause_s": push.pause_s,

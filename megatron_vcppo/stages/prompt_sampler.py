@@ -13,13 +13,15 @@ from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.run.log import say
 from megatron_vcppo.stages.group_queue import Group, GroupQueue, choose_groups
 from megatron_vcppo.stages.rollout_session import BatchNumber, RolloutSession
+from megatron_vcppo.stages.windows import Windows
 
 
 class PromptSampler:
     """Takes prompts from the stream and rollouts from the engines; collective.
 
     As a part of a checkpoint it is the position in the prompt stream up to which prompts were taken, and the groups
-    that were taken and are not trained on yet. With ``ppo.staleness`` there are always some: engines work ahead.
+    that were taken and are not trained on yet. With ``ppo.staleness`` there are always some: engines work ahead. With
+    ``ppo.window_tokens`` it is also the list of unfinished responses.
     """
 
     def __init__(
@@ -39,12 +41,15 @@ class PromptSampler:
         self.queue: GroupQueue | None = None
         """Once engines work ahead."""
         self.drains = config.weight_sync.pause == "drain"
+        self.windows = Windows(config, session, stream, self.sampling, self._next_place, self.score)
 
     def next_batch(self, iteration: int) -> RolloutPart:
         """The scored rollouts of an iteration that this rank has; leaders store them in the background.
 
         The weights of the actor before the iteration must be pushed.
         """
+        if self.config.window_tokens is not None or self.windows.unfinished:
+            return self.windows.next_batch(iteration)
         if self.config.staleness:
             return self._batch_from_queue(iteration)
         if self.config.dynamic_sampling:
@@ -79,17 +84,26 @@ class PromptSampler:
     def state_dict(self) -> dict[str, Any]:
         """The position up to which prompts were taken, and what is not trained on of them."""
         taken = {"taken": [[group.place, group.number] for group in self.taken]} if self.taken else {}
-        return self.stream.state_dict() | taken
+        return self.stream.state_dict() | taken | self.windows.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was taken. Raises UserError if the prompts or the seed are not the same."""
         self.stream.load_state_dict(state)
         self.taken = [Group(place, number, self.stream.at(place)) for place, number in state.get("taken", [])]
+        self.windows.load_state_dict(state)
 
     def _next_prompts(self, count: int) -> list[Prompt]:
         """Those that were taken ahead before staleness was 0, then new ones."""
         ahead, self.taken = self.taken[:count], self.taken[count:]
         return [group.prompt for group in ahead] + self.stream.next(count - len(ahead))
+
+    def _next_place(self) -> int:
+        """``_next_prompts`` for one, of which the place in the stream is returned."""
+        if self.taken:
+            return self.taken.pop(0).place
+        place = self.stream.position
+        self.stream.next(1)
+        return place
 
     def _batch_from_queue(self, iteration: int) -> RolloutPart:
         """Groups are requested for ``ppo.staleness`` iterations ahead, as far as there are iterations."""

@@ -5,7 +5,7 @@ asks the engines for the rest only: seeds belong to requests, so the iteration g
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from megatron_vcppo.mcore.runtime import any_rank, max_over_ranks
 from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.rewards.registry import check_answer, isolation_of_code, resolve_verifiers
 from megatron_vcppo.rewards.scorer import Scorer
-from megatron_vcppo.rollout.client import RequestId, RolloutClient
+from megatron_vcppo.rollout.client import PendingRequest, RolloutClient
 from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.rollout.turns import ToolCalls
 from megatron_vcppo.run.events import startup
@@ -50,6 +50,8 @@ from megatron_vcppo.weight_sync.rank_role import make_weight_sync, role_of
 from megatron_vcppo.weight_sync.sync import PushResult, WeightSync
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
+Sample = tuple[str, int]
+"""(prompt id, sample index)"""
 
 STORE_SHARE = 0.8
 """Of run.timeout_s, how long a leader waits for its file: the other ranks wait for it in a collective."""
@@ -84,8 +86,8 @@ class BatchNumber:
 class PendingRollouts:
     """A batch that the engines work on."""
 
-    places: dict[tuple[str, int], int]
-    """(prompt id, sample) of each rollout that this rank is to get → its place in the batch."""
+    places: Mapping[Sample, int]
+    """Each rollout that this rank is to get → its place in the batch."""
     policy_version: int
     number: BatchNumber
     future: Future[list[Rollout]] | None = None
@@ -250,18 +252,30 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
 
         Responses that an attempt before this one kept are not generated again.
         """
+        mine = prompts[self.runtime.dp_rank :: self.runtime.dp_size]
+        places = self._my_places(prompts, num_samples)
+        return self.begin(places, lambda client: client.plan(mine, number.seed, num_samples), number, sampling)
+
+    def begin(
+        self,
+        places: Mapping[Sample, int],
+        plan: Callable[[RolloutClient], list[PendingRequest]],
+        number: BatchNumber,
+        sampling: Sampling,
+    ) -> PendingRollouts:
+        """``request`` for a batch of any samples. places: those of this rank; plan: makes their requests."""
         if self.gpus is not None and not self.gpus.engines_have_it:
             assert self.source is not None, "generation before the first push"
             self.push(self.policy_version, self.source)
-        pending = PendingRollouts(self._my_places(prompts, num_samples), self.policy_version, number)
-        if pending.places:
-            mine = prompts[self.runtime.dp_rank :: self.runtime.dp_size]
-            pending.future = begin(self._producer(pending, mine, sampling, num_samples))
+        pending = PendingRollouts(places, self.policy_version, number)
+        if places:
+            assert self.client is not None, "requests on a rank that is no leader"
+            pending.future = begin(self._producer(pending, self.client, plan(self.client), sampling))
         self.pending.append(pending)
         return pending
 
-    def _my_places(self, prompts: list[Prompt], num_samples: int) -> dict[tuple[str, int], int]:
-        """(prompt id, sample) of the rollouts that this rank gets → their places; empty on ranks that are no leaders.
+    def _my_places(self, prompts: list[Prompt], num_samples: int) -> dict[Sample, int]:
+        """The rollouts that this rank gets → their places; empty on ranks that are no leaders.
 
         Leaders take prompts in turn.
         """
@@ -327,34 +341,23 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
             drop_partial(self.folder, number.storage)
 
     def _producer(
-        self, pending: PendingRollouts, prompts: list[Prompt], sampling: Sampling, num_samples: int
+        self, pending: PendingRollouts, client: RolloutClient, requests: list[PendingRequest], sampling: Sampling
     ) -> Callable[[], list[Rollout]]:
-        client, scorer, version, iteration = self.client, self.scorer, self.policy_version, pending.number.seed
-        assert client is not None and scorer is not None
+        scorer, version = self.scorer, self.policy_version
+        assert scorer is not None
 
         def score(rollout: Rollout) -> None:
-            pending.answered.append((rollout, scorer.submit(rollout)))
+            pending.answered.append((rollout, scored_before(rollout) or scorer.submit(rollout)))
 
-        known: set[RequestId] = set()
-        if kept := self.kept(pending.number.storage):
-            plan = client.plan(prompts, iteration, num_samples)
-            wanted = {(item.prompt.prompt_id, item.sample_index, item.request.seed) for item in plan}
-            for rollout in kept:
-                if (request := (rollout.prompt.prompt_id, rollout.sample_index, rollout.seed)) in wanted:
-                    known.add(request)
-                    pending.answered.append((rollout, scored_before(rollout) or scorer.submit(rollout)))
+        missing = {item.request_id: item for item in requests}
+        for rollout in self.kept(pending.number.storage):
+            request_id = rollout.prompt.prompt_id, rollout.sample_index, rollout.seed
+            if request_id in missing and rollout.continues(missing[request_id].so_far):
+                del missing[request_id]
+                score(rollout)
 
         def produce() -> list[Rollout]:
-            client.generate(
-                prompts,
-                iteration,
-                version,
-                sampling,
-                num_samples,
-                on_rollout=score,
-                known=known,
-                cancelled=pending.cancelled.is_set,
-            )
+            client.answer([*missing.values()], version, sampling, score, pending.cancelled.is_set)
             return [scored.result() for _, scored in pending.answered]
 
         return produce
@@ -391,16 +394,29 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
     def stored(self, storage: int, prompts: list[Prompt], num_samples: int) -> RolloutPart | None:
         """The stored rollouts of exactly these prompts; None if there are none. An iteration that a kill interrupted
         is trained on the responses that it had, so its updates come out the same."""
-        places = self._my_places(prompts, num_samples)
-        names = {prompt.prompt_id for prompt in prompts}
+        every = {(prompt.prompt_id, sample) for prompt in prompts for sample in range(num_samples)}
+        return self.stored_samples(storage, every, self._my_places(prompts, num_samples))
+
+    def stored_samples(
+        self,
+        storage: int,
+        every: Collection[Sample],
+        places: Mapping[Sample, int],
+        so_far: Mapping[Sample, Rollout] | None = None,
+    ) -> RolloutPart | None:
+        """``stored`` for any samples. every: of the batch. places: of those that this rank gets. so_far: what there was
+        of them before, where they are continued."""
         found: dict[int, Rollout] = {}
         num_foreign = 0
 
         def is_mine(_: int, rollout: Rollout) -> bool:
             nonlocal num_foreign
-            is_foreign = rollout.prompt.prompt_id not in names or rollout.sample_index >= num_samples
-            num_foreign += is_foreign or self._misses_experts(rollout)
-            return (rollout.prompt.prompt_id, rollout.sample_index) in places
+            sample = rollout.prompt.prompt_id, rollout.sample_index
+            num_foreign += sample not in every or self._misses_experts(rollout)
+            if sample not in places:
+                return False
+            num_foreign += not rollout.continues((so_far or {}).get(sample))
+            return True
 
         is_there = True
         if self.is_leader:
@@ -487,8 +503,8 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
 
 
 def scored_before(rollout: Rollout) -> Future[Rollout] | None:
-    """As the scorer returns it, for a rollout that has its verdict; else None."""
-    if rollout.reward is None:
+    """As the scorer returns it, for a rollout that has its verdict or, being unfinished, gets none yet; else None."""
+    if rollout.reward is None and not rollout.unfinished:
         return None
     future: Future[Rollout] = Future()
     future.set_result(rollout)

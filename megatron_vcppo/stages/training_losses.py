@@ -21,7 +21,7 @@ class LossSize:
     """Counts of a whole minibatch, of all replicas, by which its losses are divided."""
 
     num_tokens: int
-    """Response tokens that are trained on: not those of tools."""
+    """Response tokens that are trained on: not those of tools, nor those of windows before."""
     num_rollouts: int
     """Rollouts with any."""
     num_positive_tokens: int
@@ -32,7 +32,7 @@ class LossSize:
     @classmethod
     def of(cls, batch: RolloutTable, trained: Tensor, max_length: int) -> "LossSize":
         """trained: bool [B], the rollouts that are trained on."""
-        lengths = batch.sampled_lengths
+        lengths = batch.new_lengths
         positive = int(lengths[trained & batch.is_correct].sum())
         return cls(int(lengths[trained].sum()), int(trained.sum()), positive, max_length)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_vcppo.config import PpoConfig, ReturnsConfig, ValuesConfig
 from megatron_vcppo.data.packer import Packer
 from megatron_vcppo.data.packing import PackedMicrobatch
-from megatron_vcppo.data.rollout_share import ModelOutputs, RolloutShare, field_types
+from megatron_vcppo.data.rollout_share import ModelOutputs, RolloutShare, RolloutTable, field_types
 from megatron_vcppo.data.seeds import minibatch_seed
 from megatron_vcppo.mcore.learner import Actor, Critic, StepResult
 from megatron_vcppo.stages.advantage_batch import AdvantageBatch, trained_rollouts
@@ -133,8 +133,11 @@ class Updater:
             for ppo_epoch in range(config.ppo_epochs)
             for part in minibatches(len(batch), config.minibatches, self.run_seed, iteration, ppo_epoch)
         ]
+        windows, critic_steps = batch.has_windows, 0
         for number, part in enumerate(parts, 1):
-            critic_steps = number * config.critic.updates_per_actor_update if critic is not None else 0
+            # The critic learns from finished responses: all their tokens, of which the actor saw some before.
+            finished = [row for row in part if not batch.rows["unfinished"][row]]
+            critic_steps += config.critic.updates_per_actor_update if critic is not None and finished else 0
             actor_steps = number if actor is not None else 0
             if metrics.num_steps("critic") >= critic_steps and metrics.num_steps("actor") >= actor_steps:
                 continue
@@ -145,10 +148,12 @@ class Updater:
                 loads = np.bincount(replicas[part], batch.sequence_lengths[part], self.packer.dp_size)
                 metrics.imbalance.append(float(loads.max() / loads.mean()))
             size = LossSize.of(batch.take(part), trained_rollouts(batch, self.returns_config)[part], self.max_tokens)
-            while critic is not None and metrics.num_steps("critic") < critic_steps:
-                before_step()
-                critic_loss = CriticLoss(self.values_config, size.denominator("token"), config.critic.value_clip)
-                metrics.add("critic", critic.train_step(microbatches, critic_loss))
+            if critic is not None and metrics.num_steps("critic") < critic_steps:
+                critic_loss = self.critic_loss(batch.take(finished))
+                critic_microbatches = self.critic_microbatches(share, fields, finished) if windows else microbatches
+                while metrics.num_steps("critic") < critic_steps:
+                    before_step()
+                    metrics.add("critic", critic.train_step(critic_microbatches, critic_loss))
             if actor is not None and metrics.num_steps("actor") < actor_steps:
                 before_step()
                 in_loss = kl_coef if config.loss.kl_in == "loss" else 0.0
@@ -166,13 +171,29 @@ class Updater:
         found = {name: tensor for name, tensor in outputs.by_name().items() if read[name]}
         return {"advantages": advantages.advantages, "returns": advantages.returns, **found}
 
+    def critic_loss(self, finished: RolloutTable) -> CriticLoss:
+        """Of these rollouts of a minibatch, over all replicas."""
+        trained = trained_rollouts(finished, self.returns_config)
+        num_tokens = int(finished.sampled_lengths[trained].sum())
+        return CriticLoss(self.values_config, num_tokens, self.config.critic.value_clip)
+
+    def critic_microbatches(
+        self, share: RolloutShare, fields: dict[str, Tensor], finished: list[int]
+    ) -> list[PackedMicrobatch]:
+        """This replica's micro-batches of a minibatch's finished rollouts, with what the critic reads; collective."""
+        replicas = replica_of_each(share.batch.sequence_lengths, self.packer.dp_size, finished)
+        read: dict[str, Tensor] = {name: fields[name] for name in ("returns", "values") if name in fields}
+        here, read = move(share, read, replicas)
+        mask = here.per_token(trained_rollouts(here.table, self.returns_config)) & here.sampled
+        return self.pack(here, {"response_mask": mask, **read}, finished)
+
     def microbatches(self, share: RolloutShare, fields: dict[str, Tensor], part: list[int]) -> list[PackedMicrobatch]:
         """This replica's micro-batches of a minibatch, in whose order its rollouts are packed."""
         trained = trained_rollouts(share.table, self.returns_config)
-        mask = share.per_token(trained) & share.sampled
+        mask = share.per_token(trained) & share.sampled & share.is_new
         weights = torch.zeros(len(mask))
         for block in share.blocks():
-            rows = block.sampled & trained[block.rows, None]
+            rows = block.pad(mask)
             weights[block.tokens] = sequence_weights(rows, self.config.loss)[block.mask]
         fields = {
             "response_mask": mask,
@@ -180,6 +201,10 @@ class Updater:
             "positive_mask": mask & share.per_token(share.table.is_correct),
             **fields,
         }
+        return self.pack(share, fields, part)
+
+    def pack(self, share: RolloutShare, fields: dict[str, Tensor], part: list[int]) -> list[PackedMicrobatch]:
+        """Micro-batches of the share's rollouts, in the order of ``part``."""
         here = {row: index for index, row in enumerate(share.rows.tolist())}
         order = [here[row] for row in part if row in here]
         return self.packer.pack(share.sequences(fields, order, with_experts=True), field_types(fields))

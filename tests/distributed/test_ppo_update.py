@@ -18,6 +18,7 @@ from tests.helpers.ppo_reference import reference_update, sampled
 from tests.helpers.ppo_update import (
     HEAD,
     build,
+    in_windows,
     make_config,
     make_rollouts,
     of_all_replicas,
@@ -99,6 +100,25 @@ def test_an_update_equals_plain_torch(tmp_path: Path, family: str, ppo: dict[str
     assert moved > 0.05 and float((ours["values_after"] - ours["values"]).abs().max()) > 0.01
     left_out = ["actor/dis_masked_low", "actor/dis_masked_high"] if ppo is SAO else ["actor/clip_fraction"]
     assert all(ours[name] > 0 for name in left_out)
+
+
+def test_windows_equal_plain_torch_and_are_the_same_under_every_layout(tmp_path: Path) -> None:
+    """The actor learns from new tokens, the critic from finished responses; one minibatch has none."""
+    folder = save_models(tmp_path, "qwen3")
+    config, rollouts = make_config(folder, VAPO), in_windows(make_rollouts())
+    alone = run(config, rollouts)
+    theirs = {
+        name: torch.cat(value) if isinstance(value, list) else value
+        for name, value in reference_update(folder, reference_of(config), HEAD, config, rollouts).items()
+    }
+    worst = distances({name: alone[name] for name in theirs}, theirs)
+    assert max(worst.values()) <= 1e-4, worst
+    old = torch.cat([torch.arange(len(r.response_ids)) < r.num_trained for r in rollouts])
+    assert not alone["advantages"][old].any() and alone["advantages"][~old].any()
+    for layout in ("tp2pp2-sequence-parallel", "dp2-distributed-optimizer"):
+        world_size, sizes = LAYOUTS[layout]
+        worst = distances(alone, run(config, rollouts, world_size, **sizes))
+        assert max(worst.values()) <= 1e-5, (layout, worst)
 
 
 def with_experts(rollouts: list[Rollout]) -> list[Rollout]:

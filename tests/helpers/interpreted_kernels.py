@@ -11,7 +11,7 @@ from megatron_vcppo.mcore import logprob_rows_cpu, logprob_rows_gpu
 
 
 def gae() -> float:
-    """Against the oracle: gaps, empty rows, λ per row, several blocks, lengths that no block divides."""
+    """Against the oracle: gaps, empty rows, λ per row, bootstrap values, several blocks, lengths that none divides."""
     gae_kernel_gpu._BLOCK = 8
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
@@ -19,12 +19,10 @@ def gae() -> float:
         rewards, values = torch.randn(2, 3, num_tokens, generator=generator, dtype=torch.float64)
         mask = torch.rand(3, num_tokens, generator=generator) < share
         lams = (torch.tensor([0.0, 0.95, 1.0], dtype=torch.float64), torch.tensor([1.0, 0.5, 1.0], dtype=torch.float64))
-        exact = gae_reference(
-            rewards=rewards, values=values, mask=mask, gamma=0.99, lam_actor=lams[0], lam_critic=lams[1]
-        )
-        got = gae_kernel_gpu.gae_rows(
-            rewards=rewards, values=values, mask=mask, gamma=0.99, lam_actor=lams[0], lam_critic=lams[1]
-        )
+        inputs = {"rewards": rewards, "values": values, "mask": mask, "lam_actor": lams[0], "lam_critic": lams[1]}
+        bootstrap_values = torch.randn(3, generator=generator, dtype=torch.float64)
+        exact = gae_reference(**inputs, gamma=0.99, bootstrap_values=bootstrap_values)
+        got = gae_kernel_gpu.gae_rows(**inputs, gamma=0.99, bootstrap_values=bootstrap_values)
         worst = max(worst, *(float((a - b).abs().max()) for a, b in zip(got, exact, strict=True)))
     return worst
 

@@ -46,11 +46,12 @@ def logprobs_of(model: nn.Module, rollout: Rollout, temperature: float) -> Tenso
     return logprobs[len(rollout.prompt.token_ids) - 1 :][sampled(rollout)]
 
 
-def gae(rewards: Tensor, values: Tensor, lam: float) -> Tensor:
-    """γ = 1; the episode ends after the last token."""
+def gae(rewards: Tensor, values: Tensor, lam: float, unfinished: bool = False) -> Tensor:
+    """γ = 1; the episode ends after the last token, or goes on with the same value."""
     advantages, running = torch.zeros(len(values)), 0.0
+    end = float(values[-1]) if unfinished else 0.0
     for t in reversed(range(len(values))):
-        after = float(values[t + 1]) if t + 1 < len(values) else 0.0
+        after = float(values[t + 1]) if t + 1 < len(values) else end
         running = float(rewards[t]) + after - float(values[t]) + lam * running
         advantages[t] = running
     return advantages
@@ -88,7 +89,7 @@ def reference_update(
 
     kl_reference: folder of the model from which the KL divergence is taken. Knows the token-level loss, clip-higher,
     double-sided importance sampling, length-adaptive λ, k3 in the loss, positive examples, whitening, frozen parameters
-    of the critic and several of its updates per actor update.
+    of the critic, several of its updates per actor update, and responses in windows.
     """
     ppo, temperature = config.ppo, config.rollout.temperature
     actor = Trainer(
@@ -112,24 +113,26 @@ def reference_update(
     advantages, returns = [], []
     for rollout, row in zip(rollouts, values, strict=True):
         rewards = torch.zeros(len(row))
-        assert rollout.reward is not None
-        rewards[-1] = rollout.reward
+        rewards[-1] = rollout.reward or 0.0
         lam, alpha = ppo.advantage.lam_actor, ppo.advantage.length_adaptive_alpha
         if alpha is not None:
             lam = max(0.0, 1 - 1 / (alpha * len(row)))
-        advantages.append(gae(rewards, row, lam))
-        returns.append(gae(rewards, row, ppo.advantage.lam_critic) + row)
-    every = torch.cat(advantages)
-    advantages = [(row - every.mean()) / every.std(correction=0) for row in advantages]
+        advantages.append(gae(rewards, row, lam, rollout.unfinished))
+        returns.append(gae(rewards, row, ppo.advantage.lam_critic, rollout.unfinished) + row)
+    new = [torch.arange(len(row)) >= rollout.num_trained for rollout, row in zip(rollouts, advantages, strict=True)]
+    every = torch.cat([row[at] for row, at in zip(advantages, new, strict=True)])
+    advantages = [(row - every.mean()) / every.std(correction=0) * at for row, at in zip(advantages, new, strict=True)]
 
     good = [float(rollout.reward or 0.0) > 0 for rollout in rollouts]
     for ppo_epoch in range(ppo.ppo_epochs):
         for part in minibatches(len(rollouts), ppo.minibatches, config.run.seed, 1, ppo_epoch):
-            num_tokens = sum(int(sampled(rollouts[i]).sum()) for i in part)
-            for _ in range(ppo.critic.updates_per_actor_update):
-                errors = [(critic.model(rollouts[i]) - returns[i]).square().sum() for i in part]
-                critic.step(0.5 * torch.stack(errors).sum() / num_tokens)
-            num_positive = sum(int(sampled(rollouts[i]).sum()) for i in part if good[i])
+            finished = [i for i in part if not rollouts[i].unfinished]
+            num_finished = sum(int(sampled(rollouts[i]).sum()) for i in finished)
+            for _ in range(ppo.critic.updates_per_actor_update if finished else 0):
+                errors = [(critic.model(rollouts[i]) - returns[i]).square().sum() for i in finished]
+                critic.step(0.5 * torch.stack(errors).sum() / num_finished)
+            num_tokens = sum(int(sampled(rollouts[i]).sum()) - rollouts[i].num_trained for i in part)
+            num_positive = sum(int(sampled(rollouts[i]).sum()) - rollouts[i].num_trained for i in part if good[i])
             loss = torch.tensor(0.0)
             for i in part:
                 logprobs = logprobs_of(actor.model, rollouts[i], temperature)
@@ -142,9 +145,9 @@ def reference_update(
                     surrogate = torch.minimum(ratio * advantages[i], ratio.clamp(low, high) * advantages[i])
                 difference = reference[i] - logprobs
                 k3 = difference.exp() - 1 - difference
-                loss = loss + (-surrogate + ppo.loss.kl_coef * k3).sum() / num_tokens
+                loss = loss + (-surrogate + ppo.loss.kl_coef * k3)[new[i]].sum() / num_tokens
                 if good[i]:
-                    loss = loss - ppo.loss.positive_lm_coef * logprobs.sum() / num_positive
+                    loss = loss - ppo.loss.positive_lm_coef * logprobs[new[i]].sum() / num_positive
             actor.step(loss)
     with torch.no_grad():
         return {

@@ -23,10 +23,10 @@ from megatron_vcppo.stages.advantage_batch import AdvantageBatch, compute_advant
 from megatron_vcppo.stages.ppo_models import token_outputs
 from megatron_vcppo.stages.share_exchange import share_out
 from megatron_vcppo.stages.training_losses import bounded
-from megatron_vcppo.stages.updates import Updater
+from megatron_vcppo.stages.updates import Updater, minibatches
 from tools.benchmarks._tiny_models import VOCAB_SIZE, save_tiny_model
 
-MAX_TOKENS = 24
+MAX_TOKENS, RUN_SEED = 24, 3
 SIZES: dict[str, Any] = {"num_hidden_layers": 2}
 HEAD = torch.randn(64, generator=torch.Generator().manual_seed(5)) * 0.1
 
@@ -35,7 +35,7 @@ def make_config(folder: Path, ppo: dict[str, Any], **sections: Any) -> Config:
     # A large eps: the division by the root of tiny second moments would magnify float32 noise in the weights.
     optimizer = {"lr": 5e-4, "weight_decay": 0.1, "beta1": 0.8, "eps": 1e-5}
     base = {
-        "run": {"dir": str(folder), "seed": 3},
+        "run": {"dir": str(folder), "seed": RUN_SEED},
         "model": {"hf": str(folder), "dtype": "float32", "max_length": 64},
         "sft": {"train": ""},
         "prompts": {"train": ""},
@@ -88,6 +88,17 @@ def with_observations(rollouts: list[Rollout]) -> list[Rollout]:
         for start, end in spans:
             logprobs[start:end] = [0.0] * (end - start)
         found.append(replace(rollout, observations=tuple(spans), rollout_logprobs=logprobs))
+    return found
+
+
+def in_windows(rollouts: list[Rollout]) -> list[Rollout]:
+    """The same, of which some are unfinished and some are continued; one minibatch of two has no finished response."""
+    finished = set(minibatches(len(rollouts), 2, RUN_SEED, 1, 0)[0])
+    found = []
+    for i, rollout in enumerate(rollouts):
+        num_trained = len(rollout.response_ids) // 2 if i % 3 else 0
+        unfinished = {} if i in finished and i % 4 else {"finish_reason": "window", "reward": None}
+        found.append(replace(rollout, num_trained=num_trained, **unfinished))  # type: ignore[arg-type]
     return found
 
 

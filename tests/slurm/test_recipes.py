@@ -32,6 +32,7 @@ METHODS = {
     "dapo": ["ppo", "export", "evaluate"],
     "grpo": ["sft", "ppo", "export", "evaluate"],
     "sao": ["sft", "value_pretrain", "ppo", "export", "evaluate"],
+    "tppo": ["sft", "reward_model", "value_pretrain", "ppo", "export", "evaluate"],
 }
 """Recipes next to VC-PPO's, with the stages of their chains."""
 

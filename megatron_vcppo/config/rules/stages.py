@@ -139,6 +139,30 @@ def ppo(config: Config) -> Iterator[str]:
         )
 
 
+def windows(config: Config) -> Iterator[str]:
+    """What needs whole responses, or whole groups of them, does not go with responses in windows."""
+    settings, model = config.ppo, config.rewards.model
+    if "ppo" not in config.stages or settings.window_tokens is None:
+        return
+    excluded: dict[str, tuple[object, object, str]] = {
+        "ppo.advantage.baseline": (settings.advantage.baseline, "critic", "compares whole groups"),
+        "ppo.advantage.explained_variance_gate": (
+            settings.advantage.explained_variance_gate,
+            False,
+            "replaces advantages by returns, which unfinished responses do not have",
+        ),
+        "ppo.dynamic_sampling": (settings.dynamic_sampling, False, "compares whole groups"),
+        "ppo.staleness": (settings.staleness, 0, "takes whole groups from a queue"),
+        "rewards.model.path": (model.path, None, "scores whole responses"),
+        "rewards.model.stage": (model.stage, None, "scores whole responses"),
+        "rollout.stop": (config.rollout.stop, [], "would miss a text that two windows share"),
+        "prompts.tools": (config.prompts.tools, {}, "calls tools between the turns of whole responses"),
+    }
+    for key, (value, off, reason) in excluded.items():
+        if value != off:
+            yield f"ppo.window_tokens {settings.window_tokens} cannot be combined with {key} {value}, which {reason}"
+
+
 def model_reward(config: Config) -> Iterator[str]:
     """One reward model, which reads what it was made for."""
     model = config.rewards.model
@@ -209,6 +233,7 @@ CHAIN_RULES = (
     values,
     value_pretrain,
     ppo,
+    windows,
     model_reward,
     adaptive_kl,
     evaluation,

@@ -108,6 +108,9 @@ class PpoConfig:
     partial_rollouts: bool = False
     """With staleness: no iteration waits for a response that is due; it continues under newer weights and comes when it
     is finished. Needs weight_sync.pause keep."""
+    window_tokens: PositiveInt | None = None
+    """T-PPO: tokens that each response is given per iteration. What is not finished then is trained on as far as it is,
+    and continued in the next iteration; the critic learns from finished responses. null: whole responses."""
     dynamic_sampling: bool = False
     """DAPO: drop prompts whose responses all got the same reward and sample other prompts in their place."""
     dynamic_sampling_rounds: PositiveInt = 5

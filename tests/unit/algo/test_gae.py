@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_vcppo.algo.advantages import bootstrap_of_unfinished
 from megatron_vcppo.algo.gae import decoupled_gae, gae_reference
 from megatron_vcppo.algo.masked import last_valid
 
@@ -25,6 +26,8 @@ def cases(draw):
     options: dict[str, Any] = {"gamma": draw(rates), "lam_actor": draw(rates), "lam_critic": draw(rates)}
     if draw(st.booleans()):
         options["lam_actor"] = torch.rand(num_rows, generator=generator)
+    if draw(st.booleans()):
+        options["bootstrap_values"] = torch.randn(num_rows, generator=generator)
     return rewards, values, mask, options
 
 
@@ -117,6 +120,27 @@ def test_terminal_reward_decays_with_lambda():
     assert (returns == 1).all()
 
 
+def test_extended_gae_by_hand():
+    """γ 1, λ 0.5: a finished response, and an unfinished one with V(s_3) = V(s_2), whose last error is 0."""
+    values, mask = torch.tensor([[0.25, 0.5, 0.75], [0.25, 0.5, 0.75]]), torch.ones(2, 3, dtype=torch.bool)
+    rewards = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    bootstrap_values = bootstrap_of_unfinished(values, mask, torch.tensor([False, True]))
+    assert bootstrap_values.tolist() == [0.0, 0.75]
+    advantages, returns = decoupled_gae(
+        rewards=rewards, values=values, mask=mask, gamma=1.0, lam_actor=0.5, lam_critic=1.0,
+        bootstrap_values=bootstrap_values,
+    )  # fmt: skip
+    # Errors: 0.25, 0.25 and 1 - 0.75; then 0.25, 0.25 and 0.75 - 0.75.
+    assert advantages.tolist() == [[0.25 + 0.125 + 0.0625, 0.25 + 0.125, 0.25], [0.25 + 0.125, 0.25, 0.0]]
+    assert returns.tolist() == [[1.0, 1.0, 1.0], [0.75, 0.75, 0.75]]
+
+
+def test_the_bootstrap_value_is_that_of_the_last_valid_token():
+    values = torch.tensor([[1.0, 2.0, torch.nan], [3.0, torch.nan, 4.0], [torch.nan, torch.nan, torch.nan]])
+    found = bootstrap_of_unfinished(values, ~values.isnan(), torch.tensor([True, True, True]))
+    assert found.tolist() == [2.0, 4.0, 0.0]
+
+
 def test_long_rows_cross_blocks():
     """Rows of several kernel blocks, blocks without any valid token among them, against the oracle."""
     rewards, values, mask = _dense(3, 1100)
@@ -179,6 +203,7 @@ def test_cuda_is_the_oracle():
     rewards, values, mask = _dense(3, 1100)
     mask[0, 200:900], mask[1, ::3] = False, False
     options: dict[str, Any] = {"gamma": 0.999, "lam_actor": 0.95, "lam_critic": 1.0}
+    options["bootstrap_values"] = torch.tensor([0.0, 0.5, -2.0])
     got = decoupled_gae(rewards=rewards.cuda(), values=values.cuda(), mask=mask.cuda(), **options)
     for a, b in zip(got, gae_reference(rewards=rewards, values=values, mask=mask, **options)):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-9, atol=1e-9)

@@ -8,6 +8,7 @@ import pytest
 from megatron_vcppo.commands import rollouts as command
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.records import Prompt, Rollout, RolloutPart
+from megatron_vcppo.report.samples import choose
 from megatron_vcppo.run.rollout_store import (
     write_rollouts,
 )
@@ -42,6 +43,16 @@ def test_a_reward_models_score_is_shown_and_ranks_equal_rewards() -> None:
     rollouts = [replace(make_rollout(i, reward=1.0), model_score=score) for i, score in enumerate((0.5, -1.25, 3.0))]
     assert [rollout.sample_index for rollout in command.worst(rollouts, 3)] == [1, 0, 2]
     assert "reward 1 (correct), score -1.250, 3 tokens" in next(command.describe(rollouts[1]))
+
+
+def test_unfinished_responses_are_counted_and_are_not_the_worst() -> None:
+    rollouts = [make_rollout(0, 1.0), replace(make_rollout(1), finish_reason="window"), make_rollout(2, -1.0)]
+    assert [rollout.sample_index for rollout in command.worst(rollouts, 3)] == [2, 0]
+    assert "3 rollouts, mean reward 0.000, mean length 3.0, 0.0% truncated at the token limit, 1 unfinished, " in (
+        command.summary(rollouts)
+    )
+    samples = choose("ppo", 1, rollouts)
+    assert samples.num_rollouts == 2 and {rollout.sample_index for _, rollout in samples.chosen} == {0, 2}
 
 
 def test_what_a_tool_wrote_is_counted_apart() -> None:

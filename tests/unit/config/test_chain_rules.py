@@ -54,6 +54,34 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"ppo": {"dynamic_sampling": True, "staleness": 1}, "rollout": {"num_samples": 2}},
         "ppo.staleness 1 cannot be combined with ppo.dynamic_sampling",
     ),
+    "windows of groups": (
+        {"ppo": {"window_tokens": 8, "advantage": {"baseline": "grpo"}}, "rollout": {"num_samples": 4}},
+        "ppo.window_tokens 8 cannot be combined with ppo.advantage.baseline grpo, which compares whole groups",
+    ),
+    "windows and staleness": (
+        {"ppo": {"window_tokens": 8, "staleness": 1}},
+        "ppo.window_tokens 8 cannot be combined with ppo.staleness 1, which takes whole groups from a queue",
+    ),
+    "windows and the gate": (
+        {"ppo": {"window_tokens": 8, "advantage": {"explained_variance_gate": True}}},
+        "ppo.window_tokens 8 cannot be combined with ppo.advantage.explained_variance_gate True, which replaces",
+    ),
+    "windows and dynamic sampling": (
+        {"ppo": {"window_tokens": 8, "dynamic_sampling": True}, "rollout": {"num_samples": 2}},
+        "ppo.window_tokens 8 cannot be combined with ppo.dynamic_sampling True, which compares whole groups",
+    ),
+    "windows and a reward model": (
+        {"ppo": {"window_tokens": 8}, "rewards": {"model": {"path": "x"}}},
+        "ppo.window_tokens 8 cannot be combined with rewards.model.path x, which scores whole responses",
+    ),
+    "windows and stop texts": (
+        {"ppo": {"window_tokens": 8}, "rollout": {"stop": ["END"]}},
+        "ppo.window_tokens 8 cannot be combined with rollout.stop ['END'], which would miss a text",
+    ),
+    "windows and tools": (
+        {"ppo": {"window_tokens": 8}, "prompts": {"tools": {"tool_sum": "calculator"}}},
+        "ppo.window_tokens 8 cannot be combined with prompts.tools {'tool_sum': 'calculator'}, which calls tools",
+    ),
     "partial rollouts that end at every push": (
         {"ppo": {"partial_rollouts": True, "staleness": 2}},
         "ppo.partial_rollouts needs ppo.staleness > 0 and weight_sync.pause keep, got 2 and drain",

@@ -88,6 +88,10 @@ def test_generation_is_bounded_by_memory_compute_and_the_fixed_part_of_a_step(mo
     tail = load(model, "hardware.response_tokens=1024")[1]
     alone = generation_s(arch, tail, 200) - generation_s(arch, short, 200)
     assert alone == pytest.approx((14336 - 1024) * step_s(arch, tail, 1)), "the longest response goes on alone"
+    assert generation_s(arch, tail, 200, 14336) == generation_s(arch, tail, 200)
+    limited = generation_s(arch, tail, 200) - generation_s(arch, tail, 200, 2048)
+    assert limited == pytest.approx((14336 - 2048) * step_s(arch, tail, 1)), "nobody waits for more than a window"
+    assert generation_s(arch, config, 8192, 7168) < 0.6 * base, "half of each response"
     fixed = load(model, "hardware.step_ms=1000")[1]
     steps = config.rollout.max_tokens * (8192 / 4) / 112
     assert generation_s(arch, fixed, 8192) - base == pytest.approx(steps * 0.995)

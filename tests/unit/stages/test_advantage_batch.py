@@ -179,6 +179,40 @@ def test_reward_statistics() -> None:
     }
 
 
+def in_windows(*unfinished: int) -> RolloutShare:
+    """Of the four responses; the last was begun in an iteration before, in which it got two tokens."""
+    rollouts = rollouts_of()
+    for index in unfinished:
+        rollouts[index] = replace(rollouts[index], finish_reason="window", reward=None)
+    rollouts[3] = replace(rollouts[3], num_trained=2)
+    return RolloutShare.whole(rollouts)
+
+
+def test_statistics_are_those_of_finished_responses() -> None:
+    """Of 5, 3, 8 and 6 tokens the first is unfinished."""
+    config, batch = make_config(), in_windows(0)
+    config.returns.overlong_penalty_tokens, config.ppo.advantage.whiten = 4, False
+    values = values_of(batch)
+    found, metrics = advantages_of(config, batch, values), advantages_of(config, batch, values).metrics
+    assert found.mask.tolist() == [True] * 16 + [False] * 2 + [True] * 4
+    assert metrics["rollout/accuracy"] == pytest.approx(1 / 3)
+    assert (metrics["rollout/length_mean"], metrics["rollout/truncated_share"]) == pytest.approx((17 / 3, 1 / 3))
+    assert metrics["rollout/unfinished_share"] == metrics["rollout/continued_share"] == 0.25
+    assert metrics["rollout/trained_before_share"] == pytest.approx(2 / 22)
+    assert torch.equal(found.returns[:5], values[4].expand(5)), "the critic's opinion, and no penalty"
+    of_others = RolloutShare.whole(rollouts_of()[1:])
+    expected = advantages_of(config, of_others, values[5:]).metrics
+    for name in ("critic/explained_variance", "critic/value_mean", "actor/advantage_mean", "actor/terminal_share"):
+        assert metrics[name] == pytest.approx(expected[name]), name
+
+
+def test_a_batch_without_a_finished_response_trains_the_actor() -> None:
+    found = advantages_of(make_config(), in_windows(0, 1, 2, 3), values_of(batch_of()))
+    assert bool(found.advantages[found.mask].isfinite().all()) and float(found.advantages.abs().max()) > 0
+    assert found.metrics["rollout/unfinished_share"] == 1.0 and not found.profiles
+    assert not {"rollout/accuracy", "rollout/length_mean", "critic/explained_variance"} & found.metrics.keys()
+
+
 def test_answers_without_a_verdict_are_counted() -> None:
     verdicts = ("correct", "timeout: 10 s", "error: ZeroDivisionError: division by zero", "error: it died")
     rollouts = [replace(r, verdict=verdict) for r, verdict in zip(rollouts_of(), verdicts, strict=True)]
