@@ -61,3 +61,15 @@ def test_a_response_longer_than_a_lowered_limit_gets_its_last_token(tmp_path: Pa
     )
     item = make_client(tmp_path, max_tokens=3).plan_window(0, PROMPT, 0, 1, begun, 4)
     assert (item.request.max_tokens, item.rest) == (1, 0)
+
+
+def test_windows_ask_only_for_the_experts_that_are_missing(tmp_path: Path) -> None:
+    """One byte for a token: 3 of the prompt and 2 sampled ones, of which the last has none yet; then it and one more."""
+    client = make_client(tmp_path, max_tokens=10)
+    begun = client.plan_window(0, PROMPT, 0, 1, None, 2).rollout(
+        Response(0, [5, 6], [-1.0] * 2, "length", 0, routed_experts=b"abcd"), client.decode
+    )
+    second = client.plan_window(0, PROMPT, 0, 1, begun, 2)
+    assert second.request.num_routed == 4
+    done = second.rollout(Response(0, [7, 8], [-1.0] * 2, "stop", 1, routed_experts=b"ef"), client.decode)
+    assert done.routed_experts == b"abcdef", "of 7 tokens all but the last"
