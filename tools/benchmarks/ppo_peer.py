@@ -2,10 +2,10 @@
 
 The same Hugging Face model as actor, one of the same size as critic, the same prompts (token ids), response lengths,
 PPO epochs and minibatches, float32, the same cores; ``--case`` chooses sizes and lengths. Ours runs on the layout that
-suits few cores, a replica on each (``--set`` changes it). TRL gets its own environment, made at the first call, and is
-measured with each requested number of threads; its best counts. Rounds alternate between the sides; the first
-iteration of each run, which compiles and connects, is not counted. The machine must be idle: where another process
-takes a core, TRL's threads wait for each other and it falls behind by far more than its share.
+suits few cores, a replica and an engine on each (``--set`` changes it). TRL gets its own environment, made at the first
+call, and is measured with each requested number of threads; its best counts. Rounds alternate between the sides; the
+first iteration of each run, which compiles and connects, is not counted. The machine must be idle: where another
+process takes a core, TRL's threads wait for each other and it falls behind by far more than its share.
 """
 
 import argparse
@@ -144,7 +144,7 @@ def make_task(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
 
 
 def ours(args: argparse.Namespace, folder: Path, hf: Path, prompts: Path) -> list[dict[str, float]]:
-    """The demo's ppo stage, without the stages before it, on a replica per core, one micro-batch per minibatch."""
+    """The demo's ppo stage, without the stages before it, with a replica and an engine per core."""
     run_folder = Path(tempfile.mkdtemp(prefix="run_", dir=folder))
     settings = {
         "run.dir": run_folder,
@@ -157,6 +157,7 @@ def ours(args: argparse.Namespace, folder: Path, hf: Path, prompts: Path) -> lis
         "rollout.max_tokens": args.new_tokens,
         "rollout.ignore_eos": not args.until_eos,
         "rollout.engine.max_num_seqs": args.batch,
+        "rollout.engine.per_node": args.cores,  # most of a small model's step is Python, on one core
         "model.max_length": args.new_tokens + 128,
         "ppo.critic.init": "random_head",
         "ppo.optimizer.lr": LEARNING_RATE,
