@@ -33,6 +33,7 @@ def measured_model(folder: Path) -> Architecture:
     [
         ("sft", {}, 1.56, 2.35),
         ("sft", {"tp": 2}, 0.79, 1.24),
+        ("sft", {"tp": 2, "sequence_parallel": True}, 0.80, 1.20),
         ("sft", {"pp": 2}, 0.80, 1.37),
         ("sft", {"dp": 2, "distributed_optimizer": True}, 1.18, 1.96),
         ("sft", {"recompute": "full"}, 1.56, 1.81),
