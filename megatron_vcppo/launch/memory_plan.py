@@ -108,13 +108,14 @@ def layer_activations(arch: Architecture, config: Config) -> tuple[float, float]
 
     Attention keeps its projection's output, the rotated queries and keys, its own output and the copy that the next
     projection reads. Each norm keeps its input and output, the gated MLP both halves and their product. Where torch's
-    own operations take the place of Transformer Engine's kernels, each norm keeps one tensor more, the MLP two.
+    own operations take the place of Transformer Engine's kernels, the MLP keeps two tensors more, and each norm one,
+    except in float32 (layers.RMSNorm).
     In a layer with experts each token passes through some of them, to each of which it is copied and from which it
     comes back, twice (in the rank's order of tokens and in the experts'); the router keeps its logits and weights in
     float32. That is for an even load, which the fullest rank exceeds.
     """
-    parallel = config.parallel
-    norms, mlp = (4, 3) if config.cluster.gpus_per_node else (6, 5)
+    parallel, fused = config.parallel, config.cluster.gpus_per_node > 0
+    norms, mlp = 4 if fused or config.model.dtype == "float32" else 6, 3 if fused else 5
     norms *= 2 if arch.norms == "both" else 1
     hidden = arch.hidden_size / (parallel.tp if parallel.sequence_parallel else 1)
     feed_forward: float = mlp * arch.ffn_size
@@ -161,8 +162,11 @@ def plan_of_rank(arch: Architecture, config: Config, stage: str, pp_rank: int) -
     tokens = max(parallel.tokens_per_microbatch, config.model.max_length) / parallel.cp
     layers, at_once = stage_layers(arch.num_layers, parallel.pp, parallel.ends)[pp_rank], parallel.pp - pp_rank
     given, kept = layer_activations(arch, config)
-    # Logits and their gradient; then that gradient and the one of the output layer, in the weights' type.
-    logits = max(2 * tokens, tokens + (arch.hidden_size if lora.rank is None else 0)) * arch.vocab_size / parallel.tp
+    # Logits and their gradient, which a CPU writes over them; then that and the gradient of the output layer, in the
+    # weights' type.
+    gradient = tokens if config.cluster.gpus_per_node else 0
+    output_weight = arch.hidden_size if lora.rank is None else 0
+    logits = (tokens + max(gradient, output_weight)) * arch.vocab_size / parallel.tp
     if "actor" not in trained or pp_rank < parallel.pp - 1:
         logits = 0.0
     if lora.rank is not None:  # what is between the two matrices, before and after the ranks' exchange

@@ -80,8 +80,30 @@ class RMSNorm(torch.nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden_size] -> the same."""
         if not self.centered:
-            return super().forward(x)
+            on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+            return _RMSNormOnCPU.apply(x, self.weight, self.eps) if on_cpu else super().forward(x)
         return F.rms_norm(x.float(), x.shape[-1:], 1 + self.weight.float(), self.eps).type_as(x)
+
+
+class _RMSNormOnCPU(torch.autograd.Function):
+    """torch's own has no kernel on the CPU: its backward pass is a dozen operations, and takes 3 times as long.
+
+    With r = 1 / sqrt(mean x² + eps): y = x r w, ∂/∂w = Σ g x r, ∂/∂x = r (g w - x r² mean(g w x)).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        products = (grad * x).flatten(0, -2)
+        mean = products.mv(weight).view_as(scale).div_(x.shape[-1])
+        grad_x = (grad * weight).mul_(scale).addcmul_(x, mean.mul_(scale**3), value=-1)
+        return grad_x, products.t().mv(scale.flatten()), None
 
 
 class WideRMSNorm(MegatronModule):

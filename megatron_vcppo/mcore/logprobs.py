@@ -19,6 +19,7 @@ def vocab_parallel_logprobs(
     vocab_size: columns beyond it (padding for tensor parallelism) get no probability.
     temperature: logits are divided by it first, as the sampler does.
     Returns (logprobs [T], entropy [T]) in float32, differentiable in logits: two all-reduces forward, none backward.
+    On a CPU the backward pass, of which there can be one, writes the gradient over the logits.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     first = dist.get_rank(group) * logits.shape[1]

@@ -36,6 +36,7 @@ def build_optimizer(model: DistributedDataParallel, config: OptimizerConfig) -> 
     apply_settings(optimizer, config)
     for chained in chained_optimizers(optimizer):
         _number_float32_parameters(chained)
+        _fuse_on_cpu(chained)
     _make_adamw_states(optimizer)
     return optimizer
 
@@ -64,6 +65,13 @@ def _number_float32_parameters(optimizer: Any) -> None:
     for index, (wide, narrow) in enumerate(groups):
         for order, parameter in enumerate([*wide, *narrow]):
             optimizer.model_param_group_index_map[parameter] = (index, order)
+
+
+def _fuse_on_cpu(optimizer: Any) -> None:
+    """One pass over memory per parameter instead of a dozen. torch's AdamW, which Megatron makes without the option."""
+    for group in optimizer.optimizer.param_groups:
+        if not HAVE_APEX_OR_TE and all(p.device.type == "cpu" for p in group["params"]):
+            group["fused"], group["foreach"] = True, False
 
 
 def _make_adamw_states(optimizer: MegatronOptimizer) -> None:

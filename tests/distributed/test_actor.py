@@ -149,7 +149,8 @@ def test_gradients_equal_transformers(tmp_path: Path, options: dict, layout: dic
     )
     assert ours["loss"][0] == pytest.approx(loss.item(), abs=1e-5)
     assert ours["grad_norm"][0] == pytest.approx(grad_norm, abs=1e-4)
-    assert (torch.tensor(ours["logprobs"]) - new).abs().max() <= 1e-4
+    # Adam's first step is the gradient's sign times the learning rate: rounding shows where a gradient is almost 0.
+    assert (torch.tensor(ours["logprobs"]) - new).abs().max() <= 3e-4
 
 
 LAYOUTS: dict[str, ParallelConfig] = {

@@ -1,9 +1,10 @@
-"""PPO stages whose responses have given lengths with a long tail, each side on a core of its own if wanted.
+"""PPO stages whose responses have given lengths, each side on a core of its own if wanted.
 
 As a module it is both roles of such a stage: the project's own ones, after the settings in RUN/long_tail.json.
 """
 
 import json
+import math
 import os
 import random
 import sys
@@ -34,10 +35,14 @@ class Lengths:
     share: float
     pinned: bool
     """Engines on the first core of this process, the trainer on the second."""
+    longest: int | None = None
+    """If it is set, there is no such tail: every token is the last with a chance of 1 in ``mean``, up to this many."""
 
     def of(self, seed: int) -> int:
         """The length of the response with this sampling seed."""
         chance = random.Random(seed)
+        if self.longest is not None:
+            return min(self.longest, math.ceil(chance.expovariate(1 / self.mean)))
         return TAIL * self.mean if chance.random() < self.share else chance.randint(self.mean // 2, 3 * self.mean // 2)
 
 

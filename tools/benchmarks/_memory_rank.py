@@ -1,5 +1,6 @@
 """One rank of the memory benchmark: builds the models of a stage, trains two steps, returns the bytes that it held."""
 
+import gc
 import os
 from typing import Any
 
@@ -40,6 +41,7 @@ def measure(rank: int, config: Any, stage: str) -> tuple[int, int]:
 
     warm_up = build_actor(arch, config.model, parallel)  # libraries allocate at their first use
     del warm_up
+    gc.collect()  # adapters and their layers refer to each other
     before = status_bytes("VmRSS")
     settings = (parallel, OptimizerConfig(), ScheduleConfig(), 2)
     trained, frozen = models_of(config, stage)

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
     TrainerCallback,
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
@@ -50,6 +53,32 @@ class TokenReward(nn.Module):
         def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
             """input_ids: [B, T]."""
             return SimpleNamespace(hidden_states=(input_ids.remainder(2).mul(2).sub(1).float()[..., None],))
+
+
+class EndAt(LogitsProcessor):
+    """The end token is chosen as the last one of each response's given length, and not before."""
+
+    def __init__(self, lengths: list[int], prompt_tokens: int, eos_token_id: int) -> None:
+        self.lengths, self.prompt_tokens, self.eos_token_id = torch.tensor(lengths), prompt_tokens, eos_token_id
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids: [B, T] so far; scores: [B, vocabulary]."""
+        last = self.lengths <= input_ids.shape[1] - self.prompt_tokens + 1
+        scores[last] = -torch.inf
+        scores[:, self.eos_token_id] = torch.where(last, 0.0, -torch.inf)
+        return scores
+
+
+def ending_at(generate: Callable[..., Any], lengths: list[int], eos_token_id: int) -> Callable[..., Any]:
+    """A model's ``generate`` whose responses have these lengths, batch after batch."""
+    left = iter(lengths)
+
+    def generate_lengths(*, input_ids: Tensor, **options: Any) -> Any:
+        batch = [next(left) for _ in input_ids]
+        ends = LogitsProcessorList([EndAt(batch, input_ids.shape[1], eos_token_id)])
+        return generate(input_ids=input_ids, logits_processor=ends, **options)
+
+    return generate_lengths
 
 
 class Clock(TrainerCallback):
@@ -100,6 +129,8 @@ def train(job: dict[str, Any]) -> Clock:
     torch.set_num_threads(job["threads"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
     policy = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    if job["lengths"]:
+        policy.generate = ending_at(policy.generate, job["lengths"], tokenizer.eos_token_id)
     value = AutoModelForSequenceClassification.from_pretrained(job["model"], dtype=torch.float32, num_labels=1)
     config = PPOConfig(
         output_dir=job["folder"],

@@ -1,13 +1,15 @@
 """PPO iterations of ``vcppo run`` compared with TRL's PPOTrainer on CPU: samples/s of both, per phase, and their ratio.
 
 The same Hugging Face model as actor, one of the same size as critic, the same prompts (token ids), response lengths,
-PPO epochs and minibatches, float32, the same cores. TRL gets its own environment, made at the first call, and is
-measured with each requested number of threads; its best counts. Rounds alternate between the sides; the first
-iteration of each run, which compiles and connects, is not counted. The machine must be idle: where another process
-takes a core, TRL's threads wait for each other and it falls behind by far more than its share.
+PPO epochs and minibatches, float32, the same cores; ``--case`` chooses sizes and lengths. Ours runs on the layout that
+suits few cores, a replica and an engine on each (``--set`` changes it). TRL gets its own environment, made at the first
+call, and is measured with each requested number of threads; its best counts. Rounds alternate between the sides; the
+first iteration of each run, which compiles and connects, is not counted. The machine must be idle: where another
+process takes a core, TRL's threads wait for each other and it falls behind by far more than its share.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -22,7 +24,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vcppo.run.metrics_log import read_metrics
+from tools.benchmarks._long_tail import Lengths, run_stage
 
+CASES: dict[str, dict[str, int]] = {
+    "small": {"width": 64, "head_size": 32, "layers": 2, "batch": 128, "new_tokens": 130},
+    "eos": {"width": 512, "head_size": 64, "layers": 5, "batch": 32, "new_tokens": 384},
+    "tail": {"width": 64, "head_size": 32, "layers": 2, "batch": 128, "new_tokens": 800},
+}
+"""Sizes of model and batch. small: 0.15 M parameters, all responses as long; eos: 21 M; tail: as small."""
+LENGTHS = {
+    "eos": Lengths(mean=128, share=0.0, pinned=False, longest=384),
+    "tail": Lengths(mean=80, share=0.01, pinned=False),
+}
+"""Of responses, on both sides, in the cases that have given ones."""
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "requirements-cpu.lock"
 PACKAGES = ("torch", "transformers", "datasets", "accelerate==1.15.0", "trl==1.12.0")
@@ -35,12 +49,20 @@ TIMEOUT_S = 3600.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Environment, model, lengths."""
+    parser.add_argument(
+        "--case",
+        choices=list(CASES),
+        default="small",
+        help="small: 0.15 M parameters, responses of one length; eos: 21 M parameters, responses that end after 128 "
+        "tokens on average, at most 384; tail: 0.15 M, 1 %% of the responses ten times as long as the mean (small)",
+    )
     parser.add_argument("--environment", type=Path, default=ROOT / ".venv-trl", help="TRL's; made if it is not there")
     parser.add_argument("--hf", type=Path, help="folder of a Hugging Face model; default: the demo's base model")
-    parser.add_argument("--width", type=int, default=64, help="of the model that is made without --hf (64)")
-    parser.add_argument("--layers", type=int, default=2, help="of the model that is made without --hf (2)")
-    parser.add_argument("--batch", type=int, default=128, help="rollouts per iteration (128)")
-    parser.add_argument("--new-tokens", type=int, default=130, help="tokens of every response (130)")
+    parser.add_argument("--width", type=int, help="of the model that is made without --hf; default: the case's")
+    parser.add_argument("--head-size", type=int, help="of that model; default: the case's")
+    parser.add_argument("--layers", type=int, help="of that model; default: the case's")
+    parser.add_argument("--batch", type=int, help="rollouts per iteration; default: the case's")
+    parser.add_argument("--new-tokens", type=int, help="tokens of the longest response; default: the case's")
     parser.add_argument("--until-eos", action="store_true", help="responses end at the end token: needs a trained --hf")
     parser.add_argument("--minibatches", type=int, default=4)
     parser.add_argument("--ppo-epochs", type=int, default=1)
@@ -53,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One case per side and round, then the ratios."""
+    for name, value in CASES[args.case].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     python = make_environment(args.environment)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     with tempfile.TemporaryDirectory(prefix="bench_ppo_peer_") as name:
@@ -111,23 +136,28 @@ def make_environment(folder: Path) -> Path:
 def make_task(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     """Model and prompts, each to be used once: their paths."""
     count = str((args.iterations + 1) * args.batch)
-    sizes = ["--width", str(args.width), "--layers", str(args.layers)]
+    sizes = [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in ("width", "head_size", "layers")]
+    sizes.append(f"--max-length={max(1024, args.new_tokens + 128)}")
     rows = ["--demonstrations", "1", "--validation", "1", "--test", "1", "--prompts", count]
     _vcppo(["make-task", "--out", str(folder), *sizes, *rows], folder.with_suffix(".log"))
     return args.hf or folder / "base_model", folder / "prompts_train.jsonl"
 
 
 def ours(args: argparse.Namespace, folder: Path, hf: Path, prompts: Path) -> list[dict[str, float]]:
-    """The demo's ppo stage, without the stages before it."""
+    """The demo's ppo stage, without the stages before it, with a replica and an engine per core."""
     run_folder = Path(tempfile.mkdtemp(prefix="run_", dir=folder))
     settings = {
         "run.dir": run_folder,
         "stages": "[ppo]",
+        "parallel.pp": 1,
+        "parallel.dp": args.cores,
+        "parallel.tokens_per_microbatch": 4096,
         "model.hf": hf,
         "prompts.train": prompts,
         "rollout.max_tokens": args.new_tokens,
         "rollout.ignore_eos": not args.until_eos,
         "rollout.engine.max_num_seqs": args.batch,
+        "rollout.engine.per_node": args.cores,  # most of a small model's step is Python, on one core
         "model.max_length": args.new_tokens + 128,
         "ppo.critic.init": "random_head",
         "ppo.optimizer.lr": LEARNING_RATE,
@@ -138,8 +168,12 @@ def ours(args: argparse.Namespace, folder: Path, hf: Path, prompts: Path) -> lis
         "ppo.ppo_epochs": args.ppo_epochs,
         "ppo.checkpoint.save_every": 1_000_000,
     }
-    overrides = [f"{key}={value}" for key, value in settings.items()] + args.set
-    _vcppo(["run", str(ROOT / "configs" / "demo" / "vcppo.yaml"), *overrides], run_folder.with_suffix(".log"))
+    if args.case in LENGTHS:
+        with contextlib.redirect_stdout(sys.stderr):  # one JSON line per case
+            run_stage(run_folder, LENGTHS[args.case], settings, args.set)
+    else:
+        overrides = [f"{key}={value}" for key, value in settings.items()] + args.set
+        _vcppo(["run", str(ROOT / "configs" / "demo" / "vcppo.yaml"), *overrides], run_folder.with_suffix(".log"))
     iterations = []
     for record in read_metrics(run_folder / "ppo"):
         seconds = {name[5:-2]: value for name, value in record.items() if name.startswith("time/")}
@@ -161,7 +195,9 @@ def theirs(
         "prompts": [prompt.token_ids for prompt in loaded],
         "threads": threads,
         "learning_rate": LEARNING_RATE,
-        **{key: getattr(args, key) for key in ("batch", "new_tokens", "until_eos", "minibatches", "ppo_epochs")},
+        "lengths": [LENGTHS[args.case].of(seed) for seed in range(len(loaded))] if args.case in LENGTHS else None,
+        "until_eos": args.until_eos or args.case in LENGTHS,
+        **{key: getattr(args, key) for key in ("batch", "new_tokens", "minibatches", "ppo_epochs")},
     }
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
     environment.pop("PYTHONPATH", None)

