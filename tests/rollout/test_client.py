@@ -64,7 +64,7 @@ def test_a_response_longer_than_a_lowered_limit_gets_its_last_token(tmp_path: Pa
 
 
 def test_windows_ask_only_for_the_experts_that_are_missing(tmp_path: Path) -> None:
-    """One byte for a token: 3 of the prompt and 2 sampled ones, of which the last has none yet; then it and one more."""
+    """One byte for a token: 3 of the prompt and 2 sampled ones, of which the last has none yet; then two more."""
     client = make_client(tmp_path, max_tokens=10)
     begun = client.plan_window(0, PROMPT, 0, 1, None, 2).rollout(
         Response(0, [5, 6], [-1.0] * 2, "length", 0, routed_experts=b"abcd"), client.decode
