@@ -113,7 +113,8 @@ class Rollout:
             rollout_logprobs=array("f", [*self.rollout_logprobs, *later.rollout_logprobs]),
             policy_version=self.policy_version,
             version_changes=(*self.version_changes, *changes),
-            routed_experts=self.routed_experts + later.routed_experts,
+            # Of a continuation without routing replay nothing is known, and a part of them would be taken for all.
+            routed_experts=self.routed_experts + later.routed_experts if later.routed_experts else b"",
             num_trained=start,
         )
 

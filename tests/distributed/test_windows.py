@@ -78,6 +78,7 @@ def make_session(folder: Path, config: Config) -> RolloutSession:
     session.runtime = runtime.start(ParallelConfig(), seed=1, timeout_s=60)
     session.folder, session.is_leader, session.storing, session.pending = folder, True, None, []
     session.gpus = session.ahead = None
+    session.replays_routing = False
     session.source, session.policy_version = object(), 0
     session.sync = SimpleNamespace(ranks=RankGroup(60), update_joiners=lambda *_: None)
     session.client = Engine(folder, config.rollout, 64, run_seed=7, decode=lambda ids: " ".join(map(str, ids)))
