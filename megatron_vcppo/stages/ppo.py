@@ -222,10 +222,11 @@ class Ppo:
         return rollouts, push
 
     def drop_experts(self) -> None:
-        """Remove stored experts of iterations that no resume trains again."""
+        """Remove stored experts of iterations that no resume trains again, or continues in further windows."""
         done = [iteration_of(path.name) or 0 for path in complete_checkpoints(self.loop.checkpoints.folder)]
         if self.experts is not None and self.session.runtime.is_main and done:
-            drop_experts(self.session.folder, self.sampler.last_number(min(done)))
+            continued = self.config.ppo.window_tokens is not None
+            drop_experts(self.session.folder, self.sampler.last_number(min(done)) - continued)
 
     def push(self, policy_version: int) -> PushResult:
         """Give the engines the actor's weights."""

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -183,7 +183,7 @@ class Updater:
         """This replica's micro-batches of a minibatch's finished rollouts, with what the critic reads; collective."""
         replicas = replica_of_each(share.batch.sequence_lengths, self.packer.dp_size, finished)
         read: dict[str, Tensor] = {name: fields[name] for name in ("returns", "values") if name in fields}
-        here, read = move(share, read, replicas)
+        here, read = move(replace(share, routed_experts=None), read, replicas)  # it chooses its experts itself
         mask = here.per_token(trained_rollouts(here.table, self.returns_config)) & here.sampled
         return self.pack(here, {"response_mask": mask, **read}, finished)
 

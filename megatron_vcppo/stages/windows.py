@@ -61,8 +61,8 @@ class Windows:
         self.num_tokens = config.ppo.window_tokens or config.rollout.max_tokens
         """Of a window; without ppo.window_tokens unfinished responses of a run that had it get all that is left."""
         self.unfinished: list[Started] = []
-        self.open: list[int] = [0, 0]
-        """Place of the prompt that was taken last, and how many of its samples are not started."""
+        self.begun: list[int] = [0, self.num_samples]
+        """Place of the prompt that was taken last, and how many of its samples are started."""
         self.so_far: dict[Sample, Rollout] | None = None
         """What this rank has of the unfinished responses; None: it is to be read from the stored batch before."""
 
@@ -103,27 +103,27 @@ class Windows:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers; empty where every response is finished."""
         started = [[one.place, one.number, one.sample_index] for one in self.unfinished]
-        return {"windows": {"unfinished": started, "open": [*self.open]}} if started or self.open[1] else {}
+        is_open = self.begun[1] < self.num_samples
+        return {"windows": {"unfinished": started, "begun": [*self.begun]}} if started or is_open else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was taken, after the stream did."""
-        found = state.get("windows", {"unfinished": [], "open": [0, 0]})
+        found = state.get("windows", {"unfinished": [], "begun": [0, self.num_samples]})
         self.unfinished = [
             Started(place, number, sample_index, self.stream.at(place))
             for place, number, sample_index in found["unfinished"]
         ]
-        self.open, self.so_far = [*found["open"]], None
+        self.begun, self.so_far = [*found["begun"]], None
 
     def _start(self, count: int, iteration: int) -> list[Started]:
         """The next responses, sample by sample."""
         started: list[Started] = []
         while len(started) < count:
-            if not self.open[1]:
-                self.open = [self.next_place(), self.num_samples]
-            place, num_open = self.open
-            sample_index = max(0, self.num_samples - num_open)  # more are open only if rollout.num_samples was lowered
+            if self.begun[1] >= self.num_samples:  # more only if rollout.num_samples was lowered
+                self.begun = [self.next_place(), 0]
+            place, sample_index = self.begun
             started.append(Started(place, iteration, sample_index, self.stream.at(place)))
-            self.open[1] -= 1
+            self.begun[1] += 1
         return started
 
     def _request(self, started: Started, so_far: dict[Sample, Rollout]) -> tuple[Prompt, int, int, Rollout | None]:

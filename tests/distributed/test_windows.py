@@ -65,10 +65,10 @@ class Engine(RolloutClient):
         return []
 
 
-def make_config(window: int | None = WINDOW) -> Config:
+def make_config(window: int | None = WINDOW, num_samples: int = NUM_SAMPLES) -> Config:
     config = Config()
-    config.ppo.prompts_per_iteration, config.ppo.window_tokens = SIZE // NUM_SAMPLES, window
-    config.rollout.num_samples, config.rollout.max_tokens = NUM_SAMPLES, MAX_TOKENS
+    config.ppo.prompts_per_iteration, config.ppo.window_tokens = SIZE // num_samples, window
+    config.rollout.num_samples, config.rollout.max_tokens = num_samples, MAX_TOKENS
     return config
 
 
@@ -98,10 +98,11 @@ def attempt(
     iterations: range,
     window: int | None = WINDOW,
     stop_after: int | None = None,
+    num_samples: int = NUM_SAMPLES,
 ) -> tuple[list[dict[str, Any]], int]:
     """Iterations of one attempt; the state after each, and how many requests this rank's engine answered. Rank 0 is
     asked to stop where ``stop_after`` says."""
-    config = make_config(window)
+    config = make_config(window, num_samples)
     session = make_session(folder, config)
     assert isinstance(session.client, Engine)
     if session.runtime.is_main:
@@ -179,6 +180,21 @@ def test_what_is_unfinished_is_finished_when_windows_are_switched_off(tmp_path: 
     assert len(batch) == SIZE and not any(rollout.unfinished for rollout in batch)
     assert sum(rollout.num_trained > 0 for rollout in batch) == len(unfinished) > 0
     assert not any(rollout.num_trained for rollout in read_rollouts(tmp_path, 4))
+
+
+def test_no_sample_comes_twice_after_their_number_was_changed(tmp_path: Path) -> None:
+    """Six samples of a prompt, of which some are unfinished and some not begun; then three, then six again."""
+    begun: list[tuple[str, int]] = []
+    state = None
+    for iterations, num_samples in ((range(1, 3), 6), (range(3, 5), 3), (range(5, 8), 6)):
+        ((states, _),) = run_distributed_test(attempt, 1, tmp_path, state, iterations, WINDOW, None, num_samples)
+        state = states[-1]
+        for iteration in iterations:
+            batch = read_rollouts(tmp_path, iteration)
+            names = [(rollout.prompt.prompt_id, rollout.sample_index) for rollout in batch]
+            assert len({*names}) == SIZE
+            begun += [name for name, rollout in zip(names, batch, strict=True) if not rollout.num_trained]
+    assert len({*begun}) == len(begun)
 
 
 def test_unfinished_responses_whose_batch_is_gone_begin_again(tmp_path: Path) -> None:

@@ -73,3 +73,19 @@ def test_windows_ask_only_for_the_experts_that_are_missing(tmp_path: Path) -> No
     assert second.request.num_routed == 4
     done = second.rollout(Response(0, [7, 8], [-1.0] * 2, "stop", 1, routed_experts=b"ef"), client.decode)
     assert done.routed_experts == b"abcdef", "of 7 tokens all but the last"
+
+
+def test_experts_of_a_part_of_a_response_are_those_of_none(tmp_path: Path) -> None:
+    """Routing replay is switched off for a window, and on again: the engine sends the experts of every token."""
+    client = make_client(tmp_path, max_tokens=10)
+    begun = client.plan_window(0, PROMPT, 0, 1, None, 2).rollout(
+        Response(0, [5, 6], [-1.0] * 2, "length", 0, routed_experts=b"abcd"), client.decode
+    )
+    more = client.plan_window(0, PROMPT, 0, 1, begun, 2).rollout(
+        Response(0, [7, 8], [-1.0] * 2, "length", 1), client.decode
+    )
+    assert more.unfinished and not more.routed_experts
+    last = client.plan_window(0, PROMPT, 0, 1, more, 2)
+    assert last.request.num_routed == 0
+    done = last.rollout(Response(0, [9], [-1.0], "stop", 2, routed_experts=b"ABCDEFG"), client.decode)
+    assert done.routed_experts == b"ABCDEFG" and len(done.prompt.token_ids) + len(done.response_ids) == 8

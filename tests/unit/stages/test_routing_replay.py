@@ -14,17 +14,22 @@ from megatron_vcppo.stages.ppo import Ppo
 ROLLOUT = Rollout(Prompt("p", (1, 2), "", "", "t"), 0, 7, (3, 4), "", (-1.0, -2.0), "stop", 0, 1.0)
 
 
-@pytest.mark.parametrize(("checkpoints", "kept"), [((), [1, 2, 3, 4]), ((2, 3), [3, 4]), ((4,), [])])
+@pytest.mark.parametrize(
+    ("checkpoints", "window", "kept"),
+    [((), None, [1, 2, 3, 4]), ((2, 3), None, [3, 4]), ((4,), None, []), ((2, 3), 8, [2, 3, 4]), ((4,), 8, [4])],
+)
 def test_experts_go_when_the_oldest_checkpoint_is_past_them(
-    tmp_path: Path, checkpoints: tuple[int, ...], kept: list[int]
+    tmp_path: Path, checkpoints: tuple[int, ...], window: int | None, kept: list[int]
 ) -> None:
-    """A resume may take the oldest checkpoint, if the newer ones are damaged."""
+    """A resume may take the oldest checkpoint, if the newer ones are damaged; with windows it continues what the
+    checkpoint's iteration left unfinished."""
     for iteration in range(1, 5):
         part = RolloutPart.whole([replace(ROLLOUT, routed_experts=b"abc")])
         write_rollouts(tmp_path / "rollouts", iteration, part)
     for iteration in checkpoints:
         (tmp_path / "checkpoints" / f"iter_{iteration:07d}").mkdir(parents=True)
     ppo: Any = SimpleNamespace(
+        config=SimpleNamespace(ppo=SimpleNamespace(window_tokens=window)),
         experts=object(),
         loop=SimpleNamespace(checkpoints=SimpleNamespace(folder=tmp_path / "checkpoints")),
         session=SimpleNamespace(folder=tmp_path / "rollouts", runtime=SimpleNamespace(is_main=True)),
