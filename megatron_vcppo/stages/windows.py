@@ -60,6 +60,9 @@ class Windows:
         self.size = config.ppo.prompts_per_iteration * self.num_samples
         self.num_tokens = config.ppo.window_tokens or config.rollout.max_tokens
         """Of a window; without ppo.window_tokens unfinished responses of a run that had it get all that is left."""
+        self.baseline = config.ppo.advantage.baseline
+        self.takes_over = config.ppo.window_tokens is not None or self.baseline == "critic"
+        """Whether a batch may have parts of groups."""
         self.unfinished: list[Started] = []
         self.begun: list[int] = [0, self.num_samples]
         """Place of the prompt that was taken last, and how many of its samples are started."""
@@ -107,8 +110,20 @@ class Windows:
         return {"windows": {"unfinished": started, "begun": [*self.begun]}} if started or is_open else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state`` was taken, after the stream did."""
-        found = state.get("windows", {"unfinished": [], "begun": [0, self.num_samples]})
+        """Continue where ``state`` was taken, after the stream did.
+
+        A group baseline, for which windows must be off, compares whole groups: then unfinished responses are dropped.
+        """
+        none = {"unfinished": [], "begun": [0, self.num_samples]}
+        found = state.get("windows", none)
+        if not self.takes_over and found["unfinished"]:
+            if self.session.runtime.is_main:
+                num_dropped, why = (
+                    len(found["unfinished"]),
+                    f"ppo.advantage.baseline {self.baseline} needs whole groups",
+                )
+                say(f"warning: {num_dropped} unfinished responses are dropped: {why}")
+            found = none
         self.unfinished = [
             Started(place, number, sample_index, self.stream.at(place))
             for place, number, sample_index in found["unfinished"]

@@ -78,8 +78,7 @@ def make_session(folder: Path, config: Config) -> RolloutSession:
     session.runtime = runtime.start(ParallelConfig(), seed=1, timeout_s=60)
     session.folder, session.is_leader, session.storing, session.pending = folder, True, None, []
     session.gpus = session.ahead = None
-    session.replays_routing = False
-    session.source, session.policy_version = object(), 0
+    session.source, session.policy_version, session.replays_routing = object(), 0, False
     session.sync = SimpleNamespace(ranks=RankGroup(60), update_joiners=lambda *_: None)
     session.client = Engine(folder, config.rollout, 64, run_seed=7, decode=lambda ids: " ".join(map(str, ids)))
 
@@ -180,6 +179,23 @@ def test_what_is_unfinished_is_finished_when_windows_are_switched_off(tmp_path: 
     assert len(batch) == SIZE and not any(rollout.unfinished for rollout in batch)
     assert sum(rollout.num_trained > 0 for rollout in batch) == len(unfinished) > 0
     assert not any(rollout.num_trained for rollout in read_rollouts(tmp_path, 4))
+
+
+def test_a_group_baseline_takes_over_no_part_of_a_group(tmp_path: Path) -> None:
+    ((states, _),) = run_distributed_test(attempt, 1, tmp_path, None, range(1, 3))
+    assert states[-1]["windows"]["unfinished"]
+
+    def names() -> list[str]:
+        config = make_config(None)
+        config.ppo.advantage.baseline = "rloo"
+        session = make_session(tmp_path, config)
+        session.policy_version = 2
+        sampler = PromptSampler(config, session, PromptStream(PROMPTS, 0))
+        sampler.load_state_dict(states[-1])
+        return [rollout.prompt.prompt_id for rollout in sampler.next_batch(3).rollouts]
+
+    (found,) = run_distributed_test(names, 1)
+    assert len(found) == SIZE and all(found.count(name) == NUM_SAMPLES for name in found)
 
 
 def test_no_sample_comes_twice_after_their_number_was_changed(tmp_path: Path) -> None:
