@@ -223,6 +223,8 @@ class Attempt:
     def tail(self, role_process: RoleProcess) -> list[str]:
         """The last lines of a process's log; for a step of many tasks those of the task that srun names first, too."""
         lines = last_lines(self.logs / role_process.log)
+        if not lines and role_process.preloaded:  # it ended before it was forked: why, is where the imports write
+            lines = last_lines(role_process.preloaded.log)
         if role_process.shown_log and role_process.shown_log != role_process.log:
             named = TASK_ENDED.search("\n".join(lines))
             lines = lines[:4] + last_lines(self.logs / f"{role_process.role}_{named[1] if named else 0}.log")
