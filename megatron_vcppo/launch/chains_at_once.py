@@ -120,6 +120,7 @@ def run_at_once(chains: Sequence[ChainCommand], shares: Sequence[Sequence[int]])
                     result = SIGNALLED - result if result < 0 else result
                     if result == SAVED or (asked == 1 and result == INTERRUPTED):  # interrupted before it had begun
                         stopped = True
+                        failed.add(one.chain.run)  # saved by a signal of its own: nothing can begin with it yet
                         continue
                     to_go = remaining(started, len(chains) - len(waiting) - len(running), len(chains))
                     say(f"experiment: {one.chain.label}: {'done' if result == DONE else describe(result)}{to_go}")

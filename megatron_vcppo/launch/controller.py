@@ -162,8 +162,12 @@ class Attempt:
         logs.mkdir(parents=True, exist_ok=True)
         self.followers = [Follower(logs / one.shown_log) for one in processes if one.shown_log]
         self.started: list[_Started] = []
-        for role_process in processes:
-            self.started.append(_Started(role_process, *self._start(role_process)))
+        try:
+            for role_process in processes:
+                self.started.append(_Started(role_process, *self._start(role_process)))
+        except BaseException:  # such as a full disk: no room for the next log
+            self.stop()
+            raise
 
     def _start(self, role_process: RoleProcess) -> tuple[GuardedProcess, int]:
         """The process and where its part of the log begins."""

@@ -98,6 +98,12 @@ def test_a_request_to_stop_is_passed_on_and_starts_nothing_more(count: int, code
     assert (tmp_path / f"asked_{count}").exists() and not (tmp_path / "second").exists()
 
 
+def test_nothing_begins_with_a_chain_that_someone_stopped(tmp_path: Path) -> None:
+    chains = [chain("shared", tmp_path, f"sys.exit({SAVED})"), chain("arm", tmp_path, "pass", base="shared")]
+    assert run_at_once(chains, shares_of(CPUS, 1)) == SAVED
+    assert not (tmp_path / "arm").exists()
+
+
 def test_a_chain_does_not_wait_for_a_reader_that_is_gone(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
