@@ -78,7 +78,7 @@ def make_session(folder: Path, config: Config) -> RolloutSession:
     session.runtime = runtime.start(ParallelConfig(), seed=1, timeout_s=60)
     session.folder, session.is_leader, session.storing, session.pending = folder, True, None, []
     session.gpus = session.ahead = None
-    session.source, session.policy_version = object(), 0
+    session.source, session.policy_version, session.replays_routing = object(), 0, False
     session.sync = SimpleNamespace(ranks=RankGroup(60), update_joiners=lambda *_: None)
     session.client = Engine(folder, config.rollout, 64, run_seed=7, decode=lambda ids: " ".join(map(str, ids)))
 
