@@ -33,9 +33,8 @@ def run(args: argparse.Namespace) -> int:
         if active := active_jobs(folder):
             jobs = ", ".join(f"{state.job_id} ({state.state})" for state in active)
             raise UserError(f"{folder.path}: this run is active, jobs {jobs}: wait for them, or vcppo cancel it first")
-        found = [
-            item for item in removable(folder, config.stages) if not (args.keep_rollouts and item.what == "rollouts")
-        ]
+        found = removable(folder, config.stages, config.export.checkpoint)
+        found = [item for item in found if not (args.keep_rollouts and item.what == "rollouts")]
         for item in found:
             print(printable(f"{size_text(item.num_bytes):>10}  {item.what:<14}  {item.path.relative_to(folder.path)}"))
         total = size_text(sum(item.num_bytes for item in found))

@@ -241,25 +241,27 @@ def run_in_turn(missing: Sequence[Chain], role_commands: RoleCommands) -> int:
     """One chain after another, each on the whole machine."""
     from megatron_vcppo.launch.chains_at_once import INTERRUPTED, remaining
     from megatron_vcppo.launch.inherit import stages_to_take
-    from megatron_vcppo.launch.local_chain import run_chain
+    from megatron_vcppo.launch.local_chain import run_chain, stop_requests
 
     code, started, failed = DONE, time.monotonic(), set[Path]()
-    for number, chain in enumerate(missing):
-        say(
-            f"experiment: chain {number + 1} of {len(missing)}: {chain.label}{remaining(started, number, len(missing))}"
-        )
-        if chain.base and chain.base.path in failed:
-            say(f"experiment: {chain.label}: left out, because its shared stages failed")
-            continue
-        check_not_queued(chain.run)
-        base = chain.base.path if chain.base else None
-        taken = stages_to_take(chain.run, chain.config, base, chain.stages[0] if base else None)
-        result = run_chain(chain.run, chain.config, chain.stages, role_commands, taken)
-        if result in (SAVED, INTERRUPTED):
-            return result
-        if result != DONE:
-            failed.add(chain.run.path)
-            code = max(code, result)
+    with stop_requests() as requests:
+        for number, chain in enumerate(missing):
+            if requests["save"]:
+                return code or SAVED
+            to_go = remaining(started, number, len(missing))
+            say(f"experiment: chain {number + 1} of {len(missing)}: {chain.label}{to_go}")
+            if chain.base and chain.base.path in failed:
+                say(f"experiment: {chain.label}: left out, because its shared stages failed")
+                continue
+            check_not_queued(chain.run)
+            base = chain.base.path if chain.base else None
+            taken = stages_to_take(chain.run, chain.config, base, chain.stages[0] if base else None)
+            result = run_chain(chain.run, chain.config, chain.stages, role_commands, taken)
+            if result in (SAVED, INTERRUPTED):
+                return result
+            if result != DONE:
+                failed.add(chain.run.path)
+                code = max(code, result)
     return code
 
 

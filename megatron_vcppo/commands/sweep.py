@@ -2,11 +2,13 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vcppo.commands.arguments import add_base_argument, check_not_queued, checked_stages, prepare, print_note
 from megatron_vcppo.config import Config
+from megatron_vcppo.errors import DONE, SAVED
 from megatron_vcppo.launch.sweep_points import Point, points, read_points, write_points
 from megatron_vcppo.run.folder import RunFolder
 
@@ -69,8 +71,24 @@ def run(args: argparse.Namespace) -> int:
 
         check_slurm_installed()
     write_points(parent, made)
-    code = max(start(chain) for chain in chains)
+    code = start_all(chains)
     print(f"results: vcppo sweep --results {parent}")
+    return code
+
+
+def start_all(chains: Sequence[Chain]) -> int:
+    """Run the chains one after another, or queue them; returns the worst exit code. A request to stop ends it."""
+    from megatron_vcppo.config.sections.cluster import LOCAL
+    from megatron_vcppo.launch.local_chain import stop_requests
+
+    if chains[0].config.cluster.name != LOCAL:
+        return max(start(chain) for chain in chains)
+    code = DONE
+    with stop_requests() as requests:
+        for chain in chains:
+            if requests["save"]:
+                return code or SAVED
+            code = max(code, start(chain))
     return code
 
 

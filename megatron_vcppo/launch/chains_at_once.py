@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,8 @@ class _Running:
     def _copy(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            print(f"{self.chain.label} | {printable(line.rstrip())}", flush=True)
+            with suppress(OSError):  # nobody reads any more; a chain must not wait for that
+                print(f"{self.chain.label} | {printable(line.rstrip())}\n", end="", flush=True)  # one write, one line
 
     def ask(self, count: int) -> None:
         """Pass on the requests to stop: the first means after a save, the second at once."""
@@ -118,6 +120,7 @@ def run_at_once(chains: Sequence[ChainCommand], shares: Sequence[Sequence[int]])
                     result = SIGNALLED - result if result < 0 else result
                     if result == SAVED or (asked == 1 and result == INTERRUPTED):  # interrupted before it had begun
                         stopped = True
+                        failed.add(one.chain.run)  # saved by a signal of its own: nothing can begin with it yet
                         continue
                     to_go = remaining(started, len(chains) - len(waiting) - len(running), len(chains))
                     say(f"experiment: {one.chain.label}: {'done' if result == DONE else describe(result)}{to_go}")

@@ -162,8 +162,12 @@ class Attempt:
         logs.mkdir(parents=True, exist_ok=True)
         self.followers = [Follower(logs / one.shown_log) for one in processes if one.shown_log]
         self.started: list[_Started] = []
-        for role_process in processes:
-            self.started.append(_Started(role_process, *self._start(role_process)))
+        try:
+            for role_process in processes:
+                self.started.append(_Started(role_process, *self._start(role_process)))
+        except BaseException:  # such as a full disk: no room for the next log
+            self.stop()
+            raise
 
     def _start(self, role_process: RoleProcess) -> tuple[GuardedProcess, int]:
         """The process and where its part of the log begins."""
@@ -223,6 +227,8 @@ class Attempt:
     def tail(self, role_process: RoleProcess) -> list[str]:
         """The last lines of a process's log; for a step of many tasks those of the task that srun names first, too."""
         lines = last_lines(self.logs / role_process.log)
+        if not lines and role_process.preloaded:  # it ended before it was forked: why, is where the imports write
+            lines = last_lines(role_process.preloaded.log)
         if role_process.shown_log and role_process.shown_log != role_process.log:
             named = TASK_ENDED.search("\n".join(lines))
             lines = lines[:4] + last_lines(self.logs / f"{role_process.role}_{named[1] if named else 0}.log")

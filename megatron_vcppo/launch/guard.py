@@ -73,11 +73,14 @@ class Guard:
 
     def fork(self) -> bool:
         """True in the child, whose signals are as in a new process and whose standard input is empty."""
+        guard = os.getpid()
         self.child = os.fork()
         if self.child:
             self._close_others()
             return False
         die_with_parent()
+        if os.getppid() != guard:  # killed before the kernel was asked
+            os._exit(128 + signal.SIGKILL)
         signal.set_wakeup_fd(-1)
         os.close(self.reading)
         os.close(self.writing)
@@ -99,7 +102,7 @@ class Guard:
     def watch(self, alone: bool = False) -> int:
         """Until the child ends or, unless alone, standard input closes; the exit code, 128 + signal after a signal."""
         for number in FORWARDED:
-            signal.signal(number, lambda received, _: os.kill(self.child, received))
+            signal.signal(number, lambda received, _: self._pass_on(received))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         while True:
             ready = select.select([self.reading] if alone else [0, self.reading], [], [])[0]
@@ -117,7 +120,11 @@ class Guard:
                 if not (byte := os.read(0, 1)):
                     kill_descendants()
                     return 128 + signal.SIGKILL
-                os.kill(self.child, byte[0])
+                self._pass_on(byte[0])
+
+    def _pass_on(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has been reaped, and its exit code is still to be reported
+            os.kill(self.child, number)
 
 
 def execute(command: list[str]) -> None:

@@ -108,26 +108,37 @@ def rollout_environment(config: Config, preloads: Preloads) -> dict[str, str]:
 
 
 def prepare_engines(config: Config, stages: list[str], preloads: Preloads) -> None:
-    """Start importing what the engines of the first of these stages that has some will need."""
+    """Start importing what the engines of the first of these stages that has some will need; end that if none has."""
     first = next((stage for stage in stages if starts_engines(config, stage)), None)
     if preloads.rollout is not None and first is not None:
         env = rollout_environment(stage_config(config, first), preloads)
         preloads.rollout.prepare(RoleProcess("rollout", 0, (), env, "").whole_environment())
+    elif preloads.rollout is not None:
+        preloads.rollout.end()
+
+
+_counts: list[dict[str, int]] = []
 
 
 @contextmanager
 def stop_requests() -> Iterator[dict[str, int]]:
-    """Count the stop signals of this process: {"save": n}. The second Ctrl-C means at once."""
-    count = {"save": 0, "abort": 0}
+    """Count the stop signals of this process: {"save": n}. The second Ctrl-C means at once.
+
+    Blocks may be nested: a request that comes when a chain has nothing left to save, or not begun, is not lost.
+    """
+    count = dict(_counts[-1]) if _counts else {"save": 0, "abort": 0}
 
     def note(number: int, _: FrameType | None) -> None:
-        count["abort" if number == signal.SIGINT and count["save"] else "save"] += 1
+        for one in _counts:
+            one["abort" if number == signal.SIGINT and one["save"] else "save"] += 1
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    _counts.append(count)
     before = [signal.signal(number, note) for number in numbers]
     try:
         yield count
     finally:
+        _counts.pop()
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 

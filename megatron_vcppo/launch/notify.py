@@ -5,6 +5,7 @@ import select
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from typing import Any
 
 from megatron_vcppo.config import Config
@@ -63,7 +64,8 @@ def announce(run: RunFolder, config: Config, stage: str, code: int) -> None:
         return
     output = _last_output(process, time.monotonic() + COMMAND_TIMEOUT_S)
     if output is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has left, and what still writes has detached itself
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         say(f"warning: run.notify: did not end in {COMMAND_TIMEOUT_S:.0f} s")
     elif process.returncode:

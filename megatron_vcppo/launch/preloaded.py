@@ -30,10 +30,10 @@ from types import TracebackType
 from typing import Any
 
 from megatron_vcppo.errors import DONE, FAILED
-from megatron_vcppo.launch.guard import Guard, die_with_parent
+from megatron_vcppo.launch.guard import Guard, die_with_parent, kill_descendants
 from megatron_vcppo.launch.guarded_process import Executed, Forked
 from megatron_vcppo.run.events import startup
-from megatron_vcppo.run.processes import leave, show_command
+from megatron_vcppo.run.processes import exit_code, leave, show_command
 from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", SECRET_FILE_VARIABLE)
@@ -141,8 +141,8 @@ def become_guard(command: list[str], place: dict[str, str], connection: int, log
             reports.send(f"pid {os.getpid()}".encode())
             code = guard.watch()
             reports.send(f"code {code}".encode())
-    except OSError:
-        pass  # the controller is gone, and everything below this process has been killed
+    except OSError:  # the controller is gone, or counts this process as ended
+        kill_descendants()
     finally:
         os._exit(code)
 
@@ -155,8 +155,10 @@ def main() -> None:
     parser.add_argument("modules", nargs="*")
     arguments = parser.parse_args()
     for module in arguments.modules:
-        with contextlib.suppress(Exception):  # the rank that needs it will report it, in its log
+        with contextlib.suppress(Exception, SystemExit):  # the rank that needs it will report it, in its log
             importlib.import_module(module)
+    with contextlib.suppress(OSError):  # a full disk
+        sys.stdout.flush()  # or every fork would write it again, into its own log
     gc.collect()
     gc.freeze()  # the collector would write to every object that it visits, and pages are shared as long as nobody does
     job = receive_jobs(socket.socket(fileno=arguments.control))
@@ -174,14 +176,6 @@ def main() -> None:
     except BaseException:
         sys.excepthook(*sys.exc_info())
     leave(code)
-
-
-def exit_code(end: SystemExit) -> int:
-    """As the interpreter does, print what is no number."""
-    if end.code is None or isinstance(end.code, int):
-        return end.code or DONE
-    print(end.code, file=sys.stderr)
-    return FAILED
 
 
 if __name__ == "__main__":

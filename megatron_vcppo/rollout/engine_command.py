@@ -18,7 +18,7 @@ from megatron_vcppo.config import EngineConfig
 from megatron_vcppo.config.engine_environment import QUIET, cpu_engine_environment
 from megatron_vcppo.errors import DONE, FAILED
 from megatron_vcppo.rollout import engine_sockets
-from megatron_vcppo.run.processes import die_with_parent, show_command, without_trainer
+from megatron_vcppo.run.processes import die_with_parent, exit_code, show_command, without_trainer
 from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE
 
 CPU_SERVER = "megatron_vcppo.rollout.engine_main"
@@ -196,13 +196,15 @@ class ForkedEngine:
             sys.modules[CPU_SERVER].main()
             code = DONE
         except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else FAILED
+            code = exit_code(end)
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:  # whatever happens: this must not continue as a second supervisor
+                os._exit(code)
 
     def poll(self) -> int | None:
         """See Started."""

@@ -13,6 +13,7 @@ import stat
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import IO, Literal
+from weakref import WeakSet
 
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.files import write_text
@@ -101,11 +102,12 @@ def weights_path(rendezvous: Path, node: int) -> Path:
 
 
 class Hold(AbstractContextManager["Hold"]):
-    """A shared lock on a file, dropped by ``close`` or with the process."""
+    """A shared lock on a file, dropped by ``close`` or with the process; what is forked from it does not hold it."""
 
     def __init__(self, path: Path) -> None:
         self.file: IO[bytes] = open(path, "ab")  # noqa: SIM115
         fcntl.flock(self.file, fcntl.LOCK_SH)
+        _holds.add(self)
 
     def close(self) -> None:
         """Drop it."""
@@ -113,6 +115,17 @@ class Hold(AbstractContextManager["Hold"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_holds: WeakSet[Hold] = WeakSet()
+
+
+def _hold_nothing() -> None:
+    for hold in [*_holds]:
+        hold.close()
+
+
+os.register_at_fork(after_in_child=_hold_nothing)
 
 
 def is_held(path: Path) -> bool:

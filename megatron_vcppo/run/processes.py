@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_vcppo.errors import FAILED
+from megatron_vcppo.errors import DONE, FAILED
 from megatron_vcppo.run.log import say
 
 PR_SET_PDEATHSIG = 1
@@ -26,8 +26,9 @@ PR_SET_PDEATHSIG = 1
 TRAINER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "NODE_RANK")
 TRAINER_PREFIXES = ("MASTER_", "TORCHELASTIC_", "SLURM_", "PMI_", "PMIX_", "OMPI_", "OMP_", "MKL_", "OPENBLAS_")
 
-GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""Of NVIDIA, of AMD, of Windows' subsystem for Linux: where there is a GPU, there is one of these."""
+GPU_DRIVERS = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/kfd", "/dev/dxg")
+"""Of NVIDIA (CUDA may make its device files only when it is used first), of AMD, of Windows' subsystem for Linux: where
+there is a GPU, there is one of these."""
 
 
 def has_gpu_driver() -> bool:
@@ -65,9 +66,19 @@ def leave(code: int) -> NoReturn:
     kernel: taking those of torch and Megatron apart costs 2 s of processor time."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # a full disk does not change how it ended
+        os._exit(code)
+
+
+def exit_code(end: SystemExit) -> int:
+    """As the interpreter does, print what is no number."""
+    if end.code is None or isinstance(end.code, int):
+        return end.code or DONE
+    print(end.code, file=sys.stderr)
+    return FAILED
 
 
 def free_port(address: str = "") -> int:

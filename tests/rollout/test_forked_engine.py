@@ -12,14 +12,14 @@ from types import ModuleType
 import pytest
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.launch.local_chain import Preloads, local_processes
+from megatron_vcppo.launch.local_chain import Preloads, local_processes, prepare_engines
 from megatron_vcppo.launch.preloaded import Preloaded
 from megatron_vcppo.rollout import engine_command
 from megatron_vcppo.rollout.engine_command import CPU_SERVER, SETTABLE, Placement
 from megatron_vcppo.rollout.node import share
 from megatron_vcppo.rollout.supervisor import kill_group
 from megatron_vcppo.run.processes import alive
-from tools.benchmarks._tiny_chains import tiny_config, wait_until, write_config
+from tools.benchmarks._tiny_chains import processes_with, tiny_config, wait_until, write_config
 
 COMMAND = (sys.executable, "-m", CPU_SERVER, "--port", "4711")
 
@@ -62,6 +62,15 @@ def test_a_supervisor_has_its_engines_environment(
     assert not engine_command.is_preloaded((*COMMAND[:2], "vllm.entrypoints.openai.api_server"), engine)
 
 
+def test_what_engines_are_forked_from_ends_when_no_stage_needs_it(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", ("evaluate", "export"))
+    with Preloaded(tmp_path / "log", sys.executable, []) as rollout:
+        prepare_engines(config, ["evaluate", "export"], Preloads(rollout=rollout))
+        wait_until(lambda: processes_with(f"--log {tmp_path}"), "a process that imports")
+        prepare_engines(config, ["export"], Preloads(rollout=rollout))
+        assert not processes_with(f"--log {tmp_path}")
+
+
 def fork(monkeypatch: pytest.MonkeyPatch, log: Path, main: object) -> engine_command.ForkedEngine:
     server = ModuleType(CPU_SERVER)
     server.main = main  # type: ignore[attr-defined]
@@ -83,6 +92,14 @@ def test_a_forked_engine_has_its_arguments_environment_session_and_log(
     engine = fork(monkeypatch, tmp_path / "log", main)
     assert engine.wait(30) == 3 == engine.poll() == engine.returncode
     assert (tmp_path / "log").read_text() == "['--port', '4711'] {'ONLY': 'this'} True b''\nthis\n"
+
+
+@pytest.mark.parametrize(("argument", "code", "log"), [(None, 0, ""), ("no such option", 1, "no such option\n")])
+def test_a_forked_engine_ends_as_an_executed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str | None, code: int, log: str
+) -> None:
+    assert fork(monkeypatch, tmp_path / "log", lambda: sys.exit(argument)).wait(30) == code
+    assert (tmp_path / "log").read_text() == log
 
 
 def test_a_forked_engine_that_raises_leaves_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,14 @@ import pytest
 
 from megatron_vcppo.errors import UserError, system_error
 from megatron_vcppo.rollout import node_folder
-from megatron_vcppo.rollout.node_folder import TRAINER, USERS, NodeFolder, remove_stale, weights_path
+from megatron_vcppo.rollout.node_folder import TRAINER, USERS, Hold, NodeFolder, is_held, remove_stale, weights_path
+from tools.benchmarks._tiny_chains import wait_until
 
 HOLDER = """
 import sys, time
 from pathlib import Path
 from megatron_vcppo.rollout.node_folder import NodeFolder
+from tools.benchmarks._tiny_chains import wait_until
 node = NodeFolder(Path(sys.argv[1]), 0)
 hold = node.hold(sys.argv[2])
 node.weights.mkdir()
@@ -126,3 +128,17 @@ def test_a_full_memory_of_the_node_is_one_line(tmp_path: Path, monkeypatch: pyte
         subprocess.run(["umount", str(memory)], check=True)
     line = str(system_error(failure.value))
     assert line.startswith(str(memory)) and "No space left on device: make room" in line
+
+
+def test_what_is_forked_from_a_holder_does_not_hold(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    with Hold(tmp_path / "held"):
+        child = os.fork()
+        if not child:
+            os.read(reading, 1)
+            os._exit(0)
+    wait_until(lambda: not is_held(tmp_path / "held"), "the child to close it")
+    os.write(writing, b"x")
+    os.waitpid(child, 0)
+    os.close(reading)
+    os.close(writing)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -95,6 +96,27 @@ def test_a_request_to_stop_is_passed_on_and_starts_nothing_more(count: int, code
     assert run_at_once(chains, shares_of(CPUS, 1)) == code
     asking.join()
     assert (tmp_path / f"asked_{count}").exists() and not (tmp_path / "second").exists()
+
+
+def test_nothing_begins_with_a_chain_that_someone_stopped(tmp_path: Path) -> None:
+    chains = [chain("shared", tmp_path, f"sys.exit({SAVED})"), chain("arm", tmp_path, "pass", base="shared")]
+    assert run_at_once(chains, shares_of(CPUS, 1)) == SAVED
+    assert not (tmp_path / "arm").exists()
+
+
+def test_a_chain_does_not_wait_for_a_reader_that_is_gone(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from tests.slurm.test_chains_at_once import CPUS, chain, run_at_once, shares_of
+printing = "time.sleep(0.5); [print('x' * 1000) for _ in range(500)]; pathlib.Path('{tmp_path}/end').touch()"
+run_at_once([chain("one", Path("{tmp_path}"), printing)], shares_of(CPUS, 1))
+"""
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert command.stdout is not None
+    assert b"starting" in command.stdout.readline()
+    command.stdout.close()  # vcppo experiment … | head -1
+    command.wait(30)
+    assert (tmp_path / "end").exists()
 
 
 def test_shares_are_neighbors_and_use_every_cpu() -> None:

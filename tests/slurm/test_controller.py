@@ -52,6 +52,13 @@ def test_a_missing_program_is_named(tmp_path: Path) -> None:
     assert outcome.code == 127 and "/no/such/program: No such file" in outcome.details[0]
 
 
+def test_nothing_is_left_if_a_rank_cannot_be_started(tmp_path: Path) -> None:
+    (tmp_path / "trainer_1.log").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        supervise([sleeper("7000.5", index=0), sleeper("7000.5", index=1)], tmp_path)
+    assert not processes_with("sleep 7000.5"), caught  # whose traceback keeps the attempt
+
+
 def test_one_dead_rank_ends_the_group_and_is_named(tmp_path: Path) -> None:
     dying = python("trainer", 1, "print('loss is NaN'); raise SystemExit(1)")
     outcome = supervise([sleeper("7001.5", index=0), dying], tmp_path)

@@ -1,9 +1,14 @@
 """The chains of an experiment as real processes of tiny stages: shared once, continued, one failure at a time."""
 
+import os
+import signal
 from pathlib import Path
 
 from megatron_vcppo.commands.experiment import Chain, start_all
+from megatron_vcppo.errors import DONE, SAVED
+from megatron_vcppo.launch import local_chain
 from megatron_vcppo.launch.chains_at_once import remaining
+from megatron_vcppo.launch.local_chain import stop_requests
 from megatron_vcppo.run.folder import RunFolder
 from tools.benchmarks._tiny_chains import TINY, result, tiny_config, write_config
 
@@ -42,6 +47,26 @@ def test_arms_wait_where_their_shared_stages_failed(tmp_path: Path, capsys) -> N
     assert start_all([shared, one], TINY) == 2
     assert "one: left out, because its shared stages failed" in capsys.readouterr().out
     assert not one.run.stage("sft").path.exists()
+
+
+def test_a_request_to_stop_at_the_end_of_a_chain_starts_no_other(tmp_path: Path, monkeypatch) -> None:
+    begun = []
+
+    def run_chain(run: RunFolder, *_: object) -> int:
+        begun.append(run.path.name)
+        with stop_requests():
+            os.kill(os.getpid(), signal.SIGINT)
+        return DONE
+
+    monkeypatch.setattr(local_chain, "run_chain", run_chain)
+    assert start_all(chains_of(tmp_path)[:1] * 2, TINY) == SAVED
+    assert begun == ["shared"]
+    with stop_requests() as requests:
+        assert requests == {"save": 0, "abort": 0}
+        os.kill(os.getpid(), signal.SIGINT)
+        with stop_requests() as inner:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert requests == inner == {"save": 1, "abort": 1}
 
 
 def test_the_time_to_go_follows_from_the_chains_before(monkeypatch) -> None:

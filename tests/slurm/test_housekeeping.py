@@ -78,6 +78,7 @@ def test_a_stage_that_is_not_done_keeps_its_newest_complete_checkpoint_and_all_r
             (folder.checkpoint(number) / "manifest.json").touch()
     folder.rollouts.mkdir()
     assert [item.path for item in removable(run, ["sft"])] == [folder.checkpoint(1), folder.checkpoint(3)]
+    assert [item.path for item in removable(run, ["sft"], "iter_1")] == [folder.checkpoint(3)], "the export wants it"
 
 
 def test_a_list_survives_a_run_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

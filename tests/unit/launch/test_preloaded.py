@@ -119,6 +119,27 @@ def test_what_cannot_be_imported_is_reported_by_the_rank(ranks: Ranks) -> None:
     assert outcome.code == 1 and outcome.details[-1] == "OSError: libcuda.so: not found"
 
 
+@pytest.mark.parametrize("how", ["raise SystemExit('no libcuda')", "os._exit(3)"])
+def test_an_import_that_ends_its_process_is_reported(ranks: Ranks, how: str) -> None:
+    (ranks.folder / "heavy.py").write_text(f"import os\nprint('loading libcuda', flush=True)\n{how}")
+    outcome = ranks.run(ranks.process("import heavy"))
+    assert (outcome.code, outcome.details) in [(1, ["loading libcuda", "no libcuda"]), (137, ["loading libcuda"])]
+
+
+def test_nothing_is_left_of_a_rank_that_is_given_up_before_it_reported(ranks: Ranks) -> None:
+    code = """
+        import os, subprocess, sys, time
+        child = subprocess.Popen(["sleep", "7104.5"], start_new_session=True)
+        open(os.path.join(sys.argv[2], "pid"), "w").write(str(child.pid))
+        time.sleep(60)
+    """
+    process, pid = ranks.process(code), ranks.folder / "pid"
+    forked = ranks.preloaded.fork(process.command, process.whole_environment(), ranks.folder / "log")
+    wait_until(lambda: pid.exists() and pid.read_text(), "its child")
+    forked.connection.close()
+    wait_until(lambda: not alive(int(pid.read_text())), "its guard to clean up", 10)
+
+
 def test_a_killed_rank_is_told_from_one_that_failed(ranks: Ranks) -> None:
     outcome = ranks.run(ranks.process("import os\nos.kill(os.getpid(), 9)"))
     assert outcome.code == 137 and outcome.cause == "trainer 0 was killed by SIGKILL" and outcome.killed

@@ -44,3 +44,10 @@ def test_free_ports_differ_and_can_be_taken() -> None:
     for port in ports:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", port))
+
+
+def test_a_full_disk_does_not_change_an_exit_code() -> None:
+    code = "from megatron_vcppo.run.processes import leave; print('last words'); leave(75)"
+    with open("/dev/full", "w") as full:
+        env = {**os.environ, "PYTHONUNBUFFERED": ""}
+        assert subprocess.run([sys.executable, "-c", code], env=env, stdout=full, timeout=60).returncode == 75
