@@ -118,11 +118,8 @@ class Windows:
         found = state.get("windows", none)
         if not self.takes_over and found["unfinished"]:
             if self.session.runtime.is_main:
-                num_dropped, why = (
-                    len(found["unfinished"]),
-                    f"ppo.advantage.baseline {self.baseline} needs whole groups",
-                )
-                say(f"warning: {num_dropped} unfinished responses are dropped: {why}")
+                why = f"ppo.advantage.baseline {self.baseline} needs whole groups"
+                say(f"warning: {len(found['unfinished'])} unfinished responses are dropped: {why}")
             found = none
         self.unfinished = [
             Started(place, number, sample_index, self.stream.at(place))
