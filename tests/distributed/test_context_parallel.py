@@ -133,12 +133,12 @@ def assert_same_training(model: tuple[Path, dict[str, list[float]]], layout: tup
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "cp2tp2-sequence-parallel": (4, {"cp": 2, "tp": 2, "sequence_parallel": True}),
     "cp2pp2-recompute": (4, {"cp": 2, "pp": 2, "recompute": "selective"}),
     "cp2dp2-distributed-optimizer": (4, {"cp": 2, "dp": 2, "distributed_optimizer": True, "overlap": True}),
 }
 MORE_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2": (2, {"cp": 2}),
+    "cp2tp2-sequence-parallel": (4, {"cp": 2, "tp": 2, "sequence_parallel": True}),
     "cp3": (3, {"cp": 3}),
     "cp4": (4, {"cp": 4, "distributed_optimizer": True, "recompute": "full"}),
     "cp2tp2pp2": (8, {"cp": 2, "tp": 2, "pp": 2, "sequence_parallel": True, "recompute": "full", "overlap": True}),

@@ -272,6 +272,7 @@ def test_an_engine_killed_in_mid_generation_loses_nothing_and_comes_back(node, m
     assert node.greedy(1, PROMPTS) == node.greedy(1, PROMPTS)
 
 
+@pytest.mark.slow
 def test_an_engine_killed_in_mid_push_is_named_and_the_others_get_the_weights(node, models) -> None:
     victim, survivor = node.engines()
     sync = node.weight_sync(timeout_s=8.0)

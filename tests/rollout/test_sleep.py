@@ -136,6 +136,7 @@ def test_an_engine_that_half_woke_goes_to_sleep_again(node, sync) -> None:
     assert [status.state for status in states(node)] == ["serving"] * 2
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_killed_in_the_trainers_turn_waits_for_its_own(node, models, sync, shared) -> None:
     victim = node.engines()[0]
     shared.give_turn("trainer")

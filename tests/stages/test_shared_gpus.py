@@ -160,6 +160,7 @@ def test_a_killed_trainer_leaves_engines_that_the_next_attempt_uses(
     assert replay_elsewhere(stage, node, tmp_path / "again").checkpoint() == stage.checkpoint()
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_engines_turn_saves_what_is_in_host_memory(node: RolloutNode, task: Path, tmp_path: Path) -> None:
     """Within the second iteration's generation, when each of two leaders has one of its four responses."""
     ppo = {"iterations": 3, "critic": {"init": "random_head"}, "checkpoint": {"save_every": 100}}

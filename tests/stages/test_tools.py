@@ -32,6 +32,7 @@ def critic_of(stage: Stage, iteration: int) -> dict[str, torch.Tensor]:
     return stored_tensors(folder)
 
 
+@pytest.mark.slow
 def test_a_tool_writes_within_responses_and_only_the_policys_tokens_are_learned(
     node: RolloutNode, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from tools.benchmarks._rollout_node import RolloutNode
 pytestmark = pytest.mark.timeout(600)  # the first test also waits for the node
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_its_unfinished_responses(node: RolloutNode, task: Path, tmp_path: Path) -> None:
     """Windows of 10 of at most 24 tokens, which the untrained model always uses up."""
     settings = {"ppo": {"window_tokens": 10, "critic": {"init": "sft"}, "iterations": 4}}
