@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Measure speed: ``python tools/bench.py NAME [options]`` prints one JSON line per case; without NAME, all names.
 
 ``--keep`` stores the cases in tools/benchmarks/baselines.json, or another file (``--keep=FILE``). ``--compare`` prints
