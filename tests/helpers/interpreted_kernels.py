@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def logprobs(dtype: torch.dtype) -> float:
     errors = [((cpu - gpu).abs() / (1 + cpu.abs())).max()]
     logits[0, 7] = 0
     for grad_entropy in (None, torch.randn(5, generator=generator)):
-        arguments = {
+        arguments: dict[str, Any] = {
             **at,
             "log_norm": peak + 1,
             "entropy": torch.rand(5, generator=generator),
@@ -50,7 +51,8 @@ def logprobs(dtype: torch.dtype) -> float:
             "grad_entropy": grad_entropy,
         }
         gpu = logprob_rows_gpu.row_gradients(**arguments)
-        cpu = logprob_rows_cpu.row_gradients(**{**arguments, "logits": logits.clone()})  # which it overwrites
+        arguments["logits"] = logits.clone()  # the CPU's are overwritten
+        cpu = logprob_rows_cpu.row_gradients(**arguments)
         assert gpu.dtype == dtype and bool((gpu[:, columns:] == 0).all())
         errors.append((cpu.float() - gpu.float()).abs().max())
     return float(torch.stack(errors).max())
