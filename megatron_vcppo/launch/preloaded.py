@@ -16,6 +16,7 @@ standard input, the guard reports its process id and then the exit code.
 
 import argparse
 import contextlib
+import faulthandler
 import gc
 import importlib
 import json
@@ -39,6 +40,8 @@ from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", SECRET_FILE_VARIABLE)
 """What one rank's environment has and another's has not; no library reads it when it is imported."""
 END_S = 30.0
+IMPORT_TIMEOUT_S = 600.0
+"""Of all imports together; then the process ends, and its log says where it was: a file system that does not answer."""
 MESSAGE_BYTES = 65536
 
 
@@ -67,7 +70,8 @@ class Preloaded:
         self._environment = shared
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         number = theirs.fileno()
-        command = (self.python, "-m", __name__, "--log", str(self.log), "--control", str(number), *self.modules)
+        options = ("--log", str(self.log), "--control", str(number), "--timeout-s", str(IMPORT_TIMEOUT_S))
+        command = (self.python, "-m", __name__, *options, *self.modules)
         with theirs:
             self._process = Executed(command, shared, self.log, pass_fds=(number,))
 
@@ -152,11 +156,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m megatron_vcppo.launch.preloaded", description=__doc__)
     parser.add_argument("--log", help="where this process writes; tells whose it is")
     parser.add_argument("--control", type=int, required=True)
+    parser.add_argument("--timeout-s", type=float, required=True)
     parser.add_argument("modules", nargs="*")
     arguments = parser.parse_args()
+    faulthandler.dump_traceback_later(arguments.timeout_s, exit=True)
     for module in arguments.modules:
         with contextlib.suppress(Exception, SystemExit):  # the rank that needs it will report it, in its log
             importlib.import_module(module)
+    faulthandler.cancel_dump_traceback_later()  # its thread ends, too: forks are whole processes
     with contextlib.suppress(OSError):  # a full disk
         sys.stdout.flush()  # or every fork would write it again, into its own log
     gc.collect()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.errors import SAVED
+from megatron_vcppo.launch import preloaded
 from megatron_vcppo.launch.controller import Outcome, RoleProcess, supervise
 from megatron_vcppo.launch.preloaded import Preloaded
 from megatron_vcppo.run.processes import alive
@@ -124,6 +125,12 @@ def test_an_import_that_ends_its_process_is_reported(ranks: Ranks, how: str) -> 
     (ranks.folder / "heavy.py").write_text(f"import os\nprint('loading libcuda', flush=True)\n{how}")
     outcome = ranks.run(ranks.process("import heavy"))
     assert (outcome.code, outcome.details) in [(1, ["loading libcuda", "no libcuda"]), (137, ["loading libcuda"])]
+
+
+def test_an_import_that_hangs_ends_with_the_place_where_it_was(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preloaded, "IMPORT_TIMEOUT_S", 1.0)
+    outcome = ranks.run(ranks.process("raise SystemExit(0)", IMPORT_S="120"))
+    assert outcome.killed and "heavy.py" in "".join(outcome.details)
 
 
 def test_nothing_is_left_of_a_rank_that_is_given_up_before_it_reported(ranks: Ranks) -> None:
