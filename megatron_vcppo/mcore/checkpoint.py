@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -92,7 +91,7 @@ class CheckpointFolder:
             for leftover in folder.glob(".*"):
                 # A writer of an attempt that was killed may still be at work in it.
                 shutil.rmtree(leftover, ignore_errors=True)
-        dist.barrier()
+        self.runtime.barrier()
 
     def is_due(self, iteration: int) -> bool:
         """Whether this iteration, which is complete and logged, is to be saved."""
@@ -137,7 +136,7 @@ class CheckpointFolder:
             shutil.rmtree(temporary, ignore_errors=True)  # left by a save that a signal or a full disk cut short
             for name in components:
                 (temporary / name).mkdir(parents=True, exist_ok=True)
-        dist.barrier()
+        self.runtime.barrier()
         if tensors and self.runtime.is_leader:
             path = temporary / f"tensors_{self.runtime.dp_rank}of{self.runtime.dp_size}.safetensors"
             save_file(dict(tensors), path)
@@ -254,7 +253,7 @@ class CheckpointFolder:
             if keep_last := self.settings.keep_last:
                 for old in sorted(complete_checkpoints(self.folder))[:-keep_last]:
                     remove_checkpoint(old)
-        dist.barrier()
+        self.runtime.barrier()
 
     def _deadline(self) -> AbstractContextManager[None]:
         """Deadline for threads that write: a file system that hangs would otherwise block this rank forever."""

@@ -78,6 +78,11 @@ class Runtime:
         """Whether this rank holds the last layers of the pipeline, whose output losses read."""
         return self.pp_rank == self.pp_size - 1
 
+    def barrier(self) -> None:
+        """Until all ranks are here; collective."""
+        # NCCL's barrier is an all-reduce on a device, and warns when it has to guess which one.
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
 
 _runtime: Runtime | None = None
 """What ``start`` made; None outside of a world."""

@@ -11,6 +11,7 @@ import torch
 
 from megatron_vcppo.rollout.broadcast import ahead, send
 from megatron_vcppo.rollout.group import Group, Lane, join_group, reach_store, serve_store
+from megatron_vcppo.run.secret import hello_key
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
@@ -70,7 +71,7 @@ def test_a_peer_that_hangs_while_connecting_costs_the_push_only() -> None:
     store = serve_store("127.0.0.1", 60.0)
     peer = start_peer(store.port, "hang")
     try:
-        reach_store("127.0.0.1", store.port, 60.0).wait(["here/1"])
+        reach_store("127.0.0.1", store.port, 60.0).wait([hello_key(1)])
         started = time.monotonic()
         with pytest.raises(RuntimeError, match="connecting 2 ranks over nccl is not done"):
             join_group(store, 0, 2, "nccl", device(), 5.0, "127.0.0.1", "secret")

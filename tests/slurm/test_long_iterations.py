@@ -65,7 +65,7 @@ def assert_trained_once(run: RunFolder) -> None:
     assert [record["iteration"] for record in run.stage("ppo").recent_metrics()] == [1, 2]
     state = json.loads((run.stage("ppo").checkpoint(2) / "state.json").read_text())["state"]
     assert state["prompts"]["samples_seen"] == 96 and "unfinished" not in state
-    assert sorted(path.name for path in run.stage("ppo").rollouts.glob("*.zst")) == [
+    assert sorted(path.name for path in run.stage("ppo").rollouts.glob("iter_*")) == [
         f"iter_000000{iteration}_0of1.npz" for iteration in (1, 2)
     ]
 
