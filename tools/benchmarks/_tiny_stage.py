@@ -55,7 +55,7 @@ def save(checkpoints: Path, state: dict[str, Any]) -> None:
     shutil.rmtree(final, ignore_errors=True)
     temporary.mkdir(parents=True)
     (temporary / "state.json").write_text(json.dumps({key: state[key] for key in ("trained", "total")}))
-    state["weights"].tofile(temporary / "weights.bin")
+    (temporary / "weights.bin").write_bytes(state["weights"].tobytes())  # numpy's tofile does not name a full disk
     time.sleep(float(os.environ.get("TINY_WRITE_SECONDS", "0")))
     write_manifest(temporary, {"iteration": len(state["trained"])})
     temporary.rename(final)
