@@ -27,6 +27,15 @@ def test_a_second_cluster_in_the_same_folder_is_refused(cluster: DevCluster) -> 
         DevCluster(cluster.root).up()
 
 
+def test_name_servers_are_those_of_other_machines(tmp_path: Path) -> None:
+    resolver = tmp_path / "resolv.conf"
+    assert devcluster_net.name_servers(resolver) == []
+    resolver.write_text(
+        "# none\nsearch a b\nnameserver\nnameserver 127.0.0.53\nnameserver 10.1.2.3\nnameserver fe80::1\n"
+    )
+    assert devcluster_net.name_servers(resolver) == ["10.1.2.3"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(bool(missing_programs(accounting=True)), reason="slurmdbd or MariaDB is not installed")
 def test_with_accounting_and_down_without_a_trace() -> None:
