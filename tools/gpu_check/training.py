@@ -73,12 +73,17 @@ def run_fp8(target: str, size: str) -> list[Row]:
 
 
 def fp8_rows(recipe: str, case: dict[str, Any], plain: dict[str, Any]) -> list[Row]:
-    """Losses within 2 %; the speed only as a figure: it depends on the model's size."""
-    gap = max(abs(a / b - 1) for a, b in zip(case["losses"], plain["losses"], strict=True))
+    """Losses within 2 %; the speed only as a figure: it depends on the model's size.
+
+    The area between the curves over the area below bf16's: the batch is learned by heart, and ratios of losses near
+    zero say nothing.
+    """
+    between = sum(abs(a - b) for a, b in zip(case["losses"], plain["losses"], strict=True))
+    gap = between / sum(plain["losses"])
     speed = case["tokens_per_s"] / plain["tokens_per_s"]
     last = f"last loss {case['losses'][-1]:.3f}, bf16 {plain['losses'][-1]:.3f}"
     return [
-        at_most(f"FP8 {recipe}, largest difference of losses ({last})", gap, 0.02),
+        at_most(f"FP8 {recipe}, difference of losses ({last})", gap, 0.02),
         Row(f"FP8 {recipe}, speed over bf16", f"{speed:.2f}"),
     ]
 

@@ -140,13 +140,15 @@ def test_fp8_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     def bench(text: str, *options: str) -> dict[str, Any]:
         if "blockwise" in text:
             raise RuntimeError("no kernel")
-        return CASE | ({"losses": [10.0, 9.3]} if "current" in text else {})
+        return CASE | ({"losses": [10.0, 9.5]} if "current" in text else {})
 
     monkeypatch.setattr(training, "bench", bench)
     monkeypatch.setattr(training, "no_fp8", lambda target: "no reason")
     assert verdicts(training.run_fp8("cuda", "full")) == ["skipped: no reason"]
     monkeypatch.setattr(training, "no_fp8", lambda target: "")
     assert verdicts(training.run_fp8("cuda", "full")) == ["ok", "ok", "FAIL", "ok", "FAIL"]
+    by_heart = training.fp8_rows("delayed", CASE | {"losses": [10.0, 0.002]}, CASE | {"losses": [10.0, 0.001]})
+    assert verdicts(by_heart) == ["ok", "ok"], "a ratio of losses near zero says nothing"
 
 
 def test_fp8_needs_the_layers_and_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
