@@ -40,6 +40,8 @@ class Chain:
     is_arm: bool = True
     call: tuple[str, ...] = ()
     """Configuration and overrides, as ``vcppo run`` takes them."""
+    equal: RunFolder | None = None
+    """A finished run of another experiment that this one would repeat."""
 
     def is_done(self) -> bool:
         """Whether every stage has its manifest."""
@@ -108,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         return DONE
     check_at_once(args.at_once, chains)
     make_task(experiment, root)
+    link_equal_runs(chains)
     for chain in chains:  # all are checked before anything is trained
         checked_stages(chain.run, chain.config, chain.stages[0], chain.stages[-1])
     code = start_all(chains, at_once=args.at_once)
@@ -129,7 +132,7 @@ def plan(
 
     UserError for a configuration that is wrong, or if a run was begun with other settings.
     """
-    from megatron_vcppo.launch.experiment_file import check_settings
+    from megatron_vcppo.launch.experiment_file import check_settings, equal_run
 
     known = [arm.name for arm in experiment.arms]
     if unknown := [name for name in arms or () if name not in known]:
@@ -157,7 +160,8 @@ def plan(
             base = RunFolder(experiment.shared_run(root, seed, seeds[0])) if taken else None
             needed |= {*chain.stages[:taken]}
             check_settings(chain.run, chain.config, chain.stages)
-            of_seed.append(replace(chain, stages=chain.stages[taken:], base=base))
+            equal = None if chain.run.path.exists() else equal_run(root, chain.run, chain.config)
+            of_seed.append(replace(chain, stages=chain.stages[taken:], base=base, equal=equal))
         stages = [stage for stage in experiment.shared_stages if stage in needed]
         folder = experiment.shared_run(root, seed, seeds[0])
         if stages and all(chain.run.path != folder for chain in chains):
@@ -179,6 +183,8 @@ def print_plan(experiment: "Experiment", root: Path, chains: Sequence[Chain]) ->
         done = [stage for stage in chain.stages if chain.run.stage(stage).marked_done()]
         state = f"; done: {', '.join(done)}" if done else ""
         takes = f"; begins with {chain.base.path.relative_to(root)}" if chain.base else ""
+        if chain.equal:
+            takes = f"; the same as {chain.equal.path.relative_to(root)}, which is done"
         print(f"  {chain.run.path.relative_to(root)}: {', '.join(chain.stages)}{takes}{state}")
     print("nothing was written")
 
@@ -193,6 +199,16 @@ def make_task(experiment: "Experiment", root: Path) -> None:
     parser = argparse.ArgumentParser(prog="vcppo")
     command.add_parser(parser.add_subparsers())
     command.run(parser.parse_args(["make-task", "--out", str(folder), *experiment.task_arguments]))
+
+
+def link_equal_runs(chains: Sequence[Chain]) -> None:
+    """Have the arms that another experiment has run already point there."""
+    for chain in chains:
+        if chain.equal:
+            folder = chain.run.path
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.symlink_to(os.path.relpath(chain.equal.path, folder.parent))
+            say(f"experiment: {chain.label}: the same as {chain.equal.path}, which is done")
 
 
 def check_at_once(at_once: int, chains: Sequence[Chain]) -> None:

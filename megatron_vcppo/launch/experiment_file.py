@@ -5,7 +5,7 @@ Folders below DIR, by default runs/experiments, which all experiments have in co
 
     tasks/TASK                   what `vcppo make-task` made
     shared/CONFIG/seed_0         the stages that arms begin with, of a configuration file and a task
-    NAME/ARM/seed_0              a run per arm and seed
+    NAME/ARM/seed_0              a run per arm and seed, or a link to an equal one of another experiment
     NAME/experiment.jsonl.zst    the numbers (report/experiment_results.py), and the report next to them
 """
 
@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.load import load_stored_config
 from megatron_vcppo.config.value_sources import CONFIGS, file_sources
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.report.experiment_question import Question
@@ -161,10 +161,10 @@ def check_settings(run: RunFolder, config: Config, stages: Sequence[str]) -> Non
     """
     if not run.config.exists():
         return
-    stored = yaml.safe_load(run.config.read_text(encoding="utf-8")) or {}
+    stored = asdict(load_stored_config(run.config))
     sections = [*COMMON_SECTIONS, *(stage for stage in stages if stage not in ("export", "evaluate"))]
     ours, now = ({name: one.get(name) for name in sections} for one in (stored, asdict(config)))
-    changed = {key: both for key, both in differences_of([ours, now]).items() if key not in NOT_COMPARED}
+    changed = {key: both for key, both in differences_of([ours, now]).items() if not key.startswith(NOT_COMPARED)}
     if changed:
         key, (before, after) = next(iter(changed.items()))
         raise UserError(
@@ -172,8 +172,30 @@ def check_settings(run: RunFolder, config: Config, stages: Sequence[str]) -> Non
         )
 
 
-NOT_COMPARED = ("model.hf", "prompts.train", "prompts.test", "value_pretrain.stored_path")
-"""Keys that name places."""
+PLACES = ("model.hf", "prompts.train", "prompts.test", "value_pretrain.stored_path")
+NOT_COMPARED = (*PLACES, "rollout.engine.")
+"""Beginnings of keys."""
+
+
+def equal_run(root: Path, run: RunFolder, config: Config) -> RunFolder | None:
+    """A finished run below root, of whatever experiment, with the settings, data and seed of ``run``; None: there is
+    none. Layouts may differ."""
+    wanted = _numbers_of(config, run)
+    for file in sorted(root.glob(f"*/*/{run.path.name}/config.yaml")):
+        found = RunFolder(file.parent)
+        is_done = all(found.stage(stage).marked_done() for stage in config.stages)
+        if is_done and not found.path.is_symlink() and _numbers_of(load_stored_config(file), found) == wanted:
+            return found
+    return None
+
+
+def _numbers_of(config: Config, run: RunFolder) -> Any:
+    """What a run's numbers depend on, as JSON, without its own place and the engines' layout."""
+    values = asdict(config)
+    del values["rollout"]["engine"]
+    found = {name: values.get(name) for name in (*COMMON_SECTIONS, *config.stages, "stages")}
+    found["seed"] = config.run.seed
+    return json.loads(json.dumps(found, ensure_ascii=False).replace(str(run.path), ""))
 
 
 def _arm(name: str, values: Any, shared: Mapping[str, Any], path: Path) -> Arm:

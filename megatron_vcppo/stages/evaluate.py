@@ -42,15 +42,17 @@ def run(config: Config) -> None:
         startup.done("model")
         prompts = evaluation_prompts(config, session)
         if stage.runtime.is_main:
-            claim(session.folder, origin_of_evaluation(config, {name: c.folder for name, c in found.items()}), -1)
+            claim(
+                session.batches.folder, origin_of_evaluation(config, {name: c.folder for name, c in found.items()}), -1
+            )
         for version, (name, candidate) in enumerate(found.items()):
-            rollouts = session.stored(version, prompts, config.evaluate.num_samples)
+            rollouts = session.batches.stored(version, prompts, config.evaluate.num_samples)
             if rollouts is None:
                 try:
                     rollouts = generate(config, session, model, candidate, version)
                 except Stopped:
                     raise Saved(f"asked to stop: {version} of {len(found)} checkpoints are evaluated") from None
-            session.finish_storing()
+            session.batches.finish()
             outcomes = gather_outcomes(rollouts, session, config.evaluate.k)
             results.append({"name": name, **scores(outcomes, config.evaluate.k, session.verifiers)})
             if stage.runtime.is_main:
@@ -72,7 +74,7 @@ def generate(
     session.push(version, lambda: stream_hf(model))
     rollouts = evaluation_rollouts(config, session, BatchNumber.candidate(version))
     session.trainer_turn()
-    session.store(version, rollouts)
+    session.batches.store(version, rollouts)
     return rollouts
 
 

@@ -131,7 +131,7 @@ class GroupQueue:
             return
         if self.stream is None:
             self.stream = client.stream(session.policy_version, self.sampling)
-        kept = {(r.prompt.prompt_id, r.sample_index, r.seed): r for r in session.kept(iteration)}
+        kept = {(r.prompt.prompt_id, r.sample_index, r.seed): r for r in session.batches.kept(iteration)}
         for group in new:
             if group.place % session.runtime.dp_size != session.runtime.dp_rank:
                 continue

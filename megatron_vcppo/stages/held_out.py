@@ -32,7 +32,7 @@ def evaluate_engines(config: Config, session: RolloutSession, iteration: int) ->
     """Metrics ``evaluation/…`` over prompts.test under the pushed weights; collective."""
     number = BatchNumber.evaluation(iteration)
     part = evaluation_rollouts(config, session, number)
-    session.forget(number)
+    session.batches.forget(number.storage)
     return evaluation_metrics(gather_outcomes(part, session, config.evaluate.k), config.evaluate.k, session.verifiers)
 
 

@@ -296,7 +296,7 @@ class TrainLoop:
         """A checkpoint of the last complete step and of how far the next one is, after what they were trained on."""
         if self.session is not None:
             with self.timer("store"):
-                self.session.finish_storing()
+                self.session.batches.finish()
         state, tensors = dict(self._state), {}
         if self.partial is not None and self.partial.num_updates:
             state["unfinished"], tensors = self.partial.state_dict(), self.partial.tensors()

@@ -64,7 +64,7 @@ def run(config: Config) -> None:
         if loop.resumed is None and models.critic is not None:
             continue_pretraining(models.critic, config)
         if stage.runtime.is_main:
-            claim(session.folder, origin_of(config, "ppo"), sampler.last_number(loop.step))
+            claim(session.batches.folder, origin_of(config, "ppo"), sampler.last_number(loop.step))
         ppo = Ppo(stage, session, models, sampler, kl, loop, model_rewards)
         with loop:
             report = IterationReport(stage, loop)
@@ -226,7 +226,7 @@ class Ppo:
         done = [iteration_of(path.name) or 0 for path in complete_checkpoints(self.loop.checkpoints.folder)]
         if self.experts is not None and self.session.runtime.is_main and done:
             continued = self.config.ppo.window_tokens is not None
-            drop_experts(self.session.folder, self.sampler.last_number(min(done)) - continued)
+            drop_experts(self.session.batches.folder, self.sampler.last_number(min(done)) - continued)
 
     def push(self, policy_version: int) -> PushResult:
         """Give the engines the actor's weights."""

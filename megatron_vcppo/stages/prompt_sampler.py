@@ -64,12 +64,12 @@ class PromptSampler:
 
     def rollouts_for(self, prompts: list[Prompt], number: int) -> RolloutPart:
         """Rollouts of these prompts: those that an interrupted attempt stored under the number, else new ones."""
-        stored = self.session.stored(number, prompts, self.num_samples)
+        stored = self.session.batches.stored(number, prompts, self.num_samples)
         if stored is not None:
             return stored
         generated = self.session.generate(prompts, BatchNumber.training(number), self.sampling, self.num_samples)
         rollouts = self.score(generated)
-        self.session.store(number, rollouts)
+        self.session.batches.store(number, rollouts)
         return rollouts
 
     def last_number(self, iteration: int) -> int:
@@ -112,7 +112,9 @@ class PromptSampler:
         while len(self.taken) < count * (ahead + 1):
             number, place = iteration + len(self.taken) // count, self.stream.position
             self.taken.append(Group(place, number, *self.stream.next(1)))
-        stored = self.session.stored_among(iteration, [group.prompt for group in self.taken], count, self.num_samples)
+        stored = self.session.batches.stored_among(
+            iteration, [group.prompt for group in self.taken], count, self.num_samples
+        )
         if stored is not None:
             chosen, rollouts = stored
         else:
@@ -128,7 +130,7 @@ class PromptSampler:
             )
             chosen, rollouts = self.queue.collect(self.taken, choose)
             rollouts = self.score(rollouts)
-            self.session.store(iteration, rollouts)
+            self.session.batches.store(iteration, rollouts)
         self.taken = [group for index, group in enumerate(self.taken) if index not in set(chosen)]
         return rollouts
 

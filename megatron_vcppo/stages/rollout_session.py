@@ -5,8 +5,8 @@ asks the engines for the rest only: seeds belong to requests, so the iteration g
 """
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,6 @@ from megatron_vcppo.data.prompts import PromptKeys, PromptStream, load_prompts
 from megatron_vcppo.data.tokenizer import load_tokenizer
 from megatron_vcppo.errors import Stopped, UserError
 from megatron_vcppo.hf.architecture import Architecture
-from megatron_vcppo.mcore.runtime import any_rank, max_over_ranks
 from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.rewards.registry import check_answer, isolation_of_code, resolve_verifiers
 from megatron_vcppo.rewards.scorer import Scorer
@@ -31,30 +30,18 @@ from megatron_vcppo.rollout.turns import ToolCalls
 from megatron_vcppo.run.events import startup
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.rollout_store import (
-    drop_other_parts,
-    drop_partial,
-    drop_rollouts,
-    keep_as_partial,
     needs_engines,
-    read_partial,
-    read_places,
     rollouts_folder,
-    write_partial,
-    write_rollouts,
 )
 from megatron_vcppo.stages.shared_gpus import Model, SharedGpus
 from megatron_vcppo.stages.stage import Stage
 from megatron_vcppo.stages.stopping import Saved, stopping
+from megatron_vcppo.stages.stored_batches import Sample, StoredBatches
 from megatron_vcppo.weight_sync.joiners import begin, finish_with_joiners
 from megatron_vcppo.weight_sync.rank_role import make_weight_sync, role_of
 from megatron_vcppo.weight_sync.sync import PushResult, WeightSync
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
-Sample = tuple[str, int]
-"""(prompt id, sample index)"""
-
-STORE_SHARE = 0.8
-"""Of run.timeout_s, how long a leader waits for its file: the other ranks wait for it in a collective."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +119,6 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         self.config, self.runtime, self.stage = config, runtime, stage.name
         self.replays_routing = stage.name == "ppo" and config.ppo.routing_replay
         """Whether rollouts for training need the experts that the engine chose."""
-        self.folder = rollouts_folder(config, stage.name)
-        """Where rollouts are stored."""
         positions = Architecture.from_hf(config.model.hf).max_positions
         if config.model.max_length > positions:
             raise UserError(
@@ -151,6 +136,9 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
             role = role_of(runtime, config.weight_sync.max_senders)
             self.sync = make_weight_sync(config, rendezvous, role, runtime.device)
         self.is_leader = runtime.is_leader
+        self.batches = StoredBatches(
+            rollouts_folder(config, stage.name), runtime, self.sync.ranks, need_experts=self.replays_routing
+        )
         self.scorer: Scorer | None = None
         self.client: RolloutClient | None = None
         self.verifiers = resolve_verifiers(config.prompts.verifiers, config.rewards.code)
@@ -182,8 +170,6 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         self.policy_version = -1
         self.pending: list[PendingRollouts] = []
         self.ahead: WorkAhead | None = None
-        self.storing: tuple[int, Future[None] | None] | None = None
-        """The number of the batch that leaders store in the background, and on leaders its end."""
         self.source: Callable[[], Tensors] | None = None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -253,7 +239,7 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
         Responses that an attempt before this one kept are not generated again.
         """
         mine = prompts[self.runtime.dp_rank :: self.runtime.dp_size]
-        places = self._my_places(prompts, num_samples)
+        places = self.batches.places_of(prompts, num_samples)
         return self.begin(places, lambda client: client.plan(mine, number.seed, num_samples), number, sampling)
 
     def begin(
@@ -273,16 +259,6 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
             pending.future = begin(self._producer(pending, self.client, plan(self.client), sampling))
         self.pending.append(pending)
         return pending
-
-    def _my_places(self, prompts: list[Prompt], num_samples: int) -> dict[Sample, int]:
-        """The rollouts that this rank gets → their places; empty on ranks that are no leaders.
-
-        Leaders take prompts in turn.
-        """
-        if not self.is_leader:
-            return {}
-        mine = range(self.runtime.dp_rank, len(prompts), self.runtime.dp_size)
-        return {(prompts[i].prompt_id, k): i * num_samples + k for i in mine for k in range(num_samples)}
 
     def collect(self, pending: PendingRollouts) -> RolloutPart:
         """Wait for the pending rollouts; engines that restart meanwhile receive the current weights."""
@@ -310,35 +286,16 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
 
         Models are whole again afterwards, so that the stage can save them.
         """
-        self.finish_storing()
+        self.batches.finish()
         for pending in self.pending:
             pending.cancelled.set()
-            if finished := pending.finished():
-                storage = pending.number.storage
-                write_partial(self.folder, storage, finished, self.runtime.dp_rank, self.runtime.dp_size)
+            self.batches.keep(pending.number.storage, pending.finished())
         self.pending.clear()
         if self.ahead is not None:
             storage, rollouts = self.ahead.stop()
-            if rollouts:
-                part = RolloutPart.whole(rollouts)
-                write_partial(self.folder, storage, part, self.runtime.dp_rank, self.runtime.dp_size)
+            self.batches.keep(storage, RolloutPart.whole(rollouts))
         self.sync.ranks.barrier()
         self.trainer_turn()
-
-    def kept(self, storage: int) -> list[Rollout]:
-        """What all leaders of an attempt before this one, whatever their number was, kept of a batch."""
-        rollouts = read_partial(self.folder, storage)
-        if storage < 0:  # an evaluation's
-            return rollouts
-        return [rollout for rollout in rollouts if not self._misses_experts(rollout)]
-
-    def _misses_experts(self, rollout: Rollout) -> bool:
-        return self.replays_routing and not rollout.routed_experts
-
-    def forget(self, number: BatchNumber) -> None:
-        """Drop what was kept of a batch that is complete and is not stored; main rank."""
-        if self.runtime.is_main:
-            drop_partial(self.folder, number.storage)
 
     def _producer(
         self, pending: PendingRollouts, client: RolloutClient, requests: list[PendingRequest], sampling: Sampling
@@ -350,7 +307,7 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
             pending.answered.append((rollout, scored_before(rollout) or scorer.submit(rollout)))
 
         missing = {item.request_id: item for item in requests}
-        for rollout in self.kept(pending.number.storage):
+        for rollout in self.batches.kept(pending.number.storage):
             request_id = rollout.prompt.prompt_id, rollout.sample_index, rollout.seed
             if request_id in missing and rollout.continues(missing[request_id].so_far):
                 del missing[request_id]
@@ -361,115 +318,6 @@ class RolloutSession(AbstractContextManager["RolloutSession"]):
             return [scored.result() for _, scored in pending.answered]
 
         return produce
-
-    def store(self, storage: int, part: RolloutPart) -> None:
-        """Keep a batch: each leader writes its part in the background. One batch at a time.
-
-        Nothing that was trained on it may be saved before ``finish_storing``.
-        """
-        self.finish_storing()
-        future = begin(partial(self._write, storage, part)) if self.is_leader else None
-        self.storing = (storage, future)
-
-    def _write(self, storage: int, part: RolloutPart) -> None:
-        if self.runtime.is_main:
-            drop_other_parts(self.folder, storage, self.runtime.dp_size)
-        write_rollouts(self.folder, storage, part, self.runtime.dp_rank, self.runtime.dp_size)
-
-    def finish_storing(self) -> None:
-        """Wait until every leader has written what it was given to store; raises if one could not."""
-        if self.storing is None:
-            return
-        (storage, future), self.storing = self.storing, None
-        error = None
-        if future is not None:
-            timeout_s = STORE_SHARE * self.runtime.timeout_s
-            wait([future], timeout_s)
-            error = future.exception() if future.done() else TimeoutError(f"not done after {timeout_s:g} s")
-        if any_rank(error is not None):
-            raise RuntimeError(f"storing rollouts {storage} in {self.folder} failed: {error or 'on another rank'}")
-        if self.runtime.is_main:
-            drop_partial(self.folder, storage)
-
-    def stored(self, storage: int, prompts: list[Prompt], num_samples: int) -> RolloutPart | None:
-        """The stored rollouts of exactly these prompts; None if there are none. An iteration that a kill interrupted
-        is trained on the responses that it had, so its updates come out the same."""
-        every = {(prompt.prompt_id, sample) for prompt in prompts for sample in range(num_samples)}
-        return self.stored_samples(storage, every, self._my_places(prompts, num_samples))
-
-    def stored_samples(
-        self,
-        storage: int,
-        every: Collection[Sample],
-        places: Mapping[Sample, int],
-        so_far: Mapping[Sample, Rollout] | None = None,
-    ) -> RolloutPart | None:
-        """``stored`` for any samples. every: of the batch. places: of those that this rank gets. so_far: what there was
-        of them before, where they are continued."""
-        found: dict[int, Rollout] = {}
-        num_foreign = 0
-
-        def is_mine(_: int, rollout: Rollout) -> bool:
-            nonlocal num_foreign
-            sample = rollout.prompt.prompt_id, rollout.sample_index
-            num_foreign += sample not in every or self._misses_experts(rollout)
-            if sample not in places:
-                return False
-            num_foreign += not rollout.continues((so_far or {}).get(sample))
-            return True
-
-        is_there = True
-        if self.is_leader:
-            try:
-                part = read_places(self.folder, storage, is_mine)
-                found = {places[r.prompt.prompt_id, r.sample_index]: r for r in part.rollouts}
-            except UserError:
-                is_there = False
-        is_whole = is_there and not num_foreign and len(found) == len(places)
-        return RolloutPart.of(found.items()) if self._is_taken(storage, is_there, is_whole) else None
-
-    def stored_among(
-        self, storage: int, prompts: list[Prompt], count: int, num_samples: int
-    ) -> tuple[list[int], RolloutPart] | None:
-        """The stored rollouts of any ``count`` of these prompts: which they are, in the order of the batch, and what
-        this rank reads of them. None if there are none."""
-        index_of = {prompt.prompt_id: index for index, prompt in enumerate(prompts)}
-        numbers = torch.full((len(prompts),), -1)
-        num_found = num_foreign = 0
-        is_there, part = True, RolloutPart()
-
-        def is_mine(place: int, rollout: Rollout) -> bool:
-            nonlocal num_found, num_foreign
-            number, index = place // num_samples, index_of.get(rollout.prompt.prompt_id)
-            if index is None or rollout.sample_index != place % num_samples or self._misses_experts(rollout):
-                num_foreign += 1
-                return False
-            numbers[index] = number
-            num_found += 1
-            return number % self.runtime.dp_size == self.runtime.dp_rank
-
-        if self.is_leader:
-            try:
-                part = read_places(self.folder, storage, is_mine)
-            except UserError:
-                is_there = False
-        is_whole = not num_foreign and num_found == count * num_samples
-        is_whole = is_whole and sorted(numbers[numbers >= 0].tolist()) == [*range(count)]
-        if not self._is_taken(storage, is_there, is_whole or not self.is_leader):
-            return None
-        numbers = max_over_ranks(numbers)
-        return sorted(range(len(prompts)), key=numbers.tolist().__getitem__)[-count:], part
-
-    def _is_taken(self, storage: int, is_there: bool, is_whole: bool) -> bool:
-        """Whether every rank found a stored batch whole; removes what is not; collective."""
-        if any_rank(not is_whole):
-            if self.runtime.is_main:  # what is there of it would be taken for parts of the batch that follows
-                (drop_rollouts if is_there else keep_as_partial)(self.folder, storage)
-            self.sync.ranks.barrier()
-            return False
-        if self.runtime.is_main:
-            drop_partial(self.folder, storage)  # a kill may have come between the two
-        return True
 
     def training_prompts(self, seed: int) -> PromptStream:
         """The problems of prompts.train and prompts.mix, in every epoch as often as their source's weight says."""

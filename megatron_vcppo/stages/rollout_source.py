@@ -70,7 +70,7 @@ def rollout_source(
     if wanted is not None:
         return StoredRollouts(wanted, fresh, stage)
     if stage.runtime.is_main:
-        claim(session.folder, origin_of(config, stage.name), reached)
+        claim(session.batches.folder, origin_of(config, stage.name), reached)
     return fresh
 
 
@@ -182,11 +182,11 @@ class StoredRollouts:
                     stopping.point()
                     part = fresh.next(count, number)
                 except Stopped:
-                    session.finish_storing()
+                    session.batches.finish()
                     raise Saved(f"asked to stop: the first {num_found} of {total} rollouts are stored") from None
             rollouts |= {num_found + place: rollout for place, rollout in part.items() if num_found + place < total}
             num_found += runtime.sum_over_ranks(len(part))
-        session.finish_storing()
+        session.batches.finish()
         if self.runtime.is_main and not wanted.is_complete:
             wanted.mark_complete()
         return rollouts

@@ -17,7 +17,8 @@ from megatron_vcppo.rollout.client import PendingRequest, RolloutClient
 from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.rollout_store import read_places
-from megatron_vcppo.stages.rollout_session import BatchNumber, RolloutSession, Sample
+from megatron_vcppo.stages.rollout_session import BatchNumber, RolloutSession
+from megatron_vcppo.stages.stored_batches import Sample
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Windows:
             for place, (started, owner) in enumerate(zip(batch, owners, strict=True))
             if session.is_leader and owner == current.dp_rank
         }
-        part = session.stored_samples(iteration, {started.sample for started in batch}, places, so_far)
+        part = session.batches.stored_samples(iteration, {started.sample for started in batch}, places, so_far)
         if part is None:
 
             def plan(client: RolloutClient) -> list[PendingRequest]:
@@ -94,7 +95,7 @@ class Windows:
 
             pending = session.begin(places, plan, BatchNumber.training(iteration), self.sampling)
             part = self.score(session.collect(pending))
-            session.store(iteration, part)
+            session.batches.store(iteration, part)
         left = torch.zeros(len(batch), dtype=torch.int64)
         for place, rollout in part.items():
             left[place] = rollout.unfinished
@@ -151,7 +152,7 @@ class Windows:
         if self.session.is_leader and self.unfinished:
             try:
                 found = read_places(
-                    self.session.folder,
+                    self.session.batches.folder,
                     iteration,
                     lambda _, rollout: rollout.unfinished and (rollout.prompt.prompt_id, rollout.sample_index) in mine,
                 )

@@ -22,6 +22,7 @@ from megatron_vcppo.run.rollout_store import partial_iterations, read_rollouts, 
 from megatron_vcppo.stages.prompt_sampler import PromptSampler
 from megatron_vcppo.stages.rollout_session import RolloutSession
 from megatron_vcppo.stages.stopping import stopping
+from megatron_vcppo.stages.stored_batches import StoredBatches
 from megatron_vcppo.stages.windows import Started, owners_of
 from tests.helpers.distributed import run_distributed_test
 
@@ -76,10 +77,11 @@ def make_session(folder: Path, config: Config) -> RolloutSession:
     """Without processes of engines and verifiers, and without models."""
     session: Any = RolloutSession.__new__(RolloutSession)
     session.runtime = runtime.start(ParallelConfig(), seed=1, timeout_s=60)
-    session.folder, session.is_leader, session.storing, session.pending = folder, True, None, []
+    session.is_leader, session.pending = True, []
     session.gpus = session.ahead = None
     session.source, session.policy_version, session.replays_routing = object(), 0, False
     session.sync = SimpleNamespace(ranks=RankGroup(60), update_joiners=lambda *_: None)
+    session.batches = StoredBatches(folder, session.runtime, session.sync.ranks, need_experts=False)
     session.client = Engine(folder, config.rollout, 64, run_seed=7, decode=lambda ids: " ".join(map(str, ids)))
 
     def submit(rollout: Rollout) -> Future[Rollout]:
@@ -115,7 +117,7 @@ def attempt(
             session.policy_version = iteration - 1
             part = sampler.next_batch(iteration)
             assert all((rollout.reward is None) == rollout.unfinished for rollout in part.rollouts)
-            session.finish_storing()
+            session.batches.finish()
             states.append(sampler.state_dict())
     except Stopped:
         pass

@@ -25,7 +25,7 @@ from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import read_rollouts
 from megatron_vcppo.stages.__main__ import main as run_rank
-from megatron_vcppo.stages.rollout_session import RolloutSession
+from megatron_vcppo.stages.stored_batches import StoredBatches
 from tests.helpers.distributed import RanksFailed, run_distributed_test
 from tests.helpers.stops import at_call
 from tools.benchmarks._rollout_node import RolloutNode
@@ -84,7 +84,7 @@ class KillPoint:
 
 
 KILL_POINTS = (
-    KillPoint(RolloutSession, "store", 1),
+    KillPoint(StoredBatches, "store", 1),
     KillPoint(Learner, "train_step", 2),
     KillPoint(CheckpointFolder, "save", 1),
 )

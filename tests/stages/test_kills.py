@@ -9,12 +9,12 @@ from megatron_vcppo.mcore.checkpoint import CheckpointFolder
 from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import read_rollouts
-from megatron_vcppo.stages.rollout_session import RolloutSession
+from megatron_vcppo.stages.stored_batches import StoredBatches
 from tests.helpers.rollout_stages import KILL_POINTS, KillPoint, Stage, make_config
 from tools.benchmarks._rollout_node import RolloutNode
 
 PPO_POINTS = (
-    KillPoint(RolloutSession, "store", 2),
+    KillPoint(StoredBatches, "store", 2),
     KillPoint(Learner, "train_step", 9),
     KillPoint(CheckpointFolder, "save", 2),
 )

@@ -14,7 +14,7 @@ import pytest
 from megatron_vcppo.errors import SAVED
 from megatron_vcppo.run.metrics_log import read_metrics
 from megatron_vcppo.run.rollout_store import read_rollouts, stored_iterations
-from megatron_vcppo.stages import rollout_session
+from megatron_vcppo.stages import stored_batches
 from megatron_vcppo.stages.rollout_source import StoredRollouts
 from megatron_vcppo.stages.stopping import Stopping
 from tests.helpers.rollout_stages import Stage, make_config
@@ -41,7 +41,7 @@ def output_to(log: Path) -> Callable[[], None]:
 
 def ask_to_stop_after_storing(iteration: int) -> None:
     """Rank 0 asks itself to stop when it has stored the rollouts of an iteration."""
-    write = rollout_session.write_rollouts
+    write = stored_batches.write_rollouts
 
     def write_and_ask(folder: Path, number: int, *rest: Any) -> Path:
         path = write(folder, number, *rest)
@@ -49,7 +49,7 @@ def ask_to_stop_after_storing(iteration: int) -> None:
             os.kill(os.getpid(), signal.SIGUSR2)
         return path
 
-    rollout_session.write_rollouts = write_and_ask  # type: ignore[assignment]
+    stored_batches.write_rollouts = write_and_ask  # type: ignore[assignment]
 
 
 def test_critic_first_then_both_and_what_an_iteration_reports(node: RolloutNode, task: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.cli import main
-from megatron_vcppo.commands.experiment import plan
+from megatron_vcppo.commands.experiment import Chain, collect, link_equal_runs, plan
 from megatron_vcppo.config.load import dump_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.experiment_file import FOLDER, find_experiment, read_experiment
@@ -69,6 +69,43 @@ def test_arms_begin_with_what_is_shared(tmp_path: Path) -> None:
     assert (one.config.ppo.iterations, shared.config.ppo.iterations) == (7, 15), "set is of the arms"
     assert all(chain.config.sft.steps == 90 for chain in chains)
     assert [chain.config.run.seed for chain in chains] == [0, 0, 0, 1, 1, 1]
+
+
+def test_an_arm_that_another_experiment_has_run_is_not_run_again(tmp_path: Path, capsys) -> None:
+    """Equal are settings, data and seed; where a run is, what it shares and its layout do not count."""
+
+    def chain_of(name: str, arm: str, *overrides: str) -> Chain:
+        chains = plan(read_experiment(find_experiment(name)), tmp_path, range(1), [arm], overrides, None)
+        return chains[-1]
+
+    done = chain_of("components", "VC-PPO")
+    same = {
+        "failure": "VC-PPO", "pretrain_steps": "100 steps", "lambda_actor": "λ 0.95", "rivals": "VC-PPO",
+        "critic_init": "reward model, pretrained",
+    }  # fmt: skip
+    others = {"components": "pretraining alone", "pretrain_steps": "150 steps", "lambda_actor": "λ 0.90"}
+    done.run.path.mkdir(parents=True)
+    text = dump_config(done.config)
+    assert "  routing_replay: false\n" in text, "a key that is newer than the run"
+    done.run.config.write_text(text.replace("  routing_replay: false\n", ""))
+    assert not any(chain_of(name, arm).equal for name, arm in same.items()), "the run is not done"
+    for stage in done.config.stages:
+        done.run.stage(stage).path.mkdir()
+        done.run.stage(stage).mark_done()
+    for name, arm in same.items():
+        found = chain_of(name, arm, "overrides.sft.parallel.dp=2").equal
+        assert found is not None and found.path == done.run.path, name
+        assert chain_of(name, arm, "ppo.iterations=3").equal is None
+    assert not any(chain_of(name, arm).equal for name, arm in others.items())
+    assert main(["experiment", "lambda_actor", "--dir", str(tmp_path), "--seeds", "1", "--dry-run"]) == 0
+    assert "0_95/seed_0: ppo, evaluate; the same as components/vc_ppo/seed_0, which is done" in capsys.readouterr().out
+    linked = chain_of("lambda_actor", "λ 0.95")
+    link_equal_runs([linked])
+    assert linked.run.path.is_symlink() and linked.is_done()
+    again = chain_of("lambda_actor", "λ 0.95")
+    assert again.is_done() and again.equal is None
+    results = collect(read_experiment(find_experiment("lambda_actor")), tmp_path, range(1))
+    assert [run.arm for run in results.runs] == ["λ 0.95"]
 
 
 def test_one_shared_run_may_serve_all_seeds(tmp_path: Path) -> None:

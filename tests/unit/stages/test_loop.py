@@ -160,7 +160,7 @@ def test_a_metric_of_the_best_that_no_step_had_is_reported_at_the_end(
 def test_rollouts_are_stored_before_a_checkpoint_of_what_was_trained_on_them(run: Run) -> None:
     stored: list[int] = []
     checkpoints = Checkpoints()
-    session = SimpleNamespace(finish_storing=lambda: stored.append(len(checkpoints.saves)))
+    session = SimpleNamespace(batches=SimpleNamespace(finish=lambda: stored.append(len(checkpoints.saves))))
     run(checkpoints, session=session)
     assert stored == [0, 1, 2] and len(checkpoints.saves) == 3
 

@@ -52,8 +52,9 @@ def test_rollouts_are_scored_once_before_they_are_stored() -> None:
         runtime=SimpleNamespace(is_main=True),
         replays_routing=True,
         generate=generate,
-        stored=lambda number, prompts, num_samples: stored.get(number),
-        store=stored.__setitem__,
+        batches=SimpleNamespace(
+            stored=lambda number, prompts, num_samples: stored.get(number), store=stored.__setitem__
+        ),
     )
     config = Config()
     config.ppo.prompts_per_iteration = 2
@@ -79,16 +80,15 @@ def test_what_was_taken_ahead_is_trained_on_when_staleness_becomes_zero() -> Non
     prompts = [Prompt(str(i), (1,), "", "", "t") for i in range(5)]
     config = Config()
     config.ppo.prompts_per_iteration = 3
-    session: Any = SimpleNamespace(
-        runtime=SimpleNamespace(is_main=True), replays_routing=False, stored=lambda *_: RolloutPart()
-    )
     seen: list[str] = []
 
     def stored(number: int, prompts: list[Prompt], num_samples: int) -> RolloutPart:
         seen.extend(prompt.prompt_id for prompt in prompts)
         return RolloutPart()
 
-    session.stored = stored
+    session: Any = SimpleNamespace(
+        runtime=SimpleNamespace(is_main=True), replays_routing=False, batches=SimpleNamespace(stored=stored)
+    )
     sampler = PromptSampler(config, session, PromptStream(prompts, 0))
     stream = PromptStream(prompts, 0)
     wanted = [prompt.prompt_id for prompt in stream.next(13)]
@@ -117,7 +117,9 @@ def test_every_prompt_is_trained_on_once_over_any_resumes(staleness: int) -> Non
         return [ids.index(prompt_id) for prompt_id in batches[number]], RolloutPart()
 
     session: Any = SimpleNamespace(
-        runtime=SimpleNamespace(is_main=True), replays_routing=False, stored_among=stored_among
+        runtime=SimpleNamespace(is_main=True),
+        replays_routing=False,
+        batches=SimpleNamespace(stored_among=stored_among),
     )
     # A run of staleness 1 from before there were groups: two iterations are done, the third was being generated.
     state: dict[str, Any] = {"samples_seen": 6, "num_samples": 7, "seed": 0}

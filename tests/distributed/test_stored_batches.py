@@ -4,7 +4,6 @@ import os
 import threading
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +20,9 @@ from megatron_vcppo.run.rollout_store import (
     stored_iterations,
     write_partial,
 )
-from megatron_vcppo.stages import rollout_session
+from megatron_vcppo.stages import stored_batches
 from megatron_vcppo.stages.group_queue import age_metrics
-from megatron_vcppo.stages.rollout_session import RolloutSession
+from megatron_vcppo.stages.stored_batches import StoredBatches
 from tests.helpers.distributed import RanksFailed, run_distributed_test
 
 PROMPTS = [Prompt(f"p:{i}", (1, 2), "", "", "t") for i in range(5)]
@@ -33,48 +32,42 @@ def rollout(prompt: Prompt, sample: int) -> Rollout:
     return Rollout(prompt, sample, 7, (3, 4), "", (-1.0, -2.0), "stop", 0, 1.0)
 
 
-def make_session(folder: Path, replays_routing: bool = False) -> RolloutSession:
-    """Without engines, models and verifiers."""
-    session = RolloutSession.__new__(RolloutSession)
-    session.runtime = runtime.start(ParallelConfig(), seed=1, timeout_s=60)
-    session.folder, session.is_leader, session.storing = folder, True, None
-    session.replays_routing = replays_routing
-    sync: Any = SimpleNamespace(ranks=RankGroup(60))
-    session.sync = sync
-    return session
+def open_batches(folder: Path, need_experts: bool = False) -> StoredBatches:
+    current = runtime.start(ParallelConfig(), seed=1, timeout_s=60)
+    return StoredBatches(folder, current, RankGroup(60), need_experts=need_experts)
 
 
-def mine(session: RolloutSession, prompts: list[Prompt]) -> RolloutPart:
-    places = session._my_places(prompts, 2)
+def mine(batches: StoredBatches, prompts: list[Prompt]) -> RolloutPart:
+    places = batches.places_of(prompts, 2)
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     return RolloutPart.of((place, rollout(by_id[name], sample)) for (name, sample), place in places.items())
 
 
 def store(folder: Path) -> bool:
     """Training continues while a batch is written."""
-    session, go_on = make_session(folder), threading.Event()
-    write = rollout_session.write_rollouts
+    batches, go_on = open_batches(folder), threading.Event()
+    write = stored_batches.write_rollouts
 
     def slowly(*arguments: Any) -> Path:
         assert go_on.wait(30)
         return write(*arguments)
 
-    rollout_session.write_rollouts = slowly  # type: ignore[assignment]
-    part = mine(session, PROMPTS)
-    session.store(1, part)
+    stored_batches.write_rollouts = slowly  # type: ignore[assignment]
+    part = mine(batches, PROMPTS)
+    batches.store(1, part)
     was_there = bool(stored_iterations(folder))
     go_on.set()
-    session.finish_storing()
-    again = session.stored(1, PROMPTS, 2)
+    batches.finish()
+    again = batches.stored(1, PROMPTS, 2)
     assert again is not None and list(again.items()) == list(part.items())
     return was_there
 
 
 def find(folder: Path, prompts: list[Prompt]) -> int | None:
-    session = make_session(folder)
-    found = session.stored(1, prompts, 2)
+    batches = open_batches(folder)
+    found = batches.stored(1, prompts, 2)
     if found is not None:
-        assert list(found.items()) == list(mine(session, prompts).items())
+        assert list(found.items()) == list(mine(batches, prompts).items())
     return None if found is None else len(found)
 
 
@@ -98,17 +91,17 @@ def test_a_batch_of_other_prompts_is_not_taken(tmp_path: Path) -> None:
 
 def test_with_routing_replay_only_rollouts_with_experts_are_taken(tmp_path: Path) -> None:
     def body(folder: Path, experts: bytes) -> tuple[int | None, int]:
-        session = make_session(folder, replays_routing=True)
-        part = mine(session, PROMPTS)
+        batches = open_batches(folder, need_experts=True)
+        part = mine(batches, PROMPTS)
         part = RolloutPart(part.places, [replace(one, routed_experts=experts) for one in part.rollouts])
-        session.store(1, part)
-        session.finish_storing()
+        batches.store(1, part)
+        batches.finish()
         write_partial(folder, 2, part, 0, 1)
         write_partial(folder, -2, part, 0, 1)
-        found = session.stored(1, PROMPTS, 2)
+        found = batches.stored(1, PROMPTS, 2)
         assert found is None or list(found.items()) == list(part.items())
-        assert len(session.kept(-2)) == 10, "those of an evaluation need none"
-        return None if found is None else len(found), len(session.kept(2))
+        assert len(batches.kept(-2)) == 10, "those of an evaluation need none"
+        return None if found is None else len(found), len(batches.kept(2))
 
     for name, experts, expected in (("with", b"abc", (10, 10)), ("without", b"", (None, 0))):
         assert run_distributed_test(body, 1, tmp_path / name, experts) == [expected]
@@ -117,12 +110,12 @@ def test_with_routing_replay_only_rollouts_with_experts_are_taken(tmp_path: Path
 
 def test_a_file_that_cannot_be_written_ends_every_rank(tmp_path: Path) -> None:
     def fail() -> None:
-        session = make_session(tmp_path)
-        if session.runtime.is_main:
-            session.folder = tmp_path / "file"
-            session.folder.touch()
-        session.store(1, mine(session, PROMPTS))
-        session.finish_storing()
+        batches = open_batches(tmp_path)
+        if batches.runtime.is_main:
+            batches.folder = tmp_path / "file"
+            batches.folder.touch()
+        batches.store(1, mine(batches, PROMPTS))
+        batches.finish()
 
     with pytest.raises(RanksFailed, match="storing rollouts 1") as failure:
         run_distributed_test(fail, 2)
@@ -130,8 +123,8 @@ def test_a_file_that_cannot_be_written_ends_every_rank(tmp_path: Path) -> None:
 
 
 def find_among(folder: Path, prompts: list[Prompt], count: int) -> tuple[list[int], int] | None:
-    session = make_session(folder)
-    found = session.stored_among(1, prompts, count, 2)
+    batches = open_batches(folder)
+    found = batches.stored_among(1, prompts, count, 2)
     return None if found is None else (found[0], len(found[1]))
 
 
@@ -145,12 +138,12 @@ def test_a_batch_is_found_among_prompts_that_were_taken_ahead(tmp_path: Path) ->
 
 def test_ages_of_tokens_are_those_of_the_whole_batch() -> None:
     def ages() -> dict[str, float]:
-        session = make_session(Path())
+        batches = open_batches(Path())
         plain = rollout(PROMPTS[0], 0)
         spanning = replace(plain, policy_version=3, response_ids=(1, 2, 3, 4), version_changes=((1, 4), (3, 6)))
         parts = [RolloutPart.whole([plain]), RolloutPart.whole([spanning])]
         table = RolloutTable(rows_of(RolloutPart.whole([plain, spanning])))
-        return age_metrics(parts[session.runtime.dp_rank], table, policy_version=6)
+        return age_metrics(parts[batches.runtime.dp_rank], table, policy_version=6)
 
     # Two tokens of version 0; then one of 3, two of 4, one of 6.
     wanted = {"staleness_mean": (12 + 3 + 4) / 6, "staleness_max": 6.0, "spans_push": 0.5}
