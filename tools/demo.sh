@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# tools/demo.sh: the main job on this machine, from setup to a better model that transformers loads. About six minutes.
+# tools/demo.sh: the main job on this machine, from setup to a better model that transformers loads. About five minutes.
 #   tools/demo.sh            SFT → reward model → value pretraining → PPO → export → evaluation, as local processes
 #   tools/demo.sh --sft      only SFT on TP 2 × PP 2 and the export, about two minutes
 #   tools/demo.sh --slurm    the whole chain as real Slurm jobs on 3 virtual nodes (Debian or Ubuntu; root installs Slurm)

@@ -1,6 +1,9 @@
 """The real stages (Megatron ranks, vLLM engines) as a chain of jobs on a real Slurm, with a rank killed in each."""
 
 import json
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +14,12 @@ from megatron_vcppo.run.config_file import open_run
 from megatron_vcppo.slurm.chain_status import run_status, table
 from megatron_vcppo.slurm.devcluster import DevCluster
 from megatron_vcppo.slurm.submission import submitted_jobs
+from tests.helpers.clocks import has_compiler, python_with_clocks
 from tools.benchmarks._faults import kill_processes, wait_for_checkpoint
 from tools.benchmarks._tiny_chains import wait_for_jobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+HOUR = 3600.0
 
 
 def write_recipe(folder: Path) -> Path:
@@ -72,3 +77,47 @@ def test_real_stages_train_every_iteration_once(cluster: DevCluster, tmp_path: P
     assert engine in (run.stage("ppo").attempts()[-1] / "rollout_0.log").read_text(), "not on its node's own address"
     assert main(["status", str(run.path)]) == 0
     assert capsys.readouterr().out.count("done") >= 3
+
+
+@pytest.fixture
+def full_home(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system of its own that has no room."""
+    if os.geteuid():
+        pytest.skip("mounting needs root")
+    home = tmp_path / "home"
+    home.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "home", home], check=True)
+    try:
+        with pytest.raises(OSError, match="No space"):
+            (home / "full").write_bytes(bytes(2**20))
+        yield home
+    finally:
+        subprocess.run(["umount", "--lazy", home], check=True)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="needs a C compiler")
+def test_real_stages_where_clocks_differ_and_home_is_full(
+    cluster: DevCluster, tmp_path: Path, full_home: Path, capsys
+) -> None:
+    """The first trainer node is an hour ahead, the second a day behind, the rollout node and this machine are right."""
+    recipe = write_recipe(tmp_path)
+    ahead, behind = cluster.node_names[:2]
+    values = json.loads(recipe.read_text())
+    values["cluster"] = {
+        "python": str(python_with_clocks(tmp_path, {ahead: HOUR, behind: -24 * HOUR})),
+        "setup": [f"export PYTHONPATH={Path.cwd()} HOME={full_home}"],
+    }
+    recipe.write_text(json.dumps(values))
+    assert main(["submit", str(recipe)]) == 0
+    run, config = open_run(tmp_path / "run")
+    states = wait_for_jobs(submitted_jobs(run).values(), 400)
+    assert {state.state for state in states.values()} == {"COMPLETED"}, table(run_status(run, config))
+    for stage, total in (("sft", 24), ("ppo", 3)):
+        records = [json.loads(line) for line in run.stage(stage).metrics.read_text().splitlines()]
+        assert [record["iteration"] for record in records] == list(range(1, total + 1)), stage
+        assert len(run.stage(stage).attempts()) == 1
+        began = events.of_stage(run.path, "job", stage)[0]
+        print(began)
+    assert main(["status", str(run.path)]) == 0
+    assert capsys.readouterr().out.count("done") >= 3
+    assert [path.name for path in full_home.iterdir()] == ["full"], "nothing was left there"

@@ -68,6 +68,7 @@ def long_tail_cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         settings = {
             "ppo.iterations": args.iterations,
             "ppo.prompts_per_iteration": args.prompts,
+            "rollout.engine.per_node": 1,
             "rollout.engine.max_num_seqs": args.prompts,
             "ppo.staleness": staleness,
             "ppo.partial_rollouts": staleness > 0,
