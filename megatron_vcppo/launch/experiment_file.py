@@ -181,10 +181,10 @@ def equal_run(root: Path, run: RunFolder, config: Config) -> RunFolder | None:
     """A finished run below root, of whatever experiment, with the settings, data and seed of ``run``; None: there is
     none. Layouts may differ."""
     wanted = _numbers_of(config, run)
-    for file in sorted(root.glob(f"*/*/{run.path.name}/config.yaml")):
-        found = RunFolder(file.parent)
+    for folder in sorted(root.glob(f"*/*/{run.path.name}")):
+        found = RunFolder(folder)
         is_done = all(found.stage(stage).marked_done() for stage in config.stages)
-        if is_done and not found.path.is_symlink() and _numbers_of(load_stored_config(file), found) == wanted:
+        if is_done and not folder.is_symlink() and _numbers_of(load_stored_config(found.config), found) == wanted:
             return found
     return None
 

@@ -64,8 +64,11 @@ class MetricsLog:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
+            import wandb
+
             self._wandb.finish(exit_code=exit_code)
             self._wandb = None
+            wandb.teardown()  # its service writes the file after it has answered; a rank's end would not wait for it
 
     def __enter__(self) -> "MetricsLog":
         return self

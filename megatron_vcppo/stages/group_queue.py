@@ -14,7 +14,8 @@ from megatron_vcppo.data.rollout_share import RolloutTable
 from megatron_vcppo.errors import Stopped
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.records import Prompt, Rollout, RolloutPart
-from megatron_vcppo.rollout.client import PendingRequest, RolloutStream
+from megatron_vcppo.rollout.client import RolloutStream
+from megatron_vcppo.rollout.generation import PendingRequest
 from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.run.progress import Progress
 from megatron_vcppo.stages.rollout_session import RolloutSession, scored_before

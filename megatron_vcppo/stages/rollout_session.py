@@ -24,7 +24,8 @@ from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.rewards.registry import check_answer, isolation_of_code, resolve_verifiers
 from megatron_vcppo.rewards.scorer import Scorer
-from megatron_vcppo.rollout.client import PendingRequest, RolloutClient
+from megatron_vcppo.rollout.client import RolloutClient
+from megatron_vcppo.rollout.generation import PendingRequest
 from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.rollout.turns import ToolCalls
 from megatron_vcppo.run.events import startup

@@ -13,7 +13,8 @@ from megatron_vcppo.data.prompts import PromptStream
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.records import Prompt, Rollout, RolloutPart
-from megatron_vcppo.rollout.client import PendingRequest, RolloutClient
+from megatron_vcppo.rollout.client import RolloutClient
+from megatron_vcppo.rollout.generation import PendingRequest
 from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.rollout_store import read_places

@@ -16,7 +16,8 @@ from megatron_vcppo.errors import Stopped
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.rank_messages import RankGroup
 from megatron_vcppo.records import Prompt, Rollout
-from megatron_vcppo.rollout.client import PendingRequest, RolloutClient, RolloutError
+from megatron_vcppo.rollout.client import RolloutClient
+from megatron_vcppo.rollout.generation import PendingRequest, RolloutError
 from megatron_vcppo.rollout.messages import Response, Sampling
 from megatron_vcppo.run.rollout_store import partial_iterations, read_rollouts, stored_iterations
 from megatron_vcppo.stages.prompt_sampler import PromptSampler

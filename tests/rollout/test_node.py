@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from megatron_vcppo.records import Prompt, Rollout
 from megatron_vcppo.rollout import engine_http, messages
 from megatron_vcppo.rollout.auth import Call
-from megatron_vcppo.rollout.client import RolloutError
+from megatron_vcppo.rollout.generation import RolloutError
 from megatron_vcppo.rollout.messages import Sampling
 from megatron_vcppo.rollout.turns import ToolCalls
 from megatron_vcppo.run.processes import alive

@@ -16,7 +16,7 @@ import pytest
 from megatron_vcppo.config import WeightSyncConfig
 from megatron_vcppo.mcore.rank_messages import RankGroup
 from megatron_vcppo.rollout import engine_http, messages
-from megatron_vcppo.rollout.client import RolloutError
+from megatron_vcppo.rollout.generation import RolloutError
 from megatron_vcppo.rollout.messages import CACHE, WEIGHTS, Sampling, Status
 from megatron_vcppo.rollout.node_folder import TRAINER, Hold, NodeFolder
 from megatron_vcppo.rollout.rendezvous import Engine

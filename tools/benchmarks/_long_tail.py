@@ -18,7 +18,8 @@ from megatron_vcppo.cli import main as vcppo
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.launch.local_chain import run_chain
 from megatron_vcppo.launch.role_commands import RoleCommands
-from megatron_vcppo.rollout.client import PendingRequest, RolloutClient
+from megatron_vcppo.rollout.client import RolloutClient
+from megatron_vcppo.rollout.generation import PendingRequest
 from megatron_vcppo.run.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -32,7 +32,9 @@ def test_experts_go_when_the_oldest_checkpoint_is_past_them(
         config=SimpleNamespace(ppo=SimpleNamespace(window_tokens=window)),
         experts=object(),
         loop=SimpleNamespace(checkpoints=SimpleNamespace(folder=tmp_path / "checkpoints")),
-        session=SimpleNamespace(folder=tmp_path / "rollouts", runtime=SimpleNamespace(is_main=True)),
+        session=SimpleNamespace(
+            batches=SimpleNamespace(folder=tmp_path / "rollouts"), runtime=SimpleNamespace(is_main=True)
+        ),
         sampler=SimpleNamespace(last_number=lambda iteration: iteration),
     )
     Ppo.drop_experts(ppo)
