@@ -75,6 +75,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns its exit code. A UserError becomes one line and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # Nobody else writes into a run, whose files are also code. All processes of a stage, and jobs, inherit this.
+    os.umask(os.umask(0o077) | 0o022)
     try:
         args = parse(arguments)
         return int(args.run(args))

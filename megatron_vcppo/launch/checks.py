@@ -1,10 +1,12 @@
 """Checks that need files: data, the model and the run folder. Rules between keys are in config/rules/."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.placement import ENGINE_STAGES
+from megatron_vcppo.config.placement import ENGINE_STAGES, trainer_ranks
+from megatron_vcppo.config.sections.cluster import LOCAL
 from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.data.named_sources import check_named, named_source
 from megatron_vcppo.data.readers import check_source
@@ -14,7 +16,7 @@ from megatron_vcppo.hf.adapters import check_model
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.folders import iteration_folder
 from megatron_vcppo.hf.reward_model import check_reward_model, uses_reward_model
-from megatron_vcppo.launch.memory_plan import check_memory
+from megatron_vcppo.launch.memory_plan import OVERHEAD_GIB, check_memory
 from megatron_vcppo.rewards.tools import check_tools
 from megatron_vcppo.run.folder import RunFolder
 
@@ -54,7 +56,31 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
         arch.check_parallel(parallel.tp, parallel.pp, parallel.ep, parallel.sequence_parallel, parallel.ends)
     if any(uses_reward_model(config, stage) for stage in stages):
         check_reward_model(config)
-    return check_memory(arch, config, list(stages))
+    needs = check_memory(arch, config, list(stages))
+    if config.cluster.name == LOCAL:
+        check_this_machine(config, needs, machine_gib())
+    return needs
+
+
+def machine_gib() -> float:
+    """Main memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def check_this_machine(config: Config, needs: Mapping[str, float], gib: float) -> None:
+    """UserError if the ranks of a stage need more than this machine's main memory: it would stand still long before one
+    is killed. needs: GiB per rank of each stage. gib: what there is."""
+    for stage, need in needs.items():
+        own = stage_config(config, stage)
+        if stage == "export" or own.cluster.gpus_per_node:
+            continue
+        ranks, model_gib = trainer_ranks(own), need - OVERHEAD_GIB
+        if ranks * model_gib > gib:
+            raise UserError(
+                f"{stage} needs about {ranks * model_gib:.0f} GiB of main memory on this machine ({model_gib:.1f} for "
+                f"each of {ranks} ranks), there are {gib:.0f}: choose a cluster (--cluster), a smaller model, or "
+                "fewer replicas (parallel.dp)"
+            )
 
 
 def _check_weights(config: Config) -> None:

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from typing_extensions import override
 
 from megatron_vcppo.config.network import listen
-from megatron_vcppo.run.secret import hello_key, prove
+from megatron_vcppo.run.secret import hello_key, prove, seen_key
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -267,7 +267,9 @@ def meet(store: dist.Store, rank: int, world_size: int, deadline: Deadline, secr
     except dist.DistError as error:
         if rank:
             raise RuntimeError(f"not all ranks of the push met within {deadline.seconds:.3g} s: {error}") from None
-        missing = [peer for peer in range(1, world_size) if not store.check([hello_key(peer)])]
+        peers = range(1, world_size)
+        missing = [peer for peer in peers if not store.check([hello_key(peer)])]
+        missing = missing or [peer for peer in peers if not store.check([seen_key(peer)])]
         names = ", ".join(map(str, missing))
         raise RuntimeError(
             f"receivers {names} of {world_size - 1} did not connect within {deadline.seconds:.3g} s"

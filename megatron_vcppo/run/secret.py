@@ -3,7 +3,7 @@
 A torch store has no password: whoever reaches its port may set its keys, and would be taken for a rank. So ranks that
 meet in a store first prove to rank 0, and it to them, that they hold the secret, which itself is never sent. Numbers
 that are drawn for each meeting keep a proof from being used twice. What follows stands under a prefix that a stranger
-cannot compute.
+cannot compute, though the store tells it to who asks (SECURITY.md says what is left).
 """
 
 import datetime
@@ -69,10 +69,18 @@ def hello_key(rank: int) -> str:
     return f"hello/{rank}"
 
 
+def seen_key(rank: int) -> str:
+    """Where a rank says that rank 0 has proved itself."""
+    return f"seen/{rank}"
+
+
 def prove(
     store: KeyStore, secret: str, group: str, rank: int, world_size: int, left: Callable[[], datetime.timedelta]
 ) -> str:
     """Returns when every rank has proved to rank 0, and rank 0 to this one, that it holds the secret; collective.
+
+    Rank 0 also waits until each of them has taken its proof: a stranger may answer in its place, and the rank that
+    turns away then must not be waited for, and replaced, in the group that follows.
 
     Args:
         store: where the ranks meet; each meeting has its own.
@@ -110,8 +118,11 @@ def prove(
             numbers.append(number)
         for peer, number in enumerate(numbers, 1):
             store.set(f"answer/{peer}", mac("main", peer, own, number))
+        for peer, number in enumerate(numbers, 1):
+            check(awaited(seen_key(peer)), mac("seen", peer, own, number), peer)
         return mac("keys", own)
     challenge = awaited("challenge")
     store.set(hello_key(rank), f"{own} {mac('rank', rank, challenge, own)}")
     check(awaited(f"answer/{rank}"), mac("main", rank, challenge, own), 0)
+    store.set(seen_key(rank), mac("seen", rank, challenge, own))
     return mac("keys", challenge)

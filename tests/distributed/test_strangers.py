@@ -17,7 +17,7 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.ranks_store import ranks_store
 from megatron_vcppo.rollout.group import join_group, reach_store, serve_store
-from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE, hello_key, make_secret, prove
+from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE, hello_key, make_secret, prove, seen_key
 from tests.helpers.distributed import run_distributed_test
 
 CPU = torch.device("cpu")
@@ -41,6 +41,7 @@ def meet(secrets: dict[int, str], groups: dict[int, str] | None = None) -> list[
             results[number] = error
             for peer in secrets:
                 store.set(f"answer/{peer}", "")  # nobody waits longer
+                store.set(seen_key(peer), "")
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in secrets]
     for thread in threads:
@@ -72,6 +73,39 @@ def test_a_proof_is_good_once() -> None:
     later.set(hello_key(1), earlier.get(hello_key(1)).decode())
     with pytest.raises(UserError, match="rank 1 of x does not hold"):
         prove(later, "s", "x", 0, 2, in_time)
+
+
+class AnsweredByAStranger:
+    """What a rank reads of a store in which a stranger has answered before rank 0."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self.store, self.set = store, store.set
+
+    def get(self, key: str) -> bytes:
+        return b"0" * 64 if key == "answer/1" else self.store.get(key)
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        if keys != ["answer/1"]:
+            self.store.wait(keys, timeout)
+
+
+def test_rank_0_does_not_go_on_where_a_stranger_answered_in_its_place() -> None:
+    """The rank gives its proof and then turns away: its place must not be free for who finds the group's prefix."""
+    store = dist.HashStore()
+    turned_away: list[UserError] = []
+
+    def rank_1() -> None:
+        try:
+            prove(AnsweredByAStranger(store), "s", "x", 1, 2, in_time)
+        except UserError as error:
+            turned_away.append(error)
+
+    peer = threading.Thread(target=rank_1)
+    peer.start()
+    with pytest.raises(dist.DistError):
+        prove(store, "s", "x", 0, 2, lambda: timedelta(seconds=2))
+    peer.join(20)
+    assert "rank 0 of x does not hold" in str(*turned_away)
 
 
 def _world(folder: Path, stranger: Path | None) -> Any:

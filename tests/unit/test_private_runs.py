@@ -1,5 +1,6 @@
 """Who may read a run, which folders become one, and what a configuration may put into a batch script."""
 
+import os
 import shlex
 import stat
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatron_vcppo.commands.arguments import prepare
 from megatron_vcppo.config.load import dump_config, load_config
 from megatron_vcppo.config.sections.run import Access
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.launch.snapshot import take_snapshot
 from megatron_vcppo.run.config_file import write_config
 from megatron_vcppo.run.folder import RunFolder
 from tools.benchmarks._tiny_chains import tiny_model
@@ -53,6 +55,23 @@ def test_a_run_folder_is_private_unless_a_key_opens_it(recipe: Path, tmp_path: P
     config.run.access = "as_is"
     write_config(run, config)
     assert mode(run.path) == 0o755
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o002])
+def test_nobody_else_may_write_into_a_run(mask: int, recipe: Path, tmp_path: Path) -> None:
+    """A group that may read a run (run.access) could otherwise change the code and commands that it runs."""
+    before = os.umask(mask)
+    try:
+        assert main(["config", str(recipe)]) == 0
+        run, config = prepare(recipe, ["run.access=group"])
+        run.make()
+        write_config(run, config)
+        take_snapshot(run)
+    finally:
+        os.umask(before)
+    made = [run.path, *run.path.rglob("*")]
+    assert len(made) > 100, "with the snapshot of the code"
+    assert not [path for path in made if mode(path) & 0o022]
 
 
 def test_a_run_that_was_made_before_keeps_its_mode(recipe: Path, tmp_path: Path) -> None:

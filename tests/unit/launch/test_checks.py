@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.launch import checks
 from megatron_vcppo.launch.checks import check_critics, check_inputs
+from megatron_vcppo.launch.memory_plan import OVERHEAD_GIB
 from tools.benchmarks._tiny_chains import tiny_config
 from tools.benchmarks._tiny_models import save_tiny_model
 
@@ -22,6 +24,26 @@ def test_inputs_are_checked_before_anything_is_queued(tmp_path: Path) -> None:
     config.model.hf = str(tmp_path / "nowhere")
     with pytest.raises(UserError, match="nowhere"):
         check_inputs(config, ["sft"])
+
+
+def test_what_this_machine_has_no_memory_for_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 7B by mistake on a login node: the machine would swap for minutes before the kernel ends a rank."""
+    config = tiny_config(tmp_path / "run", ("sft", "export"), ranks=4)
+    stages = ["sft", "export"]
+    need = 4 * (check_inputs(config, stages)["sft"] - OVERHEAD_GIB)
+    monkeypatch.setattr(checks, "machine_gib", lambda: 0.9 * need)
+    with pytest.raises(
+        UserError, match=r"sft needs about .* GiB of main memory on this machine \(.* each of 4 ranks\)"
+    ):
+        check_inputs(config, stages)
+    check_inputs(config, ["export"])
+    config.cluster.gpus_per_node = 4
+    check_inputs(config, stages)
+    config.cluster.gpus_per_node, config.cluster.name = 0, "big"
+    check_inputs(config, stages)
+    monkeypatch.setattr(checks, "machine_gib", lambda: 1.1 * need)
+    config.cluster.name = "local"
+    check_inputs(config, stages)
 
 
 def test_a_critic_that_could_not_be_exported_is_refused_at_the_start(tmp_path: Path) -> None:
