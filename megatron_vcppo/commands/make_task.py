@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.files import replacing
+from megatron_vcppo.run.files import read_json, replacing
 
 _DONE = "make_task.json"
 _DATA_SETTINGS = ("task", "steps", "mistake_rate", "demonstrations", "validation", "prompts", "test", "seed")
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {name: getattr(args, name) for name in _DATA_SETTINGS + _MODEL_SETTINGS}
     if out.exists():
         done = out / _DONE
-        if done.is_file() and json.loads(done.read_text())["settings"] == settings:
+        if done.is_file() and read_json(done)["settings"] == settings:
             print(f"{out} is already made with these settings")
             return 0
         raise UserError(f"{out} exists; remove it or choose another --out")

@@ -34,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{folder}: no rollouts are stored")
     iteration = known[-1] if args.iteration is None else args.iteration
     rollouts = read_rollouts(folder, iteration)
+    if not rollouts:
+        raise UserError(f"{folder}: iteration {iteration} has no rollouts: its files are empty")
     print(f"iteration {iteration}: {summary(rollouts)}")
     for rollout in worst(rollouts, args.worst):
         print(printable("\n".join(["", *describe(rollout)])))

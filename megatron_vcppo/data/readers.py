@@ -8,16 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_vcppo.data.compressed import SUFFIXES, open_file
 from megatron_vcppo.data.hub import hub_answers, open_hub_dataset
 from megatron_vcppo.data.named_sources import NamedSource, benchmark_row, made_rows, named_source
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.run.compressed import SUFFIXES, open_file, read_lines
 
 Row = dict[str, Any] | list[Any]
 """An object with named fields, or a list of objects, as Open-Reasoner-Zero publishes its problems."""
 
 _JSON = (".jsonl", ".json")
 _PEEK = 4096  # bytes
+_LARGEST_ARRAY = 1 << 30  # bytes of a file that is one JSON array, unpacked
 _LARGEST_FIELD = 1 << 30  # characters of a CSV file's cell
 DEFAULT_SPLIT = "train"
 
@@ -102,7 +103,7 @@ def _read_json(path: Path) -> Iterator[Sample]:
         return
     size = max(path.stat().st_size, 1)
     with open_file(path) as (file, raw):
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(read_lines(path, file), start=1):
             if line.strip():
                 yield Sample(number, *_parse(line), raw.tell() / size)
 
@@ -140,8 +141,11 @@ def _array(path: Path) -> list[Any] | None:
         text = file.read(_PEEK)
         if not text.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             return None
+        text += file.read(_LARGEST_ARRAY)
+        if len(text) > _LARGEST_ARRAY:
+            raise UserError(f"{path}: a JSON array of more than {_LARGEST_ARRAY >> 30} GiB: write it as .jsonl")
         try:
-            found = json.loads((text + file.read()).decode("utf-8-sig"))
+            found = json.loads(text.decode("utf-8-sig"))
         except (ValueError, RecursionError):
             return None
     return found if isinstance(found, list) else None

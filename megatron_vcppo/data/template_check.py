@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.files import parse_json
+from megatron_vcppo.run.files import read_json, read_text
 
 CPU_S, MEMORY_BYTES, DEADLINE_S = 3, 2 << 30, 60.0
 """Of the process; a template of a known model takes a millisecond. The deadline is for a machine that is overloaded."""
@@ -60,9 +60,9 @@ def _templates(folder: Path) -> list[tuple[str, str]]:
     """(file, template) of the folder; what cannot be read counts as none: the tokenizer says what is wrong with it."""
     found: list[tuple[str, Any]] = []
     with suppress(OSError, ValueError):
-        found.append(("chat_template.jinja", (folder / "chat_template.jinja").read_text(encoding="utf-8")))
+        found.append(("chat_template.jinja", read_text(folder / "chat_template.jinja")))
     try:
-        stored = parse_json((folder / "tokenizer_config.json").read_bytes())["chat_template"]
+        stored = read_json(folder / "tokenizer_config.json")["chat_template"]
     except (OSError, ValueError, KeyError, TypeError):
         stored = None
     named = stored if isinstance(stored, list) else [{"template": stored}]

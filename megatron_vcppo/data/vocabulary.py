@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.files import parse_json, write_text
+from megatron_vcppo.run.files import read_json, write_text
 
 _SHOWN = 5
 
@@ -113,7 +113,7 @@ def _configured(folder: Path) -> list[int]:
 def _read(path: Path) -> dict[str, Any]:
     """The object in a file; empty if it is not there or is none, which others report."""
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -8,6 +8,7 @@ import numpy as np
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.adapters import BaseWeights
 from megatron_vcppo.hf.safetensors_files import read_folder
+from megatron_vcppo.run.files import read_bytes
 from megatron_vcppo.run.manifest import MANIFEST_NAME
 
 SAMPLED_BYTES = 4096
@@ -27,7 +28,7 @@ def base_of_hf(folder: str | Path) -> BaseWeights:
 def base_of_checkpoint(folder: Path) -> BaseWeights:
     """A component with all weights as a base: its manifest has the checksums of its files."""
     try:
-        content = (folder / MANIFEST_NAME).read_bytes()
+        content = read_bytes(folder / MANIFEST_NAME)
     except OSError as error:
         raise UserError(f"{folder}: not a complete checkpoint: {error.strerror}") from None
     return BaseWeights("checkpoint", str(folder.absolute()), hashlib.sha256(content).hexdigest())

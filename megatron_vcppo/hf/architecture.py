@@ -24,7 +24,7 @@ from megatron_vcppo.hf.rope import (
     read_rope_scaling,
     rope_parameters,
 )
-from megatron_vcppo.run.files import parse_json
+from megatron_vcppo.run.files import read_json
 
 GELU = "gelu_pytorch_tanh"
 _TRAITS: dict[str, dict[str, Any]] = {
@@ -137,7 +137,7 @@ class Architecture:
         """Read ``path``/config.json. Raises UserError if it is missing, is not JSON, lacks keys or is not supported."""
         file = Path(path) / "config.json"
         try:
-            config = parse_json(file.read_text(encoding="utf-8"))
+            config = read_json(file)
         except FileNotFoundError:
             raise UserError(f"{file}: no such file; expected the folder of a Hugging Face checkpoint") from None
         except (OSError, ValueError) as error:

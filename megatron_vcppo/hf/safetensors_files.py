@@ -19,7 +19,7 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.mapping import hf_shapes, parameters
 from megatron_vcppo.hf.reward_model import HEAD, check_head
-from megatron_vcppo.run.files import parse_json
+from megatron_vcppo.run.files import open_file, parse_json, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -135,7 +135,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        weight_map = parse_json(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(path)["weight_map"]
         if not isinstance(weight_map, dict) or not all(_is_plain_name(name) for name in weight_map.values()):
             raise ValueError("weight_map must name files of this folder")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -159,7 +159,7 @@ def _files_without_index(folder: Path) -> list[str]:
 def _read_header(path: Path) -> dict[str, TensorInFile]:
     try:
         size = path.stat().st_size
-        with open(path, "rb") as stream:
+        with open_file(path) as stream:
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):

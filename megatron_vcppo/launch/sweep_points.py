@@ -10,7 +10,7 @@ import yaml
 
 from megatron_vcppo.config.keys import RENAMED, all_keys
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.files import parse_json, write_text
+from megatron_vcppo.run.files import read_json, read_text, write_text
 
 POINTS_NAME = "sweep.json"
 
@@ -60,7 +60,7 @@ def write_points(folder: Path, made: list[Point]) -> None:
     """Record the sweep; UserError if the folder holds another one."""
     path = folder / POINTS_NAME
     text = json.dumps({point.name: list(point.overrides) for point in made}, indent=1)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    if path.exists() and read_text(path) != text:
         raise UserError(f"{path}: another sweep lives here; choose another run.dir")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
@@ -69,7 +69,7 @@ def write_points(folder: Path, made: list[Point]) -> None:
 def read_points(folder: Path) -> list[Point]:
     """The recorded sweep."""
     try:
-        recorded = parse_json((folder / POINTS_NAME).read_text(encoding="utf-8"))
+        recorded = read_json(folder / POINTS_NAME)
         found = {name: [str(override) for override in overrides] for name, overrides in recorded.items()}
     except FileNotFoundError:
         raise UserError(f"{folder}: not a sweep: it has no {POINTS_NAME}") from None

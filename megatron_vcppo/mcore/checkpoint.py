@@ -37,7 +37,7 @@ from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.offload import check_resident
 from megatron_vcppo.mcore.rank_messages import broadcast_value, gather_values
-from megatron_vcppo.run.files import move, parse_json, remove, sync, write_text
+from megatron_vcppo.run.files import move, read_json, remove, sync, write_text
 from megatron_vcppo.run.folder import STATE_NAME, StageFolder, iteration_name, iteration_of
 from megatron_vcppo.run.kept import KeptCheckpoints, remove_checkpoint
 from megatron_vcppo.run.log import say
@@ -300,7 +300,7 @@ def check_adapters(model: PackedGPT, folder: Path) -> None:
 def _read_state(path: Path) -> dict[str, Any]:
     """UserError if the file is not what ``save`` wrote."""
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         kinds = {"iteration": int, "components": list, "state": dict}
         if not all(isinstance(content[key], kind) for key, kind in kinds.items()):
             raise ValueError("iteration, components or state is of another type")

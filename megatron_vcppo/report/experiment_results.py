@@ -14,11 +14,11 @@ from typing import Any
 
 import zstandard
 
-from megatron_vcppo.data.compressed import open_file
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.report.experiment_question import Question
 from megatron_vcppo.report.run_data import COLORS, RunData
 from megatron_vcppo.report.run_outcomes import outcome_of
+from megatron_vcppo.run.compressed import open_file
 from megatron_vcppo.run.files import parse_json, write_bytes
 
 FORMAT = 1

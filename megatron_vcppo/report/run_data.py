@@ -12,7 +12,7 @@ from megatron_vcppo.config.keys import with_new_names
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.report.samples import Samples
 from megatron_vcppo.rewards.verifier import NO_ANSWER
-from megatron_vcppo.run.files import parse_json
+from megatron_vcppo.run.files import read_json, read_text
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.metrics_log import read_history, read_records
 
@@ -74,8 +74,8 @@ def read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{path}: not a run folder: it has no {file.name}")
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        config = yaml.safe_load(read_text(file))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(config, dict):
         raise UserError(f"{file}: not a configuration: it holds no keys")
@@ -136,7 +136,7 @@ def _is_profile(record: dict[str, Any]) -> bool:
 def read_results(file: Path) -> list[dict[str, Any]]:
     """The rows of the evaluation, a checkpoint each; empty before it is done. UserError if the file is damaged."""
     try:
-        found = parse_json(file.read_text(encoding="utf-8"))
+        found = read_json(file)
     except FileNotFoundError:
         return []
     except ValueError as error:

@@ -5,7 +5,6 @@ killed outright, the kernel kills them.
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ from megatron_vcppo.rollout.node_folder import NodeFolder, remove_stale
 from megatron_vcppo.rollout.rendezvous import SECRET
 from megatron_vcppo.rollout.supervisor import Limits, Slot, run
 from megatron_vcppo.run import log
+from megatron_vcppo.run.files import read_json
 from megatron_vcppo.run.processes import has_gpu_driver
 from megatron_vcppo.run.secret import make_secret
 
@@ -116,9 +116,9 @@ def plan_slots(
 def check_head_size(model: Path) -> None:
     """vLLM's attention on CPU knows certain head sizes only, and an engine would die of the first request."""
     try:
-        config = json.loads((model / "config.json").read_text())
+        config = read_json(model / "config.json")
         head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{model}/config.json: cannot be read as a model's configuration: {error}") from None
     if head_size not in CPU_HEAD_SIZES:
         known = ", ".join(map(str, CPU_HEAD_SIZES))

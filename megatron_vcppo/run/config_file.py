@@ -12,7 +12,7 @@ from megatron_vcppo.config.keys import BEFORE
 from megatron_vcppo.config.load import dump_config, load_stored_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run import events
-from megatron_vcppo.run.files import write_bytes, write_text
+from megatron_vcppo.run.files import read_bytes, read_text, write_bytes, write_text
 from megatron_vcppo.run.folder import RunFolder
 
 ALWAYS_STORED = ("run", "stages", "model", "sft", "ppo", "evaluate", "cluster")
@@ -36,9 +36,9 @@ def kept_defaults(run: RunFolder) -> dict[str, Any]:
     if not run.config.exists():
         return {}
     try:
-        stored = yaml.safe_load(run.config.read_text(encoding="utf-8")) or {}
+        stored = yaml.safe_load(read_text(run.config)) or {}
         sections = {name: dict(stored.get(name.partition(".")[0]) or {}) for name in BEFORE}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, AttributeError, TypeError, ValueError):
+    except (yaml.YAMLError, RecursionError, AttributeError, TypeError, ValueError):
         raise UserError(f"{run.config}: not the configuration of a run: remove it, or choose another run.dir") from None
     return {name: sections[name].get(name.partition(".")[2], before) for name, before in BEFORE.items()}
 
@@ -56,7 +56,7 @@ def check_run_folder_free(run: RunFolder) -> None:
         if names:
             raise UserError(f"run.dir {run.path}: holds {min(names)} and is not a run folder: {advice}")
         return
-    stored = yaml.safe_load(run.config.read_text(encoding="utf-8"))  # YAML: kept_defaults has read it
+    stored = yaml.safe_load(read_text(run.config))  # YAML: kept_defaults has read it
     if missing := [name for name in ALWAYS_STORED if name not in (stored or {})]:
         raise UserError(f"{run.config}: not written by a run, it has no {missing[0]}: {advice}")
 
@@ -64,11 +64,11 @@ def check_run_folder_free(run: RunFolder) -> None:
 @contextmanager
 def config_undone(run: RunFolder) -> Iterator[None]:
     """Where the block raises, the run has the configuration again that it had before; a new run keeps the new one."""
-    before = run.config.read_bytes() if run.config.exists() else None
+    before = read_bytes(run.config) if run.config.exists() else None
     try:
         yield
     except BaseException:
-        if before is not None and run.config.read_bytes() != before:
+        if before is not None and read_bytes(run.config) != before:
             write_bytes(run.config, before)
             events.append(run.path, "config_undone")
         raise
@@ -82,7 +82,7 @@ def write_config(run: RunFolder, config: Config) -> None:
     text = dump_config(config)
     try:
         run.open_to(config.run.access)
-        before = run.config.read_text(encoding="utf-8") if run.config.exists() else None
+        before = read_text(run.config) if run.config.exists() else None
         if before is not None and yaml.safe_load(before) == yaml.safe_load(text):
             return
         write_text(run.config, text)

@@ -5,15 +5,21 @@ is synced, too, so that the name outlives a power cut. Lines of a log are append
 several writers do not mix, and a reader drops what a kill has torn.
 """
 
+import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from megatron_vcppo.errors import UserError
+
+LARGEST_BYTES = 1 << 30
+"""Of a file that is read as a whole."""
 LONGEST_INT = 19
 """Digits, with the sign."""
 
@@ -76,20 +82,51 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
+def open_file(path: Path) -> IO[bytes]:
+    """A file to read that may be from elsewhere. OSError if it cannot be opened, or is a pipe, a device or a folder.
+
+    Every file in a run, a model's folder or a checkpoint is opened here: opening a pipe waits for its writer.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.ENXIO, "a pipe or a device", str(path))
+    return file
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file, opened as ``open_file`` does. UserError if it is too large to be what it should be."""
+    with open_file(path) as file:
+        content = file.read(LARGEST_BYTES + 1)
+    if len(content) > LARGEST_BYTES:
+        raise UserError(f"{path}: larger than {LARGEST_BYTES >> 30} GiB")
+    return content
+
+
+def read_text(path: Path) -> str:
+    """The same of a UTF-8 file. ValueError if it is none."""
+    return read_bytes(path).decode()
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file from elsewhere holds. OSError and ValueError as of ``read_bytes`` and ``parse_json``."""
+    return parse_json(read_text(path))
+
+
 def read_json_lines(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
     """The objects of a JSONL file in order; none if there is no file. Lines that are torn or no objects are dropped.
 
     last_bytes: look only at the complete lines among this many bytes at the file's end.
     """
-    if path.is_fifo():  # reading it would wait for a writer
-        return []
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             start = max(0, file.seek(0, os.SEEK_END) - last_bytes) if last_bytes is not None else 0
             file.seek(start)
             lines = file.read().splitlines(keepends=True)[1 if start else 0 :]
-    except FileNotFoundError:
-        return []
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENXIO):  # a pipe has no lines either
+            return []
+        raise
     return [record for line in lines if (record := parse_json_line(line)) is not None]
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import re
 import time
@@ -15,7 +14,7 @@ from typing import Any, Literal
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.sections.run import Access
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.files import read_json_lines
+from megatron_vcppo.run.files import read_json, read_json_lines
 from megatron_vcppo.run.manifest import MANIFEST_NAME, path_inside, read_manifest, verify_manifest, write_manifest
 
 STATE_NAME = "state.json"
@@ -226,7 +225,7 @@ class StageFolder:
         if iteration is not None:
             path = self.checkpoint(iteration) / STATE_NAME
             with suppress(OSError, ValueError, KeyError, TypeError):
-                skipped = json.loads(path.read_text(encoding="utf-8"))["state"]["unfinished"]["report"]["skipped"]
+                skipped = read_json(path)["state"]["unfinished"]["report"]["skipped"]
                 steps = sum(len(model) for model in skipped.values())
         complete = len(list(rollouts.glob("iter_*")))  # run/rollout_store.py, without its imports
         partial_bytes = sum(path.stat().st_size for path in rollouts.glob("partial_*"))

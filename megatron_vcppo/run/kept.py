@@ -5,7 +5,6 @@ that one is there, and no later save touches it. ``kept/best`` is a symbolic lin
 follows from the metrics log and the folders alone: whatever a kill interrupts, the next start does.
 """
 
-import json
 import math
 import os
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from megatron_vcppo.config import CheckpointConfig, KeepBestConfig
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.files import move, remove, replacing
+from megatron_vcppo.run.files import move, read_json, remove, replacing
 from megatron_vcppo.run.folder import STATE_NAME, StageFolder, iteration_name, iteration_of
 from megatron_vcppo.run.manifest import MANIFEST_NAME
 from megatron_vcppo.run.metrics_log import read_history
@@ -98,7 +97,7 @@ class KeptCheckpoints:
         """Whether the checkpoint has a manifest and was not saved within the next update, with weights on the way."""
         path = self.stage.checkpoint(iteration)
         try:
-            content = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
+            content = read_json(path / STATE_NAME)
             return (path / MANIFEST_NAME).exists() and "unfinished" not in content["state"]
         except (OSError, ValueError, KeyError, TypeError):
             return False

@@ -21,8 +21,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from megatron_vcppo.run.files import open_file
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _speaker = ""
@@ -85,7 +87,7 @@ class _Say(logging.Handler):
 def last_lines(path: Path, count: int = 12, limit_bytes: int = 16384) -> list[str]:
     """The last non-empty lines of a text file; an absent file has none."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file.seek(0, 2)
             file.seek(max(0, file.tell() - limit_bytes))
             text = file.read().decode(errors="replace")
@@ -95,19 +97,24 @@ def last_lines(path: Path, count: int = 12, limit_bytes: int = 16384) -> list[st
 
 
 class Follower:
-    """Copies a file, and what is appended to it, to standard output, from a thread, until ``close``."""
+    """Copies a file, and what is appended to it, to standard output, from a thread, until ``close``.
+
+    OSError for a pipe or a device.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._position = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._closed = threading.Event()
+        with suppress(FileNotFoundError):  # it may come; a pipe would be waited for
+            open_file(path).close()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
 
     def _copy(self) -> None:
         try:
-            with self.path.open("rb") as file:
+            with open_file(self.path) as file:
                 file.seek(self._position)
                 while chunk := file.read(65536):
                     self._position += len(chunk)

@@ -11,7 +11,7 @@ from typing import Any
 import xxhash
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.files import parse_json, sync, write_json
+from megatron_vcppo.run.files import open_file, read_json, sync, write_json
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
@@ -28,7 +28,7 @@ def file_record(path: Path, on_progress: Callable[[], None] = lambda: None) -> d
     block = bytearray(BLOCK_BYTES)
     view = memoryview(block)
     size = 0
-    with open(path, "rb", buffering=0) as stream:
+    with open_file(path) as stream:
         while count := stream.readinto(block):
             digest.update(view[:count])
             size += count
@@ -69,7 +69,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest's content, files not looked at. UserError if there is none or it cannot be read."""
     path = Path(folder) / MANIFEST_NAME
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         known_format = content["format"] == FORMAT and isinstance(content["meta"], dict)
         complete = known_format and isinstance(content["files"], dict)
     except FileNotFoundError:

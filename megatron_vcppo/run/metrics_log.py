@@ -15,7 +15,15 @@ from typing import Any
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.files import append_json_line, parse_json_line, read_json_lines, write_bytes, write_text
+from megatron_vcppo.run.files import (
+    append_json_line,
+    parse_json_line,
+    read_bytes,
+    read_json_lines,
+    read_text,
+    write_bytes,
+    write_text,
+)
 from megatron_vcppo.run.folder import StageFolder
 from megatron_vcppo.run.log import say
 from megatron_vcppo.run.tensorboard_log import start_tensorboard
@@ -97,7 +105,7 @@ def read_history(folder: Path) -> list[dict[str, float]]:
 
 def cut_back(path: Path, iteration: int) -> None:
     """Drop the records after ``iteration`` and lines that are none, such as one torn by a kill; says how many."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = read_bytes(path).splitlines(keepends=True) if path.exists() else []
     records = [(line, parse_json_line(line)) for line in lines]
     kept = [line for line, record in records if record and _is_record(record) and record["iteration"] <= iteration]
     if num_dropped := len(lines) - len(kept):
@@ -135,7 +143,7 @@ def start_wandb(folder: Path, config: Config, stage: str) -> Any:
 
 def _wandb_id(path: Path) -> str:
     if path.exists():
-        return path.read_text(encoding="utf-8").strip()
+        return read_text(path).strip()
     identifier = uuid.uuid4().hex[:12]
     write_text(path, identifier)
     return identifier

@@ -17,27 +17,37 @@ times larger than all else, and are removed once no resume can need them.
 
 import json
 import re
-import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_STORED
 
 import msgspec
 import numpy as np
 import xxhash
-import zstandard
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.records import Prompt, Rollout, RolloutPart
-from megatron_vcppo.run.files import parse_json, replacing, write_json
+from megatron_vcppo.records import Rollout, RolloutPart
+from megatron_vcppo.run import compressed
+from megatron_vcppo.run.files import open_file, read_json, replacing, write_json
 from megatron_vcppo.run.folder import RunFolder, iteration_name, iteration_of
 from megatron_vcppo.run.log import say
 
 _decoder = msgspec.json.Decoder(Rollout)
 SCHEMA = 2
+_ARRAYS = {
+    "places": np.int64,
+    "prompt_ids": np.int32,
+    "prompt_lengths": np.int64,
+    "response_ids": np.int32,
+    "response_lengths": np.int64,
+    "rollout_logprobs": np.float32,
+    "records": np.uint8,
+}
+"""Name → type of the numbers in it; all have one dimension."""
 _SUFFIX, _SUFFIX_BEFORE, _EXPERTS = ".npz", ".jsonl.zst", ".experts.npy"
 _NAME = re.compile(r"(iter_\d{7,})_(\d+)of(\d+)(?:\.npz|\.jsonl\.zst)")
 _ANY_NAME = re.compile(r"(iter_\d{7,})_\d+of(\d+)\.")
@@ -174,8 +184,10 @@ def _write_experts(path: Path, rollouts: RolloutPart) -> dict[str, Any]:
 def _read_experts(path: Path, arrays: dict[str, np.ndarray]) -> Iterator[bytes]:
     """Of each rollout of the file ``path``; none if they are gone, or are those of another attempt."""
     lengths = arrays.get("expert_lengths", np.zeros(len(arrays["places"]), dtype=np.int64))
+    file_of_experts = path.with_name(path.name.removesuffix(_SUFFIX) + _EXPERTS)
     try:
-        rows = np.load(path.with_name(path.name.removesuffix(_SUFFIX) + _EXPERTS), mmap_mode="r")
+        open_file(file_of_experts).close()
+        rows = np.load(file_of_experts, mmap_mode="r")
         is_right = len(rows) == lengths.sum() and xxhash.xxh3_64_intdigest(rows) == int(arrays["expert_digest"])
     except (OSError, EOFError, ValueError, KeyError):
         is_right = False
@@ -199,37 +211,66 @@ def _read(path: Path, with_experts: bool = False) -> Iterator[tuple[int, Rollout
     """(place, rollout) of one file of any schema. UserError for one that is damaged, or newer than this code."""
     try:
         yield from _read_file(path, with_experts)
-    except (OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, zipfile.BadZipFile, zstandard.ZstdError,
-            msgspec.MsgspecError) as error:  # fmt: skip
-        raise UserError(f"{path}: damaged: {' '.join(str(error).split())[:200]}") from None
+    except UserError:
+        raise
+    except Exception as error:  # numpy, zipfile and msgspec raise many kinds; each means that the file is damaged
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path}: damaged: {what}") from None
 
 
 def _read_file(path: Path, with_experts: bool) -> Iterator[tuple[int, Rollout]]:
     if path.name.endswith(_SUFFIX_BEFORE):
-        with zstandard.open(path, "rt", encoding="utf-8") as file:
-            yield from enumerate(map(_decoder.decode, file))
+        with compressed.open_file(path) as (file, _):
+            yield from enumerate(map(_decoder.decode, compressed.read_lines(path, file)))
         return
-    with np.load(path, allow_pickle=False) as content:
-        if (schema := int(content["schema"])) != SCHEMA:
-            raise UserError(f"{path}: rollouts of schema {schema}; this version reads {SCHEMA}: update it")
-        arrays = {name: content[name] for name in content.files if name != "schema"}
+    arrays = _read_arrays(path)
     prompt_ends, response_ends = (arrays[f"{name}_lengths"].cumsum().tolist() for name in ("prompt", "response"))
     lines = arrays["records"].tobytes().decode().split("\n")
     start = prompt_start = 0
     places = arrays["places"].tolist()
+    if len(lines) != len(places) + 1:
+        raise ValueError(f"{len(lines) - 1} records of {len(places)} rollouts")
     experts = _read_experts(path, arrays) if with_experts else (b"" for _ in places)
     for place, line, prompt_end, end, routed in zip(places, lines, prompt_ends, response_ends, experts, strict=False):
         record = json.loads(line)
-        del record["length"]
-        record["prompt"] = Prompt(
-            **record["prompt"], token_ids=tuple(arrays["prompt_ids"][prompt_start:prompt_end].tolist())
+        record |= {"response_ids": (), "rollout_logprobs": (), "prompt": {**record["prompt"], "token_ids": ()}}
+        rollout = msgspec.convert(record, Rollout)
+        yield (
+            place,
+            replace(
+                rollout,
+                prompt=replace(rollout.prompt, token_ids=tuple(arrays["prompt_ids"][prompt_start:prompt_end].tolist())),
+                response_ids=array("i", arrays["response_ids"][start:end].tobytes()),
+                rollout_logprobs=array("f", arrays["rollout_logprobs"][start:end].tobytes()),
+                routed_experts=routed,
+            ),
         )
-        tokens: dict[str, Any] = {
-            "response_ids": array("i", arrays["response_ids"][start:end].tobytes()),
-            "rollout_logprobs": array("f", arrays["rollout_logprobs"][start:end].tobytes()),
-        }
-        yield place, Rollout(**record, **tokens, routed_experts=routed)
         start, prompt_start = end, prompt_end
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file, which fit together. ValueError or others if they do not, UserError for another schema."""
+    with open_file(path) as file, np.load(file, allow_pickle=False) as content:
+        if any(member.compress_type != ZIP_STORED for member in content.zip.infolist()):
+            raise ValueError("it is compressed, which no file of rollouts is")
+        if (schema := int(content["schema"])) != SCHEMA:
+            raise UserError(f"{path}: rollouts of schema {schema}; this version reads {SCHEMA}: update it")
+        arrays = {name: content[name] for name in content.files if name != "schema"}
+    numbers_of = _ARRAYS | ({"expert_lengths": np.int64} if "expert_lengths" in arrays else {})
+    for name, kind in numbers_of.items():
+        if arrays[name].ndim != 1 or arrays[name].dtype != kind:
+            raise ValueError(f"{name} is {arrays[name].dtype} {list(arrays[name].shape)}, not {np.dtype(kind)} [n]")
+    places = arrays["places"]
+    if places.size and places.min() < 0:
+        raise ValueError("places below 0")
+    for lengths, tokens in (("prompt_lengths", "prompt_ids"), ("response_lengths", "response_ids")):
+        counts = arrays[lengths]
+        fits = len(counts) == len(places) and all(0 <= count <= len(arrays[tokens]) for count in counts.tolist())
+        if not fits or counts.sum() != len(arrays[tokens]):
+            raise ValueError(f"{lengths} do not fit {len(places)} rollouts with {len(arrays[tokens])} {tokens}")
+    if len(arrays["rollout_logprobs"]) != len(arrays["response_ids"]):
+        raise ValueError(f"{len(arrays['rollout_logprobs'])} log-probs of {len(arrays['response_ids'])} tokens")
+    return arrays
 
 
 def drop_rollouts(folder: Path, iteration: int) -> None:
@@ -277,7 +318,7 @@ def origin_differences(folder: Path, made: Origin) -> list[str]:
     default does.
     """
     try:
-        known = _flat(ORIGIN_BEFORE | dict(parse_json((folder / ORIGIN_NAME).read_text(encoding="utf-8"))))
+        known = _flat(ORIGIN_BEFORE | dict(read_json(folder / ORIGIN_NAME)))
     except (FileNotFoundError, ValueError, TypeError):
         return []
     wanted = _flat(json.loads(json.dumps(made)))
@@ -338,7 +379,7 @@ class StoredSet:
     def is_complete(self) -> bool:
         """True if a set of at least ``num_rollouts`` was made here."""
         try:
-            made = parse_json((self.folder / SET_NAME).read_text(encoding="utf-8"))["num_rollouts"]
+            made = read_json(self.folder / SET_NAME)["num_rollouts"]
             return bool(made >= self.num_rollouts)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False

@@ -193,7 +193,9 @@ def test_damaged_files_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     assert main(["report", str(run.path), "--out", str(out)]) == 0 and "<script>" not in out.read_text()
     capsys.readouterr()
-    assert "iter_0000002_0of1.jsonl.zst: damaged: " in refused(capsys, "rollouts", run.path, "--iteration", 2)
+    assert "iter_0000002_0of1.jsonl.zst: cannot be decompressed: " in refused(
+        capsys, "rollouts", run.path, "--iteration", 2
+    )
     for text in ("{", "{}", '[{"name": "x"}]', '[{"name": "x", "avg": "1"}]', "[" * 100_000):
         run.stage("evaluate").make().results.write_text(text)
         assert str(run.stage("evaluate").results) in refused(capsys, "report", run.path, "--out", out)

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.files import parse_json
+from megatron_vcppo.run.files import open_file, read_json
 from megatron_vcppo.run.manifest import check_links
 
 METADATA_NAME = ".metadata"
@@ -61,10 +61,10 @@ def read_metadata(folder: Path, only_tensors: bool = False) -> Metadata:
     classes, or if a chunk, or a symbolic link, leads out of the folder.
     """
     try:
-        backend = parse_json((folder / "metadata.json").read_text(encoding="utf-8"))["sharded_backend"]
+        backend = read_json(folder / "metadata.json")["sharded_backend"]
         if backend != "torch_dist":
             raise UserError(f"{folder}: checkpoint format {backend!r}; supported: torch_dist")
-        with open(folder / METADATA_NAME, "rb") as stream:
+        with open_file(folder / METADATA_NAME) as stream:
             found = _Unpickler(stream).load()
     except FileNotFoundError as error:
         raise UserError(f"{folder}: not a Megatron checkpoint: {Path(error.filename).name} is missing") from None

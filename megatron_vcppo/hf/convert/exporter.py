@@ -36,6 +36,7 @@ from megatron_vcppo.hf.safetensors_files import (
     plan_files,
     read_folder,
 )
+from megatron_vcppo.run.files import read_json
 from megatron_vcppo.run.manifest import MANIFEST_NAME, path_inside, read_manifest, verify_manifest
 
 TOLERANCE = 1e-4
@@ -59,7 +60,7 @@ def check_export(folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], torc
     total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
     index = folder / INDEX_NAME
     if index.exists():
-        recorded = json.loads(index.read_text(encoding="utf-8"))["metadata"]["total_size"]
+        recorded = read_json(index)["metadata"]["total_size"]
         if recorded != total:
             raise UserError(f"{index}: total_size is {recorded}, should be {total}")
 

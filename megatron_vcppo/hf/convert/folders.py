@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.files import move, sync
+from megatron_vcppo.run.files import move, read_bytes, sync
 from megatron_vcppo.run.folder import iteration_name
 from megatron_vcppo.run.manifest import MANIFEST_NAME
 
@@ -65,8 +65,8 @@ def iteration_folder(folder: Path) -> Path:
     """
     latest = folder / LATEST
     if latest.exists():
-        name = latest.read_text(encoding="utf-8", errors="replace").strip()
-        if name != "release" and not (name.isascii() and name.isdigit()):
+        name = read_bytes(latest).decode(errors="replace").strip()
+        if name != "release" and not (name.isascii() and name.isdigit() and len(name) < 19):
             raise UserError(f"{latest}: names {name[:40]!r}, which is no iteration")
         folder = folder / (name if name == "release" else iteration_name(int(name)))  # ours are named like theirs
     if not (folder / ".metadata").is_file():

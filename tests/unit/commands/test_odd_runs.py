@@ -14,7 +14,7 @@ from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.manifest import write_manifest
 from tests.helpers.recorded_run import record_run
 
-LOOKS = ("list", "status", "clean", "logs", "cancel")
+LOOKS = ("list", "status", "clean", "logs", "cancel", "rollouts", "report")
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +64,31 @@ def test_lines_that_no_stage_wrote(run: RunFolder, capsys: pytest.CaptureFixture
     assert "ppo" in said["status"] and "nothing to cancel" in said["cancel"]
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "events.jsonl", ".lock", "ppo/metrics.jsonl"])
+PIPES = {
+    "config.yaml": ("status", "not a run folder"),
+    "events.jsonl": ("status", "not started"),
+    ".lock": ("status", "ppo"),
+    "ppo/metrics.jsonl": ("status", "ppo"),
+    "ppo/profiles.jsonl": ("report", "report.html"),
+    "ppo/manifest.json": ("list", "damaged"),
+    "evaluate/manifest.json": ("status", "damaged"),
+    "evaluate/results.json": ("report", "results.json: a pipe or a device"),
+    "ppo/rollouts/iter_0000016_0of1.npz": ("rollouts", "0of1.npz: damaged: "),
+    "ppo/rollouts/iter_0000016_0of1.jsonl.zst": ("rollouts", "0of1.jsonl.zst: damaged: "),
+    "ppo/logs/attempt_9/trainer_0.log": ("logs", "trainer_0.log: a pipe or a device"),
+}
+"""Name in a run → a command that reads it, and what it says."""
+
+
+@pytest.mark.parametrize("name", PIPES)
 def test_a_pipe_is_not_waited_for(name: str, run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    (run.path / name).unlink(missing_ok=True)
-    os.mkfifo(run.path / name)
-    looked_at(run, capsys)
+    pipe = run.path / name
+    pipe.parent.mkdir(parents=True, exist_ok=True)
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    said = looked_at(run, capsys)
+    command, words = PIPES[name]
+    assert words in said[command], said[command]
 
 
 def test_nothing_is_written_or_removed_through_links(

@@ -1,4 +1,7 @@
-"""Files that may be compressed, read as what they hold; a damaged or truncated one is an error, never shorter data."""
+"""Files that may be compressed, read as what they hold; a damaged or truncated one is an error, never shorter data.
+
+What a small file unpacks to has no limit: no more than a line is in memory at a time, and lines have one.
+"""
 
 import gzip
 import io
@@ -11,9 +14,13 @@ from typing import IO, Any, cast
 import zstandard
 
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.run import files
 
 SUFFIXES = (".gz", ".zst")
+LONGEST_LINE_BYTES = 1 << 26
 _CHUNK_BYTES = 1 << 20
+_PACKED_BYTES = 1 << 11
+"""Of a .zst file at a time: 4 bytes of it may hold 128 KiB, so these unpack to 64 MiB at most."""
 
 
 @contextmanager
@@ -22,7 +29,7 @@ def open_file(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 
     Raises UserError, while it is read, if a .gz or .zst file cannot be decompressed.
     """
-    with path.open("rb") as raw:
+    with files.open_file(path) as raw:
         try:
             if path.suffix == ".gz":
                 yield cast(IO[bytes], gzip.GzipFile(fileobj=raw)), raw
@@ -34,10 +41,26 @@ def open_file(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
             raise UserError(f"{path}: cannot be decompressed: {error}") from None
 
 
+def read_lines(path: Path, file: IO[bytes], largest_bytes: int | None = None) -> Iterator[bytes]:
+    """The lines of what ``open_file`` gave for ``path``.
+
+    Raises UserError for a line of more than LONGEST_LINE_BYTES, or once all are more than ``largest_bytes`` together.
+    """
+    number = total = 0
+    while line := file.readline(LONGEST_LINE_BYTES + 1):
+        number += 1
+        total += len(line)
+        if len(line) > LONGEST_LINE_BYTES:
+            raise UserError(f"{path}:{number}: a line of more than {LONGEST_LINE_BYTES >> 20} MiB")
+        if largest_bytes is not None and total > largest_bytes:
+            raise UserError(f"{path}: unpacks to more than {largest_bytes >> 20} MiB")
+        yield line
+
+
 def _zstd_chunks(raw: IO[bytes]) -> Iterator[bytes]:
     """zstandard's own readers end silently where a file is truncated, and after the first of several frames."""
     frame: Any = None
-    while chunk := raw.read(_CHUNK_BYTES):
+    while chunk := raw.read(_PACKED_BYTES):
         while chunk:
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
             yield frame.decompress(chunk)
@@ -51,7 +74,7 @@ class _Chunks(io.RawIOBase):
     """Chunks as a file."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks, self._rest = chunks, b""
+        self._chunks, self._rest = chunks, memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -61,7 +84,7 @@ class _Chunks(io.RawIOBase):
             found = next(self._chunks, None)
             if found is None:
                 return 0
-            self._rest = found
+            self._rest = memoryview(found)
         count = min(len(buffer), len(self._rest))
         buffer[:count], self._rest = self._rest[:count], self._rest[count:]
         return count
