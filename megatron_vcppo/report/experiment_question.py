@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.report.run_data import LARGEST
 from megatron_vcppo.report.run_outcomes import OUTCOMES
 
 DEFAULT_OUTCOMES = (
@@ -78,6 +79,8 @@ class Question:
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str) -> "Question":
         """From what ``as_dict`` gives, or an experiment file holds. UserError naming ``where`` for what is wrong."""
+        if not values["arms"]:
+            raise UserError(f"{where}: arms: there are none")
         arms = {str(name): dict(overrides or {}) for name, overrides in values["arms"].items()}
         claims = tuple(_claim(claim, arms, where) for claim in values.get("claims") or ())
         figures = tuple(_figure(figure, where) for figure in values.get("figures") or DEFAULT_FIGURES)
@@ -96,7 +99,7 @@ class Question:
 
 
 def _claim(values: Any, arms: Mapping[str, Any], where: str) -> Claim:
-    if not isinstance(values, Mapping) or not values.get("text"):
+    if not isinstance(values, Mapping) or not isinstance(values.get("text"), str) or not values["text"]:
         raise UserError(f"{where}: a claim needs a text, got {values!r}")
     where = f"{where}: claim {values['text']!r}"
     known = CORRELATION if "correlation" in values else COMPARISON
@@ -119,6 +122,10 @@ def _claim(values: Any, arms: Mapping[str, Any], where: str) -> Claim:
     than = values["than"]
     if isinstance(than, str):
         _known_arm(than, arms, where)
+    elif not _is_number(than):
+        raise UserError(f"{where}: than is an arm or a number, got {than!r}")
+    if not _is_number(values.get("by", 0.0)):
+        raise UserError(f"{where}: by is a number, got {values['by']!r}")
     return Claim(values["text"], values["outcome"], values["higher"], than, float(values.get("by", 0.0)))
 
 
@@ -141,11 +148,17 @@ def _figure(values: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: scatter names two outcomes, got {names!r}")
     for name in names:
         _known_outcome(name, where)
+    if not all(isinstance(value, str) for key, value in values.items() if key != "scatter"):
+        raise UserError(f"{where}: figure {values!r}: each is a name")
     return dict(values)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
 def _known_outcome(name: Any, where: str) -> None:
-    if name not in OUTCOMES:
+    if not isinstance(name, str) or name not in OUTCOMES:
         raise UserError(f"{where}: no outcome {name!r}; there are {', '.join(OUTCOMES)}")
 
 

@@ -6,19 +6,28 @@ path of the machine, no value of cluster.environment.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zstandard
 
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.report.experiment_question import Question
-from megatron_vcppo.report.run_data import COLORS, RunData
+from megatron_vcppo.report.run_data import (
+    COLORS,
+    LARGEST,
+    Number,
+    Profile,
+    Result,
+    RunData,
+    check_settings,
+    is_profile,
+)
 from megatron_vcppo.report.run_outcomes import outcome_of
-from megatron_vcppo.run.compressed import open_file
+from megatron_vcppo.run.compressed import open_file, read_lines
 from megatron_vcppo.run.files import parse_json, write_bytes
 
 FORMAT = 1
@@ -40,6 +49,27 @@ NOT_KEPT = ("timestamp", "total_iterations", "speed/", "packing/", "stopping/", 
 TIMES = ("time/iteration_s", "time/step_s")
 """All that is kept of the times."""
 DIGITS = 5
+LARGEST_BYTES = 1 << 28
+"""Of a file of results, unpacked; those in docs/results have 1 MB."""
+
+
+class Head(msgspec.Struct):
+    """The first line of the file."""
+
+    question: dict[str, Any]
+    made: dict[str, str | int | float]
+
+
+class KeptRun(msgspec.Struct):
+    """One of the others."""
+
+    arm: str
+    seed: int
+    config: dict[str, Any]
+    done: list[str]
+    history: dict[str, dict[str, list[Number | None]]]
+    profiles: list[Profile]
+    results: list[Result]
 
 
 @dataclass(frozen=True)
@@ -96,16 +126,20 @@ def read_results(path: Path) -> ExperimentResults:
     file = path / RESULTS_NAME if path.is_dir() else path
     try:
         with open_file(file) as (content, _):
-            head, *lines = [parse_json(line) for line in content.read().splitlines()]
-        if head.get("format") != FORMAT:
-            raise UserError(f"{file}: format {head.get('format')!r} is not known here")
-        question = Question.of(head["question"], str(file))
-        runs = [_run(line, question) for line in lines]
+            lines = read_lines(file, content, LARGEST_BYTES)
+            head = parse_json(next(lines, b""))
+            if head.get("format") != FORMAT:
+                raise UserError(f"{file}: format {head.get('format')!r} is not known here")
+            made = msgspec.convert(head, Head).made
+            question = Question.of(head["question"], str(file))
+            runs = [_run(parse_json(line), question, file) for line in lines]
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{file}: damaged: not the results of an experiment") from None
-    return ExperimentResults(question, head["made"], runs)
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: damaged: not the results of an experiment: {error}") from None
+    return ExperimentResults(question, made, runs)
 
 
 def _kept(run: ExperimentRun, root: str) -> dict[str, Any]:
@@ -123,7 +157,12 @@ def _kept(run: ExperimentRun, root: str) -> dict[str, Any]:
     }
 
 
-def _run(line: Mapping[str, Any], question: Question) -> ExperimentRun:
+def _run(line: Any, question: Question, file: Path) -> ExperimentRun:
+    """ValueError, or UserError, if the line does not hold what ``_kept`` makes of a run."""
+    msgspec.convert(line, KeptRun)
+    if not all(map(is_profile, line["profiles"])):
+        raise ValueError("a profile without lists of numbers")
+    check_settings(line["config"], file)
     arm, seed = line["arm"], line["seed"]
     data = RunData(
         name=run_name(arm, seed),
@@ -144,7 +183,12 @@ def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float | None
 
 
 def _rows(columns: Mapping[str, Sequence[float | None]]) -> list[dict[str, float]]:
-    count = max(map(len, columns.values()), default=0)
+    """ValueError unless all columns are as long as that of the iterations, which has no gap."""
+    if not columns:
+        return []
+    count = len(columns["iteration"])
+    if None in columns["iteration"] or any(len(column) != count for column in columns.values()):
+        raise ValueError("columns of different lengths, or iterations without a number")
     return [{name: y for name, column in columns.items() if (y := column[i]) is not None} for i in range(count)]
 
 
@@ -154,9 +198,9 @@ def _first_middle_last(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers to DIGITS digits; what is not finite is None."""
+    """Numbers to DIGITS digits; what is not finite, or beyond LARGEST, is None."""
     if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+        return float(f"{value:.{DIGITS}g}") if abs(value) <= LARGEST else None
     if isinstance(value, Mapping):
         return {key: _rounded(part) for key, part in value.items()}
     return [_rounded(part) for part in value] if isinstance(value, list) else value

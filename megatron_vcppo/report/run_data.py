@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import yaml
 
 from megatron_vcppo.algo.failure_signatures import Finding, diagnose
@@ -20,7 +21,42 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#7b3294", "#b8860b", "#c2255c", "#4d
 """One per run, a ninth run has the first one's again: Okabe and Ito's, which color-blind readers tell apart, with those
 that are too light for a line on white darkened."""
 
+LARGEST = 1e100
+"""Larger numbers are damage: their squares would have none to stand for them."""
+Number = Annotated[float, msgspec.Meta(ge=-LARGEST, le=LARGEST)]
 History = list[dict[str, float]]
+Profile = dict[str, Number | list[Number | None] | None]
+COMPUTED_WITH = (
+    "rollout.max_tokens",
+    "ppo.loss.kl_coef",
+    "returns.overlong_penalty_tokens",
+    "rewards.model.clip",
+    "rewards.model.weight",
+    "rewards.model.verifier_weight",
+)
+"""The settings that a report computes with."""
+
+
+class Scores(msgspec.Struct):
+    """What ``stages/held_out.py`` makes of a set of problems; ``pass`` and ``maj``: estimate, half width, ends."""
+
+    avg: Number
+    avg_interval: Number
+    length_mean: Number
+    truncated_share: Number
+    avg_range: Annotated[list[Number], msgspec.Meta(max_length=2)] = []
+    pass_at: dict[str, "Estimate"] = msgspec.field(default_factory=dict, name="pass")
+    maj: dict[str, "Estimate"] = {}
+
+
+class Result(Scores, kw_only=True):
+    """A row of the evaluation, a checkpoint's."""
+
+    name: str
+    tasks: dict[str, Scores] = {}
+
+
+Estimate = Annotated[list[Number], msgspec.Meta(min_length=2, max_length=4)]
 
 
 @dataclass(frozen=True)
@@ -61,7 +97,7 @@ def read_run(
     stages = [str(stage) for stage in config.get("stages") or []]
     names = dict.fromkeys([*stages, *(stage.name for stage in run.stages())])
     history = {name: rows for name in names if (rows := read_history(run.stage(name).path))}
-    found = filter(_is_profile, read_records(run.stage("ppo").profiles))
+    found = filter(is_profile, read_records(run.stage("ppo").profiles))
     by_iteration = {record["iteration"]: record for record in found}
     profiles = [by_iteration[iteration] for iteration in sorted(by_iteration)]
     results = read_results(run.stage("evaluate").results)
@@ -80,10 +116,19 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{file}: not a configuration: it holds no keys")
     config = with_new_names(config)
+    check_settings(config, file)
     environment = (config.get("cluster") or {}).get("environment")
     if environment:  # a user's variables are not for a page that is sent around
         config["cluster"]["environment"] = dict.fromkeys(environment, "(not shown)")
     return config
+
+
+def check_settings(config: dict[str, Any], where: Path) -> None:
+    """UserError naming ``where`` if a report cannot compute with the configuration."""
+    for key in COMPUTED_WITH:
+        value = setting(config, key)
+        if value is not None and not (isinstance(value, int | float) and abs(value) <= LARGEST):
+            raise UserError(f"{where}: {key} is no number: {str(value)[:40]!r}")
 
 
 def setting(config: dict[str, Any], key: str) -> Any:
@@ -100,11 +145,12 @@ def worst_reward(config: dict[str, Any]) -> float | None:
     if setting(config, "ppo.loss.kl_coef") and setting(config, "ppo.loss.kl_in") == "reward":
         return None
     worst = NO_ANSWER.reward
-    model = setting(config, "rewards.model") or {}
-    if model.get("path") or model.get("stage"):
-        if model["clip"] is None:
+    if setting(config, "rewards.model.path") or setting(config, "rewards.model.stage"):
+        numbers = [setting(config, f"rewards.model.{name}") for name in ("verifier_weight", "weight", "clip")]
+        if None in numbers:
             return None
-        worst = model["verifier_weight"] * worst - model["weight"] * model["clip"]
+        verifier_weight, weight, clip = numbers
+        worst = verifier_weight * worst - weight * clip
     return worst - bool(setting(config, "returns.overlong_penalty_tokens"))
 
 
@@ -127,42 +173,27 @@ def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [leaf for key, part in value.items() for leaf in _leaves(part, f"{prefix}.{key}" if prefix else str(key))]
 
 
-def _is_profile(record: dict[str, Any]) -> bool:
-    """Whether everything in a record of profiles.jsonl is a number or a list of numbers and nulls."""
-    lists = (value if isinstance(value, list) else [value] for value in record.values())
-    return all(one is None or _is_number(one) for some in lists for one in some)
+def is_profile(record: dict[str, Any]) -> bool:
+    """Whether a record of profiles.jsonl has an iteration, and lists of numbers and nulls by position or decile."""
+    try:
+        numbers = msgspec.convert(record, Profile)
+    except msgspec.ValidationError:
+        return False
+    is_list = all(isinstance(value, list) for name, value in numbers.items() if "_by_" in name)
+    return is_list and isinstance(numbers.get("iteration"), float)
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
     """The rows of the evaluation, a checkpoint each; empty before it is done. UserError if the file is damaged."""
     try:
-        found = read_json(file)
+        found: list[dict[str, Any]] = read_json(file)
+        msgspec.convert(found, list[Result])
     except FileNotFoundError:
         return []
+    except msgspec.ValidationError as error:
+        raise UserError(f"{file}: not the results of an evaluation: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{file}: cannot be read as JSON: {error}") from None
-    if not isinstance(found, list) or not all(isinstance(row, dict) and _is_result(row) for row in found):
-        raise UserError(f"{file}: not the results of an evaluation")
     return found
-
-
-def _is_result(row: dict[str, Any]) -> bool:
-    tasks = row.get("tasks", {})
-    return (
-        isinstance(row.get("name"), str)
-        and isinstance(tasks, dict)
-        and all(isinstance(scores, dict) and _are_scores(scores) for scores in (row, *tasks.values()))
-    )
-
-
-def _are_scores(scores: dict[str, Any]) -> bool:
-    numbers = [scores.get(name) for name in ("avg", "avg_interval", "length_mean", "truncated_share")]
-    ranges = [
-        scores.get("avg_range", []),
-        *(v for kind in ("pass", "maj") for v in dict(scores.get(kind, {})).values()),
-    ]
-    return all(map(_is_number, numbers)) and all(isinstance(one, list) and all(map(_is_number, one)) for one in ranges)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
