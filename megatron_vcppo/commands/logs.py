@@ -9,7 +9,7 @@ from megatron_vcppo.commands.arguments import add_run_argument
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.config_file import open_run
 from megatron_vcppo.run.folder import RunFolder
-from megatron_vcppo.run.log import Follower
+from megatron_vcppo.run.log import Follower, printable
 
 
 class NotYet(UserError):
@@ -82,12 +82,12 @@ def run(args: argparse.Namespace) -> int:
                 path = find_log(folder, stages, args)
             except NotYet as error:
                 if shown is None and not waiting:
-                    print(f"waiting: {error}", file=sys.stderr, flush=True)
+                    print(printable(f"waiting: {error}"), file=sys.stderr, flush=True)
                 path, waiting = shown, True
             if path is not None and path != shown:
                 if follower is not None:
                     follower.close()
-                print(f"==> {path} <==", flush=True)
+                print(printable(f"==> {path} <=="), flush=True)
                 shown, follower = path, Follower(path)
             if done:
                 break

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_vcppo.commands.arguments import add_run_argument
 from megatron_vcppo.run.config_file import open_run
+from megatron_vcppo.run.log import printable
 
 if TYPE_CHECKING:
     from megatron_vcppo.slurm.chain_status import StageStatus
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         except Unreachable as error:
             if not args.watch:
                 raise
-            print(f"{time.strftime('%H:%M:%S')}  {error}; asking again", flush=True)
+            print(f"{time.strftime('%H:%M:%S')}  {printable(str(error))}; asking again", flush=True)
             time.sleep(args.every)
             continue
         active = any(status.state in ("running", "pending") for status in statuses)
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps({"run": str(folder.path), "stages": [asdict(status) for status in statuses]}, indent=2))
             return exit_code(statuses)
         if args.watch:
-            print(f"{clear}{time.strftime('%H:%M:%S')}  {folder.path}")
+            print(f"{clear}{time.strftime('%H:%M:%S')}  {printable(str(folder.path))}")
         print(table(statuses, sys.stdout), flush=True)
         if not (args.watch and active):
             return exit_code(statuses)

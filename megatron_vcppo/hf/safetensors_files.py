@@ -25,6 +25,7 @@ INDEX_NAME = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMENSIONS, _MAX_ELEMENTS = 8, 1 << 60
 _OUTPUT_LAYER = "lm_head.weight"
 _HEADS = {_OUTPUT_LAYER, "score.weight", "score.bias"}
 
@@ -164,31 +165,41 @@ def _read_header(path: Path) -> dict[str, TensorInFile]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
                 raise UserError(f"{path}: truncated, or not a safetensors file")
-            header = parse_json(stream.read(length))
+            header = parse_json(stream.read(length), _without_duplicates)
         header.pop("__metadata__", None)
         entries = [(name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()]
         for name, _, shape, begin, finish in entries:
-            if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, finish)):
+            numbers = all(type(number) is int and number >= 0 for number in (*shape, begin, finish))
+            if not numbers or len(shape) > _MAX_DIMENSIONS or math.prod(max(1, size) for size in shape) > _MAX_ELEMENTS:
                 raise ValueError(f"the shape or place of tensor {name}")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UserError:
         raise
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged header: {error!r}") from None
+        raise UserError(f"{path}: damaged header: {error!r:.200}") from None
     tensors: dict[str, TensorInFile] = {}
     end = 0
-    for name, dtype, shape, begin, finish in entries:
-        if dtype not in DTYPES:
+    for name, dtype, shape, begin, finish in sorted(entries, key=lambda entry: entry[3:]):
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise UserError(f"{path}: tensor {name} has dtype {dtype}; supported: {', '.join(DTYPES)}")
+        if begin != end:
+            raise UserError(f"{path}: damaged header: tensor {name} begins at byte {begin}, not at {end}")
         tensor = TensorInFile(path, 8 + length + begin, shape, DTYPES[dtype])
         if finish - begin != tensor.num_bytes:
             raise UserError(f"{path}: damaged header: tensor {name} has {finish - begin} bytes, not {tensor.num_bytes}")
         tensors[name] = tensor
-        end = max(end, finish)
+        end = finish
     if size != 8 + length + end:
         raise UserError(f"{path}: truncated or damaged: {size} bytes, should be {8 + length + end}")
-    return tensors
+    return {name: tensors[name] for name, *_ in entries}
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
 
 
 def _write_header(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, TensorInFile]:

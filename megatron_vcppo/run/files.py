@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,10 +130,13 @@ def read_json_lines(path: Path, last_bytes: int | None = None) -> list[dict[str,
     return [record for line in lines if (record := parse_json_line(line)) is not None]
 
 
-def parse_json(text: str | bytes) -> Any:
-    """What JSON text from outside holds. ValueError for what is none, or nests deeper than Python's parser can go."""
+def parse_json(text: str | bytes, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """What JSON text from outside holds. ValueError for what is none, or nests deeper than Python's parser can go.
+
+    make_object: makes an object of its names and values; default: a dict, with the last value of a name.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=make_object)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -20,13 +20,18 @@ import re
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_vcppo.run.files import open_file
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_MAY_BE_HIDDEN = re.compile(r"[^\t\n\x20-\x7e]")
+_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode's categories of control characters, marks that are not seen, halves of pairs, and ends of lines."""
+_JOINERS = "\u200c\u200d"
+"""Of Persian and Indic words, and of emoji."""
 _speaker = ""
 """Role and rank of this process."""
 
@@ -63,12 +68,17 @@ def say(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    r"""The text with every control character but line breaks and tabs written out: ESC as ``\x1b``.
+    r"""The text with all that is not seen, but line breaks, tabs and joiners, written out: ESC as ``\x1b``.
 
     For everything that a model or a file from elsewhere wrote, wherever it is shown: a terminal would obey it (clear
     the screen, change the title, answer into the shell), and marks of text direction show a text as another one.
     """
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _MAY_BE_HIDDEN.sub(lambda found: _shown(found[0]), text)
+
+
+def _shown(character: str) -> str:
+    is_hidden = unicodedata.category(character) in _HIDDEN and character not in _JOINERS
+    return ascii(character)[1:-1] if is_hidden else character
 
 
 def line(text: str) -> str:
