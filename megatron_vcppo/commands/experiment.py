@@ -17,7 +17,7 @@ from megatron_vcppo.errors import DONE, SAVED, UserError
 from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
 from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
-from megatron_vcppo.run.log import say
+from megatron_vcppo.run.log import printable, say
 
 if TYPE_CHECKING:
     from megatron_vcppo.launch.experiment_file import Experiment
@@ -408,5 +408,5 @@ def report(results: "ExperimentResults", out: Path, figures: Path | None, into: 
                 write(figures / name, content, "--figures")
     print(text_table(arm_rows(results), sys.stdout))
     for line in verdict_lines(results):
-        print(line)
+        print(printable(line))
     print(f"{out}: {len(page) / 1000:,.0f} kB")

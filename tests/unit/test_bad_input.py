@@ -1,13 +1,18 @@
 """What a user can get wrong, by kind: each costs one line that says what and where, exit code 2, and leaves nothing."""
 
+import io
 import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_vcppo.cli import main
@@ -16,10 +21,12 @@ from megatron_vcppo.config.load import dump_config
 from megatron_vcppo.data.vocabulary import stop_ids
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.hf.safetensors_files import read_folder
 from megatron_vcppo.records import Prompt, Rollout, RolloutPart
 from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import Follower, printable
+from megatron_vcppo.run.manifest import write_manifest
 from megatron_vcppo.run.rollout_store import write_rollouts
 from tests.helpers.recorded_run import record_run
 from tools.benchmarks._tiny_chains import tiny_model
@@ -196,9 +203,136 @@ def test_damaged_files_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "iter_0000002_0of1.jsonl.zst: cannot be decompressed: " in refused(
         capsys, "rollouts", run.path, "--iteration", 2
     )
-    for text in ("{", "{}", '[{"name": "x"}]', '[{"name": "x", "avg": "1"}]', "[" * 100_000):
+    good = {"name": "x", "avg": 0.5, "avg_interval": 0.1, "length_mean": 9.0, "truncated_share": 0.0}
+    run.stage("evaluate").make().results.write_text(json.dumps([good]))
+    assert main(["report", str(run.path), "--out", str(out)]) == 0
+    bad = [{"avg": 10**400}, {"avg": True}, {"pass": {"x": [0.1]}}, {"pass": ["a"]}, {"tasks": [1]}, {"avg_range": 3}]
+    texts = ["{", "{}", '[{"name": "x"}]', "[" * 100_000, *(json.dumps([good | one]) for one in bad)]
+    for text in texts:
         run.stage("evaluate").make().results.write_text(text)
         assert str(run.stage("evaluate").results) in refused(capsys, "report", run.path, "--out", out)
+
+
+def changed_record(**values: object) -> Callable[[dict[str, np.ndarray]], dict[str, object]]:
+    """Other values in the record of the first rollout; ``prompt_text`` is its prompt's."""
+
+    def change(arrays: dict[str, np.ndarray]) -> dict[str, object]:
+        first, *others = arrays["records"].tobytes().decode().splitlines()
+        record = json.loads(first)
+        if "prompt_text" in values:
+            record["prompt"]["text"] = values["prompt_text"]
+        lines = [json.dumps(record | values), *others]
+        return {"records": np.frombuffer("".join(f"{line}\n" for line in lines).encode(), np.uint8)}
+
+    return change
+
+
+def negative_lengths(arrays: dict[str, np.ndarray]) -> dict[str, object]:
+    lengths = arrays["response_lengths"].copy()
+    lengths[:2] = -1, lengths[:2].sum() + 1
+    return {"response_lengths": lengths}
+
+
+DAMAGED_ROLLOUTS: dict[str, Callable[[dict[str, np.ndarray]], dict[str, object]]] = {
+    "Expected `float | null`, got `str` - at `$.reward`": changed_record(reward="abc"),
+    "Expected `str`, got `int` - at `$.response_text`": changed_record(response_text=5),
+    "Expected `float | null`, got `str` - at `$.model_score`": changed_record(model_score="x"),
+    "at `$.observations[0][0]`": changed_record(observations=[["a", "b"]]),
+    "Expected `str`, got `object` - at `$.prompt.text`": changed_record(prompt_text={}),
+    "at `$.policy_version`": changed_record(policy_version={}),
+    "Number out of range": changed_record(reward=10**400),
+    "cannot convert float infinity": lambda arrays: {"schema": np.float64("inf")},
+    "response_lengths do not fit": negative_lengths,
+    "places is int64 [1, 4], not int64 [n]": lambda arrays: {"places": arrays["places"][None]},
+    "response_ids is float64": lambda arrays: {"response_ids": arrays["response_ids"].astype(float)},
+    "1 records of 4 rollouts": lambda arrays: {"records": np.frombuffer(b"{}\n", np.uint8)},
+    "log-probs of": lambda arrays: {"rollout_logprobs": arrays["rollout_logprobs"][1:]},
+}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Path]:
+    """A run with four rollouts of one iteration, and their file."""
+    run = RunFolder.of(record_run(tmp_path_factory.mktemp("stored") / "run", collapsing=False, iterations=1))
+    shutil.rmtree(run.stage("ppo").rollouts, ignore_errors=True)
+    prompt = Prompt("p:1", (1, 2), "1 + 1", "2", "math")
+    rollouts = [Rollout(prompt, i, i, (3, 4), "2", (-0.5, -0.1), "stop", 0, reward=1.0) for i in range(4)]
+    return run, write_rollouts(run.stage("ppo").rollouts, 1, RolloutPart.whole(rollouts))
+
+
+def refused_rollouts(run: RunFolder, file: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> str:
+    """With which line ``vcppo rollouts`` refuses such a file; the report leaves it out."""
+    before = file.read_bytes()
+    file.write_bytes(content)
+    try:
+        line = refused(capsys, "rollouts", run.path)
+        assert main(["report", str(run.path), "--out", str(run.path / "report.html")]) == 0
+    finally:
+        file.write_bytes(before)
+    assert line.startswith(f"vcppo: error: {file}: damaged: "), line
+    return line
+
+
+@pytest.mark.parametrize("message", DAMAGED_ROLLOUTS)
+def test_damaged_rollouts(message: str, stored: tuple[RunFolder, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run, file = stored
+    with np.load(file) as content:
+        arrays = dict(content)
+    changed = io.BytesIO()
+    np.savez(changed, **(arrays | DAMAGED_ROLLOUTS[message](arrays)))
+    assert message in refused_rollouts(run, file, changed.getvalue(), capsys)
+
+
+def test_arrays_larger_than_their_file(stored: tuple[RunFolder, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run, file = stored
+    huge, packed, header = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": (10**15,)})
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(huge, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, header.getvalue() if name == "places.npy" else old.read(name))
+    refused_rollouts(run, file, huge.getvalue(), capsys)
+    np.savez_compressed(packed, schema=np.int64(2), places=np.zeros(1 << 20, np.int64))
+    assert "it is compressed" in refused_rollouts(run, file, packed.getvalue(), capsys)
+
+
+def test_files_without_rollouts(stored: tuple[RunFolder, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run, file = stored
+    write_rollouts(file.parent, 2, RolloutPart())
+    assert "iteration 2 has no rollouts" in refused(capsys, "rollouts", run.path)
+    assert main(["report", str(run.path), "--out", str(run.path / "report.html")]) == 0
+
+
+HEADERS: dict[str, str] = {
+    "has dtype []": '{"a": {"dtype": [], "shape": [2], "data_offsets": [0, 8]}}',
+    "has dtype {}": '{"a": {"dtype": {}, "shape": [2], "data_offsets": [0, 8]}}',
+    "the shape or place of tensor a": '{"a": {"dtype": "F32", "shape": [true, 2], "data_offsets": [0, 8]}}',
+    "the shape or place of tensor b": (
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},'
+        f' "b": {{"dtype": "F32", "shape": [0, {2**62}, {2**62}], "data_offsets": [8, 8]}}}}'
+    ),
+    "a name is there twice": '{"a": 1, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+    "tensor b begins at byte 4, not at 8": (
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},'
+        ' "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}'
+    ),
+    "tensor a begins at byte 4, not at 0": '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+}
+
+
+@pytest.mark.parametrize("message", HEADERS)
+def test_headers_of_safetensors(message: str, tmp_path: Path) -> None:
+    header = HEADERS[message].encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_folder(tmp_path)
+
+
+def test_pipes_in_a_model_folder_are_not_waited_for(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        os.mkfifo(tmp_path / name)
+    for read in (Architecture.from_hf, read_folder):
+        with pytest.raises(UserError, match="a pipe or a device"):
+            read(tmp_path)
 
 
 def test_control_characters_are_shown_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,7 +352,20 @@ def test_control_characters_are_shown_not_obeyed(tmp_path: Path, capsys: pytest.
     Follower(tmp_path / "trainer_0.log").close()
     assert "a\nb \\x1b[2J" in capsys.readouterr().out
     assert "\x1b" not in refused(capsys, "config", tmp_path / "\x1b[2J.yaml")
-    assert printable("tab\tline\n½ 数 😀 é") == "tab\tline\n½ 数 😀 é"
+    assert printable("tab\tline\n½ 数 😀 é a\u200db\u200c") == "tab\tline\n½ 数 😀 é a\u200db\u200c"
+    assert printable("\u061c\u200b\ufeff\U000e0041\xad\u2028") == r"\u061c\u200b\ufeff\U000e0041\xad\u2028"
+
+
+def test_the_names_of_logs_are_shown_not_obeyed(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    moved = run.path.rename(run.path.with_name("a\x1b[2J"))
+    for stage in ("sft", "export"):
+        (moved / stage / "logs" / "attempt_1").mkdir(parents=True)
+        (moved / stage / "logs" / "attempt_1" / "trainer_0.log").write_text("a line\n")
+        write_manifest(moved / stage, {})
+    assert main(["logs", str(moved), "-f"]) == 0
+    assert main(["status", str(moved), "--watch"]) == 0
+    shown = capsys.readouterr().out
+    assert "==> " in shown and "\x1b" not in shown and shown.count(r"a\x1b[2J") == 2
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
