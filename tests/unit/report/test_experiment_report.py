@@ -1,10 +1,13 @@
 """The report of an experiment: verdicts with their numbers, and the same page again from the kept file."""
 
 import copy
+import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from megatron_vcppo.cli import main
 from megatron_vcppo.commands.experiment import collect
@@ -16,6 +19,7 @@ from megatron_vcppo.report.experiment_diagnosis import distinct, first_named, ou
 from megatron_vcppo.report.experiment_page import diagnosis_block, document_block, put_block, render_experiment
 from megatron_vcppo.report.experiment_results import RESULTS_NAME, ExperimentResults, read_results, write_results
 from megatron_vcppo.report.experiment_tables import arm_rows, difference_rows, judged_claims
+from megatron_vcppo.report.run_data import LARGEST
 from megatron_vcppo.report.run_outcomes import OUTCOMES, outcome_of
 from tests.helpers.recorded_experiment import record_experiment
 from tests.helpers.source import ROOT
@@ -132,6 +136,81 @@ def test_a_damaged_file_is_named(content: bytes | None, results: ExperimentResul
     kept.write_bytes(kept.read_bytes()[:-20] if content is None else content)
     with pytest.raises(UserError, match=r"kept\.jsonl\.zst"):
         read_results(kept)
+
+
+DAMAGES: dict[str, tuple[int, dict[str, object]]] = {
+    "texts": (1, {"history": {"ppo": {"iteration": [1, 2], "rollout/length_mean": ["a", "b"]}}}),
+    "ragged columns": (1, {"history": {"ppo": {"iteration": [1, 2], "rollout/length_mean": [3.0]}}}),
+    "no iterations": (1, {"history": {"ppo": {"rollout/length_mean": [3.0, 4.0]}}}),
+    "an iteration of null": (1, {"history": {"ppo": {"iteration": [1, None], "rollout/length_mean": [3.0, 4.0]}}}),
+    "a huge integer": (1, {"history": {"ppo": {"iteration": [1, 10**400], "rollout/length_mean": [3.0, 4.0]}}}),
+    "a huge number": (1, {"history": {"ppo": {"iteration": [1, 2], "rollout/length_mean": [-1e308, 1e308]}}}),
+    "results of text": (1, {"results": "x"}),
+    "results without scores": (1, {"results": [{"name": "ppo"}]}),
+    "profiles of numbers": (1, {"profiles": [1]}),
+    "a profile without positions": (1, {"profiles": [{"iteration": 1, "advantage_by_decile": 3}]}),
+    "a configuration of text": (1, {"config": {"rollout": {"max_tokens": "x"}}}),
+    "a weight of text": (1, {"config": {"rewards": {"model": {"path": "x", "clip": 1.0, "weight": "y"}}}}),
+    "a huge length": (1, {"config": {"rollout": {"max_tokens": 10**400}}}),
+    "an unknown arm": (1, {"arm": "neither"}),
+    "made of a number": (0, {"made": 5}),
+    "no question": (0, {"question": []}),
+    "no arms": (0, {"question": {"arms": {}}}),
+    "an outcome of a list": (0, {"question": {"arms": {"sound": {}}, "outcomes": [[]]}}),
+    "a figure of an object": (0, {"question": {"arms": {"sound": {}}, "figures": [{"curve": {}}]}}),
+    "a huge claim": (
+        0,
+        {
+            "question": {
+                "arms": {"sound": {}, "collapsing": {}},
+                "claims": [{"text": "x", "outcome": "gain", "higher": "sound", "than": 10**400}],
+            }
+        },
+    ),
+}
+"""Line of the file, from 0, and what is changed in it."""
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_of_every_kind_is_one_line(damage: str, results: ExperimentResults, tmp_path: Path, capsys) -> None:
+    kept = tmp_path / "kept.jsonl.zst"
+    write_results(kept, results)
+    lines = [json.loads(line) for line in zstandard.decompress(kept.read_bytes()).splitlines()]
+    number, changed = DAMAGES[damage]
+    lines[number] |= changed
+    kept.write_bytes(zstandard.compress("".join(f"{json.dumps(line)}\n" for line in lines).encode()))
+    assert main(["experiment", "--redraw", str(kept), "--out", str(tmp_path / "page.html")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"vcppo: error: {kept}: "), line
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_numbers_just_within_the_limit_are_drawn(results: ExperimentResults, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.jsonl.zst"
+    extreme = copy.deepcopy(results)
+    for row in extreme.runs[0].data.history["ppo"]:
+        row |= {name: LARGEST for name in row if name != "iteration"}
+    extreme.runs[1].data.history["ppo"][0]["rollout/length_mean"] = 1e200
+    write_results(kept, extreme)
+    assert main(["experiment", "--redraw", str(kept), "--out", str(tmp_path / "page.html")]) == 0
+
+
+@pytest.mark.parametrize("line", [b"0", b"{}\n"])
+def test_a_small_file_cannot_fill_the_memory(line: bytes, results: ExperimentResults, tmp_path: Path) -> None:
+    """Behind a good head: one line of 600 MiB, or as much in many lines that are no run."""
+    kept = tmp_path / "kept.jsonl.zst"
+    write_results(kept, results)
+    head = zstandard.decompress(kept.read_bytes()).splitlines(keepends=True)[0]
+    packer = zstandard.ZstdCompressor(level=1).compressobj()
+    block = line * ((1 << 20) // len(line))
+    packed = [packer.compress(head), *(packer.compress(block) for _ in range(600)), packer.flush()]
+    kept.write_bytes(b"".join(packed))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"kept\.jsonl\.zst:?.*(a line of more than 64 MiB|damaged)"):
+        read_results(kept)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300 << 20
 
 
 def test_the_command_reports_and_redraws(recorded: tuple[Path, Path], tmp_path: Path, capsys) -> None:
