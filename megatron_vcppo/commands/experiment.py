@@ -16,6 +16,7 @@ from megatron_vcppo.config.value_sources import local_overrides
 from megatron_vcppo.errors import DONE, SAVED, UserError
 from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
 from megatron_vcppo.run import events
+from megatron_vcppo.run.files import read_text
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import printable, say
 
@@ -376,8 +377,8 @@ def put_into(document: Path, name: str, block: str) -> None:
     from megatron_vcppo.report.experiment_page import put_block
 
     try:
-        text = put_block(document.read_text(encoding="utf-8"), name, block)
-    except (OSError, UserError) as error:
+        text = put_block(read_text(document), name, block)
+    except (OSError, ValueError) as error:
         raise UserError(f"--into {document}: {getattr(error, 'strerror', None) or error}") from None
     write(document, text.encode(), "--into")
 

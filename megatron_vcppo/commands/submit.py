@@ -5,6 +5,7 @@ import argparse
 from megatron_vcppo.commands.arguments import add_chain_arguments, check_not_queued, checked_stages, prepare, print_note
 from megatron_vcppo.config.sections.cluster import LOCAL
 from megatron_vcppo.launch.inherit import stages_to_take
+from megatron_vcppo.run.files import read_text
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.dry_run:
         written = dry_run(folder, config, stages, resolve_python(config))
-        print((written / "graph.txt").read_text(), end="")
+        print(read_text(written / "graph.txt"), end="")
         print(f"batch scripts in {written}; nothing was submitted")
         return 0
     print_jobs(stages, submit(folder, config, stages, resolve_python(config), taken))

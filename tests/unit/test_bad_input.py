@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from megatron_vcppo.cli import main
 from megatron_vcppo.commands.arguments import prepare
@@ -27,7 +28,7 @@ from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import Follower, printable
 from megatron_vcppo.run.manifest import write_manifest
-from megatron_vcppo.run.rollout_store import write_rollouts
+from megatron_vcppo.run.rollout_store import read_rollouts, write_rollouts
 from tests.helpers.recorded_run import record_run
 from tools.benchmarks._tiny_chains import tiny_model
 
@@ -293,6 +294,16 @@ def test_arrays_larger_than_their_file(stored: tuple[RunFolder, Path], capsys: p
     refused_rollouts(run, file, huge.getvalue(), capsys)
     np.savez_compressed(packed, schema=np.int64(2), places=np.zeros(1 << 20, np.int64))
     assert "it is compressed" in refused_rollouts(run, file, packed.getvalue(), capsys)
+
+
+def test_a_small_file_of_rollouts_cannot_fill_the_memory(tmp_path: Path) -> None:
+    """Those of runs before schema 2."""
+    path = tmp_path / "iter_0000001_0of1.jsonl.zst"
+    with zstandard.open(path, "wb") as file:
+        for _ in range(300):
+            file.write(b"0" * (1 << 20))
+    with pytest.raises(UserError, match="1: a line of more than 64 MiB"):
+        read_rollouts(tmp_path, 1)
 
 
 def test_files_without_rollouts(stored: tuple[RunFolder, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,14 @@ EXCEPTIONS = {
     "rewards/sandbox/inside/scratch.py": "runs inside the sandbox, without the package",
 }
 
+MAY_OPEN = {
+    "run/files.py": "has the opener",
+    "run/events.py": "reads /proc",
+    "run/processes.py": "reads /proc",
+    "run/secret.py": "reads what it wrote itself, for this user alone",
+    "data/readers.py": "reads a CSV file as text, which it knows to be a file",
+}
+
 
 def others() -> list[Path]:
     return [path for path in modules("megatron_vcppo") if part_of(path) != "run"]
@@ -106,7 +114,35 @@ def test_the_rule_sees(code: str) -> None:
 
 
 def test_the_exceptions_are_modules() -> None:
-    assert all((ROOT / "megatron_vcppo" / path).is_file() for path in EXCEPTIONS)
+    assert all((ROOT / "megatron_vcppo" / path).is_file() for path in (*EXCEPTIONS, *MAY_OPEN))
+
+
+def opened(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and text of each call that opens a file to read it."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        modes = [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+        reads = name == "open" and ("rb" in modes or any(word.arg == "encoding" for word in node.keywords))
+        if (name in ("read_text", "read_bytes") and isinstance(node.func, ast.Attribute)) or reads:
+            yield node.lineno, ast.unparse(node)
+
+
+@pytest.mark.parametrize("part", ["commands", "data", "hf", "mcore", "report", "run"])
+def test_files_from_elsewhere_have_one_opener(part: str) -> None:
+    """run/files.py waits for no pipe; runs, models, checkpoints and data may be anybody's."""
+    for path in modules(f"megatron_vcppo/{part}"):
+        found = [f"{path}:{line}: {call}: use run/files.py" for line, call in opened(ast.parse(path.read_text()))]
+        may = str(path.relative_to(ROOT / "megatron_vcppo")) in MAY_OPEN
+        assert bool(found) == may, "\n".join(found) or f"{path} is no exception any more"
+
+
+def test_the_rule_of_the_opener_sees() -> None:
+    for code in ("open(path, 'rb')", "path.open('rb')", "path.read_text()", "path.open(encoding='utf-8')"):
+        assert list(opened(ast.parse(code))), code
+    for code in ("open_file(path)", "path.open('wb')", "read_text(path)"):
+        assert not list(opened(ast.parse(code))), code
 
 
 def test_the_rule_leaves_other_text_alone() -> None:

@@ -34,6 +34,7 @@ from torch.serialization import skip_data
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.convert.checkpoint_metadata import METADATA_NAME, read_metadata
 from megatron_vcppo.hf.convert.copying import allocate
+from megatron_vcppo.run.files import open_file
 
 _BACKEND = {
     "sharded_backend": "torch_dist",
@@ -153,7 +154,7 @@ def _locate(folder: Path, place: _StorageInfo, key: str, chunk: ChunkStorageMeta
     """Find a chunk's bytes by loading its archive without its data."""
     path, sizes = folder / place.relative_path, tuple(chunk.sizes)
     try:
-        with open(path, "rb") as stream, FakeTensorMode():
+        with open_file(path) as stream, FakeTensorMode():
             view = cast(IO[bytes], _create_file_view(stream, place.offset, place.length))
             tensor = torch.load(view, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:

@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import zstandard
 from datasets import Dataset
 
+from megatron_vcppo.data import readers
 from megatron_vcppo.data.bad_samples import BadSample
 from megatron_vcppo.data.fields import answer_text, find, require
 from megatron_vcppo.data.prompts import PromptKeys, load_prompts
@@ -124,6 +126,31 @@ def test_a_damaged_compressed_file_costs_one_line(tmp_path: Path) -> None:
             (tmp_path / name).write_bytes(damaged)
             with pytest.raises(UserError, match=f"{name}: cannot be decompressed"):
                 list(read_samples(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_line_that_fills_the_memory_costs_one_line(name: str, tmp_path: Path) -> None:
+    """After a good one, 300 MiB without an end."""
+    path, block = tmp_path / name, b"0" * (1 << 20)
+    with gzip.open(path, "wb", 1) if name.endswith(".gz") else zstandard.open(path, "wb") as file:
+        file.write(lines(ROWS[:1]))
+        for _ in range(300):
+            file.write(block)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=f"{name}:2: a line of more than 64 MiB"):
+        list(read_samples(str(path)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 290 << 20
+
+
+def test_an_array_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(json.dumps(ROWS * 20_000).encode()))
+    assert len(list(read_samples(str(path)))) == 20_000 * len(ROWS)
+    monkeypatch.setattr(readers, "_LARGEST_ARRAY", 1 << 16)
+    with pytest.raises(UserError, match=r"a\.json\.gz: a JSON array of more than"):
+        list(read_samples(str(path)))
 
 
 @pytest.mark.parametrize(
