@@ -190,21 +190,25 @@ def job_end_time(job_id: str) -> float:
     with suppress(Unreachable):
         record = patiently(lambda: show_job(job_id))
     try:
-        return time.time() + seconds_left(record or {})
+        return time.time() + seconds_left(record or {}, controller_time())
     except (KeyError, ValueError):
         return float("inf")
 
 
-def seconds_left(record: Mapping[str, str]) -> float:
-    """Until the end of a running job, from times of Slurm's controller alone: its clock may differ from this one.
+def seconds_left(record: Mapping[str, str], now: datetime) -> float:
+    """Until the end of a job by its record, of ``scontrol show job``. KeyError, ValueError if that does not say.
 
-    record: of ``scontrol show job``. KeyError, ValueError if it does not say.
+    now: by the clock of Slurm's controller. RunTime and squeue's time left go by the clock of whoever asks.
     """
-    start, end = (datetime.fromisoformat(record[name]) for name in ("StartTime", "EndTime"))
-    days, _, clock = record["RunTime"].rpartition("-")
-    hours, minutes, seconds = (int(part) for part in clock.split(":"))
-    run_s = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
-    return (end - start).total_seconds() - run_s
+    return (datetime.fromisoformat(record["EndTime"]) - now).total_seconds()
+
+
+def controller_time() -> datetime:
+    """By the clock of Slurm's controller, which may differ from this machine's; by this one's if it does not say."""
+    with suppress(Unreachable, UserError, ValueError, IndexError):
+        text = patiently(lambda: slurm("scontrol", "show", "config"))
+        return datetime.fromisoformat(text.splitlines()[0].split()[-1])
+    return datetime.now()
 
 
 def check_slurm_installed() -> None:

@@ -23,17 +23,20 @@ OF_THE_RUN = {"run", "stored_path"}
 DIAGNOSIS_NOTE = (
     "Failed: the mean length fell below half of its start, or pass@1 ended below that of SFT by more than its interval "
     "(without an evaluation: the accuracy of the rollouts below half of its start). Healthy: neither, and the length "
-    f"never fell by a quarter. Other runs are not counted. Early: within the first {EARLY} iterations. A signature's "
-    "row counts what the runs would print. Below them, the signs behind length_collapse and value_misalignment: the "
-    "built-in threshold, and that which separates the two classes best on every other run, both judged on the runs in "
-    f"between after {EARLY} iterations."
+    "never fell by a quarter. Other runs, and those whose actor is never trained, are not counted. Early: within the "
+    f"first {EARLY} iterations. A signature's row counts what the runs would print. Below them, the signs behind "
+    "length_collapse and value_misalignment: the built-in threshold, and that which separates the two classes best on "
+    f"every other run, both judged on the runs in between after {EARLY} iterations."
 )
 
 Class = Literal["failed", "healthy", "between"]
 
 
 def outcome_class(run: RunData) -> Class:
-    """What became of a run."""
+    """What became of a run; one whose actor is never trained is between: nothing can become of it."""
+    ppo = run.config.get("ppo") or {}
+    if ppo.get("critic_only_iterations", 0) >= ppo.get("iterations", 1):
+        return "between"
     drop, worse = length_drop(run), _got_worse(run)
     if worse or (drop is not None and drop > FAILED_DROP):
         return "failed"

@@ -1,8 +1,15 @@
 """What Slurm's commands print, read."""
 
+import os
+import subprocess
+from datetime import datetime
+from pathlib import Path
+
 import pytest
 
+from megatron_vcppo.slurm.devcluster import DevCluster
 from megatron_vcppo.slurm.slurm_cli import first_node, parse_table, seconds_left, slurm_message
+from tests.helpers.clocks import has_compiler, python_with_clocks
 
 
 def test_states_of_squeue_and_sacct() -> None:
@@ -33,11 +40,24 @@ def test_the_first_of_slurms_node_list(nodes: str, first: str) -> None:
     assert first_node(nodes) == first
 
 
-@pytest.mark.parametrize(
-    ("run_time", "left_s"), [("00:10:00", 3000.0), ("2-01:00:30", 3600.0 - 2 * 86400 - 3630), ("00:00:00", 3600.0)]
-)
-def test_what_a_job_has_left_needs_no_clock_but_slurms(run_time: str, left_s: float) -> None:
-    record = {"StartTime": "1999-01-01T00:00:00", "EndTime": "1999-01-01T01:00:00", "RunTime": run_time}
-    assert seconds_left(record) == left_s, "whatever the time is here"
+def test_what_a_job_has_left_needs_no_clock_but_slurms() -> None:
+    """Whatever the time is here, and RunTime, which scontrol computes by this clock."""
+    record = {"StartTime": "1999-01-01T00:00:00", "EndTime": "1999-01-01T01:00:00", "RunTime": "9999-00:00:00"}
+    assert seconds_left(record, datetime(1999, 1, 1, 0, 10)) == 3000
+    assert seconds_left(record, datetime(1999, 1, 1, 2)) == -3600
     with pytest.raises(ValueError, match="Unknown"):
-        seconds_left(record | {"EndTime": "Unknown"})
+        seconds_left(record | {"EndTime": "Unknown"}, datetime(1999, 1, 1))
+
+
+@pytest.mark.skipif(not has_compiler(), reason="needs a C compiler")
+def test_the_controllers_time_is_not_this_clocks(cluster: DevCluster, tmp_path: Path) -> None:
+    code = (
+        "from datetime import datetime\n"
+        "from megatron_vcppo.slurm.slurm_cli import controller_time\n"
+        "print((datetime.now() - controller_time()).total_seconds())\n"
+    )
+    python = python_with_clocks(tmp_path, {"ahead": 86400})
+    for node, shift in {"ahead": 86400, "right": 0}.items():
+        env = os.environ | {"SLURMD_NODENAME": node}
+        done = subprocess.run([python, "-c", code], env=env, cwd=Path.cwd(), capture_output=True, text=True, timeout=60)
+        assert abs(float(done.stdout) - shift) < 60, done.stderr

@@ -97,6 +97,9 @@ def test_figures_that_have_something_to_show_are_drawn(results: ExperimentResult
 def test_the_diagnosis_is_compared_with_what_became_of_the_runs(results: ExperimentResults) -> None:
     classes = {run.arm: outcome_class(run.data) for run in results.runs}
     assert classes == {"collapsing": "failed", "sound": "healthy"}
+    frozen = copy.deepcopy(results.runs[-1].data)
+    frozen.config["ppo"] |= {"iterations": 20, "critic_only_iterations": 20}
+    assert outcome_class(frozen) == "between", "nothing can become of an actor that is not trained"
     named = first_named(results.runs[0].data)
     assert named["value_misalignment"] == 1 and named["length_collapse"] > 1
     rows = {row["sign"]: row for row in signature_rows(results.runs)}
