@@ -13,8 +13,9 @@ import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_vcppo.errors import UserError
 
@@ -82,7 +83,7 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
-def open_file(path: Path) -> IO[bytes]:
+def open_file(path: Path) -> BufferedReader:
     """A file to read that may be from elsewhere. OSError if it cannot be opened, or is a pipe, a device or a folder.
 
     Every file in a run, a model's folder or a checkpoint is opened here: opening a pipe waits for its writer.

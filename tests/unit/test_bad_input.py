@@ -207,7 +207,14 @@ def test_damaged_files_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     good = {"name": "x", "avg": 0.5, "avg_interval": 0.1, "length_mean": 9.0, "truncated_share": 0.0}
     run.stage("evaluate").make().results.write_text(json.dumps([good]))
     assert main(["report", str(run.path), "--out", str(out)]) == 0
-    bad = [{"avg": 10**400}, {"avg": True}, {"pass": {"x": [0.1]}}, {"pass": ["a"]}, {"tasks": [1]}, {"avg_range": 3}]
+    bad: list[dict[str, object]] = [
+        {"avg": 10**400},
+        {"avg": True},
+        {"pass": {"x": [0.1]}},
+        {"pass": ["a"]},
+        {"tasks": [1]},
+        {"avg_range": 3},
+    ]
     texts = ["{", "{}", '[{"name": "x"}]', "[" * 100_000, *(json.dumps([good | one]) for one in bad)]
     for text in texts:
         run.stage("evaluate").make().results.write_text(text)
