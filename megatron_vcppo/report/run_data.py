@@ -1,5 +1,6 @@
 """What a run left on disk, read for a report: whatever is not there yet is empty."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +97,7 @@ def read_run(
     run = RunFolder(path)
     stages = [str(stage) for stage in config.get("stages") or []]
     names = dict.fromkeys([*stages, *(stage.name for stage in run.stages())])
-    history = {name: rows for name in names if (rows := read_history(run.stage(name).path))}
+    history = {name: rows for name in names if (rows := _drawable(read_history(run.stage(name).path)))}
     found = filter(is_profile, read_records(run.stage("ppo").profiles))
     by_iteration = {record["iteration"]: record for record in found}
     profiles = [by_iteration[iteration] for iteration in sorted(by_iteration)]
@@ -171,6 +172,14 @@ def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if not isinstance(value, dict) or not value:
         return [(prefix, value)]
     return [leaf for key, part in value.items() for leaf in _leaves(part, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def _drawable(history: History) -> History:
+    """Numbers beyond LARGEST become infinities, which no chart draws."""
+    return [
+        {name: math.copysign(math.inf, y) if abs(y) > LARGEST else y for name, y in record.items()}
+        for record in history
+    ]
 
 
 def is_profile(record: dict[str, Any]) -> bool:

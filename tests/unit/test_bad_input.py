@@ -195,6 +195,10 @@ def test_damaged_files_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     out = tmp_path / "report.html"
     assert main(["report", str(run.path), "--out", str(out)]) == 0
     run.stage("ppo").profiles.write_text('{"iteration": 1, "advantage_by_position": ["<script>", {}]}\n')
+    metrics = run.stage("ppo").metrics
+    lengths = re.sub(r'("rollout/length_mean": )[0-9.]+', r"\g<1>1e308", metrics.read_text(), count=1)
+    assert "1e308" in lengths
+    metrics.write_text(lengths)
     run.stage("ppo").rollouts.mkdir(parents=True, exist_ok=True)
     for name in ("iter_0000001_0of1.jsonl.zst", "iter_0000002_0of1.jsonl.zst"):
         (run.stage("ppo").rollouts / name).write_bytes(b"not compressed")
