@@ -8,6 +8,9 @@ import torch.distributed as dist
 from megatron_vcppo.config.network import is_address, listen
 from megatron_vcppo.run.secret import own_secret, prove
 
+WORLD = "the trainer's world"
+"""Name of the group in messages and proofs."""
+
 
 def ranks_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
     """Where the ranks meet. In an attempt of a run (run/secret.py), all of them have proved that they hold its secret.
@@ -19,7 +22,7 @@ def ranks_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist
     secret = own_secret()
     if secret is None:
         return store
-    return dist.PrefixStore(prove(store, secret, "the trainer's world", rank, world_size, lambda: timeout), store)
+    return dist.PrefixStore(prove(store, secret, WORLD, rank, world_size, lambda: timeout), store)
 
 
 def _open_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.TCPStore:

@@ -31,13 +31,16 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import AllgatherOptions
 from typing_extensions import override
 
 from megatron_vcppo.config.network import listen
-from megatron_vcppo.run.secret import hello_key, prove, seen_key
+from megatron_vcppo.run.secret import hello_key, prove, prove_members, seen_key
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+PUSH = "a weight push"
+"""Name of the group in messages and proofs."""
 ABORT_TIMEOUT_S = 10.0
 """What ending a communicator may take."""
 PASSING = 4
@@ -181,6 +184,18 @@ class Group:
             self._in_time(transfer)
             self.lane.finish()
 
+    def gather(self, mine: bytes) -> list[bytes]:
+        """What every rank gives, all as long, by rank. Raises as ``wait``."""
+        own = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(self.device)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        options = AllgatherOptions()
+        options.timeout = self.deadline.left()
+        self.lane.follow()
+        with self.lane.entered():
+            self._in_time(self.process_group.allgather([found], [own], options))
+            self.lane.finish()
+        return [bytes(one.tolist()) for one in found]
+
     def settle(self) -> None:
         """Wait until the next receiver has everything that this one took. Raises as ``wait``."""
         while self.passing:
@@ -251,7 +266,7 @@ def join_group(
         with lane.entered():
             process_group = make(prefixed, rank, world_size, deadline, address)
             group = Group(process_group, lane, deadline, store, rank, world_size)
-            group.wait(group.broadcast(torch.zeros(1, device=lane.device)))  # NCCL connects in the first operation
+            prove_members(group.gather, secret, PUSH, rank)  # NCCL connects in the first operation
         return group
 
     return run_within(deadline.left_s(), f"connecting {world_size} ranks over {backend}", connect)
@@ -263,7 +278,7 @@ def meet(store: dist.Store, rank: int, world_size: int, deadline: Deadline, secr
     Raises RuntimeError on rank 0 with the ranks that are missing, UserError if one does not hold the secret.
     """
     try:
-        return prove(store, secret, "a weight push", rank, world_size, deadline.left)
+        return prove(store, secret, PUSH, rank, world_size, deadline.left)
     except dist.DistError as error:
         if rank:
             raise RuntimeError(f"not all ranks of the push met within {deadline.seconds:.3g} s: {error}") from None

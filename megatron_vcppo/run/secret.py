@@ -12,7 +12,7 @@ import hmac
 import os
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,10 @@ from megatron_vcppo.errors import UserError
 
 SECRET_FILE_VARIABLE = "VCPPO_SECRET_FILE"
 """Names the file in a role's environment: anyone may list a process's arguments, and jobs' environments are stored."""
+
+
+PROOF_BYTES = 32
+"""Of a rank's number and proof within a group."""
 
 
 def make_secret(path: Path) -> None:
@@ -103,10 +107,7 @@ def prove(
 
     def check(proof: str, expected: str, peer: int) -> None:
         if not hmac.compare_digest(proof.encode(), expected.encode()):
-            raise UserError(
-                f"rank {peer} of {group} does not hold the run's secret: a stranger has taken its place; "
-                "start again, and see SECURITY.md"
-            )
+            raise _stranger(peer, group)
 
     own = secrets.token_hex(16)
     if rank == 0:
@@ -126,3 +127,28 @@ def prove(
     check(awaited(f"answer/{rank}"), mac("main", rank, challenge, own), 0)
     store.set(seen_key(rank), mac("seen", rank, challenge, own))
     return mac("keys", challenge)
+
+
+def prove_members(gather: Callable[[bytes], Sequence[bytes]], secret: str, group: str, rank: int) -> None:
+    """Returns when every rank of a group has proved to this one, through the group, that it holds the secret.
+
+    A store tells its keys to who asks, and gloo and NCCL connect to whoever comes in a peer's place: so the ranks that
+    are connected prove it once more, before anything else goes through the group. Collective.
+
+    gather: what each rank gives, PROOF_BYTES of it, by rank. Raises UserError if one gives a wrong proof.
+    """
+    numbers = hashlib.sha256(b"".join(gather(secrets.token_bytes(PROOF_BYTES)))).digest()
+
+    def proof(member: int) -> bytes:
+        return hmac.new(secret.encode(), f"{group}|member|{member}|".encode() + numbers, hashlib.sha256).digest()
+
+    for member, given in enumerate(gather(proof(rank))):
+        if not hmac.compare_digest(given, proof(member)):
+            raise _stranger(member, group)
+
+
+def _stranger(rank: int, group: str) -> UserError:
+    return UserError(
+        f"rank {rank} of {group} does not hold the run's secret: a stranger has taken its place; "
+        "start again, and see SECURITY.md"
+    )

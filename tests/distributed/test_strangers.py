@@ -1,6 +1,7 @@
 """Processes without the run's secret reach the port of a store: they get into no group of the run."""
 
 import os
+import re
 import threading
 from contextlib import suppress
 from datetime import timedelta
@@ -16,7 +17,7 @@ from megatron_vcppo.config.network import listen
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.ranks_store import ranks_store
-from megatron_vcppo.rollout.group import join_group, reach_store, serve_store
+from megatron_vcppo.rollout.group import PUSH, Deadline, Group, Lane, _make_gloo, join_group, reach_store, serve_store
 from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE, hello_key, make_secret, prove, seen_key
 from tests.helpers.distributed import run_distributed_test
 
@@ -182,3 +183,31 @@ def test_a_stranger_gets_no_weights() -> None:
     stranger.set(hello_key(1), "number proof")
     with pytest.raises(UserError, match="rank 1 of a weight push does not hold the run's secret"):
         join_group(store, 0, 2, "gloo", CPU, 20.0, "127.0.0.1", "s")
+
+
+def test_who_takes_a_peers_place_after_the_meeting_is_found_out_in_the_group() -> None:
+    """A store lists its keys to everybody, so a stranger finds the group's prefix once all have met."""
+    store = serve_store("127.0.0.1", 20.0)
+    errors: list[Exception] = []
+
+    def rank_0() -> None:
+        try:
+            join_group(store, 0, 2, "gloo", CPU, 20.0, "127.0.0.1", "s")
+        except UserError as error:
+            errors.append(error)
+
+    sender = threading.Thread(target=rank_0)
+    sender.start()
+    prove(reach_store("127.0.0.1", store.port, 20.0), "s", PUSH, 1, 2, in_time)  # the receiver, which goes no further
+    theirs: Any = reach_store("127.0.0.1", store.port, 20.0)
+    while not (found := re.search(r"[0-9a-f]{64}(?=/)", " ".join(theirs.list_keys()))):
+        assert sender.is_alive()
+    group = Group(
+        _make_gloo(dist.PrefixStore(found.group(), theirs), 1, 2, Deadline(20.0), "127.0.0.1"),
+        Lane(CPU), Deadline(20.0), theirs, 1, 2,
+    )  # fmt: skip
+    group.gather(bytes(32))
+    group.gather(bytes(32))
+    sender.join(20)
+    (error,) = errors
+    assert "rank 1 of a weight push does not hold the run's secret: a stranger has taken its place" in str(error)
