@@ -35,10 +35,12 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcppo.config.value_sources import local_overrides, profile_files
     from megatron_vcppo.hf.architecture import Architecture
     from megatron_vcppo.launch.chain_plan import plan_chain
+    from megatron_vcppo.launch.checks import check_kind_of_model
 
     overrides, profiles = [*local_overrides(args.cluster), *args.overrides], profile_files(args.cluster)
     config = load_config(args.config, overrides, profiles=profiles, note=print_note, defaults=NOT_READ)
     arch = Architecture.from_hf(config.model.hf)
+    check_kind_of_model(arch, config, config.stages)
     stages = plan_chain(arch, config, list(config.stages))
     gpus = config.cluster.gpus_per_node
     if not gpus and config.hardware.tflops == HardwareConfig().tflops:
@@ -65,7 +67,9 @@ def as_dict(stage: "StagePlan", gpus_per_node: int) -> dict[str, Any]:
 
 
 def gpu_hours(stage: "StagePlan", gpus_per_node: int) -> float | None:
-    """Of all nodes that the stage holds; without GPUs node-hours."""
+    """Of all nodes that the stage holds; without GPUs node-hours. An export's job requests no GPU."""
+    if stage.stage == "export" and gpus_per_node:
+        return 0.0
     return None if stage.hours is None else stage.hours * stage.nodes * max(1, gpus_per_node)
 
 
