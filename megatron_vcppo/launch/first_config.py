@@ -112,8 +112,8 @@ def layout(arch: Architecture, values: Mapping[str, Any], cluster: Config) -> di
     kinds = "tensor and expert" if arch.experts else "tensor"
     raise UserError(
         f"{arch.parameter_count() / 1e9:.1f} billion parameters fit no layout with {kinds} parallelism on "
-        f"{cluster.cluster.trainer_nodes} × {gpus} GPUs: give the profile more nodes (cluster.trainer_nodes), or take a "
-        "smaller model; docs/slurm.md says what fits"
+        f"{cluster.cluster.trainer_nodes} × {gpus} GPUs: give the profile more nodes (cluster.trainer_nodes), or "
+        "take a smaller model; docs/slurm.md says what fits"
     )
 
 
