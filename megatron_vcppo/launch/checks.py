@@ -14,7 +14,7 @@ from megatron_vcppo.data.vocabulary import check_vocabulary
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.adapters import check_model
 from megatron_vcppo.hf.architecture import Architecture
-from megatron_vcppo.hf.convert.folders import iteration_folder
+from megatron_vcppo.hf.convert.folders import iteration_folder, small_files
 from megatron_vcppo.hf.reward_model import check_reward_model, uses_reward_model
 from megatron_vcppo.launch.memory_plan import OVERHEAD_GIB, check_memory
 from megatron_vcppo.rewards.tools import check_tools
@@ -38,6 +38,7 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
         check_tools(config.prompts.tools)
     arch = Architecture.from_hf(config.model.hf)
     check_vocabulary(Path(config.model.hf))
+    small_files(Path(config.model.hf))  # every checkpoint gets them: refused now, not at the first save
     _check_weights(config)
     if "export" in stages and config.export.critic:
         try:

@@ -131,7 +131,7 @@ os.register_at_fork(after_in_child=_hold_nothing)
 def is_held(path: Path) -> bool:
     """Whether any process holds the file."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -140,11 +140,15 @@ def is_held(path: Path) -> bool:
     return False
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for its writer
+
+
 def remove_stale() -> None:
-    """Remove what killed runs of this user left on this node."""
+    """Remove what killed runs of this user left on this node; what others made under such a name stays."""
     for path in ROOT.glob(f"vcppo_{os.getuid()}_*"):
         with suppress(OSError):
-            if not is_held(path / USERS):
+            if path.lstat().st_uid == os.getuid() and not is_held(path / USERS):
                 shutil.rmtree(path)
 
 

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,33 @@ def test_the_last_user_removes_the_folder_and_the_next_start_what_was_killed(tmp
     assert weights_path(tmp_path, 0).exists()
     remove_stale()
     assert not first.path.exists()
+
+
+def test_what_others_put_there_stays_and_delays_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_folder, "ROOT", tmp_path)
+    mine, linked, pipe = (tmp_path / f"vcppo_{os.getuid()}_{name}" for name in ("mine", "linked", "pipe"))
+    for folder in (mine, pipe, tmp_path / "elsewhere"):
+        folder.mkdir()
+        (folder / USERS).touch()
+    linked.symlink_to(tmp_path / "elsewhere")
+    (pipe / USERS).unlink()
+    os.mkfifo(pipe / USERS)
+    lstat = Path.lstat
+
+    def of_another_user(path: Path) -> os.stat_result:
+        found = [*lstat(path)]
+        found[stat.ST_UID] += path == pipe
+        return os.stat_result(found)
+
+    with ThreadPoolExecutor(1) as pool:  # in a thread, so that one that waits for the pipe's writer fails the test
+        done = pool.submit(is_held, pipe / USERS)
+        try:
+            assert done.result(timeout=20) is False
+        finally:
+            os.close(os.open(pipe / USERS, os.O_RDWR | os.O_NONBLOCK))
+    monkeypatch.setattr(Path, "lstat", of_another_user)
+    remove_stale()
+    assert not mine.exists() and pipe.exists() and (tmp_path / "elsewhere" / USERS).exists()
 
 
 def test_the_folder_is_private(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from megatron_vcppo.run.manifest import MANIFEST_NAME
 
 _SMALL_FILE_SUFFIXES = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 _INDEX_SUFFIX = ".index.json"
+_TEMPLATES = "additional_chat_templates"
 
 
 @contextmanager
@@ -74,11 +75,28 @@ def iteration_folder(folder: Path) -> Path:
     return folder
 
 
-def copy_small_files(source: Path, target: Path) -> None:
-    """Copy what travels with the weights: config.json, tokenizer, generation config, chat templates."""
-    target.mkdir(exist_ok=True)
-    for path in sorted(source.iterdir()):
+def small_files(source: Path) -> list[Path]:
+    """What travels with the weights: config.json, tokenizer, generation config, chat templates.
+
+    Raises UserError if one is a symbolic link to elsewhere, as a model must not name the user's other files; what a
+    snapshot of Hugging Face's cache links to, the blobs of the same model, is fine.
+    """
+    home = source.resolve()
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    found = []
+    for path in (*sorted(source.iterdir()), *sorted((source / _TEMPLATES).glob("*"))):
         if path.is_file() and path.suffix in _SMALL_FILE_SUFFIXES and not path.name.endswith(_INDEX_SUFFIX):
-            shutil.copyfile(path, target / path.name)
-        elif path.is_dir() and path.name == "additional_chat_templates":
-            shutil.copytree(path, target / path.name)
+            file = path.resolve()
+            if not file.is_relative_to(home) and file.parent != blobs:
+                raise UserError(f"{path}: a symbolic link that leads out of {source}; put the file itself there")
+            found.append(path)
+    return found
+
+
+def copy_small_files(source: Path, target: Path) -> None:
+    """Copy ``small_files`` of a folder. Raises UserError as they do."""
+    target.mkdir(exist_ok=True)
+    for path in small_files(source):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)

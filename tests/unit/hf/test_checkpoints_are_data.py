@@ -6,17 +6,18 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata, Metadata, MetadataIndex
 
 from megatron_vcppo.cli import main
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.convert.checkpoint_metadata import METADATA_NAME, check_checkpoint, read_metadata
+from megatron_vcppo.hf.convert.folders import copy_small_files, small_files
 from megatron_vcppo.hf.convert.importer import import_hf
 from megatron_vcppo.run.folder import StageFolder
 from megatron_vcppo.run.manifest import MANIFEST_NAME, read_manifest, verify_manifest, write_manifest
@@ -85,6 +86,10 @@ BAD_METADATA = {
         lambda metadata: setattr(metadata.state_dict_metadata[WEIGHT], "size", 3),
         "it has no dtype or no size",
     ),
+    "no fields": (
+        lambda metadata: vars(metadata.state_dict_metadata[WEIGHT]).pop("properties") and None,
+        "damaged checkpoint metadata: AttributeError",
+    ),
 }
 
 
@@ -120,6 +125,61 @@ def test_a_pickle_that_runs_code_is_not_executed(
     with open(checkpoint / file, "rb") as stream:  # that it would run, were it loaded as it used to be
         torch.load(stream, weights_only=False) if file == "common.pt" else pickle.load(stream)
     assert made.exists()
+
+
+LIVE = {
+    "a class": b"cpathlib\nPurePosixPath\n",
+    "an instance of no dataclass": b"cpathlib\nPurePosixPath\n)R",
+    "a dataclass": b"ctorch.distributed.checkpoint.metadata\nMetadata\n",
+    "a function": b"ctorch.serialization\n_get_layout\n",
+    "a member": b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n(I0\ntR",
+}
+
+
+@pytest.mark.parametrize("what", LIVE)
+def test_metadata_changes_nothing_in_the_process(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    ordinary = (checkpoint / METADATA_NAME).read_bytes()
+    change_it = LIVE[what] + b"(N(dX\x06\x00\x00\x00markedI1\nstb0"  # BUILD with (None, {"marked": 1}), POP
+    (checkpoint / METADATA_NAME).write_bytes(change_it + ordinary)
+    write_manifest(checkpoint, read_manifest(checkpoint)["meta"])
+    assert "damaged checkpoint metadata: UnpicklingError: it sets attributes of" in export(checkpoint, capsys)
+    live = [PurePosixPath, Metadata, torch.serialization._get_layout, _MEM_FORMAT_ENCODING(0)]
+    assert not any(hasattr(thing, "marked") for thing in live)
+
+
+def test_a_model_names_no_file_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny_model(tmp_path / "hf")
+    capsys.readouterr()
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key.jinja").write_text("secret")
+    out = tmp_path / "checkpoint"
+    for name, target in {"NOTES.md": "key.jinja", "additional_chat_templates": ""}.items():
+        (model / name).symlink_to(tmp_path / "secret" / target)
+        assert main(["convert", "import", "--hf", str(model), "--out", str(out)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and name in lines[0] and "a symbolic link that leads out of" in lines[0], lines
+        assert not out.exists()
+        (model / name).unlink()
+
+
+def test_a_snapshot_of_the_cache_takes_blobs_of_its_model_only(tmp_path: Path) -> None:
+    cached = tmp_path / "models--of--it"
+    snapshot = cached / "snapshots" / "0123"
+    (cached / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (cached / "blobs" / "abc").write_text("from a blob")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/abc")
+    copy_small_files(snapshot, tmp_path / "copy")
+    assert (tmp_path / "copy" / "tokenizer.json").read_text() == "from a blob"
+    (tmp_path / "secret").write_text("secret")
+    (cached / "blobs" / "def").symlink_to(tmp_path / "secret")
+    for target in ("../../blobs/def", "../../../secret"):
+        (snapshot / "NOTES.md").symlink_to(target)
+        with pytest.raises(UserError, match=r"NOTES.md: a symbolic link that leads out of"):
+            small_files(snapshot)
+        (snapshot / "NOTES.md").unlink()
 
 
 @pytest.mark.parametrize("size", [0, 100])
