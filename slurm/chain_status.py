@@ -39,8 +39,12 @@ class StageStatus:
 
 
 def run_status(run: RunFolder, config: Config) -> list[StageStatus]:
-    """One status per stage of the chain. Looks at sizes, not checksums, so that it stays fast."""
-    return chain_status(run, config, job_states(list(submitted_jobs(run).values())))
+    """One status per stage of the chain. Looks at sizes, not checksums, so that it stays fast.
+
+    Slurm is asked about stages that are not done only: a finished run can be looked at anywhere.
+    """
+    asked = [job for stage, job in submitted_jobs(run).items() if not run.stage(stage).marked_done()]
+    return chain_status(run, config, job_states(asked))
 
 
 def chain_status(run: RunFolder, config: Config, states: dict[str, JobState]) -> list[StageStatus]:

@@ -74,7 +74,7 @@ def slurm(*argv: str, accept: str | None = None) -> str:
     UserError with Slurm's own message; Unreachable if its controller does not answer.
     """
     if shutil.which(argv[0]) is None:
-        raise UserError(f"{argv[0]} is not on the path: run this on a login node, or use --cluster local")
+        raise UserError(f"{argv[0]} is not on the path: run this where Slurm's commands are, as on a login node")
     try:
         env = command_environment(os.environ)
         done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, env=env)

@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
 
     folder, config = open_run(args.run_folder)
     with folder.locked():
-        if active := active_jobs(folder):
+        unfinished = not all(folder.stage(stage).marked_done() for stage in config.stages)
+        if unfinished and (active := active_jobs(folder)):
             jobs = ", ".join(f"{state.job_id} ({state.state})" for state in active)
             raise UserError(f"{folder.path}: this run is active, jobs {jobs}: wait for them, or vcppo cancel it first")
         found = removable(folder, config.stages, config.export.checkpoint)

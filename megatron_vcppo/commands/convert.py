@@ -13,7 +13,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def add_parser(subparsers: Any) -> None:
     """Arguments of ``vcppo convert import`` and ``vcppo convert export``."""
-    parser = subparsers.add_parser("convert", help=__doc__.splitlines()[0])
+    parser = subparsers.add_parser("convert", help=__doc__.splitlines()[0], description=__doc__)
     directions = parser.add_subparsers(metavar="import|export", required=True)
 
     importing = directions.add_parser("import", help="a Hugging Face folder to a Megatron checkpoint")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the command."""
-    parser = subparsers.add_parser("data", description=__doc__, help="look at the data of a run")
+    parser = subparsers.add_parser("data", description=__doc__.replace("``", ""), help="look at the data of a run")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     inspect = actions.add_parser("inspect", help="counts, lengths, duplicates, overlap, samples")
     inspect.add_argument("config", type=Path, help="configuration file (YAML)")

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from megatron_vcppo.launch.chain_plan import StagePlan
 NOT_READ = {"run.dir": "run", "sft.train": "data", "prompts.train": "data", "prompts.test": "data"}
 """Required keys that a plan does not depend on."""
+LENGTH_KEYS = {"sft": "sft.steps is not set", "evaluate": "evaluate.num_prompts is not set"}
+"""Why the length of a stage is not known: the data are not read."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -35,10 +37,13 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcppo.config.value_sources import local_overrides, profile_files
     from megatron_vcppo.hf.architecture import Architecture
     from megatron_vcppo.launch.chain_plan import plan_chain
+    from megatron_vcppo.launch.checks import check_kind_of_model
+    from megatron_vcppo.launch.engine_estimate import response_tokens
 
     overrides, profiles = [*local_overrides(args.cluster), *args.overrides], profile_files(args.cluster)
     config = load_config(args.config, overrides, profiles=profiles, note=print_note, defaults=NOT_READ)
     arch = Architecture.from_hf(config.model.hf)
+    check_kind_of_model(arch, config, config.stages)
     stages = plan_chain(arch, config, list(config.stages))
     gpus = config.cluster.gpus_per_node
     if not gpus and config.hardware.tflops == HardwareConfig().tflops:
@@ -53,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         active = f", {arch.active_parameter_count() / 1e9:.2f} of them for each token" if arch.experts else ""
         print(f"{arch.parameter_count() / 1e9:.2f} billion parameters{active}\n\n{as_text(stages, gpus)}")
+        print(f"Times are for responses of {response_tokens(config):,} tokens (hardware.response_tokens)")
     return 0 if all(stage.fits for stage in stages) else 1
 
 
@@ -65,7 +71,9 @@ def as_dict(stage: "StagePlan", gpus_per_node: int) -> dict[str, Any]:
 
 
 def gpu_hours(stage: "StagePlan", gpus_per_node: int) -> float | None:
-    """Of all nodes that the stage holds; without GPUs node-hours."""
+    """Of all nodes that the stage holds; without GPUs node-hours. An export's job requests no GPU."""
+    if stage.stage == "export" and gpus_per_node:
+        return 0.0
     return None if stage.hours is None else stage.hours * stage.nodes * max(1, gpus_per_node)
 
 
@@ -82,7 +90,7 @@ def as_text(stages: list["StagePlan"], gpus_per_node: int) -> str:
                     "nodes": stage.nodes,
                     "ranks": stage.ranks,
                     "steps": "?" if stage.steps is None else stage.steps,
-                    "s per step": stage.step_s,
+                    "s per step": stage.step_s if stage.phases_s else "?" if stage.steps is None else "",
                     "hours": "?" if stage.hours is None else stage.hours,
                     hours: "?" if stage.hours is None else gpu_hours(stage, gpus_per_node),
                     "checkpoints GB": stage.checkpoints_gb,
@@ -125,11 +133,11 @@ def as_text(stages: list["StagePlan"], gpus_per_node: int) -> str:
                 f"{engines.cache_tokens:,} tokens and {engines.concurrency} responses at a time per engine",
                 f"{stage.stage}: push: {stage.push}",
             ]
-    total = [stage.hours for stage in stages]
-    known = sum(hours for hours in total if hours is not None)
+    known = sum(stage.hours or 0.0 for stage in stages)
+    unknown = [f"{stage.stage} ({LENGTH_KEYS[stage.stage]})" for stage in stages if stage.hours is None]
     spent = sum(gpu_hours(stage, gpus_per_node) or 0.0 for stage in stages)
     disk = sum(stage.checkpoints_gb + stage.rollouts_gb for stage in stages)
-    note = ", without the stages whose number of steps is not configured" if None in total else ""
+    note = f", without {', '.join(unknown)}" if unknown else ""
     lines.append(f"\nThe chain: {known:.1f} hours, {spent:,.0f} {hours}, {disk:,.0f} GB on disk{note}")
     for stage in stages:
         if not stage.fits:

@@ -16,7 +16,7 @@ WIDTH = 110
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the command."""
-    parser = subparsers.add_parser("rollouts", description=__doc__, help="read stored rollouts")
+    parser = subparsers.add_parser("rollouts", description=__doc__.replace("``", ""), help="read stored rollouts")
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder, or the folder of one of its stages")
     parser.add_argument("--stage", default="ppo", help="stage whose rollouts are read (ppo)")
     parser.add_argument("--iteration", type=int, help="default: the last one stored")

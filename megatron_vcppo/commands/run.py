@@ -9,7 +9,8 @@ from megatron_vcppo.launch.local_chain import run_chain
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the command."""
-    parser = subparsers.add_parser("run", help="run the chain on this machine, stage after stage")
+    what = "run the chain on this machine, stage after stage"
+    parser = subparsers.add_parser("run", help=what, description=what)
     add_chain_arguments(parser)
     parser.set_defaults(run=run)
 

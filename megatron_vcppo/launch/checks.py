@@ -47,11 +47,7 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
             raise UserError(f"export.critic: {error}") from None
     if set(stages) - {"export"}:
         arch.check_length(config.model.max_length)
-    check_model(arch, config.model.lora)
-    if "ppo" in stages and config.ppo.routing_replay and arch.experts is None:
-        raise UserError(
-            f"ppo.routing_replay is for mixtures of experts, and {config.model.hf} has none: set it to false"
-        )
+    check_kind_of_model(arch, config, stages)
     for stage in stages:
         parallel = stage_config(config, stage).parallel
         arch.check_parallel(parallel.tp, parallel.pp, parallel.ep, parallel.sequence_parallel, parallel.ends)
@@ -61,6 +57,15 @@ def check_inputs(config: Config, stages: Sequence[str]) -> dict[str, float]:
     if config.cluster.name == LOCAL:
         check_this_machine(config, needs, machine_gib())
     return needs
+
+
+def check_kind_of_model(arch: Architecture, config: Config, stages: Sequence[str]) -> None:
+    """UserError if the configuration asks for what this kind of model does not have. Needs only its config.json."""
+    check_model(arch, config.model.lora)
+    if "ppo" in stages and config.ppo.routing_replay and arch.experts is None:
+        raise UserError(
+            f"ppo.routing_replay is for mixtures of experts, and {config.model.hf} has none: set it to false"
+        )
 
 
 def machine_gib() -> float:

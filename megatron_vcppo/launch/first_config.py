@@ -9,11 +9,12 @@ import yaml
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.keys import all_keys
-from megatron_vcppo.config.placement import engine_placement
+from megatron_vcppo.config.placement import data_parallel_size, engine_placement, trainer_ranks
 from megatron_vcppo.data.fields import find
 from megatron_vcppo.data.readers import Row, check_source, read_samples
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.launch.engine_estimate import estimate_engines
 from megatron_vcppo.launch.memory_plan import check_memory
 
 PROMPTS = ("prompt", "question", "problem", "instruction", "query")
@@ -21,8 +22,9 @@ RESPONSES = ("response", "completion", "output", "generation")
 ANSWERS = ("answer", "ground_truth", "reward_model.ground_truth", "solution", "label")
 MAX_LENGTH = 4096
 """Tokens, where the model has more positions: a first run should not need a cluster of its own."""
-LAYOUTS = [(tp, recompute) for recompute in ("none", "full") for tp in (1, 2, 4, 8)]
-"""(tensor-parallel size, recomputation), the cheapest first."""
+SIZES = (1, 2, 4, 8)
+LAYOUTS = [(tp, ep, recompute) for recompute in ("none", "full") for ep in SIZES for tp in SIZES]
+"""(tensor-parallel size, expert-parallel size, recomputation), the cheapest first."""
 
 
 def first_values(model: str, data: str, test: str | None, cluster: Config, run_dir: str) -> dict[str, Any]:
@@ -83,31 +85,48 @@ def renamed(key: str, found: str | None) -> dict[str, str]:
 def layout(arch: Architecture, values: Mapping[str, Any], cluster: Config) -> dict[str, Any]:
     """Parallel sizes that fit the GPUs by the memory plan, and engines for them; nothing where there are no GPUs.
 
-    UserError, the plan's own, if no layout within a node fits.
+    UserError if no layout with tp and ep fits.
     """
     gpus, stages = cluster.cluster.gpus_per_node, list(values["stages"])
     if not gpus:
         return {}
-    refused: UserError | None = None
-    for tp, recompute in LAYOUTS:
-        if gpus % tp or arch.num_heads % tp or arch.num_kv_heads % tp:
+    cluster.stages, cluster.model.max_length = stages, values["model.max_length"]
+    for tp, ep, recompute in LAYOUTS:
+        if gpus % tp or arch.num_heads % tp or arch.num_kv_heads % tp or (ep > 1 and arch.experts is None):
             continue
         found: dict[str, Any] = {"parallel.tp": tp, "parallel.recompute": recompute}
-        found |= {"parallel.sequence_parallel": tp > 1, "parallel.distributed_optimizer": True}
-        cluster.stages, cluster.model.max_length = stages, values["model.max_length"]
+        found |= {"parallel.sequence_parallel": tp > 1, "parallel.distributed_optimizer": True, "parallel.ep": ep}
         for name, value in found.items():
             setattr(cluster.parallel, name.partition(".")[2], value)
         try:
+            arch.check_parallel(tp, 1, ep, tp > 1)
+            data_parallel_size(cluster.parallel, trainer_ranks(cluster))
             check_memory(arch, cluster, [stage for stage in stages if stage != "export"])
-        except UserError as error:
-            refused = error
+        except UserError:
             continue
+        if ep == 1:
+            del found["parallel.ep"]
         if "ppo" in stages:
-            shared = engine_placement(cluster) == "trainer_nodes"
-            free = gpus // 2 if shared else gpus
-            found |= {"rollout.engine.tp": min(tp, free), "rollout.engine.per_node": max(1, free // tp)}
+            found |= engine_layout(arch, cluster, tp)
         return found
-    raise refused or UserError(f"{gpus} GPUs per node: no tensor-parallel size divides them and the model's heads")
+    kinds = "tensor and expert" if arch.experts else "tensor"
+    raise UserError(
+        f"{arch.parameter_count() / 1e9:.1f} billion parameters fit no layout with {kinds} parallelism on "
+        f"{cluster.cluster.trainer_nodes} × {gpus} GPUs: give the profile more nodes (cluster.trainer_nodes), or "
+        "take a smaller model; docs/slurm.md says what fits"
+    )
+
+
+def engine_layout(arch: Architecture, cluster: Config, tp: int) -> dict[str, Any]:
+    """Tensor-parallel size of an engine, the trainer's or what its weights and cache need, and engines per node."""
+    gpus = cluster.cluster.gpus_per_node
+    free = gpus // 2 if engine_placement(cluster) == "trainer_nodes" else gpus
+    engine, size = cluster.rollout.engine, min(tp, free)
+    engine.tp = size
+    while estimate_engines(arch, cluster).concurrency < 1 and 2 * size <= free and not arch.num_kv_heads % (2 * size):
+        size *= 2
+        engine.tp = size
+    return {"rollout.engine.tp": size, "rollout.engine.per_node": max(1, free // size)}
 
 
 def render(values: Mapping[str, Any], defaults: list[str], head: str) -> str:

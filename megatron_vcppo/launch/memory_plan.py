@@ -237,7 +237,8 @@ def check_memory(arch: Architecture, config: Config, stages: list[str]) -> dict[
             listed = ", ".join(f"{name} {size:.1f}" for name, size in parts.items())
             raise UserError(
                 f"{stage} needs about {needs[stage]:.0f} GiB per GPU ({listed}), there are {limit:.0f}: raise "
-                "parallel.tp, parallel.pp or (for activations) parallel.cp, set parallel.distributed_optimizer or "
+                f"{'parallel.ep, ' if arch.experts else ''}parallel.tp, parallel.pp or (for activations) parallel.cp, "
+                "set parallel.distributed_optimizer or "
                 "parallel.recompute: full, or lower parallel.tokens_per_microbatch"
             )
     return needs

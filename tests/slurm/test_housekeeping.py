@@ -8,6 +8,7 @@ import pytest
 from megatron_vcppo.cli import main
 from megatron_vcppo.config import Config
 from megatron_vcppo.launch.local_chain import run_chain
+from megatron_vcppo.run import events
 from megatron_vcppo.run.cleaning import removable
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.usage import gpu_hours, size_bytes
@@ -67,6 +68,23 @@ def test_list_clean_and_status_of_a_run(ended: tuple[RunFolder, Config], capsys:
     assert main(["clean", str(run.path)]) == 0
     assert capsys.readouterr().out == "nothing to remove\n"
     assert run_chain(run, config, ["sft"], TINY) == 0
+
+
+def test_a_run_of_ended_jobs_can_be_looked_at_without_slurm(
+    ended: tuple[RunFolder, Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = ended
+    events.append(run.path, "submitted", stage="sft", job="7")
+    monkeypatch.setenv("PATH", "")
+    capsys.readouterr()
+    assert main(["status", str(run.path), "--json"]) == 0
+    (stage,) = json.loads(capsys.readouterr().out)["stages"]
+    assert (stage["state"], stage["job"]) == ("done", "7")
+    assert main(["clean", str(run.path)]) == 0
+    run.stage("sft").manifest.unlink()
+    capsys.readouterr()
+    assert main(["status", str(run.path)]) == main(["clean", str(run.path)]) == 2
+    assert "squeue is not on the path: run this where Slurm's commands are" in capsys.readouterr().err
 
 
 def test_a_stage_that_is_not_done_keeps_its_newest_complete_checkpoint_and_all_rollouts(tmp_path: Path) -> None:

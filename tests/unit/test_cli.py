@@ -26,7 +26,9 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_command_exists_and_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         build_parser([name]).parse_args([name, "--help"])
-    assert f"vcppo {name}" in capsys.readouterr().out
+    usage, description, *_ = (text := capsys.readouterr().out).split("\n\n")
+    assert f"vcppo {name}" in usage and "``" not in text
+    assert not description.startswith(("positional arguments", "options")), "it has no description"
 
 
 def test_config_prints_what_a_run_would_use(capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,7 +110,8 @@ class PpoConfig:
     is finished. Needs weight_sync.pause keep."""
     window_tokens: PositiveInt | None = None
     """T-PPO: tokens that each response is given per iteration. What is not finished then is trained on as far as it is,
-    and continued in the next iteration; the critic learns from finished responses. null: whole responses."""
+    and continued in the next iteration; the critic learns from finished responses. null, or
+    rollout.max_tokens and more: whole responses."""
     dynamic_sampling: bool = False
     """DAPO: drop prompts whose responses all got the same reward and sample other prompts in their place."""
     dynamic_sampling_rounds: PositiveInt = 5

@@ -42,7 +42,7 @@ class KeepBestConfig:
 
     metric: str | None = None
     """Name in metrics.jsonl, measured after the update, such as evaluation/avg (PPO, with ppo.evaluate_every) or
-    sft/validation_loss. A step that is among the best so far is saved at once. Default: none are kept."""
+    sft/validation_loss (with mode: min). A step that is among the best so far is saved at once. Default: none."""
     count: PositiveInt = 2
     """How many to keep."""
     mode: Literal["max", "min"] = "max"

@@ -11,6 +11,8 @@ from megatron_vcppo.cli import main
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.value_sources import CONFIGS
+from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.launch.chain_plan import plan_chain
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 BIG = {"hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 40, "num_key_value_heads": 8}
@@ -64,8 +66,20 @@ def test_a_larger_model_gets_a_layout_that_fits_and_one_that_cannot_fit_is_refus
     small = tmp_path / "small.yaml"
     small.write_text("cluster: {name: small, gpus_per_node: 8, gpu_memory_gib: 4, rollout_nodes: 1}\n")
     assert main(["init", str(tmp_path / "my.yaml"), *options, "--cluster", str(small)]) == 2
-    assert "needs about" in capsys.readouterr().err
+    assert "fit no layout with tensor parallelism on 1 × 8 GPUs" in capsys.readouterr().err
     assert not list(tmp_path.glob("*my.yaml*"))
+
+
+def test_a_mixture_gets_as_many_expert_parallel_ranks_as_it_needs(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
+    sizes |= {"head_dim": 128, "vocab_size": 151936, "num_experts": 128, "num_experts_per_tok": 8}
+    known = sizes | {"intermediate_size": 6144, "moe_intermediate_size": 768, "torch_dtype": "bfloat16"}
+    known |= {"model_type": "qwen3_moe", "max_position_embeddings": 32768}
+    (tmp_path / "config.json").write_text(json.dumps(known))
+    source = data(tmp_path, prompt="1+1?", answer="2", task="math")
+    config = made(tmp_path, "--model", str(tmp_path), "--data", source, "--cluster", "example-h100")
+    assert config.parallel.ep > 1
+    assert all(stage.fits for stage in plan_chain(Architecture.from_hf(tmp_path), config, list(config.stages)))
 
 
 @pytest.mark.parametrize(

@@ -156,11 +156,20 @@ def test_the_command_prints_the_plan_and_says_by_its_exit_code_whether_it_fits(m
     assert main(["plan", *given]) == 0
     text = capsys.readouterr().out
     assert "65.5 GB by 8 senders" in text and "0.20 s" in text and "GPU-hours" in text
+    assert "without sft (sft.steps is not set), evaluate (evaluate.num_prompts is not set)" in text
+    assert "Times are for responses of 14,336 tokens (hardware.response_tokens)" in text
     assert main(["plan", *given, "--json"]) == 0
     stages = {stage["stage"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
     assert stages["ppo"]["push"]["seconds"] < 1 and stages["ppo"]["gpu_hours"] > 0 and stages["sft"]["steps"] is None
+    assert stages["export"]["gpu_hours"] == 0 and stages["export"]["hours"] > 0
     assert main(["plan", *given, "parallel.recompute=none", "parallel.pp=1"]) == 1
     assert "ppo does not fit: the nearest layout that does: parallel.recompute=full" in capsys.readouterr().out
+
+
+def test_what_this_kind_of_model_has_not_is_refused_as_by_submit(model: Path, capsys) -> None:
+    given = ["plan", str(RECIPE), f"model.hf={model}", "--cluster", "example-h100", "cluster.rollout_nodes=2"]
+    assert main([*given, "ppo.routing_replay=true"]) == 2
+    assert "ppo.routing_replay is for mixtures of experts" in capsys.readouterr().err
 
 
 def test_without_gpus_a_gpus_figures_are_warned_of(model: Path, capsys) -> None:
