@@ -26,6 +26,14 @@ def test_inputs_are_checked_before_anything_is_queued(tmp_path: Path) -> None:
         check_inputs(config, ["sft"])
 
 
+def test_a_model_that_no_checkpoint_could_take_along_is_refused_at_the_start(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run")
+    check_inputs(config, ["sft"])
+    (Path(config.model.hf) / "NOTES.md").symlink_to(__file__)
+    with pytest.raises(UserError, match=r"NOTES\.md: a symbolic link that leads out of"):
+        check_inputs(config, ["sft"])
+
+
 def test_what_this_machine_has_no_memory_for_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A 7B by mistake on a login node: the machine would swap for minutes before the kernel ends a rank."""
     config = tiny_config(tmp_path / "run", ("sft", "export"), ranks=4)
