@@ -11,6 +11,7 @@ Folders below DIR, by default runs/experiments, which all experiments have in co
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -183,9 +184,11 @@ def equal_run(root: Path, run: RunFolder, config: Config) -> RunFolder | None:
     wanted = _numbers_of(config, run)
     for folder in sorted(root.glob(f"*/*/{run.path.name}")):
         found = RunFolder(folder)
-        is_done = all(found.stage(stage).marked_done() for stage in config.stages)
-        if is_done and not folder.is_symlink() and _numbers_of(load_stored_config(found.config), found) == wanted:
-            return found
+        if folder.is_symlink() or not all(found.stage(stage).marked_done() for stage in config.stages):
+            continue
+        with suppress(UserError):  # what is wrong with another experiment's run is not this one's concern
+            if _numbers_of(load_stored_config(found.config), found) == wanted:
+                return found
     return None
 
 

@@ -238,7 +238,7 @@ def check_memory(arch: Architecture, config: Config, stages: list[str]) -> dict[
             raise UserError(
                 f"{stage} needs about {needs[stage]:.0f} GiB per GPU ({listed}), there are {limit:.0f}: raise "
                 f"{'parallel.ep, ' if arch.experts else ''}parallel.tp, parallel.pp or (for activations) parallel.cp, "
-                "set parallel.distributed_optimizer or "
-                "parallel.recompute: full, or lower parallel.tokens_per_microbatch"
+                "set parallel.distributed_optimizer or parallel.recompute: full, or lower "
+                "parallel.tokens_per_microbatch"
             )
     return needs

@@ -1,6 +1,7 @@
 """Experiment files: those that are shipped, what is shared, and what is refused."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_vcppo.config.load import dump_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.experiment_file import FOLDER, find_experiment, read_experiment
 from megatron_vcppo.report.experiment_question import Question
+from megatron_vcppo.run.folder import RunFolder
 
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
@@ -92,6 +94,9 @@ def test_an_arm_that_another_experiment_has_run_is_not_run_again(tmp_path: Path,
     for stage in done.config.stages:
         done.run.stage(stage).path.mkdir()
         done.run.stage(stage).mark_done()
+    damaged = RunFolder(tmp_path / "a" / "damaged" / "seed_0")
+    shutil.copytree(done.run.path, damaged.path)
+    damaged.config.write_text("stages: 7")
     for name, arm in same.items():
         found = chain_of(name, arm, "overrides.sft.parallel.dp=2").equal
         assert found is not None and found.path == done.run.path, name
