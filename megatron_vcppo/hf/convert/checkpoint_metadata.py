@@ -6,6 +6,7 @@ is checked; every reader in this project has it from here.
 
 import pickle
 from dataclasses import is_dataclass
+from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
@@ -18,6 +19,15 @@ from megatron_vcppo.run.files import open_file, read_json
 from megatron_vcppo.run.manifest import check_links
 
 METADATA_NAME = ".metadata"
+
+
+def _member(kind: Any, name: str) -> Enum:
+    """What Python 3.11.0 to 3.11.3 write of a member of an enumeration: getattr of its class."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f"it reads an attribute of {kind!r:.80}")
+    return kind[name]
+
+
 _CLASSES = {
     (owner.__name__, name): getattr(owner, name)
     for owner, names in {
@@ -38,6 +48,7 @@ _CLASSES = {
     for name in names
 } | {
     ("torch", "Size"): torch.Size,
+    ("builtins", "getattr"): _member,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     # Where the folder was when it was written; nobody needs it, and a path is not needed to hold it.
     **{("pathlib", kind): PurePosixPath for kind in ("PosixPath", "PurePosixPath", "WindowsPath")},

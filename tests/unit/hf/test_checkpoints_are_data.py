@@ -149,6 +149,15 @@ def test_metadata_changes_nothing_in_the_process(
     assert not any(hasattr(thing, "marked") for thing in live)
 
 
+def test_enumerations_may_be_written_as_python_3_11_2_does(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian 12's Python writes getattr of the class and the member's name."""
+    before = read_metadata(checkpoint)
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
+    change(checkpoint, lambda metadata: None)
+    assert b"getattr" in (checkpoint / ".metadata").read_bytes()
+    assert read_metadata(checkpoint).state_dict_metadata == before.state_dict_metadata
+
+
 def test_a_model_names_no_file_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_tiny_model(tmp_path / "hf")
     capsys.readouterr()
