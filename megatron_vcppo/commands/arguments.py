@@ -48,6 +48,14 @@ def positive(text: str) -> int:
     return number
 
 
+def natural(text: str) -> int:
+    """The type of an argument that may be 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return number
+
+
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
     """The run that a command is about."""
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")

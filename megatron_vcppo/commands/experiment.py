@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vcppo import __version__
-from megatron_vcppo.commands.arguments import check_not_queued, checked_stages, positive, prepare, print_note
+from megatron_vcppo.commands.arguments import check_not_queued, checked_stages, natural, positive, prepare, print_note
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.value_sources import local_overrides
 from megatron_vcppo.errors import DONE, SAVED, UserError
@@ -60,7 +60,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="in configs/experiments/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, the same in every run")
-    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="seeds 0 to N - 1 (3)")
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="how many seeds (3)")
+    parser.add_argument("--first-seed", type=natural, default=0, metavar="K", help="the first of them (0)")
+    parser.add_argument(
+        "--with",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        dest="others",
+        help="kept results of other machines, or their folders: the report has those of their runs that are not here",
+    )
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms")
     parser.add_argument("--dir", type=Path, default=DEFAULT_DIR, help=f"folder of all experiments ({DEFAULT_DIR})")
     parser.add_argument(
@@ -102,9 +112,14 @@ def run(args: argparse.Namespace) -> int:
     if args.name is None:
         raise UserError("vcppo experiment needs a NAME, --redraw FILE or --diagnosis FILE")
     experiment = read_experiment(find_experiment(args.name))
-    root, seeds = args.dir.absolute(), range(args.seeds)
+    root, seeds = args.dir.absolute(), range(args.first_seed, args.first_seed + args.seeds)
+    others = [(path, read_results(path)) for path in args.others]  # read before anything is trained
+
+    def draw() -> int:
+        return collect_and_report(experiment, root, seeds, others, args.figures, args.into)
+
     if args.report:
-        return collect_and_report(experiment, root, seeds, args.figures, args.into)
+        return draw()
     chains = plan(experiment, root, seeds, args.arms, args.overrides, args.cluster)
     if args.dry_run:
         print_plan(experiment, root, chains)
@@ -117,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     code = start_all(chains, at_once=args.at_once)
     arms = [chain for chain in chains if chain.is_arm]
     if any(chain.run.stage(stage).metrics.exists() for chain in arms for stage in chain.stages):
-        collect_and_report(experiment, root, seeds, args.figures, args.into)
+        draw()
     return code
 
 
@@ -315,14 +330,22 @@ def stages_before(chain: Chain) -> list[str]:
 
 
 def collect_and_report(
-    experiment: "Experiment", root: Path, seeds: Sequence[int], figures: Path | None, into: Path | None
+    experiment: "Experiment",
+    root: Path,
+    seeds: Sequence[int],
+    others: "Sequence[tuple[Path, ExperimentResults]]",
+    figures: Path | None,
+    into: Path | None,
 ) -> int:
     """Read the runs that there are, keep their numbers, draw the page. UserError if there is none."""
-    from megatron_vcppo.report.experiment_results import RESULTS_NAME, read_results, write_results
+    from megatron_vcppo.report.experiment_results import RESULTS_NAME, joined, read_results, write_results
 
     folder = root / experiment.name
     kept = folder / RESULTS_NAME
-    write_results(kept, collect(experiment, root, seeds), root=str(root))
+    results = collect(experiment, root, seeds)
+    for path, other in others:
+        results = joined(results, other, path)
+    write_results(kept, results, root=str(root))
     report(read_results(kept), folder / "report.html", figures, into)
     print(f"{kept}: the numbers, {kept.stat().st_size / 1000:,.0f} kB; vcppo experiment --redraw draws them again")
     return DONE

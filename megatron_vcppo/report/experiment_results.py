@@ -45,6 +45,8 @@ SECTIONS = (
     "rewards",
 )
 """Of a run's configuration: what its numbers depend on."""
+PLACES = {"hf", "stored_path", "engine"}
+"""Keys below them that may differ between machines."""
 NOT_KEPT = ("timestamp", "total_iterations", "speed/", "packing/", "stopping/", "time/")
 TIMES = ("time/iteration_s", "time/step_s")
 """All that is kept of the times."""
@@ -140,6 +142,41 @@ def read_results(path: Path) -> ExperimentResults:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: damaged: not the results of an experiment: {error}") from None
     return ExperimentResults(question, made, runs)
+
+
+def joined(ours: ExperimentResults, other: ExperimentResults, where: Path) -> ExperimentResults:
+    """Our runs, and those of the others, as kept in the file ``where``, that have another arm or seed.
+
+    UserError if the others are of another question, or if an arm has other settings there: a mean over both would be of
+    neither. Places and engines' layouts may differ, and keys that only one version has.
+    """
+    if (other.question.name, other.question.arms) != (ours.question.name, ours.question.arms):
+        raise UserError(f"{where}: results of another experiment, {other.question.name}, or of one with other arms")
+    known = {(run.arm, run.seed) for run in ours.runs}
+    settings = {run.arm: _settings(run.data.config) for run in ours.runs}
+    added = [run for run in other.runs if (run.arm, run.seed) not in known]
+    for run in added:
+        theirs, here = _settings(run.data.config), settings.get(run.arm, {})
+        for key in sorted(theirs.keys() & here.keys()):
+            if theirs[key] != here[key]:
+                raise UserError(f"{where}: {run_name(run.arm, run.seed)}: {key} is {theirs[key]} there, {here[key]} here")
+    order = list(ours.question.arms)
+    runs = sorted([*ours.runs, *added], key=lambda run: (order.index(run.arm), run.seed))
+    made = ours.made | ({"runs of other machines": len(added)} if added else {})
+    return ExperimentResults(ours.question, made, runs)
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings by dotted key, without the run's own and those of PLACES; only of the sections that are kept."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in PLACES or (not prefix and key not in SECTIONS):
+            continue
+        if isinstance(value, Mapping):
+            found |= _settings(value, f"{prefix}{key}.")
+        elif not (isinstance(value, str) and "/" in value):  # a path
+            found[prefix + key] = value
+    return found
 
 
 def _kept(run: ExperimentRun, root: str) -> dict[str, Any]:
