@@ -20,6 +20,9 @@ LENGTH_DROP = 0.33
 # In standard deviations: of the advantages for one token (beyond it, to give up looks better than most that could be
 # written), of the rewards for early against late ones. The paper's failure has 0.69 + 0.35 with rewards of ±1.
 POSITION_BIAS = 0.5
+# Of the returns' variance. A critic that knows nothing is at 0, and a little below it where its mean lags behind a
+# policy that gets better, which harms nobody.
+UNEXPLAINED = 0.02
 # With λ_critic = 1 and γ = 1 the share is 1; below 1 % the outcome is lost in the critic's own error.
 TERMINAL_SHARE = 0.01
 # Scatter around the straight trend, relative to the mean loss.
@@ -51,7 +54,7 @@ class Sign:
 
 SIGNS = {
     "length_drop": Sign("drop of the mean length", LENGTH_DROP),
-    "unexplained": Sign("how far the explained variance is below 0", 0.0),
+    "unexplained": Sign("how far the explained variance is below 0", UNEXPLAINED),
     "give_up": Sign("advantage of giving up in σ", POSITION_BIAS),
     "below_worst": Sign("how far the first token's value is below the worst reward", 0.0),
     "early_late": Sign("early minus late advantage in standard deviations of the reward", POSITION_BIAS),

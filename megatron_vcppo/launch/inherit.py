@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ FORMAT = ("template", "system", "apply_chat_template", "chat_template_kwargs")
 """Keys of ``prompts`` that say how the model reads a prompt."""
 LINKED_BYTES = 1 << 16
 """Larger files are hard-linked where the file system can: checkpoints and rollouts, which are never written again."""
-NOT_TAKEN = shutil.ignore_patterns("rendezvous", "logs", "kept", "wandb*")
+NOT_TAKEN = ("rendezvous", "logs", "kept", "wandb*")
 
 
 def stages_to_take(run: RunFolder, config: Config, base: Path | None, first: str | None) -> list[Path]:
@@ -39,8 +40,7 @@ def stages_to_take(run: RunFolder, config: Config, base: Path | None, first: str
     for stage in missing:
         if not source.stage(stage).is_done():
             raise UserError(f"--base {base}: stage {stage} is not done there")
-        for checkpoint in source.stage(stage).checkpoints.glob("*"):
-            check_links(checkpoint)  # a copy would hold what they lead to
+        check_links(source.stage(stage).path, NOT_TAKEN)  # a copy would hold what they lead to
         if run.stage(stage).path.exists():
             raise UserError(f"{run.stage(stage).path}: was started here; remove it, or run without --base")
     if missing and (differ := [key for key in FORMAT if getattr(theirs.prompts, key) != getattr(config.prompts, key)]):
@@ -58,10 +58,13 @@ def take_stages(run: RunFolder, folders: Sequence[Path]) -> None:
         if run.stage(folder.name).path.exists():
             raise UserError(f"{run.stage(folder.name).path}: was started here; remove it, or run without --base")
         with replacing(run.stage(folder.name).path) as copy:
-            shutil.copytree(folder, copy, ignore=NOT_TAKEN, copy_function=_link_or_copy)
+            ignore = shutil.ignore_patterns(*NOT_TAKEN)
+            shutil.copytree(folder, copy, symlinks=True, ignore=ignore, copy_function=_link_or_copy)
 
 
 def _link_or_copy(source: str, target: str) -> None:
+    if not stat.S_ISREG(os.lstat(source).st_mode):
+        raise UserError(f"{source}: neither a file nor a folder; remove it, or run without --base")
     if os.path.getsize(source) >= LINKED_BYTES:
         try:
             os.link(source, target)

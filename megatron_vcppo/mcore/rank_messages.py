@@ -7,6 +7,8 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from megatron_vcppo.mcore.group_members import prove_group
+
 T = TypeVar("T")
 
 MOST_TEXTS = 8
@@ -62,10 +64,11 @@ class RankGroup:
     """
 
     def __init__(self, timeout_s: float) -> None:
-        """timeout_s: of every call. Collective."""
+        """timeout_s: of every call. Collective. UserError if a rank does not hold the run's secret."""
         self._group, self.rank, self.size = None, 0, 1
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+            prove_group(self._group, "a group of all ranks")
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def barrier(self) -> None:

@@ -23,8 +23,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_vcppo.config import ParallelConfig
 from megatron_vcppo.config.placement import data_parallel_size
 from megatron_vcppo.mcore import cpu_shim, object_collectives
+from megatron_vcppo.mcore.group_members import prove_group, prove_groups_within
 from megatron_vcppo.mcore.ranks_store import WORLD, ranks_store
-from megatron_vcppo.run.secret import own_secret, prove_members
 
 _IGNORED_WARNINGS: tuple[dict[str, Any], ...] = (
     {"module": "megatron"},
@@ -115,8 +115,7 @@ def start(parallel: ParallelConfig, seed: int, timeout_s: float) -> Runtime:
     timeout = datetime.timedelta(seconds=timeout_s)
     store = ranks_store(rank, world_size, timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    if (secret := own_secret()) is not None:
-        prove_members(_gather_bytes, secret, WORLD, rank)
+    prove_group(dist.group.WORLD, WORLD)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
@@ -125,6 +124,8 @@ def start(parallel: ParallelConfig, seed: int, timeout_s: float) -> Runtime:
         expert_tensor_parallel_size=1,  # an expert is whole: those of today are too narrow to be split
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
+    replica_group = _replica_group(timeout)
+    prove_groups_within()
     _seed_everything(seed)
     _runtime = Runtime(
         rank=dist.get_rank(),
@@ -141,17 +142,9 @@ def start(parallel: ParallelConfig, seed: int, timeout_s: float) -> Runtime:
         device=device(),
         seed=seed,
         timeout_s=timeout_s,
-        replica_group=_replica_group(timeout),
+        replica_group=replica_group,
     )
     return _runtime
-
-
-def _gather_bytes(mine: bytes) -> list[bytes]:
-    """What every rank of the world gives, all as long, by rank."""
-    own = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(device())
-    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, own)
-    return [bytes(one.tolist()) for one in found]
 
 
 def _replica_group(timeout: datetime.timedelta) -> Any:

@@ -156,10 +156,11 @@ def joined(ours: ExperimentResults, other: ExperimentResults, where: Path) -> Ex
     settings = {run.arm: _settings(run.data.config) for run in ours.runs}
     added = [run for run in other.runs if (run.arm, run.seed) not in known]
     for run in added:
-        theirs, here = _settings(run.data.config), settings.get(run.arm, {})
-        for key in sorted(theirs.keys() & here.keys()):
-            if theirs[key] != here[key]:
-                raise UserError(f"{where}: {run_name(run.arm, run.seed)}: {key} is {theirs[key]} there, {here[key]} here")
+        there, here = _settings(run.data.config), settings.get(run.arm, {})
+        for key in sorted(there.keys() & here.keys()):
+            if there[key] != here[key]:
+                name = run_name(run.arm, run.seed)
+                raise UserError(f"{where}: {name}: {key} is {there[key]} there, {here[key]} here")
     order = list(ours.question.arms)
     runs = sorted([*ours.runs, *added], key=lambda run: (order.index(run.arm), run.seed))
     made = ours.made | ({"runs of other machines": len(added)} if added else {})

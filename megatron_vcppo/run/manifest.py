@@ -3,8 +3,9 @@
 ``{"format": 1, "meta": {…}, "files": {"relative/path": {"size": bytes, "xxh3": hex digest}}}``
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -93,10 +94,15 @@ def path_inside(folder: Path, name: Any) -> Path:
     return folder / name
 
 
-def check_links(folder: Path) -> None:
-    """UserError if a symbolic link below ``folder`` leads out of it: what came with a folder must not name others."""
+def check_links(folder: Path, ignored: Sequence[str] = ()) -> None:
+    """UserError if a symbolic link below ``folder`` leads out of it: what came with a folder must not name others.
+
+    ignored: patterns of names; what has one, or is below it, is not looked at.
+    """
     home = folder.resolve()
     for path in folder.rglob("*"):
+        if any(fnmatch(part, pattern) for part in path.relative_to(folder).parts for pattern in ignored):
+            continue
         if path.is_symlink() and not path.resolve().is_relative_to(home):
             raise UserError(f"{path}: a symbolic link that leads out of {folder}; put the file itself there")
 

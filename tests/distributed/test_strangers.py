@@ -3,8 +3,10 @@
 import os
 import re
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from megatron_vcppo.config import ParallelConfig
 from megatron_vcppo.config.network import listen
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.mcore import runtime
+from megatron_vcppo.mcore.group_members import prove_groups_within
+from megatron_vcppo.mcore.rank_messages import RankGroup
 from megatron_vcppo.mcore.ranks_store import ranks_store
 from megatron_vcppo.rollout.group import PUSH, Deadline, Group, Lane, _make_gloo, join_group, reach_store, serve_store
 from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE, hello_key, make_secret, prove, seen_key
@@ -135,6 +139,36 @@ def test_a_stranger_who_takes_a_rank_is_refused_in_one_line(tmp_path: Path) -> N
     main, other = run_distributed_test(_world, 2, tmp_path, tmp_path / "other")
     assert main.startswith("rank 1 of the trainer's world does not hold the run's secret") and "\n" not in main
     assert other == "rank 0 is gone" or other.startswith("rank 0 of the trainer's world")
+
+
+def _groups_with_a_stranger(folder: Path, prove_again: Callable[[], object]) -> str:
+    """Rank 3 holds another secret from the moment on in which groups within the world are connected."""
+    os.environ[SECRET_FILE_VARIABLE] = str(folder / "secret")
+    runtime.start(ParallelConfig(tp=2, pp=2), seed=0, timeout_s=20)
+    if os.environ["RANK"] == "3":
+        os.environ[SECRET_FILE_VARIABLE] = str(folder / "other")
+    try:
+        prove_again()
+    except UserError as error:
+        return str(error)
+    except (RuntimeError, dist.DistError):
+        return "a peer is gone"
+    return "went on"
+
+
+@pytest.mark.parametrize(
+    ("prove_again", "group"),
+    [(prove_groups_within, "the trainer's group of ranks"), (partial(RankGroup, 20), "a group of all ranks")],
+    ids=["Megatron's", "ours"],
+)
+def test_a_stranger_in_a_group_within_the_world_is_refused(
+    prove_again: Callable[[], object], group: str, tmp_path: Path
+) -> None:
+    make_secret(tmp_path / "secret")
+    make_secret(tmp_path / "other")
+    results = run_distributed_test(_groups_with_a_stranger, 4, tmp_path, prove_again)
+    assert "went on" not in results
+    assert re.search(rf"rank \d of {group}.* does not hold the run's secret: a stranger", results[2])
 
 
 def _world_beside_a_joiner(folder: Path) -> Any:

@@ -5,6 +5,7 @@ Forking after importing Megatron once costs milliseconds a rank; a fresh interpr
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import os
@@ -121,6 +122,7 @@ def _rank_main(
     fn: Callable[..., Any], rank: int, world_size: int, port: int, folder: Path, args: tuple[Any, ...], kwargs: Any
 ) -> None:
     """The forked child: environment, output to a file, the function, its result or its traceback to a file."""
+    gc.freeze()  # an earlier test's group or store has threads that this process lacks, and would wait for them
     die_with_parent()
     os.environ.update(
         RANK=str(rank),

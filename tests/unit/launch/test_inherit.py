@@ -1,5 +1,6 @@
 """Runs that begin with the finished stages of another one."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -42,6 +43,35 @@ def test_a_base_that_formatted_prompts_otherwise_is_noted(tmp_path: Path, capsys
     assert "the prompts that its models know: prompts.apply_chat_template=false" in out
 
 
+def test_nothing_outside_of_the_base_is_taken(tmp_path: Path) -> None:
+    configs = [tiny_config(tmp_path / name, ("sft", "ppo")) for name in ("base", "arm")]
+    for config in configs:
+        config.ppo.critic.init = "sft"
+    base, run = map(write_config, configs)
+    finish(base, "sft")
+    stage = base.stage("sft")
+    (stage.path / "rollouts").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    for place in (stage.checkpoint(1) / "hf.json", stage.path / "metrics.tsv", stage.path / "rollouts" / "1"):
+        for target in ("/etc/hostname", tmp_path / "elsewhere"):
+            place.symlink_to(target)
+            with pytest.raises(UserError, match="a symbolic link that leads out of"):
+                stages_to_take(run, configs[1], base.path, "ppo")
+            place.unlink()
+    taken = stages_to_take(run, configs[1], base.path, "ppo")
+    pipe = stage.path / "rollouts" / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match="pipe: neither a file nor a folder"):
+        take_stages(run, taken)
+    pipe.unlink()
+    assert not run.stage("sft").path.exists()
+    (stage.path / "rollouts" / "late").symlink_to("/etc/hostname")  # after the look at the links
+    (stage.path / "wandb").mkdir()
+    (stage.path / "wandb" / "debug-core.log").symlink_to("/etc/hostname")  # as W&B makes it
+    take_stages(run, taken)
+    assert (run.stage("sft").path / "rollouts" / "late").is_symlink() and not (run.stage("sft").path / "wandb").exists()
+
+
 def test_a_run_begins_with_the_stages_of_another(tmp_path: Path) -> None:
     chain = ("sft", "value_pretrain", "ppo")
     configs = [tiny_config(tmp_path / name, chain) for name in ("base", "arm")]
@@ -63,11 +93,6 @@ def test_a_run_begins_with_the_stages_of_another(tmp_path: Path) -> None:
     assert not run.stage("sft").metrics.samefile(base.stage("sft").metrics)
     assert not run.stage("sft").rendezvous.exists()
     shutil.rmtree(run.stage("value_pretrain").path)
-    secret = base.stage("value_pretrain").checkpoint(1) / "hf.json"
-    secret.symlink_to("/etc/hostname")
-    with pytest.raises(UserError, match="a symbolic link that leads out of"):
-        take_stages(run, stages_to_take(run, config, base.path, "ppo"))
-    secret.unlink()
     take_stages(run, stages_to_take(run, config, base.path, "ppo"))
     run.stage("value_pretrain").manifest.unlink()
     with pytest.raises(UserError, match="was started here"):

@@ -17,7 +17,14 @@ from megatron_vcppo.report.chart_data import Lines
 from megatron_vcppo.report.experiment_charts import experiment_charts, over_seeds
 from megatron_vcppo.report.experiment_diagnosis import distinct, first_named, outcome_class, signature_rows
 from megatron_vcppo.report.experiment_page import diagnosis_block, document_block, put_block, render_experiment
-from megatron_vcppo.report.experiment_results import RESULTS_NAME, ExperimentResults, read_results, write_results
+from megatron_vcppo.report.experiment_results import (
+    RESULTS_NAME,
+    ExperimentResults,
+    joined,
+    read_results,
+    run_name,
+    write_results,
+)
 from megatron_vcppo.report.experiment_tables import arm_rows, difference_rows, judged_claims
 from megatron_vcppo.report.run_data import LARGEST
 from megatron_vcppo.report.run_outcomes import OUTCOMES, outcome_of
@@ -270,6 +277,34 @@ def test_results_go_into_a_document_between_the_marks(
     assert main(command) == 2
     assert "no place for the results of collapse: it is between the lines <!-- results of" in capsys.readouterr().err
     assert document.read_text(encoding="utf-8") == "# Results\n"
+
+
+def test_seeds_of_another_machine_are_in_one_report(
+    recorded: tuple[Path, Path], results: ExperimentResults, tmp_path: Path, capsys
+) -> None:
+    """Seed 0 was run here, as it were, and 1 and 2 elsewhere: the report is that of all three."""
+    file, root = recorded
+    elsewhere = tmp_path / RESULTS_NAME
+    write_results(elsewhere, ExperimentResults(results.question, results.made, results.runs), root=str(root))
+    command = ["experiment", str(file), "--dir", str(root), "--report", "--seeds", "1", "--with", str(tmp_path)]
+    assert main(command) == 0
+    both = read_results(root / "collapse")
+    assert [(run.arm, run.seed) for run in both.runs] == [(run.arm, run.seed) for run in results.runs]
+    assert both.made["runs of other machines"] == 4
+    assert arm_rows(both) == arm_rows(read_results(elsewhere)) and judged_claims(both)[0].verdict == "supported"
+    assert main([*command[:5], "--seeds", "1", "--first-seed", "2"]) == 0
+    assert {run.seed for run in read_results(root / "collapse").runs} == {2}
+
+    others = copy.deepcopy(results)
+    others.runs[-1].data.config["ppo"]["minibatches"] = 7
+    write_results(elsewhere, others, root=str(root))
+    capsys.readouterr()
+    assert main(command) == 2
+    name = run_name(others.runs[-1].arm, 2)
+    assert f"{tmp_path}: {name}: ppo.minibatches is 7 there, 1 here" in capsys.readouterr().err
+    del others.question.arms["collapsing"]
+    with pytest.raises(UserError, match="of one with other arms"):
+        joined(results, others, elsewhere)
 
 
 def test_nothing_to_report_is_one_line(recorded: tuple[Path, Path], tmp_path: Path, capsys) -> None:
