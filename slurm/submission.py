@@ -111,6 +111,18 @@ def memory_text(gb: float) -> str:
     return f"{gb:.0f}GB" if gb == round(gb) else f"{max(1, round(1024 * gb))}MB"
 
 
+def memory_request(config: Config, stage: str) -> str:
+    """The main memory that the stage's job requests, as text."""
+    options = {name.replace("_", "-"): value for name, value in job_config(config, stage).cluster.sbatch.items()}
+    if options.get("mem") == "0":  # sbatch's word for it
+        return "all of each node"
+    for name, unit in (("mem", "node"), ("mem-per-cpu", "CPU"), ("mem-per-gpu", "GPU")):
+        if name in options:
+            return f"{options[name]} per {unit}"
+    memory_gb = requested_memory_gb(config, stage)
+    return "the cluster's default" if memory_gb is None else f"{memory_text(memory_gb)} per node"
+
+
 def request_text(config: Config, stage: str) -> str:
     """What the stage's job requests from Slurm, as text."""
     cluster = job_config(config, stage).cluster
@@ -160,7 +172,8 @@ def dry_run(run: RunFolder, config: Config, stages: list[str], role_commands: Ro
     for stage in pending_stages(run, stages):
         made = executor(run, config, stage, run.code / "SNAPSHOT", role_commands, before and f"JOB_OF_{before}")
         (folder / f"{stage}.sh").write_text(made.script(), encoding="utf-8")
-        line = f"{stage}: {stage_nodes(config, stage)} nodes, about {needs[stage]:.0f} GiB per rank"
+        line = f"{stage}: {stage_nodes(config, stage)} nodes, about {needs[stage]:.0f} GiB per rank, "
+        line += f"requested main memory: {memory_request(config, stage)}"
         graph.append(line + (f", after the success of {before}" if before else ""))
         before = stage
     RunFolder(folder).config.write_text(dump_config(config), encoding="utf-8")

@@ -32,6 +32,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     inspect = actions.add_parser("inspect", help="counts, lengths, duplicates, overlap, samples")
     inspect.add_argument("config", type=Path, help="configuration file (YAML)")
     inspect.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to override")
+    inspect.add_argument("--cluster", metavar="NAME", help="profile in configs/cluster/, a YAML file, or local")
     inspect.add_argument(
         "--samples", type=positive, default=2, metavar="N", help="how many of each source to print (2)"
     )
@@ -40,7 +41,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Print what there is to say; returns 1 if something is wrong."""
-    _, config = prepare(args.config, args.overrides, note=print_note)
+    _, config = prepare(args.config, args.overrides, args.cluster, note=print_note)
     from megatron_vcppo.data.contamination import compare
     from megatron_vcppo.data.template_check import check_chat_template
     from megatron_vcppo.data.vocabulary import check_vocabulary

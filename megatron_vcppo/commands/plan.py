@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
         active = f", {arch.active_parameter_count() / 1e9:.2f} of them for each token" if arch.experts else ""
         print(f"{arch.parameter_count() / 1e9:.2f} billion parameters{active}\n\n{as_text(stages, gpus)}")
         print(f"Times are for responses of {response_tokens(config):,} tokens (hardware.response_tokens)")
+        if "ppo" in config.stages and config.ppo.evaluate_every and config.evaluate.num_prompts is None:
+            print("Those of ppo are without its evaluations: evaluate.num_prompts is not set")
     return 0 if all(stage.fits for stage in stages) else 1
 
 

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_vcppo.config.keys import BEFORE, REMOVED, RENAMED, all_keys, all_sections, nearest_key
+from megatron_vcppo.config.rules.notes import notes
 from megatron_vcppo.config.schema import Config
 from megatron_vcppo.config.validation import check_config
 from megatron_vcppo.config.value_sources import Source, command_line_source, file_sources
@@ -59,7 +60,7 @@ def load_config(
         complete: the configuration is for a run: every key that its stages require must be set. False accepts a part,
             such as a model's file, and checks only its ranges.
         profiles: more YAML files, merged after the first, such as a cluster's.
-        note: called with one line per key that has an old name.
+        note: called with one line per key that has an old name, and per value that cannot do what it is for.
         defaults: by dotted key, in place of the key's default.
 
     Raises UserError naming file, line and key: unknown key (with the nearest known one), wrong type or word, value out
@@ -78,6 +79,8 @@ def load_config(
         raise UserError(f"{path}: {error.full_key}: {_first_line(error)}") from None
     config = _build(Config, typing.cast(dict[str, Any], values))
     check_config(config, complete, lambda key: f"{_place(places, key) or path}: ")
+    for text in notes(config) if complete else ():
+        note(f"note: {text}")
     return config
 
 

@@ -197,11 +197,23 @@ def _ppo_phases(arch: Architecture, config: Config) -> dict[str, float]:
         "values": forward if has_critic else 0.0,
         "update": passes * pass_s(arch, config, rollouts, training=True, optimizer_steps=ppo.minibatches),
         **saving(arch, config, "ppo", ppo.checkpoint),
+        **_evaluating(arch, config),
     }
     if ppo.staleness:  # generation and training overlap: what is shorter is hidden
         training = phases["logprobs"] + phases["values"] + phases["update"]
         phases["generation"] = max(0.0, phases["generation"] - training)
     return phases
+
+
+def _evaluating(arch: Architecture, config: Config) -> dict[str, float]:
+    """Seconds per iteration that evaluations on the live engines take on average: a push and responses to the held-out
+    problems, which engines generate as those of training; empty if there are none, or their number is not known."""
+    ppo, evaluate = config.ppo, config.evaluate
+    if not ppo.evaluate_every or not evaluate.num_prompts:
+        return {}
+    responses = evaluate.num_prompts * evaluate.num_samples
+    one = estimate_push(arch, config).seconds + generation_s(arch, config, responses)
+    return {"evaluation": one * (ppo.iterations // ppo.evaluate_every) / ppo.iterations}
 
 
 def pass_s(arch: Architecture, config: Config, sequences: int, *, training: bool, optimizer_steps: int = 1) -> float:

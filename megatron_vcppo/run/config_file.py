@@ -20,10 +20,12 @@ ALWAYS_STORED = ("run", "stages", "model", "sft", "ppo", "evaluate", "cluster")
 
 
 def open_run(path: Path) -> tuple[RunFolder, Config]:
-    """An existing run and its configuration. UserError if the folder is not a run."""
+    """An existing run and its configuration. UserError if the folder is not a run; it names the run around it."""
     run = RunFolder(path.absolute())
     if not run.config.is_file():
-        raise UserError(f"{path}: not a run folder: it has no {run.config.name}")
+        above = (RunFolder(folder) for folder in run.path.parents)
+        hint = next((f"; the run is {one.path}" for one in above if one.config.is_file() and one.events.is_file()), "")
+        raise UserError(f"{path}: not a run folder: it has no {run.config.name}{hint}")
     config = load_stored_config(run.config)
     stored = Path(config.run.dir).expanduser()
     if not (stored.exists() and stored.samefile(run.path)):

@@ -16,7 +16,7 @@ from megatron_vcppo.slurm.chain_status import run_status, table
 from megatron_vcppo.slurm.devcluster import DevCluster
 from megatron_vcppo.slurm.slurm_cli import command_environment, site_environment
 from megatron_vcppo.slurm.srun import findings, job_config, probe_command, step
-from megatron_vcppo.slurm.submission import executor, submit
+from megatron_vcppo.slurm.submission import executor, memory_request, submit
 from tools.benchmarks._tiny_chains import TINY, cluster_config, result, wait_for_jobs, write_config
 
 
@@ -53,6 +53,16 @@ def test_an_export_requests_what_one_process_needs(gpus: Config) -> None:
     gpus.overrides = {"export": {"cluster": {"gpus_per_node": 1, "cpus_per_node": 16, "memory_per_node_gb": 200}}}
     export = options(gpus, "export")
     assert (export["gpus-per-node"], export["cpus-per-task"], export["mem"]) == ("1", "16", "200GB")
+
+
+def test_a_dry_run_names_the_memory_that_a_job_requests(gpus: Config) -> None:
+    assert memory_request(gpus, "sft") == "900GB per node" and memory_request(gpus, "export") == "16GB per node"
+    gpus.cluster.memory_per_node_gb = None
+    assert memory_request(gpus, "sft") == "the cluster's default"
+    gpus.cluster.sbatch["mem_per_cpu"] = "8G"
+    assert memory_request(gpus, "sft") == "8G per CPU"
+    gpus.cluster.sbatch = {"mem": "0"}
+    assert memory_request(gpus, "sft") == "all of each node"
 
 
 def test_gres_replaces_gpus_per_node_in_the_job_and_in_its_steps(gpus: Config) -> None:

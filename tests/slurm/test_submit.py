@@ -91,7 +91,8 @@ def test_a_dry_run_writes_scripts_and_queues_nothing(cluster: DevCluster, tmp_pa
     config = cluster_config(tmp_path / "run", ("sft", "ppo"))
     run = write_config(config)
     folder = dry_run(run, config, ["sft", "ppo"], TINY)
-    graph = "sft: 2 nodes, about 3 GiB per rank\nppo: 3 nodes, about 3 GiB per rank, after the success of sft\n"
+    needs = "about 3 GiB per rank, requested main memory: the cluster's default"
+    graph = f"sft: 2 nodes, {needs}\nppo: 3 nodes, {needs}, after the success of sft\n"
     assert (folder / "graph.txt").read_text() == graph
     script = (folder / "ppo.sh").read_text()
     for line in ("--dependency=afterok:JOB_OF_sft", "--kill-on-invalid-dep=yes", "--requeue", "--nodes=3"):

@@ -70,6 +70,13 @@ def test_sound_data(inspect: Inspect) -> None:
     assert not (inspect.folder / "run").exists()
 
 
+def test_a_clusters_profile_is_read(inspect: Inspect) -> None:
+    profile = inspect.folder / "site.yaml"
+    write_text(profile, "{cluster: {name: site}, model: {max_length: 8}, rollout: {max_tokens: 4}}")
+    assert "5 of 5 (100.0%) are above 8 tokens (model.max_length)" in inspect("--cluster", str(profile))[1]
+    assert inspect("--cluster", "none")[0] == 2
+
+
 @pytest.mark.parametrize("where", ["sft", "train"])
 def test_held_out_prompts_in_training_data_are_wrong(inspect: Inspect, where: str) -> None:
     inspect.write("test", "9 ?", "3   #1 +1 ?" if where == "sft" else "3   #1 +2 ?")

@@ -120,6 +120,25 @@ def test_time_and_gpu_hours_follow_from_the_phases(model: Path) -> None:
     assert slow_disk.phases_s["saving"] == pytest.approx(5 * saved)
 
 
+def test_evaluations_during_ppo_take_a_push_and_their_generation(model: Path, capsys) -> None:
+    often = ("ppo.evaluate_every=30", "evaluate.num_samples=32")
+    given = (*often, "evaluate.num_prompts=500")
+    without, ppo = plan_of(model, "ppo"), plan_of(model, "ppo", *given)
+    assert ppo.push is not None and ppo.hours is not None and without.hours is not None
+    one = ppo.push.seconds + generation_s(*load(model), 500 * 32)
+    assert 3600 * (ppo.hours - without.hours) == pytest.approx(6 * one), "200 iterations"
+    assert plan_of(model, "ppo", *often).hours == without.hours
+    arguments = ["plan", str(RECIPE), f"model.hf={model}", "--cluster", "example-h100", "cluster.rollout_nodes=2"]
+    missing = "Those of ppo are without its evaluations: evaluate.num_prompts is not set"
+    assert main([*arguments, *often]) == 0 and missing in capsys.readouterr().out
+    assert main([*arguments, *given]) == 0 and missing not in capsys.readouterr().out
+
+
+def test_a_push_to_engines_on_the_trainers_gpus_is_in_the_times(model: Path) -> None:
+    shared = plan_of(model, "ppo", "cluster.rollout_nodes=0", "cluster.engines_on=trainer_gpus")
+    assert shared.push is not None and shared.phases_s["push"] == shared.push.seconds > 0
+
+
 def test_adapters_let_one_node_train_32b(model: Path) -> None:
     """What takes 73 GiB on each of 16 GPUs takes 17 on each of 8: docs/slurm.md has these figures."""
     lora = ("parallel.pp=1", "model.lora={rank: 32, alpha: 64.0}", "cluster.trainer_nodes=1")
