@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.report.text_table import styled
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm import doctor_findings
-from megatron_vcppo.slurm.slurm_cli import check_scripts, check_slurm_installed, slurm, slurm_message
-from megatron_vcppo.slurm.srun import findings, in_container, inside, probe_command, step
+from megatron_vcppo.slurm.marked_lines import ANSWER, FINDING, marked
+from megatron_vcppo.slurm.slurm_cli import check_scripts, check_slurm_installed, slurm, slurm_message, unreadable
+from megatron_vcppo.slurm.srun import in_container, inside, probe_command, step
 from megatron_vcppo.slurm.submission import executor, request_text
 
 WAIT_FOR_NODES_S = 120
@@ -36,18 +38,18 @@ def checks(config: Config, role_commands: RoleCommands, folder: Path) -> Iterato
 
     def commands() -> str:
         check_slurm_installed()
-        return slurm("sbatch", "--version").strip()
+        return answered("sbatch", "--version", form=r"^slurm\S* \d.*")[0]
 
     def controller() -> str:
-        return slurm("scontrol", "ping").strip().splitlines()[0]
+        return answered("scontrol", "ping", form="^Slurmctld.*")[0]
 
     def partition() -> str:
         wanted = ("-p", cluster.partition) if cluster.partition else ()
-        lines = slurm("sinfo", "-h", *wanted, "-o", "%P %D %t %c %G").split("\n")
-        if not lines[0]:
-            known = sorted(set(slurm("sinfo", "-h", "-o", "%R").split()))
+        lines = marked(slurm("sinfo", "-h", *wanted, "-o", f"{ANSWER}%P %D %t %c %G"), ANSWER)
+        if not lines:
+            known = sorted(set(answered("sinfo", "-h", "-o", f"{ANSWER}%R", form=f"(?<={ANSWER}).*")))
             raise UserError(f"no partition {cluster.partition}; there are: {', '.join(known)}: set cluster.partition")
-        return "; ".join(line for line in lines if line)
+        return "; ".join(lines)
 
     def request() -> str:
         run = RunFolder(folder)
@@ -97,6 +99,15 @@ def checks(config: Config, role_commands: RoleCommands, folder: Path) -> Iterato
     yield "isolation of programs (rewards.code)", isolation
 
 
+def answered(*argv: str, form: str) -> list[str]:
+    """What one of Slurm's commands answers: the parts of its lines of this form. Unreadable if it has none."""
+    text = slurm(*argv)
+    found = re.findall(form, text, re.MULTILINE)
+    if not found:
+        raise unreadable(" ".join(argv[:2]), text)
+    return found
+
+
 def test_job(
     config: Config, argv: tuple[str, ...], nodes: int | None = None, tasks_per_node: int = 1, cpus_per_task: int = 1
 ) -> str:
@@ -128,7 +139,7 @@ def run_bounded(argv: list[str]) -> str:
     except subprocess.TimeoutExpired:
         raise UserError(f"the test job did not end in {TEST_JOB_TIMEOUT_S} s") from None
     if done.returncode:
-        shown = findings(done.stdout) or [line for line in done.stdout.splitlines() if not line.startswith("{")]
+        shown = marked(done.stdout, FINDING) or [line for line in done.stdout.splitlines() if not line.startswith("{")]
         raise UserError(shown[0] if shown else slurm_message(done.stderr)[-600:] or f"exit code {done.returncode}")
     return done.stdout
 

@@ -26,8 +26,9 @@ from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say, speaking_as
 from megatron_vcppo.run.processes import free_port
 from megatron_vcppo.run.rollout_store import rollouts_folder
-from megatron_vcppo.slurm.slurm_cli import ENDED, job_end_time, patiently, show_job, slurm, slurm_message
-from megatron_vcppo.slurm.srun import STEP_ENVIRONMENT, findings, job_config, probe_command, srun_processes, stage_nodes
+from megatron_vcppo.slurm.marked_lines import FINDING, marked
+from megatron_vcppo.slurm.slurm_cli import ENDED, Unreadable, job_end_time, patiently, show_job, slurm, slurm_message
+from megatron_vcppo.slurm.srun import STEP_ENVIRONMENT, job_config, probe_command, srun_processes, stage_nodes
 
 PROBE_TIMEOUT_S = 120.0
 LOST_TIMEOUT_S = 20.0
@@ -149,11 +150,17 @@ def probe(run: RunFolder, config: Config, role_commands: RoleCommands, hosts: li
     try:
         env = {name: value for name, value in (os.environ | STEP_ENVIRONMENT).items() if value}
         done = subprocess.run(
-            argv, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout_s
+            argv,
+            env=env,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=timeout_s,
         )
     except subprocess.TimeoutExpired:
         raise NodeLost(f"no answer from all of {', '.join(hosts)} in {timeout_s:.0f} s") from None
-    if found := findings(done.stdout):
+    if found := marked(done.stdout, FINDING):
         raise UserError(found[0])
     if "execve" in done.stderr:  # the node answers, but there is no shell where PATH points
         raise UserError(f"{slurm_message(done.stderr)}: does the job's environment have a PATH? see cluster.setup")
@@ -204,7 +211,9 @@ def requeue(run: RunFolder, config: Config, stage: str) -> int:
         events.append(run.path, "gave_up", stage=stage, job=job_id())
         return SAVED
     try:
-        state = (patiently(lambda: show_job(job_id())) or {}).get("JobState", "")
+        state = ""
+        with suppress(Unreadable):
+            state = (patiently(lambda: show_job(job_id())) or {}).get("JobState", "")
         if state in ("COMPLETING", "PENDING", *ENDED):
             # cancelled, or Slurm requeues it or, restarted from an older state, has it in the queue still
             say(f"{stage}: Slurm has ended this start of the job ({state}): not requeued from here")

@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.controller import UNREACHABLE
+from megatron_vcppo.slurm.marked_lines import ANSWER, marked
 
 ENDED = (
     "COMPLETED",
@@ -35,7 +36,10 @@ Answer = TypeVar("Answer")
 UNKNOWN_JOB = "Invalid job id"
 """Message of squeue and scontrol: Slurm has forgotten the job."""
 NO_SUCH_NODES = "Requested node configuration is not available"
-SQUEUE_FORMAT = "%i|%T|%r|%N|%S"
+SQUEUE_FORMAT = f"{ANSWER}%i|%T|%r|%N|%S"
+SACCT_FIELDS = "JobIDRaw,State,Reason,NodeList,Start"
+STATE_NAME = re.compile("[A-Z_]+")
+"""Slurm's long name of a state; "RESIZING+" and "CANCELLED by 0" lose their tails."""
 
 
 OF_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SALLOC_", "SQUEUE_", "SACCT_", "SUBMITIT_")
@@ -48,6 +52,10 @@ DEFAULTS = ("ACCOUNT", "CLUSTERS", "CONSTRAINT", "PARTITION", "QOS", "RESERVATIO
 
 class Unreachable(UserError):
     """Slurm's controller does not answer."""
+
+
+class Unreadable(UserError):
+    """An answer of one of Slurm's commands without what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ def slurm(*argv: str, accept: str | None = None) -> str:
         raise UserError(f"{argv[0]} is not on the path: run this where Slurm's commands are, as on a login node")
     try:
         env = command_environment(os.environ)
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, env=env)
+        done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, env=env)
     except subprocess.TimeoutExpired:
         raise Unreachable(f"{argv[0]} gave no answer in {TIMEOUT_S:.0f} s: is Slurm's controller up?") from None
     if not done.returncode:
@@ -141,31 +149,32 @@ def job_states(job_ids: list[str]) -> dict[str, JobState]:
         return job_states(job_ids[:MAX_IDS]) | job_states(job_ids[MAX_IDS:])
     if not job_ids:
         return {}
-    listed = ("squeue", "-h", "-t", "all", "-j", ",".join(job_ids), "-o", SQUEUE_FORMAT)
-    found = parse_table(slurm(*listed, accept=UNKNOWN_JOB))
+    listed = slurm("squeue", "-h", "-t", "all", "-j", ",".join(job_ids), "-o", SQUEUE_FORMAT, accept=UNKNOWN_JOB)
+    found = parse_table(marked(listed, ANSWER), job_ids)
     unknown = [job for job in job_ids if job not in found]
     if unknown:
-        fields = "JobIDRaw,State,Reason,NodeList,Start"
         with suppress(UserError):  # no accounting, or its data base is down
-            found |= parse_table(slurm("sacct", "-X", "-n", "-P", "-j", ",".join(unknown), "-o", fields))
+            listed = slurm("sacct", "-X", "-n", "-P", "-j", ",".join(unknown), "-o", SACCT_FIELDS)
+            found |= parse_table(listed.splitlines(), unknown)
     for job in unknown:
         if job not in found and (record := show_job(job)):
             found[job] = JobState(
                 job_id=job,
                 state=record["JobState"],
-                reason=record["Reason"],
-                nodes=record["NodeList"],
-                start=record["StartTime"],
+                reason=record.get("Reason", ""),
+                nodes=record.get("NodeList", ""),
+                start=record.get("StartTime", ""),
             )
     return found
 
 
-def parse_table(text: str) -> dict[str, JobState]:
-    """Lines of id|state|reason|nodes|start; a state such as "CANCELLED by 0" loses its tail."""
+def parse_table(lines: Iterable[str], job_ids: Collection[str]) -> dict[str, JobState]:
+    """The lines id|state|reason|nodes|start of these jobs; lines of another form are a wrapper's, not Slurm's."""
     states = {}
-    for line in text.splitlines():
-        job, state, *rest = line.split("|")
-        states[job] = JobState(job, state.split()[0].rstrip("+"), *rest)
+    for line in lines:
+        job, *values = (value.strip() for value in line.split("|"))
+        if job in job_ids and len(values) == 4 and (name := STATE_NAME.match(values[0])):
+            states[job] = JobState(job, name[0], *values[1:])
     return states
 
 
@@ -176,18 +185,31 @@ def first_node(nodes: str) -> str:
 
 
 def show_job(job_id: str) -> dict[str, str] | None:
-    """The record of ``scontrol show job``; None once Slurm has forgotten the job."""
+    """The record of ``scontrol show job``; None once Slurm has forgotten the job. Unreadable if it has no state."""
     text = slurm("scontrol", "-o", "show", "job", job_id, accept=UNKNOWN_JOB)
     if not text:
         return None
-    return dict(field.split("=", 1) for field in text.split() if "=" in field)
+    line = re.search(rf"\bJobId={re.escape(job_id)}\s.*", text)  # a wrapper's words may stand before it
+    record = dict(field.split("=", 1) for field in line[0].split() if "=" in field) if line else {}
+    if "JobState" not in record:
+        raise unreadable(f"scontrol show job {job_id}", text)
+    return record
+
+
+def unreadable(command: str, answer: str) -> Unreadable:
+    """The error for an answer that lacks what was asked."""
+    begin = " ".join(answer.split())[:100]
+    return Unreadable(
+        f"{command}: the answer has no line of the requested form{begin and f', it begins with {begin!r}'}: does a "
+        "wrapper of Slurm's commands come first on the path?"
+    )
 
 
 def job_end_time(job_id: str) -> float:
     """When the job's time limit ends it, seconds since the epoch by this machine's clock; infinity if it has none, or
     Slurm does not say."""
     record: dict[str, str] | None = None
-    with suppress(Unreachable):
+    with suppress(Unreachable, Unreadable):
         record = patiently(lambda: show_job(job_id))
     try:
         return time.time() + seconds_left(record or {}, controller_time())
@@ -205,9 +227,10 @@ def seconds_left(record: Mapping[str, str], now: datetime) -> float:
 
 def controller_time() -> datetime:
     """By the clock of Slurm's controller, which may differ from this machine's; by this one's if it does not say."""
-    with suppress(Unreachable, UserError, ValueError, IndexError):
+    with suppress(UserError, ValueError):
         text = patiently(lambda: slurm("scontrol", "show", "config"))
-        return datetime.fromisoformat(text.splitlines()[0].split()[-1])
+        if found := re.search(r"Configuration data as of (\S+)", text):
+            return datetime.fromisoformat(found[1])
     return datetime.now()
 
 
@@ -221,7 +244,8 @@ def check_slurm_installed() -> None:
 def some_nodes_are_out() -> bool:
     """Whether nodes are down or drained just now, of any partition."""
     try:
-        return bool(slurm("sinfo", "-h", "-N", "-t", "down,drain", "-o", "%N").strip())
+        answer = slurm("sinfo", "-h", "-N", "-t", "down,drain", "-o", f"{ANSWER}%N")
+        return bool(marked(answer, ANSWER))
     except UserError:
         return False
 

@@ -12,6 +12,7 @@ from megatron_vcppo.launch.guard import ALONE, GUARD_ARGUMENTS
 from megatron_vcppo.launch.role_commands import RoleCommands, role_environment, starts_engines, trainer_layout
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE
+from megatron_vcppo.slurm.marked_lines import FINDING
 
 JOB_LAYOUT = (
     "NTASKS", "NPROCS", "NTASKS_PER_NODE", "TASKS_PER_NODE", "NTASKS_PER_SOCKET", "NTASKS_PER_CORE", "NTASKS_PER_GPU",
@@ -27,8 +28,6 @@ STEP_ENVIRONMENT = {f"SLURM_{name}": "" for name in JOB_LAYOUT} | {"SRUN_CPUS_PE
 """For every srun of a job; an empty value removes the variable."""
 RANK_SHELL = 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
 """Slurm's words for a rank's place, in ours."""
-FINDING = "vcppo finds: "
-"""Before what a node lacks: prologs and module systems may print to the same output."""
 NETWORK_CHECK = """
 import sys
 from megatron_vcppo.config import ClusterConfig
@@ -191,11 +190,6 @@ def srun_processes(
 def guarded(role_commands: RoleCommands, command: tuple[str, ...]) -> tuple[str, ...]:
     """The command under a guard on its node, so that a killed role leaves none of its workers behind."""
     return (role_commands.python, *GUARD_ARGUMENTS, ALONE, *command)
-
-
-def findings(output: str) -> list[str]:
-    """What the nodes lack, from the output of ``probe_command``; other lines are the site's."""
-    return [line.partition(FINDING)[2] for line in output.splitlines() if FINDING in line]
 
 
 def probe_command(config: Config, run: RunFolder, role_commands: RoleCommands, hosts: list[str]) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Puts the chain into Slurm: one job per stage, each after the success of the one before, all or none."""
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.job import StageJob
 from megatron_vcppo.slurm.slurm_cli import (
     JobState,
+    Unreadable,
     check_scripts,
     check_slurm_installed,
     commands_folder,
@@ -31,6 +33,7 @@ from megatron_vcppo.slurm.slurm_cli import (
     site_environment,
     slurm,
     slurm_message,
+    unreadable,
 )
 from megatron_vcppo.slurm.srun import job_config, stage_nodes
 
@@ -50,6 +53,15 @@ class ScriptExecutor(submitit.SlurmExecutor):
     def script(self) -> str:
         """The text that sbatch would get."""
         return str(self._make_submission_file_text(self._submitit_command_str, "dry-run"))
+
+    @staticmethod
+    def _get_job_id_from_submission_command(string: bytes | str) -> str:
+        """Of sbatch's own line only: a wrapper may speak of jobs, too."""
+        text = string.decode(errors="replace") if isinstance(string, bytes) else string
+        found = re.search(r"Submitted batch job (\d+)", text)
+        if not found:
+            raise Unreadable(f"{unreadable('sbatch', text)} the job may be queued nevertheless: see squeue --me")
+        return found[1]
 
 
 def executor(

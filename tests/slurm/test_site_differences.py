@@ -14,8 +14,9 @@ from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.chain_status import run_status, table
 from megatron_vcppo.slurm.devcluster import DevCluster
+from megatron_vcppo.slurm.marked_lines import FINDING, marked
 from megatron_vcppo.slurm.slurm_cli import command_environment, site_environment
-from megatron_vcppo.slurm.srun import findings, job_config, probe_command, step
+from megatron_vcppo.slurm.srun import job_config, probe_command, step
 from megatron_vcppo.slurm.submission import executor, memory_request, submit
 from tools.benchmarks._tiny_chains import TINY, cluster_config, result, wait_for_jobs, write_config
 
@@ -109,8 +110,8 @@ def test_a_sites_output_is_not_taken_for_what_a_node_lacks(tmp_path: Path) -> No
     script = probe_command(config, RunFolder.of(config), RoleCommands(), ["a"])[-1]
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, env={"SLURMD_NODENAME": "node7"})
     missing = f"node7: does not see {tmp_path / 'run' / 'config.yaml'}: run.dir must be on a shared file system"
-    assert findings("Welcome to the cluster\n" + done.stdout) == [missing]
-    assert findings("Welcome to the cluster\n") == []
+    assert marked("Welcome to the cluster\n" + done.stdout, FINDING) == [missing]
+    assert marked("Welcome to the cluster\n", FINDING) == []
 
 
 def test_the_script_finds_slurms_commands_without_a_path(gpus: Config) -> None:
