@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_vcppo.config.load import load_config
 from megatron_vcppo.config.network import listen, node_environment, node_network
 from megatron_vcppo.run.files import write_text
+from megatron_vcppo.slurm.marked_lines import ANSWER
 
 SYS = Path("/sys/class")
 NVLINK_GB_PER_S = {"B300": 900, "B200": 900, "H200": 450, "H100": 450, "H800": 200, "A100": 300, "A800": 200}
@@ -47,7 +48,7 @@ def read(path: Path) -> str:
 
 
 def main() -> int:
-    """``python -m megatron_vcppo.slurm.allreduce_probe CONFIG``, readable by all tasks; a JSON line per task."""
+    """``python -m megatron_vcppo.slurm.allreduce_probe CONFIG``, readable by all tasks; a marked JSON line per task."""
     config_file = Path(sys.argv[1])
     cluster = load_config(config_file, complete=False).cluster
     os.environ.update(node_environment(cluster))  # before torch is imported
@@ -87,7 +88,7 @@ def main() -> int:
         "link_gb_per_s": rate,
         "links": links,
     }
-    print(json.dumps(found), flush=True)
+    print(ANSWER + json.dumps(found), flush=True)
     dist.destroy_process_group()
     return 0
 

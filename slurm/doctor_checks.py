@@ -1,7 +1,7 @@
 """Checks a cluster profile step by step: each check is one line, and says what to change where it fails."""
 
 import functools
-import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import dump_config
@@ -21,13 +20,29 @@ from megatron_vcppo.report.text_table import styled
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm import doctor_findings
 from megatron_vcppo.slurm.marked_lines import ANSWER, FINDING, marked
-from megatron_vcppo.slurm.slurm_cli import check_scripts, check_slurm_installed, slurm, slurm_message, unreadable
+from megatron_vcppo.slurm.slurm_cli import (
+    check_scripts,
+    check_slurm_installed,
+    command_environment,
+    slurm,
+    slurm_message,
+    unreadable,
+    user_defaults,
+)
 from megatron_vcppo.slurm.srun import in_container, inside, probe_command, step
-from megatron_vcppo.slurm.submission import executor, request_text
+from megatron_vcppo.slurm.submission import executor, request_text, site_options
 
 WAIT_FOR_NODES_S = 120
 JOB_MINUTES = 8
 TEST_JOB_TIMEOUT_S = WAIT_FOR_NODES_S + 60 * JOB_MINUTES
+NOT_OF_A_TEST = frozenset(
+    {
+        "array", "batch", "begin", "deadline", "dependency", "error", "export", "export-file", "get-user-env", "hold",
+        "ignore-pbs", "input", "kill-on-invalid-dep", "mail-type", "mail-user", "no-requeue", "output", "parsable",
+        "requeue", "signal", "time-min", "wait", "wait-all-nodes",
+    }
+)  # fmt: skip
+"""Options of a batch script that srun lacks or takes otherwise, and those that delay, redirect or announce a job."""
 
 
 def checks(config: Config, role_commands: RoleCommands, folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -59,31 +74,29 @@ def checks(config: Config, role_commands: RoleCommands, folder: Path) -> Iterato
         return f"{cluster.trainer_nodes} + {cluster.rollout_nodes} nodes would be granted"
 
     def nodes() -> str:
-        found = test_job(config, probe_command(config, RunFolder(folder), role_commands, hosts=[]))
-        return found or f"all {num_nodes(cluster)} see {folder}, have the Python environment and the network"
+        lines = test_job(config, probe_command(config, RunFolder(folder), role_commands, hosts=[]))
+        doctor_findings.answers(lines, num_nodes(cluster))
+        return f"all {num_nodes(cluster)} see {folder}, have the Python environment and the network"
 
-    def probe(module: str, *arguments: str, **layout: int) -> list[dict[str, Any]]:
+    def probe(name: str, *arguments: str, **layout: int) -> list[str]:
+        module = f"megatron_vcppo.slurm.{name}_probe"
         argv = in_container(config, (inside(config, role_commands).python, "-m", module, *arguments))
-        output = test_job(config, (*step(config, [], 1, 1), *argv), **layout)
-        return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        return test_job(config, (*step(config, [], 1, 1), *argv), **layout)
 
-    software = functools.cache(lambda: probe("megatron_vcppo.slurm.software_probe"))
+    software = functools.cache(lambda: doctor_findings.records(probe("software"), num_nodes(cluster)))
 
     def collective() -> str:
         tasks = cluster.gpus_per_node or 1
-        return doctor_findings.collective(
-            probe("megatron_vcppo.slurm.allreduce_probe", str(config_file), tasks_per_node=tasks), cluster
-        )
+        lines = probe("allreduce", str(config_file), tasks_per_node=tasks)
+        return doctor_findings.collective(doctor_findings.records(lines, tasks * num_nodes(cluster)), cluster)
 
     def engines() -> str:
-        layout = {"nodes": engine_nodes(config), "cpus_per_task": cluster.cpus_per_node}
-        return doctor_findings.engines(probe("megatron_vcppo.slurm.engine_probe", str(config_file), **layout))
+        nodes = engine_nodes(config)
+        lines = probe("engine", str(config_file), nodes=nodes, cpus_per_task=cluster.cpus_per_node)
+        return doctor_findings.engines(doctor_findings.records(lines, nodes))
 
     def isolation() -> str:
-        argv = in_container(
-            config, (inside(config, role_commands).python, "-m", "megatron_vcppo.rewards.sandbox.isolation_choice")
-        )
-        return "; ".join(sorted(test_job(config, (*step(config, [], 1, 1), *argv)).splitlines()))
+        return "; ".join(doctor_findings.answers(probe("isolation"), num_nodes(cluster)))
 
     yield "Slurm's commands", commands
     yield "Slurm's controller", controller
@@ -110,11 +123,15 @@ def answered(*argv: str, form: str) -> list[str]:
 
 def test_job(
     config: Config, argv: tuple[str, ...], nodes: int | None = None, tasks_per_node: int = 1, cpus_per_task: int = 1
-) -> str:
-    """Run a step's command line in a separate allocation, bounded; default: on all nodes. Returns its output."""
-    cluster = config.cluster
-    nodes = nodes or num_nodes(cluster)
+) -> list[str]:
+    """Run a step's command line in a separate allocation, bounded; default: on all nodes. Returns its marked lines.
+
+    It requests what the job of ppo does, but for the options that only a batch script has, or that delay a job.
+    """
+    nodes = nodes or num_nodes(config.cluster)
+    site = user_defaults(os.environ) | site_options(config, "ppo")
     options = {
+        **{name: value for name, value in site.items() if name not in NOT_OF_A_TEST},
         "kill-on-bad-exit": 1,
         "nodes": nodes,
         "ntasks": nodes * tasks_per_node,
@@ -122,25 +139,32 @@ def test_job(
         "cpus-per-task": cpus_per_task,
         "time": JOB_MINUTES,
         "immediate": WAIT_FOR_NODES_S,
-        **{name: value for name in ("partition", "account", "qos") if (value := getattr(cluster, name))},
-        **{name: value for name, value in cluster.sbatch.items() if name in ("reservation", "constraint")},
     }
     replaced = tuple(f"--{name}=" for name in (*options, "nodelist", "open-mode"))
     kept = [argument for argument in argv[1:] if not argument.startswith(replaced) and argument != "--overlap"]
-    return run_bounded(["srun", *(f"--{name}={value}" for name, value in options.items()), *kept])
+    given = (f"--{name}" if value == "true" else f"--{name}={value}" for name, value in options.items())
+    return marked(run_bounded(["srun", *given, *kept]), ANSWER)
 
 
 def run_bounded(argv: list[str]) -> str:
-    """Output of a command; UserError with its first line of complaint."""
+    """Output of a command of Slurm's; UserError with the first thing that a task finds wrong, or Slurm's complaint."""
     try:
         done = subprocess.run(
-            argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=TEST_JOB_TIMEOUT_S
+            argv,
+            env=command_environment(os.environ),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=TEST_JOB_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
         raise UserError(f"the test job did not end in {TEST_JOB_TIMEOUT_S} s") from None
+    if found := marked(done.stdout, FINDING):
+        raise UserError(found[0])
     if done.returncode:
-        shown = marked(done.stdout, FINDING) or [line for line in done.stdout.splitlines() if not line.startswith("{")]
-        raise UserError(shown[0] if shown else slurm_message(done.stderr)[-600:] or f"exit code {done.returncode}")
+        said = slurm_message(done.stderr) or slurm_message(done.stdout)
+        raise UserError(said[-600:] or f"exit code {done.returncode}")
     return done.stdout
 
 

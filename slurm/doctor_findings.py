@@ -1,18 +1,40 @@
 """What the probes of `vcppo doctor` found on the nodes, judged: a line if it is good, UserError if it is not. Pure."""
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from megatron_vcppo.config import ClusterConfig
 from megatron_vcppo.errors import UserError
 
 Found = Sequence[dict[str, Any]]
-"""The JSON lines of a probe, one per task."""
+"""What a probe's tasks found, one each."""
 
 LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
 """CUDA's major version → the oldest driver branch that runs programs of all its minor versions."""
 LEAST_SHARE = 0.3
 """Of the links' rate: a healthy all-reduce reaches over half of it, one over the wrong network some per cent."""
+
+
+def answers(lines: Sequence[str], tasks: int) -> list[str]:
+    """The marked lines of a probe; UserError if not every task has printed one."""
+    if len(lines) < tasks:
+        raise UserError(
+            f"{len(lines)} of {tasks} tasks of the test job printed what they found: do a prolog, a module system or a "
+            "wrapper of srun take their output?"
+        )
+    return sorted(lines)
+
+
+def records(lines: Sequence[str], tasks: int) -> Found:
+    """The same where each is a JSON object."""
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    answers(lines[: len(found)], tasks)
+    return found
 
 
 def transformer_engine(found: Found) -> str:

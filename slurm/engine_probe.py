@@ -15,6 +15,7 @@ from megatron_vcppo.rollout import rendezvous
 from megatron_vcppo.run.files import make_private_folder
 from megatron_vcppo.run.folder import RunFolder, StageFolder
 from megatron_vcppo.run.log import last_lines
+from megatron_vcppo.slurm.marked_lines import ANSWER, FINDING
 
 TIMEOUT_S = 420.0
 POLL_S = 0.2
@@ -24,7 +25,7 @@ HEAD_SIZE = 64
 
 
 def main() -> int:
-    """``python -m megatron_vcppo.slurm.engine_probe CONFIG``; one JSON line: node and seconds to the first answer."""
+    """``python -m megatron_vcppo.slurm.engine_probe CONFIG``; a marked JSON line: node, seconds to the first answer."""
     from megatron_vcppo.tasks.base_model import write_base_model
 
     config = load_config(sys.argv[1], complete=False)
@@ -36,8 +37,11 @@ def main() -> int:
         config.rollout.engine = EngineConfig(max_num_seqs=8, gpu_memory_utilization=0.5)
         RunFolder(folder).config.write_text(dump_config(config))
         seconds, problem = start(folder)
-    print(json.dumps({"node": node, "seconds": round(seconds, 1)}) if not problem else f"{node}: {problem}", flush=True)
-    return FAILED if problem else DONE
+    if problem:
+        print(f"{FINDING}{node}: {problem}", flush=True)
+        return FAILED
+    print(ANSWER + json.dumps({"node": node, "seconds": round(seconds, 1)}), flush=True)
+    return DONE
 
 
 def start(folder: Path) -> tuple[float, str]:

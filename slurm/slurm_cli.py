@@ -102,6 +102,11 @@ def command_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name in kept or not name.startswith(OF_JOBS)}
 
 
+def user_defaults(environment: Mapping[str, str]) -> dict[str, str]:
+    """The options that a user's SBATCH_… set for jobs, by long name: srun does not read these variables."""
+    return {name.lower(): value for name in DEFAULTS if (value := environment.get(f"SBATCH_{name}"))}
+
+
 @contextmanager
 def site_environment(script: str) -> Iterator[None]:
     """For a submission: this process's environment, which sbatch reads and hands to the job, without what is left over

@@ -1,4 +1,4 @@
-"""One task of `vcppo doctor` per GPU node: what compiled code needs there. One JSON line; nothing here raises."""
+"""One task of `vcppo doctor` per GPU node: what compiled code needs there. A marked JSON line; nothing raises."""
 
 import importlib
 import json
@@ -9,6 +9,8 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+
+from megatron_vcppo.slurm.marked_lines import ANSWER
 
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -21,7 +23,7 @@ def main() -> int:
     found["driver"] = driver_version()
     found["cuda"] = cuda_version()
     found["transformer_engine"], found["transformer_engine_error"] = transformer_engine()
-    print(json.dumps(found), flush=True)
+    print(ANSWER + json.dumps(found), flush=True)
     return 0
 
 

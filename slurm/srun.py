@@ -12,7 +12,7 @@ from megatron_vcppo.launch.guard import ALONE, GUARD_ARGUMENTS
 from megatron_vcppo.launch.role_commands import RoleCommands, role_environment, starts_engines, trainer_layout
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE
-from megatron_vcppo.slurm.marked_lines import FINDING
+from megatron_vcppo.slurm.marked_lines import ANSWER, FINDING
 
 JOB_LAYOUT = (
     "NTASKS", "NPROCS", "NTASKS_PER_NODE", "TASKS_PER_NODE", "NTASKS_PER_SOCKET", "NTASKS_PER_CORE", "NTASKS_PER_GPU",
@@ -193,7 +193,10 @@ def guarded(role_commands: RoleCommands, command: tuple[str, ...]) -> tuple[str,
 
 
 def probe_command(config: Config, run: RunFolder, role_commands: RoleCommands, hosts: list[str]) -> tuple[str, ...]:
-    """One task per node that names what the node lacks: run folder, interpreter, packages, network interface."""
+    """One task per node that names what the node lacks: run folder, interpreter, packages, network interface.
+
+    Where it lacks nothing, the node's own name.
+    """
     role_commands = inside(config, role_commands)
     folder, python = shlex.quote(str(run.config)), shlex.quote(role_commands.python)
     cluster = config.cluster
@@ -209,5 +212,6 @@ missing = [name for name in ("torch", "omegaconf", "megatron_vcppo") if u.find_s
 sys.exit("the Python environment lacks " + ", ".join(missing) if missing else 0)' 2>&1) ||
             lacks "{role_commands.python}: $problem: see cluster.setup"
         {python} -c {network} || exit 3
+        echo "{ANSWER}$where"
     """
     return (*step(config, hosts, 1, 1), "--job-name=probe", *in_container(config, ("sh", "-c", script)))

@@ -70,13 +70,12 @@ def executor(
     """The batch job of one stage: a controller on its first node, signalled before the time limit."""
     cluster = job_config(config, stage).cluster
     made = ScriptExecutor(folder=run.slurm, python="exec " + shlex.quote(role_commands.python))
-    memory_gb = requested_memory_gb(config, stage)
     minutes = cluster.stage_time_limit_minutes.get(stage, cluster.time_limit_minutes)
     extra: dict[str, Any] = {
         "signal": f"B:USR2@{signal_margin_s(run, stage, cluster.save_margin_s, 60 * minutes)}",
         "requeue": True,
         "kill-on-invalid-dep": "yes",
-        **{key: True if value == "true" else value for key, value in cluster.sbatch.items()},
+        **{name: True if value == "true" else value for name, value in site_options(config, stage).items()},
     }
     setup = [
         f"export PATH=${{PATH:-{DEFAULT_PATH}}}",  # a site's --export may leave none
@@ -92,20 +91,27 @@ def executor(
         "nodes": stage_nodes(config, stage),
         "ntasks_per_node": 1,
         "cpus_per_task": cluster.cpus_per_node,
-        "gpus_per_node": None if "gres" in cluster.sbatch else cluster.gpus_per_node or None,
-        "mem": None if memory_gb is None else memory_text(memory_gb),
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
         "dependency": f"afterok:{after}" if after else None,
+        "wckey": None,  # submitit's default is a key of its own
         "setup": setup,
         "use_srun": False,
         "stderr_to_stdout": True,
         "additional_parameters": extra,
     }
-    given = {key: value for key, value in parameters.items() if value is not None}
-    made.update_parameters(**given, wckey=cluster.wckey)  # submitit's default is a key of its own
+    made.update_parameters(**parameters)
     return made
+
+
+def site_options(config: Config, stage: str) -> dict[str, str]:
+    """What the stage's job requests besides nodes, CPUs and time, by the long names of sbatch and srun.
+
+    Example: ``{"partition": "gpu", "mem": "900GB", "exclusive": "true"}``, where the last is a flag.
+    """
+    cluster, memory_gb = job_config(config, stage).cluster, requested_memory_gb(config, stage)
+    options = {name: getattr(cluster, name) for name in ("partition", "account", "qos", "wckey")}
+    options["gpus-per-node"] = str(cluster.gpus_per_node or "") if "gres" not in cluster.sbatch else None
+    options["mem"] = None if memory_gb is None else memory_text(memory_gb)
+    return {name: value for name, value in options.items() if value} | cluster.sbatch
 
 
 def requested_memory_gb(config: Config, stage: str) -> float | None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import pytest
 
 from megatron_vcppo.config import ClusterConfig
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.slurm import doctor_findings
 from megatron_vcppo.slurm.allreduce_probe import link_rate
+from megatron_vcppo.slurm.doctor_checks import checks
+from megatron_vcppo.slurm.marked_lines import ANSWER, FINDING, marked
 from megatron_vcppo.slurm.software_probe import driver_version
+from tools.benchmarks._tiny_chains import cluster_config
 
 GOOD = {
     "node": "gpu1",
@@ -95,8 +100,75 @@ def test_the_links_rate_is_read_from_the_kernel(tmp_path: Path) -> None:
 def test_the_software_probe_says_what_this_machine_has() -> None:
     argv = [sys.executable, "-m", "megatron_vcppo.slurm.software_probe"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=os.environ | {"SLURMD_NODENAME": "me"})
-    found = json.loads(done.stdout)
+    (found,) = doctor_findings.records(marked(done.stdout, ANSWER), tasks=1)
     assert found["node"] == "me" and set(found) == set(GOOD)
     if not driver_version():
         with pytest.raises(UserError, match=r"me: (torch there is built without CUDA|no NVIDIA driver)"):
             doctor_findings.driver([found])
+
+
+PROLOG = "echo '{ welcome }'; echo 'quota: 80 %'; printf 'loading modules ... '"
+"""Of a site: text, a line that begins as JSON does, one without an end."""
+CHECKS = ("file system, Python, network", "collective", "engine", "isolation of programs (rewards.code)")
+"""Those that run something on the nodes."""
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run one of the doctor's checks where srun is a site's: it prints, and keeps its arguments and environment."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def check(name: str, answers: list[str], code: int = 0, **keys: Any) -> str:
+        (tmp_path / "answers").write_text("".join(f"{line}\n" for line in answers))
+        keep = f'printf "%s\\n" "$@" > {tmp_path}/argv; env > {tmp_path}/env'
+        (tmp_path / "srun").write_text(f"#!/bin/sh\n{keep}\n{PROLOG}\ncat {tmp_path}/answers\nexit {code}\n")
+        (tmp_path / "srun").chmod(0o755)
+        config = cluster_config(tmp_path / "run", ("sft",))
+        vars(config.cluster).update(trainer_nodes=1, rollout_nodes=0, **keys)
+        return dict(checks(config, RoleCommands(), tmp_path))[name]()
+
+    return check
+
+
+def test_what_a_prolog_prints_is_no_finding(site: Callable[..., str]) -> None:
+    assert site(CHECKS[0], [f"{ANSWER}n1", "bye"]).startswith("all 1 see ")
+    task = {"node": "n1", "gpus": 0, "backend": "gloo", "interface": "lo", "first_s": 1, "bus_gb_per_s": 0}
+    assert site(CHECKS[1], [ANSWER + json.dumps(task | {"link_gb_per_s": None, "links": ""})]).startswith("gloo over 1")
+    assert "after 5 s on n1" in site(CHECKS[2], [ANSWER + json.dumps({"node": "n1", "seconds": 5})])
+    assert site(CHECKS[3], [f"{ANSWER}n1: landlock"]) == "n1: landlock"
+    with pytest.raises(UserError, match=r"^n1: lacks torch$"):
+        site(CHECKS[2], [f"{FINDING}n1: lacks torch"], code=3)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("answers", [[], ["{}"]])
+def test_a_probe_that_printed_nothing_is_named(site: Callable[..., str], name: str, answers: list[str]) -> None:
+    with pytest.raises(UserError, match=r"^0 of 1 tasks of the test job printed what they found: do a prolog"):
+        site(name, answers)
+
+
+def test_a_cut_record_counts_as_none() -> None:
+    with pytest.raises(UserError, match="1 of 2 tasks"):
+        doctor_findings.records(['{"node": "a"}', '{"node": '], tasks=2)
+
+
+def test_a_test_job_requests_what_the_real_ones_do(
+    site: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_CPU_BIND", "SBATCH_EXPORT", "SRUN_DEBUG"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SBATCH_QOS", "night")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "another")
+    asked = {"exclusive": "true", "mem-per-cpu": "8G", "licenses": "fs:1", "constraint": "ib", "comment": "a b"}
+    batch_only = {"mail-user": "me@example.org", "output": "/tmp/x", "dependency": "afterok:1", "export": "NONE"}
+    keys = {"account": "chem", "wckey": "key", "gpus_per_node": 4, "memory_per_node_gb": None}
+    site(CHECKS[3], [f"{ANSWER}n1: landlock"], sbatch=asked | batch_only, **keys)
+    argv = (tmp_path / "argv").read_text().splitlines()
+    options = argv[: argv.index("-m")]
+    wanted = ("mem-per-cpu=8G", "licenses=fs:1", "constraint=ib", "comment=a b", "account=chem", "wckey=key")
+    assert {f"--{name}" for name in (*wanted, "exclusive", "qos=night", "gpus-per-node=4", "nodes=1")} <= set(options)
+    assert not [option for option in options if option[2:].partition("=")[0] in batch_only]
+    names = [option.partition("=")[0] for option in options]
+    assert len(names) == len(set(names))
+    variables = {line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines()}
+    assert not {"SLURM_JOB_ID", "SLURM_CPU_BIND", "SBATCH_EXPORT", "SRUN_DEBUG"} & variables

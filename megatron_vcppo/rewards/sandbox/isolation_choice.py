@@ -73,7 +73,3 @@ def _problem(isolation: str) -> str:
     if lines[-2:] != ["done", ""]:
         return f"a program does not run there (exit code {outcome.exit_code}{outcome.limit and ', ' + outcome.limit})"
     return f"a program can {', '.join(lines[:-2])}" if lines[:-2] else ""
-
-
-if __name__ == "__main__":
-    print(report())
