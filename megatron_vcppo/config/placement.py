@@ -1,6 +1,8 @@
 """How many ranks the trainer has, and which nodes and GPUs trainer and engines take. No torch."""
 
 import math
+from contextlib import suppress
+from dataclasses import replace
 from typing import Literal
 
 from megatron_vcppo.config.schema import Config
@@ -36,6 +38,24 @@ def data_parallel_size(parallel: ParallelConfig, num_ranks: int) -> int:
             f"{parallel.cp} × dp {num_ranks // model_ranks}): change these sizes, or the number of ranks"
         )
     return num_ranks // model_ranks
+
+
+def on_fewest_nodes(config: Config) -> Config:
+    """The configuration on the fewest trainer nodes that hold whole replicas, with as many ranks on each as before.
+
+    Only the number of replicas changes. A layout that does not divide the ranks stays as it is, to be reported.
+    """
+    cluster, parallel = config.cluster, config.parallel
+    ranks_per_node, rest = divmod(trainer_ranks(config), cluster.trainer_nodes)
+    for nodes in range(1, 1 if rest else cluster.trainer_nodes + 1):
+        with suppress(UserError):
+            replicas = data_parallel_size(parallel, nodes * ranks_per_node)
+            return replace(
+                config,
+                parallel=replace(parallel, dp=parallel.dp and replicas),
+                cluster=replace(cluster, trainer_nodes=nodes, trainer_ranks=nodes * ranks_per_node),
+            )
+    return config
 
 
 def engine_placement(config: Config) -> Placement:

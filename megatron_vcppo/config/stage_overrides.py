@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_vcppo.config.keys import all_keys, nearest_key
-from megatron_vcppo.config.placement import trainer_ranks
+from megatron_vcppo.config.placement import engine_placement, on_fewest_nodes, trainer_ranks
 from megatron_vcppo.config.ranges import out_of_range
 from megatron_vcppo.config.schema import Config, Stage
 from megatron_vcppo.config.sections.cluster import ClusterConfig
@@ -35,16 +35,28 @@ OF_THE_RUN = frozenset(
     }
 )
 """Keys of the section cluster that all stages of a run share."""
+SIZE_OF_A_TRAINER = frozenset({"trainer_nodes", "trainer_ranks", "dp"})
+"""Keys by which the overrides of an evaluation say how many ranks push its weights."""
 
 
 def stage_config(config: Config, stage: str) -> Config:
     """The configuration as the stage reads it, with its overrides in their sections; these have no problems.
 
     Where engines share the trainer's nodes, a stage that has overrides and generates nothing uses all of their GPUs.
+    An evaluation with engines on nodes of their own only pushes weights to them: unless its overrides say how many, it
+    takes the fewest trainer nodes that hold a replica.
     """
     given = config.overrides.get(stage)
-    if not given:
-        return config
+    own = _overridden(config, stage, given) if given else config
+    if stage != "evaluate" or engine_placement(own) != "rollout_nodes":
+        return own
+    if SIZE_OF_A_TRAINER.isdisjoint(name for section in (given or {}).values() for name in section):
+        own = on_fewest_nodes(own)
+    nodes = own.cluster.trainer_nodes  # named, so that this configuration stays as it is when it is read again
+    return replace(own, overrides={stage: {"cluster": {"trainer_nodes": nodes}}})
+
+
+def _overridden(config: Config, stage: str, given: Mapping[str, Any]) -> Config:
     own = replace(
         config,
         parallel=_merged(config.parallel, given.get("parallel", {})),

@@ -56,6 +56,15 @@ def test_an_export_requests_what_one_process_needs(gpus: Config) -> None:
     assert (export["gpus-per-node"], export["cpus-per-task"], export["mem"]) == ("1", "16", "200GB")
 
 
+def test_an_evaluation_requests_the_nodes_of_one_replica(gpus: Config) -> None:
+    gpus.cluster.trainer_nodes, gpus.cluster.rollout_nodes, gpus.cluster.trainer_ranks = 4, 2, None
+    gpus.parallel.tp, gpus.parallel.dp = 8, None
+    evaluate = options(gpus, "evaluate")
+    assert (evaluate["nodes"], evaluate["gpus-per-node"]) == ("3", "8") and options(gpus, "ppo")["nodes"] == "6"
+    gpus.overrides = {"evaluate": {"cluster": {"trainer_nodes": 4}}}
+    assert options(gpus, "evaluate")["nodes"] == "6"
+
+
 def test_a_dry_run_names_the_memory_that_a_job_requests(gpus: Config) -> None:
     assert memory_request(gpus, "sft") == "900GB per node" and memory_request(gpus, "export") == "16GB per node"
     gpus.cluster.memory_per_node_gb = None

@@ -9,10 +9,11 @@ import yaml
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_config
-from megatron_vcppo.config.placement import trainer_ranks
+from megatron_vcppo.config.placement import data_parallel_size, trainer_ranks
 from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
+from megatron_vcppo.launch.chain_plan import plan_chain
 from megatron_vcppo.launch.local_chain import local_processes
 from megatron_vcppo.launch.memory_plan import check_memory
 from megatron_vcppo.launch.role_commands import trainer_layout
@@ -57,6 +58,42 @@ def test_a_stage_reads_its_own_values_and_the_others_those_of_the_chain(tmp_path
 def test_without_overrides_sft_and_export_hold_no_rollout_nodes(tmp_path: Path) -> None:
     config = load(tmp_path, {})
     assert [stage_nodes(config, stage) for stage in ("sft", "ppo", "export")] == [4, 6, 1]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "own", "nodes", "replicas"),
+    [
+        ({"tp": 4}, {}, 1, 2),
+        ({"tp": 4, "dp": 8}, {}, 1, 2),
+        ({"tp": 8, "pp": 2}, {}, 2, 1),
+        ({"tp": 8, "pp": 4}, {}, 4, 1),
+        ({"tp": 1, "ep": 16}, {}, 2, 16),
+        ({"tp": 4}, {"parallel": {"tp": 8, "pp": 2}}, 2, 1),
+        ({"tp": 4}, {"cluster": {"partition": "small"}}, 1, 2),
+        ({"tp": 4}, {"cluster": {"trainer_nodes": 3}}, 3, 6),
+        ({"tp": 4}, {"parallel": {"dp": 8}}, 4, 8),
+    ],
+)
+def test_an_evaluation_takes_the_fewest_nodes_that_hold_a_replica(
+    tmp_path: Path, parallel: dict[str, int], own: dict[str, Any], nodes: int, replicas: int
+) -> None:
+    """Unless its overrides name a number; and the same in the job, on its nodes and in the plan."""
+    config = load(tmp_path, {"evaluate": own}, parallel=parallel)
+    evaluate = stage_config(config, "evaluate")
+    assert trainer_layout(config, "evaluate") == trainer_layout(evaluate, "evaluate") == (nodes, 8)
+    assert stage_nodes(config, "evaluate") == stage_nodes(evaluate, "evaluate") == nodes + 2
+    assert data_parallel_size(evaluate.parallel, trainer_ranks(evaluate)) == replicas
+    assert evaluate.parallel.dp in (None, replicas)
+    assert stage_config(evaluate, "evaluate") == evaluate and stage_nodes(config, "ppo") == 6
+    if parallel.get("ep", 1) == evaluate.parallel.pp == 1:
+        (plan,) = plan_chain(Architecture.from_hf(save_tiny_model(tmp_path / "model")), config, ["evaluate"])
+        assert (plan.nodes, plan.ranks) == (nodes + 2, nodes * 8)
+
+
+def test_an_evaluation_with_engines_on_the_trainers_nodes_keeps_them(tmp_path: Path) -> None:
+    cluster = CHAIN["cluster"] | {"rollout_nodes": 0, "engines_on": "trainer_gpus"}
+    config = load(tmp_path, {}, cluster=cluster)
+    assert stage_config(config, "evaluate") is config and stage_nodes(config, "evaluate") == 4
 
 
 def test_an_overridden_stage_without_engines_uses_the_gpus_that_they_would_take(tmp_path: Path) -> None:
