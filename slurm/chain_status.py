@@ -34,6 +34,8 @@ class StageStatus:
     metrics: dict[str, float] = field(default_factory=dict)
     gpu_hours: float = 0.0
     """GPUs of its jobs times the hours that they held them."""
+    expected_start: str | None = None
+    """Of a pending job, if Slurm says so: an ISO time of this machine's time zone."""
     note: str = ""
     """Why it is pending, or how it failed and what to do."""
 
@@ -83,6 +85,7 @@ def stage_status(
         waiting = slurm_state.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING")
         status.state = "pending" if waiting else "running"
         status.note = pending_note(slurm_state) if waiting else leaving_note(mine)
+        status.expected_start = slurm_state.expected_start if waiting else None
     else:
         add_ending(status, run, mine, slurm_state)
     if status.state != "running":
@@ -101,7 +104,7 @@ def pending_note(state: JobState) -> str:
     text = words.get(state.reason, state.reason)
     if "held" in state.reason.lower():
         return f"{text}: once its cause is fixed, scontrol release {state.job_id}"
-    return text + (f", expected {state.start}" if state.start not in ("", "N/A", "Unknown") else "")
+    return text + (f", expected {state.expected_start}" if state.expected_start else "")
 
 
 def leaving_note(mine: list[dict[str, Any]]) -> str:

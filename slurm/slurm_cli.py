@@ -69,6 +69,15 @@ class JobState:
     """Why it is pending, or how it ended."""
     nodes: str = ""
     start: str = ""
+    """When it started, or is expected to; some other word if Slurm does not know."""
+
+    @property
+    def expected_start(self) -> str | None:
+        """When Slurm expects to start a job that waits, as an ISO time of this machine's time zone; None: not known."""
+        try:
+            return datetime.fromisoformat(self.start).isoformat()
+        except ValueError:
+            return None
 
     @property
     def active(self) -> bool:

@@ -65,6 +65,13 @@ def test_an_evaluation_requests_the_nodes_of_one_replica(gpus: Config) -> None:
     assert options(gpus, "evaluate")["nodes"] == "6"
 
 
+def test_mail_is_requested_by_every_batch_script(gpus: Config) -> None:
+    gpus.cluster.sbatch |= {"mail-user": "me@example.org", "mail-type": "FAIL,INVALID_DEPEND"}
+    for stage in gpus.stages:
+        found = options(gpus, stage)
+        assert (found["mail-user"], found["mail-type"]) == ("me@example.org", "FAIL,INVALID_DEPEND")
+
+
 def test_a_dry_run_names_the_memory_that_a_job_requests(gpus: Config) -> None:
     assert memory_request(gpus, "sft") == "900GB per node" and memory_request(gpus, "export") == "16GB per node"
     gpus.cluster.memory_per_node_gb = None
