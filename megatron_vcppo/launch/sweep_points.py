@@ -13,6 +13,7 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.files import read_json, read_text, write_text
 
 POINTS_NAME = "sweep.json"
+REPEAT = "remove the file, and give the command of the sweep again, which writes it"
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,19 @@ def write_points(folder: Path, made: list[Point]) -> None:
 
 
 def read_points(folder: Path) -> list[Point]:
-    """The recorded sweep."""
+    """The recorded sweep. UserError for a file that is none: what it holds names folders and becomes columns."""
+    path = folder / POINTS_NAME
     try:
-        recorded = read_json(folder / POINTS_NAME)
-        found = {name: [str(override) for override in overrides] for name, overrides in recorded.items()}
+        recorded = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{folder}: not a sweep: it has no {POINTS_NAME}") from None
-    except (ValueError, AttributeError, TypeError):
-        raise UserError(f"{folder / POINTS_NAME}: damaged: not the points of a sweep") from None
-    if outside := [name for name in found if Path(name).name != name or name in (".", "..")]:
-        raise UserError(f"{folder / POINTS_NAME}: damaged: {outside[0]!r} is no name of a point")
-    return [Point(name, tuple(overrides)) for name, overrides in found.items()]
+    except ValueError:
+        recorded = None
+    if not isinstance(recorded, dict):
+        raise UserError(f"{path}: damaged: not the points of a sweep: {REPEAT}")
+    for name, overrides in recorded.items():
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise UserError(f"{path}: damaged: {name!r} is no name of a point: {REPEAT}")
+        if not isinstance(overrides, list) or not all(isinstance(each, str) and "=" in each for each in overrides):
+            raise UserError(f"{path}: damaged: point {name} is no list of key=value: {REPEAT}")
+    return [Point(name, tuple(overrides)) for name, overrides in recorded.items()]

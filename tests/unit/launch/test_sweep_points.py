@@ -32,3 +32,26 @@ def test_lists_that_are_values_do_not_vary() -> None:
     ]
     with pytest.raises(UserError, match="nothing varies"):
         points(["ppo.critic.bounds=[-1.0, 1.0]"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not the points of a sweep"),
+        ("[1]", "not the points of a sweep"),
+        ('"a=1"', "not the points of a sweep"),
+        ("null", "not the points of a sweep"),
+        ('{"a": [1]}', "point a is no list of key=value"),
+        ('{"a": ["b"]}', "point a is no list of key=value"),
+        ('{"a": "b=1"}', "point a is no list of key=value"),
+        ('{"a": {"b=1": 2}}', "point a is no list of key=value"),
+        ('{"a": null}', "point a is no list of key=value"),
+        ('{"..": ["b=1"]}', "'..' is no name of a point"),
+        ('{"": ["b=1"]}', "'' is no name of a point"),
+    ],
+)
+def test_a_damaged_record_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(UserError) as raised:
+        read_points(tmp_path)
+    assert str(raised.value).startswith(f"{tmp_path}/sweep.json: damaged: {message}: remove the file, and give")
