@@ -24,7 +24,8 @@ class ClusterConfig:
     wckey: str | None = None
     """Slurm workload characterization key; null: none."""
     trainer_nodes: PositiveInt = 1
-    """Nodes that run the trainer's ranks."""
+    """Nodes that run the trainer's ranks. Of them, export takes one; evaluate the fewest that hold a replica of the
+    model, if engines are on rollout nodes (overrides.evaluate decides otherwise)."""
     rollout_nodes: NonNegativeInt = 0
     """Nodes that run only engines."""
     engines_on: Literal["rollout_nodes", "trainer_nodes", "trainer_gpus"] | None = None
