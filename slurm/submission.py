@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from submitit.core.utils import FailedJobError
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import dump_config
+from megatron_vcppo.config.rules.slurm_options import CONTROL
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.launch.checks import check_inputs, check_run_folder
@@ -92,8 +93,16 @@ def executor(
         "additional_parameters": extra,
     }
     given = {key: value for key, value in parameters.items() if value is not None}
+    _check_one_line({**given, **extra, "wckey": cluster.wckey, "run.dir": run.path, "cluster.python": made.python})
     made.update_parameters(**given, wckey=cluster.wckey)  # submitit's default is a key of its own
     return made
+
+
+def _check_one_line(parameters: Mapping[str, Any]) -> None:
+    """UserError if a value, or a name, would become another line of a batch script; only setup consists of lines."""
+    for name, value in parameters.items():
+        if name not in ("setup", "additional_parameters") and CONTROL.search(f"{name}{value}"):
+            raise UserError(f"the batch script would have a control character in {name!r}, {str(value)!r}: remove it")
 
 
 def requested_memory_gb(config: Config, stage: str) -> float | None:

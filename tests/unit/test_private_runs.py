@@ -13,9 +13,11 @@ from megatron_vcppo.commands.arguments import prepare
 from megatron_vcppo.config.load import dump_config, load_config
 from megatron_vcppo.config.sections.run import Access
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.launch.snapshot import take_snapshot
 from megatron_vcppo.run.config_file import write_config
 from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.slurm.submission import executor
 from tools.benchmarks._tiny_chains import tiny_model
 
 
@@ -146,18 +148,45 @@ INJECTED = "touch /tmp/injected"
         ("cluster", "sbatch", {"comment": f"x\n{INJECTED}"}),
         ("cluster", "sbatch", {f"comment=x\n{INJECTED}\n#": "x"}),
         ("cluster", "environment", {f"A=1; {INJECTED}; B": "x"}),
+        ("overrides", "sft", {"cluster": {"partition": f"gpu\n{INJECTED}"}}),
+        ("overrides", "sft", {"cluster": {"sbatch": {"comment": f"x\n{INJECTED}"}}}),
+        ("overrides", "sft", {"cluster": {"sbatch": {f"comment=x\n{INJECTED}\n#": "x"}}}),
     ],
 )
 def test_no_value_becomes_a_line_of_the_batch_script(
     section: str, key: str, value: object, recipe: Path, tmp_path: Path, capsys
 ) -> None:
     values = yaml.safe_load(recipe.read_text())
-    values[section][key] = value
+    values.setdefault(section, {})[key] = value
     recipe.write_text(yaml.safe_dump(values))
     before = sorted(tmp_path.rglob("*"))
     assert main(["submit", str(recipe), "--dry-run"]) == 2
     assert f"{section}.{key}" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("partition", "gpu\nx"),
+        ("qos", "a\rx"),
+        ("wckey", "x\n"),
+        ("sbatch", {"comment": "\n"}),
+        ("sbatch", {"a\n": "x"}),
+    ],
+)
+def test_no_parameter_becomes_a_line_whoever_made_the_configuration(key: str, value: object, recipe: Path) -> None:
+    run, config = prepare(recipe, [])
+    setattr(config.cluster, key, value)
+    with pytest.raises(UserError, match="the batch script would have a control character"):
+        executor(run, config, "sft", run.code, RoleCommands(), None)
+
+
+def test_a_run_folder_and_an_interpreter_are_no_lines_either(recipe: Path, tmp_path: Path) -> None:
+    run, config = prepare(recipe, [])
+    for folder, python in (("a\nb", "python"), ("a", "python\nx")):
+        with pytest.raises(UserError, match="the batch script would have a control character"):
+            executor(RunFolder(tmp_path / folder), config, "sft", run.code, RoleCommands(python=python), None)
 
 
 @pytest.mark.parametrize("name", ["%j", "a%b", "a:b", "a\\b", "", " ", "~nobody/x"])

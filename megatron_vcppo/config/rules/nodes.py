@@ -13,7 +13,6 @@ SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 """A variable with a part that ends so holds a secret, such as HF_TOKEN; TOKENIZERS_PARALLELISM has no such part."""
 SET_VARIABLE = re.compile(r"(?:^|[\s;,&|])([A-Za-z_]\w*)=(?!\$)\S")
 """A variable that a shell line, or a list for sbatch's --export, sets to something that stands there."""
-CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 NO_PATH_IN_A_JOB = {"%": "Slurm replaces it in the names of logs", ":": "it separates the folders of PYTHONPATH"}
 NO_PATH_IN_A_JOB["\\"] = "Slurm reads it as the end of a pattern"
 
@@ -84,22 +83,6 @@ def secrets(config: Config) -> Iterator[str]:
             )
 
 
-def batch_script(config: Config) -> Iterator[str]:
-    """No value becomes another line, option or pattern of the batch script. cluster.setup alone holds shell lines."""
-    cluster = config.cluster
-    values = {f"cluster.{name}": value for name, value in vars(cluster).items() if isinstance(value, str)}
-    values |= {f"cluster.sbatch.{name}": value for name, value in cluster.sbatch.items()}
-    for key, value in {"run.dir": config.run.dir, **values}.items():
-        if found := CONTROL.search(value):
-            yield f"{key} {value!r} holds the control character {found[0]!r}: remove it"
-    for name in cluster.sbatch:
-        if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-            yield f"cluster.sbatch {name!r} is not the long name of an option, such as reservation"
-    for name in cluster.environment:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            yield f"cluster.environment {name!r} is not the name of a variable"
-
-
 def run_folder(config: Config) -> Iterator[str]:
     """run.dir is a path that Slurm, the shell and Python all read alike."""
     path = config.run.dir
@@ -123,15 +106,4 @@ def time_limits(config: Config) -> Iterator[str]:
         )
 
 
-def memory(config: Config) -> Iterator[str]:
-    """A job requests memory per node or per CPU or GPU."""
-    per_node = config.cluster.memory_per_node_gb
-    for name in config.cluster.sbatch if per_node else ():
-        if name.replace("_", "-") in ("mem", "mem-per-cpu", "mem-per-gpu"):
-            yield (
-                f"cluster.sbatch.{name} and cluster.memory_per_node_gb {per_node:g} both request memory: set "
-                "cluster.memory_per_node_gb=null, or remove the option"
-            )
-
-
-NODE_RULES = (network, node_cache, container, python_path, secrets, batch_script, run_folder, time_limits, memory)
+NODE_RULES = (network, node_cache, container, python_path, secrets, run_folder, time_limits)
