@@ -195,6 +195,40 @@ def test_a_name_that_slurm_or_python_would_read_otherwise_is_refused(name: str, 
         load_config(recipe, [f"run.dir='{name}'"])
 
 
+UNREADABLE = ["a%j", "a:b", "a\\b", "a\nb"]
+
+
+@pytest.mark.parametrize("given", ["runs/x", "~/x", "."])
+@pytest.mark.parametrize("name", UNREADABLE)
+@pytest.mark.parametrize("command", [["submit"], ["submit", "--dry-run"], ["sweep", "run.seed=[0,1]"]])
+def test_the_folders_above_a_run_are_read_as_its_name_is(
+    command: list[str], name: str, given: str, recipe: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder))
+    assert main([command[0], str(recipe), *command[1:], f"run.dir={given}"]) == 2
+    error = capsys.readouterr().err
+    assert str(folder)[:-3] in error and "choose another name" in error and len(error.splitlines()) == 1
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("overrides", [[], ["sft.steps=500"]])
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_run_that_was_renamed_so_is_not_submitted(
+    name: str, overrides: list[str], recipe: Path, tmp_path: Path, capsys
+) -> None:
+    run, config = prepare(recipe, [])
+    run.make()
+    write_config(run, config)
+    renamed = run.path.rename(tmp_path / name)
+    before = sorted(renamed.rglob("*"))
+    assert main(["resume", str(renamed), *overrides]) == 2
+    error = capsys.readouterr().err
+    assert "choose another name" in error and sorted(renamed.rglob("*")) == before
+
+
 @pytest.mark.parametrize("name", ["two words", "it's", 'a"b', "$HOME", "a;b", "`id`", "x&y"])
 def test_other_names_are_quoted(name: str, recipe: Path, tmp_path: Path, capsys) -> None:
     values = yaml.safe_load(recipe.read_text())

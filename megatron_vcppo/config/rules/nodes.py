@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 
 from megatron_vcppo.config.network import is_address, is_loopback, num_nodes
+from megatron_vcppo.config.rules.slurm_options import CONTROL
 from megatron_vcppo.config.schema import Config
 from megatron_vcppo.config.sections.cluster import LOCAL
 
@@ -84,13 +85,25 @@ def secrets(config: Config) -> Iterator[str]:
 
 
 def run_folder(config: Config) -> Iterator[str]:
-    """run.dir is a path that Slurm, the shell and Python all read alike."""
+    """run.dir, as it is written, names a folder."""
     path = config.run.dir
     if not path.strip():
         yield f"run.dir {path!r} is empty: name a folder, such as runs/first"
     elif re.match(r"~[^/]", path):
         yield f"run.dir {path!r}: write the path of that home in full; only ~/ is replaced"
-    elif config.cluster.name != LOCAL:
+    else:
+        yield from run_path_problems(path, config.cluster.name)
+
+
+def run_path_problems(path: str, cluster: str) -> Iterator[str]:
+    """A path of a run that Slurm, the shell and Python do not read alike; cluster: cluster.name.
+
+    ``checked_stages`` (commands/arguments.py) applies it to the absolute path, whose upper folders no configuration
+    names.
+    """
+    if found := CONTROL.search(path):
+        yield f"run.dir {path!r} holds the control character {found[0]!r}: choose another name"
+    if cluster != LOCAL:
         for character, why in NO_PATH_IN_A_JOB.items():
             if character in path:
                 yield f"run.dir {path!r} must not hold {character!r} on a cluster ({why}): choose another name"

@@ -13,7 +13,7 @@ def batch_script(config: Config) -> Iterator[str]:
     cluster = config.cluster
     values = {f"cluster.{name}": value for name, value in vars(cluster).items() if isinstance(value, str)}
     values |= {f"cluster.sbatch.{name}": value for name, value in cluster.sbatch.items()}
-    for key, value in {"run.dir": config.run.dir, **values}.items():
+    for key, value in values.items():
         if found := CONTROL.search(value):
             yield f"{key} {value!r} holds the control character {found[0]!r}: remove it"
     for name in cluster.sbatch:
