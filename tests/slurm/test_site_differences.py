@@ -1,12 +1,14 @@
 """What differs from site to site: options, variables left over, output of prologs, an environment without PATH."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.rules.slurm_options import OF_A_JOB
 from megatron_vcppo.config.validation import check_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.role_commands import RoleCommands
@@ -53,6 +55,14 @@ def test_an_export_requests_what_one_process_needs(gpus: Config) -> None:
     gpus.overrides = {"export": {"cluster": {"gpus_per_node": 1, "cpus_per_node": 16, "memory_per_node_gb": 200}}}
     export = options(gpus, "export")
     assert (export["gpus-per-node"], export["cpus-per-task"], export["mem"]) == ("1", "16", "200GB")
+
+
+def test_what_a_batch_script_sets_itself_is_owned_or_may_be_replaced(gpus: Config) -> None:
+    replaceable = {"mem", "partition", "account", "qos", "wckey", *gpus.cluster.sbatch}
+    gpus.cluster.partition = gpus.cluster.account = gpus.cluster.qos = gpus.cluster.wckey = "x"
+    script = executor(RunFolder.of(gpus), gpus, "sft", Path("/code"), RoleCommands(), "7").script()
+    found = set(re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE))
+    assert found <= replaceable | set(OF_A_JOB) and {"dependency", "signal", "open-mode"} <= found
 
 
 def test_a_dry_run_names_the_memory_that_a_job_requests(gpus: Config) -> None:

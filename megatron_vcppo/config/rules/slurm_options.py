@@ -6,6 +6,22 @@ from collections.abc import Iterator
 from megatron_vcppo.config.schema import Config
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+OF_A_JOB = {
+    "nodes": "set cluster.trainer_nodes and cluster.rollout_nodes",
+    "time": "set cluster.time_limit_minutes",
+    "cpus-per-task": "set cluster.cpus_per_node",
+    "gpus-per-node": "set cluster.gpus_per_node",
+    "signal": "set cluster.save_margin_s",
+} | dict.fromkeys(
+    (
+        "array", "chdir", "clusters", "dependency", "error", "help", "input", "job-name", "kill-on-invalid-dep",
+        "no-kill", "no-requeue", "ntasks", "ntasks-per-core", "ntasks-per-gpu", "ntasks-per-node", "ntasks-per-socket",
+        "open-mode", "output", "parsable", "quiet", "requeue", "test-only", "usage", "version", "wait", "wrap",
+    ),
+    "remove it",
+)  # fmt: skip
+"""Options of sbatch that the chain sets itself, or that would change what it reads from sbatch and in its logs: the
+key to set instead."""
 
 
 def batch_script(config: Config) -> Iterator[str]:
@@ -24,6 +40,13 @@ def batch_script(config: Config) -> Iterator[str]:
             yield f"cluster.environment {name!r} is not the name of a variable"
 
 
+def owned_options(config: Config) -> Iterator[str]:
+    """No additional option replaces one on which the chain relies; Slurm also takes the first letters of a name."""
+    for name in config.cluster.sbatch:
+        if owned := next((option for option in OF_A_JOB if option.startswith(name)), None):
+            yield f"cluster.sbatch.{name}: --{owned} is for the chain alone to set or leave out: {OF_A_JOB[owned]}"
+
+
 def memory(config: Config) -> Iterator[str]:
     """A job requests memory per node or per CPU or GPU."""
     per_node = config.cluster.memory_per_node_gb
@@ -35,4 +58,4 @@ def memory(config: Config) -> Iterator[str]:
             )
 
 
-SLURM_RULES = (batch_script, memory)
+SLURM_RULES = (batch_script, owned_options, memory)
