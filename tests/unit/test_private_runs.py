@@ -113,11 +113,35 @@ def test_a_value_of_the_environment_gets_into_no_run(
         "cluster.setup=['module load x', 'export HF_TOKEN=hf_x']",
         "cluster.setup=['A=1 WANDB_API_KEY=x true']",
         "cluster.sbatch.export='ALL,HF_TOKEN=hf_x'",
+        "overrides.sft.cluster.sbatch.export='ALL,HF_TOKEN=hf_x'",
+        "overrides.sft.cluster.sbatch.comment='HF_TOKEN=x'",
+        "cluster.sbatch.comment='HF_TOKEN=x'",
+        "cluster.environment.GITHUB_PAT=x",
+        "cluster.environment.AUTH='Bearer x'",
+        "cluster.environment.DB_PASS=x",
+        "cluster.environment.HEADER='Bearer x'",
+        "cluster.environment.HEADER='Basic dXNlcjpwYXNz'",
+        "cluster.environment.HTTPS_PROXY='http://user:pass@proxy:3128'",
+        "cluster.setup=['export HF_TOKEN=\"hf_x\"', 'true']",
+        "cluster.setup=[\"export MY_PASSWD='x'\"]",
+        f"cluster.setup=['huggingface-cli login {'hf_' + 34 * 'x'}']",
+        "run.notify='HF_TOKEN=x curl https://x.org'",
+        "run.notify='curl -H \"Authorization: Bearer x\" https://x.org'",
+        "run.notify='curl -H \"Authorization: token x\" https://x.org'",
+        "run.notify='curl -H \"X-Api-Key: x\" https://x.org'",
+        "run.notify='curl --oauth2-token x https://x.org'",
+        "run.notify='curl https://x.org/?a=b&token=hf_x'",
+        "run.notify='curl https://me:pw@x.org/'",
+        "model.hf='https://x.org/model?token=hf_x'",
+        f"run.wandb_project=sk-proj-{20 * 'aA1'}",
+        "rollout.engine.extra_args=['--hf-token=x']",
+        "prompts.mix={'https://x.org/?token=x': 1.0}",
     ],
 )
 def test_a_secret_is_refused(override: str, recipe: Path) -> None:
-    with pytest.raises(UserError, match="looks like a secret"):
+    with pytest.raises(UserError, match="looks like a secret") as failure:
         load_config(recipe, [override])
+    assert str(failure.value).count("looks like a secret") == 1 and "hf_x" not in str(failure.value)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +149,16 @@ def test_a_secret_is_refused(override: str, recipe: Path) -> None:
     [
         "cluster.environment.TOKENIZERS_PARALLELISM='false'",
         "cluster.setup=['export HF_TOKEN=$(cat ~/.token)', 'export KEYBOARD=us']",
+        "cluster.setup=['export HF_TOKEN=\"$(cat ~/.token)\"', 'export HF_TOKEN=`cat ~/.token` A_KEY= B_KEY=\"\"']",
+        "run.notify='curl -H \"Authorization: Bearer `cat ~/.token`\" https://x.org'",
+        "cluster.setup=['gh auth login --with-token < ~/.token', 'export HF_TOKEN_PATH=/home/me/.token']",
+        "cluster.environment={SSH_AUTH_SOCK: /tmp/x, NVTE_COMPAT: '1', MONITOR: 'Bearer $TOKEN', BYPASSED: 'a'}",
+        'run.notify=\'curl -H "Authorization: Bearer $TOKEN" -H "X-Api-Key: \\${KEY}" https://me:$PW@x.org\'',
+        'run.notify=\'curl -s -H "Authorization: token $(cat ~/.token)" -d "$VCPPO_EVENT: x" https://x.org/a?b=c\'',
+        'run.notify=\'TOKEN=$(cat f) && curl --oauth2-bearer "$TOKEN" --data-urlencode "key=$KEY" https://x.org:80/@me\'',
+        "prompts.template='Basic arithmetic. Answer key: {prompt} tokens=5 a=b'",
+        "model.hf=models/hf_checkpoints-of-sk-learn-based-model-Version-2",
+        "sft.train='/data/key=3/x@y:z/tokens.jsonl'",
         "cluster.sbatch={reservation: big, mail-user: a@b.c, comment: 'it''s \"quoted\"'}",
     ],
 )

@@ -11,10 +11,11 @@ from megatron_vcppo.config.rules.layout import LAYOUT_RULES
 from megatron_vcppo.config.rules.nodes import NODE_RULES, network
 from megatron_vcppo.config.rules.slurm_options import SLURM_RULES
 from megatron_vcppo.config.rules.stages import CHAIN_RULES
+from megatron_vcppo.config.rules.stored_secrets import secrets
 from megatron_vcppo.config.schema import Config
 
 Rules = tuple[Callable[[Config], Iterator[str]], ...]
 
-RULES: Rules = (*LAYOUT_RULES, *NODE_RULES, *SLURM_RULES, *CHAIN_RULES)
+RULES: Rules = (*LAYOUT_RULES, *NODE_RULES, *SLURM_RULES, secrets, *CHAIN_RULES)
 STAGE_RULES: Rules = (*LAYOUT_RULES, network, *SLURM_RULES)
 """Those about keys that a stage may have a value of its own for (``overrides``)."""

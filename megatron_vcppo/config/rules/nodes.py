@@ -10,10 +10,6 @@ from megatron_vcppo.config.sections.cluster import LOCAL
 
 INTERFACE = re.compile(r"[^\s/,^=]{1,15}")
 """Interface names that Linux allows, without the characters of NCCL's and gloo's lists and patterns."""
-SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
-"""A variable with a part that ends so holds a secret, such as HF_TOKEN; TOKENIZERS_PARALLELISM has no such part."""
-SET_VARIABLE = re.compile(r"(?:^|[\s;,&|])([A-Za-z_]\w*)=(?!\$)\S")
-"""A variable that a shell line, or a list for sbatch's --export, sets to something that stands there."""
 NO_PATH_IN_A_JOB = {"%": "Slurm replaces it in the names of logs", ":": "it separates the folders of PYTHONPATH"}
 NO_PATH_IN_A_JOB["\\"] = "Slurm reads it as the end of a pattern"
 
@@ -70,20 +66,6 @@ def python_path(config: Config) -> Iterator[str]:
         )
 
 
-def secrets(config: Config) -> Iterator[str]:
-    """No secrets in a stored configuration."""
-    cluster = config.cluster
-    set_in = [(f"cluster.environment.{name}", name) for name in cluster.environment]
-    for key, lines in (("cluster.setup", cluster.setup), ("cluster.sbatch.export", [cluster.sbatch.get("export", "")])):
-        set_in += [(f"{key}: {name}", name) for text in lines for name in SET_VARIABLE.findall(text)]
-    for where, name in set_in:
-        if any(part.endswith(SECRET_WORDS) for part in name.upper().split("_")):
-            yield (
-                f"{where} looks like a secret, and configurations are stored where others can read "
-                f"them: export {name} in the shell that submits"
-            )
-
-
 def run_folder(config: Config) -> Iterator[str]:
     """run.dir, as it is written, names a folder."""
     path = config.run.dir
@@ -119,4 +101,4 @@ def time_limits(config: Config) -> Iterator[str]:
         )
 
 
-NODE_RULES = (network, node_cache, container, python_path, secrets, run_folder, time_limits)
+NODE_RULES = (network, node_cache, container, python_path, run_folder, time_limits)
