@@ -34,7 +34,7 @@ SAVE_TIME = "stopping/save_s"
 """How long the newest complete checkpoint took, until its files were written and checked."""
 WANDB_ID_NAME = "wandb_run_id"
 WANDB_INIT_TIMEOUT_S = 60.0
-NOT_FOR_A_WEB_PAGE = ("environment", "setup", "sbatch")
+NOT_FOR_A_WEB_PAGE = ("environment", "setup", "sbatch", "srun")
 """Keys of the section cluster."""
 
 

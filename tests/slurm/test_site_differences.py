@@ -155,6 +155,7 @@ def test_a_chain_passes_through_a_difficult_site(
     config = cluster_config(tmp_path / "run", ("sft", "export"))
     config.cluster.partition = "main"
     config.cluster.sbatch = {"export": "NONE"}
+    config.cluster.srun = {"mpi": "none", "unbuffered": "true"}
     config.cluster.setup += [f"export SLURM_TASK_PROLOG={prolog}"]
     config.run.notify = f'echo "$VCPPO_EVENT: $VCPPO_STAGE" >> {tmp_path}/mail'
     run = write_config(config)

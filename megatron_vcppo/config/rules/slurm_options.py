@@ -22,29 +22,48 @@ OF_A_JOB = {
 )  # fmt: skip
 """Options of sbatch that the chain sets itself, or that would change what it reads from sbatch and in its logs: the
 key to set instead."""
+OF_A_STEP = {
+    "container-image": "set cluster.container_image",
+    "container-mounts": "set cluster.container_mounts",
+    "gpus-per-node": "set cluster.gpus_per_node",
+    "gres": "set cluster.sbatch.gres",
+} | dict.fromkeys(
+    (
+        "accel-bind", "chdir", "clusters", "cpus-per-gpu", "cpus-per-task", "dependency", "distribution", "error",
+        "exclude", "exclusive", "export", "gpu-bind", "gpus", "gpus-per-socket", "gpus-per-task", "help", "het-group",
+        "input", "job-name", "jobid", "kill-on-bad-exit", "label", "multi-prog", "no-allocate", "nodefile", "nodelist",
+        "nodes", "ntasks", "ntasks-per-core", "ntasks-per-gpu", "ntasks-per-node", "ntasks-per-socket", "open-mode",
+        "output", "overlap", "preserve-env", "pty", "relative", "test-only", "tres-bind", "tres-per-task", "usage",
+        "version", "wait",
+    ),
+    "remove it",
+)  # fmt: skip
+"""The same of srun: options that would change which tasks, GPUs, variables and logs a step has."""
+OWNED = {"sbatch": OF_A_JOB, "srun": OF_A_STEP}
+"""Key of the section cluster with additional options → options that it may not name."""
 
 
 def batch_script(config: Config) -> Iterator[str]:
     """No value becomes another line, option or pattern of the batch script. cluster.setup alone holds shell lines."""
     cluster = config.cluster
     values = {f"cluster.{name}": value for name, value in vars(cluster).items() if isinstance(value, str)}
-    values |= {f"cluster.sbatch.{name}": value for name, value in cluster.sbatch.items()}
+    values |= {f"cluster.{key}.{name}": value for key in OWNED for name, value in getattr(cluster, key).items()}
     for key, value in values.items():
         if found := CONTROL.search(value):
             yield f"{key} {value!r} holds the control character {found[0]!r}: remove it"
-    for name in cluster.sbatch:
-        if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-            yield f"cluster.sbatch {name!r} is not the long name of an option, such as reservation"
     for name in cluster.environment:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             yield f"cluster.environment {name!r} is not the name of a variable"
 
 
-def owned_options(config: Config) -> Iterator[str]:
-    """No additional option replaces one on which the chain relies; Slurm also takes the first letters of a name."""
-    for name in config.cluster.sbatch:
-        if owned := next((option for option in OF_A_JOB if option.startswith(name)), None):
-            yield f"cluster.sbatch.{name}: --{owned} is for the chain alone to set or leave out: {OF_A_JOB[owned]}"
+def additional_options(config: Config) -> Iterator[str]:
+    """They have long names, and none replaces one on which the chain relies; Slurm also takes the first letters."""
+    for key, owned in OWNED.items():
+        for name in getattr(config.cluster, key):
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+                yield f"cluster.{key} {name!r} is not the long name of an option, such as reservation"
+            elif option := next((option for option in owned if option.startswith(name)), None):
+                yield f"cluster.{key}.{name}: --{option} is for the chain alone to set or leave out: {owned[option]}"
 
 
 def memory(config: Config) -> Iterator[str]:
@@ -58,4 +77,4 @@ def memory(config: Config) -> Iterator[str]:
             )
 
 
-SLURM_RULES = (batch_script, owned_options, memory)
+SLURM_RULES = (batch_script, additional_options, memory)

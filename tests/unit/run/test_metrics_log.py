@@ -124,6 +124,7 @@ def test_offline_runs_keep_their_id_and_no_secret(tmp_path: Path, config: Config
     config.cluster.environment["PRIVATE"] = "do-not-publish"
     config.run.notify = "true do-not-publish"
     config.cluster.setup, config.cluster.sbatch = ["true do-not-publish"], {"comment": "do-not-publish"}
+    config.cluster.srun = {"network": "do-not-publish"}
     config.overrides = {"sft": {"cluster": {"sbatch": {"comment": "do-not-publish"}, "trainer_nodes": 1}}}
     fill(tmp_path, config, 1, 2)
     identifier = (tmp_path / WANDB_ID_NAME).read_text()
