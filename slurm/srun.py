@@ -118,6 +118,7 @@ def step(config: Config, nodes: list[str], tasks_per_node: int, cpus_per_task: i
         argv.append(f"--container-image={cluster.container_image}")
         if cluster.container_mounts:
             argv.append(f"--container-mounts={cluster.container_mounts}")
+    argv += [f"--{name}" if value == "true" else f"--{name}={value}" for name, value in cluster.srun.items()]
     return tuple(argv)
 
 

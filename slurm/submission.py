@@ -3,7 +3,7 @@
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from submitit.core.utils import FailedJobError
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import dump_config
+from megatron_vcppo.config.rules.slurm_options import CONTROL
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.launch.checks import check_inputs, check_run_folder
@@ -98,6 +99,7 @@ def executor(
         "stderr_to_stdout": True,
         "additional_parameters": extra,
     }
+    _check_one_line({**parameters, **extra, "run.dir": run.path, "cluster.python": made.python})
     made.update_parameters(**parameters)
     return made
 
@@ -112,6 +114,13 @@ def site_options(config: Config, stage: str) -> dict[str, str]:
     options["gpus-per-node"] = str(cluster.gpus_per_node or "") if "gres" not in cluster.sbatch else None
     options["mem"] = None if memory_gb is None else memory_text(memory_gb)
     return {name: value for name, value in options.items() if value} | cluster.sbatch
+
+
+def _check_one_line(parameters: Mapping[str, Any]) -> None:
+    """UserError if a value, or a name, would become another line of a batch script; only setup consists of lines."""
+    for name, value in parameters.items():
+        if name not in ("setup", "additional_parameters") and CONTROL.search(f"{name}{value}"):
+            raise UserError(f"the batch script would have a control character in {name!r}, {str(value)!r}: remove it")
 
 
 def requested_memory_gb(config: Config, stage: str) -> float | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_config
+from megatron_vcppo.config.rules.nodes import run_path_problems
 from megatron_vcppo.config.value_sources import local_overrides, profile_files
 from megatron_vcppo.data.template_check import check_chat_template
 from megatron_vcppo.data.vocabulary import check_vocabulary
@@ -85,6 +86,8 @@ def checked_stages(
     Called by every command that starts stages, before it writes or copies anything.
     """
     stages = chosen_stages(list(config.stages), first, last, only)
+    for problem in run_path_problems(str(run.path.absolute()), config.cluster.name):
+        raise UserError(problem)
     check_run_folder_free(run)
     check_inputs(config, [stage for stage in stages if not run.stage(stage).marked_done()])
     check_chat_template(Path(config.model.hf))

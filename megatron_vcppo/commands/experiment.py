@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_vcppo import __version__
 from megatron_vcppo.commands.arguments import check_not_queued, checked_stages, natural, positive, prepare, print_note
 from megatron_vcppo.config import Config
-from megatron_vcppo.config.value_sources import local_overrides
+from megatron_vcppo.config.value_sources import local_overrides, path_override
 from megatron_vcppo.errors import DONE, SAVED, UserError
 from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
 from megatron_vcppo.run import events
@@ -156,7 +156,7 @@ def plan(
     common = [*experiment.data_overrides(root), *experiment.shared_overrides]
 
     def prepared(label: str, folder: Path, seed: int, *more: str) -> Chain:
-        given = [*common, *more, *overrides, f"run.dir={folder}", f"run.seed={seed}"]
+        given = [*common, *more, *overrides, path_override("run.dir", folder), f"run.seed={seed}"]
         run, config = prepare(experiment.config, given, cluster, note=print_note)
         call = (str(experiment.config), *local_overrides(cluster), *given)
         return Chain(label, run, config, [*config.stages], call=call)

@@ -1,6 +1,7 @@
 """vcppo resume: continue a run with the stages that are not done."""
 
 import argparse
+from pathlib import Path
 
 from megatron_vcppo.commands.arguments import (
     add_run_argument,
@@ -11,6 +12,7 @@ from megatron_vcppo.commands.arguments import (
 )
 from megatron_vcppo.commands.submit import print_jobs
 from megatron_vcppo.config.sections.cluster import LOCAL
+from megatron_vcppo.config.value_sources import path_override
 from megatron_vcppo.run.config_file import open_run
 
 
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Submit the rest of the chain, or run it here."""
     folder, config = open_run(args.run_folder)
     if args.overrides:
-        folder, config = prepare(folder.config, args.overrides)
+        folder, config = prepare(folder.config, [path_override("run.dir", Path(config.run.dir)), *args.overrides])
     stages = checked_stages(folder, config, args.first, args.last, args.only)
     if config.cluster.name == LOCAL:
         from megatron_vcppo.launch.local_chain import run_chain

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_vcppo.commands.arguments import add_base_argument, check_not_queued, checked_stages, prepare, print_note
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.value_sources import path_override
 from megatron_vcppo.errors import DONE, SAVED
 from megatron_vcppo.launch.sweep_points import Point, points, read_points, write_points
 from megatron_vcppo.run.folder import RunFolder
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     parent = prepare(args.config, [*fixed, *made[0].overrides], args.cluster, note=print_note)[0].path
     chains = []
     for point in made:  # all are checked before anything is written
-        overrides = [*fixed, *point.overrides, f"run.dir={parent / point.name}"]
+        overrides = [*fixed, *point.overrides, path_override("run.dir", parent / point.name)]
         folder, config = prepare(args.config, overrides, args.cluster)
         stages = checked_stages(folder, config, args.first)
         chains.append(Chain(point, folder, config, stages, stages_to_take(folder, config, args.base, args.first)))

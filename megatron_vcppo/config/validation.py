@@ -8,9 +8,7 @@ from omegaconf import MISSING
 
 from megatron_vcppo.config.keys import all_keys
 from megatron_vcppo.config.ranges import out_of_range
-from megatron_vcppo.config.rules import RULES
-from megatron_vcppo.config.rules.layout import LAYOUT_RULES
-from megatron_vcppo.config.rules.nodes import network
+from megatron_vcppo.config.rules import RULES, STAGE_RULES
 from megatron_vcppo.config.schema import Config
 from megatron_vcppo.config.stage_overrides import overridden_stages, override_problems
 from megatron_vcppo.errors import UserError
@@ -32,12 +30,14 @@ def check_config(config: Config, complete: bool = True, place: Callable[[str], s
         found += [("", text) for text in missing_keys(config)]
     found += override_problems(config)
     if complete and not found:  # the rules rely on the ranges
-        found = [("", text) for rule in RULES for text in rule(config)]
+        of_the_chain = [text for rule in RULES for text in rule(config)]
+        found = [("", text) for text in of_the_chain]
         found += [
             (f"overrides.{stage}", f"overrides.{stage}: {text}")
             for stage, own in overridden_stages(config)
-            for rule in (*LAYOUT_RULES, network)
+            for rule in STAGE_RULES
             for text in rule(own)
+            if text not in of_the_chain
         ]
     if len(found) == 1:
         key, text = found[0]

@@ -1,5 +1,6 @@
 """Where configuration values come from: YAML files with their includes, and key=value on the command line."""
 
+import json
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -71,6 +72,11 @@ def profile_files(cluster: str | None) -> list[Path]:
 def local_overrides(cluster: str | None) -> list[str]:
     """The overrides of --cluster NAME: none except for local, which has no profile file."""
     return [f"cluster.name={LOCAL}"] if cluster == LOCAL else []
+
+
+def path_override(key: str, path: Path) -> str:
+    """``key=path`` as one argument, whose path YAML takes as it is."""
+    return f"{key}={json.dumps(str(path), ensure_ascii=False)}"
 
 
 def command_line_source(overrides: Sequence[str]) -> Source:

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.load import load_stored_config
-from megatron_vcppo.config.value_sources import CONFIGS, file_sources
+from megatron_vcppo.config.value_sources import CONFIGS, file_sources, path_override
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.report.experiment_question import Question
 from megatron_vcppo.report.run_charts import file_name
@@ -102,7 +102,7 @@ class Experiment:
             "prompts.train": "prompts_train.jsonl",
             "prompts.test": "prompts_test.jsonl",
         }
-        return [f"{key}={(folder / file).absolute()}" for key, file in files.items()]
+        return [path_override(key, (folder / file).absolute()) for key, file in files.items()]
 
     def num_taken(self, arm: Arm, stages: Sequence[str]) -> int:
         """How many of the first stages of an arm's chain come from the shared run."""

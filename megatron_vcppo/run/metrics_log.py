@@ -34,6 +34,8 @@ SAVE_TIME = "stopping/save_s"
 """How long the newest complete checkpoint took, until its files were written and checked."""
 WANDB_ID_NAME = "wandb_run_id"
 WANDB_INIT_TIMEOUT_S = 60.0
+NOT_FOR_A_WEB_PAGE = ("environment", "setup", "sbatch", "srun")
+"""Keys of the section cluster."""
 
 
 class MetricsLog:
@@ -121,8 +123,6 @@ def start_wandb(folder: Path, config: Config, stage: str) -> Any:
 
     if config.run.wandb == "online" and not wandb.api.api_key:
         raise UserError("run.wandb is online, but there is no API key: `wandb login`, or set run.wandb=offline")
-    logged = asdict(config)
-    logged["cluster"].pop("environment", None)  # a user's variables are not for a web page
     run_name = Path(config.run.dir).name
     try:
         return wandb.init(
@@ -134,11 +134,21 @@ def start_wandb(folder: Path, config: Config, stage: str) -> Any:
             name=f"{run_name}/{stage}",
             group=run_name,
             job_type=stage,
-            config=logged,
+            config=_for_a_web_page(config),
             settings=wandb.Settings(init_timeout=WANDB_INIT_TIMEOUT_S, console="off", silent=True),
         )
     except (wandb.errors.CommError, wandb.errors.UsageError) as error:
         raise UserError(f"run.wandb is {config.run.wandb}: {error}; offline works: run.wandb=offline") from None
+
+
+def _for_a_web_page(config: Config) -> dict[str, Any]:
+    """The configuration without a user's variables, shell lines and words to Slurm."""
+    values = asdict(config)
+    del values["run"]["notify"]
+    for cluster in (values["cluster"], *(own.get("cluster", {}) for own in values["overrides"].values())):
+        for key in NOT_FOR_A_WEB_PAGE:
+            cluster.pop(key, None)
+    return values
 
 
 def _wandb_id(path: Path) -> str:

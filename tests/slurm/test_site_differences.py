@@ -1,12 +1,14 @@
 """What differs from site to site: options, variables left over, output of prologs, an environment without PATH."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.rules.slurm_options import OF_A_JOB
 from megatron_vcppo.config.validation import check_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.role_commands import RoleCommands
@@ -70,6 +72,14 @@ def test_mail_is_requested_by_every_batch_script(gpus: Config) -> None:
     for stage in gpus.stages:
         found = options(gpus, stage)
         assert (found["mail-user"], found["mail-type"]) == ("me@example.org", "FAIL,INVALID_DEPEND")
+
+
+def test_what_a_batch_script_sets_itself_is_owned_or_may_be_replaced(gpus: Config) -> None:
+    replaceable = {"mem", "partition", "account", "qos", "wckey", *gpus.cluster.sbatch}
+    gpus.cluster.partition = gpus.cluster.account = gpus.cluster.qos = gpus.cluster.wckey = "x"
+    script = executor(RunFolder.of(gpus), gpus, "sft", Path("/code"), RoleCommands(), "7").script()
+    found = set(re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE))
+    assert found <= replaceable | set(OF_A_JOB) and {"dependency", "signal", "open-mode"} <= found
 
 
 def test_a_dry_run_names_the_memory_that_a_job_requests(gpus: Config) -> None:
@@ -162,6 +172,7 @@ def test_a_chain_passes_through_a_difficult_site(
     config = cluster_config(tmp_path / "run", ("sft", "export"))
     config.cluster.partition = "main"
     config.cluster.sbatch = {"export": "NONE"}
+    config.cluster.srun = {"mpi": "none", "unbuffered": "true"}
     config.cluster.setup += [f"export SLURM_TASK_PROLOG={prolog}"]
     config.run.notify = f'echo "$VCPPO_EVENT: $VCPPO_STAGE" >> {tmp_path}/mail'
     run = write_config(config)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megatron_vcppo.config.rules.slurm_options import OF_A_STEP
 from megatron_vcppo.launch.controller import RoleProcess
 from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.slurm.srun import probe_command, stage_nodes
@@ -39,6 +40,27 @@ def test_trainer_and_rollout_steps_have_their_own_layout(tmp_path: Path) -> None
     cluster.rollout_nodes = 0
     _, *colocated = steps_of(run, config, "ppo", ["a", "b"])
     assert [option(step, "nodelist") for step in colocated] == ["a", "b"]
+
+
+def test_a_sites_options_are_in_every_step(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    cluster = config.cluster
+    cluster.gpus_per_node, cluster.rollout_nodes, cluster.trainer_ranks = 8, 1, 8
+    cluster.container_image, cluster.container_mounts = "x.sqsh", "/x:/x"
+    run = write_config(config)
+
+    def commands() -> list[tuple[str, ...]]:
+        roles = [process.command for process in steps_of(run, config, "ppo", ["a", "b"])]
+        return [*roles, probe_command(config, run, RoleCommands(), ["a", "b"])]
+
+    plain = commands()
+    cluster.srun = {"mpi": "none", "unbuffered": "true"}
+    for before, after in zip(plain, commands(), strict=True):
+        assert set(after) - set(before) == {"--mpi=none", "--unbuffered"}
+        assert after.index("--unbuffered") < next(i for i, word in enumerate(after) if word.startswith("--job-name="))
+        options = [word[2:].partition("=")[0] for word in before[1:] if word.startswith("--")]
+        step = options[: options.index("job-name") + 1]
+        assert set(step) <= set(OF_A_STEP), "none of them may be replaced"
 
 
 def test_a_sites_binding_and_layout_do_not_reach_the_steps(tmp_path: Path) -> None:

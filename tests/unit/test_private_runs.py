@@ -13,9 +13,11 @@ from megatron_vcppo.commands.arguments import prepare
 from megatron_vcppo.config.load import dump_config, load_config
 from megatron_vcppo.config.sections.run import Access
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.launch.snapshot import take_snapshot
 from megatron_vcppo.run.config_file import write_config
 from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.slurm.submission import executor
 from tools.benchmarks._tiny_chains import tiny_model
 
 
@@ -111,11 +113,35 @@ def test_a_value_of_the_environment_gets_into_no_run(
         "cluster.setup=['module load x', 'export HF_TOKEN=hf_x']",
         "cluster.setup=['A=1 WANDB_API_KEY=x true']",
         "cluster.sbatch.export='ALL,HF_TOKEN=hf_x'",
+        "overrides.sft.cluster.sbatch.export='ALL,HF_TOKEN=hf_x'",
+        "overrides.sft.cluster.sbatch.comment='HF_TOKEN=x'",
+        "cluster.sbatch.comment='HF_TOKEN=x'",
+        "cluster.environment.GITHUB_PAT=x",
+        "cluster.environment.AUTH='Bearer x'",
+        "cluster.environment.DB_PASS=x",
+        "cluster.environment.HEADER='Bearer x'",
+        "cluster.environment.HEADER='Basic dXNlcjpwYXNz'",
+        "cluster.environment.HTTPS_PROXY='http://user:pass@proxy:3128'",
+        "cluster.setup=['export HF_TOKEN=\"hf_x\"', 'true']",
+        "cluster.setup=[\"export MY_PASSWD='x'\"]",
+        f"cluster.setup=['huggingface-cli login {'hf_' + 34 * 'x'}']",
+        "run.notify='HF_TOKEN=x curl https://x.org'",
+        "run.notify='curl -H \"Authorization: Bearer x\" https://x.org'",
+        "run.notify='curl -H \"Authorization: token x\" https://x.org'",
+        "run.notify='curl -H \"X-Api-Key: x\" https://x.org'",
+        "run.notify='curl --oauth2-token x https://x.org'",
+        "run.notify='curl https://x.org/?a=b&token=hf_x'",
+        "run.notify='curl https://me:pw@x.org/'",
+        "model.hf='https://x.org/model?token=hf_x'",
+        f"run.wandb_project=sk-proj-{20 * 'aA1'}",
+        "rollout.engine.extra_args=['--hf-token=x']",
+        "prompts.mix={'https://x.org/?token=x': 1.0}",
     ],
 )
 def test_a_secret_is_refused(override: str, recipe: Path) -> None:
-    with pytest.raises(UserError, match="looks like a secret"):
+    with pytest.raises(UserError, match="looks like a secret") as failure:
         load_config(recipe, [override])
+    assert str(failure.value).count("looks like a secret") == 1 and "hf_x" not in str(failure.value)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +149,16 @@ def test_a_secret_is_refused(override: str, recipe: Path) -> None:
     [
         "cluster.environment.TOKENIZERS_PARALLELISM='false'",
         "cluster.setup=['export HF_TOKEN=$(cat ~/.token)', 'export KEYBOARD=us']",
+        "cluster.setup=['export HF_TOKEN=\"$(cat ~/.token)\"', 'export HF_TOKEN=`cat ~/.token` A_KEY= B_KEY=\"\"']",
+        "run.notify='curl -H \"Authorization: Bearer `cat ~/.token`\" https://x.org'",
+        "cluster.setup=['gh auth login --with-token < ~/.token', 'export HF_TOKEN_PATH=/home/me/.token']",
+        "cluster.environment={SSH_AUTH_SOCK: /tmp/x, NVTE_COMPAT: '1', MONITOR: 'Bearer $TOKEN', BYPASSED: 'a'}",
+        'run.notify=\'curl -H "Authorization: Bearer $TOKEN" -H "X-Api-Key: \\${KEY}" https://me:$PW@x.org\'',
+        'run.notify=\'curl -s -H "Authorization: token $(cat ~/.token)" -d "$VCPPO_EVENT: x" https://x.org/a?b=c\'',
+        'run.notify=\'TOKEN=$(cat f) && curl --oauth2-bearer "$TOKEN" --data-urlencode "key=$KEY" https://x.org:80/@me\'',
+        "prompts.template='Basic arithmetic. Answer key: {prompt} tokens=5 a=b'",
+        "model.hf=models/hf_checkpoints-of-sk-learn-based-model-Version-2",
+        "sft.train='/data/key=3/x@y:z/tokens.jsonl'",
         "cluster.sbatch={reservation: big, mail-user: a@b.c, comment: 'it''s \"quoted\"'}",
     ],
 )
@@ -146,13 +182,16 @@ INJECTED = "touch /tmp/injected"
         ("cluster", "sbatch", {"comment": f"x\n{INJECTED}"}),
         ("cluster", "sbatch", {f"comment=x\n{INJECTED}\n#": "x"}),
         ("cluster", "environment", {f"A=1; {INJECTED}; B": "x"}),
+        ("overrides", "sft", {"cluster": {"partition": f"gpu\n{INJECTED}"}}),
+        ("overrides", "sft", {"cluster": {"sbatch": {"comment": f"x\n{INJECTED}"}}}),
+        ("overrides", "sft", {"cluster": {"sbatch": {f"comment=x\n{INJECTED}\n#": "x"}}}),
     ],
 )
 def test_no_value_becomes_a_line_of_the_batch_script(
     section: str, key: str, value: object, recipe: Path, tmp_path: Path, capsys
 ) -> None:
     values = yaml.safe_load(recipe.read_text())
-    values[section][key] = value
+    values.setdefault(section, {})[key] = value
     recipe.write_text(yaml.safe_dump(values))
     before = sorted(tmp_path.rglob("*"))
     assert main(["submit", str(recipe), "--dry-run"]) == 2
@@ -160,10 +199,68 @@ def test_no_value_becomes_a_line_of_the_batch_script(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("partition", "gpu\nx"),
+        ("qos", "a\rx"),
+        ("wckey", "x\n"),
+        ("sbatch", {"comment": "\n"}),
+        ("sbatch", {"a\n": "x"}),
+    ],
+)
+def test_no_parameter_becomes_a_line_whoever_made_the_configuration(key: str, value: object, recipe: Path) -> None:
+    run, config = prepare(recipe, [])
+    setattr(config.cluster, key, value)
+    with pytest.raises(UserError, match="the batch script would have a control character"):
+        executor(run, config, "sft", run.code, RoleCommands(), None)
+
+
+def test_a_run_folder_and_an_interpreter_are_no_lines_either(recipe: Path, tmp_path: Path) -> None:
+    run, config = prepare(recipe, [])
+    for folder, python in (("a\nb", "python"), ("a", "python\nx")):
+        with pytest.raises(UserError, match="the batch script would have a control character"):
+            executor(RunFolder(tmp_path / folder), config, "sft", run.code, RoleCommands(python=python), None)
+
+
 @pytest.mark.parametrize("name", ["%j", "a%b", "a:b", "a\\b", "", " ", "~nobody/x"])
 def test_a_name_that_slurm_or_python_would_read_otherwise_is_refused(name: str, recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run\.dir"):
         load_config(recipe, [f"run.dir='{name}'"])
+
+
+UNREADABLE = ["a%j", "a:b", "a\\b", "a\nb"]
+
+
+@pytest.mark.parametrize("given", ["runs/x", "~/x", "."])
+@pytest.mark.parametrize("name", UNREADABLE)
+@pytest.mark.parametrize("command", [["submit"], ["submit", "--dry-run"], ["sweep", "run.seed=[0,1]"]])
+def test_the_folders_above_a_run_are_read_as_its_name_is(
+    command: list[str], name: str, given: str, recipe: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder))
+    assert main([command[0], str(recipe), *command[1:], f"run.dir={given}"]) == 2
+    error = capsys.readouterr().err
+    assert str(folder)[:-3] in error and "choose another name" in error and len(error.splitlines()) == 1
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("overrides", [[], ["sft.steps=500"]])
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_run_that_was_renamed_so_is_not_submitted(
+    name: str, overrides: list[str], recipe: Path, tmp_path: Path, capsys
+) -> None:
+    run, config = prepare(recipe, [])
+    run.make()
+    write_config(run, config)
+    renamed = run.path.rename(tmp_path / name)
+    before = sorted(renamed.rglob("*"))
+    assert main(["resume", str(renamed), *overrides]) == 2
+    error = capsys.readouterr().err
+    assert "choose another name" in error and sorted(renamed.rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", ["two words", "it's", 'a"b', "$HOME", "a;b", "`id`", "x&y"])

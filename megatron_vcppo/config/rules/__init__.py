@@ -8,8 +8,14 @@ what needs files in launch/checks.py.
 from collections.abc import Callable, Iterator
 
 from megatron_vcppo.config.rules.layout import LAYOUT_RULES
-from megatron_vcppo.config.rules.nodes import NODE_RULES
+from megatron_vcppo.config.rules.nodes import NODE_RULES, network
+from megatron_vcppo.config.rules.slurm_options import SLURM_RULES
 from megatron_vcppo.config.rules.stages import CHAIN_RULES
+from megatron_vcppo.config.rules.stored_secrets import secrets
 from megatron_vcppo.config.schema import Config
 
-RULES: tuple[Callable[[Config], Iterator[str]], ...] = (*LAYOUT_RULES, *NODE_RULES, *CHAIN_RULES)
+Rules = tuple[Callable[[Config], Iterator[str]], ...]
+
+RULES: Rules = (*LAYOUT_RULES, *NODE_RULES, *SLURM_RULES, secrets, *CHAIN_RULES)
+STAGE_RULES: Rules = (*LAYOUT_RULES, network, *SLURM_RULES)
+"""Those about keys that a stage may have a value of its own for (``overrides``)."""

@@ -4,16 +4,12 @@ import re
 from collections.abc import Iterator
 
 from megatron_vcppo.config.network import is_address, is_loopback, num_nodes
+from megatron_vcppo.config.rules.slurm_options import CONTROL
 from megatron_vcppo.config.schema import Config
 from megatron_vcppo.config.sections.cluster import LOCAL
 
 INTERFACE = re.compile(r"[^\s/,^=]{1,15}")
 """Interface names that Linux allows, without the characters of NCCL's and gloo's lists and patterns."""
-SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
-"""A variable with a part that ends so holds a secret, such as HF_TOKEN; TOKENIZERS_PARALLELISM has no such part."""
-SET_VARIABLE = re.compile(r"(?:^|[\s;,&|])([A-Za-z_]\w*)=(?!\$)\S")
-"""A variable that a shell line, or a list for sbatch's --export, sets to something that stands there."""
-CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 NO_PATH_IN_A_JOB = {"%": "Slurm replaces it in the names of logs", ":": "it separates the folders of PYTHONPATH"}
 NO_PATH_IN_A_JOB["\\"] = "Slurm reads it as the end of a pattern"
 
@@ -70,44 +66,26 @@ def python_path(config: Config) -> Iterator[str]:
         )
 
 
-def secrets(config: Config) -> Iterator[str]:
-    """No secrets in a stored configuration."""
-    cluster = config.cluster
-    set_in = [(f"cluster.environment.{name}", name) for name in cluster.environment]
-    for key, lines in (("cluster.setup", cluster.setup), ("cluster.sbatch.export", [cluster.sbatch.get("export", "")])):
-        set_in += [(f"{key}: {name}", name) for text in lines for name in SET_VARIABLE.findall(text)]
-    for where, name in set_in:
-        if any(part.endswith(SECRET_WORDS) for part in name.upper().split("_")):
-            yield (
-                f"{where} looks like a secret, and configurations are stored where others can read "
-                f"them: export {name} in the shell that submits"
-            )
-
-
-def batch_script(config: Config) -> Iterator[str]:
-    """No value becomes another line, option or pattern of the batch script. cluster.setup alone holds shell lines."""
-    cluster = config.cluster
-    values = {f"cluster.{name}": value for name, value in vars(cluster).items() if isinstance(value, str)}
-    values |= {f"cluster.sbatch.{name}": value for name, value in cluster.sbatch.items()}
-    for key, value in {"run.dir": config.run.dir, **values}.items():
-        if found := CONTROL.search(value):
-            yield f"{key} {value!r} holds the control character {found[0]!r}: remove it"
-    for name in cluster.sbatch:
-        if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-            yield f"cluster.sbatch {name!r} is not the long name of an option, such as reservation"
-    for name in cluster.environment:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            yield f"cluster.environment {name!r} is not the name of a variable"
-
-
 def run_folder(config: Config) -> Iterator[str]:
-    """run.dir is a path that Slurm, the shell and Python all read alike."""
+    """run.dir, as it is written, names a folder."""
     path = config.run.dir
     if not path.strip():
         yield f"run.dir {path!r} is empty: name a folder, such as runs/first"
     elif re.match(r"~[^/]", path):
         yield f"run.dir {path!r}: write the path of that home in full; only ~/ is replaced"
-    elif config.cluster.name != LOCAL:
+    else:
+        yield from run_path_problems(path, config.cluster.name)
+
+
+def run_path_problems(path: str, cluster: str) -> Iterator[str]:
+    """A path of a run that Slurm, the shell and Python do not read alike; cluster: cluster.name.
+
+    ``checked_stages`` (commands/arguments.py) applies it to the absolute path, whose upper folders no configuration
+    names.
+    """
+    if found := CONTROL.search(path):
+        yield f"run.dir {path!r} holds the control character {found[0]!r}: choose another name"
+    if cluster != LOCAL:
         for character, why in NO_PATH_IN_A_JOB.items():
             if character in path:
                 yield f"run.dir {path!r} must not hold {character!r} on a cluster ({why}): choose another name"
@@ -123,15 +101,4 @@ def time_limits(config: Config) -> Iterator[str]:
         )
 
 
-def memory(config: Config) -> Iterator[str]:
-    """A job requests memory per node or per CPU or GPU."""
-    per_node = config.cluster.memory_per_node_gb
-    for name in config.cluster.sbatch if per_node else ():
-        if name.replace("_", "-") in ("mem", "mem-per-cpu", "mem-per-gpu"):
-            yield (
-                f"cluster.sbatch.{name} and cluster.memory_per_node_gb {per_node:g} both request memory: set "
-                "cluster.memory_per_node_gb=null, or remove the option"
-            )
-
-
-NODE_RULES = (network, node_cache, container, python_path, secrets, batch_script, run_folder, time_limits, memory)
+NODE_RULES = (network, node_cache, container, python_path, run_folder, time_limits)

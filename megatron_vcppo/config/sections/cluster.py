@@ -81,6 +81,8 @@ class ClusterConfig:
     """Additional sbatch options by long name, such as {constraint: ib, exclusive: "true", mem-per-cpu: 8G}. gres (such
     as gpu:h100:8) replaces the request that follows from gpus_per_node, also that of every srun step; export, which
     requests no GPUs, leaves it and exclusive out."""
+    srun: dict[str, str] = field(default_factory=dict)
+    """Additional options of every srun step by long name, such as {mpi: none, network: no_vni, unbuffered: "true"}."""
     rollout_restarts: NonNegativeInt = 5
     """Restarts of one rollout node's engines within a job if they die while the trainer lives."""
     crash_retries: NonNegativeInt = 2

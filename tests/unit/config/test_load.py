@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_vcppo.config.keys import all_keys, nearest_key
 from megatron_vcppo.config.load import config_hash, dump_config, load_config
-from megatron_vcppo.config.value_sources import CONFIGS
+from megatron_vcppo.config.value_sources import CONFIGS, command_line_source, path_override
 from megatron_vcppo.errors import UserError
 
 PARTS = ("models", "cluster", "recipes")
@@ -176,3 +176,9 @@ def test_a_slip_of_one_letter_is_recognised(name: str, position: int, letter: st
     near = nearest_key(slip)
     assert near is not None
     assert near.split(".")[0] == name.split(".")[0] or near.rpartition(".")[2] == last
+
+
+@pytest.mark.parametrize("name", ["a b", "a #b", "a: b", "a\nb", "'x'", 'a"b', "[a]", "1", "ä", "a\\nb", "{x}"])
+def test_a_path_that_a_command_gives_is_taken_as_it_is(name: str) -> None:
+    """Sweeps and experiments name the folders of their runs."""
+    assert command_line_source([path_override("run.dir", Path(name))]).values.run.dir == name

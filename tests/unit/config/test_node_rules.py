@@ -1,8 +1,11 @@
 """Keys of the section cluster that cannot work as they are written."""
 
+import re
+
 import pytest
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.rules.slurm_options import OF_A_JOB, OF_A_STEP
 from megatron_vcppo.config.validation import check_config
 from megatron_vcppo.errors import UserError
 
@@ -80,4 +83,44 @@ def test_a_python_path_that_hides_the_submitted_code_is_refused(config: Config) 
     config.cluster.environment = {"PYTHONPATH": "/shared/mine"}
     assert "'export PYTHONPATH=/shared/mine' into cluster.setup" in error_of(config)
     config.cluster.name = "local"
+    check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        *(("sbatch", name) for name in (*OF_A_JOB, "sig", "dep", "out", "o", "requ")),
+        *(("srun", name) for name in (*OF_A_STEP, "exp", "over", "gpus-per", "n")),
+    ],
+)
+def test_options_on_which_the_chain_relies_are_not_replaced(config: Config, key: str, name: str) -> None:
+    setattr(config.cluster, key, {name: "1"})
+    assert re.match(
+        rf"cluster\.{key}\.{name}: --{name}.* is for the chain alone to set or leave out: ", error_of(config)
+    )
+    setattr(config.cluster, key, {})
+    config.overrides = {"sft": {"cluster": {key: {name: "1"}}}}
+    assert error_of(config).startswith(f"overrides.sft: cluster.{key}.{name}: --{name}")
+
+
+@pytest.mark.parametrize(("name", "value"), [("a b", "x"), ("N", "2"), ("mpi", "x\ny"), ("mpi=x --export", "NONE")])
+def test_what_is_no_option_of_a_step_is_refused(config: Config, name: str, value: str) -> None:
+    config.cluster.srun = {name: value}
+    assert error_of(config).startswith("cluster.srun")
+
+
+def test_a_refused_option_names_the_key_to_set(config: Config) -> None:
+    config.cluster.sbatch = {"nodes": "3"}
+    assert error_of(config).endswith("alone to set or leave out: set cluster.trainer_nodes and cluster.rollout_nodes")
+
+
+def test_options_of_sites_pass(config: Config) -> None:
+    names = (
+        "acctg-freq begin comment constraint contiguous cpu-freq deadline exclude exclusive export gres gres-flags hint"
+    )
+    names += " hold licenses mail-type mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu network nice nodelist"
+    names += " partition account prefer priority qos reservation switches threads-per-core time-min tmp wait-all-nodes"
+    config.cluster.sbatch = dict.fromkeys(names.split(), "1")
+    names = "mpi network cpu-bind mem-bind unbuffered exact container-name container-writable task-prolog mem time"
+    config.cluster.srun = dict.fromkeys(names.split(), "1")
     check_config(config)

@@ -155,3 +155,14 @@ def test_a_stage_starts_as_many_ranks_as_its_own_layout_has(tmp_path: Path) -> N
         ranks = [process for process in processes if process.role == "trainer"]
         assert {process.env["WORLD_SIZE"] for process in ranks} == {str(len(ranks))}
     assert started == {"sft": ["trainer"] * 3, "ppo": ["trainer"] * 2 + ["rollout"]}
+
+
+def test_rules_about_requests_are_for_a_stages_own_values_too(tmp_path: Path) -> None:
+    """A chain that requests memory per CPU, a stage that requests it per node."""
+    cluster = CHAIN["cluster"] | {"sbatch": {"mem-per-cpu": "8G"}}
+    own = {"ppo": {"cluster": {"memory_per_node_gb": 100}}}
+    with pytest.raises(UserError, match=r"overrides\.ppo: cluster\.sbatch\.mem-per-cpu and .* 100 both request memory"):
+        load(tmp_path, own, cluster=cluster)
+    with pytest.raises(UserError, match=r"memory_per_node_gb 9 both request memory") as failure:
+        load(tmp_path, {"ppo": {"cluster": {"trainer_nodes": 2}}}, cluster=cluster | {"memory_per_node_gb": 9})
+    assert "overrides" not in str(failure.value), "the chain's problem is not repeated"

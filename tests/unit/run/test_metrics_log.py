@@ -122,6 +122,10 @@ def wandb_records(path: Path) -> tuple[set[str], list[int]]:
 def test_offline_runs_keep_their_id_and_no_secret(tmp_path: Path, config: Config) -> None:
     config.run.wandb, config.run.wandb_project = "offline", "my-own-project"
     config.cluster.environment["PRIVATE"] = "do-not-publish"
+    config.run.notify = "true do-not-publish"
+    config.cluster.setup, config.cluster.sbatch = ["true do-not-publish"], {"comment": "do-not-publish"}
+    config.cluster.srun = {"network": "do-not-publish"}
+    config.overrides = {"sft": {"cluster": {"sbatch": {"comment": "do-not-publish"}, "trainer_nodes": 1}}}
     fill(tmp_path, config, 1, 2)
     identifier = (tmp_path / WANDB_ID_NAME).read_text()
     fill(tmp_path, config, 3, 3, resume=2)
