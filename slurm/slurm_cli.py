@@ -256,9 +256,9 @@ def check_slurm_installed() -> None:
 
 
 def some_nodes_are_out() -> bool:
-    """Whether nodes are down or drained just now, of any partition."""
+    """Whether nodes are down or drained just now, or not heard of since slurmctld started, of any partition."""
     try:
-        answer = slurm("sinfo", "-h", "-N", "-t", "down,drain", "-o", f"{ANSWER}%N")
+        answer = slurm("sinfo", "-h", "-N", "-t", "down,drain,unk", "-o", f"{ANSWER}%N")
         return bool(marked(answer, ANSWER))
     except UserError:
         return False

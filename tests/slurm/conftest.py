@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.devcluster import DevCluster, missing_programs
 from tools.benchmarks._tiny_chains import processes_with, tiny_config, wait_until, write_config
@@ -33,7 +34,14 @@ def dev_cluster() -> Iterator[DevCluster]:
 
 @pytest.fixture
 def cluster(dev_cluster: DevCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[DevCluster]:
-    """The cluster with its environment set, and without jobs afterwards."""
+    """The cluster with its environment set, and without jobs afterwards; a new one if a test has left it broken."""
+    try:
+        dev_cluster.wait_idle(dev_cluster.node_names)
+    except UserError as error:
+        log = (dev_cluster.root / "log" / "slurmctld.log").read_text().splitlines()[-40:]
+        print(f"left by the test before: {error}", dev_cluster.command("sinfo", "-N", "-l").stdout, *log, sep="\n")
+        dev_cluster.down()
+        dev_cluster.up(nodes=4)
     for name, value in dev_cluster.environment.items():
         monkeypatch.setenv(name, value)
     yield dev_cluster
