@@ -22,9 +22,12 @@ LENGTH_DROP = 0.33
 POSITION_BIAS = 0.5
 # Of the returns' variance. A critic that knows nothing is at 0, and a little below it where its mean lags behind a
 # policy that gets better, which harms nobody.
-UNEXPLAINED = 0.02
+UNEXPLAINED = 0.05
 # With λ_critic = 1 and γ = 1 the share is 1; below 1 % the outcome is lost in the critic's own error.
 TERMINAL_SHARE = 0.01
+# In standard deviations of the rewards: how far the first token's value may be from their mean. A pretrained critic
+# whose targets decay lags behind a policy that gets better by up to 0.85; one that starts wrong stays so, by 1.3 to 2.
+FIRST_VALUE_ERROR = 1.0
 # Scatter around the straight trend, relative to the mean loss.
 OSCILLATION = 0.3
 TRUNCATED_SHARE = 0.3
@@ -212,14 +215,23 @@ def _value_misalignment(history: History, worst_reward: float | None) -> Finding
 
 
 def _reward_decay(history: History) -> Finding:
-    name, metric = "reward_decay", "critic/terminal_share_first_token"
+    """The outcome does not reach the first token's target, and its value shows it: a sound critic bears decay."""
+    name, metric, value = "reward_decay", "critic/terminal_share_first_token", "critic/value_first_token"
     shares = _series(history, metric)[1]
     if not shares:
         return _unknown(name, metric, 0)
     share = _mean(shares[-_RECENT:])
+    needed = (value, "rollout/reward_mean", "rollout/reward_std")
+    rows = [row for row in history if all(_has(row, key) for key in needed) and row["rollout/reward_std"] > 0]
+    errors = [(row[value] - row["rollout/reward_mean"]) / row["rollout/reward_std"] for row in rows]
+    if share < TERMINAL_SHARE and not errors:
+        return _unknown(name, value, 0)
+    error = _mean(errors[-_RECENT:]) if errors else 0.0
     evidence = f"share of the final reward in the critic target of the first token: {share:.2g}"
+    if errors:
+        evidence += f"; its value is {error:+.2f} σ of the rewards from their mean"
     advice = "set λ_critic = 1 (with γ = 1), so that critic targets are undiscounted returns; keep λ_actor below 1"
-    return _finding(name, share < TERMINAL_SHARE, evidence, advice)
+    return _finding(name, share < TERMINAL_SHARE and abs(error) > FIRST_VALUE_ERROR, evidence, advice)
 
 
 def _value_loss_oscillation(history: History) -> Finding:

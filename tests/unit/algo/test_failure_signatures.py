@@ -37,7 +37,7 @@ def test_a_collapsing_run_is_named_with_its_numbers():
     history = _history(
         rollout__length_mean=lengths,
         rollout__truncated_share=[0.0] * 10,
-        critic__explained_variance=[-0.05] * 10,
+        critic__explained_variance=[-0.08] * 10,
         critic__value_first_token=[-2.65] * 10,
         critic__value_loss=[1.0 - 0.05 * i for i in range(10)],
         critic__terminal_share_first_token=[0.95**n for n in (91, 89, 73, 50, 29, 17, 9, 5, 4, 4)],
@@ -70,10 +70,20 @@ def test_a_sound_run_has_no_findings():
     assert set(states.values()) == {"absent"}
 
 
-def test_reward_decay_depends_on_the_critics_lambda():
-    decayed = _history(critic__terminal_share_first_token=[0.95**1000] * 3)
-    assert _states(decayed)["reward_decay"] == "found"
-    assert _states(_history(critic__terminal_share_first_token=[1.0] * 3))["reward_decay"] == "absent"
+@pytest.mark.parametrize(
+    ("share", "value", "state"),
+    [
+        (0.95**1000, -2.0, "found"),
+        (0.95**1000, -0.9, "absent"),  # a pretrained critic's
+        (1.0, -2.0, "absent"),
+        (1.0, math.nan, "absent"),
+        (0.95**1000, math.nan, "unknown"),
+    ],
+)
+def test_reward_decay_is_a_target_without_the_outcome_and_a_value_that_shows_it(share, value, state):
+    rewards = {"rollout__reward_mean": [-0.2] * 3, "rollout__reward_std": [0.98] * 3}
+    history = _history(critic__terminal_share_first_token=[share] * 3, critic__value_first_token=[value] * 3, **rewards)
+    assert _states(history)["reward_decay"] == state
 
 
 @pytest.mark.parametrize(
