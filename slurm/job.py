@@ -20,6 +20,7 @@ from megatron_vcppo.launch.notify import announce
 from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.launch.save_timing import save_clock
 from megatron_vcppo.run import events
+from megatron_vcppo.run.access import follow
 from megatron_vcppo.run.config_file import open_run
 from megatron_vcppo.run.events import process_age_s
 from megatron_vcppo.run.folder import RunFolder
@@ -72,6 +73,7 @@ class StageJob:
         """The stage in this allocation; returns its exit code."""
         signals = note_signals()
         run, config = open_run(self.run)
+        follow(config.run.access)
         config = job_config(config, self.stage)
         hosts = submitit.JobEnvironment().hostnames
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))

@@ -24,6 +24,7 @@ from megatron_vcppo.rollout.node_folder import NodeFolder, remove_stale
 from megatron_vcppo.rollout.rendezvous import SECRET
 from megatron_vcppo.rollout.supervisor import Limits, Slot, run
 from megatron_vcppo.run import log
+from megatron_vcppo.run.access import follow
 from megatron_vcppo.run.files import read_json
 from megatron_vcppo.run.processes import has_gpu_driver
 from megatron_vcppo.run.secret import make_secret
@@ -45,6 +46,7 @@ def main() -> int:
         signal.signal(number, lambda *_: stopping.set())
     try:
         config = stage_config(load_stored_config(args.config, complete=False), args.stage)  # checked when the run began
+        follow(config.run.access)
         os.environ.update(node_environment(config.cluster))
         shared = None
         if engine_placement(config) == "trainer_gpus":

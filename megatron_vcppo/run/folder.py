@@ -14,7 +14,7 @@ from typing import Any, Literal
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.sections.run import Access
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.files import read_json, read_json_lines
+from megatron_vcppo.run.files import read_json, read_json_lines, remove
 from megatron_vcppo.run.manifest import MANIFEST_NAME, path_inside, read_manifest, verify_manifest, write_manifest
 
 STATE_NAME = "state.json"
@@ -293,6 +293,17 @@ class RunFolder:
             raise UserError(f"run.dir {self.path}: {error.strerror}") from None
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise UserError(f"run.dir {self.path}: cannot be written: {os.strerror(errno.EACCES)}")
+
+    @contextmanager
+    def removed_if_new(self) -> Iterator[None]:
+        """Where the block raises, a folder that it made is removed with what was written into it."""
+        before = self.path.exists()
+        try:
+            yield
+        except BaseException:
+            if not before:
+                remove(self.path)
+            raise
 
     def open_to(self, access: Access) -> None:
         """Let only the user, or also read the folder's group, into the run. For the holder of the lock.
