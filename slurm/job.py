@@ -57,7 +57,7 @@ class StageJob:
     def run_and_announce(self) -> int:
         """The stage, its end told to whom run.notify names; returns its exit code."""
         try:
-            with RunFolder(self.run).full_disk_named():
+            with RunFolder(self.run).storage_errors_named():
                 code = self.run_here()
         except UserError as error:
             say(f"error: {error}")

@@ -175,7 +175,7 @@ def run_chain(
     run.make()
     with (
         speaking_as("controller"),
-        run.full_disk_named(),
+        run.storage_errors_named(),
         following(config.run.access),
         run.locked(),
         stop_requests() as count,

@@ -14,7 +14,7 @@ def main() -> int:
     from megatron_vcppo.config.load import load_stored_config
     from megatron_vcppo.config.network import node_environment
     from megatron_vcppo.config.stage_overrides import stage_config
-    from megatron_vcppo.errors import DONE, SAVED, USER_ERROR, UserError, system_error
+    from megatron_vcppo.errors import DONE, FAILED, PASSING, SAVED, USER_ERROR, UserError, system_error
     from megatron_vcppo.run import log
     from megatron_vcppo.run.access import follow
     from megatron_vcppo.run.events import startup
@@ -43,7 +43,7 @@ def main() -> int:
         if found is None:
             raise
         log.say(f"error: {found}")
-        return USER_ERROR
+        return FAILED if error.errno in PASSING else USER_ERROR
     except Saved as saved:
         if rank == 0:
             log.say(f"{arguments.stage}: {saved}")
