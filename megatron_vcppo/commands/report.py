@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from megatron_vcppo.config.sections.run import Access
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.errors import UserError, storage_error
 from megatron_vcppo.run.log import printable
 
 if TYPE_CHECKING:
@@ -139,4 +139,6 @@ def write(out: Path, content: bytes, option: str) -> None:
     try:
         write_bytes(out, content)
     except OSError as error:
+        if found := storage_error(error, str(out), "run the same command again"):
+            raise found from None
         raise UserError(f"{out}: cannot write: {error.strerror}; choose another place with {option}") from None
