@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from megatron_vcppo import __version__
 from megatron_vcppo.errors import FAILED, SIGNALLED, USER_ERROR, UserError, system_error
+from megatron_vcppo.run.access import writable_by_user_only
 from megatron_vcppo.run.log import printable
 
 COMMANDS = {
@@ -75,8 +76,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns its exit code. A UserError becomes one line and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Nobody else writes into a run, whose files are also code. All processes of a stage, and jobs, inherit this.
-    os.umask(os.umask(0o077) | 0o022)
+    writable_by_user_only()
     try:
         args = parse(arguments)
         return int(args.run(args))

@@ -12,10 +12,16 @@ class UserError(ValueError):
     """
 
 
-_OF_THE_SYSTEM = {
-    errno.ENOSPC: "make room, then run the same command again",
-    errno.EDQUOT: "make room, then run the same command again",
+_OF_THE_STORAGE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room in your quota",
     errno.EFBIG: "make room, or raise the limit on the size of files",
+    errno.ESTALE: "see that its file system is mounted and its server up",
+    errno.EIO: "see that its disk or server works (dmesg)",
+}
+PASSING = (errno.ESTALE, errno.EIO)
+"""May be gone when the same is tried again, which a stage does by itself."""
+_OF_THE_SYSTEM = {
     errno.EROFS: "it is read-only",
     errno.EACCES: "check its permissions",
     errno.EPERM: "check its permissions",
@@ -34,10 +40,23 @@ def system_error(error: OSError) -> UserError | None:
     For the outermost handler of a process: full disks, permissions, files where folders are expected, and the like can
     come from every read and write, so no call handles them by itself.
     """
+    if found := storage_error(error, "a file", "run the same command again"):
+        return found
     advice = _OF_THE_SYSTEM.get(error.errno or 0)
-    if advice is None or (error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+    if advice is None or error.filename is None:
         return None
-    return UserError(f"{error.filename or 'a file'}: {error.strerror}: {advice}")
+    return UserError(f"{error.filename}: {error.strerror}: {advice}")
+
+
+def storage_error(error: OSError, where: str, then: str) -> UserError | None:
+    """A storage that is full or fails, in one line; None for other errors.
+
+    where: for an error that names no file. then: what to do once the storage works.
+    """
+    advice = _OF_THE_STORAGE.get(error.errno or 0)
+    if advice is None or (error.errno == errno.EIO and error.filename is None):  # a terminal that is gone
+        return None
+    return UserError(f"{error.filename or where}: {error.strerror}: {advice}, then {then}")
 
 
 class Stopped(Exception):

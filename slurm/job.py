@@ -20,6 +20,7 @@ from megatron_vcppo.launch.notify import announce
 from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.launch.save_timing import save_clock
 from megatron_vcppo.run import events
+from megatron_vcppo.run.access import follow
 from megatron_vcppo.run.config_file import open_run
 from megatron_vcppo.run.events import process_age_s
 from megatron_vcppo.run.folder import RunFolder
@@ -57,7 +58,7 @@ class StageJob:
     def run_and_announce(self) -> int:
         """The stage, its end told to whom run.notify names; returns its exit code."""
         try:
-            with RunFolder(self.run).full_disk_named():
+            with RunFolder(self.run).storage_errors_named():
                 code = self.run_here()
         except UserError as error:
             say(f"error: {error}")
@@ -73,6 +74,7 @@ class StageJob:
         """The stage in this allocation; returns its exit code."""
         signals = note_signals()
         run, config = open_run(self.run)
+        follow(config.run.access)
         config = job_config(config, self.stage)
         hosts = submitit.JobEnvironment().hostnames
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))

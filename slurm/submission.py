@@ -21,7 +21,9 @@ from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
 from megatron_vcppo.launch.save_timing import signal_margin_s
 from megatron_vcppo.launch.snapshot import take_snapshot
 from megatron_vcppo.run import events
+from megatron_vcppo.run.access import following
 from megatron_vcppo.run.config_file import config_undone, write_config
+from megatron_vcppo.run.files import replacing
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.job import StageJob
 from megatron_vcppo.slurm.slurm_cli import (
@@ -191,20 +193,24 @@ def dry_run(run: RunFolder, config: Config, stages: list[str], role_commands: Ro
     """
     needs = check_inputs(config, pending_stages(run, stages))
     folder = run.slurm / "dry_run"
-    check_run_folder(run)
-    if not run.config.exists():
-        write_config(run, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    before, graph = None, []
+    before, graph, texts = None, [], {}
     for stage in pending_stages(run, stages):
         made = executor(run, config, stage, run.code / "SNAPSHOT", role_commands, before and f"JOB_OF_{before}")
-        (folder / f"{stage}.sh").write_text(made.script(), encoding="utf-8")
+        texts[f"{stage}.sh"] = made.script()
         line = f"{stage}: {stage_nodes(config, stage)} nodes, about {needs[stage]:.0f} GiB per rank, "
         line += f"requested main memory: {memory_request(config, stage)}"
         graph.append(line + (f", after the success of {before}" if before else ""))
         before = stage
-    RunFolder(folder).config.write_text(dump_config(config), encoding="utf-8")
-    (folder / "graph.txt").write_text("\n".join(graph) + "\n", encoding="utf-8")
+    texts |= {RunFolder(folder).config.name: dump_config(config), "graph.txt": "\n".join(graph) + "\n"}
+    with following(config.run.access), run.removed_if_new():
+        check_run_folder(run)
+        if not run.config.exists():
+            write_config(run, config)
+        folder.parent.mkdir(exist_ok=True)
+        with replacing(folder) as temporary:
+            temporary.mkdir()
+            for name, text in texts.items():
+                (temporary / name).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -222,7 +228,7 @@ def submit(
     """
     check_slurm_installed()
     check_run_folder(run)
-    with run.locked():
+    with following(config.run.access), run.locked():
         check_not_active(run)
         todo = pending_stages(run, stages)
         if not todo:

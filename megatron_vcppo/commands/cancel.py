@@ -16,12 +16,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """scancel, dependents first."""
     from megatron_vcppo.run import events
+    from megatron_vcppo.run.access import following
     from megatron_vcppo.slurm.submission import active_jobs, cancel_jobs
 
-    folder, _ = open_run(args.run_folder)
+    folder, config = open_run(args.run_folder)
     jobs = sorted((state.job_id for state in active_jobs(folder)), key=int)
     cancel_jobs(jobs)
     if jobs:
-        events.append(folder.path, "cancelled", jobs=jobs)
+        with following(config.run.access):
+            events.append(folder.path, "cancelled", jobs=jobs)
     print(f"cancelled: {', '.join(jobs)}" if jobs else "nothing to cancel: no job of this run is active")
     return 0

@@ -23,13 +23,14 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcppo.commands.list_runs import size_text
     from megatron_vcppo.errors import UserError
     from megatron_vcppo.run import events
+    from megatron_vcppo.run.access import following
     from megatron_vcppo.run.cleaning import clean, removable
     from megatron_vcppo.run.config_file import open_run
     from megatron_vcppo.run.log import printable
     from megatron_vcppo.slurm.submission import active_jobs
 
     folder, config = open_run(args.run_folder)
-    with folder.locked():
+    with following(config.run.access), folder.locked():
         unfinished = not all(folder.stage(stage).marked_done() for stage in config.stages)
         if unfinished and (active := active_jobs(folder)):
             jobs = ", ".join(f"{state.job_id} ({state.state})" for state in active)

@@ -4,9 +4,10 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.config.sections.run import Access
+from megatron_vcppo.errors import UserError, storage_error
 from megatron_vcppo.run.log import printable
 
 if TYPE_CHECKING:
@@ -36,12 +37,14 @@ def run(args: argparse.Namespace) -> int:
     """Read, draw, write, print where and what was diagnosed."""
     runs = read_runs(args.run_folders)
     from megatron_vcppo.report.page import render  # matplotlib: after the user's mistakes
+    from megatron_vcppo.run.access import following
 
     if args.figures:
         make_folder(args.figures)
     out = args.out or args.run_folders[0] / ("report.html" if len(runs) == 1 else "comparison.html")
     page = render(runs, written_at=time.strftime("%Y-%m-%d %H:%M")).encode()
-    write(out, page, "--out")
+    with following("as_is" if args.out else access_of(args.run_folders[0])):
+        write(out, page, "--out")
     print(printable(f"{out}: {len(page) / 1000:,.0f} kB"))
     if args.figures:
         print(printable(f"{args.figures}: {write_figures(args.figures, runs)} charts, each as SVG and PDF"))
@@ -50,6 +53,15 @@ def run(args: argparse.Namespace) -> int:
             if finding.state == "found":
                 print(f"{one.name}: {finding.signature}: {finding.evidence}")
     return 0
+
+
+def access_of(folder: Path) -> Access:
+    """Who may read what is written into the run, which may be from elsewhere."""
+    from megatron_vcppo.report.run_data import read_config
+
+    section = read_config(folder).get("run")
+    access = section.get("access") if isinstance(section, dict) else None
+    return next((known for known in get_args(Access) if known == access), "as_is")
 
 
 def read_runs(folders: Sequence[Path]) -> "list[RunData]":
@@ -127,4 +139,6 @@ def write(out: Path, content: bytes, option: str) -> None:
     try:
         write_bytes(out, content)
     except OSError as error:
+        if found := storage_error(error, str(out), "run the same command again"):
+            raise found from None
         raise UserError(f"{out}: cannot write: {error.strerror}; choose another place with {option}") from None

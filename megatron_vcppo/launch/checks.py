@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_vcppo.config import Config
@@ -11,7 +12,7 @@ from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.data.named_sources import check_named, named_source
 from megatron_vcppo.data.readers import check_source
 from megatron_vcppo.data.vocabulary import check_vocabulary
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.errors import UserError, storage_error
 from megatron_vcppo.hf.adapters import check_model
 from megatron_vcppo.hf.architecture import Architecture
 from megatron_vcppo.hf.convert.folders import iteration_folder, small_files
@@ -149,4 +150,8 @@ def check_run_folder(run: RunFolder) -> None:
         probe.write_text("x")
         probe.unlink()
     except OSError as error:
+        with suppress(OSError):
+            probe.unlink()
+        if found := storage_error(error, str(run.path), "run the same command again"):
+            raise found from None
         raise UserError(f"run.dir {run.path}: cannot be written: {error.strerror}") from None

@@ -28,6 +28,7 @@ from megatron_vcppo.launch.role_commands import (
     trainer_layout,
 )
 from megatron_vcppo.run import events
+from megatron_vcppo.run.access import following
 from megatron_vcppo.run.config_file import write_config
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.log import say, speaking_as
@@ -174,7 +175,8 @@ def run_chain(
     run.make()
     with (
         speaking_as("controller"),
-        run.full_disk_named(),
+        run.storage_errors_named(),
+        following(config.run.access),
         run.locked(),
         stop_requests() as count,
         preloading(run, config, stages, role_commands) as preloads,

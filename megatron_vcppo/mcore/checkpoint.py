@@ -37,6 +37,7 @@ from megatron_vcppo.mcore.learner import Learner
 from megatron_vcppo.mcore.model import PackedGPT
 from megatron_vcppo.mcore.offload import check_resident
 from megatron_vcppo.mcore.rank_messages import broadcast_value, gather_values
+from megatron_vcppo.run.access import as_made_here
 from megatron_vcppo.run.files import move, read_json, remove, sync, write_text
 from megatron_vcppo.run.folder import STATE_NAME, StageFolder, iteration_name, iteration_of
 from megatron_vcppo.run.kept import KeptCheckpoints, remove_checkpoint
@@ -140,6 +141,7 @@ class CheckpointFolder:
         if tensors and self.runtime.is_leader:
             path = temporary / f"tensors_{self.runtime.dp_rank}of{self.runtime.dp_size}.safetensors"
             save_file(dict(tensors), path)
+            as_made_here(path)
             sync(path)
         self.temporary = temporary
         meta = {"iteration": iteration, "components": sorted(components), "config_hash": self.config_hash}

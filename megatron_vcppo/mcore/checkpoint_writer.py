@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_vcppo.errors import system_error
+from megatron_vcppo.errors import PASSING, system_error
 from megatron_vcppo.mcore import runtime
 from megatron_vcppo.mcore.rank_messages import gather_values
 from megatron_vcppo.run.manifest import BLOCK_BYTES
@@ -133,8 +133,10 @@ class _Failure(msgspec.Struct, frozen=True):
     file: str | None = None
 
     def as_error(self) -> Exception:
-        named = system_error(OSError(self.number, os.strerror(self.number), self.file)) if self.number else None
-        return named or RuntimeError(f"writing a checkpoint failed: {self.text}")
+        error = OSError(self.number, os.strerror(self.number), self.file)
+        if self.number in PASSING:
+            return error
+        return system_error(error) or RuntimeError(f"writing a checkpoint failed: {self.text}")
 
 
 class _Part(msgspec.Struct, frozen=True):

@@ -20,10 +20,11 @@ from megatron_vcppo.config.placement import engine_gpus_per_node, engine_placeme
 from megatron_vcppo.config.stage_overrides import stage_config
 from megatron_vcppo.errors import USER_ERROR, UserError
 from megatron_vcppo.rollout import engine_command
-from megatron_vcppo.rollout.node_folder import NodeFolder, remove_stale
+from megatron_vcppo.rollout.node_folder import NodeFolder, check_message_room, remove_stale
 from megatron_vcppo.rollout.rendezvous import SECRET
 from megatron_vcppo.rollout.supervisor import Limits, Slot, run
 from megatron_vcppo.run import log
+from megatron_vcppo.run.access import follow
 from megatron_vcppo.run.files import read_json
 from megatron_vcppo.run.processes import has_gpu_driver
 from megatron_vcppo.run.secret import make_secret
@@ -45,6 +46,7 @@ def main() -> int:
         signal.signal(number, lambda *_: stopping.set())
     try:
         config = stage_config(load_stored_config(args.config, complete=False), args.stage)  # checked when the run began
+        follow(config.run.access)
         os.environ.update(node_environment(config.cluster))
         shared = None
         if engine_placement(config) == "trainer_gpus":
@@ -76,6 +78,8 @@ def plan_slots(
     gpus, cpus = engine_gpus(config), sorted(os.sched_getaffinity(0))
     if not gpus:
         check_head_size(model)
+    elif engine.tp * engine.dp > 1:
+        check_message_room(len(gpus))
     limits = Limits(
         start_timeout_s=rollout.start_timeout_s,
         health_timeout_s=rollout.health_timeout_s,

@@ -19,6 +19,8 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.files import write_text
 
 ROOT = Path("/dev/shm")
+MESSAGE_BYTES_PER_WORKER = 64 << 20
+"""A floor that is assumed, not measured: vLLM's queues between workers, and NCCL's buffers without peer-to-peer."""
 TRAINER, USERS = "trainer", "users"
 """Locks: held by the trainer's ranks; held by everybody who uses the folder."""
 Holder = Literal["trainer", "engines"]
@@ -150,6 +152,33 @@ def remove_stale() -> None:
         with suppress(OSError):
             if path.lstat().st_uid == os.getuid() and not is_held(path / USERS):
                 shutil.rmtree(path)
+
+
+def check_message_room(num_workers: int) -> None:
+    """UserError if this node's memory file system has no room for what workers of one engine, and NCCL, pass there.
+
+    They map their buffers whole and fill them later: without room the process is killed by SIGBUS, which names no file.
+    """
+    needed = num_workers * MESSAGE_BYTES_PER_WORKER
+    free = shutil.disk_usage(ROOT).free
+    if free >= needed:
+        return
+    sizes = {path: num_bytes for path in ROOT.iterdir() if (num_bytes := _own_bytes(path))}
+    largest = max(sizes, key=sizes.__getitem__, default=None)
+    left = f", or remove {largest} ({sizes[largest] >> 20} MiB) if its process has ended" if largest else ""
+    raise UserError(
+        f"{ROOT}: {free >> 20} MiB are free on {os.uname().nodename}, and {num_workers} engine workers need "
+        f"{needed >> 20} MiB for messages: enlarge it{left}"
+    )
+
+
+def _own_bytes(path: Path) -> int:
+    """Bytes of a file or folder of this user; 0 for others' and for what is gone."""
+    with suppress(OSError):
+        found = path.lstat()
+        if found.st_uid == os.getuid():
+            return size_of(path) if stat.S_ISDIR(found.st_mode) else found.st_size
+    return 0
 
 
 def size_of(folder: Path) -> int:

@@ -10,7 +10,7 @@ import yaml
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.keys import BEFORE
 from megatron_vcppo.config.load import dump_config, load_stored_config
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.errors import UserError, storage_error
 from megatron_vcppo.run import events
 from megatron_vcppo.run.files import read_bytes, read_text, write_bytes, write_text
 from megatron_vcppo.run.folder import RunFolder
@@ -89,6 +89,8 @@ def write_config(run: RunFolder, config: Config) -> None:
             return
         write_text(run.config, text)
     except OSError as error:
+        if found := storage_error(error, str(run.config), "run the same command again"):
+            raise found from None
         raise UserError(f"run.dir {run.path}: {error.strerror}") from None
     if before is not None:
         old, new = set(before.splitlines()), set(text.splitlines())

@@ -71,14 +71,19 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
     """Append one object to a JSONL file, in one write; a torn line before it is ended first.
 
     Not synced: a line that a power cut takes from a log is not worth a sync per iteration. A symbolic link is not
-    followed: in a folder from elsewhere it may name any file.
+    followed: in a folder from elsewhere it may name any file. OSError with the path where the disk takes only a part.
     """
     line = json.dumps(record, allow_nan=False) + "\n"
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
         size = os.fstat(descriptor).st_size
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, ("\n" * torn + line).encode())
+        content = ("\n" * torn + line).encode()
+        if os.write(descriptor, content) < len(content):  # what a nearly full disk takes; the next line ends it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(descriptor)
 

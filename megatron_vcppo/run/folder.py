@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from megatron_vcppo.config import Config
 from megatron_vcppo.config.sections.run import Access
-from megatron_vcppo.errors import UserError
-from megatron_vcppo.run.files import read_json, read_json_lines
+from megatron_vcppo.errors import UserError, storage_error
+from megatron_vcppo.run.files import read_json, read_json_lines, remove
 from megatron_vcppo.run.manifest import MANIFEST_NAME, path_inside, read_manifest, verify_manifest, write_manifest
 
 STATE_NAME = "state.json"
@@ -294,6 +294,17 @@ class RunFolder:
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise UserError(f"run.dir {self.path}: cannot be written: {os.strerror(errno.EACCES)}")
 
+    @contextmanager
+    def removed_if_new(self) -> Iterator[None]:
+        """Where the block raises, a folder that it made is removed with what was written into it."""
+        before = self.path.exists()
+        try:
+            yield
+        except BaseException:
+            if not before:
+                remove(self.path)
+            raise
+
     def open_to(self, access: Access) -> None:
         """Let only the user, or also read the folder's group, into the run. For the holder of the lock.
 
@@ -322,18 +333,16 @@ class RunFolder:
             os.close(lock)
 
     @contextmanager
-    def full_disk_named(self) -> Iterator[None]:
-        """A full disk or quota, and a folder that was moved meanwhile, are the user's to fix, not a traceback."""
+    def storage_errors_named(self) -> Iterator[None]:
+        """A storage that is full or fails, and a folder that was moved meanwhile: one line, not a traceback."""
         try:
             yield
         except OSError as error:
             if isinstance(error, FileNotFoundError) and self.is_gone():
                 raise UserError(self.gone_text) from None
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"{error.filename or self.path}: {error.strerror}: make room, then vcppo resume {self.path}"
-            ) from None
+            if found := storage_error(error, str(self.path), f"vcppo resume {self.path}"):
+                raise found from None
+            raise
 
     def is_gone(self) -> bool:
         """Whether nothing of that name is a run any more."""

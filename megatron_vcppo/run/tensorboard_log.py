@@ -29,14 +29,19 @@ class TensorBoardLog:
         """Continue after ``resume_iteration``: TensorBoard drops what earlier files have beyond it."""
         from torch.utils.tensorboard import SummaryWriter  # a second, and only for those who want it
 
+        self._folder = folder
         self._writer: Any = SummaryWriter(str(folder), purge_step=resume_iteration + 1)
 
     def log(self, iteration: int, metrics: Mapping[str, float | int | str]) -> None:
-        """Write the finite numbers among the metrics."""
-        for name, value in metrics.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                self._writer.add_scalar(name, value, iteration)
-        self._writer.flush()
+        """Write the finite numbers among the metrics. OSError with the folder if that is not possible."""
+        try:
+            for name, value in metrics.items():
+                if isinstance(value, int | float) and math.isfinite(value):
+                    self._writer.add_scalar(name, value, iteration)
+            self._writer.flush()
+        except OSError as error:  # of a thread that writes, which names no file
+            error.filename = error.filename or str(self._folder)
+            raise
 
     def close(self) -> None:
         """Finish; safe to call twice."""

@@ -14,8 +14,9 @@ def main() -> int:
     from megatron_vcppo.config.load import load_stored_config
     from megatron_vcppo.config.network import node_environment
     from megatron_vcppo.config.stage_overrides import stage_config
-    from megatron_vcppo.errors import DONE, SAVED, USER_ERROR, UserError, system_error
+    from megatron_vcppo.errors import DONE, FAILED, PASSING, SAVED, USER_ERROR, UserError, system_error
     from megatron_vcppo.run import log
+    from megatron_vcppo.run.access import follow
     from megatron_vcppo.run.events import startup
     from megatron_vcppo.stages.stopping import Saved, stopping
 
@@ -28,6 +29,7 @@ def main() -> int:
     stopping.listen()
     try:
         config = stage_config(load_stored_config(arguments.config), arguments.stage)
+        follow(config.run.access)
         os.environ.update(node_environment(config.cluster))  # before torch is imported
         warnings.filterwarnings("ignore", module="megatron")  # at import, about parts that are not used here
         stage = importlib.import_module(f"megatron_vcppo.stages.{arguments.stage}")
@@ -41,7 +43,7 @@ def main() -> int:
         if found is None:
             raise
         log.say(f"error: {found}")
-        return USER_ERROR
+        return FAILED if error.errno in PASSING else USER_ERROR
     except Saved as saved:
         if rank == 0:
             log.say(f"{arguments.stage}: {saved}")

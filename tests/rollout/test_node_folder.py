@@ -9,12 +9,22 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_vcppo.errors import UserError, system_error
 from megatron_vcppo.rollout import node_folder
-from megatron_vcppo.rollout.node_folder import TRAINER, USERS, Hold, NodeFolder, is_held, remove_stale, weights_path
+from megatron_vcppo.rollout.node_folder import (
+    TRAINER,
+    USERS,
+    Hold,
+    NodeFolder,
+    check_message_room,
+    is_held,
+    remove_stale,
+    weights_path,
+)
 from tools.benchmarks._tiny_chains import wait_until
 
 HOLDER = """
@@ -157,6 +167,26 @@ def test_a_full_memory_of_the_node_is_one_line(tmp_path: Path, monkeypatch: pyte
         subprocess.run(["umount", str(memory)], check=True)
     line = str(system_error(failure.value))
     assert line.startswith(str(memory)) and "No space left on device: make room" in line
+
+
+@pytest.mark.parametrize("left", ["file", "folder", "nothing"])
+def test_too_little_memory_for_the_messages_of_engine_workers_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    monkeypatch.setattr(node_folder, "ROOT", tmp_path)
+    monkeypatch.setattr(node_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=200 << 20))
+    (tmp_path / "small").write_bytes(b"x" if left != "nothing" else b"")
+    big = tmp_path / "big"
+    if left == "folder":
+        big.mkdir()
+    if left != "nothing":
+        (big / "part" if left == "folder" else big).write_bytes(bytes(2 << 20))
+    check_message_room(3)
+    with pytest.raises(UserError) as failure:
+        check_message_room(4)
+    line = f"{tmp_path}: 200 MiB are free on {os.uname().nodename}, and 4 engine workers need 256 MiB for messages: "
+    advice = f", or remove {big} (2 MiB) if its process has ended" if left != "nothing" else ""
+    assert str(failure.value) == f"{line}enlarge it{advice}"
 
 
 def test_what_is_forked_from_a_holder_does_not_hold(tmp_path: Path) -> None:

@@ -3,22 +3,28 @@
 import os
 import shlex
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from megatron_vcppo.cli import main
 from megatron_vcppo.commands.arguments import prepare
 from megatron_vcppo.config.load import dump_config, load_config
 from megatron_vcppo.config.sections.run import Access
 from megatron_vcppo.errors import UserError
+from megatron_vcppo.launch.local_chain import run_chain
 from megatron_vcppo.launch.role_commands import RoleCommands
 from megatron_vcppo.launch.snapshot import take_snapshot
+from megatron_vcppo.run.access import as_made_here, umask
 from megatron_vcppo.run.config_file import write_config
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.submission import executor
-from tools.benchmarks._tiny_chains import tiny_model
+from tools.benchmarks._tiny_chains import TINY, tiny_config, tiny_model
 
 
 @pytest.fixture
@@ -57,6 +63,71 @@ def test_a_run_folder_is_private_unless_a_key_opens_it(recipe: Path, tmp_path: P
     config.run.access = "as_is"
     write_config(run, config)
     assert mode(run.path) == 0o755
+
+
+@pytest.mark.parametrize(("access", "closed"), [("private", 0o077), ("group", 0o027)])
+@pytest.mark.parametrize("mask", [0o000, 0o077])
+def test_what_a_run_makes_keeps_its_readers_wherever_it_is_moved(
+    access: Access, closed: int, mask: int, tmp_path: Path
+) -> None:
+    """Logs of ranks and of what they are forked from, checkpoints, metrics; a command's other files are the user's."""
+    config = tiny_config(tmp_path / "run", ranks=1, steps=2)
+    config.run.access = access
+    run, elsewhere = RunFolder.of(config), tmp_path / "elsewhere"
+    before = os.umask(mask)
+    try:
+        assert run_chain(run, config, ["sft"], TINY) == 0
+        elsewhere.touch()
+    finally:
+        os.umask(before)
+    secrets = {run.stage("sft").rendezvous, *run.stage("sft").rendezvous.rglob("*")}
+    made = [path for path in run.path.rglob("*") if not path.is_symlink()]
+    assert any(path.suffix == ".log" and path.stat().st_size for path in made)
+    for path in made:
+        allowed = (0o700 if path in secrets else 0o777 & ~closed) & (0o777 if path.is_dir() else 0o666)
+        assert mode(path) & 0o777 == allowed, path
+    assert mode(elsewhere) == 0o666 & ~mask
+
+
+def test_a_report_follows_the_run_that_it_is_written_into(recipe: Path, tmp_path: Path) -> None:
+    run, config = prepare(recipe, [])
+    run.make()
+    write_config(run, config)
+    assert main(["report", str(run.path)]) == main(["report", str(run.path), "--out", str(tmp_path / "page.html")]) == 0
+    assert mode(run.path / "report.html") == 0o600 and mode(tmp_path / "page.html") == 0o666 & ~umask()
+
+
+@pytest.mark.parametrize("mask", [0o027, 0o022])
+def test_files_of_safetensors_have_the_mode_of_others(mask: int, tmp_path: Path) -> None:
+    """A group that may read a run reads its adapters and checkpoints, too."""
+    before = os.umask(mask)
+    try:
+        save_file({"a": np.zeros(1)}, tmp_path / "a.safetensors")
+        as_made_here(tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert mode(tmp_path / "a.safetensors") == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("command", ["dry run", "role"])
+def test_processes_of_a_run_follow_its_access(command: str, recipe: Path, tmp_path: Path) -> None:
+    """Also one that was not started by vcppo: under torchrun, or by hand."""
+    run, config = prepare(recipe, [])
+    before = os.umask(0)
+    try:
+        if command == "dry run":
+            assert main(["submit", str(recipe), "--dry-run"]) == 0
+        else:
+            run.make()
+            write_config(run, config)
+            run.config.chmod(0o600)
+            role = [sys.executable, "-m", "megatron_vcppo.stages", "sft", "--config", str(run.config)]
+            subprocess.run(role, capture_output=True, timeout=120)
+    finally:
+        os.umask(before)
+    made = list(run.path.rglob("*"))
+    assert len(made) > 1
+    assert not [path for path in made if mode(path) & 0o077]
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o002])

@@ -18,7 +18,8 @@ class RunConfig:
     """Run folder; every stage writes below it. On a cluster it must be on the shared file system."""
     access: Access = "private"
     """Who may enter the run folder. private: the user alone (mode 0700). group: the folder's group may read, too (mode
-    2750; chgrp chooses the group). as_is: the mode that the folder has is kept; a new one is private."""
+    2750; chgrp chooses the group). as_is: the mode that the folder has is kept; a new one is private. The run's
+    files have such modes, too (0600, 0640; as_is: by the umask), also once they are moved."""
     seed: Annotated[int, Range("[0, 4294967296)")] = 0
     """Seed of data order, sampling and new heads. Two runs with the same seed and layout give the same numbers."""
     wandb: Literal["online", "offline", "off"] = "off"

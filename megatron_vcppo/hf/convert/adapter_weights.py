@@ -17,6 +17,7 @@ from megatron_vcppo.hf.convert.checkpoint_metadata import check_checkpoint
 from megatron_vcppo.hf.convert.dist_format import GlobalTensor, check_keys, read_model
 from megatron_vcppo.hf.convert.folders import new_folder
 from megatron_vcppo.hf.safetensors_files import TensorInFile, check_shapes, read_folder
+from megatron_vcppo.run.access import as_made_here
 from megatron_vcppo.run.manifest import verify_manifest
 
 
@@ -115,6 +116,7 @@ def export_peft(checkpoint: Path, out: Path, hf: Path | None, dtype: torch.dtype
     with new_folder(out, needed_bytes=sum(tensor.nbytes for tensor in weights.values())) as folder:
         (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        as_made_here(folder / "adapter_model.safetensors")
         check_shapes(folder, read_folder(folder), {name: tuple(tensor.shape) for name, tensor in weights.items()})
     if stored.base.kind == "hf":
         return f"{len(weights) // 2} adapters for the model in {base}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.errors import UserError, storage_error
 from megatron_vcppo.run.files import move, read_bytes, sync
 from megatron_vcppo.run.folder import iteration_name
 from megatron_vcppo.run.manifest import MANIFEST_NAME
@@ -39,6 +39,8 @@ def new_folder(final: Path, needed_bytes: int) -> Iterator[Path]:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
+        if found := storage_error(error, str(final), "run the same command again"):
+            raise found from error
         raise UserError(f"{error.filename or final}: {error.strerror or error}") from error
 
 

@@ -3,6 +3,8 @@
 import errno
 import os
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -120,3 +122,24 @@ def test_lines_of_several_writers_do_not_mix(tmp_path: Path) -> None:
 def test_a_private_folder_stays_private(tmp_path: Path) -> None:
     (tmp_path / "place").mkdir(mode=0o755)
     assert stat.S_IMODE(make_private_folder(tmp_path / "place").stat().st_mode) == 0o700
+
+
+def test_a_line_that_does_not_fit_is_an_error_with_its_file(tmp_path: Path) -> None:
+    """A disk with some room takes a part of it: the count of a write tells, no exception does."""
+    path = tmp_path / "metrics.jsonl"
+    program = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "from megatron_vcppo.run.files import append_json_line\n"
+        "for number in range(9):\n"
+        "    try:\n"
+        "        append_json_line(Path(sys.argv[1]), {'text': 40 * 'x'})\n"
+        "    except OSError as error:\n"
+        "        sys.exit(f'{number} {error.filename}: {error.strerror}')\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=60)
+    assert found.stderr == f"1 {path}: No space left on device\n"
+    assert read_json_lines(path) == [{"text": 40 * "x"}]
+    append_json_line(path, {"text": "room again"})
+    assert read_json_lines(path)[1:] == [{"text": "room again"}]

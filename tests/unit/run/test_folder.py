@@ -1,12 +1,14 @@
 """Where the files of a run are, and what they say about its stages."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from megatron_vcppo.config import Config
-from megatron_vcppo.errors import UserError
+from megatron_vcppo.errors import UserError, system_error
 from megatron_vcppo.run.folder import RunFolder, StageFolder, iteration_name, iteration_of
 from megatron_vcppo.run.manifest import write_manifest
 
@@ -105,3 +107,33 @@ def test_one_process_at_a_time_starts_stages(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="another vcppo run or submit is at work in this run"), run.locked():
             pass
     assert not run.in_use()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ESTALE, errno.EIO])
+def test_a_storage_that_is_full_or_fails_is_one_line(tmp_path: Path, number: int) -> None:
+    """In the process that starts stages, here or in a job, and in a command."""
+    run, file = RunFolder(tmp_path), tmp_path / "events.jsonl"
+    failure = OSError(number, os.strerror(number), str(file))
+    line = rf"^{file}: {os.strerror(number)}: .+, then"
+    with pytest.raises(UserError, match=rf"{line} vcppo resume {tmp_path}$"), run.storage_errors_named():
+        raise failure
+    assert system_error(failure) is not None
+    with pytest.raises(UserError, match=rf"{line} run the same command again$"):
+        raise system_error(failure) or failure
+
+
+def test_a_terminal_that_is_gone_is_no_storage(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="Input/output error"), RunFolder(tmp_path).storage_errors_named():
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_what_fails_leaves_no_new_run_folder(tmp_path: Path, existed: bool) -> None:
+    run = RunFolder(tmp_path / "run")
+    if existed:
+        run.make()
+    with pytest.raises(OSError, match="full"), run.removed_if_new():
+        run.make()
+        (run.path / "half").touch()
+        raise OSError(errno.ENOSPC, "full")
+    assert run.path.exists() == existed
