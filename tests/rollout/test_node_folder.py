@@ -15,6 +15,7 @@ import pytest
 
 from megatron_vcppo.errors import UserError, system_error
 from megatron_vcppo.rollout import node_folder
+from megatron_vcppo.rollout.node import plan_slots
 from megatron_vcppo.rollout.node_folder import (
     TRAINER,
     USERS,
@@ -25,7 +26,7 @@ from megatron_vcppo.rollout.node_folder import (
     remove_stale,
     weights_path,
 )
-from tools.benchmarks._tiny_chains import wait_until
+from tools.benchmarks._tiny_chains import tiny_config, wait_until
 
 HOLDER = """
 import sys, time
@@ -187,6 +188,18 @@ def test_too_little_memory_for_the_messages_of_engine_workers_is_one_line(
     line = f"{tmp_path}: 200 MiB are free on {os.uname().nodename}, and 4 engine workers need 256 MiB for messages: "
     advice = f", or remove {big} (2 MiB) if its process has ended" if left != "nothing" else ""
     assert str(failure.value) == f"{line}enlarge it{advice}"
+
+
+def test_only_engines_of_several_workers_need_room_for_messages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path / "run")
+    monkeypatch.setattr(node_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert len(plan_slots(config, Path(config.model.hf), tmp_path / "rendezvous", node=0)) == 1
+    config.rollout.engine.tp = 2
+    with pytest.raises(UserError, match="2 engine workers need 128 MiB"):
+        plan_slots(config, Path(config.model.hf), tmp_path / "rendezvous", node=0)
 
 
 def test_what_is_forked_from_a_holder_does_not_hold(tmp_path: Path) -> None:
