@@ -18,6 +18,7 @@ from megatron_vcppo.config import EngineConfig
 from megatron_vcppo.config.engine_environment import QUIET, cpu_engine_environment
 from megatron_vcppo.errors import DONE, FAILED
 from megatron_vcppo.rollout import engine_sockets
+from megatron_vcppo.rollout.auth import PLACE_VARIABLE
 from megatron_vcppo.run.processes import die_with_parent, exit_code, show_command, without_trainer
 from megatron_vcppo.run.secret import SECRET_FILE_VARIABLE
 
@@ -122,7 +123,7 @@ def bind(cpus: Sequence[int], num_workers: int) -> str:
     return "|".join(",".join(map(str, share)) for share in shares)
 
 
-SETTABLE = {SECRET_FILE_VARIABLE, "VLLM_HOST_IP", engine_sockets.VARIABLE}
+SETTABLE = {SECRET_FILE_VARIABLE, PLACE_VARIABLE, "VLLM_HOST_IP", engine_sockets.VARIABLE}
 """Variables that an engine may have, and what it is forked from not: nothing reads them at its import."""
 
 

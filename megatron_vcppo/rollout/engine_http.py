@@ -7,7 +7,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from megatron_vcppo.rollout.auth import PROOF_HEADER, Call
+from megatron_vcppo.rollout.auth import PROOF_HEADER, Call, digest_of
 from megatron_vcppo.rollout.messages import (
     GENERATE,
     SLEEP,
@@ -50,12 +50,14 @@ class Session:
         self, engine: Engine, method: str, path: str, body: Any, timeout: aiohttp.ClientTimeout
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The engine's reply, which has proved that it holds the run's secret. Raises one of FAILURES."""
-        call = Call(method, path, f"{engine.address}:{engine.port}")
-        data = None if body is None else msgspec.json.encode(body)
+        data = b"" if body is None else msgspec.json.encode(body)
+        call = Call(method, path, engine.place, digest_of(data))
         headers = call.headers(self.secret) | {"Content-Type": "application/json"}
-        async with self.http.request(method, engine.url + path, data=data, headers=headers, timeout=timeout) as reply:
+        # A stranger's redirect is not followed: it would have this process call what he likes.
+        options: dict[str, Any] = {"headers": headers, "timeout": timeout, "allow_redirects": False}
+        async with self.http.request(method, engine.url + path, data=data or None, **options) as reply:
             if not call.is_proved(self.secret, reply.headers.get(PROOF_HEADER, "")):
-                raise aiohttp.ClientError(f"what answers at {call.server} does not hold the run's secret")
+                raise aiohttp.ClientError(f"what answers at {engine} does not hold the run's secret")
             reply.raise_for_status()
             yield reply
 

@@ -19,7 +19,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, Wei
 from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from megatron_vcppo.rollout.auth import PROOF_HEADER, authorized_call
+from megatron_vcppo.rollout.auth import PLACE_VARIABLE, PROOF_HEADER, authorized_call, digest_of
 from megatron_vcppo.rollout.messages import (
     CACHE,
     CORE_IS_DEAD,
@@ -57,6 +57,9 @@ class Middleware:
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self.app = app
         self.secret = read_secret(Path(os.environ[SECRET_FILE_VARIABLE]))
+        self.place = os.environ[PLACE_VARIABLE]
+        self.used: set[str] = set()
+        """The numbers of all requests: each is served once. A run makes a few for each of its iterations."""
         self.names = itertools.count()
         self.policy_version = NO_VERSION
         self.state = "serving"
@@ -79,11 +82,16 @@ class Middleware:
         """Check the secret, then serve one of our routes or hand on to vLLM."""
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        method, server = scope.get("method", ""), "{}:{}".format(*scope["server"])
-        call = authorized_call(scope["headers"], method, scope["path"], server, self.secret)
-        if call is None:
-            if scope["type"] == "websocket":
-                return await send({"type": "websocket.close", "code": 1008})
+        method, query = scope.get("method", ""), scope.get("query_string", b"").decode("ascii", "replace")
+        path = scope["path"] + ("?" + query if query else "")
+        call = authorized_call(scope["headers"], method, path, self.place, self.secret)
+        if scope["type"] == "websocket":  # none of ours
+            return await send({"type": "websocket.close", "code": 1008})
+        if call is None or call.number in self.used:
+            return await answer(send, 401, b'{"error":"unauthorized"}')
+        self.used.add(call.number)
+        body = await read_body(receive)
+        if digest_of(body) != call.digest:
             return await answer(send, 401, b'{"error":"unauthorized"}')
         proof = (PROOF_HEADER.lower().encode(), call.proof(self.secret).encode())
 
@@ -94,8 +102,8 @@ class Middleware:
 
         route = self.routes.get((method, scope["path"]))
         if route is None:
-            return await self.app(scope, receive, send_proved)
-        await route(scope["app"].state.engine_client, await read_body(receive), receive, send_proved)
+            return await self.app(scope, again(body, receive), send_proved)
+        await route(scope["app"].state.engine_client, body, receive, send_proved)
 
     async def _status(self, engine: Any, body: bytes, receive: Callable, send: Callable) -> None:
         if engine.errored:
@@ -314,6 +322,16 @@ async def read_body(receive: Callable) -> bytes:
         parts.append(message.get("body", b""))
         if not message.get("more_body"):
             return b"".join(parts)
+
+
+def again(body: bytes, receive: Callable) -> Callable[[], Awaitable[dict]]:
+    """``receive`` for whoever reads a body that has been read."""
+    first = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> dict:
+        return first.pop() if first else await receive()
+
+    return receive_again
 
 
 async def answer(send: Callable, status: int, body: bytes) -> None:

@@ -31,6 +31,11 @@ class Engine(msgspec.Struct, frozen=True):
         """Where its HTTP server is."""
         return f"http://{self.address}:{self.port}"
 
+    @property
+    def place(self) -> str:
+        """What requests are for: this start of this engine, not another process at the same port."""
+        return f"{self.address}:{self.port}, start {self.incarnation} of {self.name}"
+
     def __str__(self) -> str:
         return f"{self.name} at {self.address}:{self.port} (start {self.incarnation})"
 

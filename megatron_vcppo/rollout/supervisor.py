@@ -16,7 +16,7 @@ import msgspec
 
 from megatron_vcppo.errors import DONE, FAILED
 from megatron_vcppo.rollout import engine_command, rendezvous
-from megatron_vcppo.rollout.auth import PROOF_HEADER, Call
+from megatron_vcppo.rollout.auth import PLACE_VARIABLE, PROOF_HEADER, Call, digest_of
 from megatron_vcppo.rollout.engine_sockets import VARIABLE, socket_folder
 from megatron_vcppo.rollout.messages import CORE_IS_DEAD, SLEEP, STATUS, SleepRequest, TurnReport
 from megatron_vcppo.rollout.node_folder import Hold, NodeFolder
@@ -79,8 +79,10 @@ class Slot:
             port = free_port(self.address)
             with socket_folder() as sockets:
                 arguments, variables = self.launch(port)
-                process = engine_command.start(arguments, {**variables, VARIABLE: str(sockets)}, self.log_file)
-                engine = Engine(self.node, self.index, incarnation, self.address, port, process.pid)
+                engine = Engine(self.node, self.index, incarnation, self.address, port, pid=0)
+                variables = {**variables, VARIABLE: str(sockets), PLACE_VARIABLE: engine.place}
+                process = engine_command.start(arguments, variables, self.log_file)
+                engine = msgspec.structs.replace(engine, pid=process.pid)
                 how = "forked" if isinstance(process, engine_command.ForkedEngine) else "executed"
                 log.info("%s: starting, pid %d, %s", engine, process.pid, how)
                 try:
@@ -164,7 +166,7 @@ def probe(engine: Engine, secret: str) -> int:
 
 def ask(engine: Engine, secret: str, method: str, route: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
     """HTTP status and body of the engine's answer; 0 if there is none, or not from a holder of the secret."""
-    call = Call(method, route, f"{engine.address}:{engine.port}")
+    call = Call(method, route, engine.place, digest_of(body))
     connection = http.client.HTTPConnection(engine.address, engine.port, timeout=timeout_s)
     try:
         connection.request(method, route, body, headers=call.headers(secret))

@@ -16,7 +16,7 @@ import pytest
 from megatron_vcppo.config import EngineConfig
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.rollout import engine_command, engine_http
-from megatron_vcppo.rollout.auth import PROOF_HEADER, Call, authorized_call
+from megatron_vcppo.rollout.auth import PROOF_HEADER, Call, authorized_call, digest_of
 from megatron_vcppo.rollout.rendezvous import Engine
 from megatron_vcppo.rollout.supervisor import probe
 from megatron_vcppo.run.processes import without_trainer
@@ -58,7 +58,7 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path) -> None:
         read_secret(tmp_path / "secret")
 
 
-CALL = Call("GET", "/version", "10.0.0.1:80")
+CALL = Call("GET", "/version", "10.0.0.1:80, start 0 of engine_0_0")
 GOOD = CALL.headers("abc")["Authorization"].encode()
 
 
@@ -68,7 +68,13 @@ def authorized(*headers: tuple[bytes, bytes], call: Call = CALL) -> bool:
 
 def test_a_request_opens_one_route_of_one_engine() -> None:
     assert authorized((b"authorization", GOOD)) and authorized((b"Authorization", GOOD))
-    for change in ({"method": "POST"}, {"path": "/"}, {"server": "10.0.0.1:81"}, {"server": "10.0.0.2:80"}):
+    for change in (
+        {"method": "POST"},
+        {"path": "/"},
+        {"path": "/version?a=1"},
+        {"server": CALL.server.replace("80", "81")},
+        {"server": CALL.server.replace("start 0", "start 1")},
+    ):
         assert not authorized((b"authorization", GOOD), call=replace(CALL, **change))
 
 
@@ -85,7 +91,8 @@ def test_a_request_opens_one_route_of_one_engine() -> None:
         [GOOD, GOOD],
         [CALL.headers("ab")["Authorization"].encode()],
         [GOOD.replace(CALL.number.encode(), b"0" * 32)],
-        [b"VCPPO " + b"\xff" * 32 + b" " + b"0" * 64],
+        [GOOD.replace(CALL.digest.encode(), digest_of(b"another body").encode())],
+        [b"VCPPO " + b"\xff" * 32 + b" " + b"0" * 64 + b" " + b"0" * 64],
     ],
 )
 def test_only_the_whole_secret_opens(headers: list[bytes]) -> None:
@@ -97,11 +104,15 @@ class Stranger(http.server.BaseHTTPRequestHandler):
     """Took an engine's port: answers well, with what it can copy of the request, and keeps what it is told."""
 
     heard: ClassVar[list[str]] = []
+    status: ClassVar[int] = 200
+    proof: ClassVar[str] = ""
 
     def do_GET(self) -> None:
         self.heard.append(f"{self.requestline} {self.headers}")
-        self.send_response(200)
-        self.send_header(PROOF_HEADER, self.headers["Authorization"].split()[-1])
+        self.send_response(self.status)
+        self.send_header(PROOF_HEADER, self.proof or self.headers["Authorization"].split()[-1])
+        if self.status == 307:
+            self.send_header("Location", f"http://{self.headers['Host']}/elsewhere")
         self.end_headers()
         self.wfile.write(b'{"state": "serving", "policy_version": 0, "running": 0, "num_workers": 1}')
 
@@ -111,23 +122,30 @@ class Stranger(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_who_takes_an_engines_port_is_no_engine_and_learns_no_secret() -> None:
+@pytest.mark.parametrize(
+    ("status", "proof"), [(200, ""), (200, "\xff" * 64), (307, "")], ids=["copies", "not ASCII", "redirects"]
+)
+def test_who_takes_an_engines_port_is_no_engine_and_learns_no_secret(
+    status: int, proof: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"heard": [], "status": status, "proof": proof}.items():
+        monkeypatch.setattr(Stranger, name, value)
     server = http.server.HTTPServer(("127.0.0.1", 0), Stranger)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     engine, secret = Engine(0, 0, 0, "127.0.0.1", server.server_port, 1), "a-secret-of-the-run"
 
-    async def status() -> None:
+    async def ask() -> None:
         async with engine_http.open_session(secret) as session:
             await engine_http.status(session, engine, 10.0)
 
     try:
         assert probe(engine, secret) == 0
         with pytest.raises(engine_http.FAILURES, match="does not hold the run's secret"):
-            asyncio.run(status())
+            asyncio.run(ask())
     finally:
         server.shutdown()
         server.server_close()
-    assert len(Stranger.heard) == 2 and not any(secret in text for text in Stranger.heard)
+    assert len(Stranger.heard) == 2 and not any(secret in text or "elsewhere" in text for text in Stranger.heard)
 
 
 def test_an_engine_is_not_told_that_it_is_a_rank(tmp_path) -> None:

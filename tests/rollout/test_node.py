@@ -81,9 +81,8 @@ def test_every_route_of_every_engine_asks_for_the_secret(node) -> None:
 
     secret = read_secret(node.rendezvous / "secret")
     for engine in node.engines():
-        server = f"{engine.address}:{engine.port}"
-        version = Call("GET", "/version", server)
-        elsewhere = Call("GET", "/version", "127.0.0.1:1").headers(secret)
+        version = Call("GET", "/version", engine.place)
+        elsewhere = Call("GET", "/version", engine.place + "0").headers(secret)
         wrong = [{}, version.headers("wrong"), elsewhere, {"Authorization": secret}, {"Authorization": "Bearer "}]
         wrong.append({"Authorization": f"Bearer {secret}"})
         for method, path in ROUTES:

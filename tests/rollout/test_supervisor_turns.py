@@ -19,6 +19,7 @@ from megatron_vcppo.run.secret import make_secret
 from tests.helpers.engines import wait_until
 
 ENGINE = """
+import os
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -29,7 +30,7 @@ secret = Path(sys.argv[3]).read_text()
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         headers = [(b"authorization", self.headers["Authorization"].encode())]
-        call = authorized_call(headers, self.command, self.path, f"127.0.0.1:{sys.argv[1]}", secret)
+        call = authorized_call(headers, self.command, self.path, os.environ["VCPPO_ENGINE_PLACE"], secret)
         self.send_response(200)
         self.send_header(PROOF_HEADER.lower(), call.proof(secret))  # as HTTP servers write it
         self.end_headers()
