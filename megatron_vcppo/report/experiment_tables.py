@@ -19,6 +19,8 @@ from megatron_vcppo.report.experiment_results import ExperimentResults
 from megatron_vcppo.report.run_outcomes import OUTCOMES, outcome_of
 from megatron_vcppo.report.text_table import short
 
+NOTHING = 1e-12
+"""Smaller differences are of the arithmetic."""
 RULE = (
     "A claim is supported if the 95 % interval of its number (Student's t over the differences by seed; Fisher's z for "
     "a correlation over runs) lies wholly on the claimed side, contrary if it lies wholly on the other side, and "
@@ -156,7 +158,9 @@ def mean_text(values: dict[int, float], scale: float = 1.0, number: Callable[[fl
 
 
 def signed(value: float) -> str:
-    """Example: +0.25, −3."""
+    """Example: +0.25, −3. What only the order of a sum leaves is +0."""
+    if abs(value) < NOTHING:
+        return "+0"
     return f"{'−' if value < 0 else '+'}{short(abs(value))}"
 
 
