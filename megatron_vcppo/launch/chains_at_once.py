@@ -18,6 +18,7 @@ from pathlib import Path
 from megatron_vcppo.errors import DONE, SAVED, SIGNALLED
 from megatron_vcppo.launch.controller import describe
 from megatron_vcppo.launch.guard import GUARD_ARGUMENTS
+from megatron_vcppo.launch.guarded_process import adopting, kill_adopted
 from megatron_vcppo.launch.local_chain import stop_requests
 from megatron_vcppo.report.text_table import duration
 from megatron_vcppo.run.log import printable, say
@@ -45,11 +46,13 @@ class _Running:
 
     def __init__(self, chain: ChainCommand, cpus: Sequence[int]) -> None:
         self.chain, self.num_asked, self.aborted_at = chain, 0, float("inf")
+        environment, self.mark = adopting(os.environ)
         allowed = os.sched_getaffinity(0)
         os.sched_setaffinity(0, cpus)  # inherited
         try:
             self.process = subprocess.Popen(
                 (sys.executable, *GUARD_ARGUMENTS, *chain.command),
+                env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -81,7 +84,8 @@ class _Running:
         """Kill what is left of it, and wait for the last line of its output."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait()
+        if self.process.wait() < 0:
+            kill_adopted(self.mark, self.process.pid)
         self.reader.join(5)
 
 

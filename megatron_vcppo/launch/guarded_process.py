@@ -1,17 +1,66 @@
-"""A process under its guard (guard.py), as its controller sees it: executed, or forked from a preloaded one."""
+"""A process under its guard (guard.py), as its controller sees it: executed, or forked from a preloaded one.
+
+A guard that is killed cannot kill its descendants: who started it adopts them and does that. What remains is a guard
+and its starter killed at the same moment: then descendants that detached themselves go to init (on Slurm, slurmstepd
+ends them with the step).
+"""
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from megatron_vcppo.errors import SIGNALLED
-from megatron_vcppo.launch.guard import GUARD_ARGUMENTS
+from megatron_vcppo.launch.guard import GUARD_ARGUMENTS, PR_SET_CHILD_SUBREAPER, descendants
+
+GUARD_VARIABLE = "VCPPO_GUARD"
+"""Set in the environment of a guard, and so of its descendants: whose they are."""
+KILL_S = 10.0
+"""How long killed processes may take to be gone."""
+
+
+def adopting(environment: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    """The environment for a new guard, and its mark; this process adopts what is left if the guard is killed."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    mark = uuid.uuid4().hex
+    return {**environment, GUARD_VARIABLE: mark}, mark
+
+
+def kill_adopted(mark: str, session: int) -> None:
+    """Kill and reap what a killed guard left to this process; no other guard's descendants.
+
+    session: the guard's. It tells which zombies are its own, as they have no environment.
+    """
+    end, left = time.monotonic() + KILL_S, set[int]()
+    while time.monotonic() < end:
+        left = {pid for pid in descendants(os.getpid()) if pid in left or _is_of(pid, mark, session)}
+        if not left:
+            return
+        left |= {below for pid in left for below in descendants(pid)}
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in left:
+            with contextlib.suppress(ChildProcessError):  # not adopted yet: its parent has just been killed
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.01)
+
+
+def _is_of(pid: int, mark: str, session: int) -> bool:
+    with contextlib.suppress(OSError):
+        if os.getsid(pid) == session:
+            return True
+        with open(f"/proc/{pid}/environ", "rb") as environment:
+            return f"{GUARD_VARIABLE}={mark}".encode() in environment.read().split(b"\0")
+    return False
 
 
 class GuardedProcess(Protocol):
@@ -37,10 +86,12 @@ class Executed:
         self, command: Sequence[str], environment: Mapping[str, str], log: Path, pass_fds: tuple[int, ...] = ()
     ) -> None:
         """It writes to log (appended) and leads a session."""
+        marked, self.mark = adopting(environment)
+        self.cleared = False
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 (sys.executable, *GUARD_ARGUMENTS, *command),
-                env=dict(environment),
+                env=marked,
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
@@ -50,7 +101,11 @@ class Executed:
 
     def poll(self) -> int | None:
         """See GuardedProcess."""
-        return self.process.poll()
+        code = self.process.poll()
+        if code is not None and code < 0 and not self.cleared:
+            self.cleared = True
+            kill_adopted(self.mark, self.process.pid)
+        return code
 
     def send_signal(self, number: int) -> None:
         """See GuardedProcess."""
@@ -64,6 +119,9 @@ class Executed:
     def kill(self) -> None:
         """See GuardedProcess."""
         self.process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILL_S)
+        self.poll()
 
 
 class Forked:

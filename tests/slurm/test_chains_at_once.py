@@ -14,7 +14,7 @@ from megatron_vcppo.config.load import load_config
 from megatron_vcppo.errors import SAVED, UserError
 from megatron_vcppo.launch.chains_at_once import INTERRUPTED, ChainCommand, run_at_once, shares_of
 from megatron_vcppo.run.folder import RunFolder
-from tools.benchmarks._tiny_chains import wait_until
+from tools.benchmarks._tiny_chains import processes_with, wait_until
 
 CPUS = sorted(os.sched_getaffinity(0))
 needs_two_cpus = pytest.mark.skipif(len(CPUS) < 2, reason="one CPU")
@@ -60,6 +60,13 @@ def test_arms_wait_for_their_shared_stages_and_others_do_not(tmp_path: Path, cap
     assert not (tmp_path / "arm_1").exists() and (tmp_path / "base_done_before").exists()
     begun = [line.split(": starting")[0] for line in out.splitlines() if ": starting" in line]
     assert begun[:2] == ["experiment: shared_0", "experiment: shared_1"] and begun[-1].endswith("arm_0")
+
+
+def test_nothing_is_left_of_a_chain_whose_guard_is_killed(tmp_path: Path) -> None:
+    detached = "import subprocess; subprocess.Popen(['sleep', '7020.5'], start_new_session=True)"
+    code = f"{detached}; os.kill(os.getppid(), signal.SIGKILL); time.sleep(60)"
+    assert run_at_once([chain("one", tmp_path, code)], [CPUS[:1]]) == 128 + signal.SIGKILL
+    assert not processes_with("sleep 7020")
 
 
 ASKED = """

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.errors import SAVED
-from megatron_vcppo.launch.controller import RoleProcess, first_death, reported_code, supervise
+from megatron_vcppo.launch.controller import Attempt, RoleProcess, first_death, reported_code, supervise
 from megatron_vcppo.launch.role_commands import role_environment
 from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
@@ -81,6 +81,23 @@ def test_detached_grandchildren_die_with_their_rank(tmp_path: Path) -> None:
     """
     assert supervise([python("trainer", 0, code)], tmp_path / "logs").code == 0
     assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def test_nothing_is_left_of_a_killed_guard_and_others_run_on(tmp_path: Path) -> None:
+    detaching = RoleProcess(
+        "trainer", 0, ("sh", "-c", "setsid sleep 7010.5 & sleep 7010.6 & sleep 7010.7"), {}, "a.log"
+    )
+    attempt = Attempt([detaching, sleeper("7011.5")], tmp_path, 1.0)
+    try:
+        sleeping = lambda: [line for line in processes_with("sleep 7010") if line.split()[1] == "sleep"]  # noqa: E731
+        wait_until(lambda: len(sleeping()) == 3, "the children", 10)
+        wait_until(lambda: len(processes_with("sleep 7011")) == 2, "the other rank", 10)
+        killed, other = (one.process for one in attempt.started)
+        killed.kill()
+        assert killed.poll() == -signal.SIGKILL and not processes_with("sleep 7010")
+        assert other.poll() is None and len(processes_with("sleep 7011")) == 2
+    finally:
+        attempt.stop()
 
 
 def test_nothing_is_left_when_the_controller_is_killed(tmp_path: Path) -> None:

@@ -37,11 +37,12 @@ def test_a_chains_processes_are_found_also_those_that_hide_from_it(tmp_path: Pat
             os.kill(pid, signal.SIGKILL)
 
 
-def test_guards_and_srun_have_no_role() -> None:
+def test_a_guard_is_no_rank_and_srun_has_no_role() -> None:
     rank = "python -m tools.benchmarks._tiny_stage sft --config x"
     assert is_of_role("rank", os.getpid(), rank) and not is_of_role("supervisor", os.getpid(), rank)
     for before in ("/usr/bin/srun --overlap", "python -I -S /x/guard.py", "sh -c"):
         assert not is_of_role("rank", os.getpid(), f"{before} {rank}")
+    assert is_of_role("guard", os.getpid(), f"python -I -S /x/guard.py {rank}") and not is_of_role("guard", 1, rank)
     forked_from = "python -m megatron_vcppo.launch.preloaded --log x tools.benchmarks._tiny_stage.sft"
     assert is_of_role("preloaded", os.getpid(), forked_from) and not is_of_role("rank", os.getpid(), forked_from)
     assert is_of_role("writer", os.getpid(), f"RANK=0 {rank}") and not is_of_role(

@@ -36,7 +36,7 @@ from tools.benchmarks._tiny_chains import TINY, cluster_config, result, tiny_con
 
 STAGES = ("sft", "value_pretrain", "ppo")
 STEPS = 16
-ROLES = ("rank", "writer", "verifier", "supervisor", "engine", "controller", "preloaded")
+ROLES = ("rank", "writer", "verifier", "supervisor", "engine", "controller", "preloaded", "guard")
 """writer: a rank at a moment in which its thread writes a checkpoint. The rest are processes of their own."""
 PLACES = ("local", "slurm")
 KILLS_PER_CHAIN = 5
@@ -427,15 +427,18 @@ MARKS = {
     "engine": "sleep 3600.",
     "controller": "_kill_chain",
     "preloaded": PRELOADED,
+    "guard": "guard.py",
 }
 OTHERS = {"srun", "bash", "sh", "slurmstepd:"}
-"""Programs whose command lines have those of roles in them; guards do, too."""
+"""Programs whose command lines have those of roles in them."""
 
 
 def is_of_role(role: str, pid: int, line: str) -> bool:
     """Whether a process of a chain has this role. Only rank 0 writes."""
-    if not line or "guard.py" in line or Path(line.split()[0]).name in OTHERS:
+    if not line or Path(line.split()[0]).name in OTHERS:
         return False
+    if MARKS["guard"] in line:
+        return role == "guard"
     if PRELOADED in line:
         return role == "preloaded"
     if role == "controller" and "submitit.core._submit" in line:
