@@ -140,11 +140,12 @@ def sign_scores(history: History, worst_reward: float | None) -> dict[str, float
     """The signs of SIGNS that a history allows, of its last iterations; in each a higher number is worse.
 
     Single batches scatter, most where few responses count: giving up in a wrong response becomes rare as the policy
-    gets better, and a critic that knows nothing has an explained variance around 0. So give_up, unexplained and
-    early_late are what the mean of the last iterations exceeds at 95 % by their own scatter, from three iterations on.
-    A value below the worst reward is impossible at any scatter, and counts from the first one. early_late is in
-    standard deviations of the reward: those of the advantages are a few tenths of it under a critic that says about the
-    same at every token, and the error of one batch's mean outcome, which a sound critic also has, would look large.
+    gets better, and a critic that knows nothing has an explained variance around 0. So give_up and early_late are what
+    the mean of the last iterations exceeds at 95 % by their own scatter, from three iterations on, and unexplained is
+    the least of them: of a critic that starts wrong and learns fast the scatter is mostly trend. A value below the
+    worst reward is impossible at any scatter, and counts from the first one. early_late is in standard deviations of
+    the reward: those of the advantages are a few tenths of it under a critic that says about the same at every token,
+    and the error of one batch's mean outcome, which a sound critic also has, would look large.
     """
     scores = {}
     lengths = _series(history, "rollout/length_mean")[1]
@@ -155,7 +156,6 @@ def sign_scores(history: History, worst_reward: float | None) -> dict[str, float
     # Where every response got the same reward there is no variance to explain, and 0 means nothing.
     varied = [row for row in history if row.get("rollout/reward_std") != 0]
     noisy = {
-        "unexplained": [-ev for ev in _series(varied, "critic/explained_variance")[1]],
         "give_up": _series(history, "actor/give_up_advantage_sigma")[1],
         "early_late": [
             row["actor/advantage_early_late_gap"] / row["rollout/reward_std"]
@@ -164,6 +164,9 @@ def sign_scores(history: History, worst_reward: float | None) -> dict[str, float
         ],
     }
     scores |= {name: _at_least(values[-_RECENT:]) for name, values in noisy.items() if len(values) >= _MIN_ITERATIONS}
+    unexplained = [-ev for ev in _series(varied, "critic/explained_variance")[1]][-_RECENT:]
+    if len(unexplained) >= _MIN_ITERATIONS:
+        scores["unexplained"] = min(unexplained)
     first_values = _series(history, "critic/value_first_token")[1]
     if worst_reward is not None and first_values:
         scores["below_worst"] = worst_reward - _mean(first_values[-_RECENT:])

@@ -112,6 +112,12 @@ def test_an_early_late_gap_must_keep_its_sign():
     assert _states(_history(actor__advantage_early_late_gap=gap, **options))["value_misalignment"] == "found"
 
 
+def test_a_critic_that_starts_wrong_and_learns_fast_is_named():
+    """As it was measured: the scatter of three values is their trend."""
+    assert _states(_history(critic__explained_variance=[-4.9, -3.1, -2.0]))["value_misalignment"] == "found"
+    assert _states(_history(critic__explained_variance=[-4.9, -3.1, 0.1]))["value_misalignment"] == "absent"
+
+
 def test_truncation():
     assert _states(_history(rollout__truncated_share=[0.1, 0.2, 0.5, 0.6, 0.7, 0.8]))["truncation"] == "found"
 
@@ -190,10 +196,14 @@ def test_an_impossible_value_is_named_in_the_first_iteration():
 
 
 def test_signs_are_what_the_findings_compare():
-    """The explained variance: mean -0.32, standard error 0.0116; times 4.303 below it."""
-    history = _history(critic__explained_variance=[-0.30, -0.32, -0.34], rollout__length_mean=[90.0, 60.0, 45.0])
-    scores = sign_scores(history, -1.0)
-    assert scores == pytest.approx({"unexplained": 0.32 - 4.303 * 0.02 / math.sqrt(3), "length_drop": 1 - 52.5 / 75})
+    """The advantage of giving up: mean 0.32, standard error 0.0116; times 4.303 below it."""
+    history = _history(
+        actor__give_up_advantage_sigma=[0.30, 0.32, 0.34],
+        critic__explained_variance=[-0.30, -0.32, -0.34],
+        rollout__length_mean=[90.0, 60.0, 45.0],
+    )
+    scores, give_up = sign_scores(history, -1.0), 0.32 - 4.303 * 0.02 / math.sqrt(3)
+    assert scores == pytest.approx({"give_up": give_up, "unexplained": 0.30, "length_drop": 1 - 52.5 / 75})
     assert set(scores) <= set(SIGNS)
 
 
