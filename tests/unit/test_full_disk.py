@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from megatron_vcppo.cli import main
-from tools.benchmarks._tiny_chains import tiny_config, tiny_model, write_config
+from tests.helpers.recipes import write_sft_recipe
+from tools.benchmarks._tiny_chains import tiny_config, write_config
 from tools.benchmarks._tiny_models import save_tiny_model
 
 LIMITED = """
@@ -82,16 +82,7 @@ def test_what_a_command_writes(command: str, tmp_path: Path, capsys: pytest.Capt
             assert main([*map(str, call[:-1]), str(checkpoint)]) == 0
             call = ["convert", "export", "--checkpoint", checkpoint, "--out", made, "--no-verify"]
     else:
-        (tmp_path / "data.jsonl").touch()
-        values = {
-            "run": {"dir": str(tmp_path / "run")},
-            "model": {"hf": str(tiny_model(tmp_path / "model"))},
-            "sft": {"train": str(tmp_path / "data.jsonl")},
-            "stages": ["sft"],
-            "cluster": {"name": "big"},
-        }
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-        call, made = ["submit", tmp_path / "recipe.yaml", "--dry-run"], tmp_path / "run"
+        call, made = ["submit", write_sft_recipe(tmp_path), "--dry-run"], tmp_path / "run"
     found = limited("limit(); sys.exit(main(sys.argv[1:]))", tmp_path, *call)
     assert found.returncode == 2, found.stderr
     line = found.stderr.splitlines()[-1]

@@ -24,23 +24,13 @@ from megatron_vcppo.run.access import as_made_here, umask
 from megatron_vcppo.run.config_file import write_config
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.slurm.submission import executor
-from tools.benchmarks._tiny_chains import TINY, tiny_config, tiny_model
+from tests.helpers.recipes import write_sft_recipe
+from tools.benchmarks._tiny_chains import TINY, tiny_config
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """A chain of one SFT, and its data."""
-    (tmp_path / "data.jsonl").touch()
-    path = tmp_path / "recipe.yaml"
-    values = {
-        "run": {"dir": str(tmp_path / "run")},
-        "model": {"hf": str(tiny_model(tmp_path / "model"))},
-        "sft": {"train": str(tmp_path / "data.jsonl")},
-        "stages": ["sft"],
-        "cluster": {"name": "big"},
-    }
-    path.write_text(yaml.safe_dump(values))
-    return path
+    return write_sft_recipe(tmp_path)
 
 
 def mode(path: Path) -> int:
@@ -219,6 +209,7 @@ def test_a_secret_is_refused(override: str, recipe: Path) -> None:
     "override",
     [
         "cluster.environment.TOKENIZERS_PARALLELISM='false'",
+        "prompts.system='The Bearer of news wins: end with answer_key=42, or Final-Key: 42.'",
         "cluster.setup=['export HF_TOKEN=$(cat ~/.token)', 'export KEYBOARD=us']",
         "cluster.setup=['export HF_TOKEN=\"$(cat ~/.token)\"', 'export HF_TOKEN=`cat ~/.token` A_KEY= B_KEY=\"\"']",
         "run.notify='curl -H \"Authorization: Bearer `cat ~/.token`\" https://x.org'",

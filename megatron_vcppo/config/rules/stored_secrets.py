@@ -38,11 +38,17 @@ FORMS = {
 }
 
 
+PROSE = ("prompts.system", "prompts.template")
+"""What the model reads, where ``answer_key=42`` and "Bearer of news" are text."""
+
+
 def secrets(config: Config) -> Iterator[str]:
     """No secret anywhere in it; one line per text that has one."""
     named = {f"cluster.environment.{name}": name for name in config.cluster.environment if is_secret(name)}
     found = {key: (key, name) for key, name in named.items()}
     for key, text in _texts(asdict(config), ""):
+        if key in PROSE:
+            continue
         names = (next(filter(None, groups)) for groups in NAMED.findall(text))
         if name := next(filter(is_secret, names), None):
             found.setdefault(key, (f"{key}: {name}", name))
