@@ -310,13 +310,13 @@ def test_a_hung_engine_is_replaced(node, models) -> None:
 
 
 def supervised(node: RolloutNode) -> list[psutil.Process]:
-    """The first process of each engine, also of one that is still starting."""
-    return psutil.Process(node.process.pid).children()
+    """The first process of each engine, also of one that is still starting; not one that waits to be reaped."""
+    return [process for process in psutil.Process(node.process.pid).children() if alive(process.pid)]
 
 
 def test_nothing_is_left_when_the_supervisor_is_killed_outright(node) -> None:
     """Neither an engine that answers nor one that is starting."""
-    assert len(node.engines()) == 1
+    wait_until(lambda: len(supervised(node)) == 2, 60, "both engines have a process")
     pids = [process.pid for engine in supervised(node) for process in processes_of(engine.pid)]
     assert len(pids) >= 3
     node.process.kill()
