@@ -161,7 +161,7 @@ def srun_processes(
             env=env | place,
             log="srun_trainer.log",
             shown_log="trainer_0.log",
-            step=True,
+            task_nodes=tuple(host for host in trainers for _ in range(ranks_per_node)),
         )
     ]
     if starts_engines(config, stage):
@@ -182,7 +182,7 @@ def srun_processes(
                     env=env,
                     log=f"srun_rollout_{node}.log",
                     restarts=cluster.rollout_restarts,
-                    step=True,
+                    task_nodes=(host,),
                 )
             )
     return processes

@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcppo.run.access import following
     from megatron_vcppo.slurm.submission import active_jobs, cancel_jobs
 
-    folder, config = open_run(args.run_folder)
+    folder, config = open_run(args.run_folder, complete=False)
     jobs = sorted((state.job_id for state in active_jobs(folder)), key=int)
     cancel_jobs(jobs)
     if jobs:

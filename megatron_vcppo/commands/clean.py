@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcppo.run.log import printable
     from megatron_vcppo.slurm.submission import active_jobs
 
-    folder, config = open_run(args.run_folder)
+    folder, config = open_run(args.run_folder, complete=False)
     with following(config.run.access), folder.locked():
         unfinished = not all(folder.stage(stage).marked_done() for stage in config.stages)
         if unfinished and (active := active_jobs(folder)):

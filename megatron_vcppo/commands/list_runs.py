@@ -75,7 +75,7 @@ def record_of(run: "RunFolder", states: "dict[str, JobState] | None") -> dict[st
     try:
         times = [event["time"] for event in events.read(run.path)] or [written]
         record |= {"begun": min(times), "last_event": max(times)}
-        _, config = open_run(run.path)
+        _, config = open_run(run.path, complete=False)
         statuses = chain_status(run, config, states or {})
         unknown_jobs = open_jobs(run) if states is None else []
     except (UserError, OSError) as error:  # one run of many, or someone else's

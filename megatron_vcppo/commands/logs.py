@@ -66,7 +66,7 @@ def find_log(run: RunFolder, stages: list[str], args: argparse.Namespace) -> Pat
 
 def run(args: argparse.Namespace) -> int:
     """Print the file; with -f continue with the attempts and stages that follow, until what is meant is done."""
-    folder, config = open_run(args.run_folder)
+    folder, config = open_run(args.run_folder, complete=False)
     stages: list[str] = list(config.stages)
     if not args.follow:
         Follower(find_log(folder, stages, args)).close()

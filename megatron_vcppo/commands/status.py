@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vcppo.slurm.chain_status import run_status, table
     from megatron_vcppo.slurm.slurm_cli import Unreachable
 
-    folder, config = open_run(args.run_folder)
+    folder, config = open_run(args.run_folder, complete=False)
     clear = "\033[2J\033[H" if sys.stdout.isatty() else ""
     while True:
         try:

@@ -121,7 +121,7 @@ def results(folder: Path) -> list[dict[str, object]]:
         run = RunFolder(folder / point.name)
         row: dict[str, object] = {"run": point.name, **dict(override.split("=", 1) for override in point.overrides)}
         if run.config.exists():
-            _, config = open_run(run.path)
+            _, config = open_run(run.path, complete=False)
             reached = [status for status in run_status(run, config) if status.attempts]
             if reached:
                 row |= {"stage": reached[-1].stage, "state": reached[-1].state}

@@ -29,8 +29,8 @@ SETTLE_S = 0.5
 because of it."""
 HANG_SETTLE_S = 5.0
 """After a collective timed out: ranks that have not left by themselves then are those that hang."""
-TASK_ENDED = re.compile(r"\btasks? (\d+)[\d,-]*: (?:Exited with exit code (\d+)|(.+))$", re.MULTILINE)
-"""srun's report of ended tasks: "srun: error: node7: tasks 3-5: Exited with exit code 1", "…: task 2: Killed"."""
+TASK_ENDED = re.compile(r"\btasks? (\d+)([\d,-]*): (?:Exited with exit code (\d+)|(.+))$", re.MULTILINE)
+"""srun's report of ended tasks: "srun: error: node7: tasks 3-5,9: Exited with exit code 1", "…: task 2: Killed"."""
 SIGNAL_WORDS = {signal.strsignal(number): number for number in signal.valid_signals()}
 SIGNAL_WORDS |= {"Out Of Memory": signal.SIGKILL}
 
@@ -53,8 +53,8 @@ class RoleProcess:
     shown_log: str | None = None
     """The file that is also copied to the terminal: rank 0's."""
     restarts: int = 0
-    step: bool = False
-    """An srun step of several tasks: srun's messages in ``log`` say which of them ended, and how."""
+    task_nodes: tuple[str, ...] = ()
+    """Of an srun step: the node of each task. srun's messages in ``log`` say which of them ended, and how."""
     end_signal: int = signal.SIGTERM
     """What ends the process when the attempt is over. SIGKILL for local ranks: they hang in collectives."""
     preloaded: Preloaded | None = None
@@ -131,9 +131,15 @@ def timed_out(code: int, details: list[str]) -> bool:
 
 
 def waited_for(hanging: list[str]) -> str:
-    """The ranks that hang, as the tail of a sentence. On a cluster, where they are tasks of one step, without names."""
+    """The ranks that hang, as the tail of a sentence."""
     more = f" and {len(hanging) - 4} more" if len(hanging) > 4 else ""
     return f": waited in vain for {', '.join(hanging[:4]) or 'another rank'}{more} (run.timeout_s)"
+
+
+def ended_tasks(text: str) -> set[int]:
+    """The tasks of a step that srun's messages report as ended."""
+    spans = (span.partition("-") for tasks in TASK_ENDED.findall(text) for span in "".join(tasks[:2]).split(","))
+    return {task for first, _, last in spans for task in range(int(first), int(last or first) + 1)}
 
 
 def reported_code(text: str) -> int:
@@ -142,7 +148,7 @@ def reported_code(text: str) -> int:
     The first one named, but a kill before exit codes: peers of a killed rank may be reported before it.
     """
     codes = []
-    for _, code, words in TASK_ENDED.findall(text):
+    for _, _, code, words in TASK_ENDED.findall(text):
         number = SIGNAL_WORDS.get(words.removesuffix(" (core dumped)"))
         if number is not None:
             codes.append(SIGNALLED + number)
@@ -197,11 +203,28 @@ class Attempt:
     def code(self, started: _Started) -> int | None:
         """Its exit code, None while it runs."""
         code = started.process.poll()
-        if started.role_process.step:
-            with (self.logs / started.role_process.log).open(errors="replace") as log:
-                log.seek(started.log_start)
-                code = reported_code(log.read()) or code
+        if started.role_process.task_nodes:
+            code = reported_code(self.own_log(started)) or code
         return code if code is None or code >= 0 else SIGNALLED - code
+
+    def own_log(self, started: _Started) -> str:
+        """What its log has got since it was started."""
+        with (self.logs / started.role_process.log).open(errors="replace") as log:
+            log.seek(started.log_start)
+            return log.read()
+
+    def running_ranks(self) -> dict[str, Path]:
+        """The log of each rank of the trainer that has not ended, by the rank's name."""
+        logs: dict[str, Path] = {}
+        for started in self.of("trainer"):
+            one = started.role_process
+            if one.task_nodes:
+                ended = ended_tasks(self.own_log(started))
+                names = {n: f"{one.role} {n} on {node}" for n, node in enumerate(one.task_nodes) if n not in ended}
+            else:
+                names = {one.index: one.name} if self.code(started) is None else {}
+            logs |= {name: self.logs / f"{one.role}_{number}.log" for number, name in names.items()}
+        return logs
 
     def restart_rollouts(self) -> Outcome | None:
         """Start ended rollout processes again, after 1, 2, 4, … s; an outcome if one died for good."""
@@ -309,7 +332,8 @@ def _watch(
             settled_at = now + (SETTLE_S if bad else follow_timeout_s)
         if ended and not hanging and any(code not in (DONE, SAVED) for _, code in ended):
             settled_at = min(settled_at, now + SETTLE_S)
-        if len(ended) == len(trainers) or now >= settled_at:
+        over = not attempt.running_ranks() if hanging else len(ended) == len(trainers)
+        if over or now >= settled_at:
             role_process, code = first_death(ended)
             how = f"{role_process.name} {describe(code)}"
             if code in (DONE, SAVED) and len(ended) < len(trainers):
@@ -319,9 +343,9 @@ def _watch(
             details = attempt.tail(role_process)
             if not timed_out(code, details):
                 return Outcome(code, how + taken_port(role_process, code, details), details)
-            if hanging or len(ended) == len(trainers):
-                left = {one.index for one, _ in ended}
-                names = [one.role_process.name for one in trainers if one.role_process.index not in left]
+            if hanging:
+                logs = attempt.running_ranks()
+                names = [name for name, log in logs.items() if not timed_out(FAILED, last_lines(log))]
                 return Outcome(code, how + waited_for(names), details)
             hanging, settled_at = True, now + HANG_SETTLE_S
         if not ended and (outcome := attempt.restart_rollouts()):

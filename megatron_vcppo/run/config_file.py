@@ -19,14 +19,17 @@ ALWAYS_STORED = ("run", "stages", "model", "sft", "ppo", "evaluate", "cluster")
 """In every run's configuration, which holds all keys; hardly in one that a user wrote."""
 
 
-def open_run(path: Path) -> tuple[RunFolder, Config]:
-    """An existing run and its configuration. UserError if the folder is not a run; it names the run around it."""
+def open_run(path: Path, complete: bool = True) -> tuple[RunFolder, Config]:
+    """An existing run and its configuration. UserError if the folder is not a run; it names the run around it.
+
+    complete: False for what starts no stage. Such a command also opens runs whose configuration breaks a rule of today.
+    """
     run = RunFolder(path.absolute())
     if not run.config.is_file():
         above = (RunFolder(folder) for folder in run.path.parents)
         hint = next((f"; the run is {one.path}" for one in above if one.config.is_file() and one.events.is_file()), "")
         raise UserError(f"{path}: not a run folder: it has no {run.config.name}{hint}")
-    config = load_stored_config(run.config)
+    config = load_stored_config(run.config, complete)
     stored = Path(config.run.dir).expanduser()
     if not (stored.exists() and stored.samefile(run.path)):
         config.run.dir = str(run.path)  # it was moved or renamed; the next start of stages stores that

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import textwrap
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_vcppo.errors import SAVED
-from megatron_vcppo.launch.controller import Attempt, RoleProcess, first_death, reported_code, supervise
+from megatron_vcppo.launch.controller import Attempt, RoleProcess, ended_tasks, first_death, reported_code, supervise
 from megatron_vcppo.launch.role_commands import role_environment
 from megatron_vcppo.run import events
 from megatron_vcppo.run.folder import RunFolder
@@ -217,3 +218,31 @@ def test_an_empty_variable_is_removed(tmp_path: Path, monkeypatch: pytest.Monkey
 )
 def test_the_task_that_is_the_cause_decides(text: str, code: int) -> None:
     assert reported_code(text) == code
+
+
+def test_all_tasks_that_srun_names_have_ended() -> None:
+    text = "srun: error: n1: tasks 3-5,7: Killed\nsrun: error: n0: task 12: Exited with exit code 1"
+    assert ended_tasks(text) == {3, 4, 5, 7, 12}
+
+
+@pytest.mark.parametrize("others", ["fail", "wait"])
+def test_the_ranks_of_a_step_that_hang_are_named_with_their_nodes(tmp_path: Path, others: str) -> None:
+    """Task 0 waited in vain for task 2; task 1 did, too, and has either ended or not come to its end yet."""
+    (tmp_path / "trainer_1.log").write_text("RuntimeError: [gloo] Timed out waiting 6000ms for recv operation\n")
+    ended = "tasks 0-1" if others == "fail" else "task 0"
+    step = python(
+        "trainer",
+        0,
+        f"""
+        import time
+        print("RuntimeError: Timed out waiting", file=open("{tmp_path}/trainer_0.log", "w"), flush=True)
+        print("srun: error: n0: {ended}: Exited with exit code 1", flush=True)
+        time.sleep(60)
+        """,
+        task_nodes=("n0", "n0", "n1"),
+        shown_log="trainer_0.log",
+    )
+    step = replace(step, log="srun_trainer.log")
+    outcome = supervise([step], tmp_path, grace_s=1)
+    assert outcome.code == 1 and outcome.killed
+    assert outcome.cause == "trainer 0 left with exit code 1: waited in vain for trainer 2 on n1 (run.timeout_s)"

@@ -51,6 +51,18 @@ def test_a_held_and_a_requeued_job(cluster: DevCluster, tmp_path: Path) -> None:
     assert len(events.of_stage(run.path, "job", "sft")) == 2, "the same job, started twice"
 
 
+def test_a_rank_that_hangs_is_named_with_its_node_and_the_stage_starts_again(
+    cluster: DevCluster, tmp_path: Path
+) -> None:
+    run, config = chain(tmp_path / "run")
+    config.cluster.environment |= {"TINY_HANG": str(tmp_path / "hung"), "TINY_PATIENCE_S": "6"}
+    write_config(config)
+    assert_done(run, submit(run, config, ["sft"], TINY))
+    nodes = events.of_stage(run.path, "job", "sft")[0]["nodes"]
+    first, _ = events.of_stage(run.path, "attempt_end", "sft")
+    assert first["cause"].endswith(f"waited in vain for trainer 1 on {nodes[1]} (run.timeout_s)")
+
+
 def test_drained_nodes_are_waited_for_and_named(cluster: DevCluster, tmp_path: Path) -> None:
     run, config = chain(tmp_path / "run")
     drained = ",".join(cluster.node_names[:3])

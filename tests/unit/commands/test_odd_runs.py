@@ -156,3 +156,16 @@ def test_a_run_of_another_user(run: RunFolder) -> None:
         private.chmod(0o700)
         for path in (run.path, *run.path.rglob("*")):
             path.chmod(path.stat().st_mode | 0o700)
+
+
+def test_a_run_that_todays_rules_refuse_can_be_looked_at_and_ended(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as one of an older version, in whose configuration a secret stands: only its stages do not start."""
+    text = run.config.read_text()
+    assert "  environment: {}\n" in text
+    run.config.write_text(text.replace("  environment: {}\n", "  environment:\n    HF_TOKEN: hf_x\n", 1))
+    said = looked_at(run, capsys)
+    assert not [command for command, output in said.items() if "HF_TOKEN" in output], said
+    assert main(["resume", str(run.path)]) == 2
+    assert "HF_TOKEN looks like a secret" in capsys.readouterr().err
