@@ -56,11 +56,11 @@ class Sign:
 
 
 SIGNS = {
-    "length_drop": Sign("drop of the mean length", LENGTH_DROP),
-    "unexplained": Sign("how far the explained variance is below 0", UNEXPLAINED),
-    "give_up": Sign("advantage of giving up in σ", POSITION_BIAS),
-    "below_worst": Sign("how far the first token's value is below the worst reward", 0.0),
-    "early_late": Sign("early minus late advantage in standard deviations of the reward", POSITION_BIAS),
+    "length_drop": Sign("mean length dropped by more than {plus}", LENGTH_DROP),
+    "unexplained": Sign("explained variance below {minus}", UNEXPLAINED),
+    "give_up": Sign("advantage of giving up above {plus} σ", POSITION_BIAS),
+    "below_worst": Sign("first token's value below the worst reward by more than {plus}", 0.0),
+    "early_late": Sign("early minus late advantage above {plus} standard deviations of the reward", POSITION_BIAS),
 }
 """By the names of ``sign_scores``; those behind length_collapse and value_misalignment."""
 

@@ -88,7 +88,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--diagnosis", type=Path, nargs="+", metavar="FILE", help="hits and false alarms over all runs of kept results"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="page of --redraw (report.html next to the file)")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="also write each chart to DIR, as SVG and PDF")
+    parser.add_argument(
+        "--figures",
+        type=Path,
+        metavar="DIR",
+        help="also write each chart to DIR, as SVG and PDF; with --into those to which the document links",
+    )
     parser.add_argument(
         "--into", type=Path, metavar="FILE", help="put the tables into this document, between the experiment's marks"
     )
@@ -157,7 +162,13 @@ def plan(
 
     def prepared(label: str, folder: Path, seed: int, *more: str) -> Chain:
         given = [*common, *more, *overrides, path_override("run.dir", folder), f"run.seed={seed}"]
-        run, config = prepare(experiment.config, given, cluster, note=print_note)
+        try:
+            run, config = prepare(experiment.config, given, cluster, note=print_note)
+        except UserError as error:
+            own = (*more, *experiment.overrides, *experiment.shared_overrides)
+            if not any(override.partition("=")[0] in str(error) for override in own):
+                raise
+            raise UserError(f"{experiment.file}: {label}: {str(error).removeprefix('command line: ')}") from None
         call = (str(experiment.config), *local_overrides(cluster), *given)
         return Chain(label, run, config, [*config.stages], call=call)
 
@@ -410,7 +421,7 @@ def report(results: "ExperimentResults", out: Path, figures: Path | None, into: 
     """Write the page, the same as Markdown next to it, the figures, the tables of a document; print the verdicts."""
     from megatron_vcppo.commands.report import make_folder, write
     from megatron_vcppo.report.drawing import paper_files
-    from megatron_vcppo.report.experiment_charts import experiment_charts
+    from megatron_vcppo.report.experiment_charts import empty_figures, experiment_charts
     from megatron_vcppo.report.experiment_page import (
         document_block,
         experiment_markdown,
@@ -427,9 +438,13 @@ def report(results: "ExperimentResults", out: Path, figures: Path | None, into: 
     write(out.with_suffix(".md"), experiment_markdown(results).encode(), "--out")
     if figures:
         make_folder(figures)
+        document = read_text(into) if into else None
         for chart in experiment_charts(results):
             for name, content in paper_files(chart).items():
-                write(figures / name, content, "--figures")
+                if document is None or f"{figures.name}/{name})" in document:
+                    write(figures / name, content, "--figures")
+    for figure in empty_figures(results):
+        print_note(f"note: nothing to draw for the figure {figure}: no run has these numbers")
     print(text_table(arm_rows(results), sys.stdout))
     for line in verdict_lines(results):
         print(printable(line))

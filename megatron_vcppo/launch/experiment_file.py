@@ -61,6 +61,7 @@ class Experiment:
     """An experiment file, checked."""
 
     name: str
+    file: Path
     question: Question
     config: Path
     overrides: tuple[str, ...]
@@ -143,6 +144,7 @@ def read_experiment(path: Path) -> Experiment:
     about = {"name": path.stem, "shared": _shared_text(stages, per_seed)}
     return Experiment(
         name=path.stem,
+        file=path,
         question=Question.of(values | about, str(path)),
         config=_config_file(str(values["config"]), path),
         overrides=_overrides(common, f"{path}: set"),

@@ -1,6 +1,7 @@
 """The figures of an experiment: curves and profiles with standard errors over seeds, outcomes against each other."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatron_vcppo.algo.seed_statistics import mean_over
@@ -15,11 +16,17 @@ from megatron_vcppo.report.run_charts import (
     file_name,
     profile_points,
 )
-from megatron_vcppo.report.run_data import setting
+from megatron_vcppo.report.run_data import RunData, setting
 from megatron_vcppo.report.run_outcomes import OUTCOMES, outcome_of
 
 Points = Sequence[tuple[float, float | None]]
 PLOTS = {"ppo": PPO_PLOTS, "value_pretrain": VALUE_PLOTS, "reward_model": REWARD_MODEL_PLOTS, "sft": SFT_PLOTS}
+PLOTS_OF_EXPERIMENTS = {
+    "critic/mc_error": Plot("Squared error against Monte-Carlo returns", "critic/mc_error", "", negative=False),
+}
+"""Of PPO, besides those of every run's page."""
+LONGEST_NAME = 40
+"""Characters of the name of lines that are equal."""
 OVER_SEEDS = "mean; shaded: one standard error over the seeds"
 
 
@@ -27,6 +34,11 @@ def experiment_charts(results: ExperimentResults) -> list[Chart]:
     """Every figure of the question that has something to show."""
     drawn = (_chart(figure, results) for figure in results.question.figures)
     return [chart for chart in drawn if chart is not None]
+
+
+def empty_figures(results: ExperimentResults) -> list[dict[str, Any]]:
+    """The figures of the question for which no run has numbers, such as one whose metric is misspelled."""
+    return [figure for figure in results.question.figures if _chart(figure, results) is None]
 
 
 def _chart(figure: Mapping[str, Any], results: ExperimentResults) -> Chart | None:
@@ -52,12 +64,30 @@ def over_seeds(lines: Sequence[Points]) -> tuple[list[tuple[float, float]], list
     return [(x, m.value) for x, m in means.items()], band
 
 
+def equal_as_one(lines: Sequence[Line]) -> list[Line]:
+    """Arms that have not parted yet are one line with both names: the one drawn last would hide the others."""
+    groups: list[list[Line]] = []
+    for line in lines:
+        group = next((one for one in groups if (one[0].points, one[0].band) == (line.points, line.band)), None)
+        if group is None:
+            groups.append([line])
+        else:
+            group.append(line)
+    return [replace(group[0], name=_name_of_all([line.name for line in group])) for group in groups]
+
+
+def _name_of_all(names: Sequence[str]) -> str:
+    whole = " = ".join(names)
+    return whole if len(whole) <= LONGEST_NAME or len(names) == 1 else f"{names[0]} and {len(names) - 1} equal"
+
+
 def _runs_of(results: ExperimentResults, arm: str) -> list[ExperimentRun]:
     return [run for run in results.runs if run.arm == arm]
 
 
 def _curves(metric: str, stage: str, results: ExperimentResults) -> Chart | None:
-    plot = next((one for one in PLOTS.get(stage, ()) if one.metric == metric), Plot(metric, metric, ""))
+    known = next((one for one in PLOTS.get(stage, ()) if one.metric == metric), None)
+    plot = known or PLOTS_OF_EXPERIMENTS.get(metric, Plot(metric, metric, ""))
     lines = []
     for arm in results.question.arms:
         points, band = over_seeds([run.data.series(stage, metric) for run in _runs_of(results, arm)])
@@ -67,7 +97,7 @@ def _curves(metric: str, stage: str, results: ExperimentResults) -> Chart | None
         return None
     title = plot.title if stage == "ppo" else f"{plot.title}, {stage}"
     x_label = "iteration" if stage == "ppo" else "step"
-    content = Lines(lines, plot.reference, negative=plot.negative)
+    content = Lines(equal_as_one(lines), plot.reference, negative=plot.negative)
     caption = "; ".join(text for text in (plot.caption.partition(";")[0], OVER_SEEDS) if text)
     return _made(title, caption, x_label, plot.title, content)
 
@@ -89,7 +119,7 @@ def _profiles(name: str, results: ExperimentResults) -> Chart | None:
     what, _, kind = name.partition("_by_")
     x_label = "decile of the response's length" if kind == "decile" else "token of the response"
     title = f"{what.capitalize()} by {kind}, first iteration"
-    return _made(title, OVER_SEEDS, x_label, what.capitalize(), Lines(lines, reference=0.0))
+    return _made(title, OVER_SEEDS, x_label, what.capitalize(), Lines(equal_as_one(lines), reference=0.0))
 
 
 def _scatter(x_name: str, y_name: str, results: ExperimentResults) -> Chart | None:
@@ -111,7 +141,7 @@ def _against_setting(key: str, name: str, results: ExperimentResults) -> Chart |
     """An outcome over the values of a configuration key: mean and standard error of each arm."""
     lines = []
     for arm in results.question.arms:
-        found = [(setting(run.data.config, key), _shown(name, run)) for run in _runs_of(results, arm)]
+        found = [(_setting_of(run.data, key), _shown(name, run)) for run in _runs_of(results, arm)]
         pairs = [(float(x), y) for x, y in found if isinstance(x, int | float) and y is not None]
         points, band = over_seeds([pairs])
         if points:
@@ -121,6 +151,14 @@ def _against_setting(key: str, name: str, results: ExperimentResults) -> Chart |
     content = Lines(lines, x_range=extent(x for line in lines for x, _ in line.points))
     label = OUTCOMES[name].label
     return _made(f"{label} by {key}", "mean; bars: one standard error over the seeds", key, label, content)
+
+
+def _setting_of(run: RunData, key: str) -> Any:
+    """The value of a key; of a stage that the run does not have 0 steps, and None of its other keys."""
+    section, _, name = key.partition(".")
+    if section in PLOTS and section not in run.stages:
+        return 0 if name == "steps" else None
+    return setting(run.config, key)
 
 
 def _shown(name: str, run: ExperimentRun) -> float | None:

@@ -23,24 +23,25 @@ OF_THE_RUN = {"run", "stored_path"}
 DIAGNOSIS_NOTE = (
     "Failed: the mean length fell below half of its start, or pass@1 ended below that of SFT by more than its interval "
     "(without an evaluation: the accuracy of the rollouts below half of its start). Healthy: neither, and the length "
-    "never fell by a quarter. Other runs, and those whose actor is never trained, are not counted. Early: within the "
-    f"first {EARLY} iterations. A signature's row counts what the runs would print. Below them, the signs behind "
-    "length_collapse and value_misalignment: the built-in threshold, and that which separates the two classes best on "
-    f"every other run, both judged on the runs in between after {EARLY} iterations."
+    "never fell by a quarter. Other runs, those whose actor is never trained and those that have not ended are not "
+    f"counted. Early: within the first {EARLY} iterations. A signature's row counts what the runs would print. Below "
+    "them, the signs behind length_collapse and value_misalignment: the built-in threshold, and that which separates "
+    f"the two classes best on every other run, both judged on the runs in between after {EARLY} iterations."
 )
 
 Class = Literal["failed", "healthy", "between"]
 
 
 def outcome_class(run: RunData) -> Class:
-    """What became of a run; one whose actor is never trained is between: nothing can become of it."""
+    """What became of a run; one whose actor is never trained is between: nothing can become of it. So is one that has
+    not come to the end of PPO, unless its length is gone already."""
     ppo = run.config.get("ppo") or {}
     if ppo.get("critic_only_iterations", 0) >= ppo.get("iterations", 1):
         return "between"
     drop, worse = length_drop(run), _got_worse(run)
     if worse or (drop is not None and drop > FAILED_DROP):
         return "failed"
-    return "healthy" if drop is not None and drop < HEALTHY_DROP else "between"
+    return "healthy" if "ppo" in run.done and drop is not None and drop < HEALTHY_DROP else "between"
 
 
 def _got_worse(run: RunData) -> bool:
@@ -114,7 +115,7 @@ def threshold_rows(failed: Sequence[RunData], healthy: Sequence[RunData]) -> lis
             counts = count(judge_failed, judge_healthy, threshold)
             rows.append(
                 {
-                    "sign": f"{sign.text} above {short(threshold)} ({origin})",
+                    "sign": f"{sign.text.format(plus=short(threshold), minus=short(-threshold))} ({origin})",
                     "failed runs named early": f"{counts.hits} of {counts.failed}",
                     "failed runs named": "",
                     "healthy runs with an alarm": f"{counts.false_alarms} of {counts.healthy}",

@@ -83,7 +83,8 @@ def document_block(results: ExperimentResults) -> str:
 def diagnosis_block(runs: Sequence[ExperimentRun]) -> str:
     """The same for the diagnosis over the runs of several experiments."""
     rows = signature_rows(runs)
-    return (f"{len(distinct(runs))} runs.\n\n{markdown_table(rows)}" if rows else "No run to judge.") + "\n"
+    text = f"{len(distinct(runs))} runs. {DIAGNOSIS_NOTE}\n\n{markdown_table(rows)}" if rows else "No run to judge."
+    return f"{text}\n"
 
 
 def put_block(document: str, name: str, block: str) -> str:
@@ -99,7 +100,8 @@ def put_block(document: str, name: str, block: str) -> str:
 def made_text(results: ExperimentResults) -> str:
     """How many runs, how long they took, where and when. Example: 6 runs, 1 h 5 min of logged steps; 2026-11-27."""
     made = ", ".join(f"{name} {value}" for name, value in results.made.items())
-    return f"{len(results.runs)} runs, {duration(results.seconds())} of logged steps; {made}"
+    count = "1 run" if len(results.runs) == 1 else f"{len(results.runs)} runs"
+    return f"{count}, {duration(results.seconds())} of logged steps; {made}"
 
 
 def verdict_lines(results: ExperimentResults) -> list[str]:

@@ -98,9 +98,13 @@ class ExperimentResults:
         return {seed: value for seed, value in found.items() if value is not None}
 
     def seconds(self) -> float:
-        """What the logged iterations and steps of all runs took together."""
-        stages = [rows for run in self.runs for rows in run.data.history.values()]
-        return sum(row.get(name, 0.0) for rows in stages for row in rows for name in TIMES)
+        """What the logged iterations and steps of all runs took together; a shared stage, which several have, once."""
+        times = {
+            (stage, tuple(row.get(name, 0.0) for row in rows for name in TIMES))
+            for run in self.runs
+            for stage, rows in run.data.history.items()
+        }
+        return sum(sum(seconds) for _, seconds in times)
 
 
 def arm_color(question: Question, arm: str) -> str:

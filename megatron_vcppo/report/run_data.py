@@ -18,9 +18,10 @@ from megatron_vcppo.run.files import read_json, read_text
 from megatron_vcppo.run.folder import RunFolder
 from megatron_vcppo.run.metrics_log import read_history, read_records
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#7b3294", "#b8860b", "#c2255c", "#4d4d4d", "#2aa1d8")
-"""One per run, a ninth run has the first one's again: Okabe and Ito's, which color-blind readers tell apart, with those
-that are too light for a line on white darkened."""
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#7b3294", "#b8860b", "#c2255c", "#4d4d4d", "#2aa1d8",
+          "#6b3e12", "#7fb800", "#f781bf", "#1b2a80")  # fmt: skip
+"""One per run, a thirteenth run has the first one's again. First Okabe and Ito's, which color-blind readers tell apart,
+with those that are too light for a line on white darkened."""
 
 LARGEST = 1e100
 """Larger numbers are damage: their squares would have none to stand for them."""

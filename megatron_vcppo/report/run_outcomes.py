@@ -16,6 +16,8 @@ class Outcome:
 
     label: str
     of: Callable[[RunData], float | None]
+    text: str
+    """What it is, for docs/experiments.md."""
     percent: bool = False
 
     @property
@@ -84,44 +86,155 @@ def iterations_to(metric: str, level: float) -> Callable[[RunData], float | None
 
 
 OUTCOMES: dict[str, Outcome] = {
-    "pass@1": Outcome("pass@1 after PPO, %", evaluated("ppo", "avg"), percent=True),
-    "pass@1_sft": Outcome("pass@1 after SFT, %", evaluated("sft", "avg"), percent=True),
-    "gain": Outcome("pass@1 gained by PPO, points", gain, percent=True),
-    "accuracy_last": Outcome("accuracy of rollouts, last, %", last("rollout/accuracy"), percent=True),
-    "iterations_to_60": Outcome("iterations to 60 % accuracy", iterations_to("rollout/accuracy", 0.6)),
-    "score_last": Outcome("reward model's score, last", last("model_reward/score_mean")),
-    "score_first": Outcome("reward model's score, first", first("model_reward/score_mean")),
-    "length_first": Outcome("length, first", first("rollout/length_mean")),
-    "length_lowest": Outcome("length, lowest", lowest_length),
-    "length_last": Outcome("length, last", last("rollout/length_mean")),
-    "length_drop": Outcome("length drop, %", length_drop, percent=True),
-    "truncated_last": Outcome("truncated, last, %", last("rollout/truncated_share"), percent=True),
-    "explained_variance_first": Outcome("explained variance, first", first("critic/explained_variance")),
-    "explained_variance_last": Outcome("explained variance, last", last("critic/explained_variance")),
+    "pass@1": Outcome(
+        "pass@1 after PPO, %",
+        evaluated("ppo", "avg"),
+        "share of held-out problems that the actor after PPO solves with one sample",
+        percent=True,
+    ),
+    "pass@1_sft": Outcome(
+        "pass@1 after SFT, %",
+        evaluated("sft", "avg"),
+        "the same of the SFT model",
+        percent=True,
+    ),
+    "gain": Outcome(
+        "pass@1 gained by PPO, points",
+        gain,
+        "the first minus the second",
+        percent=True,
+    ),
+    "accuracy_last": Outcome(
+        "accuracy of rollouts, last, %",
+        last("rollout/accuracy"),
+        "share of right rollouts, mean over the last 3 iterations",
+        percent=True,
+    ),
+    "iterations_to_60": Outcome(
+        "iterations to 60 % accuracy",
+        iterations_to("rollout/accuracy", 0.6),
+        "the first iteration from which the mean accuracy of 3 iterations is at least 60 %; empty: never",
+    ),
+    "score_last": Outcome(
+        "reward model's score, last",
+        last("model_reward/score_mean"),
+        "mean score of the rollouts by the reward model, last 3 iterations",
+    ),
+    "score_first": Outcome(
+        "reward model's score, first",
+        first("model_reward/score_mean"),
+        "the same in the first iteration",
+    ),
+    "length_first": Outcome(
+        "length, first",
+        first("rollout/length_mean"),
+        "mean tokens of a response in the first iteration",
+    ),
+    "length_lowest": Outcome(
+        "length, lowest",
+        lowest_length,
+        "the lowest of the medians of 3 neighboring iterations, so that a single odd batch does not count; it can be "
+        "above the first",
+    ),
+    "length_last": Outcome(
+        "length, last",
+        last("rollout/length_mean"),
+        "mean over the last 3 iterations",
+    ),
+    "length_drop": Outcome(
+        "length drop, %",
+        length_drop,
+        "share of the first length by which the lowest is below it; negative where it only grew",
+        percent=True,
+    ),
+    "truncated_last": Outcome(
+        "truncated, last, %",
+        last("rollout/truncated_share"),
+        "share of responses cut off at rollout.max_tokens, last 3 iterations",
+        percent=True,
+    ),
+    "explained_variance_first": Outcome(
+        "explained variance, first",
+        first("critic/explained_variance"),
+        "1 − var(target − value) / var(target) over the tokens of the first iteration, before the critic's update, "
+        "with the critic's own targets (λ_critic); 0: the critic knows no more than the mean",
+    ),
+    "explained_variance_last": Outcome(
+        "explained variance, last",
+        last("critic/explained_variance"),
+        "mean over the last 3 iterations",
+    ),
     "mc_explained_variance_first": Outcome(
-        "explained variance of Monte-Carlo returns, first", first("critic/mc_explained_variance")
+        "explained variance of Monte-Carlo returns, first",
+        first("critic/mc_explained_variance"),
+        "the same with Monte-Carlo returns for targets, which critics of different λ share",
     ),
     "mc_explained_variance_early": Outcome(
-        "explained variance of Monte-Carlo returns, iterations 2 to 4", after_first("critic/mc_explained_variance")
+        "explained variance of Monte-Carlo returns, iterations 2 to 4",
+        after_first("critic/mc_explained_variance"),
+        "mean over iterations 2 to 4",
     ),
     "mc_explained_variance_last": Outcome(
-        "explained variance of Monte-Carlo returns, last", last("critic/mc_explained_variance")
+        "explained variance of Monte-Carlo returns, last",
+        last("critic/mc_explained_variance"),
+        "mean over the last 3 iterations",
     ),
-    "mc_error_last": Outcome("squared error of values against Monte-Carlo returns, last", last("critic/mc_error")),
-    "value_first_token": Outcome("V(first token), first iteration", first("critic/value_first_token")),
-    "give_up_advantage": Outcome("give-up advantage, first iteration, σ", first("actor/give_up_advantage_sigma")),
+    "mc_error_last": Outcome(
+        "squared error of values against Monte-Carlo returns, last",
+        last("critic/mc_error"),
+        "mean over tokens and the last 3 iterations",
+    ),
+    "value_first_token": Outcome(
+        "V(first token), first iteration",
+        first("critic/value_first_token"),
+        "mean value of the first token of a response; below the worst reward is impossible",
+    ),
+    "give_up_advantage": Outcome(
+        "give-up advantage, first iteration, σ",
+        first("actor/give_up_advantage_sigma"),
+        "mean advantage of the tokens with which the actor ends its thinking before it is done, above the mean "
+        "advantage, in standard deviations of all advantages; positive: PPO will end responses earlier",
+    ),
     "position_correlation": Outcome(
-        "correlation of advantage and position, first iteration", first("actor/advantage_position_correlation")
+        "correlation of advantage and position, first iteration",
+        first("actor/advantage_position_correlation"),
+        "of a token's advantage with its position in the response",
     ),
-    "early_late_gap": Outcome("early minus late advantage, first iteration", first("actor/advantage_early_late_gap")),
-    "advantage_variance": Outcome("variance of the advantages", advantage_variance),
-    "pretrain_loss_first": Outcome("pretraining: value loss, first", first("critic/value_loss", "value_pretrain")),
-    "pretrain_loss_last": Outcome("pretraining: value loss, last", last("critic/value_loss", "value_pretrain", 10)),
+    "early_late_gap": Outcome(
+        "early minus late advantage, first iteration",
+        first("actor/advantage_early_late_gap"),
+        "mean advantage of the first fifth of a response minus that of the last fifth",
+    ),
+    "advantage_variance": Outcome(
+        "variance of the advantages",
+        advantage_variance,
+        "of the advantages before whitening, mean over iterations",
+    ),
+    "pretrain_loss_first": Outcome(
+        "pretraining: value loss, first",
+        first("critic/value_loss", "value_pretrain"),
+        "of the first step of value pretraining",
+    ),
+    "pretrain_loss_last": Outcome(
+        "pretraining: value loss, last",
+        last("critic/value_loss", "value_pretrain", 10),
+        "mean over its last 10 steps",
+    ),
     "pretrain_explained_variance": Outcome(
-        "pretraining: explained variance, last", last("critic/explained_variance", "value_pretrain", 10)
+        "pretraining: explained variance, last",
+        last("critic/explained_variance", "value_pretrain", 10),
+        "mean over its last 10 steps",
     ),
 }
 """By the name that an experiment file uses."""
+
+
+def outcome_rows() -> list[dict[str, str]]:
+    """The table of docs/experiments.md."""
+    return [
+        {"in a file": f"`{name}`", "column": outcome.label, "what it is": outcome.text}
+        for name, outcome in OUTCOMES.items()
+    ]
 
 
 def outcome_of(name: str, run: RunData) -> float | None:

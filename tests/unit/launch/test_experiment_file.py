@@ -164,7 +164,7 @@ def test_a_wrong_call_is_one_line(tmp_path: Path, capsys) -> None:
         (["experiment"], "needs a NAME, --redraw FILE or --diagnosis FILE"),
         (["experiment", "nothing"], "there are components"),
         (["experiment", file, "--arms", "two", "--dry-run"], "--arms two: no such arm; there are one"),
-        (["experiment", file, "ppo.lr=1", "--dry-run"], "unknown key ppo.lr"),
+        (["experiment", file, "ppo.lr=1", "--dry-run"], "command line: unknown key ppo.lr"),
         (["experiment", "--redraw", str(tmp_path / "none.zst")], "none.zst"),
     ):
         assert main(call) == 2

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 import tracemalloc
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from megatron_vcppo.report.experiment_results import (
 )
 from megatron_vcppo.report.experiment_tables import arm_rows, difference_rows, judged_claims
 from megatron_vcppo.report.run_data import LARGEST
-from megatron_vcppo.report.run_outcomes import OUTCOMES, outcome_of
+from megatron_vcppo.report.run_outcomes import OUTCOMES, outcome_of, outcome_rows
+from megatron_vcppo.report.text_table import markdown_table
 from tests.helpers.recorded_experiment import record_experiment
 from tests.helpers.source import ROOT
 
@@ -101,18 +103,60 @@ def test_figures_that_have_something_to_show_are_drawn(results: ExperimentResult
     assert [line.points for line in setting.lines] == [[(0.95, pytest.approx(10))], [(1.0, pytest.approx(83))]]
 
 
+def test_a_stage_that_a_run_does_not_have_had_no_steps(results: ExperimentResults) -> None:
+    """Its configuration has the key's default all the same."""
+    runs = copy.deepcopy(results.runs)
+    for run in runs:
+        run.data.config["value_pretrain"] = {"steps": 100, "batch_size": 8}
+        run.data.stages[:] = ["sft", "ppo", "evaluate"] + ["value_pretrain"] * (run.arm == "sound")
+    xs = {}
+    for key in ("steps", "batch_size"):
+        figures = ({"setting": f"value_pretrain.{key}", "outcome": "pass@1"},)
+        question = replace(results.question, figures=figures)
+        (chart,) = experiment_charts(ExperimentResults(question, {}, runs))
+        assert isinstance(chart.content, Lines)
+        xs[key] = {line.name: [x for x, _ in line.points] for line in chart.content.lines}
+    assert xs == {"steps": {"collapsing": [0.0], "sound": [100.0]}, "batch_size": {"sound": [8.0]}}
+
+
+def test_arms_that_are_equal_are_one_line(results: ExperimentResults) -> None:
+    runs = [replace(run, arm=arm) for run in results.runs if run.arm == "sound" for arm in results.question.arms]
+    question = replace(results.question, figures=({"curve": "rollout/length_mean"},))
+    (chart,) = experiment_charts(ExperimentResults(question, {}, runs))
+    assert isinstance(chart.content, Lines)
+    assert [line.name for line in chart.content.lines] == ["collapsing = sound"]
+
+
+def test_a_shared_stage_is_timed_once(results: ExperimentResults) -> None:
+    runs = copy.deepcopy(results.runs)
+    for run in runs:
+        run.data.history.pop("sft", None)
+    seconds = ExperimentResults(results.question, {}, runs).seconds()
+    for run in runs:
+        run.data.history["sft"] = [{"iteration": 1, "time/step_s": 40.0}, {"iteration": 2, "time/step_s": 60.0}]
+    assert ExperimentResults(results.question, {}, runs).seconds() == pytest.approx(seconds + 100.0)
+
+
+def test_the_document_has_the_table_of_outcomes() -> None:
+    table = markdown_table(outcome_rows())
+    assert table in (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8"), f"it is\n{table}"
+
+
 def test_the_diagnosis_is_compared_with_what_became_of_the_runs(results: ExperimentResults) -> None:
     classes = {run.arm: outcome_class(run.data) for run in results.runs}
     assert classes == {"collapsing": "failed", "sound": "healthy"}
     frozen = copy.deepcopy(results.runs[-1].data)
     frozen.config["ppo"] |= {"iterations": 20, "critic_only_iterations": 20}
     assert outcome_class(frozen) == "between", "nothing can become of an actor that is not trained"
+    for run in results.runs:
+        unfinished = replace(run.data, done=run.data.done - {"ppo"})
+        assert outcome_class(unfinished) == {"collapsing": "failed", "sound": "between"}[run.arm]
     named = first_named(results.runs[0].data)
     assert named["value_misalignment"] == 1 and named["length_collapse"] > 1
     rows = {row["sign"]: row for row in signature_rows(results.runs)}
     assert rows["value_misalignment"]["failed runs named early"] == "3 of 3"
     assert rows["any of them"]["healthy runs with an alarm"] == "0 of 3"
-    fitted = next(row for sign, row in rows.items() if "worst reward above" in sign and "fitted" in sign)
+    fitted = next(row for sign, row in rows.items() if "below the worst reward by more than" in sign and "fitted" in sign)
     assert fitted["failed runs named early"] == "1 of 1" and fitted["healthy runs with an alarm"] == "0 of 1"
 
 
@@ -227,9 +271,11 @@ def test_the_command_reports_and_redraws(recorded: tuple[Path, Path], tmp_path: 
     file, root = recorded
     figures = tmp_path / "figures"
     assert main(["experiment", str(file), "--dir", str(root), "--report", "--figures", str(figures)]) == 0
-    out = capsys.readouterr().out
+    captured = capsys.readouterr()
+    out = captured.out
     assert "supported: The sound arm ends higher" in out and "contrary: The collapsing arm ends higher" in out
     assert len(list(figures.glob("*.pdf"))) == len(list(figures.glob("*.svg"))) == 5
+    assert "note: nothing to draw for the figure {'curve': 'model_reward/score_mean'" in captured.err
     folder = root / "collapse"
     page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
@@ -241,7 +287,7 @@ def test_the_command_reports_and_redraws(recorded: tuple[Path, Path], tmp_path: 
     document = tmp_path / "results.md"
     document.write_text("<!-- results of diagnosis -->\n<!-- end of diagnosis -->\n", encoding="utf-8")
     assert main(["experiment", "--diagnosis", str(folder), str(folder), "--into", str(document)]) == 0
-    assert "-->\n6 runs.\n\n| sign |" in document.read_text(encoding="utf-8")
+    assert "-->\n6 runs. Failed: the mean" in document.read_text(encoding="utf-8")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("value_misalignment")]
     assert line.split()[1:] == ["3", "of", "3", "3", "of", "3", "0", "of", "3"], (
         "a run that both files have counts once"
@@ -273,6 +319,9 @@ def test_results_go_into_a_document_between_the_marks(
     again = ["experiment", "--redraw", str(root / "collapse"), "--out", str(tmp_path / "page.html")]
     assert main([*again, "--into", str(document)]) == 0
     assert document.read_text(encoding="utf-8") == once, "the kept numbers give the same tables"
+    document.write_text(f"{once}\n![Length](figures/response_length.svg)\n", encoding="utf-8")
+    assert main([*again, "--into", str(document), "--figures", str(tmp_path / "figures")]) == 0
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["response_length.svg"], "what it links to"
     document.write_text("# Results\n", encoding="utf-8")
     assert main(command) == 2
     assert "no place for the results of collapse: it is between the lines <!-- results of" in capsys.readouterr().err
