@@ -17,14 +17,17 @@ from megatron_vcppo.errors import DONE, SAVED, UserError
 from megatron_vcppo.launch.role_commands import ROLE_COMMANDS, RoleCommands
 from megatron_vcppo.run import events
 from megatron_vcppo.run.files import read_text
-from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.run.folder import InUse, RunFolder
 from megatron_vcppo.run.log import printable, say
 
 if TYPE_CHECKING:
     from megatron_vcppo.launch.experiment_file import Experiment
     from megatron_vcppo.report.experiment_results import ExperimentResults
 
+PAGE = "report.html"
 DEFAULT_DIR = Path("runs/experiments")
+MOST_SEEDS = 1000
+"""More is a slip."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="in configs/experiments/, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, the same in every run")
-    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="how many seeds (3)")
+    parser.add_argument("--seeds", type=few, default=3, metavar="N", help="how many seeds (3)")
     parser.add_argument("--first-seed", type=natural, default=0, metavar="K", help="the first of them (0)")
     parser.add_argument(
         "--with",
@@ -100,16 +103,30 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(run=run)
 
 
+def few(text: str) -> int:
+    """The type of --seeds."""
+    number = positive(text)
+    if number > MOST_SEEDS:
+        raise argparse.ArgumentTypeError(f"{text} is more than {MOST_SEEDS}")
+    return number
+
+
 def run(args: argparse.Namespace) -> int:
     """Run what is missing, then report."""
     from megatron_vcppo.launch.experiment_file import find_experiment, read_experiment
     from megatron_vcppo.report.experiment_results import read_results
 
+    if args.redraw and args.diagnosis:
+        raise UserError("--redraw and --diagnosis exclude each other")
+    if args.out and not args.redraw:
+        raise UserError("--out is the page of --redraw; that of an experiment is in its folder: see --dir")
+    if args.report and args.arms:
+        raise UserError("--report draws all arms that have run: leave out --arms")
     if args.redraw:
         if args.name:
             raise UserError("--redraw draws a file of results: leave out the experiment's name")
         folder = args.redraw if args.redraw.is_dir() else args.redraw.parent
-        report(read_results(args.redraw), args.out or folder / "report.html", args.figures, args.into)
+        report(read_results(args.redraw), args.out or folder / PAGE, args.figures, args.into)
         return DONE
     if args.diagnosis:
         report_diagnosis([read_results(path) for path in sorted(args.diagnosis)], args.into)
@@ -124,6 +141,10 @@ def run(args: argparse.Namespace) -> int:
         return collect_and_report(experiment, root, seeds, others, args.figures, args.into)
 
     if args.report:
+        try:
+            plan(experiment, root, seeds, None, args.overrides, args.cluster)
+        except UserError as error:  # the numbers are there all the same
+            print_note(f"note: {error}")
         return draw()
     chains = plan(experiment, root, seeds, args.arms, args.overrides, args.cluster)
     if args.dry_run:
@@ -153,11 +174,12 @@ def plan(
 
     UserError for a configuration that is wrong, or if a run was begun with other settings.
     """
-    from megatron_vcppo.launch.experiment_file import check_settings, equal_run
+    from megatron_vcppo.launch.experiment_file import check_settings, check_taken, equal_run
 
     known = [arm.name for arm in experiment.arms]
     if unknown := [name for name in arms or () if name not in known]:
         raise UserError(f"--arms {unknown[0]}: no such arm; there are {', '.join(known)}")
+    task_call(experiment, root)
     common = [*experiment.data_overrides(root), *experiment.shared_overrides]
 
     def prepared(label: str, folder: Path, seed: int, *more: str) -> Chain:
@@ -184,19 +206,25 @@ def plan(
             taken = experiment.num_taken(arm, chain.stages)
             if taken == len(chain.stages):
                 raise UserError(f"arm {arm.name}: all its stages are shared, it has none of its own")
-            base = RunFolder(experiment.shared_run(root, seed, seeds[0])) if taken else None
+            base = RunFolder(experiment.shared_run(root, seed)) if taken else None
             needed |= {*chain.stages[:taken]}
             check_settings(chain.run, chain.config, chain.stages)
-            equal = None if chain.run.path.exists() else equal_run(root, chain.run, chain.config)
+            begins = chain.stages[:taken]
+            equal = None if chain.run.path.exists() else equal_run(root, chain.run, chain.config, base, begins)
             of_seed.append(replace(chain, stages=chain.stages[taken:], base=base, equal=equal))
         stages = [stage for stage in experiment.shared_stages if stage in needed]
-        folder = experiment.shared_run(root, seed, seeds[0])
+        folder = experiment.shared_run(root, seed)
         if stages and all(chain.run.path != folder for chain in chains):
-            of_it = seed if experiment.per_seed else seeds[0]
+            of_it = experiment.shared_seed(seed)
             stages_value = f"stages=[{', '.join(stages)}]"
             chain = prepared(f"shared stages, seed {of_it}", folder, of_it, stages_value)
             check_settings(chain.run, chain.config, stages)
             chains.append(replace(chain, is_arm=False))
+        shared = next((chain.config for chain in chains if chain.run.path == folder), None)
+        for chain in of_seed:
+            if chain.base and shared:
+                where = f"{experiment.file}: {chain.label}"
+                check_taken(where, chain.config, shared, stages_before(chain))
         chains += of_seed
     return chains
 
@@ -218,14 +246,37 @@ def print_plan(experiment: "Experiment", root: Path, chains: Sequence[Chain]) ->
 
 def make_task(experiment: "Experiment", root: Path) -> None:
     """Make the synthetic task if it is not there. UserError if one with other settings is."""
+    from megatron_vcppo.commands import make_task as command
+
+    call = task_call(experiment, root)
+    if call is None:
+        return
+    tasks = RunFolder(call.out.parent)
+    tasks.make()
+    try:
+        with tasks.locked():
+            command.run(call)
+    except InUse:
+        raise UserError(
+            f"{call.out}: another vcppo experiment makes a task there: call again once it is done"
+        ) from None
+
+
+def task_call(experiment: "Experiment", root: Path) -> argparse.Namespace | None:
+    """The call of make-task that makes the task; None if there is no task to make.
+
+    UserError if there is one of other settings: runs that were trained on it would be continued on another.
+    """
     folder = experiment.task_folder(root)
     if folder is None:
-        return
+        return None
     from megatron_vcppo.commands import make_task as command
 
     parser = argparse.ArgumentParser(prog="vcppo")
     command.add_parser(parser.add_subparsers())
-    command.run(parser.parse_args(["make-task", "--out", str(folder), *experiment.task_arguments]))
+    call = parser.parse_args(["make-task", "--out", str(folder), *experiment.task_arguments])
+    command.is_made(call, f"choose another --dir, or another task name in {experiment.file}")
+    return call
 
 
 def link_equal_runs(chains: Sequence[Chain]) -> None:
@@ -357,7 +408,7 @@ def collect_and_report(
     for path, other in others:
         results = joined(results, other, path)
     write_results(kept, results, root=str(root))
-    report(read_results(kept), folder / "report.html", figures, into)
+    report(read_results(kept), folder / PAGE, figures, into)
     print(f"{kept}: the numbers, {kept.stat().st_size / 1000:,.0f} kB; vcppo experiment --redraw draws them again")
     return DONE
 
@@ -378,7 +429,10 @@ def collect(experiment: "Experiment", root: Path, seeds: Sequence[int]) -> "Expe
             color = arm_color(experiment.question, arm.name)
             data = read_run(folder.path, run_name(arm.name, seed), color, done)
             runs.append(ExperimentRun(arm.name, seed, data))
-            folders |= {folder.path, experiment.shared_run(root, seed, seeds[0])}
+            folders |= {folder.path, experiment.shared_run(root, seed)}
+    there = {int(name) for path in (root / experiment.name).glob("*/seed_*") if (name := path.name[5:]).isdecimal()}
+    if left_out := sorted(there - set(seeds)):
+        print_note(f"note: seed {left_out[0]} is there, too, and left out: see --first-seed and --seeds")
     if not runs:
         raise UserError(f"{root / experiment.name}: no run of this experiment has begun; see --dir and --seeds")
     made = {"drawn": time.strftime("%Y-%m-%d"), "version": __version__, "CPU cores": os.cpu_count() or 0}
@@ -435,7 +489,8 @@ def report(results: "ExperimentResults", out: Path, figures: Path | None, into: 
         put_into(into, results.question.name, document_block(results))
     page = render_experiment(results).encode()
     write(out, page, "--out")
-    write(out.with_suffix(".md"), experiment_markdown(results).encode(), "--out")
+    if out.name == PAGE:  # next to another name may be a document of the user's
+        write(out.with_suffix(".md"), experiment_markdown(results).encode(), "--out")
     if figures:
         make_folder(figures)
         document = read_text(into) if into else None

@@ -25,6 +25,7 @@ from megatron_vcppo.errors import UserError
 from megatron_vcppo.report.experiment_question import Question
 from megatron_vcppo.report.run_charts import file_name
 from megatron_vcppo.report.run_data import differences_of
+from megatron_vcppo.run.files import read_bytes
 from megatron_vcppo.run.folder import RunFolder
 
 FOLDER = CONFIGS / "experiments"
@@ -75,13 +76,17 @@ class Experiment:
     shared_stages: tuple[str, ...]
     """Stages that arms take from a shared run, as far as an arm's own chain begins with them."""
     per_seed: bool
-    """Whether each seed has its own shared run; otherwise all take that of the first seed."""
+    """Whether each seed has its own shared run; otherwise all take that of seed 0."""
     arms: tuple[Arm, ...]
 
-    def shared_run(self, root: Path, seed: int, first_seed: int) -> Path:
+    def shared_seed(self, seed: int) -> int:
+        """The seed of the shared run that a seed's arms begin with."""
+        return seed if self.per_seed else 0
+
+    def shared_run(self, root: Path, seed: int) -> Path:
         """The folder of the shared run that a seed's arms begin with."""
         name = "_".join(filter(None, (self.config.stem, self.task if self.task != self.config.stem else None)))
-        return root / "shared" / name / f"seed_{seed if self.per_seed else first_seed}"
+        return root / "shared" / name / f"seed_{self.shared_seed(seed)}"
 
     def arm_run(self, root: Path, arm: Arm, seed: int) -> Path:
         """The folder of one run."""
@@ -171,27 +176,53 @@ def check_settings(run: RunFolder, config: Config, stages: Sequence[str]) -> Non
     if changed:
         key, (before, after) = next(iter(changed.items()))
         raise UserError(
-            f"{run.path}: was begun with {key}={before}, now it is {after}: choose another --dir, or remove that run"
+            f"{run.path}: was begun with {key}={before}, now it is {after}: choose another --dir, remove that run, or "
+            f"give {key}={before}"
         )
 
 
-PLACES = ("model.hf", "prompts.train", "prompts.test", "value_pretrain.stored_path")
+def check_taken(where: str, config: Config, shared: Config, stages: Sequence[str]) -> None:
+    """UserError if an arm has other settings of stages that it takes from the shared run: they would have no effect.
+
+    where: names the file and the arm.
+    """
+    for stage in stages:
+        both = [{stage: asdict(one).get(stage)} for one in (shared, config)]
+        changed = {key: row for key, row in differences_of(both).items() if not key.startswith(NOT_COMPARED)}
+        if changed:
+            key, (theirs, ours) = next(iter(changed.items()))
+            raise UserError(
+                f"{where}: {key} is {ours}, but {stage} is shared and has {theirs}: add own: [{stage}] to the arm, or "
+                "set the key for all in shared.set"
+            )
+
+
+PLACES = ("model.hf", "sft.train", "sft.validation", "prompts.train", "prompts.test", "value_pretrain.stored_path")
 NOT_COMPARED = (*PLACES, "rollout.engine.")
 """Beginnings of keys."""
 
 
-def equal_run(root: Path, run: RunFolder, config: Config) -> RunFolder | None:
+def equal_run(
+    root: Path, run: RunFolder, config: Config, base: RunFolder | None = None, taken: Sequence[str] = ()
+) -> RunFolder | None:
     """A finished run below root, of whatever experiment, with the settings, data and seed of ``run``; None: there is
-    none. Layouts may differ."""
+    none. Layouts may differ. base, taken: the run that it would begin with, and the stages: they must be the same."""
     wanted = _numbers_of(config, run)
     for folder in sorted(root.glob(f"*/*/{run.path.name}")):
         found = RunFolder(folder)
         if folder.is_symlink() or not all(found.stage(stage).marked_done() for stage in config.stages):
             continue
+        if base is not None and not all(same_file(base.stage(s).manifest, found.stage(s).manifest) for s in taken):
+            continue
         with suppress(UserError):  # what is wrong with another experiment's run is not this one's concern
             if _numbers_of(load_stored_config(found.config), found) == wanted:
                 return found
     return None
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether both are there and hold the same."""
+    return one.exists() and other.exists() and read_bytes(one) == read_bytes(other)
 
 
 def _numbers_of(config: Config, run: RunFolder) -> Any:

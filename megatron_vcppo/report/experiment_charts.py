@@ -16,7 +16,7 @@ from megatron_vcppo.report.run_charts import (
     file_name,
     profile_points,
 )
-from megatron_vcppo.report.run_data import RunData, setting
+from megatron_vcppo.report.run_data import LARGEST, RunData, setting
 from megatron_vcppo.report.run_outcomes import OUTCOMES, outcome_of
 
 Points = Sequence[tuple[float, float | None]]
@@ -142,7 +142,7 @@ def _against_setting(key: str, name: str, results: ExperimentResults) -> Chart |
     lines = []
     for arm in results.question.arms:
         found = [(_setting_of(run.data, key), _shown(name, run)) for run in _runs_of(results, arm)]
-        pairs = [(float(x), y) for x, y in found if isinstance(x, int | float) and y is not None]
+        pairs = [(float(x), y) for x, y in found if isinstance(x, int | float) and abs(x) <= LARGEST and y is not None]
         points, band = over_seeds([pairs])
         if points:
             lines.append(Line(arm, arm_color(results.question, arm), points, band, dots=True))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from megatron_vcppo.algo.failure_signatures import SIGNS, diagnose, sign_scores
 from megatron_vcppo.algo.sign_thresholds import count, fit_threshold, halves
 from megatron_vcppo.report.experiment_results import ExperimentRun
-from megatron_vcppo.report.run_data import RunData, worst_reward
+from megatron_vcppo.report.run_data import RunData, setting, worst_reward
 from megatron_vcppo.report.run_outcomes import OUTCOMES, evaluated, gain, length_drop
 from megatron_vcppo.report.text_table import short
 
@@ -35,8 +35,8 @@ Class = Literal["failed", "healthy", "between"]
 def outcome_class(run: RunData) -> Class:
     """What became of a run; one whose actor is never trained is between: nothing can become of it. So is one that has
     not come to the end of PPO, unless its length is gone already."""
-    ppo = run.config.get("ppo") or {}
-    if ppo.get("critic_only_iterations", 0) >= ppo.get("iterations", 1):
+    alone, iterations = (setting(run.config, f"ppo.{name}") for name in ("critic_only_iterations", "iterations"))
+    if (alone or 0) >= (iterations or 1):
         return "between"
     drop, worse = length_drop(run), _got_worse(run)
     if worse or (drop is not None and drop > FAILED_DROP):

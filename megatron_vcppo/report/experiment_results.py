@@ -51,8 +51,8 @@ NOT_KEPT = ("timestamp", "total_iterations", "speed/", "packing/", "stopping/", 
 TIMES = ("time/iteration_s", "time/step_s")
 """All that is kept of the times."""
 DIGITS = 5
-LARGEST_BYTES = 1 << 28
-"""Of a file of results, unpacked; those in docs/results have 1 MB."""
+LARGEST_BYTES = 1 << 26
+"""Of a file of results, unpacked; those in docs/results have up to 5 MB."""
 
 
 class Head(msgspec.Struct):
@@ -136,14 +136,17 @@ def read_results(path: Path) -> ExperimentResults:
             head = parse_json(next(lines, b""))
             if head.get("format") != FORMAT:
                 raise UserError(f"{file}: format {head.get('format')!r} is not known here")
+            json.dumps(head, ensure_ascii=False).encode()  # half characters, which nothing can print
             made = msgspec.convert(head, Head).made
             question = Question.of(head["question"], str(file))
             runs = [_run(parse_json(line), question, file) for line in lines]
+            if not runs or len({(run.arm, run.seed) for run in runs}) < len(runs):
+                raise UserError(f"{file}: damaged: {'it has a run twice' if runs else 'it has no run'}")
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: damaged: not the results of an experiment: {error}") from None
     return ExperimentResults(question, made, runs)
 

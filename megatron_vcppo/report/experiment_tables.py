@@ -52,6 +52,8 @@ def judged(claim: Claim, results: ExperimentResults) -> Judged:
     if isinstance(claim.than, str):
         theirs = results.values(claim.than, claim.outcome)
         differences = [*paired_differences(ours, theirs).values()]
+        paired = ours.keys() & theirs.keys()  # the means that are shown are of the seeds that are compared
+        ours, theirs = ({seed: side[seed] for seed in sorted(paired)} for side in (ours, theirs))
         against = f"{mean_text(theirs, scale)} in {claim.than}"
     else:
         differences = [value - claim.than for value in ours.values()]
@@ -61,7 +63,7 @@ def judged(claim: Claim, results: ExperimentResults) -> Judged:
     mean = mean_over(differences)
     interval, of = interval_of(mean), f"{mean.count} seeds"
     if interval is None and claim.outcome == "pass@1":
-        interval, of = _interval_over_problems(claim, results), "one seed; interval over problems"
+        interval, of = _interval_over_problems(claim, results, next(iter(ours))), "one seed; interval over problems"
     numbers = f"{outcome.label}: {mean_text(ours, scale)} in {claim.higher} against {against}; "
     numbers += f"difference {signed(scale * mean.value)}"
     numbers += " (one seed)" if interval is None else f", 95 % interval {_range(interval, scale)} ({of})"
@@ -84,11 +86,12 @@ def _judged_correlation(claim: Claim, pair: tuple[str, str], results: Experiment
     return Judged(claim.text, judge(signed_interval), numbers)
 
 
-def _interval_over_problems(claim: Claim, results: ExperimentResults) -> Interval | None:
-    """Of a difference in pass@1 of one seed, from the evaluation's 95 % intervals of both sides."""
+def _interval_over_problems(claim: Claim, results: ExperimentResults, seed: int) -> Interval | None:
+    """Of a difference in pass@1 of this seed, from the evaluation's 95 % intervals of both sides."""
     arms = [claim.higher, *([claim.than] if isinstance(claim.than, str) else [])]
+    of_seed = [run for run in results.runs if run.seed == seed]
     rows = [
-        next((row for run in results.runs if run.arm == arm for row in run.data.results if row["name"] == "ppo"), None)
+        next((row for run in of_seed if run.arm == arm for row in run.data.results if row["name"] == "ppo"), None)
         for arm in arms
     ]
     if any(row is None for row in rows):

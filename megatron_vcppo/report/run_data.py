@@ -30,6 +30,8 @@ History = list[dict[str, float]]
 Profile = dict[str, Number | list[Number | None] | None]
 COMPUTED_WITH = (
     "rollout.max_tokens",
+    "ppo.iterations",
+    "ppo.critic_only_iterations",
     "ppo.loss.kl_coef",
     "returns.overlong_penalty_tokens",
     "rewards.model.clip",

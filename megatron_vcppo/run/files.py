@@ -40,6 +40,8 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
         if durable:
             sync(temporary)
         if path.is_dir():
+            if not temporary.is_dir():  # a wrong name must not cost a folder
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
             shutil.rmtree(path)  # a rename replaces files only
         os.replace(temporary, path)
         if durable:

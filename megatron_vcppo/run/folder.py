@@ -37,6 +37,10 @@ def iteration_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+class InUse(UserError):
+    """Another process holds the run."""
+
+
 @dataclass(frozen=True)
 class StageFolder:
     """RUN/STAGE: the paths of one stage, and what they say about it."""
@@ -315,7 +319,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Held by whoever starts stages: one at a time. UserError if another process has it."""
+        """Held by whoever starts stages: one at a time. InUse if another process has it."""
         # Not emptied, and no link is followed: the folder may be from elsewhere.
         lock = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         try:
@@ -325,8 +329,7 @@ class RunFolder:
                     break
                 except BlockingIOError:
                     if attempt == LOCK_ATTEMPTS - 1:
-                        at_work = f"{self.path}: another vcppo run or submit is at work in this run"
-                        raise UserError(at_work) from None
+                        raise InUse(f"{self.path}: another vcppo run or submit is at work in this run") from None
                     time.sleep(LOCK_RETRY_S)
             yield
         finally:

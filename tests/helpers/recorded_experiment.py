@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from megatron_vcppo.run.folder import RunFolder
 from tests.helpers.recorded_run import record_run
 
 EXPERIMENT = """
@@ -49,4 +50,5 @@ def record_experiment(folder: Path, seeds: int = 3) -> tuple[Path, Path]:
             ]
             (run / "evaluate").mkdir()
             (run / "evaluate" / "results.json").write_text(json.dumps(rows))
+            RunFolder(run).stage("ppo").mark_done()
     return file, root

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.cli import main
-from megatron_vcppo.commands.experiment import Chain, collect, link_equal_runs, plan
+from megatron_vcppo.commands.experiment import Chain, collect, link_equal_runs, make_task, plan
 from megatron_vcppo.config.load import dump_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.experiment_file import FOLDER, find_experiment, read_experiment
@@ -74,7 +74,7 @@ def test_arms_begin_with_what_is_shared(tmp_path: Path) -> None:
 
 
 def test_an_arm_that_another_experiment_has_run_is_not_run_again(tmp_path: Path, capsys) -> None:
-    """Equal are settings, data and seed; where a run is, what it shares and its layout do not count."""
+    """Equal are settings, data, seed and the stages that it began with; where a run is and its layout do not count."""
 
     def chain_of(name: str, arm: str, *overrides: str) -> Chain:
         chains = plan(read_experiment(find_experiment(name)), tmp_path, range(1), [arm], overrides, None)
@@ -91,9 +91,13 @@ def test_an_arm_that_another_experiment_has_run_is_not_run_again(tmp_path: Path,
     assert "  routing_replay: false\n" in text, "a key that is newer than the run"
     done.run.config.write_text(text.replace("  routing_replay: false\n", ""))
     assert not any(chain_of(name, arm).equal for name, arm in same.items()), "the run is not done"
+    assert done.base is not None
     for stage in done.config.stages:
-        done.run.stage(stage).path.mkdir()
-        done.run.stage(stage).mark_done()
+        of = done.run if stage in done.stages else done.base
+        of.stage(stage).path.mkdir(parents=True)
+        of.stage(stage).mark_done()
+        if of is done.base:
+            shutil.copytree(of.stage(stage).path, done.run.stage(stage).path)
     damaged = RunFolder(tmp_path / "a" / "damaged" / "seed_0")
     shutil.copytree(done.run.path, damaged.path)
     damaged.config.write_text("stages: 7")
@@ -104,6 +108,11 @@ def test_an_arm_that_another_experiment_has_run_is_not_run_again(tmp_path: Path,
     assert not any(chain_of(name, arm).equal for name, arm in others.items())
     assert main(["experiment", "lambda_actor", "--dir", str(tmp_path), "--seeds", "1", "--dry-run"]) == 0
     assert "0_95/seed_0: ppo, evaluate; the same as components/vc_ppo/seed_0, which is done" in capsys.readouterr().out
+    manifest = done.base.stage("sft").manifest
+    text = manifest.read_text()
+    manifest.write_text(text.replace("{", '{"of": "another SFT model",', 1))
+    assert chain_of("lambda_actor", "λ 0.95").equal is None, "it began with other shared stages"
+    manifest.write_text(text)
     linked = chain_of("lambda_actor", "λ 0.95")
     link_equal_runs([linked])
     assert linked.run.path.is_symlink() and linked.is_done()
@@ -115,9 +124,62 @@ def test_an_arm_that_another_experiment_has_run_is_not_run_again(tmp_path: Path,
 
 def test_one_shared_run_may_serve_all_seeds(tmp_path: Path) -> None:
     experiment = read_experiment(write(tmp_path, ARMS.replace("PER_SEED", "false")))
-    chains = plan(experiment, tmp_path, range(3), ["one"], [], None)
-    assert len(chains) == 4 and {chain.base.path.name for chain in chains if chain.base} == {"seed_0"}
+    for seeds in (range(3), range(1, 4)):
+        chains = plan(experiment, tmp_path, seeds, ["one"], [], None)
+        assert len(chains) == 4 and {chain.base.path.name for chain in chains if chain.base} == {"seed_0"}
+        assert {chain.config.run.seed for chain in chains if not chain.is_arm} == {0}
     assert "one for all seeds" in experiment.question.shared
+
+
+def test_an_arm_sets_no_key_of_a_stage_that_it_takes_from_others(tmp_path: Path, capsys) -> None:
+    """The stage would run without it, and the arm's configuration would say otherwise."""
+    text = ARMS.replace("PER_SEED", "true")
+    assert "  one: " in text
+    file = write(tmp_path, text.replace("  one: {", "  one: {sft.steps: 999, "))
+    assert main(["experiment", str(file), "--dir", str(tmp_path / "runs"), "--seeds", "1", "--dry-run"]) == 2
+    message = f"{file}: one, seed 0: sft.steps is 999, but sft is shared and has 850: add own: [sft] to the arm"
+    assert message in capsys.readouterr().err
+
+
+def test_tasks_of_other_settings_or_in_part_are_refused_before_anything_runs(tmp_path: Path, capsys) -> None:
+    text = ARMS.replace("PER_SEED", "true").replace(
+        "title: T", "title: T\ntask: {name: tiny, prompts: 8, test: 2, layers: 1}"
+    )
+    file = write(tmp_path, text)
+    call = ["experiment", str(file), "--dir", str(tmp_path / "runs"), "--seeds", "1", "--dry-run"]
+    assert main(call) == 0
+    folder = tmp_path / "runs" / "tasks" / "tiny"
+    arguments = ["--prompts", "8", "--test", "2", "--layers", "1", "--task", "running_sum"]
+    assert main(["make-task", "--out", str(folder), *arguments]) == 0 and main(call) == 0
+    write(tmp_path, text.replace("prompts: 8", "prompts: 9"))
+    capsys.readouterr()
+    assert main(call) == 2
+    assert (
+        f"{folder} exists, made with other settings: choose another --dir, or another task" in capsys.readouterr().err
+    )
+    (folder / "sft_train.jsonl").unlink()
+    assert main(call) == 2
+    assert f"{folder} is damaged, it has no sft_train.jsonl: remove it" in capsys.readouterr().err
+
+
+def test_two_experiments_do_not_make_one_task_at_once(tmp_path: Path) -> None:
+    text = ARMS.replace("PER_SEED", "true").replace("title: T", "title: T\ntask: {name: tiny}")
+    experiment = read_experiment(write(tmp_path, text))
+    tasks = RunFolder(tmp_path / "tasks")
+    tasks.make()
+    with tasks.locked(), pytest.raises(UserError, match="tasks/tiny: another vcppo experiment makes a task there"):
+        make_task(experiment, tmp_path)
+    assert not (tmp_path / "tasks" / "tiny").exists()
+
+
+def test_a_folder_that_was_moved_goes_on(tmp_path: Path) -> None:
+    text = ARMS.replace("PER_SEED", "true").replace("title: T", "title: T\ntask: {name: tiny}")
+    experiment = read_experiment(write(tmp_path, text))
+    for chain in plan(experiment, tmp_path / "before", range(1), None, [], None):
+        chain.run.path.mkdir(parents=True)
+        chain.run.config.write_text(dump_config(chain.config))
+    (tmp_path / "before").rename(tmp_path / "after")
+    assert plan(experiment, tmp_path / "after", range(1), None, [], None)
 
 
 def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path: Path) -> None:
@@ -166,6 +228,9 @@ def test_a_wrong_call_is_one_line(tmp_path: Path, capsys) -> None:
         (["experiment", file, "--arms", "two", "--dry-run"], "--arms two: no such arm; there are one"),
         (["experiment", file, "ppo.lr=1", "--dry-run"], "command line: unknown key ppo.lr"),
         (["experiment", "--redraw", str(tmp_path / "none.zst")], "none.zst"),
+        (["experiment", file, "--report", "--arms", "one"], "--report draws all arms"),
+        (["experiment", file, "--out", "page.html"], "--out is the page of --redraw"),
+        (["experiment", "--redraw", "x", "--diagnosis", "y"], "exclude each other"),
     ):
         assert main(call) == 2
         assert message in capsys.readouterr().err

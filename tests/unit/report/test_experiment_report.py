@@ -3,8 +3,8 @@
 import copy
 import json
 import math
-from dataclasses import replace
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -156,8 +156,24 @@ def test_the_diagnosis_is_compared_with_what_became_of_the_runs(results: Experim
     rows = {row["sign"]: row for row in signature_rows(results.runs)}
     assert rows["value_misalignment"]["failed runs named early"] == "3 of 3"
     assert rows["any of them"]["healthy runs with an alarm"] == "0 of 3"
-    fitted = next(row for sign, row in rows.items() if "below the worst reward by more than" in sign and "fitted" in sign)
+    fitted = next(
+        row for sign, row in rows.items() if "below the worst reward by more than" in sign and "fitted" in sign
+    )
     assert fitted["failed runs named early"] == "1 of 1" and fitted["healthy runs with an alarm"] == "0 of 1"
+
+
+def test_a_half_done_experiment_compares_the_seeds_that_both_arms_have(results: ExperimentResults) -> None:
+    """Difference, interval and the means that are shown are all of seed 2: 0.83 − 0.09."""
+    runs = [run for run in results.runs if run.arm == "sound" or run.seed == 2]
+    sound, *_ = judged_claims(replace(results, runs=runs))
+    text = "83 in sound against 9 in collapsing; difference +74, 95 % interval +69.8 to +78.2 (one seed; interval over"
+    assert text in sound.numbers
+
+
+def test_seeds_that_are_left_out_are_named(recorded: tuple[Path, Path], capsys) -> None:
+    file, root = recorded
+    assert [run.seed for run in collect(read_experiment(file), root, range(1, 3)).runs] == [1, 2, 1, 2]
+    assert "note: seed 0 is there, too, and left out: see --first-seed and --seeds" in capsys.readouterr().err
 
 
 def test_kept_results_draw_the_same_page_and_name_no_place(
@@ -273,6 +289,7 @@ def test_the_command_reports_and_redraws(recorded: tuple[Path, Path], tmp_path: 
     assert main(["experiment", str(file), "--dir", str(root), "--report", "--figures", str(figures)]) == 0
     captured = capsys.readouterr()
     out = captured.out
+    assert "config.yaml: stage evaluate needs" in captured.err, "a note: the runs are not what the file would make"
     assert "supported: The sound arm ends higher" in out and "contrary: The collapsing arm ends higher" in out
     assert len(list(figures.glob("*.pdf"))) == len(list(figures.glob("*.svg"))) == 5
     assert "note: nothing to draw for the figure {'curve': 'model_reward/score_mean'" in captured.err
@@ -281,8 +298,11 @@ def test_the_command_reports_and_redraws(recorded: tuple[Path, Path], tmp_path: 
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
     assert "| sound | 3 |" in text and "## Diagnosis" in text
     assert main(["experiment", "--redraw", str(folder), "--out", str(tmp_path / "again.html")]) == 0
-    assert (tmp_path / "again.md").read_text() == text
     assert (tmp_path / "again.html").read_text() == page
+    assert not (tmp_path / "again.md").exists(), "that may be a document of the user's"
+    assert main(["experiment", "--redraw", str(folder), "--out", str(figures)]) == 2
+    assert f"{figures}: cannot write: Is a directory; choose another place with --out" in capsys.readouterr().err
+    assert len(list(figures.iterdir())) == 10, "nothing of the folder is lost"
     capsys.readouterr()
     document = tmp_path / "results.md"
     document.write_text("<!-- results of diagnosis -->\n<!-- end of diagnosis -->\n", encoding="utf-8")

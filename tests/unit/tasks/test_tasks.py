@@ -158,7 +158,7 @@ def test_make_task_keeps_what_is_done_and_refuses_what_is_not(
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert command("--out", str(out), *SMALL) == 0 and "already made" in capsys.readouterr().out
     assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    with pytest.raises(UserError, match="exists; remove it"):
+    with pytest.raises(UserError, match=": remove it"):
         command("--out", str(out), *SMALL, "--seed", "1")
     for bad, message in [
         (("--task", "sudoku"), "unknown task 'sudoku'; the synthetic tasks are running_sum"),
