@@ -137,7 +137,7 @@ def wrong_side_rows(noises: Sequence[float], generator: np.random.Generator) -> 
     for noise in noises:
         row: dict[str, object] = {"noise": noise}
         for steps in (200, 800):
-            row[f"formula, {steps} steps"] = normal_cdf(-0.1 * math.sqrt(steps) / (2 * math.hypot(noise, 0.05)))
+            row[f"formula, {steps} steps"] = normal_cdf(-0.1 * math.sqrt(steps) / (2 * noise)) if noise else 0.0
             row[f"{steps} steps"] = float((simulate_decision(0.1, 0.005, noise, steps, generator) < 0).mean())
         rows.append(row)
     return rows
@@ -153,7 +153,7 @@ def slowdown_rows(noises: Sequence[float], generator: np.random.Generator) -> Ro
         return min(updates_to_learn(return_noise, advantage_noise, rate=rate, **settings) for rate in rates)  # type: ignore[arg-type]
 
     clean = fastest(0.0, 0.0)
-    rows: Rows = []
+    rows: Rows = [{"noise": 0.0, "updates, noise on returns": clean, "updates, noise on advantages": clean}]
     for noise in noises:
         found = (fastest(noise, 0.0), fastest(0.0, noise))
         rows.append(
