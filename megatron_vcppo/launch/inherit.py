@@ -26,7 +26,7 @@ def stages_to_take(run: RunFolder, config: Config, base: Path | None, first: str
     """Folders in ``base`` of the stages before ``first`` that ``run`` is to take from it; none without a base.
 
     Those that ``run`` has done are kept. UserError if ``first`` leaves nothing to take, if a stage is not done in
-    ``base`` or was started in ``run``, or if ``base`` trains another model.
+    ``base`` or was started in ``run``, or if ``base`` trains another model; one that was moved is believed.
     """
     if base is None:
         return []
@@ -35,7 +35,10 @@ def stages_to_take(run: RunFolder, config: Config, base: Path | None, first: str
         raise UserError(f"--base {base} takes the stages before --from STAGE: name one of {', '.join(config.stages)}")
     source, theirs = open_run(base)
     if Path(theirs.model.hf).resolve() != Path(config.model.hf).resolve():
-        raise UserError(f"--base {base}: its model.hf is {theirs.model.hf}, here it is {config.model.hf}")
+        differ = f"--base {base}: its model.hf is {theirs.model.hf}, here it is {config.model.hf}"
+        if Path(theirs.model.hf).exists():
+            raise UserError(differ)
+        say(f"note: {differ}; the first is gone, so whether they are the same was not checked")
     missing = [stage for stage in before if not run.stage(stage).is_done(checksums=False)]
     for stage in missing:
         if not source.stage(stage).is_done():

@@ -72,6 +72,19 @@ def test_nothing_outside_of_the_base_is_taken(tmp_path: Path) -> None:
     assert (run.stage("sft").path / "rollouts" / "late").is_symlink() and not (run.stage("sft").path / "wandb").exists()
 
 
+def test_a_folder_of_runs_and_models_may_be_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Then the base's model is no longer where it was; another one that is still there is refused."""
+    configs = [tiny_config(tmp_path / name, ("sft", "ppo")) for name in ("base", "arm")]
+    base, run = map(write_config, configs)
+    finish(base, "sft")
+    here, there = tmp_path / "here", tiny_model(tmp_path / "there")
+    there.rename(here)
+    configs[0].model.hf, configs[1].model.hf = str(there), str(here)
+    write_config(configs[0])
+    assert len(stages_to_take(run, configs[1], base.path, "ppo")) == 1
+    assert f"its model.hf is {there}, here it is {here}; the first is gone" in capsys.readouterr().out
+
+
 def test_a_run_begins_with_the_stages_of_another(tmp_path: Path) -> None:
     chain = ("sft", "value_pretrain", "ppo")
     configs = [tiny_config(tmp_path / name, chain) for name in ("base", "arm")]
