@@ -231,7 +231,7 @@ def plan(
 
 def print_plan(experiment: "Experiment", root: Path, chains: Sequence[Chain]) -> None:
     """What would be run, where, and what is done."""
-    print(f"{experiment.question.title}: {len(chains)} chains below {root}")
+    print(printable(f"{experiment.question.title}: {len(chains)} chains below {root}"))
     if experiment.task:
         print(f"task {experiment.task}: vcppo make-task {' '.join(experiment.task_arguments)}")
     for chain in chains:
