@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.run.files import read_json, replacing
+from megatron_vcppo.tasks.options import add_options, check_options
 
 _DONE = "make_task.json"
 _FILES = ("base_model", "sft_train.jsonl", "sft_validation.jsonl", "prompts_train.jsonl", "prompts_test.jsonl")
@@ -23,34 +24,21 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "sft_validation.jsonl, prompts_train.jsonl, prompts_test.jsonl. Test prompts are never training prompts.",
     )
     parser.add_argument("--out", required=True, type=Path, help="folder to write; it must not exist")
-    parser.add_argument(
-        "--task", nargs="+", default=["running_sum"], help="running_sum (default), list_ops, search, tool_sum"
-    )
-    parser.add_argument("--steps", nargs=2, type=int, metavar=("MIN", "MAX"), help="difficulty: steps of a solution")
-    parser.add_argument("--mistake-rate", type=float, default=0.2, help="probability of a wrong step (0.2)")
-    parser.add_argument("--demonstrations", type=int, default=30_000, help="SFT samples per task (30000)")
-    parser.add_argument("--validation", type=int, default=500, help="SFT validation samples per task (500)")
-    parser.add_argument("--prompts", type=int, default=20_000, help="PPO prompts per task (20000)")
-    parser.add_argument("--test", type=int, default=512, help="held-out prompts per task (512)")
-    parser.add_argument(
-        "--family", choices=("qwen3", "qwen3_moe", "llama"), default="qwen3", help="architecture (qwen3)"
-    )
-    parser.add_argument("--layers", type=int, default=2, help="layers of the base model (2)")
-    parser.add_argument("--width", type=int, default=64, help="hidden size of the base model (64)")
-    parser.add_argument("--head-size", type=int, default=32, help="size of an attention head (32)")
-    parser.add_argument("--max-length", type=int, default=1024, help="positions of the base model (1024)")
-    parser.add_argument("--seed", type=int, default=0)
+    add_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Write everything to a temporary folder and rename it; a finished folder with the same settings is kept."""
     out: Path = args.out
-    settings = settings_of(args)
-    if is_made(args, "remove it or choose another --out"):
-        print(f"{out} is already made with these settings")
-        return 0
-    _check(args)
+    settings = {name: getattr(args, name) for name in _DATA_SETTINGS + _MODEL_SETTINGS}
+    if out.exists():
+        done = out / _DONE
+        if done.is_file() and read_json(done)["settings"] == settings:
+            print(f"{out} is already made with these settings")
+            return 0
+        raise UserError(f"{out} exists; remove it or choose another --out")
+    check_options(args)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as folder:
         folder.mkdir()
@@ -67,42 +55,6 @@ def run(args: argparse.Namespace) -> int:
         f"{out}: base model with {num_parameters:,} parameters; " + ", ".join(f"{n:,} {k}" for k, n in counts.items())
     )
     return 0
-
-
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What the files depend on."""
-    return {name: getattr(args, name) for name in _DATA_SETTINGS + _MODEL_SETTINGS}
-
-
-def is_made(args: argparse.Namespace, advice: str) -> bool:
-    """Whether OUT has the whole task. UserError with the advice if it has something else, or the task in part."""
-    out: Path = args.out
-    if not out.exists():
-        return False
-    if not (out / _DONE).is_file():
-        raise UserError(f"{out} exists, and is no task: {advice}")
-    if missing := [name for name in _FILES if not (out / name).exists()]:
-        raise UserError(f"{out} is damaged, it has no {missing[0]}: remove it")
-    if read_json(out / _DONE)["settings"] != settings_of(args):
-        raise UserError(f"{out} exists, made with other settings: {advice}")
-    return True
-
-
-def _check(args: argparse.Namespace) -> None:
-    from megatron_vcppo.tasks.generate import get_task
-
-    for name in args.task:
-        task = get_task(name)
-        low, high = args.steps or task.default_steps
-        if not 1 <= low <= high <= task.max_steps:
-            raise UserError(f"--steps {low} {high}: task {name} takes 1 ≤ MIN ≤ MAX ≤ {task.max_steps}")
-    if args.width % args.head_size or args.head_size % 2:
-        raise UserError(f"--width {args.width} must be a multiple of an even --head-size, which is {args.head_size}")
-    for key in ("demonstrations", "validation", "prompts", "test", "layers"):
-        if getattr(args, key) < 1:
-            raise UserError(f"--{key} must be at least 1")
-    if not 0 <= args.mistake_rate <= 1:
-        raise UserError(f"--mistake-rate {args.mistake_rate} is no probability")
 
 
 def _write_data(args: argparse.Namespace, folder: Path) -> dict[str, int]:

@@ -114,6 +114,12 @@ def _read(path: Path) -> Source:
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except UserError:
+        raise
+    except (ValueError, LookupError) as error:  # of a number of 5,000 digits, of !!bool maybe
+        raise UserError(
+            f"{path}: not valid YAML: a value that cannot be read: {str(error).partition(';')[0]}"
+        ) from None
     assert isinstance(values, DictConfig)
     return Source(str(path), values, lines)
 

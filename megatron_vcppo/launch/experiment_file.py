@@ -10,6 +10,8 @@ Folders below DIR, by default runs/experiments, which all experiments have in co
 """
 
 import json
+import re
+import typing
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -17,16 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from megatron_vcppo.config import Config
+from megatron_vcppo.config.keys import all_keys, nearest_key
 from megatron_vcppo.config.load import load_stored_config
-from megatron_vcppo.config.value_sources import CONFIGS, file_sources, path_override
+from megatron_vcppo.config.schema import Stage
+from megatron_vcppo.config.value_sources import CONFIGS, command_line_source, file_sources, path_override
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.report.experiment_question import Question
 from megatron_vcppo.report.run_charts import file_name
 from megatron_vcppo.report.run_data import differences_of
 from megatron_vcppo.run.files import read_bytes
 from megatron_vcppo.run.folder import RunFolder
+from megatron_vcppo.tasks.generate import TASKS
+from megatron_vcppo.tasks.options import check_arguments
 
 FOLDER = CONFIGS / "experiments"
 KEYS = {"title", "question", "task", "config", "set", "shared", "arms", "claims", "figures", "outcomes", "against"}
@@ -38,6 +45,12 @@ TASK_OPTIONS = {
 OWN = "own"
 """In an arm, next to its dotted keys: shared stages that it runs itself."""
 SHARED_KEYS = {"stages", "per_seed", "set"}
+SET_BY_THE_COMMAND = {"dir": "--dir", "seed": "--seeds"}
+"""Key of the section run → the option that it follows from."""
+COMMON_FOLDERS = ("shared", "tasks")
+"""In DIR, next to those of the experiments."""
+MAX_NAME = 100
+"""Characters of a folder's name."""
 COMMON_SECTIONS = ("model", "prompts", "rollout", "rewards", "returns", "values")
 """Of the configuration: what every stage depends on, besides its own section."""
 
@@ -129,10 +142,10 @@ def find_experiment(name: str) -> Path:
 
 def read_experiment(path: Path) -> Experiment:
     """Read and check an experiment file. UserError naming the file and what is wrong in it."""
-    merged = OmegaConf.merge(*(source.values for source in file_sources(path)))
-    values: dict[str, Any] = OmegaConf.to_container(merged, resolve=False)  # type: ignore[assignment]
-    if unknown := sorted(set(values) - KEYS):
-        raise UserError(f"{path}: unknown key {unknown[0]}; there are {', '.join(sorted(KEYS))}")
+    if path.stem in COMMON_FOLDERS or not path.stem.strip("."):
+        raise UserError(f"{path}: DIR/{path.stem} cannot be an experiment's folder: choose another name for the file")
+    values = _values(path)
+    _only_known(values, KEYS, str(path))
     if missing := sorted({"title", "config", "arms"} - set(values)):
         raise UserError(f"{path}: {missing[0]} is missing")
     arms = _section(values, "arms", path)
@@ -141,21 +154,26 @@ def read_experiment(path: Path) -> Experiment:
     task, shared = _section(values, "task", path), _section(values, "shared", path)
     _only_known(task, {"name", "kinds"} | TASK_OPTIONS, f"{path}: task")
     _only_known(shared, SHARED_KEYS, f"{path}: shared")
-    common = _section(values, "set", path)
-    made = tuple(_arm(str(name), overrides, shared, path) for name, overrides in arms.items())
+    if not isinstance(values["config"], str):
+        raise UserError(f"{path}: config must name a file, got {values['config']!r}")
+    stages, per_seed = _shared_stages(shared.get("stages"), f"{path}: shared.stages"), shared.get("per_seed", True)
+    if not isinstance(per_seed, bool):
+        raise UserError(f"{path}: shared.per_seed must be true or false, got {per_seed!r}")
+    made = tuple(_arm(name, overrides, stages, path) for name, overrides in arms.items())
     if len({arm.folder for arm in made}) < len(made):
         raise UserError(f"{path}: two arms have the same name but for punctuation")
-    stages, per_seed = tuple(shared.get("stages") or ()), bool(shared.get("per_seed", True))
     about = {"name": path.stem, "shared": _shared_text(stages, per_seed)}
+    question = Question.of(values | about, str(path))
+    _check_figures(question, path)
     return Experiment(
         name=path.stem,
         file=path,
-        question=Question.of(values | about, str(path)),
-        config=_config_file(str(values["config"]), path),
-        overrides=_overrides(common, f"{path}: set"),
+        question=question,
+        config=_config_file(values["config"], path),
+        overrides=_overrides(values.get("set"), f"{path}: set"),
         shared_overrides=_overrides(shared.get("set"), f"{path}: shared.set"),
-        task=str(task["name"]) if task else None,
-        task_arguments=_task_arguments(task, path) if task else (),
+        task=None if values.get("task") is None else _task_name(task, f"{path}: task"),
+        task_arguments=() if values.get("task") is None else _task_arguments(task, f"{path}: task"),
         shared_stages=stages,
         per_seed=per_seed,
         arms=made,
@@ -234,33 +252,95 @@ def _numbers_of(config: Config, run: RunFolder) -> Any:
     return json.loads(json.dumps(found, ensure_ascii=False).replace(str(run.path), ""))
 
 
-def _arm(name: str, values: Any, shared: Mapping[str, Any], path: Path) -> Arm:
-    overrides = dict(values) if isinstance(values, Mapping) else values
-    own = overrides.pop(OWN, []) if isinstance(overrides, dict) else []
-    if unknown := [stage for stage in own if stage not in (shared.get("stages") or ())]:
-        raise UserError(f"{path}: arm {name}: {OWN} names {unknown[0]}, which is not among the shared stages")
-    return Arm(name, _overrides(overrides, f"{path}: arm {name}"), tuple(own))
+def _values(path: Path) -> dict[str, Any]:
+    """The file merged onto those that it includes; interpolations stay as they are written."""
+    sources = file_sources(path)
+    try:
+        merged = OmegaConf.merge(*(source.values for source in sources))
+        return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=False))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def _arm(name: Any, values: Any, shared_stages: Sequence[str], path: Path) -> Arm:
+    if isinstance(name, bool) or not isinstance(name, str | int | float):
+        raise UserError(f"{path}: arm {name!r}: a name must be text: put it in quotes")
+    if not 0 < len(file_name(str(name))) <= MAX_NAME:
+        raise UserError(f"{path}: arm {name!r}: its name needs a letter or a digit, and at most {MAX_NAME} of them")
+    where = f"{path}: arm {name}"
+    if not isinstance(values, Mapping | None):
+        raise UserError(f"{where}: expected keys and values, got {values!r}")
+    overrides = dict(values or {})
+    own = overrides.pop(OWN, [])
+    if not isinstance(own, list):
+        raise UserError(f"{where}: {OWN} must be a list of shared stages, got {own!r}")
+    if unknown := [stage for stage in own if stage not in shared_stages]:
+        raise UserError(f"{where}: {OWN} names {unknown[0]}, which is not among the shared stages")
+    return Arm(str(name), _overrides(overrides, where), tuple(own))
+
+
+def _shared_stages(stages: Any, where: str) -> tuple[str, ...]:
+    """Checked: some stages in the order of a chain."""
+    known = typing.get_args(Stage)
+    if stages is None:
+        return ()
+    if not isinstance(stages, list):
+        raise UserError(f"{where} must be a list such as [sft, reward_model], got {stages!r}")
+    if unknown := [stage for stage in stages if stage not in known]:
+        raise UserError(f"{where}: no stage {unknown[0]!r}; there are {', '.join(known)}")
+    if stages != (ordered := [stage for stage in known if stage in stages]):
+        raise UserError(f"{where}: write them in the order of a chain, each once: [{', '.join(ordered)}]")
+    return tuple(stages)
+
+
+def _check_figures(question: Question, path: Path) -> None:
+    """UserError for a figure of a key or a stage that no configuration has."""
+    stages = typing.get_args(Stage)
+    for figure in question.figures:
+        key, stage = figure.get("setting"), figure.get("stage", "ppo")
+        if key is not None and key not in all_keys():
+            near = nearest_key(key)
+            advice = f": did you mean {near}?" if near else "; vcppo config --explain lists them"
+            raise UserError(f"{path}: figure {figure!r}: no configuration key {key}{advice}")
+        if stage not in stages:
+            raise UserError(f"{path}: figure {figure!r}: no stage {stage!r}; there are {', '.join(stages)}")
 
 
 def _section(values: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
-    section = values.get(name) or {}
-    if not isinstance(section, dict):
+    section = values.get(name)
+    if not isinstance(section, dict | None):
         raise UserError(f"{path}: {name} must hold keys and values, got {section!r}")
-    return section
+    return section or {}
 
 
 def _only_known(section: Mapping[str, Any], known: set[str], where: str) -> None:
-    if unknown := sorted(set(section) - known):
+    if unknown := [key for key in section if key not in known]:
         raise UserError(f"{where}: unknown key {unknown[0]}; there are {', '.join(sorted(known))}")
 
 
 def _overrides(values: Any, where: str) -> tuple[str, ...]:
-    """key=value arguments from dotted keys."""
+    """key=value arguments from dotted keys. UserError for those that the command sets itself."""
     if not isinstance(values, Mapping | None):
         raise UserError(f"{where}: expected keys and values, got {values!r}")
-    return tuple(
-        f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in (values or {}).items()
-    )
+    overrides = tuple(f"{key}={_value_text(value, f'{where}: {key}')}" for key, value in (values or {}).items())
+    try:
+        given = command_line_source(overrides).values
+        run = typing.cast(dict[str, Any], OmegaConf.to_container(given, resolve=False)).get("run")
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    for key, option in SET_BY_THE_COMMAND.items():
+        if isinstance(run, dict) and key in run:
+            raise UserError(f"{where}: run.{key} follows from {option} of the command: leave it out")
+    return overrides
+
+
+def _value_text(value: Any, where: str) -> str:
+    try:
+        return value if isinstance(value, str) else json.dumps(value)
+    except TypeError:
+        raise UserError(f"{where}: no value of a configuration: {value!r}") from None
 
 
 def _config_file(name: str, path: Path) -> Path:
@@ -271,13 +351,33 @@ def _config_file(name: str, path: Path) -> Path:
     raise UserError(f"{path}: config {name}: no such file in {path.parent} or {CONFIGS}")
 
 
-def _task_arguments(task: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    if "name" not in task or Path(str(task["name"])).name != str(task["name"]):
-        raise UserError(f"{path}: task needs a name, which is that of its folder, got {task.get('name')!r}")
-    arguments = ["--task", *map(str, task.get("kinds") or ["running_sum"])]
+def _task_name(task: Mapping[str, Any], where: str) -> str:
+    name = task.get("name")
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w. +-]*", name) or len(name) > MAX_NAME:
+        raise UserError(
+            f"{where} needs a name, which is that of its folder: letters, digits, _ and -, at most {MAX_NAME}, "
+            f"got {name!r}"
+        )
+    return name
+
+
+def _task_arguments(task: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Of ``vcppo make-task``, checked as it checks them."""
+    kinds = task.get("kinds", ["running_sum"])
+    if not isinstance(kinds, list) or not kinds:
+        raise UserError(f"{where}: kinds must be a list such as [running_sum], got {kinds!r}")
+    if unknown := [kind for kind in kinds if kind not in list(TASKS)]:
+        raise UserError(f"{where}: no kind {unknown[0]!r}; there are {', '.join(TASKS)}")
+    arguments = ["--task", *kinds]
     for key in sorted(TASK_OPTIONS & set(task)):
         values = task[key] if isinstance(task[key], list) else [task[key]]
+        if wrong := [value for value in values if isinstance(value, str) and value.startswith("-")]:
+            raise UserError(f"{where}: {key}: no value of this option: {wrong[0]!r}")
         arguments += [f"--{key.replace('_', '-')}", *map(str, values)]
+    try:
+        check_arguments(arguments)
+    except UserError as error:
+        raise UserError(f"{where}: vcppo make-task: {error}") from None
     return tuple(arguments)
 
 

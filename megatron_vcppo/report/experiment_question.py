@@ -1,7 +1,7 @@
 """What an experiment asks: its arms, the claims that its numbers judge, and the figures to draw."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,15 +81,17 @@ class Question:
         """From what ``as_dict`` gives, or an experiment file holds. UserError naming ``where`` for what is wrong."""
         if not values["arms"]:
             raise UserError(f"{where}: arms: there are none")
-        arms = {str(name): dict(overrides or {}) for name, overrides in values["arms"].items()}
-        claims = tuple(_claim(claim, arms, where) for claim in values.get("claims") or ())
-        figures = tuple(_figure(figure, where) for figure in values.get("figures") or DEFAULT_FIGURES)
-        outcomes = tuple(values.get("outcomes") or DEFAULT_OUTCOMES)
+        arms = _arms(values["arms"], where)
+        claims = tuple(_claim(claim, arms, where) for claim in _list(values, "claims", where))
+        figures = tuple(_figure(figure, where) for figure in _list(values, "figures", where) or DEFAULT_FIGURES)
+        outcomes = tuple(_list(values, "outcomes", where) or DEFAULT_OUTCOMES)
         for name in outcomes:
             _known_outcome(name, where)
-        against = values.get("against") or next(iter(arms))
+        against = next(iter(arms)) if values.get("against") is None else values["against"]
         _known_arm(against, arms, f"{where}: against")
-        texts = {key: str(values.get(key) or "").strip() for key in ("name", "title", "question", "shared")}
+        texts = {key: _text(values, key, where) for key in ("name", "title", "question", "shared")}
+        if not texts["title"]:
+            raise UserError(f"{where}: title is empty: say in a few words what is compared")
         return cls(**texts, arms=arms, against=against, claims=claims, figures=figures, outcomes=outcomes)
 
     def as_dict(self) -> dict[str, Any]:
@@ -98,12 +100,35 @@ class Question:
         return values | {"claims": [_plain_claim(claim) for claim in self.claims]}
 
 
+def _arms(values: Any, where: str) -> dict[str, dict[str, Any]]:
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: arms must hold keys and values, got {values!r}")
+    for name, overrides in values.items():
+        if not isinstance(overrides, Mapping | None):
+            raise UserError(f"{where}: arm {name}: expected keys and values, got {overrides!r}")
+    return {str(name): dict(overrides or {}) for name, overrides in values.items()}
+
+
+def _list(values: Mapping[str, Any], key: str, where: str) -> Sequence[Any]:
+    found = values.get(key)
+    if not isinstance(found, list | tuple | None):
+        raise UserError(f"{where}: {key} must be a list, got {found!r}")
+    return found or ()
+
+
+def _text(values: Mapping[str, Any], key: str, where: str) -> str:
+    text = values.get(key)
+    if not isinstance(text, str | None):
+        raise UserError(f"{where}: {key} must be text (in quotes if it is a number), got {text!r}")
+    return (text or "").strip()
+
+
 def _claim(values: Any, arms: Mapping[str, Any], where: str) -> Claim:
     if not isinstance(values, Mapping) or not isinstance(values.get("text"), str) or not values["text"]:
         raise UserError(f"{where}: a claim needs a text, got {values!r}")
     where = f"{where}: claim {values['text']!r}"
     known = CORRELATION if "correlation" in values else COMPARISON
-    if unknown := sorted(set(values) - known):
+    if unknown := [key for key in values if key not in known]:
         raise UserError(f"{where}: unknown {unknown[0]}; there are {', '.join(sorted(known))}")
     if "correlation" in values:
         pair = values["correlation"]
@@ -112,9 +137,10 @@ def _claim(values: Any, arms: Mapping[str, Any], where: str) -> Claim:
         for name in pair:
             _known_outcome(name, where)
         signs = {"positive": 1, "negative": -1}
-        if values.get("sign", "positive") not in signs:
-            raise UserError(f"{where}: sign is positive or negative, got {values['sign']!r}")
-        return Claim(values["text"], correlation=(pair[0], pair[1]), sign=signs[values.get("sign", "positive")])
+        sign = values.get("sign", "positive")
+        if not isinstance(sign, str) or sign not in signs:
+            raise UserError(f"{where}: sign is positive or negative, got {sign!r}")
+        return Claim(values["text"], correlation=(pair[0], pair[1]), sign=signs[sign])
     if missing := sorted({"outcome", "higher", "than"} - set(values)):
         raise UserError(f"{where}: {missing[0]} is missing")
     _known_outcome(values["outcome"], where)
@@ -144,7 +170,7 @@ def _figure(values: Any, where: str) -> dict[str, Any]:
     if kind == "profile" and values[kind] not in PROFILES:
         raise UserError(f"{where}: no profile {values[kind]!r}; there are {', '.join(PROFILES)}")
     names = values["scatter"] if kind == "scatter" else [values.get("outcome")] if kind == "setting" else []
-    if kind == "scatter" and len(names) != 2:
+    if kind == "scatter" and (not isinstance(names, list | tuple) or len(names) != 2):
         raise UserError(f"{where}: scatter names two outcomes, got {names!r}")
     for name in names:
         _known_outcome(name, where)
@@ -163,5 +189,7 @@ def _known_outcome(name: Any, where: str) -> None:
 
 
 def _known_arm(name: Any, arms: Mapping[str, Any], where: str) -> None:
+    if not isinstance(name, str):
+        raise UserError(f"{where}: the name of an arm must be text (in quotes if it is a number), got {name!r}")
     if name not in arms:
         raise UserError(f"{where}: no arm {name!r}; there are {', '.join(arms)}")
