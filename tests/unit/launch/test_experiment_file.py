@@ -192,6 +192,14 @@ def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path: Path) -> 
         plan(experiment, tmp_path, range(1), ["one"], ["sft.steps=90"], None)
 
 
+def refused(file: Path, message: str, folder: Path, capsys) -> None:
+    """A dry run ends with one line that has the file's name and the message, and writes nothing."""
+    assert main(["experiment", str(file), "--dir", str(folder / "runs"), "--dry-run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and str(file) in line
+    assert not (folder / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -213,11 +221,127 @@ def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path: Path) -> 
     ],
 )
 def test_a_mistake_in_the_file_is_one_line(old: str, new: str, message: str, tmp_path: Path, capsys) -> None:
-    file = write(tmp_path, ARMS.replace("PER_SEED", "true").replace(old, new))
-    assert main(["experiment", str(file), "--dir", str(tmp_path / "runs"), "--dry-run"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line and str(file) in line
-    assert not (tmp_path / "runs").exists()
+    refused(write(tmp_path, ARMS.replace("PER_SEED", "true").replace(old, new)), message, tmp_path, capsys)
+
+
+CLAIM = "claims: [{text: a, outcome: pass@1, higher: one, than: 0}]"
+CORRELATION = "claims: [{text: a, correlation: [pass@1, gain]}]"
+SHARED = "[sft, reward_model], per_seed: true"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (SHARED, "3", "shared.stages must be a list such as [sft, reward_model], got 3"),
+        (SHARED, "sft", "shared.stages must be a list such as [sft, reward_model], got 'sft'"),
+        (SHARED, "[1]", "shared.stages: no stage 1; there are sft, reward_model"),
+        (SHARED, "[[sft]]", "shared.stages: no stage ['sft']"),
+        (SHARED, "[foo]", "shared.stages: no stage 'foo'"),
+        (SHARED, "[reward_model, sft]", "write them in the order of a chain, each once: [sft, reward_model]"),
+        (SHARED, "[sft, sft]", "write them in the order of a chain, each once: [sft]"),
+        ("per_seed: true", "per_seed: 'no'", "shared.per_seed must be true or false, got 'no'"),
+        ("per_seed: true", "per_seed: null", "shared.per_seed must be true or false, got None"),
+        ("own: [reward_model]", "own: 3", "arm its own model: own must be a list of shared stages, got 3"),
+        ("own: [reward_model]", "own: null", "own must be a list of shared stages, got None"),
+        ("own: [reward_model]", "own: reward_model", "own must be a list of shared stages, got 'reward_model'"),
+        ("own: [reward_model]", "own: [[sft]]", "own names ['sft'], which is not among the shared stages"),
+        ("title: T", "title: T\n1: x\nfoo: y", "unknown key 1"),
+        ("title: T", "title: T\nclaims: [{text: a, 1: x, foo: y}]", "claim 'a': unknown 1"),
+        ("title: T", "title: T\ntask: {name: a, 1: x, foo: y}", "task: unknown key 1"),
+        ("reward_model.steps: 3", "reward_model.steps: !!binary YQ==", "model: reward_model.steps: no value of a"),
+        ("reward_model.steps: 3", "stages: [!!binary YQ==]", "arm its own model: stages: no value of a configuration"),
+        ("reward_model.steps: 3", f"reward_model.steps: {'9' * 5000}", "not valid YAML: a value that cannot be read"),
+        ("reward_model.steps: 3", "reward_model.steps: !!bool maybe", "not valid YAML: a value that cannot be read"),
+        ("one: {ppo.critic.init", "one: 3\n  two: {ppo.critic.init", "arm one: expected keys and values, got 3"),
+        ("title: T", "title: T\nclaims: 3", "claims must be a list, got 3"),
+        ("title: T", "title: T\nclaims: false", "claims must be a list, got False"),
+        ("title: T", "title: T\nclaims: {a: b}", "claims must be a list, got {'a': 'b'}"),
+        ("title: T", "title: T\nfigures: true", "figures must be a list, got True"),
+        ("title: T", "title: T\noutcomes: 3", "outcomes must be a list, got 3"),
+        ("title: T", "title: T\noutcomes: pass@1", "outcomes must be a list, got 'pass@1'"),
+        ("title: T", "title: T\nagainst: [z]", "against: the name of an arm must be text"),
+        ("title: T", f"title: T\n{CLAIM.replace('one', '[z]')}", "claim 'a': the name of an arm must be text"),
+        ("title: T", f"title: T\n{CLAIM.replace('one', '{z: 1}')}", "claim 'a': the name of an arm must be text"),
+        ("title: T", f"title: T\n{CLAIM.replace('one', '0.95')}", "text (in quotes if it is a number), got 0.95"),
+        ("title: T", f"title: T\n{CORRELATION.replace(']}', '], sign: [a]}')}", "sign is positive or negative"),
+        ("title: T", "title: T\nfigures: [{scatter: 3}]", "scatter names two outcomes, got 3"),
+        (
+            "title: T",
+            "title: T\nfigures: [{setting: ppo.advantage.lam_actr, outcome: pass@1}]",
+            "no configuration key ppo.advantage.lam_actr: did you mean ppo.advantage.lam_actor?",
+        ),
+        ("title: T", "title: T\nfigures: [{setting: foo, outcome: pass@1}]", "no configuration key foo"),
+        ("title: T", "title: T\nfigures: [{curve: sft/loss, stage: sfft}]", "no stage 'sfft'; there are sft"),
+        ("title: T", "title: null", "title is empty"),
+        ("title: T", "title: ' '", "title is empty"),
+        ("title: T", "title: [a]", "title must be text (in quotes if it is a number), got ['a']"),
+        ("title: T", "title: {a: b}", "title must be text"),
+        ("title: T", "title: T\nquestion: [a]", "question must be text"),
+        ("config: demo/vcppo", "config: [a]", "config must name a file, got ['a']"),
+        ("{ppo.iterations: 7}", "{run.dir: x}", "set: run.dir follows from --dir of the command: leave it out"),
+        ("{ppo.iterations: 7}", "{run: {seed: 3}}", "set: run.seed follows from --seeds of the command"),
+        ("per_seed: true", "set: {run.seed: 3}", "shared.set: run.seed follows from --seeds of the command"),
+        ("reward_model.steps: 3", "run.dir: x", "arm its own model: run.dir follows from --dir of the command"),
+        ("{ppo.iterations: 7}", "{ppo iterations: 7}", "set: override 'ppo iterations=7': expected key=value"),
+        ("{ppo.iterations: 7}", "0", "set: expected keys and values, got 0"),
+        ("its own model", "'?!'", "arm '?!': its name needs a letter or a digit"),
+        ("its own model", "λ", "arm 'λ': its name needs a letter or a digit"),
+        ("its own model", "a" * 101, "needs a letter or a digit, and at most 100 of them"),
+        ("its own model", "true", "arm True: a name must be text: put it in quotes"),
+    ],
+)
+def test_nonsense_in_the_file_is_one_line(old: str, new: str, message: str, tmp_path: Path, capsys) -> None:
+    text = ARMS.replace("PER_SEED", "true")
+    assert old in text
+    refused(write(tmp_path, text.replace(old, new, 1)), message, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("3", "task must hold keys and values, got 3"),
+        ("false", "task must hold keys and values, got False"),
+        ("{}", "task needs a name"),
+        ("{kinds: [list_ops]}", "task needs a name, which is that of its folder"),
+        ("{name: ..}", "at most 100, got '..'"),
+        ("{name: a/b}", "got 'a/b'"),
+        ("{name: ''}", "got ''"),
+        ("{name: [a]}", "got ['a']"),
+        ('{name: "a\\0b"}', "got 'a\\x00b'"),
+        ("{name: a, kinds: 3}", "task: kinds must be a list such as [running_sum], got 3"),
+        ("{name: a, kinds: null}", "task: kinds must be a list such as [running_sum], got None"),
+        ("{name: a, kinds: []}", "task: kinds must be a list"),
+        ("{name: a, kinds: [sudoku]}", "task: no kind 'sudoku'; there are running_sum, list_ops"),
+        ("{name: a, kinds: [--help]}", "task: no kind '--help'"),
+        ("{name: a, kinds: [[search]]}", "task: no kind ['search']"),
+        ("{name: a, steps: 5}", "task: vcppo make-task: argument --steps: expected 2 arguments"),
+        ("{name: a, steps: [5, 3]}", "task: vcppo make-task: --steps 5 3: task running_sum takes 1 ≤ MIN ≤ MAX"),
+        ("{name: a, steps: [1.5, 3]}", "task: vcppo make-task: argument --steps: invalid int value: '1.5'"),
+        ("{name: a, layers: true}", "argument --layers: invalid int value: 'True'"),
+        ("{name: a, layers: --help}", "task: layers: no value of this option: '--help'"),
+        ("{name: a, seed: [1, 2]}", "task: vcppo make-task: unrecognized arguments: 2"),
+        ("{name: a, seed: null}", "argument --seed: invalid int value: 'None'"),
+        ("{name: a, head_size: 0}", "task: vcppo make-task: --head-size must be at least 1"),
+        ("{name: a, mistake_rate: .nan}", "--mistake-rate nan is no probability"),
+        ("{name: a, family: gpt}", "argument --family: invalid choice: 'gpt'"),
+    ],
+)
+def test_a_task_that_cannot_be_made_is_one_line(task: str, message: str, tmp_path: Path, capsys) -> None:
+    text = ARMS.replace("PER_SEED", "true").replace("title: T", f"title: T\ntask: {task}")
+    refused(write(tmp_path, text), message, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", ["shared.yaml", "tasks.yaml"])
+def test_an_experiment_does_not_take_a_common_folder(name: str, tmp_path: Path, capsys) -> None:
+    file = write(tmp_path, ARMS.replace("PER_SEED", "true")).rename(tmp_path / name)
+    refused(file, f"DIR/{file.stem} cannot be an experiment's folder", tmp_path, capsys)
+
+
+def test_what_may_look_wrong_is_taken(tmp_path: Path) -> None:
+    text = ARMS.replace("PER_SEED", "true").replace("title: T", "title: T\nclaims: null\ntask: {name: a, seed: -1}")
+    experiment = read_experiment(write(tmp_path, text.replace("  one:", "  0.95: null\n  one:")))
+    assert [arm.name for arm in experiment.arms] == ["0.95", "one", "its own model"]
+    assert experiment.task_arguments == ("--task", "running_sum", "--seed", "-1")
 
 
 def test_a_wrong_call_is_one_line(tmp_path: Path, capsys) -> None:
