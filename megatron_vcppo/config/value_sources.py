@@ -18,6 +18,8 @@ from megatron_vcppo.errors import UserError
 CONFIGS = Path(__file__).parents[2] / "configs"
 """The shipped files; includes are looked up next to the including file first, then here."""
 INCLUDES = "defaults"
+_HUGE_NUMBER = re.compile(r"\b(0[xb])?[0-9a-f_:]{3500}", re.IGNORECASE)
+"""Python refuses to write or read numbers of more than 4,300 digits."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ def _read(path: Path) -> Source:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"configuration {path}: {reason}") from None
+    if huge := _HUGE_NUMBER.search(text):
+        raise UserError(f"{path}:{text.count(chr(10), 0, huge.start()) + 1}: a number of more than 3,500 digits")
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         if tree is not None and not isinstance(tree, yaml.MappingNode):
@@ -116,10 +120,8 @@ def _read(path: Path) -> Source:
         raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     except UserError:
         raise
-    except (ValueError, LookupError) as error:  # of a number of 5,000 digits, of !!bool maybe
-        raise UserError(
-            f"{path}: not valid YAML: a value that cannot be read: {str(error).partition(';')[0]}"
-        ) from None
+    except (ValueError, LookupError) as error:  # of !!int x, of !!bool maybe
+        raise UserError(f"{path}: not valid YAML: a value that cannot be read: {error}") from None
     assert isinstance(values, DictConfig)
     return Source(str(path), values, lines)
 

@@ -27,7 +27,7 @@ from megatron_vcppo.config.load import load_stored_config
 from megatron_vcppo.config.schema import Stage
 from megatron_vcppo.config.value_sources import CONFIGS, command_line_source, file_sources, path_override
 from megatron_vcppo.errors import UserError
-from megatron_vcppo.report.experiment_question import Question
+from megatron_vcppo.report.experiment_question import Question, one_line
 from megatron_vcppo.report.run_charts import file_name
 from megatron_vcppo.report.run_data import differences_of
 from megatron_vcppo.run.files import read_bytes
@@ -265,6 +265,8 @@ def _values(path: Path) -> dict[str, Any]:
 def _arm(name: Any, values: Any, shared_stages: Sequence[str], path: Path) -> Arm:
     if isinstance(name, bool) or not isinstance(name, str | int | float):
         raise UserError(f"{path}: arm {name!r}: a name must be text: put it in quotes")
+    if not str(name).isprintable():
+        raise UserError(f"{path}: arm {name!r}: its name must be one line of plain text")
     if not 0 < len(file_name(str(name))) <= MAX_NAME:
         raise UserError(f"{path}: arm {name!r}: its name needs a letter or a digit, and at most {MAX_NAME} of them")
     where = f"{path}: arm {name}"
@@ -275,7 +277,7 @@ def _arm(name: Any, values: Any, shared_stages: Sequence[str], path: Path) -> Ar
     if not isinstance(own, list):
         raise UserError(f"{where}: {OWN} must be a list of shared stages, got {own!r}")
     if unknown := [stage for stage in own if stage not in shared_stages]:
-        raise UserError(f"{where}: {OWN} names {unknown[0]}, which is not among the shared stages")
+        raise UserError(f"{where}: {OWN} names {one_line(unknown[0])}, which is not among the shared stages")
     return Arm(str(name), _overrides(overrides, where), tuple(own))
 
 
@@ -301,7 +303,7 @@ def _check_figures(question: Question, path: Path) -> None:
         if key is not None and key not in all_keys():
             near = nearest_key(key)
             advice = f": did you mean {near}?" if near else "; vcppo config --explain lists them"
-            raise UserError(f"{path}: figure {figure!r}: no configuration key {key}{advice}")
+            raise UserError(f"{path}: figure {figure!r}: no configuration key {one_line(key)}{advice}")
         if stage not in stages:
             raise UserError(f"{path}: figure {figure!r}: no stage {stage!r}; there are {', '.join(stages)}")
 
@@ -315,7 +317,7 @@ def _section(values: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]
 
 def _only_known(section: Mapping[str, Any], known: set[str], where: str) -> None:
     if unknown := [key for key in section if key not in known]:
-        raise UserError(f"{where}: unknown key {unknown[0]}; there are {', '.join(sorted(known))}")
+        raise UserError(f"{where}: unknown key {one_line(unknown[0])}; there are {', '.join(sorted(known))}")
 
 
 def _overrides(values: Any, where: str) -> tuple[str, ...]:
@@ -348,7 +350,7 @@ def _config_file(name: str, path: Path) -> Path:
     for folder in (path.parent, CONFIGS):
         if (folder / file).is_file():
             return folder / file
-    raise UserError(f"{path}: config {name}: no such file in {path.parent} or {CONFIGS}")
+    raise UserError(f"{path}: config {one_line(name)}: no such file in {path.parent} or {CONFIGS}")
 
 
 def _task_name(task: Mapping[str, Any], where: str) -> str:

@@ -100,12 +100,17 @@ class Question:
         return values | {"claims": [_plain_claim(claim) for claim in self.claims]}
 
 
+def one_line(key: Any) -> str:
+    """A key or a name of the file in a message."""
+    return " ".join(str(key).split())
+
+
 def _arms(values: Any, where: str) -> dict[str, dict[str, Any]]:
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: arms must hold keys and values, got {values!r}")
     for name, overrides in values.items():
         if not isinstance(overrides, Mapping | None):
-            raise UserError(f"{where}: arm {name}: expected keys and values, got {overrides!r}")
+            raise UserError(f"{where}: arm {one_line(name)}: expected keys and values, got {overrides!r}")
     return {str(name): dict(overrides or {}) for name, overrides in values.items()}
 
 
@@ -129,7 +134,7 @@ def _claim(values: Any, arms: Mapping[str, Any], where: str) -> Claim:
     where = f"{where}: claim {values['text']!r}"
     known = CORRELATION if "correlation" in values else COMPARISON
     if unknown := [key for key in values if key not in known]:
-        raise UserError(f"{where}: unknown {unknown[0]}; there are {', '.join(sorted(known))}")
+        raise UserError(f"{where}: unknown {one_line(unknown[0])}; there are {', '.join(sorted(known))}")
     if "correlation" in values:
         pair = values["correlation"]
         if not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -192,4 +197,4 @@ def _known_arm(name: Any, arms: Mapping[str, Any], where: str) -> None:
     if not isinstance(name, str):
         raise UserError(f"{where}: the name of an arm must be text (in quotes if it is a number), got {name!r}")
     if name not in arms:
-        raise UserError(f"{where}: no arm {name!r}; there are {', '.join(arms)}")
+        raise UserError(f"{where}: no arm {name!r}; there are {one_line(', '.join(arms))}")

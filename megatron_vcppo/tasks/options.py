@@ -41,6 +41,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise UserError(f"--{key.replace('_', '-')} must be at least 1")
     if args.width % args.head_size or args.head_size % 2:
         raise UserError(f"--width {args.width} must be a multiple of an even --head-size, which is {args.head_size}")
+    if not -(2**63) <= args.seed < 2**63:
+        raise UserError("--seed must fit into 64 bits")
     if not 0 <= args.mistake_rate <= 1:
         raise UserError(f"--mistake-rate {args.mistake_rate} is no probability")
 
