@@ -282,7 +282,7 @@ def _arm(name: Any, values: Any, shared_stages: Sequence[str], path: Path) -> Ar
 
 
 def _shared_stages(stages: Any, where: str) -> tuple[str, ...]:
-    """Checked: some stages in the order of a chain."""
+    """Checked: each once, in the order of a chain, in which those that train nothing have no fixed place."""
     known = typing.get_args(Stage)
     if stages is None:
         return ()
@@ -290,8 +290,10 @@ def _shared_stages(stages: Any, where: str) -> tuple[str, ...]:
         raise UserError(f"{where} must be a list such as [sft, reward_model], got {stages!r}")
     if unknown := [stage for stage in stages if stage not in known]:
         raise UserError(f"{where}: no stage {unknown[0]!r}; there are {', '.join(known)}")
-    if stages != (ordered := [stage for stage in known if stage in stages]):
-        raise UserError(f"{where}: write them in the order of a chain, each once: [{', '.join(ordered)}]")
+    trained = [stage for stage in known if stage not in ("evaluate", "export")]
+    in_order = [stage for stage in trained if stage in stages]
+    if len(set(stages)) < len(stages) or [stage for stage in stages if stage in trained] != in_order:
+        raise UserError(f"{where}: name each once, in the order of a chain: {', '.join(trained)}")
     return tuple(stages)
 
 
