@@ -31,13 +31,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Write everything to a temporary folder and rename it; a finished folder with the same settings is kept."""
     out: Path = args.out
-    settings = {name: getattr(args, name) for name in _DATA_SETTINGS + _MODEL_SETTINGS}
-    if out.exists():
-        done = out / _DONE
-        if done.is_file() and read_json(done)["settings"] == settings:
-            print(f"{out} is already made with these settings")
-            return 0
-        raise UserError(f"{out} exists; remove it or choose another --out")
+    settings = settings_of(args)
+    if is_made(args, "remove it or choose another --out"):
+        print(f"{out} is already made with these settings")
+        return 0
     check_options(args)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as folder:
@@ -55,6 +52,25 @@ def run(args: argparse.Namespace) -> int:
         f"{out}: base model with {num_parameters:,} parameters; " + ", ".join(f"{n:,} {k}" for k, n in counts.items())
     )
     return 0
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the files depend on."""
+    return {name: getattr(args, name) for name in _DATA_SETTINGS + _MODEL_SETTINGS}
+
+
+def is_made(args: argparse.Namespace, advice: str) -> bool:
+    """Whether OUT has the whole task. UserError with the advice if it has something else, or the task in part."""
+    out: Path = args.out
+    if not out.exists():
+        return False
+    if not (out / _DONE).is_file():
+        raise UserError(f"{out} exists, and is no task: {advice}")
+    if missing := [name for name in _FILES if not (out / name).exists()]:
+        raise UserError(f"{out} is damaged, it has no {missing[0]}: remove it")
+    if read_json(out / _DONE)["settings"] != settings_of(args):
+        raise UserError(f"{out} exists, made with other settings: {advice}")
+    return True
 
 
 def _write_data(args: argparse.Namespace, folder: Path) -> dict[str, int]:

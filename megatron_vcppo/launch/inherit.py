@@ -35,10 +35,10 @@ def stages_to_take(run: RunFolder, config: Config, base: Path | None, first: str
         raise UserError(f"--base {base} takes the stages before --from STAGE: name one of {', '.join(config.stages)}")
     source, theirs = open_run(base)
     if Path(theirs.model.hf).resolve() != Path(config.model.hf).resolve():
-        differ = f"--base {base}: its model.hf is {theirs.model.hf}, here it is {config.model.hf}"
+        models = f"--base {base}: its model.hf is {theirs.model.hf}, here it is {config.model.hf}"
         if Path(theirs.model.hf).exists():
-            raise UserError(differ)
-        say(f"note: {differ}; the first is gone, so whether they are the same was not checked")
+            raise UserError(models)
+        say(f"note: {models}; the first is gone, so whether they are the same was not checked")
     missing = [stage for stage in before if not run.stage(stage).is_done(checksums=False)]
     for stage in missing:
         if not source.stage(stage).is_done():
