@@ -126,8 +126,8 @@ def taken_port(role_process: RoleProcess, code: int, details: list[str]) -> str:
 
 
 def timed_out(code: int, details: list[str]) -> bool:
-    """Whether the process failed because another rank did not come to a collective."""
-    return code == FAILED and any(words in "".join(details) for words in TIMED_OUT)
+    """Whether the process failed because another rank did not come to a collective. NCCL's watchdog aborts it."""
+    return code in (FAILED, SIGNALLED + signal.SIGABRT) and any(words in "".join(details) for words in TIMED_OUT)
 
 
 def waited_for(hanging: list[str]) -> str:

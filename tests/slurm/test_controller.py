@@ -225,18 +225,26 @@ def test_all_tasks_that_srun_names_have_ended() -> None:
     assert ended_tasks(text) == {3, 4, 5, 7, 12}
 
 
-@pytest.mark.parametrize("others", ["fail", "wait"])
-def test_the_ranks_of_a_step_that_hang_are_named_with_their_nodes(tmp_path: Path, others: str) -> None:
+@pytest.mark.parametrize(
+    ("ended", "how", "code", "said"),
+    [
+        ("tasks 0-1", "Exited with exit code 1", 1, "left with exit code 1"),
+        ("task 0", "Exited with exit code 1", 1, "left with exit code 1"),
+        ("task 0", "Aborted (core dumped)", 134, "was killed by SIGABRT"),
+    ],
+)
+def test_the_ranks_of_a_step_that_hang_are_named_with_their_nodes(
+    tmp_path: Path, ended: str, how: str, code: int, said: str
+) -> None:
     """Task 0 waited in vain for task 2; task 1 did, too, and has either ended or not come to its end yet."""
     (tmp_path / "trainer_1.log").write_text("RuntimeError: [gloo] Timed out waiting 6000ms for recv operation\n")
-    ended = "tasks 0-1" if others == "fail" else "task 0"
     step = python(
         "trainer",
         0,
         f"""
         import time
         print("RuntimeError: Timed out waiting", file=open("{tmp_path}/trainer_0.log", "w"), flush=True)
-        print("srun: error: n0: {ended}: Exited with exit code 1", flush=True)
+        print("srun: error: n0: {ended}: {how}", flush=True)
         time.sleep(60)
         """,
         task_nodes=("n0", "n0", "n1"),
@@ -244,5 +252,5 @@ def test_the_ranks_of_a_step_that_hang_are_named_with_their_nodes(tmp_path: Path
     )
     step = replace(step, log="srun_trainer.log")
     outcome = supervise([step], tmp_path, grace_s=1)
-    assert outcome.code == 1 and outcome.killed
-    assert outcome.cause == "trainer 0 left with exit code 1: waited in vain for trainer 2 on n1 (run.timeout_s)"
+    assert outcome.code == code and outcome.killed
+    assert outcome.cause == f"trainer 0 {said}: waited in vain for trainer 2 on n1 (run.timeout_s)"
