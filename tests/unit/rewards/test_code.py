@@ -176,6 +176,26 @@ def test_programs_and_tests_of_any_size(verifier: CodeVerifier) -> None:
     assert judge(verifier, "print(*(int(x) + 1 for x in input().split()))", many).verdict == "correct"
 
 
+def test_programs_whose_threads_use_up_the_processor_time_are_out_of_time() -> None:
+    """Two processors spend the limit of both before the deadline: the kernel kills the program, and nobody else did."""
+    program = """
+import hashlib, threading, time
+data = bytes(1 << 22)
+def work():
+    while True:
+        hashlib.sha256(data).digest()
+for _ in range(2):
+    threading.Thread(target=work).start()
+while True:
+    time.sleep(1)
+"""
+    verifier = CodeVerifier(2.0)
+    try:
+        assert "time limit" in judge(verifier, program, SUM).verdict
+    finally:
+        verifier.close()
+
+
 def test_endless_programs_end() -> None:
     verifier = CodeVerifier(1.0)
     try:

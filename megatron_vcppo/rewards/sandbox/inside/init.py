@@ -10,6 +10,7 @@ import fcntl
 import functools
 import gc
 import json
+import math
 import os
 import resource
 import signal
@@ -127,7 +128,7 @@ def _give_up_everything_else(descriptors: list[int], request: dict[str, Any], se
     for place, descriptor in enumerate(high):
         os.dup2(descriptor, place)
     os.closerange(len(high), 1 << 20)
-    seconds = int(request["time_limit_s"]) + 1
+    seconds = math.ceil(request["time_limit_s"]) + 1  # of one thread never before the deadline
     for kind, limit in (
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_AS, request["memory_bytes"]),
@@ -160,11 +161,13 @@ def _wait(deciding: int, time_limit_s: float, settings: dict[str, Any]) -> dict[
     while status is None and not limit:
         remaining = deadline - time.monotonic()
         signal.sigtimedwait({signal.SIGCHLD}, min(max(remaining, 0), _TICK_S))
-        pid, found = os.waitpid(deciding, os.WNOHANG)
+        pid, found, usage = os.wait4(deciding, os.WNOHANG)
         if pid:
             status = found
-            if os.WIFSIGNALED(found) and time.monotonic() >= deadline:
-                limit = "time limit"  # on a busy node the limit of processor time may come before this look
+            # The limit of processor time may come before this look, and with several threads before the deadline.
+            out_of_time = time.monotonic() >= deadline or usage.ru_utime + usage.ru_stime >= time_limit_s
+            if os.WIFSIGNALED(found) and out_of_time:
+                limit = "time limit"
         elif remaining <= 0:
             limit = "time limit"
         elif is_over(settings["scratch"], settings["scratch_bytes"], settings["scratch_files"]):
