@@ -68,7 +68,8 @@ def is_made(args: argparse.Namespace, advice: str) -> bool:
         raise UserError(f"{out} exists, and is no task: {advice}")
     if missing := [name for name in _FILES if not (out / name).exists()]:
         raise UserError(f"{out} is damaged, it has no {missing[0]}: remove it")
-    if read_json(out / _DONE)["settings"] != settings_of(args):
+    made = read_json(out / _DONE)
+    if not isinstance(made, dict) or made.get("settings") != settings_of(args):
         raise UserError(f"{out} exists, made with other settings: {advice}")
     return True
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vcppo.cli import main
-from megatron_vcppo.commands.experiment import Chain, collect, link_equal_runs, make_task, plan
+from megatron_vcppo.commands.experiment import Chain, link_equal_runs, make_task, plan
+from megatron_vcppo.commands.experiment_report import collect
 from megatron_vcppo.config.load import dump_config
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.experiment_file import FOLDER, find_experiment, read_experiment

@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from megatron_vcppo.cli import main
-from megatron_vcppo.commands.experiment import collect
+from megatron_vcppo.commands.experiment_report import collect
 from megatron_vcppo.errors import UserError
 from megatron_vcppo.launch.experiment_file import FOLDER, read_experiment
 from megatron_vcppo.report.chart_data import Lines
