@@ -136,10 +136,10 @@ def waited_for(hanging: list[str]) -> str:
     return f": waited in vain for {', '.join(hanging[:4]) or 'another rank'}{more} (run.timeout_s)"
 
 
-def ended_tasks(text: str) -> set[int]:
-    """The tasks of a step that srun's messages report as ended."""
-    spans = (span.partition("-") for tasks in TASK_ENDED.findall(text) for span in "".join(tasks[:2]).split(","))
-    return {task for first, _, last in spans for task in range(int(first), int(last or first) + 1)}
+def ended_tasks(text: str, count: int) -> set[int]:
+    """Those of a step's ``count`` tasks that srun's messages report as ended."""
+    spans = [span for tasks in TASK_ENDED.findall(text) for span in re.findall(r"(\d+)-?(\d*)", "".join(tasks[:2]))]
+    return {task for task in range(count) if any(int(first) <= task <= int(last or first) for first, last in spans)}
 
 
 def reported_code(text: str) -> int:
@@ -219,7 +219,7 @@ class Attempt:
         for started in self.of("trainer"):
             one = started.role_process
             if one.task_nodes:
-                ended = ended_tasks(self.own_log(started))
+                ended = ended_tasks(self.own_log(started), len(one.task_nodes))
                 names = {n: f"{one.role} {n} on {node}" for n, node in enumerate(one.task_nodes) if n not in ended}
             else:
                 names = {one.index: one.name} if self.code(started) is None else {}

@@ -222,7 +222,8 @@ def test_the_task_that_is_the_cause_decides(text: str, code: int) -> None:
 
 def test_all_tasks_that_srun_names_have_ended() -> None:
     text = "srun: error: n1: tasks 3-5,7: Killed\nsrun: error: n0: task 12: Exited with exit code 1"
-    assert ended_tasks(text) == {3, 4, 5, 7, 12}
+    assert ended_tasks(text, 16) == {3, 4, 5, 7, 12} and ended_tasks(text, 5) == {3, 4}
+    assert ended_tasks("srun: error: n1: tasks 1-,,4: Killed\nsrun: n0: task 0-99999999999: Killed", 3) == {0, 1, 2}
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,11 @@ def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path: Path) -> 
         plan(experiment, tmp_path, range(1), ["one"], ["sft.steps=90"], None)
 
 
+CLAIM = "claims: [{text: a, outcome: pass@1, higher: one, than: 0}]"
+CORRELATION = "claims: [{text: a, correlation: [pass@1, gain]}]"
+SHARED = "[sft, reward_model], per_seed: true"
+
+
 def refused(file: Path, message: str, folder: Path, capsys) -> None:
     """A dry run ends with one line that has the file's name and the message, and writes nothing."""
     assert main(["experiment", str(file), "--dir", str(folder / "runs"), "--dry-run"]) == 2
@@ -219,20 +224,6 @@ def refused(file: Path, message: str, folder: Path, capsys) -> None:
         ("title: T", "title: T\nfigures: [{plot: x}]", "write one of curve, profile, scatter, setting"),
         ("title: T", "title: T\nagainst: two", "against: no arm 'two'"),
         ("its own model", "one?", "two arms have the same name but for punctuation"),
-    ],
-)
-def test_a_mistake_in_the_file_is_one_line(old: str, new: str, message: str, tmp_path: Path, capsys) -> None:
-    refused(write(tmp_path, ARMS.replace("PER_SEED", "true").replace(old, new)), message, tmp_path, capsys)
-
-
-CLAIM = "claims: [{text: a, outcome: pass@1, higher: one, than: 0}]"
-CORRELATION = "claims: [{text: a, correlation: [pass@1, gain]}]"
-SHARED = "[sft, reward_model], per_seed: true"
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
         (SHARED, "3", "shared.stages must be a list such as [sft, reward_model], got 3"),
         (SHARED, "sft", "shared.stages must be a list such as [sft, reward_model], got 'sft'"),
         (SHARED, "[1]", "shared.stages: no stage 1; there are sft, reward_model"),
@@ -294,7 +285,7 @@ SHARED = "[sft, reward_model], per_seed: true"
         ("its own model", "true", "arm True: a name must be text: put it in quotes"),
     ],
 )
-def test_nonsense_in_the_file_is_one_line(old: str, new: str, message: str, tmp_path: Path, capsys) -> None:
+def test_a_mistake_in_the_file_is_one_line(old: str, new: str, message: str, tmp_path: Path, capsys) -> None:
     text = ARMS.replace("PER_SEED", "true")
     assert old in text
     refused(write(tmp_path, text.replace(old, new, 1)), message, tmp_path, capsys)
